@@ -1,0 +1,1 @@
+"""Adapter logistics: from a directory or the hub through host memory into pages of the arena."""

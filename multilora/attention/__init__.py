@@ -1,0 +1,1 @@
+"""Attention over the paged KV cache. Backends by name; `base.py` is the contract."""

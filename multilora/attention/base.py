@@ -1,0 +1,27 @@
+"""The contract of an attention backend.
+
+Called by `engine/runner.py` (prepare, once a step) and `layers/attention.py` (forward, once a layer).
+A backend owns its workspace; the KV pages belong to the arena.
+"""
+
+from typing import Protocol
+
+import torch
+
+from multilora.batch import AttentionMeta
+
+
+class AttentionBackend(Protocol):
+    name: str
+
+    def prepare(self, meta: AttentionMeta) -> None:
+        """Take this step's page tables and lengths; plan whatever is shared by all layers."""
+
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Write k and v of the new tokens into their pages, then attend causally.
+
+        q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim], rotary already applied.
+        Returns [T, heads, head_dim]. Request r's token i sees the request's tokens 0 … kv_len - q_len + i,
+        and with a sliding window of w only the last w of them (itself included).
+        """
+        ...

@@ -1,0 +1,44 @@
+"""The plain data that a forward pass works on. Built anew each step by `engine/runner.py`, never patched.
+
+Rows are tokens. Requests lie one after the other, ordered so that rows of the same adapter are neighbours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSegment:
+    """Rows [start, end) and the adapter blocks that act on them; a row belongs to at most one segment.
+
+    `places`: indices into the LoRA table (one per adapter; several when adapters are composed);
+    `weights`: one fp32 factor per place.
+    """
+
+    start: int
+    end: int
+    places: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMeta:
+    """Which tokens attend to what. R requests, T tokens, request r owns T rows [q_start[r], q_start[r + 1])."""
+
+    q_lens: tuple[int, ...]  # [R] new tokens of each request in this step, each ≥ 1
+    kv_lens: tuple[int, ...]  # [R] tokens of each request once this step has run (cached + new)
+    page_table: torch.Tensor  # int64 [R, max pages], arena page ids; unused entries are 0
+    token_page: torch.Tensor  # int64 [T], arena page that each new token's k and v go to
+    token_slot: torch.Tensor  # int64 [T], token index inside that page
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step's input. `lora` is empty when no row has an adapter."""
+
+    input_ids: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [T]
+    attention: AttentionMeta
+    lora: tuple[LoraSegment, ...]
+    logit_rows: torch.Tensor  # int64 [rows], the T rows whose logits are wanted, ascending

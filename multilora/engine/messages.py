@@ -1,0 +1,203 @@
+"""What the front and the engine say to each other: msgspec structs, sent as msgpack over ZeroMQ, no pickle.
+
+Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `UnloadAdapter`, `FlushCache`, `Shutdown`),
+each call answered by one `Reply` with the same `call` number.
+Engine → front: `Ready` once, then `Outputs`, `Reply` and `Stats`.
+
+Adapters are *versions* here: integers that the front's registry hands out and never reuses. `None` is the base model.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from multilora.params import SamplingParams
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """One sequence to generate (`n` > 1 is several Submits)."""
+
+    rid: str
+    input_ids: list[int]
+    sampling: SamplingParams
+    adapter: int | None = None
+    return_logprob: bool = False
+    logprob_start_len: int = -1  # first prompt position whose logprob is wanted; -1: none of the prompt
+    top_logprobs_num: int = 0
+    grammar: str | None = None  # an xgrammar CompiledGrammar, serialized to JSON
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """End the request with `abort` (its last Output says so). An unknown rid is ignored."""
+
+    rid: str
+    message: str = "aborted"
+
+
+class Finish(msgspec.Struct, tag=True, frozen=True):
+    """The front found a stop string and has already told the client; the engine drops the request silently."""
+
+    rid: str
+
+
+class LoadAdapter(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Fetch, check and pack the adapter; keep it in host memory as `version`. Reply.info: AdapterInfo."""
+
+    call: int
+    version: int
+    path: str  # directory or hub repository id
+    pinned: bool = False
+
+
+class UnloadAdapter(msgspec.Struct, tag=True, frozen=True):
+    """Forget the version and free its memory. The front has no request on it any more."""
+
+    call: int
+    version: int
+
+
+class FlushCache(msgspec.Struct, tag=True, frozen=True):
+    """Drop every idle prefix page."""
+
+    call: int
+
+
+class Shutdown(msgspec.Struct, tag=True, frozen=True):
+    """Finish what runs (the front sends nothing new), then end the process."""
+
+
+class Finished(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a request ended. `error`: kind and message as in `multilora.errors`."""
+
+    type: Literal["stop", "length", "abort", "error"]
+    matched: int | None = None  # the EOS or stop token id
+    message: str = ""
+    kind: str = ""  # error class name
+
+
+TopLogprobs = list[tuple[float, int]]  # (logprob, token id), best first
+
+
+class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """New tokens of one request. The last one carries `finished`; nothing follows it.
+
+    Logprobs are parallel to `token_ids`; `input_*` come with the first Output, one entry per prompt token from
+    `logprob_start_len` on (the first prompt token of all has none: NaN never travels, its entry is None).
+    """
+
+    rid: str
+    token_ids: list[int] = []
+    finished: Finished | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    queue_seconds: float = 0.0
+    logprobs: list[float] | None = None
+    top_logprobs: list[TopLogprobs] | None = None
+    input_logprobs: list[float | None] | None = None
+    input_top_logprobs: list[TopLogprobs | None] | None = None
+
+
+class Outputs(msgspec.Struct, tag=True, frozen=True):
+    items: list[Output]
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was loaded: for logs, metrics and the routes."""
+
+    version: int
+    path: str
+    rank: int  # the largest of any module
+    target_modules: list[str]
+    nbytes: int  # in host memory, packed
+    pages: int  # of the arena, when resident
+
+
+class Reply(msgspec.Struct, tag=True, frozen=True, kw_only=True, omit_defaults=True):
+    """Answer to a call. `kind` and `message` name the error (see `multilora.errors.from_wire`) when not ok."""
+
+    call: int
+    ok: bool = True
+    kind: str = ""
+    message: str = ""
+    info: AdapterInfo | None = None
+
+
+class AdapterStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter version, cumulative counters and where it is now."""
+
+    version: int
+    level: Literal["disk", "host", "device"]
+    pinned: bool
+    rank: int
+    running: int  # requests
+    waiting: int
+    host_bytes: int
+    device_bytes: int
+    loads: int  # host → device
+    evictions: int  # device → host
+    fetches: int  # disk or hub → host
+    hits: int  # requests that found it resident
+    misses: int
+    load_seconds: float
+
+
+class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """A snapshot of the engine, sent about once a second while it works and once when it becomes idle."""
+
+    running: int
+    waiting: int
+    total_pages: int
+    free_pages: int
+    kv_pages: int
+    prefix_pages: int
+    adapter_pages: int
+    page_bytes: int
+    prompt_tokens: int  # cumulative, prefilled
+    cached_tokens: int  # cumulative, taken from the prefix cache
+    generated_tokens: int  # cumulative
+    preemptions: int
+    steps: int
+    slots_total: int  # how many adapters can be resident: the limit, or what memory allows at their mean size
+    slots_used: int
+    adapters: list[AdapterStats]
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The engine is up: what the front must know to check requests at the door."""
+
+    context_length: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    num_layers: int
+    dtype: str
+    device: str
+    lora_backend: str
+    attention_backend: str
+    stats: Stats
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The engine could not start: a ConfigError, ModelUnsupported, OutOfMemory … as in `multilora.errors`."""
+
+    kind: str
+    message: str
+
+
+ToEngine = Submit | Abort | Finish | LoadAdapter | UnloadAdapter | FlushCache | Shutdown
+FromEngine = Ready | Failed | Outputs | Reply | Stats
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    return _to_engine.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    return _from_engine.decode(data)

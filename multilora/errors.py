@@ -1,0 +1,148 @@
+"""Every error a user can meet, each knowing its HTTP status.
+
+    MultiloraError
+    ├── ConfigError                 500  a start-up argument is wrong (the process exits with code 2)
+    ├── ModelUnsupported            500  the base model cannot be served, refused by name
+    ├── OutOfMemory                 500  the memory plan does not fit; says what asked for how much
+    ├── BadRequest                  400  one field of a request is wrong
+    │   ├── PromptTooLong           400
+    │   ├── CannotFit               400  would not fit the memory even alone
+    │   ├── LoraNotEnabled          400
+    │   └── UnknownAdapter          400  never loaded, or unloaded (404 under a bare OpenAI `model`)
+    ├── UnknownModel                404  OpenAI `model` is neither the base model nor an adapter
+    ├── AdapterError                400  a load, unload or bring-back of an adapter failed
+    │   ├── AdapterNotFound         400  no such directory, repository or file
+    │   ├── AdapterForbidden        400  path outside --lora-root
+    │   ├── AdapterInvalid          400  broken file, missing field, NaN, left-over tensor
+    │   ├── AdapterUnsupported      400  a PEFT feature that is not served, refused by name
+    │   ├── AdapterIncompatible     400  shapes of another model, or over a set limit
+    │   ├── AdapterAlreadyLoaded    400
+    │   ├── AdapterNotLoaded        400  unload of a name that does not exist
+    │   ├── AdapterUnloading        400  the name is being unloaded
+    │   └── AdapterStarvation       400  pinning it would starve every other adapter
+    ├── Unauthorized                401
+    ├── QueueFull                   503  carries `retry_after` seconds
+    └── EngineDead                  503  the engine process ended
+
+`kind` (the class name) and the message travel between processes; `from_wire` makes the same type again.
+"""
+
+
+class MultiloraError(Exception):
+    """Base of all. `status`: the HTTP status; `param`: the request field it is about, if one."""
+
+    status = 500
+
+    def __init__(self, message: str, *, param: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+
+class ConfigError(MultiloraError):
+    """A start-up argument is unknown, malformed or contradicts another."""
+
+
+class ModelUnsupported(MultiloraError):
+    """The base model's architecture or one of its settings is not served."""
+
+
+class OutOfMemory(MultiloraError):
+    """The memory plan does not fit the device; the message lists what asked for how much."""
+
+
+class BadRequest(MultiloraError):
+    status = 400
+
+
+class PromptTooLong(BadRequest):
+    """The prompt is as long as the context, or longer."""
+
+
+class CannotFit(BadRequest):
+    """Prompt, `max_new_tokens` and adapter together exceed all memory that is not pinned."""
+
+
+class LoraNotEnabled(BadRequest):
+    """An adapter was asked for while LoRA is off."""
+
+
+class UnknownAdapter(BadRequest):
+    """The adapter name was never loaded, or has been unloaded."""
+
+
+class UnknownModel(MultiloraError):
+    status = 404
+
+
+class AdapterError(MultiloraError):
+    status = 400
+
+
+class AdapterNotFound(AdapterError):
+    """No such directory, hub repository, or required file."""
+
+
+class AdapterForbidden(AdapterError):
+    """The path lies outside every --lora-root."""
+
+
+class AdapterInvalid(AdapterError):
+    """Not a valid adapter: the message names the file and the field or tensor."""
+
+
+class AdapterUnsupported(AdapterError):
+    """A PEFT feature that this release does not serve; the message names it."""
+
+
+class AdapterIncompatible(AdapterError):
+    """Shapes of another base model, or a rank or target over a limit set at start."""
+
+
+class AdapterAlreadyLoaded(AdapterError):
+    """The name is taken; unload it first."""
+
+
+class AdapterNotLoaded(AdapterError):
+    """The name does not exist."""
+
+
+class AdapterUnloading(AdapterError):
+    """The name is being unloaded."""
+
+
+class AdapterStarvation(AdapterError):
+    """Pinning this adapter would leave too little for any other request."""
+
+
+class Unauthorized(MultiloraError):
+    status = 401
+
+
+class QueueFull(MultiloraError):
+    """The waiting queue is full; try again after `retry_after` seconds."""
+
+    status = 503
+    retry_after = 1
+
+
+class EngineDead(MultiloraError):
+    """The engine process ended; the server has to be restarted."""
+
+    status = 503
+
+
+def _tree(cls: type[MultiloraError]) -> dict[str, type[MultiloraError]]:
+    found = {cls.__name__: cls}
+    for sub in cls.__subclasses__():
+        found |= _tree(sub)
+    return found
+
+
+def from_wire(kind: str, message: str) -> MultiloraError:
+    """The error of class name `kind` (as sent by another process) with this message."""
+    return _tree(MultiloraError).get(kind, MultiloraError)(message)

@@ -1,0 +1,1 @@
+"""Building blocks of the models. LoRA enters at exactly one place, `linear.py`."""

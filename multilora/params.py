@@ -1,0 +1,129 @@
+"""Sampling parameters: names and defaults as SGLang's native API has them; checked once, at the door.
+
+`SamplingParams.parse` turns a client's JSON object into the frozen struct and raises `BadRequest` naming the
+field and the value. The struct travels to the engine as it is.
+"""
+
+import math
+from typing import Any, get_type_hints
+
+import msgspec
+
+from multilora.errors import BadRequest
+
+
+class SamplingParams(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
+):
+    """How the next token of one request is chosen, and when the request ends.
+
+    Order of operations on the logits: repetition, frequency and presence penalties; logit bias; grammar mask and
+    `min_new_tokens`; temperature; then top-k, top-p and min-p, together, on the tempered distribution.
+    `temperature == 0` means greedy. `sampling_seed` fixes the random stream: token i of the answer uses the
+    uniform number of (seed, i) and of nothing else.
+    """
+
+    max_new_tokens: int | None = 128  # None: up to the context
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: all
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    n: int = 1
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    stop_regex: str | list[str] | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    logit_bias: dict[str, float] | None = None  # token id (as text, as JSON wants it) → added to its logit
+    sampling_seed: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+    @classmethod
+    def parse(cls, data: Any) -> "SamplingParams":
+        """Check and convert a JSON object. Raises BadRequest naming field and value."""
+        if data is None:
+            return cls()
+        if not isinstance(data, dict):
+            raise BadRequest(
+                f"sampling_params must be an object, not {type(data).__name__}", param="sampling_params"
+            )
+        fields = {}
+        for name, value in data.items():
+            hint = _HINTS.get(name)
+            if hint is None:
+                raise BadRequest(f"sampling_params: unknown parameter {name!r}", param=name)
+            try:
+                fields[name] = msgspec.convert(value, hint)
+            except msgspec.ValidationError as e:
+                raise BadRequest(f"sampling_params.{name}: {value!r}: {e}", param=name) from None
+        params = cls(**fields)
+        params.check()
+        return params
+
+    def check(self) -> None:
+        """Check ranges. Raises BadRequest naming field and value."""
+        for name, ok, rule in self._rules():
+            if not ok:
+                raise BadRequest(
+                    f"sampling_params.{name} = {getattr(self, name)!r}: must be {rule}", param=name
+                )
+        if sum(x is not None for x in (self.json_schema, self.regex, self.ebnf)) > 1:
+            raise BadRequest("only one of json_schema, regex and ebnf can be given", param="json_schema")
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        finite = math.isfinite
+        n_max, n_min = self.max_new_tokens, self.min_new_tokens
+        bias = self.logit_bias or {}
+        stops = self.stop_strings + self.stop_regexes
+        return [
+            ("max_new_tokens", n_max is None or n_max >= 0, "0 or more"),
+            ("temperature", finite(self.temperature) and self.temperature >= 0, "a finite number, 0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
+            ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (all) or at least 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 2, "over 0 and at most 2"),
+            (
+                "min_new_tokens",
+                n_min >= 0 and (n_max is None or n_min <= n_max),
+                "between 0 and max_new_tokens",
+            ),
+            ("n", 1 <= self.n <= 256, "between 1 and 256"),
+            ("stop", all(s for s in stops), "non-empty strings"),
+            ("stop_token_ids", all(t >= 0 for t in self.stop_token_ids or ()), "token ids, 0 or more"),
+            (
+                "logit_bias",
+                all(k.isdecimal() and finite(v) for k, v in bias.items()),
+                "token ids → finite numbers",
+            ),
+            (
+                "sampling_seed",
+                self.sampling_seed is None or abs(self.sampling_seed) < 2**63,
+                "a 64-bit integer",
+            ),
+        ]
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def stop_regexes(self) -> list[str]:
+        return [self.stop_regex] if isinstance(self.stop_regex, str) else list(self.stop_regex or ())
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+_HINTS: dict[str, Any] = get_type_hints(SamplingParams)
+_HINTS = {name: _HINTS[name] for name in SamplingParams.__struct_fields__}

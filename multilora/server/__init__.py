@@ -1,0 +1,1 @@
+"""HTTP: SGLang's native routes and the OpenAI routes. No file here imports torch."""

@@ -1,0 +1,1 @@
+"""Text and names: tokenizer, chat template, streaming detokenizer, stop strings, adapter registry."""
