@@ -41,10 +41,10 @@ class LoraPath:
         unknown = set(value) - {"lora_name", "lora_path", "pinned"}
         if unknown:
             raise ConfigError(f"--lora-paths: unknown field {sorted(unknown)[0]!r}")
-        name, path, pinned = value.get("lora_name"), value.get("lora_path"), value.get("pinned", False)
-        if not isinstance(name, str) or not isinstance(path, str) or not isinstance(pinned, bool) or not name:
+        fields = (value.get("lora_name"), value.get("lora_path"), value.get("pinned", False))
+        if [type(f) for f in fields] != [str, str, bool] or not fields[0]:
             raise ConfigError('--lora-paths: expected {"lora_name": str, "lora_path": str, "pinned": bool}')
-        return cls(name, path, pinned)
+        return cls(*fields)
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -146,12 +146,8 @@ class Config:
                     f"--{name.replace('_', '-')} must be one of {', '.join(map(str, allowed))}, is {value!r}"
                 )
 
-        positive(
-            "max_loras_per_batch", "max_loaded_loras", "max_lora_rank", "lora_host_bytes", "lora_device_bytes"
-        )
-        positive(
-            "arena_bytes", "max_total_tokens", "page_size", "max_running_requests", "max_queued_requests"
-        )
+        positive("max_loras_per_batch", "max_loaded_loras", "max_lora_rank", "lora_host_bytes", "lora_device_bytes")
+        positive("arena_bytes", "max_total_tokens", "page_size", "max_running_requests", "max_queued_requests")
         positive("chunked_prefill_size", "tp_size", "context_length", "cuda_graph_max_bs")
         one_of("load_format", ("auto", "dummy"))
         one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
@@ -163,9 +159,7 @@ class Config:
         one_of("attention_backend", ("auto", "flashinfer", "torch"))
         one_of("sampling_defaults", ("model", "openai"))
         if not 0 < self.mem_fraction_static <= 1:
-            raise ConfigError(
-                f"--mem-fraction-static must be over 0 and at most 1, is {self.mem_fraction_static}"
-            )
+            raise ConfigError(f"--mem-fraction-static must be over 0 and at most 1, is {self.mem_fraction_static}")
         if self.max_loaded_loras is not None:
             if self.max_loras_per_batch is not None and self.max_loaded_loras < self.max_loras_per_batch:
                 raise ConfigError("--max-loaded-loras must be at least --max-loras-per-batch")

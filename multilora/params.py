@@ -12,9 +12,7 @@ import msgspec
 from multilora.errors import BadRequest
 
 
-class SamplingParams(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
-):
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """How the next token of one request is chosen, and when the request ends.
 
     Order of operations on the logits: repetition, frequency and presence penalties; logit bias; grammar mask and
@@ -52,9 +50,7 @@ class SamplingParams(
         if data is None:
             return cls()
         if not isinstance(data, dict):
-            raise BadRequest(
-                f"sampling_params must be an object, not {type(data).__name__}", param="sampling_params"
-            )
+            raise BadRequest(f"sampling_params must be an object, not {type(data).__name__}", param="sampling_params")
         fields = {}
         for name, value in data.items():
             hint = _HINTS.get(name)
@@ -72,9 +68,7 @@ class SamplingParams(
         """Check ranges. Raises BadRequest naming field and value."""
         for name, ok, rule in self._rules():
             if not ok:
-                raise BadRequest(
-                    f"sampling_params.{name} = {getattr(self, name)!r}: must be {rule}", param=name
-                )
+                raise BadRequest(f"sampling_params.{name} = {getattr(self, name)!r}: must be {rule}", param=name)
         if sum(x is not None for x in (self.json_schema, self.regex, self.ebnf)) > 1:
             raise BadRequest("only one of json_schema, regex and ebnf can be given", param="json_schema")
 
