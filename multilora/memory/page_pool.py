@@ -1,0 +1,102 @@
+"""Who owns each page of the arena. States the pool's equation and checks it.
+
+    free + kv + prefix + adapter == total
+
+A page freed at step N may be reused by the compute stream at once (later steps run after N), but by any other
+stream only when step N has completed: that is the fence. On CPU a fence is just the step's number.
+Single-threaded; called by the scheduler, the prefix cache and adapter residency.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class PageKind(IntEnum):
+    FREE = 0
+    KV = 1  # held by at least one running request
+    PREFIX = 2  # idle, kept for a later request with the same prefix
+    ADAPTER = 3
+
+
+class PagePool:
+    """`total` pages, numbered from 0."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.completed = 0  # the last step that has finished on the device
+        self._kind = [PageKind.FREE] * total
+        self._count = dict.fromkeys(PageKind, 0) | {PageKind.FREE: total}
+        self._ready = list(range(total - 1, -1, -1))  # free for any stream; a stack
+        self._fenced: deque[tuple[int, int]] = deque()  # (fence, page), fences ascending: free for compute only
+
+    def count(self, kind: PageKind) -> int:
+        return self._count[kind]
+
+    @property
+    def free(self) -> int:
+        return self._count[PageKind.FREE]
+
+    @property
+    def ready(self) -> int:
+        """Free pages that any stream may write now."""
+        return len(self._ready)
+
+    def alloc_kv(self, n: int) -> list[int]:
+        """n pages for the compute stream, which may take fenced ones. The caller has seen that `free >= n`."""
+        pages = []
+        for _ in range(n):
+            pages.append(self._fenced.popleft()[1] if self._fenced else self._ready.pop())
+        return self._take(pages, PageKind.KV)
+
+    def alloc_adapter(self, n: int) -> list[int]:
+        """n pages that another stream will write. The caller has seen that `ready >= n`."""
+        return self._take([self._ready.pop() for _ in range(n)], PageKind.ADAPTER)
+
+    def _take(self, pages: list[int], kind: PageKind) -> list[int]:
+        for page in pages:
+            assert self._kind[page] is PageKind.FREE, f"page {page} was not free"
+            self._set(page, kind)
+        return pages
+
+    def free_pages(self, pages: Iterable[int], fence: int) -> None:
+        """Give pages back; `fence` is the last step launched so far, which may still use them."""
+        assert not self._fenced or fence >= self._fenced[-1][0], "fences must not go back"
+        for page in pages:
+            assert self._kind[page] is not PageKind.FREE, f"page {page} freed twice"
+            self._set(page, PageKind.FREE)
+            if fence <= self.completed:
+                self._ready.append(page)
+            else:
+                self._fenced.append((fence, page))
+
+    def move(self, page: int, kind: PageKind) -> None:
+        """Between KV and PREFIX, as the last request lets go of a cached page or the first takes it up."""
+        assert {self._kind[page], kind} == {PageKind.KV, PageKind.PREFIX}, "only kv ↔ prefix"
+        self._set(page, kind)
+
+    def kind(self, page: int) -> PageKind:
+        return self._kind[page]
+
+    def complete(self, step: int) -> None:
+        """Step `step` has finished on the device: its fenced pages are free for every stream."""
+        assert step >= self.completed
+        self.completed = step
+        while self._fenced and self._fenced[0][0] <= step:
+            self._ready.append(self._fenced.popleft()[1])
+
+    def _set(self, page: int, kind: PageKind) -> None:
+        self._count[self._kind[page]] -= 1
+        self._count[kind] += 1
+        self._kind[page] = kind
+
+    def check(self) -> None:
+        """Raise AssertionError if the books do not balance. O(total): for tests and for idle moments."""
+        actual = dict.fromkeys(PageKind, 0)
+        for kind in self._kind:
+            actual[kind] += 1
+        assert actual == self._count, f"page counts drifted: {self._count} recorded, {actual} found"
+        assert sum(self._count.values()) == self.total
+        free = self._ready + [page for _, page in self._fenced]
+        assert len(free) == len(set(free)) == self.free, "the free lists do not match"
+        assert all(self._kind[page] is PageKind.FREE for page in free), "a used page is in a free list"

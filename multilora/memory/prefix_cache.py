@@ -1,0 +1,203 @@
+"""Prefix cache in whole pages: which page holds the KV of which tokens after which prefix.
+
+A page's key is (parent page's node, token ids, namespace, salt), compared exactly, so two different prefixes can
+never be taken for each other. The namespace is a property of the page: base and every adapter *version* have their
+own. Pages in use carry a reference count; at zero they become idle and may give way, leaves first.
+
+    request A   [p0]──[p1]──[p2]──(p7: partial, private to A)
+    request B   [p0]──[p1]──[p5]──(p9)
+                  refs 2     refs 1
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from multilora.memory.page_pool import PageKind, PagePool
+from multilora.memory.reclaim import PREFIX_PAGE_COST, Clock
+
+Key = tuple[int, tuple[int, ...], int, str]  # parent node id, tokens, namespace, salt
+NamespaceOf = Callable[[int], int]  # page index in the sequence → namespace
+ROOT = 0
+
+
+@dataclass(eq=False)
+class Node:
+    """One cached page. `id` is never reused, so keys of children stay exact after eviction."""
+
+    id: int
+    key: Key
+    page: int
+    parent: "Node | None"
+    refs: int = 0
+    children: int = 0
+    uses: int = 1
+    score: float = 0.0
+
+
+class PrefixCache:
+    """Owns the KV pages that have a key. Private (partial) pages belong to their request."""
+
+    def __init__(self, pool: PagePool, clock: Clock, page_size: int, enabled: bool = True):
+        self.pool = pool
+        self.clock = clock
+        self.page_size = page_size
+        self.enabled = enabled
+        self._nodes: dict[Key, Node] = {}
+        self._by_page: dict[int, Node] = {}
+        self._by_namespace: dict[int, dict[int, Node]] = {}  # namespace → node id → node
+        self._heap: list[tuple[float, int, Node]] = []  # idle leaves by score; stale entries are skipped
+        self._next_id = ROOT + 1
+
+    # ------------------------------------------------------------------ for requests
+
+    def match(self, tokens: Sequence[int], namespace_of: NamespaceOf, limit: int, salt: str = "") -> list[int]:
+        """Cached pages of the longest known prefix of at most `limit` tokens. Takes no reference."""
+        return [node.page for node in self._walk(tokens, namespace_of, limit, salt)]
+
+    def acquire(self, pages: Sequence[int]) -> None:
+        """A request uses these matched pages: they cannot give way until released."""
+        for page in pages:
+            node = self._by_page[page]
+            if node.refs == 0:
+                self.pool.move(page, PageKind.KV)
+            node.refs += 1
+            node.uses += 1
+
+    def insert(
+        self,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        namespace_of: NamespaceOf,
+        start: int,
+        salt: str = "",
+    ) -> None:
+        """Give keys to the full pages from page index `start` on, held by one request and computed.
+
+        A page whose key another request was faster to insert stays private, and so do those after it.
+        """
+        if not self.enabled:
+            return
+        full = len(tokens) // self.page_size
+        parent = self._by_page.get(pages[start - 1]) if start > 0 else None
+        if start > 0 and parent is None:
+            return  # the chain broke earlier
+        for i in range(start, full):
+            key = self._key(parent, tokens, i, namespace_of, salt)
+            if key in self._nodes:
+                return
+            node = Node(self._next_id, key, pages[i], parent, refs=1)
+            self._next_id += 1
+            self._nodes[key] = self._by_page[node.page] = node
+            self._by_namespace.setdefault(key[2], {})[node.id] = node
+            if parent is not None:
+                parent.children += 1
+            parent = node
+
+    def release(self, pages: Sequence[int], fence: int) -> None:
+        """A request lets go of its pages: keyed ones that nobody else holds become idle, private ones are freed."""
+        private = []
+        for page in reversed(pages):
+            node = self._by_page.get(page)
+            if node is None:
+                private.append(page)
+                continue
+            node.refs -= 1
+            if node.refs == 0:
+                self.pool.move(page, PageKind.PREFIX)
+                self._offer(node)
+        self.pool.free_pages(private, fence)
+
+    # ------------------------------------------------------------------ giving way (Reclaimable)
+
+    def idle_pages(self) -> int:
+        return self.pool.count(PageKind.PREFIX)
+
+    def cheapest(self) -> float | None:
+        while self._heap:
+            score, _, node = self._heap[0]
+            if self._evictable(node) and node.score == score:
+                return score
+            heapq.heappop(self._heap)
+        return None
+
+    def give_way(self, fence: int) -> int:
+        assert self.cheapest() is not None
+        _, _, node = heapq.heappop(self._heap)
+        self._remove(node, fence)
+        return 1
+
+    def drop_namespace(self, namespace: int, fence: int) -> None:
+        """Forget every page of a namespace that will never be asked for again (its pages must all be idle)."""
+        self._remove_all(list(self._by_namespace.get(namespace, {}).values()), fence)
+
+    def devalue_namespace(self, namespace: int) -> None:
+        """The namespace's adapter left the device: its idle pages are worth only half as much."""
+        for node in self._by_namespace.get(namespace, {}).values():
+            if self._evictable(node):
+                node.score = self.clock.now + (node.score - self.clock.now) / 2
+                heapq.heappush(self._heap, (node.score, node.id, node))
+
+    def flush(self, fence: int) -> None:
+        """Forget every idle page."""
+        self._remove_all([n for n in self._nodes.values() if n.refs == 0], fence)
+
+    def check(self) -> None:
+        """Raise AssertionError if the tree is inconsistent. O(nodes)."""
+        idle = sum(1 for n in self._nodes.values() if n.refs == 0)
+        assert idle == self.idle_pages(), f"{idle} idle nodes, {self.idle_pages()} idle pages"
+        children: dict[int, int] = {}
+        for node in self._nodes.values():
+            assert self._by_page[node.page] is node
+            assert self.pool.kind(node.page) is (PageKind.KV if node.refs else PageKind.PREFIX)
+            if node.parent is not None:
+                assert self._nodes[node.parent.key] is node.parent, "a child outlived its parent"
+                assert node.parent.refs >= node.refs, "a child is held more often than its parent"
+                children[node.parent.id] = children.get(node.parent.id, 0) + 1
+        assert all(children.get(n.id, 0) == n.children for n in self._nodes.values())
+        assert len(self._by_page) == len(self._nodes)
+
+    # ------------------------------------------------------------------ inside
+
+    def _key(
+        self, parent: Node | None, tokens: Sequence[int], index: int, namespace_of: NamespaceOf, salt: str
+    ) -> Key:
+        first = index * self.page_size
+        ids = tuple(tokens[first : first + self.page_size])
+        return (parent.id if parent else ROOT, ids, namespace_of(index), salt)
+
+    def _walk(self, tokens: Sequence[int], namespace_of: NamespaceOf, limit: int, salt: str) -> list[Node]:
+        path: list[Node] = []
+        parent = None
+        for i in range(min(limit, len(tokens)) // self.page_size):
+            parent = self._nodes.get(self._key(parent, tokens, i, namespace_of, salt))
+            if parent is None:
+                break
+            path.append(parent)
+        return path
+
+    def _evictable(self, node: Node) -> bool:
+        return node.refs == 0 and node.children == 0 and self._nodes.get(node.key) is node
+
+    def _offer(self, node: Node) -> None:
+        node.score = self.clock.score(node.uses, PREFIX_PAGE_COST)
+        if node.children == 0:
+            heapq.heappush(self._heap, (node.score, node.id, node))
+
+    def _remove(self, node: Node, fence: int) -> None:
+        assert node.refs == 0 and node.children == 0
+        del self._nodes[node.key], self._by_page[node.page]
+        namespace = self._by_namespace[node.key[2]]
+        del namespace[node.id]
+        if not namespace:
+            del self._by_namespace[node.key[2]]
+        self.pool.free_pages([node.page], fence)
+        parent = node.parent
+        if parent is not None:
+            parent.children -= 1
+            if parent.children == 0 and parent.refs == 0:
+                heapq.heappush(self._heap, (parent.score, parent.id, parent))
+
+    def _remove_all(self, nodes: list[Node], fence: int) -> None:
+        for node in sorted(nodes, key=lambda n: n.id, reverse=True):  # children have higher ids than parents
+            self._remove(node, fence)

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from multilora.errors import OutOfMemory
+from multilora.memory.kv_layout import KVLayout
+from multilora.memory.plan import format_bytes, plan_memory
+
+LLAMA_8B = KVLayout(num_layers=32, page_size=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+
+
+def plan(**fields):
+    defaults = dict(
+        weight_bytes=0,
+        context_length=8192,
+        max_running_requests=64,
+        arena_bytes=None,
+        max_total_tokens=None,
+        available_bytes=None,
+        mem_fraction_static=0.9,
+    )
+    return plan_memory(LLAMA_8B, **defaults | fields)
+
+
+def test_llama_8b_page_is_two_mebibytes():
+    assert LLAMA_8B.page_bytes == 2 << 20
+
+
+@pytest.mark.parametrize(
+    ("fields", "pages"),
+    [
+        ({"arena_bytes": 8 << 30}, 4096),
+        ({"max_total_tokens": 100}, 7),
+        ({"available_bytes": 100 << 30, "mem_fraction_static": 0.5}, 25600),
+        ({}, 512),  # CPU: at most 1 GiB
+        ({"context_length": 64, "max_running_requests": 2}, 16),
+    ],
+)
+def test_sizes(fields, pages):
+    assert plan(**fields).num_pages == pages
+
+
+def test_too_small_or_too_large_is_refused_with_the_flag():
+    with pytest.raises(OutOfMemory, match="--arena-bytes"):
+        plan(arena_bytes=1 << 20)
+    with pytest.raises(OutOfMemory, match="--max-total-tokens"):
+        plan(max_total_tokens=10**6, available_bytes=1 << 30)
+
+
+def test_views_are_strided_windows_on_the_arena():
+    layout = KVLayout(num_layers=2, page_size=3, num_kv_heads=2, head_dim=4, dtype=torch.float32)
+    arena = torch.zeros(5, layout.page_bytes, dtype=torch.uint8)
+    views = layout.views(arena)
+    k, v = views[1]
+    assert k.shape == v.shape == (5, 3, 2, 4)
+    k[4, 2] = 1.0
+    assert arena.view(torch.float32).count_nonzero() == 8
+    assert views[0][0].count_nonzero() == views[1][1].count_nonzero() == 0
+    with pytest.raises(ValueError, match="arena must be"):
+        layout.views(arena[:, 1:])
+
+
+def test_format_bytes():
+    assert [format_bytes(n) for n in (5, 1536, 2 << 20, 3 << 40)] == ["5 B", "1.5 KiB", "2.0 MiB", "3072.0 GiB"]
