@@ -1,0 +1,61 @@
+"""PEFT's rules for which names a pattern means, as PEFT 0.21 applies them.
+
+Module names are those inside the base model: "model.layers.0.self_attn.q_proj".
+Patterns come from a file nobody has to trust, so each match has a time limit. Called by `peft_config`.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+
+import regex
+
+MATCH_SECONDS = 1.0  # a real pattern takes microseconds; one that backtracks for ever must not hold the loader
+
+
+class PatternError(ValueError):
+    """The pattern is not a valid regular expression, or takes for ever."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _compile(pattern: str) -> "regex.Pattern[str]":
+    try:
+        re.compile(pattern)  # what PEFT would accept
+        return regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as e:
+        raise PatternError(f"not a valid regular expression: {e}") from None
+
+
+def _match(pattern: str, name: str, whole: bool = False) -> "regex.Match[str] | None":
+    compiled = _compile(pattern)
+    try:
+        return (compiled.fullmatch if whole else compiled.match)(name, timeout=MATCH_SECONDS)
+    except TimeoutError:
+        raise PatternError("the regular expression takes too long") from None
+
+
+def pattern_key(patterns: Iterable[str], name: str) -> str | None:
+    """The first key of rank_pattern or alpha_pattern that means `name`: a regex for it or for a dotted tail of it."""
+    for key in patterns:
+        if _match(rf"(.*\.)?({key})$", name):
+            return key
+    return None
+
+
+def matches_modules(modules: str | Sequence[str], name: str) -> bool:
+    """target_modules / exclude_modules: a string is a regex for the whole name, a list names or dotted tails."""
+    if isinstance(modules, str):
+        return _match(modules, name, whole=True) is not None
+    return any(name == module or name.endswith(f".{module}") for module in modules)
+
+
+def layer_index(layers_pattern: Sequence[str], name: str) -> int | None:
+    """The layer of `name` as layers_to_transform counts it: the first number behind the pattern (or any name)."""
+    if not layers_pattern:
+        found = _match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+        return int(found["idx"]) if found else None
+    for pattern in layers_pattern:
+        found = _match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)
+        if found:
+            return int(found["idx"])
+    return None
