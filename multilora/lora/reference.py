@@ -1,0 +1,48 @@
+"""The executable specification of LoRA: what every backend must compute, written to be read.
+
+Slow on purpose: one segment, one adapter, one slice at a time, in float32 (float64 for float64).
+"""
+
+import torch
+
+from multilora.batch import LoraSegment
+from multilora.lora.table import LoraTable, Piece
+
+
+class ReferenceLora:
+    """The contract of `lora/base.py`, as a loop."""
+
+    name = "reference"
+
+    def __init__(self, table: LoraTable):
+        self._table = table
+        self._segments: tuple[LoraSegment, ...] = ()
+
+    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
+        self._segments = segments
+
+    def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+        for segment in self._segments:
+            rows = slice(segment.start, segment.end)
+            for place, weight in zip(segment.places, segment.weights, strict=True):
+                weights = self._table.site(place, site)
+                if weights is None:
+                    continue
+                a = gather(weights.a, weights.rank, x.shape[1])
+                for part in weights.b:
+                    width = max(p.col + p.weight.shape[1] for p in part.pieces)
+                    b = gather(part.pieces, part.rank, width)
+                    h = x[rows].to(b.dtype) @ a[part.first : part.first + part.rank].T  # [rows, rank]
+                    columns = slice(part.offset, part.offset + width)
+                    y[rows, columns] = (y[rows, columns].to(b.dtype) + weight * (h @ b)).to(y.dtype)
+
+
+def gather(pieces: tuple[Piece, ...], rank: int, width: int) -> torch.Tensor:
+    """The whole matrix [rank, width] from its pieces, in at least float32."""
+    weight = pieces[0].weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    matrix = torch.zeros(rank, width, dtype=dtype, device=weight.device)
+    for piece in pieces:
+        r, c = piece.weight.shape
+        matrix[piece.row : piece.row + r, piece.col : piece.col + c] = piece.weight
+    return matrix

@@ -1,0 +1,145 @@
+"""Every backend against the reference, over popularity x mixed ranks x odd sizes x dtype."""
+
+import pytest
+import torch
+
+from multilora.adapters.adapter import Adapter, LowRank
+from multilora.adapters.blocks import PackTarget, index_blocks, pack, ranks_of
+from multilora.batch import LoraSegment
+from multilora.errors import ConfigError
+from multilora.lora.backends import BACKENDS, make_lora_backend
+from multilora.lora.reference import ReferenceLora
+from multilora.lora.sites import LoraSite, LoraSlice
+from multilora.lora.table import LoraTable
+
+CPU = torch.device("cpu")
+
+
+def make_sites(hidden: int, q: int, kv: int, inter: int) -> tuple[LoraSite, ...]:
+    qkv = (LoraSlice("q_proj", 0, q), LoraSlice("k_proj", q, kv), LoraSlice("v_proj", q + kv, kv))
+    return (
+        LoraSite(0, 0, "qkv_proj", hidden, qkv),
+        LoraSite(1, 0, "o_proj", q, (LoraSlice("o_proj", 0, hidden),)),
+        LoraSite(2, 0, "down_proj", inter, (LoraSlice("down_proj", 0, hidden),)),
+    )
+
+
+def random_adapter(sites, ranks: dict[str, int], seed: int) -> Adapter:
+    g = torch.Generator().manual_seed(seed)
+    blocks = []
+    for site in sites:
+        for s in site.slices:
+            if r := ranks.get(s.module, 0):
+                a = torch.randn(r, site.in_features, generator=g) / site.in_features**0.5
+                b = torch.randn(r, s.out_features, generator=g) / r**0.5
+                blocks.append(LowRank(site.layer, s.module, a, b))
+    return Adapter(tuple(blocks), "test")
+
+
+class Bench:
+    """An arena with adapters at scattered pages."""
+
+    def __init__(self, sites, dtype, page_bytes, adapters):
+        self.target = PackTarget(sites, dtype, page_bytes)
+        packed = []
+        for adapter in adapters:
+            blocks = index_blocks(adapter)
+            layout = self.target.layout(ranks_of(blocks, sites))
+            buffer = torch.zeros(layout.num_pages, page_bytes, dtype=torch.uint8)
+            pack(blocks, self.target, layout, buffer)
+            packed.append((layout, buffer))
+        total = sum(layout.num_pages for layout, _ in packed) + 3
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
+        arena = torch.zeros(total, page_bytes, dtype=torch.uint8)
+        self.table = LoraTable(arena, dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
+        for place, (layout, buffer) in enumerate(packed):
+            pages = [order.pop() for _ in range(layout.num_pages)]
+            arena[pages] = buffer
+            self.table.install(place, layout, pages)
+
+
+def naive(y, x, site, adapters, segments):
+    """The formula itself, from the unpacked blocks."""
+    y = y.clone()
+    for segment in segments:
+        for place, weight in zip(segment.places, segment.weights, strict=True):
+            blocks = index_blocks(adapters[place])
+            for s in site.slices:
+                if block := blocks.get((site.layer, s.module)):
+                    delta = weight * (x[segment.start : segment.end] @ block.a.T) @ block.b
+                    y[segment.start : segment.end, s.offset : s.offset + s.out_features] += delta
+    return y
+
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+POPULARITY = {
+    "identical": [(0, 9, 0)],
+    "distinct": [(i, i + 1, i) for i in range(6)],
+    "uniform": [(0, 3, 0), (3, 6, 1), (6, 9, 2)],
+    "skewed": [(0, 7, 4), (7, 8, 1), (8, 9, 5)],
+    "some rows base": [(2, 3, 3), (5, 8, 0)],
+}
+RANKS = (1, 4, 8, 16, 64, 256)
+SIZES = {"round": (64, 64, 32, 128), "odd": (48, 40, 24, 104)}
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("page_bytes", [2048, 65536], ids=["cut panels", "whole panels"])
+def test_backend_equals_the_formula(backend, popularity, size, page_bytes):
+    torch.manual_seed(1)
+    sites = make_sites(*SIZES[size])
+    adapters = [random_adapter(sites, dict.fromkeys(ALL, rank), seed=rank) for rank in RANKS]
+    bench = Bench(sites, torch.float32, page_bytes, adapters)
+    lora = ReferenceLora(bench.table) if backend == "reference" else make_lora_backend(backend, bench.table, CPU)
+    segments = tuple(LoraSegment(s, e, (p,), (1.0,)) for s, e, p in POPULARITY[popularity])
+    lora.prepare(segments, 9)
+    for site in sites:
+        x, y = torch.randn(9, site.in_features), torch.randn(9, site.out_features)
+        want = naive(y, x, site, adapters, segments)
+        lora.apply(y, x, site.index)
+        torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_any_subset_of_targets_and_composition(backend):
+    torch.manual_seed(2)
+    sites = make_sites(64, 64, 32, 128)
+    adapters = [
+        random_adapter(sites, {"q_proj": 4, "v_proj": 20}, seed=1),
+        random_adapter(sites, {"k_proj": 8, "down_proj": 3}, seed=2),
+    ]
+    bench = Bench(sites, torch.float32, 4096, adapters)
+    lora = ReferenceLora(bench.table) if backend == "reference" else make_lora_backend(backend, bench.table, CPU)
+    segments = (LoraSegment(0, 2, (0,), (1.0,)), LoraSegment(2, 5, (0, 1), (0.7, -0.3)))
+    lora.prepare(segments, 5)
+    for site in sites:
+        x, y = torch.randn(5, site.in_features), torch.randn(5, site.out_features)
+        want = naive(y, x, site, adapters, segments)
+        lora.apply(y, x, site.index)
+        torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_the_reference(dtype):
+    torch.manual_seed(3)
+    sites = make_sites(64, 64, 32, 128)
+    adapters = [random_adapter(sites, dict.fromkeys(ALL, r), seed=r) for r in (4, 16, 64)]
+    bench = Bench(sites, dtype, 8192, adapters)
+    segments = tuple(LoraSegment(2 * i, 2 * i + 2, (i,), (1.0,)) for i in range(3))
+    backend, reference = make_lora_backend("torch", bench.table, CPU), ReferenceLora(bench.table)
+    for lora in (backend, reference):
+        lora.prepare(segments, 6)
+    for site in sites:
+        x, y = torch.randn(6, site.in_features).to(dtype), torch.randn(6, site.out_features).to(dtype)
+        want = y.clone()
+        backend.apply(y, x, site.index)
+        reference.apply(want, x, site.index)
+        error = (y - want).float().norm() / want.float().norm()
+        assert error < 3e-2 if dtype is torch.bfloat16 else error < 4e-3
+
+
+def test_unknown_backend_is_refused_by_name():
+    with pytest.raises(ConfigError, match="csgmv2"):
+        make_lora_backend("csgmv2", None, CPU)
