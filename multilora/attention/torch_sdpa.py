@@ -1,0 +1,179 @@
+"""Attention in plain torch: any device, any dtype. The specification for the faster backends.
+
+Requests with one new token (decode) are gathered into few padded calls, the others (prefill) go one by one.
+Grouped queries are not expanded: their heads become a dimension of the query. A page comes with whatever it held
+before, and a masked NaN is still a NaN, so the open end of a request's last page is zeroed when the page is begun.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+
+from multilora.batch import AttentionMeta
+
+KVViews = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """B requests of one new token each, padded to the pages of the longest."""
+
+    rows: torch.Tensor  # int64 [B], their rows of q
+    pages: torch.Tensor  # int64 [B, P], from the first visible page on; padding repeats the request's last one
+    mask: torch.Tensor  # bool [B, 1, 1, P · page_size], true: visible
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """One request with new tokens in rows [start, end)."""
+
+    start: int
+    end: int
+    pages: torch.Tensor | None  # int64 [P], from the first visible page on; None: nothing is cached yet
+    mask: torch.Tensor | None  # bool [q, keys]; None: plain causal over the new tokens
+
+
+class TorchAttention:
+    """The `torch` backend over the per-layer views of the arena, each [num_pages, page_size, kv_heads, head_dim]."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        kv_views: KVViews,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        sliding_window: int | None,
+    ):
+        self.kv_views = kv_views
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.scale = scale
+        self.window = sliding_window
+        self.page_size = kv_views[0][0].shape[1]
+        self._meta: AttentionMeta | None = None
+        self._begun: torch.Tensor | None = None  # int64 [n], pages begun in this step and not filled by it
+        self._decodes: list[_Decodes] = []
+        self._prefills: list[_Prefill] = []
+
+    def prepare(self, meta: AttentionMeta) -> None:
+        """See `AttentionBackend`. Builds the masks once; every layer uses them."""
+        starts = [0, *accumulate(meta.q_lens)]
+        single = [r for r, n in enumerate(meta.q_lens) if n == 1]
+        self._meta = meta
+        self._begun = self._begun_pages(meta)
+        self._decodes = [self._plan_decodes(meta, group, starts) for group in self._groups(meta, single)]
+        self._prefills = [self._plan_prefill(meta, r, starts[r]) for r, n in enumerate(meta.q_lens) if n > 1]
+
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `AttentionBackend`."""
+        assert self._meta is not None, "prepare() comes first"
+        k_pages, v_pages = self.kv_views[layer]
+        if self._begun is not None:
+            k_pages.index_fill_(0, self._begun, 0)
+            v_pages.index_fill_(0, self._begun, 0)
+        where = (self._meta.token_page, self._meta.token_slot)
+        k_pages.index_put_(where, k)
+        v_pages.index_put_(where, v)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for decodes in self._decodes:
+            out[decodes.rows] = self._decode(decodes, q[decodes.rows], k_pages, v_pages)
+        for p in self._prefills:
+            if p.pages is None:
+                keys, values = k[p.start : p.end], v[p.start : p.end]
+            else:
+                keys, values = k_pages[p.pages].flatten(0, 1), v_pages[p.pages].flatten(0, 1)
+            out[p.start : p.end] = self._prefill(q[p.start : p.end], keys, values, p.mask)
+        return out
+
+    # planning, once a step
+
+    def _begun_pages(self, meta: AttentionMeta) -> torch.Tensor | None:
+        found = []
+        for r, (q_len, kv_len) in enumerate(zip(meta.q_lens, meta.kv_lens, strict=True)):
+            slots_used = kv_len % self.page_size
+            if 0 < slots_used <= q_len:
+                found.append((r, kv_len // self.page_size))
+        if not found:
+            return None
+        requests, columns = torch.tensor(found, device=meta.page_table.device).unbind(1)
+        return meta.page_table[requests, columns]
+
+    def _first_page(self, meta: AttentionMeta, r: int) -> int:
+        """The first page that any new token of request r can see."""
+        if self.window is None:
+            return 0
+        first_query = meta.kv_lens[r] - meta.q_lens[r]
+        return max(0, first_query - self.window + 1) // self.page_size
+
+    def _num_pages(self, meta: AttentionMeta, r: int) -> int:
+        return -(-meta.kv_lens[r] // self.page_size) - self._first_page(meta, r)
+
+    def _groups(self, meta: AttentionMeta, requests: list[int]) -> Iterator[list[int]]:
+        """Requests of similar length: padding at most doubles what a group reads."""
+        lengths = {r: self._num_pages(meta, r) for r in requests}
+        group: list[int] = []
+        for r in sorted(requests, key=lambda r: (-lengths[r], r)):
+            if group and 2 * lengths[r] < lengths[group[0]]:
+                yield group
+                group = []
+            group.append(r)
+        if group:
+            yield group
+
+    def _visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Bool mask from absolute positions, which broadcast against each other."""
+        seen = key <= query
+        return seen if self.window is None else seen & (key > query - self.window)
+
+    def _plan_decodes(self, meta: AttentionMeta, group: list[int], starts: list[int]) -> _Decodes:
+        device = meta.page_table.device
+        width = self._num_pages(meta, group[0])  # the longest comes first
+        table = torch.tensor(
+            [(starts[r], r, self._first_page(meta, r), meta.kv_lens[r] - 1) for r in group], device=device
+        )
+        rows, requests, first, query = table.unbind(1)  # each [B]
+        columns = first[:, None] + torch.arange(width, device=device)
+        columns = columns.minimum((query // self.page_size)[:, None])  # never another request's page
+        key = first[:, None] * self.page_size + torch.arange(width * self.page_size, device=device)
+        mask = self._visible(query[:, None], key)
+        return _Decodes(rows, meta.page_table[requests[:, None], columns], mask[:, None, None, :])
+
+    def _plan_prefill(self, meta: AttentionMeta, r: int, start: int) -> _Prefill:
+        device = meta.page_table.device
+        q_len, kv_len = meta.q_lens[r], meta.kv_lens[r]
+        query = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
+        if q_len == kv_len:
+            unbounded = self.window is None or self.window >= kv_len
+            mask = None if unbounded else self._visible(query, query[:, 0])
+            return _Prefill(start, start + q_len, None, mask)
+        first = self._first_page(meta, r)
+        pages = meta.page_table[r, first : first + self._num_pages(meta, r)]
+        key = torch.arange(pages.shape[0] * self.page_size, device=device) + first * self.page_size
+        return _Prefill(start, start + q_len, pages, self._visible(query, key))
+
+    # arithmetic, once a layer
+
+    def _decode(self, plan: _Decodes, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
+        """q: [B, heads, head_dim]. The query heads of one KV head stand where query tokens usually do."""
+        grouped = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, kv_heads, group, head_dim]
+        keys = k_pages[plan.pages].flatten(1, 2).transpose(1, 2)  # [B, kv_heads, keys, head_dim]
+        values = v_pages[plan.pages].flatten(1, 2).transpose(1, 2)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask, scale=self.scale)
+        return out.reshape(q.shape)
+
+    def _prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """q: [q, heads, head_dim]; k, v: [keys, kv_heads, head_dim]. KV heads are the batch, the group its heads."""
+        grouped = q.unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, q, head_dim]
+        keys = k.transpose(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1)  # [kv_heads, group, keys, head_dim]
+        values = v.transpose(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1)
+        out = F.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
+        return out.permute(2, 0, 1, 3).flatten(1, 2)

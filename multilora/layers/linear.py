@@ -1,0 +1,39 @@
+"""The linear layer of every model, one matrix even where PEFT sees several (q, k and v; gate and up).
+
+The ONE place where LoRA enters. It knows its site, not who uses it: the backend, prepared for this step, does.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from multilora.layers.context import ForwardContext
+from multilora.lora.sites import LoraSite
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b, then the step's adapters in place. Shapes come from the site."""
+
+    def __init__(self, site: LoraSite, *, bias: bool, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.site = site
+        weight = torch.empty(site.out_features, site.in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # [out, in]
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(site.out_features, device=device, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """x: [tokens, in_features], contiguous. Returns [tokens, out_features]."""
+        y = F.linear(x, self.weight, self.bias)
+        if ctx.lora is not None:
+            ctx.lora.apply(y, x, self.site.index)
+        return y
+
+    def parts(self) -> dict[str, dict[str, torch.Tensor]]:
+        """PEFT's (and the checkpoint's) module name → parameter name → the rows of ours that belong to it."""
+        found = {}
+        for s in self.site.slices:
+            rows = slice(s.offset, s.offset + s.out_features)
+            found[s.module] = {name: param[rows] for name, param in self.named_parameters()}
+        return found
