@@ -1,0 +1,156 @@
+"""What a base model is, as plain numbers: read from its transformers config, checked, frozen.
+
+Everything that would be computed wrongly is refused here, by name, before any weight is fetched.
+What differs between families (biases, head norms, windows) comes in from the family's file.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from multilora.errors import ConfigError, ModelUnsupported
+from multilora.layers.rotary import Rope
+
+logger = logging.getLogger(__name__)
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One base model as this process runs it: `dtype` and `context_length` are the ones in use."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: Rope
+    context_length: int
+    dtype: torch.dtype
+    eos_token_ids: tuple[int, ...]
+    tie_word_embeddings: bool
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+def model_config(
+    hf: Any,
+    *,
+    generation: GenerationConfig | None,
+    family: dict[str, Any],
+    context_length: int | None,
+    dtype: torch.dtype,
+) -> ModelConfig:
+    """Our config from transformers' one. `family`: the fields that the model's class derives (see `llama.settings`).
+
+    Raises ModelUnsupported naming the field that is not served, ConfigError for a context beyond the model's.
+    """
+    refuse_unsupported(hf)
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return ModelConfig(
+        architecture=hf.architectures[0],
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=head_dim,
+        rms_norm_eps=hf.rms_norm_eps,
+        rope=rope_of(hf, head_dim),
+        context_length=choose_context(hf, context_length),
+        dtype=dtype,
+        eos_token_ids=eos_ids(hf, generation),
+        tie_word_embeddings=hf.tie_word_embeddings,
+        **family,
+    )
+
+
+def refuse_unsupported(hf: Any) -> None:
+    """Raise ModelUnsupported for any setting that this code would silently compute wrongly."""
+    rope = hf.rope_parameters or {}
+    wrong = {
+        "quantization_config": getattr(hf, "quantization_config", None),
+        "hidden_act": hf.hidden_act if hf.hidden_act not in ("silu", "swish") else None,
+        "pretraining_tp": hf.pretraining_tp if (getattr(hf, "pretraining_tp", None) or 1) > 1 else None,
+        "rope_parameters.rope_type": rope.get("rope_type") if rope.get("rope_type") not in ROPE_TYPES else None,
+        "partial_rotary_factor": rope.get("partial_rotary_factor")
+        if (rope.get("partial_rotary_factor") or 1.0) != 1.0
+        else None,
+    }
+    if "rope_type" not in rope:
+        wrong["rope_parameters"] = rope or "missing"
+    for field, value in wrong.items():
+        if value is not None:
+            raise ModelUnsupported(f"{hf.architectures[0]} with {field} = {value!r} is not supported")
+    if hf.num_attention_heads % hf.num_key_value_heads:
+        raise ModelUnsupported(
+            f"num_attention_heads = {hf.num_attention_heads} is no multiple of "
+            f"num_key_value_heads = {hf.num_key_value_heads}"
+        )
+
+
+def rope_of(hf: Any, head_dim: int) -> Rope:
+    """The frequencies under the checkpoint's scaling rule, by transformers' own functions."""
+    rule = hf.rope_parameters["rope_type"]
+    if rule == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return Rope(tuple((1.0 / hf.rope_parameters["rope_theta"] ** exponents).tolist()))
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[rule](hf, torch.device("cpu"))
+    return Rope(tuple(inv_freq.tolist()), float(scale))
+
+
+def choose_context(hf: Any, asked: int | None) -> int:
+    """The context length in tokens: what was asked for, if the positions are defined that far, else the model's."""
+    own = int(hf.max_position_embeddings)
+    if asked is None:
+        return own
+    rope = hf.rope_parameters
+    stretched = 0
+    if rope["rope_type"] in ("linear", "yarn"):
+        stretched = int(rope["factor"] * rope.get("original_max_position_embeddings", own))
+    if asked > max(own, stretched):
+        raise ConfigError(f"--context-length {asked} is more than the model's {max(own, stretched)}")
+    return asked
+
+
+def uniform_window(hf: Any) -> int | None:
+    """The sliding window of a model whose layers all have the same one, or none. Mixed layers are refused."""
+    kinds = set(getattr(hf, "layer_types", None) or ())
+    if not kinds or kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        raise ModelUnsupported(
+            f"{hf.architectures[0]} with layer_types of {', '.join(sorted(kinds))} is not supported: "
+            "all layers must have the same kind of attention"
+        )
+    return int(hf.sliding_window)
+
+
+def eos_ids(hf: Any, generation: GenerationConfig | None) -> tuple[int, ...]:
+    """Every token id that ends a text, by generation_config.json and by config.json, in that order."""
+    found: list[int] = []
+    for source in (generation, hf):
+        value = getattr(source, "eos_token_id", None)
+        found += [value] if isinstance(value, int) else value or []
+    return tuple(dict.fromkeys(found))

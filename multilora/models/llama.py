@@ -1,0 +1,126 @@
+"""Llama 2 and 3.x, and the frame of the families that resemble it (their files say what differs).
+
+Attributes are named as in the checkpoint, so that `weights.py` finds its way by name.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from multilora.batch import ForwardBatch
+from multilora.layers.activation import silu_and_mul
+from multilora.layers.attention import SelfAttention
+from multilora.layers.context import ForwardContext
+from multilora.layers.embedding import Embedding, LMHead
+from multilora.layers.linear import Linear
+from multilora.layers.norm import RMSNorm
+from multilora.layers.rotary import Rotary
+from multilora.lora.sites import LoraSite
+from multilora.memory.kv_layout import KVLayout
+from multilora.models.config import ModelConfig
+from multilora.models.sites import decoder_sites
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x)), gate and up merged."""
+
+    def __init__(self, gate_up_proj: Linear, down_proj: Linear):
+        super().__init__()
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x, ctx)), ctx)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, sites: tuple[LoraSite, ...], device: torch.device):
+        super().__init__()
+        kind: dict[str, Any] = {"device": device, "dtype": config.dtype}
+        qkv, o, gate_up, down = sites
+        head_norms = {}
+        if config.qk_norm:
+            head_norms = {n: RMSNorm(config.head_dim, config.rms_norm_eps, **kind) for n in ("q_norm", "k_norm")}
+        self.self_attn = SelfAttention(
+            layer,
+            config.head_dim,
+            Linear(qkv, bias=config.qkv_bias, **kind),
+            Linear(o, bias=config.o_bias, **kind),
+            **head_norms,
+        )
+        self.mlp = MLP(Linear(gate_up, bias=config.mlp_bias, **kind), Linear(down, bias=config.mlp_bias, **kind))
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        ctx: ForwardContext,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, residual: [tokens, hidden]. Their sum is the layer's input, and that of the results its output."""
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, rope, ctx)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x, ctx), residual
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig, sites: tuple[LoraSite, ...], device: torch.device):
+        super().__init__()
+        kind: dict[str, Any] = {"device": device, "dtype": config.dtype}
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **kind)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, tuple(s for s in sites if s.layer == layer), device)
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
+        self.rotary = Rotary(config.rope, config.context_length, device)
+
+    def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> torch.Tensor:
+        x = self.embed_tokens(batch.input_ids)
+        rope = self.rotary(batch.positions)
+        residual: torch.Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, rope, ctx)
+        return self.norm.add(x, residual)[0]
+
+
+class LlamaForCausalLM(nn.Module):
+    """A decoder with a language-model head. Weights are allocated, not filled: see `weights.py`."""
+
+    def __init__(self, config: ModelConfig, device: torch.device):
+        super().__init__()
+        self.config = config
+        self.device = device
+        self._sites = decoder_sites(config)
+        self.model = Decoder(config, self._sites, device)
+        self.lm_head = LMHead(
+            config.vocab_size,
+            config.hidden_size,
+            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+            device=device,
+            dtype=config.dtype,
+        )
+
+    @classmethod
+    def settings(cls, hf: Any) -> dict[str, Any]:
+        """The fields of ModelConfig that this family derives from the transformers config in its own way."""
+        return {"qkv_bias": hf.attention_bias, "o_bias": hf.attention_bias, "mlp_bias": hf.mlp_bias}
+
+    def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> torch.Tensor:
+        """Write the new tokens' k and v, return their hidden rows after the final norm, [tokens, hidden]."""
+        return self.model(batch, ctx)
+
+    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        """hidden_rows: [rows, hidden]. Returns fp32 [rows, vocab]."""
+        return self.lm_head(hidden_rows)
+
+    def lora_sites(self) -> tuple[LoraSite, ...]:
+        return self._sites
+
+    def kv_layout(self, page_size: int) -> KVLayout:
+        config = self.config
+        return KVLayout(config.num_layers, page_size, config.num_kv_heads, config.head_dim, config.dtype)

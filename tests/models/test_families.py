@@ -1,0 +1,153 @@
+"""Every family against transformers, in fp32: full and chunked prefill, decode, and steps that mix them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from multilora.attention import make_attention
+from multilora.batch import AttentionMeta, ForwardBatch
+from multilora.layers.context import ForwardContext
+from multilora.models.llama import LlamaForCausalLM
+from multilora.models.load import load_model
+from multilora.testing import make_tiny_model
+
+CPU = torch.device("cpu")
+PAGE = 4
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "llama-gqa": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-sharded": ("llama", {"max_shard_size": "60KB"}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("llama", {"head_dim": 24}),
+    "llama3-rope": ("llama3", {}),
+    "llama-linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama-yarn-rope": ("llama", {"rope_parameters": YARN}),
+    "mistral-window": ("mistral", {}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-tied-bias": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+}
+
+
+@dataclass
+class Sequence:
+    tokens: list[int]
+    pages: list[int] = field(default_factory=list)
+    done: int = 0
+
+
+class Driver:
+    """Runs a model step by step over a small arena whose pages are handed out in a scrambled order."""
+
+    def __init__(self, model: LlamaForCausalLM, num_pages: int = 64):
+        config = model.config
+        layout = model.kv_layout(PAGE)
+        arena = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8)
+        views = layout.views(arena)
+        for k, v in views:  # whatever was there before must not matter
+            k.fill_(torch.nan)
+            v.fill_(torch.nan)
+        self.model = model
+        self.free = [(7 * i + 3) % num_pages for i in range(num_pages)]
+        self.attention = make_attention(
+            "torch",
+            kv_views=views,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            sliding_window=config.sliding_window,
+        )
+
+    @torch.inference_mode()
+    def step(self, work: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
+        """Compute the next n tokens of each sequence; returns their logits, [n, vocab] each."""
+        ids, positions, pages, slots = [], [], [], []
+        for seq, n in work:
+            while len(seq.pages) * PAGE < seq.done + n:
+                seq.pages.append(self.free.pop())
+            span = range(seq.done, seq.done + n)
+            ids += seq.tokens[seq.done : seq.done + n]
+            positions += list(span)
+            pages += [seq.pages[p // PAGE] for p in span]
+            slots += [p % PAGE for p in span]
+            seq.done += n
+        width = max(len(seq.pages) for seq, _ in work)
+        table = [seq.pages + [0] * (width - len(seq.pages)) for seq, _ in work]
+        lens = [n for _, n in work]
+        meta = AttentionMeta(
+            tuple(lens), tuple(seq.done for seq, _ in work), *map(torch.tensor, (table, pages, slots))
+        )
+        batch = ForwardBatch(torch.tensor(ids), torch.tensor(positions), meta, (), torch.arange(len(ids)))
+        self.attention.prepare(meta)
+        hidden = self.model(batch, ForwardContext(self.attention, None))
+        return list(self.model.logits(hidden).split(lens))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LlamaForCausalLM]:
+    family, overrides = CASES[request.param]
+    path: Path = tmp_path_factory.mktemp(request.param)
+    reference = make_tiny_model(path, family, **overrides)
+    model, _ = load_model(str(path), device=CPU)
+    return reference, model
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 101, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def expected(reference: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return reference(torch.tensor([tokens])).logits[0]
+
+
+def check(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+def test_full_prefill(pair: tuple[Any, LlamaForCausalLM]) -> None:
+    reference, model = pair
+    tokens = prompt(41)
+    [got] = Driver(model).step([(Sequence(tokens), 41)])
+    check(got, expected(reference, tokens))
+
+
+@pytest.mark.parametrize("chunks", [(4, 8, 16, 13), (1, 40), (7, 1, 1, 2, 30), (39, 2)])
+def test_chunked_prefill(pair: tuple[Any, LlamaForCausalLM], chunks: tuple[int, ...]) -> None:
+    reference, model = pair
+    driver, seq = Driver(model), Sequence(prompt(41))
+    got = torch.cat([driver.step([(seq, n)])[0] for n in chunks])
+    check(got, expected(reference, seq.tokens))
+
+
+def test_token_by_token(pair: tuple[Any, LlamaForCausalLM]) -> None:
+    reference, model = pair
+    driver, seq = Driver(model), Sequence(prompt(30))
+    got = torch.cat([driver.step([(seq, 1)])[0] for _ in range(30)])
+    check(got, expected(reference, seq.tokens))
+
+
+def test_mixed_batches(pair: tuple[Any, LlamaForCausalLM]) -> None:
+    """Decode and prefill of sequences of very different lengths in one step, pages interleaved."""
+    reference, model = pair
+    driver = Driver(model)
+    seqs = [Sequence(prompt(n, seed=n)) for n in (50, 9, 33, 17)]
+    plan = [(20, 1, 0, 5), (1, 1, 8, 1), (10, 0, 1, 1), (1, 1, 1, 1), (1, 1, 20, 1), (17, 5, 3, 8)]
+    got: list[list[torch.Tensor]] = [[] for _ in seqs]
+    for counts in plan:
+        work = [(i, n) for i, n in enumerate(counts) if n]
+        for (i, _), logits in zip(work, driver.step([(seqs[i], n) for i, n in work]), strict=True):
+            got[i].append(logits)
+    for seq, parts in zip(seqs, got, strict=True):
+        check(torch.cat(parts), expected(reference, seq.tokens)[: seq.done])
