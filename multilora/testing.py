@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 TINY_SIZES = {
@@ -64,4 +65,31 @@ def make_tiny_model(
             weight.data.normal_(mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.2)
     model.eval()
     model.save_pretrained(path, max_shard_size=max_shard_size)
+    return model
+
+
+def make_adapter(
+    path: str | Path, model_path: str | Path, *, seed: int = 0, dtype: str = "float32", **config: Any
+) -> PeftModel:
+    """Write a random LoRA adapter for the model in `model_path` to directory `path`, saved by PEFT itself.
+
+    `config` are the fields of PEFT's LoraConfig; lora_A and lora_B are random, so that the adapter changes the output.
+    Returns PEFT's model with the adapter on it, in eval mode; its adapter weights have the values that were saved.
+    """
+    import warnings
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own, about transformers' deprecations and unusual configs
+        torch.manual_seed(seed)
+        model = get_peft_model(base, LoraConfig(**config), autocast_adapter_dtype=False)
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.data = torch.randn_like(weight, dtype=torch.float32).mul_(0.3).to(getattr(torch, dtype))
+        model.save_pretrained(str(path))
+    model.eval()
     return model
