@@ -1,14 +1,45 @@
 """The tokenizer: text to ids and back, chat templates.
 
-Owns the transformers tokenizer. Knows nothing of requests, models or HTTP. Called by the server and by `LLM`.
+Owns the transformers tokenizer and the facts that the streaming detokenizer needs of it. Knows nothing of requests,
+models or HTTP. Called by the server and by `LLM`.
 """
 
+import inspect
+import json
+import logging
+import os
 from typing import Any
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from multilora.errors import BadRequest, ConfigError
+
+logger = logging.getLogger(__name__)
+
+# what a template, run over a client's messages, may raise
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class Tokenizer:
-    eos_token_id: int | None
-    vocab_size: int
+    """eos_token_id: the tokenizer's own (a model may have more); vocab_size: with added tokens;
+    special_ids: what `skip_special_tokens` leaves out."""
+
+    def __init__(self, hf: PreTrainedTokenizerFast):
+        self.hf = hf
+        self.eos_token_id: int | None = hf.eos_token_id
+        self.vocab_size: int = len(hf)
+        self.special_ids = frozenset(i for i, token in hf.added_tokens_decoder.items() if token.special)
+        self._token_texts: dict[int, str] = {}
+        self._reserved = frozenset(inspect.signature(hf.apply_chat_template).parameters) - {"documents"}
 
     @classmethod
     def load(
@@ -19,10 +50,24 @@ class Tokenizer:
         trust_remote_code: bool = False,
         chat_template: str | None = None,
     ) -> "Tokenizer":
-        raise NotImplementedError
+        """From a directory or a hub repository. `chat_template`: a file, or the template itself. Raises ConfigError."""
+        try:
+            hf = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as e:
+            raise ConfigError(f"no tokenizer could be loaded from {path!r}: {e}") from e
+        if not hf.is_fast:
+            raise ConfigError(f"the tokenizer of {path!r} ({type(hf).__name__}) has no fast version (tokenizer.json)")
+        if chat_template is not None:
+            hf.chat_template = _read_template(chat_template)
+        return cls(hf)
 
     def encode(self, text: str) -> list[int]:
-        raise NotImplementedError
+        """With the special tokens that the tokenizer adds; a BOS that the text itself begins with is not doubled."""
+        ids: list[int] = self.hf.encode(text)
+        bos = self.hf.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos] and text.startswith(self.hf.bos_token):
+            return ids[1:]
+        return ids
 
     def encode_chat(
         self,
@@ -33,12 +78,61 @@ class Tokenizer:
         continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> list[int]:
-        raise NotImplementedError
+        """Render the chat template, which writes its own special tokens, and tokenize. Raises BadRequest."""
+        if not self.hf.chat_template:
+            raise BadRequest("the model has no chat template; start with --chat-template or use completions")
+        if reserved := self._reserved & set(template_kwargs):
+            raise BadRequest(f"{sorted(reserved)[0]!r} cannot be given to the chat template")
+        try:
+            text = self.hf.apply_chat_template(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **template_kwargs,
+            )
+        except _TEMPLATE_ERRORS as e:
+            raise BadRequest(f"the chat template refused the messages: {e}", param="messages") from e
+        ids: list[int] = self.hf.encode(text, add_special_tokens=False)
+        return ids
 
     def decode(
         self, ids: list[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
-        raise NotImplementedError
+        """Exactly the tokens' text: no clean-up of spaces. (Fast tokenizers ignore `spaces_between_special_tokens`.)"""
+        text: str = self.hf.decode(
+            ids,
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        return text
 
     def token_text(self, token_id: int) -> str:
-        raise NotImplementedError
+        """The token's text within a text (with the space that some tokenizers drop at the beginning of one)."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            alone = self.decode([token_id], skip_special_tokens=False)
+            twice = self.decode([token_id, token_id], skip_special_tokens=False)
+            text = twice[len(alone) :] if twice.startswith(alone) else alone
+            self._token_texts[token_id] = text
+        return text
+
+
+def _read_template(value: str) -> str:
+    """A chat template given as text (it has Jinja's braces), as a file, or as a JSON string in a file."""
+    if "{" in value or "\n" in value:
+        return value
+    if not os.path.isfile(value):
+        raise ConfigError(f"--chat-template: {value!r} is neither a file nor a template")
+    with open(value, encoding="utf-8") as file:
+        text = file.read()
+    if value.endswith(".json"):
+        template = json.loads(text)
+        if isinstance(template, dict):
+            template = template.get("chat_template")
+        if not isinstance(template, str):
+            raise ConfigError(f"--chat-template: {value!r} holds no chat template")
+        return template
+    return text
