@@ -1,0 +1,64 @@
+# One vocabulary for a person and CI. Every target sets up what it needs.
+#
+#   make setup       the environment only: .venv with the package and everything the tests need
+#   make demo        start the real server on the bundled model, run the documentation's examples, print the answers
+#   make serve       the server, until Ctrl-C;          ARGS="--port 8000 --lora-paths …"
+#   make check       format, lint, types, layer order
+#   make test        the tests (CPU, minutes);          ARGS="-k scheduler"
+#   make test-slow   the long ones
+#   make test-gpu    those that need a CUDA device
+#   make bench       benchmarks;                        ARGS="--help"
+#
+# PYTHON       the interpreter that .venv is made with, 3.11 or newer
+# TORCH_INDEX  where torch comes from, for example https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve check test test-slow test-gpu bench clean
+
+help:
+	@sed -n 's/^#  *make /make /p' Makefile
+
+setup: $(READY)
+
+# torch goes first and alone, so that nothing else that wants it can pull another build.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is too old: 3.11 or newer is needed (make PYTHON=python3.12 …)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py $(ARGS)
+
+serve: $(READY)
+	$(BIN)/multilora serve $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_layers.py
+
+test: $(READY)
+	$(BIN)/pytest -q -m 'not slow and not gpu' $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/pytest -q -m slow $(ARGS)
+
+test-gpu: $(READY)
+	$(BIN)/pytest -q -m gpu $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m bench $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

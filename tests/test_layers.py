@@ -1,0 +1,220 @@
+"""The architecture as a test: imports go down only, and the rules about size, docstrings, torch and print.
+
+Everything is read from the source, nothing is imported, so an import inside a function or under TYPE_CHECKING counts.
+The rules are functions of a folder; the last tests hold them against small wrong packages, to see them fail.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(importlib.util.find_spec("multilora").submodule_search_locations[0])
+
+# Top to bottom. A unit is a sub-package or a module of the package's root; units of one row do not import each other,
+# except in the last row.
+LAYERS = [
+    {"__main__"},
+    {"cli", "llm", "testing"},
+    {"cli_compat", "cluster"},
+    {"server"},
+    {"text"},
+    {"engine"},
+    {"adapters"},
+    {"models"},
+    {"layers"},
+    {"attention", "lora"},
+    {"memory", "distributed"},
+    {"__init__", "batch", "config", "demo", "errors", "logs", "options", "params"},
+]
+LEVEL = {unit: len(LAYERS) - i for i, row in enumerate(LAYERS) for unit in row}
+BASE = LAYERS[-1]
+
+# Looked up on first use, so that `import multilora` stays light.
+ALLOWED_UPWARD = {("__init__.py", "llm")}
+
+NO_TORCH = ("server/", "engine/client.py", "engine/messages.py")
+MAX_LINES = 400
+
+
+@dataclass(frozen=True)
+class Module:
+    path: str  # "engine/scheduler.py"
+    source: str
+    tree: ast.Module
+
+    @property
+    def unit(self) -> str:
+        return self.path.partition("/")[0].removesuffix(".py")
+
+
+def modules(root: Path) -> list[Module]:
+    files = sorted(root.rglob("*.py"))
+    sources = [(file.relative_to(root).as_posix(), file.read_text()) for file in files]
+    return [Module(path, source, ast.parse(source)) for path, source in sources]
+
+
+def imports(module: Module, root: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import in the file, wherever it stands."""
+    package = [root.name, *module.path.split("/")[:-1]]
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{name}.{alias.name}") for alias in node.names)
+
+
+def unit_of(name: str, root: Path) -> str | None:
+    """Which unit of the package a dotted name belongs to; None: it is not ours."""
+    parts = name.split(".")
+    if parts[0] != root.name:
+        return None
+    if len(parts) > 1 and ((root / parts[1]).is_dir() or (root / f"{parts[1]}.py").exists()):
+        return parts[1]
+    return "__init__"  # a name defined by the package itself
+
+
+def upward_imports(root: Path) -> list[str]:
+    found = []
+    for module in modules(root):
+        for line, name in imports(module, root):
+            unit = unit_of(name, root)
+            if unit is None or unit == module.unit or (module.path, unit) in ALLOWED_UPWARD:
+                continue
+            both_base = {unit, module.unit} <= BASE
+            if LEVEL.get(unit, 0) >= LEVEL.get(module.unit, 0) and not both_base:
+                found.append(f"{module.path}:{line}: {module.unit} must not import {name}")
+    return found
+
+
+def unknown_units(root: Path) -> list[str]:
+    return sorted({m.unit for m in modules(root)} - LEVEL.keys())
+
+
+def cycles(root: Path) -> list[str]:
+    """Units that reach themselves. What ALLOWED_UPWARD lists is no edge."""
+    edges: dict[str, set[str]] = {}
+    for module in modules(root):
+        units = {unit_of(name, root) for _, name in imports(module, root)} - {None, module.unit}
+        edges.setdefault(module.unit, set()).update(u for u in units if (module.path, u) not in ALLOWED_UPWARD)
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = list(edges.get(start, ()))
+        while todo:
+            unit = todo.pop()
+            if unit not in seen:
+                seen.add(unit)
+                todo.extend(edges.get(unit, ()))
+        return seen
+
+    return sorted(unit for unit in edges if unit in reachable(unit))
+
+
+def torch_imports(root: Path) -> list[str]:
+    return [
+        f"{module.path}:{line}: imports {name}"
+        for module in modules(root)
+        if module.path.startswith(NO_TORCH)
+        for line, name in imports(module, root)
+        if name.split(".")[0] == "torch"
+    ]
+
+
+def without_docstring(root: Path) -> list[str]:
+    return [module.path for module in modules(root) if not ast.get_docstring(module.tree)]
+
+
+def prints(root: Path) -> list[str]:
+    return [
+        f"{module.path}:{node.lineno}"
+        for module in modules(root)
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+
+
+def too_long(root: Path) -> list[str]:
+    counts = {module.path: len(module.source.splitlines()) for module in modules(root)}
+    return [f"{path}: {count} lines" for path, count in counts.items() if count > MAX_LINES]
+
+
+RULES = [upward_imports, unknown_units, cycles, torch_imports, without_docstring, prints, too_long]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_package_obeys(rule):
+    assert rule(PACKAGE) == []
+
+
+def test_there_is_something_to_check():
+    assert {"engine/messages.py", "errors.py", "__init__.py"} <= {m.path for m in modules(PACKAGE)}
+
+
+def wrong_package(tmp_path: Path, **files: str) -> Path:
+    """A package named `multilora` of these files; `__` in a name stands for a folder."""
+    root = tmp_path / "multilora"
+    for name, source in {"errors": '"""E."""', **files}.items():
+        path = root / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return root
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import multilora.engine.engine",
+        "from multilora.engine import engine",
+        "from multilora import engine",
+        "from ..engine.engine import Engine",
+        "from .. import engine",
+        "def f():\n    from multilora.engine.engine import Engine",
+        "if TYPE_CHECKING:\n    from multilora.engine.engine import Engine",
+    ],
+)
+def test_an_import_upwards_is_found(tmp_path, source):
+    root = wrong_package(tmp_path, memory__pool=f'"""M."""\n{source}\n', engine__engine='"""E."""')
+    (found,) = upward_imports(root)
+    assert found.startswith("memory/pool.py:")
+    assert "memory must not import multilora.engine" in found
+
+
+def test_imports_downwards_and_of_others_are_fine(tmp_path):
+    source = "import torch\nfrom multilora.memory import pool\nfrom .request import Request\nfrom ..errors import E\n"
+    root = wrong_package(tmp_path, engine__engine=source, engine__request="", memory__pool="")
+    assert upward_imports(root) == []
+
+
+def test_neighbours_must_not_import_each_other(tmp_path):
+    root = wrong_package(tmp_path, lora__a="from multilora.attention import b", attention__b="")
+    assert upward_imports(root) == ["lora/a.py:1: lora must not import multilora.attention.b"]
+
+
+def test_base_files_must_not_import_packages(tmp_path):
+    root = wrong_package(tmp_path, config="from multilora.memory.pool import Pool", memory__pool="")
+    assert upward_imports(root) == ["config.py:1: config must not import multilora.memory.pool.Pool"]
+
+
+def test_cycle_is_found(tmp_path):
+    root = wrong_package(tmp_path, config="from multilora.batch import B", batch="from multilora.config import C")
+    assert cycles(root) == ["batch", "config"]
+
+
+def test_the_other_rules_can_fail(tmp_path):
+    root = wrong_package(
+        tmp_path,
+        server__app='"""S."""\nimport torch.nn',
+        engine__client="def f():\n    from torch import nn\n    print(1)\n",
+        surprise='"""S."""\n' + "\n" * MAX_LINES,
+    )
+    assert torch_imports(root) == ["engine/client.py:2: imports torch.nn", "server/app.py:2: imports torch.nn"]
+    assert prints(root) == ["engine/client.py:3"]
+    assert without_docstring(root) == ["engine/client.py"]
+    assert too_long(root) == [f"surprise.py: {MAX_LINES + 1} lines"]
+    assert unknown_units(root) == ["surprise"]
