@@ -1,16 +1,26 @@
 """The one configuration: frozen, read once from the command line or `LLM(...)`, passed down, never written to.
 
-Field names are the flags' names with underscores; `multilora serve --help` shows the same descriptions.
+Field names are the flags' names with underscores; `multilora serve --help` shows the descriptions below.
 Sizes that follow from it (arena pages, context length, …) are values that others return, not fields here.
 """
 
 import dataclasses
 import difflib
 import json
+import logging
 from dataclasses import dataclass
+from functools import partial
+from types import NoneType
 from typing import Any, Literal
 
 from multilora.errors import ConfigError
+from multilora.options import option, options_of, parse_size
+
+logger = logging.getLogger(__name__)
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
 @dataclass(frozen=True)
@@ -26,166 +36,185 @@ class LoraPath:
         """`PATH`, `NAME=PATH` (split at the first `=`), a JSON object, or a dict. Raises ConfigError."""
         if isinstance(value, LoraPath):
             return value
-        if isinstance(value, str) and value.lstrip().startswith("{"):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as e:
-                raise ConfigError(f"--lora-paths: {value!r} is not valid JSON: {e}") from None
         if isinstance(value, str):
-            name, eq, path = value.partition("=")
-            if not name or (eq and not path):
-                raise ConfigError(f"--lora-paths: {value!r}: expected PATH, NAME=PATH or a JSON object")
-            return cls(name, path if eq else name)
+            value = _read_lora_path(value.strip())
         if not isinstance(value, dict):
             raise ConfigError(f"--lora-paths: {value!r}: expected PATH, NAME=PATH or a JSON object")
         unknown = set(value) - {"lora_name", "lora_path", "pinned"}
         if unknown:
             raise ConfigError(f"--lora-paths: unknown field {sorted(unknown)[0]!r}")
-        fields = (value.get("lora_name"), value.get("lora_path"), value.get("pinned", False))
-        if [type(f) for f in fields] != [str, str, bool] or not fields[0]:
+        name, path, pinned = value.get("lora_name"), value.get("lora_path"), value.get("pinned", False)
+        if not (isinstance(name, str) and isinstance(path, str) and isinstance(pinned, bool) and name and path):
             raise ConfigError('--lora-paths: expected {"lora_name": str, "lora_path": str, "pinned": bool}')
-        return cls(*fields)
+        return cls(name, path, pinned)
 
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA_BACKENDS = ("auto", "torch", "triton", "csgmv", "flashinfer")
-EVICTION_POLICIES = ("lru", "fifo", "cost")
+def _read_lora_path(text: str) -> Any:
+    if text.startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ConfigError(f"--lora-paths: {text!r} is not valid JSON: {e}") from None
+    name, eq, path = text.partition("=")
+    if not name or (eq and not path):
+        raise ConfigError(f"--lora-paths: {text!r}: expected PATH, NAME=PATH or a JSON object")
+    return {"lora_name": name, "lora_path": path if eq else name}
+
+
+_model = partial(option, group="base model")
+_adapters = partial(option, group="adapters")
+_memory = partial(option, group="memory and batching")
+_server = partial(option, group="server")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that can be set. `None` means: no limit, or chosen by the engine and logged."""
 
-    # the base model
-    model_path: str | None = None  # None: the bundled demo model
-    tokenizer_path: str | None = None  # None: as model_path
-    revision: str | None = None
-    trust_remote_code: bool = False
-    load_format: Literal["auto", "dummy"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the model's, float32 on CPU
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    context_length: int | None = None  # None: the model's own
-    served_model_name: str | None = None  # None: model_path
-    chat_template: str | None = None  # file, or the template itself
-    skip_tokenizer_init: bool = False
-    # adapters
-    enable_lora: bool = False  # on by itself when lora_paths is given
-    lora_paths: tuple[LoraPath, ...] = ()
-    max_loras_per_batch: int | None = None
-    max_loaded_loras: int | None = None
-    max_lora_rank: int | None = None
-    lora_target_modules: tuple[str, ...] | None = None
-    lora_eviction_policy: str = "lru"
-    lora_backend: str = "auto"
-    max_lora_chunk_size: int = 16
-    enable_lora_overlap_loading: bool = True
-    lora_host_bytes: int | None = None
-    lora_device_bytes: int | None = None
-    lora_root: tuple[str, ...] = ()  # adapters must lie inside one of these when any is set
-    # memory and batching
-    arena_bytes: int | None = None
-    max_total_tokens: int | None = None
-    mem_fraction_static: float = 0.9  # CUDA: of what is free once the weights are in
-    page_size: int = 16
-    max_running_requests: int = 64
-    max_queued_requests: int = 4096
-    chunked_prefill_size: int = 2048  # new tokens in one step, at most
-    disable_radix_cache: bool = False
-    schedule_policy: Literal["fcfs", "lpm"] = "fcfs"
-    attention_backend: Literal["auto", "flashinfer", "torch"] = "auto"
-    cuda_graph_max_bs: int | None = None
-    disable_cuda_graph: bool = False
-    tp_size: int = 1
-    random_seed: int | None = None
-    # the server
-    host: str = "127.0.0.1"
-    port: int = 30000
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    api_key: str | None = None
-    admin_api_key: str | None = None
-    sampling_defaults: Literal["model", "openai"] = "model"
+    model_path: str | None = _model(
+        None, "local directory or hub id (default: the bundled demo model)", aliases=("--model",)
+    )
+    tokenizer_path: str | None = _model(None, "local directory or hub id (default: as --model-path)")
+    revision: str | None = _model(None, "branch, tag or commit of a hub model")
+    trust_remote_code: bool = _model(False, "let the tokenizer's repository run its own code")
+    load_format: Literal["auto", "dummy"] = _model("auto", "dummy: random weights, for benchmarks")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", "auto: the model's own, float32 on CPU")
+    device: Literal["auto", "cpu", "cuda"] = _model("auto", "where the engine computes")
+    context_length: int | None = _model(None, "longest prompt plus answer, in tokens (default: the model's own)")
+    served_model_name: str | None = _model(None, "name clients use for the base model (default: --model-path)")
+    chat_template: str | None = _model(None, "file, or the template itself (default: the tokenizer's)")
+    skip_tokenizer_init: bool = _model(False, "no tokenizer: requests carry input_ids, answers output_ids")
+
+    enable_lora: bool = _adapters(False, "allow adapters (on by itself when --lora-paths is given)")
+    lora_paths: tuple[LoraPath, ...] = _adapters(
+        (), 'adapters to load at start: PATH, NAME=PATH or {"lora_name", "lora_path", "pinned"}', metavar="ADAPTER"
+    )
+    max_loras_per_batch: int | None = _adapters(
+        None, "most adapters in one step; base takes no place (default: what memory holds)"
+    )
+    max_loaded_loras: int | None = _adapters(None, "most adapters in host memory (default: no limit)")
+    max_lora_rank: int | None = _adapters(None, "refuse adapters of a larger rank (default: any)")
+    lora_target_modules: tuple[str, ...] | None = _adapters(
+        None, "refuse adapters on other modules; names, or `all` (default: any)", metavar="MODULE"
+    )
+    lora_eviction_policy: Literal["lru", "fifo", "cost"] = _adapters("lru", "which idle adapter gives way first")
+    lora_backend: Literal["auto", "torch", "triton", "csgmv"] = _adapters("auto", "kernels of the LoRA arithmetic")
+    max_lora_chunk_size: Literal[16, 32, 64, 128] = _adapters(16, "rows per chunk of the csgmv backend")
+    enable_lora_overlap_loading: bool = _adapters(True, "load adapters while others compute")
+    lora_host_bytes: int | None = _adapters(None, "most host memory for adapters", size=True)
+    lora_device_bytes: int | None = _adapters(None, "most device memory for adapters", size=True)
+    lora_root: tuple[str, ...] = _adapters(
+        (), "adapters must lie inside this directory; can be repeated (default: anywhere)", metavar="DIR"
+    )
+
+    arena_bytes: int | None = _memory(None, "size of the arena that KV cache and adapters share", size=True)
+    max_total_tokens: int | None = _memory(None, "size of the arena, counted in tokens of KV cache")
+    mem_fraction_static: float = _memory(0.9, "CUDA: arena's share of what is free once the weights are in")
+    page_size: int = _memory(16, "tokens in one page")
+    max_running_requests: int = _memory(64, "most requests in one step")
+    max_queued_requests: int = _memory(4096, "most requests waiting; beyond it, 503")
+    chunked_prefill_size: int = _memory(2048, "most new tokens in one step")
+    disable_radix_cache: bool = _memory(False, "do not share the KV cache of equal prefixes")
+    schedule_policy: Literal["fcfs", "lpm"] = _memory("fcfs", "first come first served, or longest cached prefix")
+    attention_backend: Literal["auto", "flashinfer", "torch"] = _memory("auto", "kernels of the attention")
+    cuda_graph_max_bs: int | None = _memory(None, "largest decode batch captured in a CUDA graph")
+    disable_cuda_graph: bool = _memory(False, "launch every kernel by itself")
+    tp_size: int = _memory(1, "GPUs that share the model", aliases=("--tp", "--tensor-parallel-size"))
+    random_seed: int | None = _memory(None, "seed of requests that bring none", low=None)
+
+    host: str = _server("127.0.0.1", "address to listen on")
+    port: int = _server(30000, "port to listen on; 0: any free one", low=0, high=65535)
+    log_level: Literal["debug", "info", "warning", "error"] = _server("info", "least severe lines shown")
+    api_key: str | None = _server(None, "clients must send it as a bearer token")
+    admin_api_key: str | None = _server(None, "what loading and unloading adapters asks for instead")
+    sampling_defaults: Literal["model", "openai"] = _server(
+        "model", "OpenAI routes' defaults: the model's generation_config, or OpenAI's"
+    )
 
     def __post_init__(self) -> None:
         if self.lora_paths and not self.enable_lora:
             object.__setattr__(self, "enable_lora", True)
-        self._check()
-
-    @classmethod
-    def make(cls, **fields: Any) -> "Config":
-        """From loose values: unknown names are errors that name the nearest one; lora_paths in any of its forms."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"unknown option {name!r}{hint}")
-        paths = fields.get("lora_paths") or ()
-        if isinstance(paths, dict):
-            paths = [LoraPath(name, path) for name, path in paths.items()]
-        elif isinstance(paths, str):
-            paths = [paths]
-        fields["lora_paths"] = tuple(LoraPath.parse(p) for p in paths)
-        if isinstance(fields.get("lora_root"), str):
-            fields["lora_root"] = (fields["lora_root"],)
-        for name in ("lora_target_modules", "lora_root"):
-            if fields.get(name) is not None:
-                fields[name] = tuple(fields[name])
-        return cls(**fields)
-
-    def _check(self) -> None:
-        def positive(*names: str) -> None:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                    raise ConfigError(f"--{name.replace('_', '-')} must be a positive integer, is {value!r}")
-
-        def one_of(name: str, allowed: tuple[Any, ...]) -> None:
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} must be one of {', '.join(map(str, allowed))}, is {value!r}"
-                )
-
-        positive("max_loras_per_batch", "max_loaded_loras", "max_lora_rank", "lora_host_bytes", "lora_device_bytes")
-        positive("arena_bytes", "max_total_tokens", "page_size", "max_running_requests", "max_queued_requests")
-        positive("chunked_prefill_size", "tp_size", "context_length", "cuda_graph_max_bs")
-        one_of("load_format", ("auto", "dummy"))
-        one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
-        one_of("device", ("auto", "cpu", "cuda"))
-        one_of("lora_eviction_policy", EVICTION_POLICIES)
-        one_of("lora_backend", LORA_BACKENDS)
-        one_of("max_lora_chunk_size", (16, 32, 64, 128))
-        one_of("schedule_policy", ("fcfs", "lpm"))
-        one_of("attention_backend", ("auto", "flashinfer", "torch"))
-        one_of("sampling_defaults", ("model", "openai"))
-        if not 0 < self.mem_fraction_static <= 1:
-            raise ConfigError(f"--mem-fraction-static must be over 0 and at most 1, is {self.mem_fraction_static}")
-        if self.max_loaded_loras is not None:
-            if self.max_loras_per_batch is not None and self.max_loaded_loras < self.max_loras_per_batch:
-                raise ConfigError("--max-loaded-loras must be at least --max-loras-per-batch")
-            if len(self.lora_paths) > self.max_loaded_loras:
-                raise ConfigError(
-                    f"--lora-paths names {len(self.lora_paths)} adapters, --max-loaded-loras allows {self.max_loaded_loras}"
-                )
-        names = [p.lora_name for p in self.lora_paths]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"--lora-paths: the name {name!r} is given twice")
-        targets = self.lora_target_modules
-        if targets is not None:
-            if "all" in targets and len(targets) > 1:
-                raise ConfigError("--lora-target-modules: 'all' stands alone")
-            for target in targets:
-                if target != "all" and target not in LORA_TARGETS:
-                    raise ConfigError(
-                        f"--lora-target-modules: unknown module {target!r}; known: {', '.join(LORA_TARGETS)}"
-                    )
+        for opt in options_of(Config):
+            opt.check(getattr(self, opt.name))
+        self._check_limits()
+        self._check_lora_names()
+        self._check_targets()
         if ":" in self.model_name:
             raise ConfigError(f"--served-model-name must not contain ':', is {self.model_name!r}")
         if self.tp_size != 1:
             raise ConfigError("--tp-size over 1 is not supported yet")
 
+    @classmethod
+    def make(cls, **fields: Any) -> "Config":
+        """From loose values: unknown names are errors that name the nearest one; lora_paths in any of its forms,
+        lists for tuples, `"8GiB"` for sizes, and the names that other servers have for the same thing."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise ConfigError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        for opt in options_of(cls):
+            value = fields.get(opt.name)
+            if opt.size and isinstance(value, str):
+                fields[opt.name] = _named(opt.flag, value)
+            elif opt.type is str and opt.many and isinstance(value, str | list | set):
+                fields[opt.name] = (value,) if isinstance(value, str) else tuple(value)
+        fields["lora_paths"] = _lora_paths(fields.get("lora_paths"))
+        if "dtype" in fields:
+            fields["dtype"] = DTYPE_ALIASES.get(fields["dtype"], fields["dtype"])
+        if fields.get("lora_backend") == "flashinfer":
+            logger.warning("--lora-backend flashinfer does not exist (yet); taking auto")
+            fields["lora_backend"] = "auto"
+        return cls(**fields)
+
     @property
     def model_name(self) -> str:
         """The name that clients use for the base model."""
         return self.served_model_name or self.model_path or "multilora-demo"
+
+    def _check_limits(self) -> None:
+        if not 0 < self.mem_fraction_static <= 1:
+            raise ConfigError(f"--mem-fraction-static must be over 0 and at most 1, is {self.mem_fraction_static}")
+        loaded, per_batch = self.max_loaded_loras, self.max_loras_per_batch
+        if loaded is None:
+            return
+        if per_batch is not None and loaded < per_batch:
+            raise ConfigError(f"--max-loaded-loras ({loaded}) must be at least --max-loras-per-batch ({per_batch})")
+        if len(self.lora_paths) > loaded:
+            raise ConfigError(
+                f"--lora-paths names {len(self.lora_paths)} adapters, --max-loaded-loras allows {loaded}"
+            )
+
+    def _check_lora_names(self) -> None:
+        seen: set[str] = set()
+        for path in self.lora_paths:
+            if path.lora_name in seen:
+                raise ConfigError(f"--lora-paths: the name {path.lora_name!r} is given twice")
+            seen.add(path.lora_name)
+
+    def _check_targets(self) -> None:
+        targets = self.lora_target_modules or ()
+        if "all" in targets and len(targets) > 1:
+            raise ConfigError("--lora-target-modules: 'all' stands alone")
+        for target in targets:
+            if target not in ("all", *LORA_TARGETS):
+                raise ConfigError(
+                    f"--lora-target-modules: unknown module {target!r}; known: {', '.join(LORA_TARGETS)}"
+                )
+
+
+def _lora_paths(value: Any) -> tuple[LoraPath, ...]:
+    if isinstance(value, dict):
+        value = [LoraPath(name, path) for name, path in value.items()]
+    elif isinstance(value, str):
+        value = [value]
+    elif not isinstance(value, list | tuple | NoneType):
+        raise ConfigError(f"--lora-paths: {value!r}: expected a list")
+    return tuple(LoraPath.parse(path) for path in value or ())
+
+
+def _named(flag: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ConfigError as e:
+        raise ConfigError(f"{flag}: {e}") from None

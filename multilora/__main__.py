@@ -1,0 +1,27 @@
+"""`multilora` and `python -m multilora`: one command, `serve`. Exit code 2 when the arguments are wrong.
+
+Heavy libraries are imported only once there is something to serve.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from multilora import cli, logs
+from multilora.errors import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args = cli.parse(sys.argv[1:] if argv is None else argv)
+        logs.setup(args.log_level, role="front")
+        config = args.config()
+    except ConfigError as e:
+        sys.stderr.write(f"multilora: error: {e}\n")
+        return 2
+    from multilora.server.serve import serve
+
+    return serve(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

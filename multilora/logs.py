@@ -1,0 +1,34 @@
+"""What a log line looks like, for every process of the server: time, level, role (front, engine), message; one line.
+
+Called once per process by its entry point, never at import.
+"""
+
+import logging
+import sys
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+FORMAT = "%(asctime)s %(levelname)-7s {role:<6} %(message)s"
+
+
+class OneLine(logging.Formatter):
+    """A message stays on its line whatever a client put into it; only a traceback may follow."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = record.message.replace("\r", "\\r").replace("\n", "\\n")
+        return super().formatMessage(record)
+
+
+class _Handler(logging.StreamHandler):
+    """Marks the handler that `setup` made, so that a second call replaces it."""
+
+
+def setup(level: str = "info", role: str = "front") -> None:
+    """Log to stderr: our own lines from `level` on, other libraries' from warning on (or `level`, if higher)."""
+    own = LEVELS[level]
+    handler = _Handler(sys.stderr)
+    handler.setFormatter(OneLine(FORMAT.format(role=role), datefmt="%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers = [h for h in root.handlers if not isinstance(h, _Handler)] + [handler]
+    root.setLevel(max(own, logging.WARNING))
+    logging.getLogger("multilora").setLevel(own)
+    logging.captureWarnings(True)
