@@ -73,8 +73,9 @@ def make_adapter(
 ) -> PeftModel:
     """Write a random LoRA adapter for the model in `model_path` to directory `path`, saved by PEFT itself.
 
-    `config` are the fields of PEFT's LoraConfig; lora_A and lora_B are random, so that the adapter changes the output.
-    Returns PEFT's model with the adapter on it, in eval mode; its adapter weights have the values that were saved.
+    `config` are the fields of PEFT's LoraConfig; lora_A and lora_B are random, so the adapter changes the output.
+    Returns PEFT's model with the adapter on it, in eval mode and fp32; `dtype` is what the file holds, and the
+    returned weights have the values rounded to it.
     """
     import warnings
 
@@ -91,5 +92,5 @@ def make_adapter(
             if "lora_" in name:
                 weight.data = torch.randn_like(weight, dtype=torch.float32).mul_(0.3).to(getattr(torch, dtype))
         model.save_pretrained(str(path))
-    model.eval()
+    model.float().eval()
     return model

@@ -1,1 +1,34 @@
-"""Where adapter files come from."""
+"""Adapter sources, and which of them a path string goes to.
+
+A directory that exists, and whatever looks like a path (absolute, or starting with `.` or `~`), is a directory;
+otherwise `org/name[@revision]` is a hub repository. With --lora-root set only directories inside a root are served.
+"""
+
+import os
+from pathlib import Path
+
+from multilora.adapters.files import show
+from multilora.adapters.sources.base import AdapterSource
+from multilora.adapters.sources.directory import DirectorySource
+from multilora.adapters.sources.hub import HubSource, is_hub_id
+from multilora.errors import AdapterForbidden, AdapterNotFound
+
+__all__ = ["AdapterSource", "DirectorySource", "HubSource", "resolve"]
+
+
+def resolve(path: str, roots: tuple[str, ...] = (), hub: AdapterSource | None = None) -> Path:
+    """The local directory with the files of adapter `path`; `hub` replaces the default hub. May download.
+
+    Raises AdapterNotFound, AdapterForbidden, AdapterInvalid, or AdapterError when the hub cannot be reached.
+    """
+    if path.startswith(("/", ".", "~")) or "\0" in path or os.path.isdir(path):
+        return DirectorySource(roots).fetch(path)
+    if not is_hub_id(path):
+        raise AdapterNotFound(
+            f"adapter {show(path)}: no such directory, and not a hub repository (org/name[@revision])"
+        )
+    if roots:
+        raise AdapterForbidden(
+            f"adapter {show(path)}: no such directory, and hub repositories are not served while --lora-root is set"
+        )
+    return (hub or HubSource()).fetch(path)
