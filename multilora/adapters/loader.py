@@ -1,0 +1,135 @@
+"""Fetching: from a path or hub id to packed bytes in host memory, away from the step loop.
+
+`Loader` is the contract. `InlineLoader` does the work in `poll`, for tests and anything that must be deterministic;
+`loader_process.ProcessLoader` does it in another process.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import torch
+
+from multilora.adapters.adapter import Adapter, AdapterLimits
+from multilora.adapters.blocks import PackTarget, index_blocks, pack, ranks_of
+from multilora.adapters.checkpoint import read_adapter
+from multilora.adapters.sources import resolve
+from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
+from multilora.lora.panels import Ranks
+
+
+class FetchJob(msgspec.Struct, frozen=True):
+    """Bring in one adapter version. max_bytes: refuse it if its packed size is over this."""
+
+    version: int
+    path: str
+    max_bytes: int | None = None
+
+
+class Fetched(msgspec.Struct, frozen=True, kw_only=True):
+    """What a fetch found out. `kind` and `message` name the error if there was one; then the rest is empty."""
+
+    version: int
+    ranks: Ranks = ()
+    rank: int = 0
+    target_modules: list[str] = []
+    fingerprint: str = ""
+    kind: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class FetchContext:
+    """What every fetch of one engine shares."""
+
+    target: PackTarget
+    limits: AdapterLimits
+    roots: tuple[str, ...] = ()
+
+
+class Loader(Protocol):
+    def submit(self, job: FetchJob) -> None: ...
+
+    def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        """Finished jobs, in any order; the buffer is uint8 [pages, page_bytes] (None on error). Never blocks long."""
+        ...
+
+    def fileno(self) -> int | None:
+        """Readable when `poll` has something; None if polling is all there is."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def read(job: FetchJob, context: FetchContext) -> Adapter:
+    """The files, checked and with PEFT's rules applied."""
+    directory = resolve(job.path, context.roots)
+    adapter = read_adapter(directory, context.target.sites, context.limits)
+    if not adapter.blocks:
+        raise AdapterInvalid(f"{directory}: no LoRA weights")
+    return adapter
+
+
+def fetch(job: FetchJob, context: FetchContext, allocate: "Allocate") -> tuple[Fetched, torch.Tensor | None]:
+    """Read, check and pack one adapter. Typed errors become part of the result."""
+    target = context.target
+    try:
+        adapter = read(job, context)
+        blocks = index_blocks(adapter)
+        ranks = ranks_of(blocks, target.sites)
+        layout = target.layout(ranks)
+        nbytes = layout.num_pages * target.page_bytes
+        if job.max_bytes is not None and nbytes > job.max_bytes:
+            raise AdapterIncompatible(
+                f"incompatible: {job.path} takes {nbytes} bytes, over the limit of {job.max_bytes} that "
+                "--lora-host-bytes or --lora-device-bytes set"
+            )
+        buffer = allocate(layout.num_pages, target.page_bytes)
+        pack(blocks, target, layout, buffer)
+    except MultiloraError as e:
+        return Fetched(version=job.version, kind=e.kind, message=e.message), None
+    except (OSError, MemoryError) as e:
+        return Fetched(version=job.version, kind="AdapterError", message=f"{job.path}: {e}"), None
+    result = Fetched(
+        version=job.version,
+        ranks=ranks,
+        rank=adapter.rank,
+        target_modules=adapter.target_modules,
+        fingerprint=adapter.fingerprint,
+    )
+    return result, buffer
+
+
+class Allocate(Protocol):
+    def __call__(self, num_pages: int, page_bytes: int) -> torch.Tensor:
+        """A zeroed uint8 [num_pages, page_bytes]."""
+        ...
+
+
+def allocate_private(num_pages: int, page_bytes: int) -> torch.Tensor:
+    return torch.zeros(num_pages, page_bytes, dtype=torch.uint8)
+
+
+class InlineLoader:
+    """Does each job in `poll`, in order, at most `per_poll` of them."""
+
+    def __init__(self, context: FetchContext, per_poll: int | None = None):
+        self._context = context
+        self._per_poll = per_poll
+        self._jobs: deque[FetchJob] = deque()
+
+    def submit(self, job: FetchJob) -> None:
+        self._jobs.append(job)
+
+    def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        done: list[tuple[Fetched, torch.Tensor | None]] = []
+        while self._jobs and (self._per_poll is None or len(done) < self._per_poll):
+            done.append(fetch(self._jobs.popleft(), self._context, allocate_private))
+        return done
+
+    def fileno(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        self._jobs.clear()

@@ -1,0 +1,168 @@
+"""The loader as a process of its own, so that reading, checking and packing never hold the step loop's GIL.
+
+The two ends share a Unix socket: jobs go one way, results come back with the file descriptor of an anonymous memory
+file that holds the packed pages. Nothing has a name, so nothing is left behind when a process dies.
+Run by `ProcessLoader` as `python -m multilora.adapters.loader_process`.
+"""
+
+import logging
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import torch
+
+from multilora.adapters.adapter import AdapterLimits
+from multilora.adapters.blocks import PackTarget
+from multilora.adapters.loader import FetchContext, Fetched, FetchJob, fetch
+from multilora.lora.sites import LoraSite
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE = 1 << 20
+PARALLEL_FETCHES = 4  # so that a slow download does not hold up a local directory
+
+
+class _Start(msgspec.Struct, frozen=True):
+    """The first message: a FetchContext in plain types."""
+
+    sites: tuple[LoraSite, ...]
+    dtype: str
+    page_bytes: int
+    limits: AdapterLimits
+    roots: tuple[str, ...]
+
+
+class ProcessLoader:
+    """The engine's end. Starts the process at once; starts it again if it died."""
+
+    def __init__(self, context: FetchContext):
+        target = context.target
+        dtype = str(target.dtype).removeprefix("torch.")
+        self._start = _Start(target.sites, dtype, target.page_bytes, context.limits, context.roots)
+        self._pending: dict[int, FetchJob] = {}
+        self._lost: list[tuple[Fetched, torch.Tensor | None]] = []  # failures to report at the next poll
+        self._page_bytes = target.page_bytes
+        self._spawn()
+
+    def _spawn(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
+        command = [sys.executable, "-m", "multilora.adapters.loader_process", str(theirs.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._socket = ours
+        self._socket.sendall(msgspec.msgpack.encode(self._start))
+
+    def submit(self, job: FetchJob) -> None:
+        if self._process.poll() is not None:
+            self._lost += self._died()
+        self._pending[job.version] = job
+        self._socket.sendall(msgspec.msgpack.encode(job))
+
+    def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        done, self._lost = self._lost, []
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return done
+            except ConnectionResetError:
+                data, fds = b"", []
+            if not data:
+                return done + self._died()
+            result = msgspec.msgpack.decode(data, type=Fetched)
+            self._pending.pop(result.version, None)
+            done.append((result, self._map(fds[0]) if fds else None))
+
+    def fileno(self) -> int | None:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.terminate()
+        self._process.wait()
+
+    def _map(self, fd: int) -> torch.Tensor:
+        """The packed pages, shared with nobody any more: the loader has closed its end."""
+        try:
+            pages = mmap.mmap(fd, 0)
+        finally:
+            os.close(fd)
+        return torch.frombuffer(pages, dtype=torch.uint8).view(-1, self._page_bytes)
+
+    def _died(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        failed = [
+            Fetched(version=v, kind="AdapterError", message=f"{job.path}: the loader process ended; try again")
+            for v, job in self._pending.items()
+        ]
+        logger.error("the loader process ended with code %s; starting another", self._process.wait())
+        self._socket.close()
+        self._pending.clear()
+        self._spawn()
+        return [(f, None) for f in failed]
+
+
+# ---------------------------------------------------------------------- the loader's end
+
+
+def serve(connection: socket.socket) -> None:
+    """Answer jobs until the engine closes its end."""
+    start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=_Start)
+    target = PackTarget(start.sites, getattr(torch, start.dtype), start.page_bytes)
+    context = FetchContext(target, start.limits, start.roots)
+    lock = threading.Lock()
+    with ThreadPoolExecutor(PARALLEL_FETCHES) as threads:
+        while data := connection.recv(MAX_MESSAGE):
+            job = msgspec.msgpack.decode(data, type=FetchJob)
+            threads.submit(_answer, job, context, connection, lock)
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _answer(job: FetchJob, context: FetchContext, connection: socket.socket, lock: threading.Lock) -> None:
+    files: list[int] = []
+
+    def allocate(num_pages: int, page_bytes: int) -> torch.Tensor:
+        fd = _anonymous_file()
+        files.append(fd)
+        os.ftruncate(fd, num_pages * page_bytes)
+        return torch.frombuffer(mmap.mmap(fd, 0), dtype=torch.uint8).view(num_pages, page_bytes)
+
+    try:
+        result, buffer = fetch(job, context, allocate)
+    except Exception as e:
+        logger.exception("reading adapter %s failed", job.path)
+        result, buffer = Fetched(version=job.version, kind="AdapterInvalid", message=f"{job.path}: {e!r}"), None
+    try:
+        with lock:
+            socket.send_fds(connection, [msgspec.msgpack.encode(result)], files[-1:] if buffer is not None else [])
+    except OSError:
+        logger.warning("the engine is gone; dropping adapter %s", job.path)
+    finally:
+        for fd in files:
+            os.close(fd)
+
+
+def _anonymous_file() -> int:
+    """A file in memory that nobody else can open (Linux), or an unlinked temporary file."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("multilora-adapter")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        serve(connection)
+
+
+if __name__ == "__main__":
+    main()
