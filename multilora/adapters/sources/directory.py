@@ -1,0 +1,48 @@
+"""Adapters in local directories, and `--lora-root`, which says where those may be.
+
+Owns the rule: with roots set, the real path of the directory and of every file in it that would be read lies inside
+one of them, through `..` and symbolic links too. Called by `resolve`.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from multilora.adapters.files import CONFIG_NAME, INDEX_NAME, show
+from multilora.errors import AdapterForbidden, AdapterInvalid, AdapterNotFound
+
+
+class DirectorySource:
+    """Local directories, below `roots` when any is given."""
+
+    def __init__(self, roots: Sequence[str] = ()):
+        self._roots = tuple(Path(os.path.realpath(Path(root).expanduser())) for root in roots)
+
+    def fetch(self, path: str) -> Path:
+        """The real path of directory `path`.
+
+        Raises AdapterForbidden for a path outside the roots, whether or not there is anything, else AdapterNotFound.
+        """
+        if "\0" in path:
+            raise AdapterInvalid(f"adapter path {show(path)}: not a path")
+        real = Path(os.path.realpath(os.path.expanduser(path)))
+        self._check_inside(real, path)
+        if not real.is_dir():
+            what = "is not a directory" if real.exists() else "does not exist"
+            raise AdapterNotFound(f"adapter directory {show(path)} {what}")
+        for file in self._files(real, path):
+            self._check_inside(Path(os.path.realpath(file)), path, file.name)
+        return real
+
+    def _files(self, directory: Path, path: str) -> list[Path]:
+        """Everything in the directory that `checkpoint` might open."""
+        try:
+            names = sorted(os.listdir(directory))
+        except OSError as e:
+            raise AdapterInvalid(f"adapter directory {show(path)}: cannot be read: {e.strerror}") from None
+        return [directory / n for n in names if n in (CONFIG_NAME, INDEX_NAME) or n.endswith(".safetensors")]
+
+    def _check_inside(self, real: Path, path: str, file: str | None = None) -> None:
+        if self._roots and not any(real.is_relative_to(root) for root in self._roots):
+            what = f"{show(file)} in adapter path {show(path)}" if file else f"adapter path {show(path)}"
+            raise AdapterForbidden(f"{what} is outside every --lora-root")

@@ -1,0 +1,91 @@
+"""Adapters from the Hugging Face hub, `org/name[@revision]`, through huggingface_hub and its cache.
+
+Owns the form of such a path, which files are fetched, and the meaning of the hub's errors. HF_ENDPOINT, HF_TOKEN,
+HF_HOME and HF_HUB_OFFLINE work as everywhere else. Called by `resolve`, in the loader process.
+"""
+
+import logging
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from multilora.adapters.files import CONFIG_NAME, INDEX_NAME, show
+from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound
+
+logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[A-Za-z0-9][\w./+-]*))?", re.ASCII
+)
+FILES = [CONFIG_NAME, INDEX_NAME, "adapter_model*.safetensors"]  # of the top directory: "*" stays in one name below
+
+
+def is_hub_id(path: str) -> bool:
+    return HUB_ID.fullmatch(path) is not None and ".." not in path
+
+
+class HubSource:
+    """The hub at `endpoint` (None: HF_ENDPOINT, or the public one), cached in `cache_dir` (None: HF_HUB_CACHE)."""
+
+    def __init__(self, endpoint: str | None = None, cache_dir: Path | None = None):
+        self._endpoint = endpoint
+        self._cache_dir = cache_dir
+
+    def fetch(self, path: str) -> Path:
+        """The cached snapshot of `org/name[@revision]`.
+
+        Raises AdapterNotFound (no such repository, revision or file; offline and not cached), AdapterError (gated,
+        hub not reachable and not cached, disk full), AdapterInvalid for a path of another form.
+        """
+        found = HUB_ID.fullmatch(path)
+        if found is None or not is_hub_id(path):
+            raise AdapterInvalid(f"{show(path)}: a hub repository is written org/name or org/name@revision")
+        start = time.monotonic()
+        snapshot = self._download(found["repo"], found["revision"])
+        if not (snapshot / CONFIG_NAME).exists():
+            raise AdapterNotFound(f"hub repository {show(path)} has no {CONFIG_NAME}: not a PEFT adapter")
+        logger.info("adapter %s: %s after %.2f s", path, snapshot, time.monotonic() - start)
+        return snapshot
+
+    def _download(self, repo: str, revision: str | None) -> Path:
+        from huggingface_hub import snapshot_download
+        from tqdm import tqdm
+
+        class Silent(tqdm):  # progress of several loads at once would garble the log
+            def __init__(self, *args: Any, **kwargs: Any):
+                super().__init__(*args, **{**kwargs, "disable": True})
+
+        try:
+            folder = snapshot_download(
+                repo,
+                revision=revision,
+                endpoint=self._endpoint,
+                cache_dir=self._cache_dir,
+                allow_patterns=FILES,
+                tqdm_class=Silent,
+            )
+        except Exception as e:  # huggingface_hub's own errors, those of its HTTP library (httpx or httpx2), OSError
+            raise _explain(e, repo, revision) from e
+        return Path(folder)
+
+
+def _explain(e: Exception, repo: str, revision: str | None) -> AdapterError:
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    where = f"hub repository {show(repo)}"
+    match e:
+        case hub.GatedRepoError():
+            return AdapterError(f"{where} is gated: ask for access and set HF_TOKEN")
+        case hub.RevisionNotFoundError():
+            return AdapterNotFound(f"{where} has no revision {show(revision)}")
+        case hub.RepositoryNotFoundError():
+            return AdapterNotFound(f"no {where} (is it private, and HF_TOKEN not set?), and no such directory")
+        case hub.HFValidationError():
+            return AdapterInvalid(f"{where}: not a valid name: {show(str(e))}")
+        case hub.LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
+            return AdapterNotFound(f"{where} is not, or not completely, in the hub cache, and HF_HUB_OFFLINE is set")
+        case hub.LocalEntryNotFoundError():
+            return AdapterError(f"{where}: the hub cannot be reached: {show(str(e.__cause__ or e))}")
+    return AdapterError(f"{where}: download failed: {type(e).__name__}: {show(str(e))}")
