@@ -67,7 +67,8 @@ class _Ignore(argparse.Action):
     """A flag of SGLang's that this server does not need: noted, its values dropped."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
-        setattr(namespace, _IGNORED, [*getattr(namespace, _IGNORED, ()), flag])
+        if flag not in ALWAYS_ON:
+            setattr(namespace, _IGNORED, [*getattr(namespace, _IGNORED, ()), flag])
 
 
 class _Refuse(argparse.Action):
@@ -108,7 +109,7 @@ def _add_sglang_flags(serve: argparse.ArgumentParser) -> None:
     for flag in REFUSED:
         serve.add_argument(flag, action=_Refuse, help=argparse.SUPPRESS)
     for flag in ALWAYS_ON:
-        serve.add_argument(flag, action="store_true", dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        serve.add_argument(flag, action=_Ignore, nargs=0, help=argparse.SUPPRESS)
 
 
 def _kind(opt: Option) -> dict[str, Any]:
@@ -136,5 +137,5 @@ def _unknown(argument: str) -> str:
     flag = argument.partition("=")[0]
     if not flag.startswith("-"):
         return f"unexpected argument {argument!r}"
-    near = difflib.get_close_matches(flag, flags(), n=1) or difflib.get_close_matches(flag, IGNORED, n=1)
+    near = difflib.get_close_matches(flag, [*flags(), *IGNORED], n=1)
     return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see multilora serve --help")

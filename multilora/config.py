@@ -193,7 +193,11 @@ class Config:
             seen.add(path.lora_name)
 
     def _check_targets(self) -> None:
-        targets = self.lora_target_modules or ()
+        targets = self.lora_target_modules
+        if targets is None:
+            return
+        if not targets:
+            raise ConfigError("--lora-target-modules: no module given")
         if "all" in targets and len(targets) > 1:
             raise ConfigError("--lora-target-modules: 'all' stands alone")
         for target in targets:

@@ -76,7 +76,9 @@ class Option:
         """Type, allowed values and bounds of one value. Raises ConfigError naming flag and value."""
         if value is None and self.optional:
             return
-        for item in value if self.many and isinstance(value, tuple) else (value,):
+        if self.many and not isinstance(value, tuple):
+            raise self._error("a list", value)
+        for item in value if self.many else (value,):
             self._check_one(item)
 
     def _check_one(self, value: Any) -> None:

@@ -1,0 +1,51 @@
+"""One line per message, in one format, in a process that calls setup twice."""
+
+import logging
+import re
+
+import pytest
+
+from multilora import logs
+
+
+@pytest.fixture(autouse=True)
+def put_back():
+    root, ours = logging.getLogger(), logging.getLogger("multilora")
+    before = (root.handlers[:], root.level, ours.level)
+    yield
+    root.handlers[:], level, own = before
+    root.setLevel(level)
+    ours.setLevel(own)
+    logging.captureWarnings(False)
+
+
+def test_format(capsys):
+    logs.setup("info", role="engine")
+    logging.getLogger("multilora.engine.x").info("decode: batch %d", 8)
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO    engine decode: batch 8\n", line)
+
+
+def test_second_setup_replaces_the_first(capsys):
+    logs.setup("info")
+    logs.setup("info")
+    logging.getLogger("multilora").info("once")
+    assert capsys.readouterr().err.count("once") == 1
+
+
+def test_a_message_cannot_forge_a_line(capsys):
+    logs.setup("info")
+    logging.getLogger("multilora").info("name: %s", "a\r\n2026 INFO fake")
+    assert capsys.readouterr().err.endswith("name: a\\r\\n2026 INFO fake\n")
+
+
+@pytest.mark.parametrize(("level", "shown"), [("debug", "diwW"), ("info", "iwW"), ("warning", "wW"), ("error", "")])
+def test_levels(capsys, level, shown):
+    logs.setup(level)
+    ours, other = logging.getLogger("multilora.x"), logging.getLogger("otherlib")
+    ours.debug("<d>")
+    ours.info("<i>")
+    ours.warning("<w>")
+    other.info("<I>")
+    other.warning("<W>")
+    assert "".join(re.findall("<(.)>", capsys.readouterr().err)) == shown
