@@ -4,6 +4,7 @@ Starts `multilora serve` on a free port, prints what each adapter answered, chec
 server. Exit code 0: everything was as it should be; 1: it says what was not, and shows the end of the server's log.
 """
 
+import itertools
 import json
 import signal
 import socket
@@ -139,7 +140,7 @@ def pinning(demo: Demo) -> None:
 
 def openai_client(demo: Demo) -> None:
     """The OpenAI client: model="base:adapter", model="adapter", chat, and names that do not exist"""
-    client = openai.OpenAI(base_url=f"{demo.http.base_url}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"{str(demo.http.base_url).rstrip('/')}/v1", api_key="none", max_retries=0)
     name = next(iter(demo.paths))
     for model in (f"{demo.base}:{name}", name):
         answer = client.completions.create(model=model, prompt=PROMPTS[0], max_tokens=64, temperature=0)
@@ -166,14 +167,13 @@ def streaming(demo: Demo) -> None:
     """A stream: each frame carries the text so far"""
     name = next(iter(demo.paths))
     body = {"text": PROMPTS[0], "sampling_params": GREEDY, "lora_path": name, "stream": True}
-    texts = []
     with demo.http.stream("POST", "/generate", json=body) as answer:
         frames = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
     expect(frames and frames[-1] == "[DONE]", f"the stream ended with {frames[-1:]}")
     texts = [json.loads(frame)["text"] for frame in frames[:-1]]
     for text in [*texts[:3], *(["…"] if len(texts) > 4 else []), *texts[max(3, len(texts) - 1) :]]:
         row(name, text)
-    expect(all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False)), "the text was taken back")
+    expect(all(b.startswith(a) for a, b in itertools.pairwise(texts)), "the text was taken back")
     demo.expect_answer(name, texts[-1])
 
 
@@ -212,7 +212,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A running `multilora serve` with every bundled adapter; its URL and process. Killed if still there at the end."""
+    """URL and process of a running `multilora serve` with every bundled adapter; ended in any case."""
     port = free_port()
     paths = [f"{name}={path}" for name, path in adapter_paths().items()]
     command = [sys.executable, "-m", "multilora", "serve", "--port", str(port), "--lora-paths", *paths]
