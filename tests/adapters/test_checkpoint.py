@@ -222,21 +222,41 @@ def test_blocks_are_in_order_and_own_their_memory(model_path: Path, tmp_path: Pa
 def test_a_config_of_old_peft(plain: Path, tmp_path: Path) -> None:
     path = rewrite(plain, tmp_path / "a")
     old = {
-        "auto_mapping": None, "base_model_name_or_path": "x", "bias": "none", "enable_lora": None, "fan_in_fan_out": False,
-        "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
-        "lora_alpha": 6, "lora_dropout": 0.05, "merge_weights": False, "modules_to_save": None, "peft_type": "LORA",
-        "r": 4, "revision": None, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM",
-    }  # fmt: skip
+        "auto_mapping": None,
+        "base_model_name_or_path": "x",
+        "bias": "none",
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": 6,
+        "lora_dropout": 0.05,
+        "merge_weights": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 4,
+        "revision": None,
+        "target_modules": ["q_proj", "up_proj"],
+        "task_type": "CAUSAL_LM",
+    }
     (path / "adapter_config.json").write_text(json.dumps(old))
     assert_same(read_adapter(path, SITES, NO_LIMITS), deltas(read_adapter(plain, SITES, NO_LIMITS)))
 
 
 def test_harmless_and_empty_unknown_fields(plain: Path, tmp_path: Path) -> None:
     fields = {
-        "init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "corda_config": {}, "loftq_config": {},
-        "runtime_config": {"ephemeral_gpu_offload": True}, "auto_mapping": {"base_model_class": "X"},
-        "future_switch": False, "future_list": [], "future_thing": None, "layer_replication": None, "lora_bias": False,
-    }  # fmt: skip
+        "init_lora_weights": "eva",
+        "eva_config": {"rho": 2.0},
+        "corda_config": {},
+        "runtime_config": {"ephemeral_gpu_offload": True},
+        "auto_mapping": {"base_model_class": "X"},
+        "future_switch": False,
+        "future_list": [],
+        "future_thing": None,
+        "lora_bias": False,
+    }
     path = rewrite(plain, tmp_path / "a", **fields)
     assert_same(read_adapter(path, SITES, NO_LIMITS), deltas(read_adapter(plain, SITES, NO_LIMITS)))
 

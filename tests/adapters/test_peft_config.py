@@ -1,0 +1,180 @@
+"""adapter_config.json: what is refused and how it is said; PEFT's matching rules against PEFT's own functions."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from multilora.adapters.peft_config import parse_config
+from multilora.adapters.peft_match import pattern_key
+from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
+
+PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+PATH = Path("adapter_config.json")
+DROP = object()
+
+INVALID = {
+    "r missing": ({"r": DROP}, "r:"),
+    "r zero": ({"r": 0}, "r:"),
+    "r negative": ({"r": -4}, "r:"),
+    "r a string": ({"r": "8"}, "r:"),
+    "r a float": ({"r": 8.0}, "r:"),
+    "r a bool": ({"r": True}, "r:"),
+    "alpha missing": ({"lora_alpha": DROP}, "lora_alpha:"),
+    "alpha null": ({"lora_alpha": None}, "lora_alpha:"),
+    "alpha NaN": ({"lora_alpha": float("nan")}, "lora_alpha:"),
+    "alpha infinite": ({"lora_alpha": float("-inf")}, "lora_alpha:"),
+    "alpha huge": ({"lora_alpha": 10**400}, "lora_alpha:"),
+    "alpha a list": ({"lora_alpha": [8]}, "lora_alpha:"),
+    "peft_type missing": ({"peft_type": DROP}, "peft_type:"),
+    "peft_type a number": ({"peft_type": 1}, "peft_type:"),
+    "use_rslora a string": ({"use_rslora": "yes"}, "use_rslora:"),
+    "use_rslora a number": ({"use_rslora": 1}, "use_rslora:"),
+    "rank_pattern a list": ({"rank_pattern": [4]}, "rank_pattern:"),
+    "rank_pattern zero": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj']:"),
+    "alpha_pattern null": ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern['q_proj']:"),
+    "targets missing": ({"target_modules": DROP}, "target_modules:"),
+    "targets empty": ({"target_modules": []}, "target_modules:"),
+    "targets of numbers": ({"target_modules": [1]}, "target_modules:"),
+    "targets an object": ({"target_modules": {"q_proj": 1}}, "target_modules:"),
+    "exclude a number": ({"exclude_modules": 3}, "exclude_modules:"),
+    "layers strings": ({"layers_to_transform": ["0"]}, "layers_to_transform:"),
+    "layers negative": ({"layers_to_transform": -1}, "layers_to_transform:"),
+    "layers with regex": ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "layers_to_transform:"),
+    "pattern without layers": ({"layers_pattern": "layers"}, "layers_pattern:"),
+}
+UNSUPPORTED = {
+    "DoRA": ({"use_dora": True}, "DoRA"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "bias all": ({"bias": "all"}, "bias='all'"),
+    "bias lora_only": ({"bias": "lora_only"}, "bias='lora_only'"),
+    "layer_replication": ({"layer_replication": [[0, 1]]}, "layer_replication"),
+    "trainable tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
+    "target_parameters": ({"target_parameters": ["experts.w1"]}, "target_parameters"),
+    "QALoRA": ({"use_qalora": True}, "QALoRA"),
+    "block diagonal": ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),
+    "Arrow": ({"arrow_config": {"top_k": 3}}, "Arrow"),
+    "KaSA": ({"kasa_config": {"beta": 1}}, "KaSA"),
+    "MonteCLoRA": ({"monteclora_config": {"n": 1}}, "MonteCLoRA"),
+    "Megatron": ({"megatron_config": {"a": 1}}, "Megatron"),
+    "merged layers": ({"enable_lora": [True, False, True]}, "enable_lora"),
+    "another method": ({"peft_type": "IA3"}, "'IA3'"),
+    "AdaLoRA": ({"peft_type": "ADALORA"}, "'ADALORA'"),
+    "unknown field": ({"quantum_rank": 3}, "'quantum_rank'"),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16'"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "plain LoRA"),
+    "CorDA": ({"init_lora_weights": "corda"}, "plain LoRA"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, "plain LoRA"),
+    "unknown init": ({"init_lora_weights": "magic"}, "init_lora_weights='magic'"),
+    "init a number": ({"init_lora_weights": 1}, "init_lora_weights=1"),
+}
+
+
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in (PLAIN | changes).items() if value is not DROP}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid(case: str) -> None:
+    changes, said = INVALID[case]
+    with pytest.raises(AdapterInvalid) as caught:
+        parse_config(changed(changes), PATH)
+    assert "adapter_config.json" in caught.value.message
+    assert said in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_is_refused_by_name(case: str) -> None:
+    changes, said = UNSUPPORTED[case]
+    with pytest.raises(AdapterUnsupported) as caught:
+        parse_config(changed(changes), PATH)
+    assert "adapter_config.json" in caught.value.message
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize("pattern", ["[", "(?P<a>x", "*", "a{1000000000000000000000}"])
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
+def test_a_broken_regular_expression_names_its_field(field: str, pattern: str) -> None:
+    value = {pattern: 4} if field.endswith("_pattern") else pattern
+    config = parse_config(changed({field: value}), PATH)
+    ask = config.scaling if field.endswith("_pattern") else config.targets
+    with pytest.raises(AdapterInvalid, match=f"adapter_config.json: .*{field}"):
+        ask("model.layers.0.self_attn.q_proj")
+
+
+def test_a_regular_expression_cannot_hold_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multilora.adapters.peft_match.MATCH_SECONDS", 0.05)
+    config = parse_config(changed({"rank_pattern": {"((a|aa)+)+!": 4}}), PATH)
+    start = time.monotonic()
+    with pytest.raises(AdapterInvalid, match=r"rank_pattern: .*too long"):
+        config.rank("model.layers.0." + "a" * 60 + ".q_proj")
+    assert time.monotonic() - start < 5
+
+
+NAMES = [
+    f"{prefix}layers.{layer}.{module}"
+    for prefix in ("model.", "", "model.language_model.")
+    for layer in (0, 1, 11)
+    for module in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.experts.3.up_proj")
+]
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["q_proj"],
+        ["proj", "_proj", ".*q_proj", "k_proj"],
+        ["^model.layers.1.self_attn.q_proj", "layers.1"],
+        [r"model\.layers\.\d\..*", "1.mlp.gate_proj", "layers.1.mlp.gate_proj"],
+        ["q_proj|gate_proj", "q_proj)|(k_proj", "$", ""],
+        ["self_attn", "self_attn.*", r"\d+.self_attn.(q|k)_proj"],
+    ],
+)
+def test_pattern_key_is_peft_s(patterns: list[str]) -> None:
+    for name in NAMES:
+        theirs = get_pattern_key(patterns, name)
+        assert pattern_key(patterns, name) == (theirs if theirs in patterns else None), name
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"target_modules": ["q_proj", "mlp.gate_proj"]},
+        {"target_modules": ["proj"]},
+        {"target_modules": ["model.layers.1.self_attn.q_proj"], "layers_to_transform": [0]},
+        {"target_modules": r".*layers\.1\..*_proj"},
+        {"target_modules": "(?i).*Q_PROJ"},
+        {"target_modules": "q_proj"},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1, 3]},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": []},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 11], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 11], "layers_pattern": ["h", "layers"]},
+        {"target_modules": ["up_proj"], "layers_to_transform": [3], "layers_pattern": ["experts"]},
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["self_attn.q_proj"]},
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r"model\..*"},
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": []},
+    ],
+)
+def test_targets_is_peft_s(rule: dict[str, Any]) -> None:
+    config = parse_config(changed(rule), PATH)
+    fields = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "target_parameters": None}
+    peft = SimpleNamespace(**(fields | rule))
+    for name in NAMES:
+        theirs = check_target_module_exists(peft, name)
+        excluded = type(theirs).__name__ == "_ExcludedModule"
+        assert config.targets(name) == (bool(theirs) and not excluded), name
+
+
+def test_errors_stay_short_and_encodable() -> None:
+    for config in ({"weird\ud800": "x" * 10_000}, {"r": "\ud800" * 10_000}):
+        with pytest.raises(AdapterError) as caught:
+            parse_config(changed(config), PATH)
+        assert len(caught.value.message.encode()) < 1000

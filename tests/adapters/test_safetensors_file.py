@@ -1,0 +1,117 @@
+"""Files that are broken, lie, or are something else; each is a typed error that names the file."""
+
+import contextlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+
+from multilora.adapters.safetensors_file import SafetensorsFile
+from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
+
+GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+
+
+def pack(header: Any, data: bytes = b"\0" * 24) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+BROKEN = {
+    "empty": (b"", "not a safetensors file"),
+    "a zip": (b"PK\3\4" + b"\1" * 200, "not a safetensors file"),
+    "a pickle": (b"\x80\x02}q\0." + b"\0" * 200, "not a safetensors file"),
+    "header longer than the file": (struct.pack("<Q", 5000) + b"{}", "truncated"),
+    "header of 2^60 bytes": (struct.pack("<Q", 1 << 60) + b"{}" * 50, "not a safetensors file"),
+    "header not JSON": (pack(b"{nonsense"), "not valid JSON"),
+    "header not UTF-8": (pack(b'{"\xff": 1}'), "not valid UTF-8"),
+    "header nested": (pack(b'{"a":' + b"[" * 200_000), "nested too deeply"),
+    "header a list": (pack(b"[1]"), "not a safetensors file"),
+    "name given twice": (pack(b'{"a": {}, "a": {}}'), "given twice"),
+    "entry a number": (pack({"a": 3}), "tensor 'a'"),
+    "no dtype": (pack({"a": {**GOOD, "dtype": None}}), "tensor 'a': dtype"),
+    "shape negative": (pack({"a": {**GOOD, "shape": [-2, -3]}}), "tensor 'a': shape"),
+    "shape of floats": (pack({"a": {**GOOD, "shape": [2.0, 3]}}), "tensor 'a': shape"),
+    "shape of bools": (pack({"a": {**GOOD, "shape": [True, 6]}}), "tensor 'a': shape"),
+    "shape huge": (pack({"a": {**GOOD, "shape": [1 << 61, 1 << 61]}}), "tensor 'a': shape"),
+    "shape too long": (pack({"a": {**GOOD, "shape": [1] * 10_000 + [6]}}), "tensor 'a': shape"),
+    "shape and size disagree": (pack({"a": {**GOOD, "shape": [2, 4]}}), "tensor 'a': shape"),
+    "offsets reversed": (pack({"a": {**GOOD, "data_offsets": [24, 0]}}), "tensor 'a': data_offsets"),
+    "offsets missing": (pack({"a": {"dtype": "F32", "shape": [2, 3]}}), "tensor 'a': data_offsets"),
+    "data cut": (pack({"a": GOOD}, b"\0" * 20), "truncated"),
+    "data declared huge": (
+        pack({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}),
+        "truncated",
+    ),
+    "bytes behind": (pack({"a": GOOD}, b"\0" * 25), "behind the last tensor"),
+    "overlap": (pack({"a": GOOD, "b": GOOD}), "overlap"),
+    "hole": (pack({"a": {**GOOD, "data_offsets": [8, 32]}}, b"\0" * 32), "hole"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken(case: str, tmp_path: Path) -> None:
+    data, said = BROKEN[case]
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(AdapterInvalid) as caught:
+        SafetensorsFile(path)
+    assert "adapter_model.safetensors" in caught.value.message
+    assert said in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F8_E4M3", "I32", "BOOL", "NEW"])
+def test_other_dtypes_are_refused_by_name(dtype: str, tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(pack({"a": {**GOOD, "dtype": dtype}}))
+    with pytest.raises(AdapterUnsupported, match=f"w.safetensors: tensor 'a': dtype '{dtype}'"):
+        SafetensorsFile(tmp_path / "w.safetensors")
+
+
+def test_values_of_every_dtype(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(5, 7),
+        "b": torch.randn(3, 1, dtype=torch.bfloat16),
+        "c": torch.randn(64, 9, dtype=torch.float16),
+        "empty": torch.empty(0, 4, dtype=torch.bfloat16),
+        "scalar": torch.tensor(2.5),
+    }
+    save_file(tensors, tmp_path / "w.safetensors", metadata={"format": "pt"})
+    with SafetensorsFile(tmp_path / "w.safetensors") as file:
+        assert file.tensors.keys() == tensors.keys()
+        for name in ("c", "a", "empty", "b", "scalar", "c"):
+            value = file.read(name)
+            assert value.dtype == torch.float32
+            assert torch.equal(value, tensors[name].float())
+
+
+def test_a_file_cut_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.ones(4, 4), "b": torch.ones(4, 4)}, path)
+    with SafetensorsFile(path) as file:
+        file.read("a")
+        os.truncate(path, path.stat().st_size - 70)
+        with pytest.raises(AdapterInvalid, match=r"w.safetensors: truncated: the data of '.'"):
+            [file.read(name) for name in ("a", "b")]
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_damaged_bytes_never_end_in_another_error(tmp_path: Path, data: st.DataObject) -> None:
+    good = bytearray(save({"x.lora_A.weight": torch.ones(2, 3), "x.lora_B.weight": torch.ones(3, 2).half()}))
+    for _ in range(data.draw(st.integers(1, 4))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(good[: data.draw(st.integers(0, len(good)))] if data.draw(st.booleans()) else good)
+    with contextlib.suppress(AdapterError), SafetensorsFile(path) as file:
+        for name in file.tensors:
+            file.read(name)
