@@ -88,7 +88,7 @@ class TorchAttention:
             if p.pages is None:
                 keys, values = k[p.start : p.end], v[p.start : p.end]
             else:
-                keys, values = k_pages[p.pages].flatten(0, 1), v_pages[p.pages].flatten(0, 1)
+                keys, values = _tokens(k_pages, p.pages), _tokens(v_pages, p.pages)
             out[p.start : p.end] = self._prefill(q[p.start : p.end], keys, values, p.mask)
         return out
 
@@ -163,8 +163,9 @@ class TorchAttention:
     def _decode(self, plan: _Decodes, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
         """q: [B, heads, head_dim]. The query heads of one KV head stand where query tokens usually do."""
         grouped = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, kv_heads, group, head_dim]
-        keys = k_pages[plan.pages].flatten(1, 2).transpose(1, 2)  # [B, kv_heads, keys, head_dim]
-        values = v_pages[plan.pages].flatten(1, 2).transpose(1, 2)
+        keys = _tokens(k_pages, plan.pages).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+        values = _tokens(v_pages, plan.pages).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+        # both [B, kv_heads, keys, head_dim]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask, scale=self.scale)
         return out.reshape(q.shape)
 
@@ -177,3 +178,8 @@ class TorchAttention:
             grouped, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )
         return out.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _tokens(pages: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """The tokens of these pages in order, [which.numel() · page_size, kv_heads, head_dim], copied."""
+    return pages.index_select(0, which.flatten()).flatten(0, 1)

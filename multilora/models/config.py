@@ -89,19 +89,15 @@ def model_config(
 def refuse_unsupported(hf: Any) -> None:
     """Raise ModelUnsupported for any setting that this code would silently compute wrongly."""
     rope = hf.rope_parameters or {}
-    wrong = {
-        "quantization_config": getattr(hf, "quantization_config", None),
-        "hidden_act": hf.hidden_act if hf.hidden_act not in ("silu", "swish") else None,
-        "pretraining_tp": hf.pretraining_tp if (getattr(hf, "pretraining_tp", None) or 1) > 1 else None,
-        "rope_parameters.rope_type": rope.get("rope_type") if rope.get("rope_type") not in ROPE_TYPES else None,
-        "partial_rotary_factor": rope.get("partial_rotary_factor")
-        if (rope.get("partial_rotary_factor") or 1.0) != 1.0
-        else None,
-    }
-    if "rope_type" not in rope:
-        wrong["rope_parameters"] = rope or "missing"
-    for field, value in wrong.items():
-        if value is not None:
+    served: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("quantization_config", getattr(hf, "quantization_config", None), (None,)),
+        ("hidden_act", hf.hidden_act, ("silu", "swish")),
+        ("pretraining_tp", getattr(hf, "pretraining_tp", None), (None, 1)),
+        ("rope_type", rope.get("rope_type"), ROPE_TYPES),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor"), (None, 1.0)),
+    ]
+    for field, value, allowed in served:
+        if value not in allowed:
             raise ModelUnsupported(f"{hf.architectures[0]} with {field} = {value!r} is not supported")
     if hf.num_attention_heads % hf.num_key_value_heads:
         raise ModelUnsupported(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from multilora.errors import ConfigError, ModelUnsupported
@@ -63,11 +64,13 @@ def read_config(
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         raw, _ = PretrainedConfig.get_config_dict(model_path, **where)
+        if not raw:
+            raise ConfigError(f"--model-path {model_path}: there is no config.json")
         cls = model_class(raw)
         hf = AutoConfig.from_pretrained(model_path, **where)
     except OSError as e:
         raise ConfigError(f"--model-path {model_path}: {e}") from e
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as e:
         raise ModelUnsupported(f"--model-path {model_path}: config.json: {e}") from e
     config = model_config(
         hf,

@@ -1,0 +1,164 @@
+"""Paged attention against a dense loop, over odd sizes, windows, dtypes and batches of every mixture."""
+
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from multilora.attention.torch_sdpa import TorchAttention
+from multilora.batch import AttentionMeta
+from multilora.memory.kv_layout import KVLayout
+
+LAYERS = 2
+
+
+@dataclass
+class Case:
+    """A batch of requests with cached prefixes, its arena, and the dense history that the arena holds."""
+
+    meta: AttentionMeta
+    views: list[tuple[torch.Tensor, torch.Tensor]]
+    history: list[torch.Tensor]  # per request [layers, k|v, kv_len, kv_heads, head_dim]
+
+
+def make_case(
+    lens: list[tuple[int, int]], page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 0
+) -> Case:
+    """lens: (new tokens, tokens in all). Unwritten slots hold NaN; pages are dealt at random over the arena."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    layout = KVLayout(LAYERS, page_size, kv_heads, head_dim, dtype)
+    counts = [layout.pages_for(total) for _, total in lens]
+    arena = torch.zeros(sum(counts) + 5, layout.page_bytes, dtype=torch.uint8)
+    views = layout.views(arena)
+    for k, v in views:
+        k.fill_(torch.nan)
+        v.fill_(torch.nan)
+    deck = list(range(arena.shape[0]))
+    rng.shuffle(deck)
+    table = torch.zeros(len(lens), max(counts) + 2, dtype=torch.int64)
+    history, token_page, token_slot = [], [], []
+    for r, (new, total) in enumerate(lens):
+        pages = [deck.pop() for _ in range(counts[r])]
+        table[r, : len(pages)] = torch.tensor(pages)
+        kv = torch.randn(LAYERS, 2, total, kv_heads, head_dim, generator=generator).to(dtype)
+        history.append(kv)
+        cached = total - new
+        if cached % page_size:  # a page that has been begun is finite, as the backend itself leaves it
+            for view in (v for pair in views for v in pair):
+                view[pages[cached // page_size]] = 0
+        for token in range(total):
+            page, slot = pages[token // page_size], token % page_size
+            if token >= cached:
+                token_page.append(page)
+                token_slot.append(slot)
+                continue
+            for layer in range(LAYERS):
+                views[layer][0][page, slot] = kv[layer, 0, token]
+                views[layer][1][page, slot] = kv[layer, 1, token]
+    new_lens, kv_lens = zip(*lens, strict=True)
+    meta = AttentionMeta(new_lens, kv_lens, table, torch.tensor(token_page), torch.tensor(token_slot))
+    return Case(meta, views, history)
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+    """One request the slow way, in fp64. q: [new, heads, head_dim]; k, v: [total, kv_heads, head_dim]."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.empty_like(q, dtype=torch.float64)
+    for i in range(q.shape[0]):
+        last = k.shape[0] - q.shape[0] + i
+        first = 0 if window is None else max(0, last - window + 1)
+        for h in range(q.shape[1]):
+            keys, values = (t[first : last + 1, h // group].double() for t in (k, v))
+            out[i, h] = torch.softmax(keys @ q[i, h].double() * scale, 0) @ values
+    return out
+
+
+def run(case: Case, heads: int, window: int | None, atol: float) -> None:
+    kv_heads, head_dim = case.views[0][0].shape[2:]
+    scale = 0.7 / math.sqrt(head_dim)
+    attention = TorchAttention(case.views, heads, kv_heads, head_dim, scale, window)
+    attention.prepare(case.meta)
+    generator = torch.Generator().manual_seed(1)
+    for layer in range(LAYERS):
+        new = [h[layer, :, h.shape[2] - n :] for h, n in zip(case.history, case.meta.q_lens, strict=True)]
+        k, v = torch.cat(new, dim=1)
+        q = torch.randn(k.shape[0], heads, head_dim, generator=generator).to(k.dtype)
+        got = attention.forward(layer, q, k, v)
+        assert got.dtype == q.dtype
+        want = [
+            dense(part, h[layer, 0], h[layer, 1], scale, window)
+            for part, h in zip(q.split(case.meta.q_lens), case.history, strict=True)
+        ]
+        torch.testing.assert_close(got.double(), torch.cat(want), atol=atol, rtol=0)
+    check_pages(case)
+
+
+def check_pages(case: Case) -> None:
+    """The arena now holds the whole history of every request, at its place."""
+    for r, h in enumerate(case.history):
+        page_size = case.views[0][0].shape[1]
+        pages = case.meta.page_table[r, : -(-h.shape[2] // page_size)]
+        for layer, views in enumerate(case.views):
+            for which, view in enumerate(views):
+                assert torch.equal(view[pages].flatten(0, 1)[: h.shape[2]], h[layer, which])
+
+
+BATCHES = {
+    "one token": [(1, 1)],
+    "one decode": [(1, 18)],
+    "decodes": [(1, 5), (1, 33), (1, 1), (1, 16), (1, 17), (1, 90)],
+    "fresh prefill": [(13, 13), (2, 2), (32, 32)],
+    "chunks": [(5, 20), (7, 8), (16, 48), (2, 33)],
+    "everything": [(1, 40), (9, 9), (1, 3), (6, 50), (1, 97), (3, 16), (1, 1)],
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 16, 1000])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_batches_and_windows(batch: str, window: int | None) -> None:
+    run(make_case(BATCHES[batch], 8, 2, 16, torch.float32), 6, window, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 8), (4, 4, 24), (8, 1, 64), (15, 3, 40)])
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+def test_shapes(heads: int, kv_heads: int, head_dim: int, page_size: int) -> None:
+    case = make_case(BATCHES["everything"], page_size, kv_heads, head_dim, torch.float32)
+    run(case, heads, 7, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_dtypes(dtype: torch.dtype, atol: float) -> None:
+    run(make_case(BATCHES["everything"], 16, 2, 32, dtype), 4, None, atol)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_batches(seed: int) -> None:
+    rng = random.Random(seed)
+    lens = []
+    for _ in range(rng.randint(1, 9)):
+        total = rng.randint(1, 60)
+        lens.append((rng.choice([1, 1, rng.randint(1, total)]), total))
+    window = rng.choice([None, rng.randint(1, 40)])
+    run(make_case(lens, rng.choice([2, 4, 16]), 2, 8, torch.float32, seed), 4, window, atol=1e-5)
+
+
+def test_padding_stays_bounded() -> None:
+    """Short decodes do not pay for a long one beside them."""
+    lens = [(1, 400)] + [(1, 10)] * 30
+    case = make_case(lens, 4, 1, 8, torch.float32)
+    attention = TorchAttention(case.views, 1, 1, 8, 1.0, None)
+    attention.prepare(case.meta)
+    gathered = sum(d.pages.numel() for d in attention._decodes)
+    needed = sum(-(-total // 4) for _, total in lens)
+    assert needed <= gathered <= 2 * needed
+    assert len(attention._decodes) == 2
+
+
+def test_window_reads_no_page_before_it() -> None:
+    case = make_case([(1, 400)], 4, 1, 8, torch.float32)
+    attention = TorchAttention(case.views, 1, 1, 8, 1.0, 10)
+    attention.prepare(case.meta)
+    [plan] = attention._decodes
+    assert plan.pages.numel() <= 4

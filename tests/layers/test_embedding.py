@@ -1,0 +1,26 @@
+"""Embedding and head, tied and untied."""
+
+import torch
+
+from multilora.layers.embedding import Embedding, LMHead
+
+CPU = torch.device("cpu")
+
+
+def test_tied_head_shares_the_matrix() -> None:
+    embedding = Embedding(7, 4, device=CPU, dtype=torch.float32)
+    head = LMHead(7, 4, tied_to=embedding, device=CPU, dtype=torch.float32)
+    assert head.weight is embedding.weight
+    own = LMHead(7, 4, tied_to=None, device=CPU, dtype=torch.float32)
+    assert own.weight is not embedding.weight
+
+
+def test_logits_are_fp32_whatever_the_model() -> None:
+    embedding = Embedding(7, 4, device=CPU, dtype=torch.bfloat16)
+    embedding.weight.normal_()
+    head = LMHead(7, 4, tied_to=embedding, device=CPU, dtype=torch.bfloat16)
+    rows = embedding(torch.tensor([3, 6]))
+    assert torch.equal(rows, embedding.weight[[3, 6]])
+    logits = head(rows)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (2, 7)
