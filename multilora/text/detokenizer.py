@@ -1,6 +1,6 @@
 """Token ids to text, a few at a time.
 
-What is pushed out joins to `tokenizer.decode` of all ids: text is held back while it ends in U+FFFD, since that may be
+What comes out joins to `tokenizer.decode` of all ids: text is held back while it ends in U+FFFD, since that may be
 the beginning of a character. (One exception, where decode destroys text: a run of byte-fallback tokens that ends
 broken keeps the valid characters it began with.)
 

@@ -5,7 +5,7 @@ thread: a large schema over a large vocabulary takes seconds. Called by the serv
 """
 
 import json
-import logging
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,10 +16,9 @@ from multilora.errors import BadRequest
 from multilora.params import SamplingParams
 from multilora.text.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
-
 ANY_JSON = "$$ANY$$"  # as json_schema: any JSON value
 _CACHE_ENTRIES = 64
+_SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # in the compiler's own messages
 
 
 class GrammarCompiler:
@@ -73,7 +72,8 @@ class GrammarCompiler:
             else:
                 json.loads(source)  # its errors say where
                 grammar = self._compiler.compile_json_schema(source)
-        except (RuntimeError, ValueError, TypeError) as e:
-            raise BadRequest(f"sampling_params.{field} is not a usable grammar: {e}", param=field) from e
+        except (RuntimeError, ValueError, TypeError) as e:  # RecursionError is a RuntimeError
+            reason = _SOURCE_PLACE.sub("", str(e)).strip()
+            raise BadRequest(f"sampling_params.{field} is not a usable grammar: {reason}", param=field) from e
         text: str = grammar.serialize_json()
         return text

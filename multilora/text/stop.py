@@ -11,12 +11,12 @@ import regex
 
 from multilora.errors import BadRequest
 
-_TIMEOUT = 1.0  # seconds for one search: an expression can take exponential time
+_TIMEOUT = 0.2  # seconds for one search: an expression can take exponential time
 
 
 @dataclass(frozen=True)
 class StopMatch:
-    """start, end: characters from the beginning of all text fed; matched: the stop string, or what a regex matched."""
+    """start, end: in characters from the beginning of all text; matched: the stop string, or what a regex matched."""
 
     start: int
     end: int
@@ -36,6 +36,7 @@ class StopMatcher:
         self._lookback = max((len(s) for s in strings), default=1) - 1
         self._text = ""  # with expressions: all text; else the last `lookback` characters before the next piece
         self._offset = 0  # of _text in all text fed
+        self._past = -1  # expressions' matches that end here or before are passed over
         self.held = 0
 
     def feed(self, piece: str, *, may_match: bool = True) -> StopMatch | None:
@@ -43,14 +44,16 @@ class StopMatcher:
 
         Raises BadRequest when an expression takes too long.
         """
-        searched = len(self._text)  # matches that end here or before are past
+        searched = len(self._text)  # no string ends here or before
         start = searched - self.held  # no expression can match from before
         self._text += piece
         if may_match and piece:
-            matches = [*self._find_strings(searched), *self._find_regexes(start, searched)]
+            matches = [*self._find_strings(searched), *self._find_regexes(start)]
             if matches:
                 first = min(matches, key=lambda m: (m.end, m.start))
                 return StopMatch(first.start + self._offset, first.end + self._offset, first.matched)
+        if not may_match:
+            self._past = len(self._text)
         self.held = max(self._held_by_strings(), self._held_by_regexes(start))
         if not self._patterns:
             cut = max(0, len(self._text) - self._lookback)
@@ -70,10 +73,10 @@ class StopMatcher:
             longest = next((k for k in lengths if text.endswith(s[:k])), longest)
         return longest
 
-    def _find_regexes(self, start: int, searched: int) -> Iterator[StopMatch]:
+    def _find_regexes(self, start: int) -> Iterator[StopMatch]:
         for pattern in self._patterns:
             for m in self._search(pattern, start, partial=False):
-                if m.end() > searched:
+                if m.end() > self._past:
                     yield StopMatch(m.start(), m.end(), m.group())
                     break
 

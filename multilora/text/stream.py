@@ -47,7 +47,7 @@ class FinishReason:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one Output added. `drop`: a stop string ended it; the engine does not know yet and must get Finish(rid)."""
+    """What one Output added. `drop`: the stream ended here and the engine does not know yet: send it Finish(rid)."""
 
     text: str
     token_ids: list[int]

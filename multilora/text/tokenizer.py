@@ -6,7 +6,6 @@ models or HTTP. Called by the server and by `LLM`.
 
 import inspect
 import json
-import logging
 import os
 from typing import Any
 
@@ -14,8 +13,6 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from multilora.errors import BadRequest, ConfigError
-
-logger = logging.getLogger(__name__)
 
 # what a template, run over a client's messages, may raise
 _TEMPLATE_ERRORS = (
@@ -50,7 +47,7 @@ class Tokenizer:
         trust_remote_code: bool = False,
         chat_template: str | None = None,
     ) -> "Tokenizer":
-        """From a directory or a hub repository. `chat_template`: a file, or the template itself. Raises ConfigError."""
+        """From a directory or a hub id; `chat_template`: a file, or the template itself. Raises ConfigError."""
         try:
             hf = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as e:
@@ -100,7 +97,7 @@ class Tokenizer:
     def decode(
         self, ids: list[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
-        """Exactly the tokens' text: no clean-up of spaces. (Fast tokenizers ignore `spaces_between_special_tokens`.)"""
+        """Exactly the tokens' text, spaces as they are (fast tokenizers put none between special tokens)."""
         text: str = self.hf.decode(
             ids,
             skip_special_tokens=skip_special_tokens,
