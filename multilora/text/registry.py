@@ -104,9 +104,9 @@ class AdapterRegistry:
 
     def fail_load(self, version: int) -> None:
         """The load failed: as if it had never begun."""
-        entry = self._versions.pop(version)
+        entry = self._versions[version]
         assert entry.state is State.LOADING
-        del self._loading[entry.name]
+        del self._versions[version], self._loading[entry.name]
 
     # unloading
 
@@ -124,9 +124,10 @@ class AdapterRegistry:
 
     def finish_unload(self, version: int) -> None:
         """The engine has forgotten the version; its name, if it was the current one, is free again."""
-        entry = self._versions.pop(version)
+        entry = self._versions[version]
         assert entry.state in (State.UNLOADING, State.REPLACED)
         assert entry.active == 0
+        del self._versions[version]
         if entry.state is State.UNLOADING:
             del self._current[entry.name]
 
