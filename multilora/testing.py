@@ -1,12 +1,18 @@
-"""Fakes that are part of the product: tiny random models for tests, small enough to build in a moment.
+"""Fakes that are part of the product: tiny random models, small enough to build in a moment, and an engine's client
+without an engine.
 
 Used by this package's tests and by anyone who tests against it. Imports torch and transformers only when called.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from multilora.engine.messages import AdapterInfo, Finished, Output, Ready, Stats, Submit
+from multilora.errors import EngineDead, MultiloraError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -94,3 +100,150 @@ def make_adapter(
         model.save_pretrained(str(path))
     model.float().eval()
     return model
+
+
+class FakeEngineClient:
+    """Stands where `engine.client.EngineClient` stands, without an engine: for tests of everything above it.
+
+    Answers with `answer(submit)`, one token per Output (default: deterministic ids from prompt and adapter).
+    `gate`: an asyncio.Event; while it is clear no token flows. `refuse`: error → ends that request instead of an
+    answer; `load_errors`: path → error of `load_adapter`. What was asked of it is in the public lists.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 101,
+        context_length: int = 256,
+        eos_token_ids: tuple[int, ...] = (2,),
+        answer: Callable[[Submit], list[int]] | None = None,
+        refuse: Callable[[Submit], MultiloraError | None] = lambda submit: None,
+    ):
+        zero = {name: 0 for name in Stats.__struct_fields__ if name != "adapters"}
+        self.stats = Stats(**zero, adapters=[])
+        self.ready = Ready(
+            context_length=context_length,
+            vocab_size=vocab_size,
+            eos_token_ids=list(eos_token_ids),
+            num_layers=1,
+            dtype="float32",
+            device="cpu",
+            lora_backend="torch",
+            attention_backend="torch",
+            stats=self.stats,
+        )
+        self.alive = True
+        self.answer = answer or self._deterministic
+        self.refuse = refuse
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.load_errors: dict[str, MultiloraError] = {}
+        self.submitted: list[Submit] = []
+        self.aborted: list[str] = []
+        self.finished: list[str] = []
+        self.loaded: dict[int, str] = {}
+        self.unloaded: list[int] = []
+        self.flushes = 0
+        self._running: dict[str, tuple[asyncio.Task[None], asyncio.Queue[Output]]] = {}
+
+    def _deterministic(self, submit: Submit) -> list[int]:
+        start = sum(submit.input_ids) + 7 * (submit.adapter or 0) + (submit.sampling.sampling_seed or 0)
+        limit = submit.sampling.max_new_tokens
+        count = limit if limit is not None else 8
+        return [3 + (start + i) % (self.ready.vocab_size - 3) for i in range(count)]
+
+    def submit(self, message: Submit) -> asyncio.Queue[Output]:
+        assert message.rid not in self._running, f"rid {message.rid} is in use"
+        queue: asyncio.Queue[Output] = asyncio.Queue()
+        self.submitted.append(message)
+        error = self.refuse(message) if self.alive else EngineDead("the engine process ended")
+        if error is not None:
+            failed = Finished(type="error", kind=error.kind, message=error.message)
+            queue.put_nowait(Output(rid=message.rid, finished=failed))
+            return queue
+        self._running[message.rid] = (asyncio.create_task(self._run(message, queue)), queue)
+        return queue
+
+    async def _run(self, message: Submit, queue: asyncio.Queue[Output]) -> None:
+        sampling, prompt = message.sampling, message.input_ids
+        limit = (
+            len(prompt) + len(self.answer(message)) if sampling.max_new_tokens is None else sampling.max_new_tokens
+        )
+        limit = min(limit, self.ready.context_length - len(prompt))
+        stops = set(sampling.stop_token_ids or ())
+        if not sampling.ignore_eos:
+            stops |= set(self.ready.eos_token_ids)
+        answer = self.answer(message)[:limit]
+        if not answer:
+            await self.gate.wait()
+            queue.put_nowait(self._output(message, [], 0, Finished(type="length")))
+        for i, token in enumerate(answer):
+            await self.gate.wait()
+            await asyncio.sleep(0)
+            finished = Finished(type="length") if i + 1 == len(answer) else None
+            if token in stops:
+                finished = Finished(type="stop", matched=token)
+            queue.put_nowait(self._output(message, [token], i, finished))
+            if finished:
+                break
+        del self._running[message.rid]
+
+    def _output(self, message: Submit, tokens: list[int], index: int, finished: Finished | None) -> Output:
+        fields: dict[str, Any] = {}
+        top = [(-0.5, 3), (-1.5, 4), (-2.5, 5)][: message.top_logprobs_num]
+        if message.return_logprob:
+            fields = {"logprobs": [-0.5] * len(tokens), "top_logprobs": [top] * len(tokens)}
+            if index == 0 and message.logprob_start_len >= 0:
+                positions = range(message.logprob_start_len, len(message.input_ids))
+                fields["input_logprobs"] = [-0.25 if p else None for p in positions]
+                fields["input_top_logprobs"] = [top if p else None for p in positions]
+        return Output(
+            rid=message.rid,
+            token_ids=tokens,
+            finished=finished,
+            prompt_tokens=len(message.input_ids),
+            cached_tokens=1,
+            queue_seconds=0.01,
+            **fields,
+        )
+
+    def _end(self, rid: str, finished: Finished | None) -> None:
+        task, queue = self._running.pop(rid, (None, None))
+        if task is not None and queue is not None:
+            task.cancel()
+            if finished is not None:
+                queue.put_nowait(Output(rid=rid, finished=finished))
+
+    def abort(self, rid: str, message: str = "aborted") -> None:
+        self.aborted.append(rid)
+        self._end(rid, Finished(type="abort", message=message))
+
+    def finish(self, rid: str) -> None:
+        self.finished.append(rid)
+        self._end(rid, None)
+
+    def die(self) -> None:
+        """The engine process ends: every request gets its error."""
+        self.alive = False
+        for rid in list(self._running):
+            self._end(rid, Finished(type="error", kind="EngineDead", message="the engine process ended"))
+
+    async def load_adapter(self, version: int, path: str, pinned: bool) -> AdapterInfo:
+        await asyncio.sleep(0)
+        if not self.alive:
+            raise EngineDead("the engine process ended")
+        if path in self.load_errors:
+            raise self.load_errors[path]
+        self.loaded[version] = path
+        return AdapterInfo(version=version, path=path, rank=8, target_modules=["q_proj"], nbytes=1024, pages=1)
+
+    async def unload_adapter(self, version: int) -> None:
+        await asyncio.sleep(0)
+        del self.loaded[version]
+        self.unloaded.append(version)
+
+    async def flush_cache(self) -> None:
+        self.flushes += 1
+
+    async def shutdown(self) -> None:
+        self.alive = False

@@ -1,0 +1,54 @@
+"""API keys: ASGI middleware that asks for `Authorization: Bearer <key>`.
+
+With `api_key` set every route asks for it, except the probes and /metrics. With `admin_api_key` set the routes that
+change the server ask for that one; otherwise `api_key` is enough for them. The admin key opens everything.
+Knows paths and keys, nothing of the routes behind them. Installed by `server/app.py`.
+"""
+
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from multilora.errors import Unauthorized
+from multilora.server.errors import error_response
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics"})
+ADMIN_PATHS = frozenset(
+    {
+        "/load_lora_adapter",
+        "/unload_lora_adapter",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/flush_cache",
+        "/abort_request",
+    }
+)
+
+
+class KeyCheck:
+    """Answers 401 in place of the application when the key is missing or wrong."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, admin_api_key: str | None):
+        self.app = app
+        self.user_keys = [key for key in (api_key, admin_api_key) if key] if api_key else []
+        self.admin_keys = [key for key in (admin_api_key or api_key,) if key]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._allowed(scope):
+            await self.app(scope, receive, send)
+            return
+        response = error_response(Unauthorized("missing or wrong API key: send Authorization: Bearer <key>"))
+        response.headers["WWW-Authenticate"] = "Bearer"
+        await response(scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        path = scope["path"].rstrip("/") or "/"
+        if path in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return True
+        keys = self.admin_keys if path in ADMIN_PATHS else self.user_keys
+        if not keys:
+            return True
+        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+        return scheme.lower() == "bearer" and any(matches)

@@ -1,0 +1,129 @@
+"""The routes that generate nothing for a client: health, facts about the server, cache, abort, metrics."""
+
+import dataclasses
+import logging
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+
+import multilora
+from multilora.errors import BadRequest, EngineDead
+from multilora.params import SamplingParams
+from multilora.server.bodies import AbortBody
+from multilora.server.errors import StrictRoute
+from multilora.server.generation import Front, Job
+from multilora.server.metrics import CONTENT_TYPE
+from multilora.server.streaming import Json, while_connected
+
+logger = logging.getLogger(__name__)
+
+_SECRETS = ("api_key", "admin_api_key")
+
+
+def router(front: Front) -> APIRouter:
+    routes = APIRouter(route_class=StrictRoute)
+    _health(routes, front)
+    _facts(routes, front)
+    _control(routes, front)
+    return routes
+
+
+def _health(routes: APIRouter, front: Front) -> None:
+    @routes.get("/health")
+    @routes.get("/ready")
+    @routes.get("/ping")
+    async def health() -> Response:
+        """200 while the engine lives, else 503."""
+        if not front.client.alive:
+            raise EngineDead("the engine process ended; restart the server")
+        return Response()
+
+    @routes.get("/health_generate")
+    async def health_generate(request: Request) -> Response:
+        """200 once the engine has generated one token."""
+        sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
+        prompt = [min(1, front.client.ready.vocab_size - 1)]
+
+        async def generate() -> None:
+            flight = await front.start([Job(prompt_ids=prompt, sampling=sampling)])
+            await flight.results()
+
+        await while_connected(request.receive, generate())
+        return Response()
+
+
+def _facts(routes: APIRouter, front: Front) -> None:
+    config, ready = front.config, front.client.ready
+
+    @routes.get("/model_info")
+    @routes.get("/get_model_info")
+    async def model_info() -> Response:
+        """The base model."""
+        path = config.model_path or config.model_name
+        return Json(
+            {
+                "model_path": path,
+                "tokenizer_path": config.tokenizer_path or path,
+                "served_model_name": config.model_name,
+                "is_generation": True,
+                "preferred_sampling_params": None,
+                "weight_version": "default",
+                "context_length": ready.context_length,
+                "vocab_size": ready.vocab_size,
+                "eos_token_ids": ready.eos_token_ids,
+                "dtype": ready.dtype,
+            }
+        )
+
+    @routes.get("/server_info")
+    @routes.get("/get_server_info")
+    async def server_info() -> Response:
+        """Arguments (without keys), version, adapters, and the engine's latest statistics."""
+        arguments = {k: v for k, v in dataclasses.asdict(config).items() if k not in _SECRETS}
+        return Json(arguments | {"version": multilora.__version__} | _running(front))
+
+
+def _running(front: Front) -> dict[str, Any]:
+    ready, registry = front.client.ready, front.registry
+    return {
+        "lora_backend_used": ready.lora_backend,
+        "attention_backend_used": ready.attention_backend,
+        "device_used": ready.device,
+        "num_layers": ready.num_layers,
+        "loaded_adapters": [
+            {
+                "lora_name": e.name,
+                "lora_path": e.path,
+                "version": e.version,
+                "pinned": e.pinned,
+                "rank": e.info.rank if e.info else None,
+                "target_modules": e.info.target_modules if e.info else None,
+                "active_requests": e.active,
+            }
+            for e in registry.entries()
+        ],
+        "internal_states": [front.client.stats],
+    }
+
+
+def _control(routes: APIRouter, front: Front) -> None:
+    @routes.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache() -> Response:
+        """Drop every idle prefix from the cache."""
+        await front.client.flush_cache()
+        logger.info("prefix cache flushed")
+        return PlainTextResponse("Cache flushed.\n")
+
+    @routes.post("/abort_request")
+    async def abort_request(body: AbortBody) -> Response:
+        """Abort one request by its rid, or all."""
+        if not body.rid and not body.abort_all:
+            raise BadRequest("rid or abort_all must be given", param="rid")
+        front.abort(None if body.abort_all else body.rid, body.abort_message or "aborted by /abort_request")
+        return Response()
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(front.metrics.render(), media_type=CONTENT_TYPE)

@@ -1,0 +1,174 @@
+"""`multilora serve`: engine up, adapters in, HTTP on, until a signal; then everything in the opposite order.
+
+Owns the process: its port (taken first, so that a taken one is known before a model is loaded), its signals and its
+exit code: 0 after a signal, 2 for a wrong argument, 1 for anything else that kept it from starting or running.
+Called by `__main__.py`.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from multilora.config import Config
+from multilora.demo import base_model_path
+from multilora.errors import ConfigError, MultiloraError
+from multilora.server.app import create_app
+from multilora.text.registry import AdapterRegistry
+from multilora.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 25  # for running requests, after a signal
+KEEP_ALIVE_SECONDS = 60
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def serve(config: Config) -> int:
+    """Run the server until SIGTERM or SIGINT. Returns the exit code."""
+    try:
+        return asyncio.run(_Process(config).run())
+    except asyncio.CancelledError:
+        logger.info("stopped before the server was ready")
+        return 0
+    except ConfigError as e:
+        logger.error("cannot start: %s", e)
+        return 2
+    except MultiloraError as e:
+        logger.error("cannot start: %s: %s", e.kind, e)
+        return 1
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which would end the process before the engine is stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Process:
+    def __init__(self, config: Config):
+        self._config = config
+        self._server: _Server | None = None
+        self._main: asyncio.Task[Any] | None = None
+
+    async def run(self) -> int:
+        from multilora.engine.client import EngineClient
+
+        self._main = asyncio.current_task()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
+        _log_arguments(self._config)
+        with bind(self._config.host, self._config.port) as listener:
+            loading = asyncio.create_task(asyncio.to_thread(load_text, self._config))
+            try:
+                client = await EngineClient.start(self._config)
+            except BaseException:
+                await asyncio.gather(loading, return_exceptions=True)
+                raise
+            try:
+                await self._serve(client, listener, *await loading)
+            finally:
+                await client.shutdown()
+        logger.info("stopped")
+        return 0
+
+    async def _serve(
+        self, client: Any, listener: socket.socket, tokenizer: Tokenizer | None, defaults: dict[str, Any]
+    ) -> None:
+        config = self._config
+        registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
+        app = create_app(config, client, tokenizer, registry, defaults)
+        await app.state.adapters.load_all(config.lora_paths)
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=DRAIN_SECONDS,
+            )
+        )
+        host, port = listener.getsockname()[:2]
+        logger.info("ready: http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        await self._server.serve(sockets=[listener])
+
+    def _signalled(self, number: int) -> None:
+        """First: drain, or give up starting. Second: do not wait for running requests."""
+        logger.info("%s received", signal.Signals(number).name)
+        if self._server is not None:
+            self._server.force_exit = self._server.should_exit
+            self._server.should_exit = True
+        elif self._main is not None:
+            self._main.cancel()
+
+
+@contextlib.contextmanager
+def bind(host: str, port: int) -> Iterator[socket.socket]:
+    """The address, taken but not listened to yet. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as e:
+            raise ConfigError(f"--host {host} --port {port}: {os.strerror(e.errno or 0)}") from None
+        yield listener
+
+
+def load_text(config: Config) -> tuple[Tokenizer | None, dict[str, Any]]:
+    """The tokenizer, and the sampling defaults of the model's generation_config. Raises ConfigError."""
+    model = config.model_path or str(base_model_path())
+    defaults = sampling_defaults(model, config.revision)
+    if config.skip_tokenizer_init:
+        return None, defaults
+    tokenizer = Tokenizer.load(
+        config.tokenizer_path or model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=config.chat_template,
+    )
+    return tokenizer, defaults
+
+
+def sampling_defaults(model: str, revision: str | None) -> dict[str, Any]:
+    """What `generation_config.json` says of sampling, in our words; empty if the model has none."""
+    name = "generation_config.json"
+    if Path(model).is_dir():
+        path = Path(model) / name
+        if not path.exists():
+            return {}
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(model, name, revision=revision))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path} cannot be read: {e}") from None
+    defaults = {key: found[key] for key in _DEFAULTS if found.get(key) is not None}
+    if defaults.get("top_k") == 0:  # transformers' word for "all"
+        defaults["top_k"] = -1
+    return defaults
+
+
+def _log_arguments(config: Config) -> None:
+    """What was set, as one line; keys are not shown."""
+    fields = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
+    shown = {k: "***" if k.endswith("api_key") else v for k, (v, default) in fields.items() if v != default}
+    logger.info("arguments: %s", ", ".join(f"{k}={v!r}" for k, v in shown.items()) or "none, all defaults")

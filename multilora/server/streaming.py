@@ -1,0 +1,108 @@
+"""What HTTP adds to an answer: JSON and server-sent events as responses, and noticing that the client hung up.
+
+Knows nothing of models or text. A closed connection cancels the work; `EventStream` calls `close` exactly once,
+however the stream ends, and turns an error inside the stream into one error frame before `[DONE]`.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from multilora.errors import MultiloraError
+from multilora.server.errors import error_body
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+
+
+class Json(Response):
+    """A JSON response; infinities become null."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+def frame(content: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`. Cancels it and raises ClientDisconnect when the client hangs up first."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        for other in (task, watcher):
+            other.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends `frames` as they come, then `[DONE]`. `close` is called at the end, come what may."""
+
+    media_type = "text/event-stream"
+
+    @classmethod
+    async def begin(
+        cls, receive: Receive, frames: AsyncGenerator[bytes, None], close: Callable[[], None]
+    ) -> "EventStream":
+        """Waits for the first frame: an error before it is raised, and so gets an HTTP status of its own."""
+        try:
+            first = await while_connected(receive, anext(frames))
+        except BaseException:
+            close()
+            raise
+        return cls(first, frames, close)
+
+    def __init__(self, first: bytes, frames: AsyncGenerator[bytes, None], close: Callable[[], None]):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._first = first
+        self._frames = frames
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._write(send))
+        except (ClientDisconnect, OSError):
+            logger.debug("client disconnected during a stream")
+        finally:
+            self._close()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in self._with_ending():
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _with_ending(self) -> AsyncGenerator[bytes, None]:
+        yield self._first
+        try:
+            async for data in self._frames:
+                yield data
+        except MultiloraError as e:
+            yield frame(error_body(e))
+        except Exception as e:
+            logger.exception("error inside a stream")
+            yield frame(error_body(MultiloraError(f"internal error: {type(e).__name__}")))
+        yield DONE
