@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from multilora.engine.upload import upload
 from multilora.params import SamplingParams
 
 _ONE = 2.0**52  # the integer weight of probability 1: products with fractions are exact in fp64
@@ -32,7 +33,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: npt.NDArray
     for group, truncate in ((plain, False), (ranked, True)):
         for some in _passes(group, logits):
             chosen = _draw_pass(logits, some, [params[i] for i in some], uniforms[some], truncate)
-            tokens[torch.tensor(some, device=logits.device)] = chosen
+            tokens[upload(some, logits.device)] = chosen
     return tokens
 
 
@@ -53,7 +54,7 @@ def _draw_pass(
         [float(p.top_k if 0 < p.top_k < vocab else vocab) for p in params],
     ]
     host = torch.from_numpy(np.vstack([np.array(numbers), uniforms]))
-    temperature, top_p, min_p, top_k, uniform = host.to(logits.device, non_blocking=True)[:, :, None]  # each [r, 1]
+    temperature, top_p, min_p, top_k, uniform = upload(host, logits.device)[:, :, None]  # each [r, 1]
 
     logits = _select(logits, rows)  # [r, vocab]
     tempered = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float())
@@ -99,7 +100,7 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
 def _select(logits: Tensor, rows: list[int]) -> Tensor:
     if rows[-1] - rows[0] == len(rows) - 1:  # ascending, so these are neighbours: a view will do
         return logits[rows[0] : rows[-1] + 1]
-    return logits[torch.tensor(rows, device=logits.device)]
+    return logits[upload(rows, logits.device)]
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import xgrammar
 from torch import Tensor
 
+from multilora.engine.upload import upload
 from multilora.errors import BadRequest
 
 logger = logging.getLogger(__name__)
@@ -106,10 +107,10 @@ class GrammarCache:
 
 def apply_masks(logits: Tensor, rows: Sequence[int], masks: Tensor) -> None:
     """−inf in place where a bit is not set: logits [.., vocab], masks int32 [len(rows), words] on the host."""
-    masks = masks.to(logits.device, non_blocking=True)
+    masks = upload(masks, logits.device)
     bits = torch.arange(32, dtype=torch.int32, device=logits.device)
     allowed = ((masks[:, :, None] >> bits) & 1).flatten(1)[:, : logits.shape[1]].bool()  # [r, vocab]
-    index = torch.tensor(rows, device=logits.device)
+    index = upload(rows, logits.device)
     logits[index] = logits[index].masked_fill_(~allowed, float("-inf"))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from multilora.engine.penalties import PenaltyState, apply_penalties
+from multilora.engine.upload import upload
 from multilora.errors import BadRequest
 from multilora.params import SamplingParams
 
@@ -31,12 +32,12 @@ class LogitEdits:
     ):
         self.penalties = PenaltyState(params, prompt_ids, device) if PenaltyState.needed(params) else None
         bias = _bias(params, vocab_size)
-        self.bias_ids = torch.tensor(list(bias), dtype=torch.int64, device=device)
-        self.bias_values = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+        self.bias_ids = upload(list(bias), device)
+        self.bias_values = upload(torch.tensor(list(bias.values()), dtype=torch.float32), device)
         self._min_new_tokens = params.min_new_tokens
         ends = [*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_token_ids)]
         self.end_ids = sorted({t for t in ends if t < vocab_size}) if params.min_new_tokens else []
-        self.end_index = torch.tensor(self.end_ids, dtype=torch.int64, device=device)
+        self.end_index = upload(self.end_ids, device)
 
     @classmethod
     def make(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from multilora.engine.upload import upload
 from multilora.params import SamplingParams
 
 
@@ -20,7 +21,7 @@ class PenaltyState:
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], device: torch.device):
         self.factors = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         known = sorted(set(prompt_ids)) if params.repetition_penalty != 1.0 else []
-        self.ids = torch.tensor(known, dtype=torch.int64, device=device)
+        self.ids = upload(known, device)
         self.counts = torch.zeros(len(known), device=device)
         self.in_prompt = torch.ones(len(known), dtype=torch.bool, device=device)
         self._place = {token: i for i, token in enumerate(known)}
@@ -31,7 +32,10 @@ class PenaltyState:
         return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
     def update(self, output_ids: Sequence[int]) -> None:
-        """Count what is new in `output_ids`; uncount what was rolled back since the last call."""
+        """Count what is new in `output_ids`; uncount what was rolled back since the last call.
+
+        To be called before every draw, so that a rollback is seen before other tokens take the place of its own.
+        """
         counted = self._counted
         undone = []
         while counted and (len(counted) > len(output_ids) or counted[-1] != output_ids[len(counted) - 1]):
@@ -46,21 +50,21 @@ class PenaltyState:
         """Make room for tokens that never occurred before."""
         if ids:
             self._place.update({token: len(self._place) + i for i, token in enumerate(ids)})
-            self.ids = torch.cat([self.ids, torch.tensor(ids, device=self.ids.device)])
+            self.ids = torch.cat([self.ids, upload(ids, self.ids.device)])
             self.counts = torch.cat([self.counts, self.counts.new_zeros(len(ids))])
             self.in_prompt = torch.cat([self.in_prompt, self.in_prompt.new_zeros(len(ids))])
 
     def _add(self, ids: list[int], amount: float) -> None:
         if ids:
-            places = torch.tensor([self._place[token] for token in ids], device=self.ids.device)
+            places = upload([self._place[token] for token in ids], self.ids.device)
             self.counts.index_add_(0, places, self.counts.new_full((len(ids),), amount))
 
 
 def apply_penalties(logits: Tensor, rows: Sequence[int], states: Sequence[PenaltyState]) -> None:
     """Change rows of logits fp32 [.., vocab] in place; `states[i]` is that of row `rows[i]`."""
     sizes = torch.tensor([len(s.ids) for s in states])
-    factors = torch.tensor([s.factors for s in states]).repeat_interleave(sizes, 0).to(logits.device)
-    row = torch.tensor(rows).repeat_interleave(sizes).to(logits.device)  # [n], n tokens of all states together
+    factors = upload(torch.tensor([s.factors for s in states]).repeat_interleave(sizes, 0), logits.device)
+    row = upload(torch.tensor(rows).repeat_interleave(sizes), logits.device)  # [n], n tokens of all states together
     repetition, frequency, presence = factors.unbind(1)  # each [n]
     ids = torch.cat([s.ids for s in states])
     counts = torch.cat([s.counts for s in states])

@@ -17,6 +17,7 @@ from multilora.engine.grammar import GrammarState, apply_masks
 from multilora.engine.logit_edits import LogitEdits, apply_penalties_and_bias, forbid_ends
 from multilora.engine.logprobs import TokenLogprobs, token_logprobs
 from multilora.engine.uniform import uniforms
+from multilora.engine.upload import upload
 from multilora.params import SamplingParams
 
 NOT_FINITE = "the model produced logits that are not finite"
@@ -120,7 +121,7 @@ def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     if not drawn:
         return _argmax(logits)
     everyone = len(drawn) == len(rows)
-    index = torch.tensor(drawn, device=logits.device)
+    index = upload(drawn, logits.device)
     numbers = uniforms([rows[i].seed for i in drawn], [rows[i].position for i in drawn])
     tokens = draw(logits if everyone else logits[index], [rows[i].params for i in drawn], numbers)
     return tokens if everyone else _argmax(logits).index_copy_(0, index, tokens)
@@ -138,6 +139,6 @@ def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SampleRow]) -> Toke
     if not asked:
         return None
     if len(asked) < len(rows):
-        index = torch.tensor(asked, device=logits.device)
+        index = upload(asked, logits.device)
         logits, tokens = logits[index], tokens[index]
     return token_logprobs(logits, tokens, max(row.top_logprobs for row in rows))
