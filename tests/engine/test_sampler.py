@@ -209,3 +209,7 @@ def test_wrong_shapes_are_our_bug():
         sample(logits(2), [row()])
     with pytest.raises(AssertionError):
         sample(logits(1).double(), [row()])
+
+
+def test_a_step_without_rows():
+    assert sample(logits(0), []) == Sampled([], [], [], [])
