@@ -54,6 +54,15 @@ class _Pair:
     b: str | None = None
 
 
+class _Model:
+    """What the base model offers LoRA, looked up once per adapter."""
+
+    def __init__(self, sites: tuple[LoraSite, ...]):
+        self.shapes = module_shapes(sites)  # module → (in, out)
+        self.num_layers = num_layers(sites)
+        self.order = {module: i for i, module in enumerate(self.shapes)}
+
+
 class _Weights:
     """All tensors of one adapter, whether in one file or in shards."""
 
@@ -82,11 +91,12 @@ def read_adapter(directory: Path, sites: tuple[LoraSite, ...], limits: AdapterLi
     mark = fingerprint(directory)
     files = find_files(directory)
     config = parse_config(read_json_object(files.config), files.config)
+    model = _Model(sites)
     with contextlib.ExitStack() as stack:
         weights = _open(files, stack)
-        pairs = _pairs(weights, sites)
+        pairs = _pairs(weights, model)
         for pair in pairs:
-            _check_pair(pair, weights, config, sites)
+            _check_pair(pair, weights, config, model)
         _check_limits(pairs, weights, limits)
         blocks = tuple(_block(pair, weights, config) for pair in pairs)
     if fingerprint(directory) != mark:
@@ -103,8 +113,8 @@ def _open(files: AdapterFiles, stack: contextlib.ExitStack) -> _Weights:
     return _Weights(opened)
 
 
-def _pairs(weights: _Weights, sites: tuple[LoraSite, ...]) -> list[_Pair]:
-    """Every tensor has its place, every A its B; ordered by layer, then as in `sites`."""
+def _pairs(weights: _Weights, model: _Model) -> list[_Pair]:
+    """Every tensor has its place, every A its B; ordered by layer, then as in the model's sites."""
     pairs: dict[tuple[int, str], _Pair] = {}
     adapter_names: set[str | None] = set()
     for name in weights:
@@ -114,7 +124,7 @@ def _pairs(weights: _Weights, sites: tuple[LoraSite, ...]) -> list[_Pair]:
         adapter_names.add(key["adapter"])
         if len(adapter_names) > 1:
             raise AdapterInvalid(f"{weights.where(name)}: the file holds more than one adapter")
-        layer, module = _place(key["module"], weights.where(name), sites)
+        layer, module = _place(key["module"], weights.where(name), model)
         pair = pairs.setdefault((layer, module), _Pair(key["module"].removeprefix(PREFIX), layer, module))
         if (pair.a if key["part"] == "A" else pair.b) is not None:
             raise AdapterInvalid(f"{weights.where(name)}: module {show(pair.name)} is given twice")
@@ -124,8 +134,7 @@ def _pairs(weights: _Weights, sites: tuple[LoraSite, ...]) -> list[_Pair]:
             pair.b = name
     if not pairs:
         raise AdapterInvalid("the adapter holds no LoRA tensors")
-    order = list(module_shapes(sites))
-    return sorted(pairs.values(), key=lambda pair: (pair.layer, order.index(pair.module)))
+    return sorted(pairs.values(), key=lambda pair: (pair.layer, model.order[pair.module]))
 
 
 def _left_over(name: str, weights: _Weights) -> AdapterInvalid | AdapterUnsupported:
@@ -139,27 +148,23 @@ def _left_over(name: str, weights: _Weights) -> AdapterInvalid | AdapterUnsuppor
     return AdapterInvalid(f"{weights.where(name)}: left over: not a lora_A or lora_B weight")
 
 
-def _place(module_path: str, where: str, sites: tuple[LoraSite, ...]) -> tuple[int, str]:
+def _place(module_path: str, where: str, model: _Model) -> tuple[int, str]:
     """Layer and module of a module path. Raises if the base model has no such place."""
     name = module_path.removeprefix(PREFIX)
     if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
         raise AdapterUnsupported(f"{where}: LoRA on {name.rpartition('.')[2]} is not supported")
     found = MODULE_NAME.fullmatch(name)
-    if (
-        found is None
-        or PARENTS.get(found["module"]) != found["parent"]
-        or found["module"] not in module_shapes(sites)
-    ):
+    if found is None or PARENTS.get(found["module"]) != found["parent"] or found["module"] not in model.shapes:
         raise AdapterIncompatible(f"{where}: the base model has no LoRA module {show(name)}")
     layer = int(found["layer"])
-    if layer >= num_layers(sites):
+    if layer >= model.num_layers:
         raise AdapterIncompatible(
-            f"{where}: layer {layer} is out of range, the base model has {num_layers(sites)} layers"
+            f"{where}: layer {layer} is out of range, the base model has {model.num_layers} layers"
         )
     return layer, found["module"]
 
 
-def _check_pair(pair: _Pair, weights: _Weights, config: PeftConfig, sites: tuple[LoraSite, ...]) -> None:
+def _check_pair(pair: _Pair, weights: _Weights, config: PeftConfig, model: _Model) -> None:
     if pair.a is None or pair.b is None:
         have, lack = ("lora_B", "lora_A") if pair.a is None else ("lora_A", "lora_B")
         raise AdapterInvalid(f"{weights.where(pair.a or pair.b or '')}: {have} without its {lack}")
@@ -168,14 +173,15 @@ def _check_pair(pair: _Pair, weights: _Weights, config: PeftConfig, sites: tuple
     a, b = weights.info(pair.a).shape, weights.info(pair.b).shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise AdapterInvalid(f"{weights.where(pair.a)}: shapes {list(a)} and {list(b)} of lora_A and lora_B disagree")
-    width_in, width_out = module_shapes(sites)[pair.module]
+    width_in, width_out = model.shapes[pair.module]
     if (a[1], b[0]) != (width_in, width_out):
         raise AdapterIncompatible(
             f"module {show(pair.name)} does not fit the base model: expected lora_A [{a[0]}, {width_in}] and lora_B "
             f"[{width_out}, {a[0]}], found {list(a)} and {list(b)}"
         )
-    if a[0] != config.rank(pair.name):
-        says = f"{config.file} says {config.rank(pair.name)} (r or rank_pattern)"
+    rank = config.rank(pair.name)
+    if a[0] != rank:
+        says = f"{config.file} says {rank} (r or rank_pattern)"
         raise AdapterInvalid(f"{weights.where(pair.a)}: rank {a[0]}, but {says}")
 
 
@@ -198,7 +204,7 @@ def _block(pair: _Pair, weights: _Weights, config: PeftConfig) -> LowRank:
     """Read both tensors and fold the scaling into B, in fp32."""
     assert pair.a and pair.b
     a = weights.read(pair.a)  # [rank, in]
-    b = weights.read(pair.b).mul_(config.scaling(pair.name))  # [out, rank]
+    b = weights.read(pair.b).mul_(config.scaling(pair.name, rank=a.shape[0]))  # [out, rank]
     for tensor, name in ((a, pair.a), (b, pair.b)):
         # A sum of finite numbers is finite unless it overflows, so the slower test runs only where it must.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():

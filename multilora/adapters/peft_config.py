@@ -74,11 +74,10 @@ class PeftConfig:
         key = self._pattern_key("rank_pattern", name)
         return self.r if key is None else self.rank_pattern[key]
 
-    def scaling(self, name: str) -> float:
+    def scaling(self, name: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
         key = self._pattern_key("alpha_pattern", name)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
-        rank = self.rank(name)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, name: str) -> bool:

@@ -13,6 +13,9 @@ import regex
 MATCH_SECONDS = 1.0  # a real pattern takes microseconds; one that backtracks for ever must not hold the loader
 
 
+PLAIN_KEY = re.compile(r"[A-Za-z0-9_.]+")
+
+
 class PatternError(ValueError):
     """The pattern is not a valid regular expression, or takes for ever."""
 
@@ -37,9 +40,16 @@ def _match(pattern: str, name: str, whole: bool = False) -> "regex.Match[str] | 
 def pattern_key(patterns: Iterable[str], name: str) -> str | None:
     """The first key of rank_pattern or alpha_pattern that means `name`: a regex for it or for a dotted tail of it."""
     for key in patterns:
+        if _cannot_match(key, name):
+            continue
         if _match(rf"(.*\.)?({key})$", name):
             return key
     return None
+
+
+def _cannot_match(key: str, name: str) -> bool:
+    """A cheap no for keys without regex syntax but dots: an adapter may carry one key for each of its modules."""
+    return PLAIN_KEY.fullmatch(key) is not None and not name.endswith(key[key.rfind(".") + 1 :])
 
 
 def matches_modules(modules: str | Sequence[str], name: str) -> bool:

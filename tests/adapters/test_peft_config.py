@@ -104,9 +104,9 @@ def test_unsupported_is_refused_by_name(case: str) -> None:
 def test_a_broken_regular_expression_names_its_field(field: str, pattern: str) -> None:
     value = {pattern: 4} if field.endswith("_pattern") else pattern
     config = parse_config(changed({field: value}), PATH)
-    ask = config.scaling if field.endswith("_pattern") else config.targets
+    name = "model.layers.0.self_attn.q_proj"
     with pytest.raises(AdapterInvalid, match=f"adapter_config.json: .*{field}"):
-        ask("model.layers.0.self_attn.q_proj")
+        [config.targets(name), config.rank(name), config.scaling(name, rank=4)]
 
 
 def test_a_regular_expression_cannot_hold_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
