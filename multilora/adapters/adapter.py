@@ -12,7 +12,8 @@ import torch
 class LowRank:
     """`y += (x Aᵀ) B` at one module of one layer.
 
-    a: [rank, in_features]; b: [rank, out_features] (PEFT's lora_B transposed, times the scaling, in fp32).
+    a: [rank, in_features]; b: [rank, out_features] (PEFT's lora_B transposed, times the scaling, in fp32); b may be
+    a transposed view.
     """
 
     layer: int
