@@ -53,24 +53,24 @@ def find_files(directory: Path) -> AdapterFiles:
 
     Raises AdapterNotFound for a missing directory or file, AdapterInvalid for pickle weights and a broken index.
     """
-    if not directory.is_dir():
-        what = "is not a directory" if directory.exists() else "does not exist"
+    if not os.path.isdir(directory):
+        what = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise AdapterNotFound(f"adapter directory {show(str(directory))} {what}")
     config = directory / CONFIG_NAME
-    if not config.exists():
+    if not os.path.exists(config):
         raise AdapterNotFound(f"{CONFIG_NAME} is missing in {show(str(directory))}")
-    if (directory / WEIGHTS_NAME).exists():
+    if os.path.exists(directory / WEIGHTS_NAME):
         return AdapterFiles(config, (directory / WEIGHTS_NAME,))
     index = directory / INDEX_NAME
-    if index.exists():
+    if os.path.exists(index):
         shard_of = _read_index(index)
         names = sorted(set(shard_of.values()))
         for name in names:
-            if not (directory / name).exists():
+            if not os.path.exists(directory / name):
                 raise AdapterNotFound(f"{show(name)}, named in {INDEX_NAME}, is missing in {show(str(directory))}")
         return AdapterFiles(config, tuple(directory / name for name in names), index, shard_of)
     for name in PICKLE_NAMES:
-        if (directory / name).exists():
+        if os.path.exists(directory / name):
             raise AdapterInvalid(f"{name}: pickle files are refused, they can run code; save it as {WEIGHTS_NAME}")
     raise AdapterNotFound(f"{WEIGHTS_NAME} is missing in {show(str(directory))} (pickle files are not read)")
 

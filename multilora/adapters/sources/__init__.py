@@ -9,7 +9,7 @@ from pathlib import Path
 
 from multilora.adapters.files import show
 from multilora.adapters.sources.base import AdapterSource
-from multilora.adapters.sources.directory import DirectorySource
+from multilora.adapters.sources.directory import DirectorySource, is_encodable
 from multilora.adapters.sources.hub import HubSource, is_hub_id
 from multilora.errors import AdapterForbidden, AdapterNotFound
 
@@ -21,7 +21,7 @@ def resolve(path: str, roots: tuple[str, ...] = (), hub: AdapterSource | None = 
 
     Raises AdapterNotFound, AdapterForbidden, AdapterInvalid, or AdapterError when the hub cannot be reached.
     """
-    if path.startswith(("/", ".", "~")) or "\0" in path or os.path.isdir(path):
+    if path.startswith(("/", ".", "~")) or not is_encodable(path) or os.path.isdir(path):
         return DirectorySource(roots).fetch(path)
     if not is_hub_id(path):
         raise AdapterNotFound(

@@ -12,6 +12,14 @@ from multilora.adapters.files import CONFIG_NAME, INDEX_NAME, show
 from multilora.errors import AdapterForbidden, AdapterInvalid, AdapterNotFound
 
 
+def is_encodable(path: str) -> bool:
+    """Whether the system could have a file of this name at all."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
 class DirectorySource:
     """Local directories, below `roots` when any is given."""
 
@@ -23,12 +31,12 @@ class DirectorySource:
 
         Raises AdapterForbidden for a path outside the roots, whether or not there is anything, else AdapterNotFound.
         """
-        if "\0" in path:
+        if not is_encodable(path):
             raise AdapterInvalid(f"adapter path {show(path)}: not a path")
         real = Path(os.path.realpath(os.path.expanduser(path)))
         self._check_inside(real, path)
-        if not real.is_dir():
-            what = "is not a directory" if real.exists() else "does not exist"
+        if not os.path.isdir(real):  # unlike Path.is_dir, false for whatever cannot be looked at
+            what = "is not a directory" if os.path.exists(real) else "does not exist"
             raise AdapterNotFound(f"adapter directory {show(path)} {what}")
         for file in self._files(real, path):
             self._check_inside(Path(os.path.realpath(file)), path, file.name)

@@ -81,8 +81,11 @@ def test_missing_and_malformed(root: Path) -> None:
         resolve(str(root / "nowhere"))
     with pytest.raises(AdapterNotFound, match=r"not a directory"):
         DirectorySource().fetch(str(root / "good" / "adapter_config.json"))
-    with pytest.raises(AdapterInvalid, match="not a path"):
-        resolve("a\0b")
+    with pytest.raises(AdapterNotFound, match=r"does not exist"):
+        resolve("/" + "x" * 5000)
+    for path in ("a\0b", "/a\0b", "\ud800/x", "/\ud800"):
+        with pytest.raises(AdapterInvalid, match="not a path"):
+            resolve(path)
     for path in ("", "name", "a/b/c", "a b/c", "a/b@", "a/..", "-a/b", "a/b@../../x", "org/name@v1@v2"):
         with pytest.raises(AdapterNotFound, match=r"no such directory, and not a hub repository"):
             resolve(path)
