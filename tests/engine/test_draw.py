@@ -91,9 +91,19 @@ def test_of_equal_logits_the_lowest_ids_stay(fields):
     assert set(many(logits, SamplingParams(**fields), 200).tolist()) == {1, 2}
 
 
+def test_equals_fill_only_the_places_that_better_ones_leave():
+    logits = np.array([3.0, 5.0, 3.0, 3.0, 5.0])
+    assert set(many(logits, SamplingParams(top_k=3), 400).tolist()) == {0, 1, 4}
+
+
+def test_the_nucleus_is_complete_once_its_mass_is_reached():
+    assert set(many(np.zeros(4), SamplingParams(top_p=0.5), 400).tolist()) == {0, 1}
+    assert set(many(np.zeros(4), SamplingParams(top_p=0.5001), 400).tolist()) == {0, 1, 2}
+
+
 def test_high_temperature_does_not_blur_the_order_of_top_k():
-    logits = np.linspace(0.0, 1e-4, 50)[::-1].copy()
-    assert set(many(logits, SamplingParams(temperature=1e5, top_k=3), 200).tolist()) == {0, 1, 2}
+    logits = np.linspace(0.0, 1e-4, 50)
+    assert set(many(logits, SamplingParams(temperature=1e5, top_k=3), 200).tolist()) == {47, 48, 49}
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-44, 1e-300])

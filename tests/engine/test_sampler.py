@@ -204,6 +204,18 @@ def test_grammar_rows_among_others():
     assert bytes(output[:3]).isdigit()
 
 
+def test_min_new_tokens_holds_under_a_grammar_that_may_end():
+    x = torch.zeros(1, VOCAB)
+    x[0, EOS] = 50.0
+    state = GRAMMARS.start(xgrammar.GrammarCompiler(INFO).compile_regex("[0-9]+").serialize_json(), [EOS])
+    output: list[int] = []
+    while not state.is_terminated:
+        (token,) = sample(x, [row(len(output), 1, output, grammar=state, min_new_tokens=4)]).token_ids
+        assert state.accept(token)
+        output.append(token)
+    assert len(output) == 5
+
+
 def test_wrong_shapes_are_our_bug():
     with pytest.raises(AssertionError):
         sample(logits(2), [row()])
