@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from multilora.text.tokenizer import Tokenizer
 
 _BROKEN = "\ufffd"
-_MAX_PENDING = 16  # tokens; a UTF-8 character has at most 4 bytes, and a token at least 1
+_MAX_PENDING = 16  # tokens; a character in the making has at most 3
 
 
 class Detokenizer:
@@ -62,14 +62,13 @@ class Detokenizer:
     def _shorten(self, text: str) -> str:
         """Put out what can no longer change of a long broken `text`, and keep few tokens pending.
 
-        Cut where decoding both sides apart gives the same as together: no character goes over such a place, provided
-        that at least 4 tokens follow it.
+        Cut where decoding both sides apart gives the same as together: no character goes over such a place.
         """
         if not text:  # ids that the tokenizer does not know
             del self._pending[_MAX_PENDING // 2 :]
             return ""
         whole = self._decode(self._pending)
-        for cut in range(len(self._pending) - 4, 0, -1):
+        for cut in range(len(self._pending) - 1, 0, -1):
             after = self._decode(self._pending[cut:])
             if self._decode(self._pending[:cut]) + after == whole:
                 end = len(text) - len(after)

@@ -26,7 +26,7 @@ def byte_level_tokenizer(vocab_size: int = 320) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
-    corpus = ["the cat and the dog, the 日本 and the 日本語 and 🙂🙃 then\n\nthe end. naïve é\n"] * 4
+    corpus = ["the cat and the dog, the 日本 and the 日本語 and 🙂🙃 then\n\nthe end. naïve é xyz日 xyz日\n"] * 4
     backend.train_from_iterator(corpus, trainer)
     return _wrap(backend)
 

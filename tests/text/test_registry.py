@@ -184,9 +184,12 @@ def test_idle_at_once_and_only_once(registry):
     calls = []
     registry.when_idle(version, lambda: calls.append(1))
     assert calls == [1]
+    registry.acquire("a")
+    registry.when_idle(version, lambda: calls.append(2))
     for _ in range(2):
-        registry.release(registry.acquire("a"))
-    assert calls == [1]
+        registry.release(version)
+        registry.acquire("a")
+    assert calls == [1, 2]
 
 
 def test_our_own_mistakes_are_assertions(registry):

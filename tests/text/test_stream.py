@@ -200,7 +200,7 @@ def test_bad_stop_regex_is_refused_when_made():
         stream(stop_regex="(")
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     st.text(alphabet="thea 日🙂\n", max_size=20),
     st.lists(st.text(alphabet="thea 日\n", min_size=1, max_size=3), max_size=2),

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from multilora.errors import BadRequest, ConfigError
@@ -39,6 +40,12 @@ def test_encode_adds_bos_once(tokenizer):
     assert ids.count(0) == 1
     assert tokenizer.encode("<s>the cat") == ids
     assert tokenizer.decode(ids) == "the cat"
+
+
+def test_a_bos_in_the_text_stays_when_the_tokenizer_adds_none():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.hf.backend_tokenizer.post_processor = ByteLevel()
+    assert full(tokenizer, tokenizer.encode("<s>the")) == "<s>the"
 
 
 @pytest.mark.parametrize("make", [byte_level_tokenizer, metaspace_tokenizer])
