@@ -81,7 +81,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             ("max_new_tokens", n_max is None or n_max >= 0, "0 or more"),
             ("temperature", finite(self.temperature) and self.temperature >= 0, "a finite number, 0 or more"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
-            ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (all) or at least 1"),
+            ("top_k", self.top_k == -1 or 1 <= self.top_k < 2**31, "-1 (all) or at least 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),

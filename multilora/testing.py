@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multilora.engine.messages import AdapterInfo, Finished, Output, Ready, Stats, Submit
+from multilora.engine.messages import AdapterInfo, Finished, Output, Ready, Stats, Submit, decode_to_engine, encode
 from multilora.errors import EngineDead, MultiloraError
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ class FakeEngineClient:
         assert message.rid not in self._running, f"rid {message.rid} is in use"
         queue: asyncio.Queue[Output] = asyncio.Queue()
         self.submitted.append(message)
+        assert decode_to_engine(encode(message)) == message  # it can travel
         error = self.refuse(message) if self.alive else EngineDead("the engine process ended")
         if error is not None:
             failed = Finished(type="error", kind=error.kind, message=error.message)

@@ -66,7 +66,7 @@ def from_validation(error: RequestValidationError) -> BadRequest:
         return BadRequest(f"the body is not valid JSON: {first['ctx']['error']}")
     if first["type"] == "missing" and not where:
         return BadRequest("the body is missing: expected a JSON object")
-    if first["type"] == "model_attributes_type":
+    if first["type"] == "model_attributes_type" and not where:
         return BadRequest("the body must be a JSON object, sent as application/json")
     field = where[0]
     name = ".".join(part for part in where if not part.startswith(("function-", "list[", "dict[")))

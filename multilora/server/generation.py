@@ -56,6 +56,7 @@ class Sequence:
     seconds: float = 0.0  # from start to the last delta
     queue_seconds: float = 0.0
     submitted: bool = False
+    abort_message: str | None = None  # aborted before it was submitted
     started: bool = False  # its first output is here
     open: bool = True  # holds its adapter
 
@@ -201,6 +202,8 @@ class Front:
                 sequence.queue = self.client.submit(submit)
                 sequence.submitted = True
                 self.metrics.submitted(sequence.job.adapter)
+                if sequence.abort_message is not None:
+                    self.client.abort(sequence.rid, sequence.abort_message)
         except BaseException:
             flight.close()
             raise
@@ -219,9 +222,11 @@ class Front:
 
     def abort(self, rid: str | None, message: str) -> None:
         """Abort the request `rid`, all of its sequences; None: every request. They end with `abort`."""
-        for open_rid in list(self._open):
+        for open_rid, sequence in list(self._open.items()):
             if rid is None or open_rid == rid or open_rid.rpartition("#")[0] == rid:
-                self.client.abort(open_rid, message)
+                sequence.abort_message = message
+                if sequence.submitted:
+                    self.client.abort(open_rid, message)
 
     def _check_room(self, count: int) -> None:
         if not self.client.alive:

@@ -1,0 +1,216 @@
+"""Loading and unloading while requests run, in SGLang's and vLLM's shapes."""
+
+import asyncio
+
+import pytest
+
+from multilora.config import LoraPath
+from multilora.errors import AdapterInvalid, AdapterNotFound, AdapterStarvation
+from multilora.server.testing import LocalServer, run
+from multilora.testing import FakeEngineClient
+
+KEYS = ["rid", "http_worker_ipc", "success", "error_message", "loaded_adapters"]
+
+
+def server(**config):
+    return LocalServer(FakeEngineClient(), None, **config)
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def test_load_and_unload_in_sglangs_shape():
+    s = server()
+    answer = s.post("/load_lora_adapter", {"lora_name": "a", "lora_path": "/p/a"})
+    assert answer.status == 200
+    assert answer.json() == {
+        "rid": None,
+        "http_worker_ipc": None,
+        "success": True,
+        "error_message": "",
+        "loaded_adapters": {"a": "/p/a"},
+    }
+    assert list(answer.json()) == KEYS
+    s.post("/load_lora_adapter", {"lora_name": "b", "lora_path": "/p/b", "pinned": True})
+    assert s.client.loaded == {1: "/p/a", 2: "/p/b"}
+    answer = s.post("/unload_lora_adapter", {"lora_name": "a"})
+    assert answer.status == 200
+    assert answer.json()["loaded_adapters"] == {"b": "/p/b"}
+    assert s.client.unloaded == [1]
+
+
+BAD_LOADS = {
+    "already loaded": ({"lora_name": "a", "lora_path": "/p/x"}, "already loaded"),
+    "no path": ({"lora_name": "b"}, "lora_path: this field is required"),
+    "no name": ({"lora_path": "/p/b"}, "lora_name: this field is required"),
+    "wrong type": ({"lora_name": 5, "lora_path": "/p/b"}, "lora_name"),
+    "empty name": ({"lora_name": "", "lora_path": "/p/b"}, "1 to 256 characters"),
+    "long name": ({"lora_name": "x" * 257, "lora_path": "/p/b"}, "1 to 256 characters"),
+    "colon": ({"lora_name": "a:b", "lora_path": "/p/b"}, "':'"),
+    "slash": ({"lora_name": "a/b", "lora_path": "/p/b"}, "'/'"),
+    "the base model's name": ({"lora_name": "base", "lora_path": "/p/b"}, "base model"),
+    "unknown field": ({"lora_name": "b", "lora_path": "/p/b", "rank": 4}, "rank: unknown field"),
+    "missing path": ({"lora_name": "b", "lora_path": "/gone"}, "no such directory"),
+    "invalid": ({"lora_name": "b", "lora_path": "/broken"}, "not valid"),
+    "starvation": ({"lora_name": "b", "lora_path": "/pin", "pinned": True}, "starvation"),
+    "not JSON": (b"{", "not valid JSON"),
+    "not an object": ([], "must be a JSON object"),
+}
+
+
+@pytest.mark.parametrize(("body", "words"), BAD_LOADS.values(), ids=BAD_LOADS)
+def test_a_failed_load_keeps_the_shape_and_changes_nothing(body, words):
+    s = server()
+    s.load("a")
+    s.client.load_errors = {
+        "/gone": AdapterNotFound("no such directory: /gone"),
+        "/broken": AdapterInvalid("adapter_model.safetensors is not valid"),
+        "/pin": AdapterStarvation("starvation: it would be the last place"),
+    }
+    answer = s.post("/load_lora_adapter", body)
+    assert answer.status == 400
+    assert list(answer.json()) == KEYS
+    assert answer.json()["success"] is False
+    assert words in answer.json()["error_message"]
+    assert answer.json()["loaded_adapters"] == {"a": "/adapters/a"}
+    assert s.post("/load_lora_adapter", {"lora_name": "b", "lora_path": "/p/b"}).status == 200
+
+
+def test_unload_of_an_unknown_name():
+    answer = server().post("/unload_lora_adapter", {"lora_name": "nope"})
+    assert answer.status == 400
+    assert "does not exist" in answer.json()["error_message"]
+
+
+def test_lora_off():
+    answer = server(enable_lora=False).post("/load_lora_adapter", {"lora_name": "a", "lora_path": "/p"})
+    assert answer.status == 400
+    assert "LoRA is not enabled" in answer.json()["error_message"]
+
+
+def test_dead_engine():
+    s = server()
+    s.client.die()
+    assert s.post("/load_lora_adapter", {"lora_name": "a", "lora_path": "/p"}).status == 503
+
+
+def test_vllms_routes():
+    s = server()
+    load = {"lora_name": "a", "lora_path": "/p/a"}
+    answer = s.post("/v1/load_lora_adapter", load)
+    assert (answer.status, answer.text) == (200, "Success: LoRA adapter 'a' added successfully.")
+    answer = s.post("/v1/load_lora_adapter", load)
+    assert answer.status == 400
+    assert "has already been loaded" in answer.error["message"]
+    s.client.load_errors = {"/gone": AdapterNotFound("no such directory"), "/bad": AdapterInvalid("NaN")}
+    assert s.post("/v1/load_lora_adapter", {"lora_name": "b", "lora_path": "/gone"}).status == 404
+    assert s.post("/v1/load_lora_adapter", {"lora_name": "b", "lora_path": "/bad"}).status == 400
+    assert s.post("/v1/load_lora_adapter", {"lora_name": "b"}).error["param"] == "lora_path"
+    answer = s.post("/v1/unload_lora_adapter", {"lora_name": "a", "lora_int_id": 7})
+    assert (answer.status, answer.text) == (200, "Success: LoRA adapter 'a' removed successfully.")
+    answer = s.post("/v1/unload_lora_adapter", {"lora_name": "a"})
+    assert answer.status == 404
+    assert "cannot be found" in answer.error["message"]
+
+
+def test_unload_waits_for_its_requests_while_nothing_else_waits():
+    s = server()
+    s.load("a", "b")
+
+    async def scenario():
+        s.client.gate.clear()
+        running = s.connect("POST", "/generate", {"input_ids": [5], "lora_path": "a"})
+        await until(lambda: s.client.submitted)
+        unload = s.connect("POST", "/unload_lora_adapter", {"lora_name": "a"})
+        await until(lambda: "a" not in s.registry.loaded())
+        answer = await s.send("POST", "/generate", {"input_ids": [5], "lora_path": "a"})
+        assert answer.status == 400
+        assert "being unloaded" in answer.error["message"]
+        answer = await s.send("POST", "/load_lora_adapter", {"lora_name": "a", "lora_path": "/p"})
+        assert "being unloaded" in answer.json()["error_message"]
+        other = s.connect("POST", "/generate", {"input_ids": [5], "lora_path": "b"})
+        assert (await s.send("POST", "/load_lora_adapter", {"lora_name": "c", "lora_path": "/p"})).status == 200
+        assert not unload.task.done()
+        assert s.client.unloaded == []
+        s.client.gate.set()
+        assert (await running.answer()).json()["meta_info"]["finish_reason"]["type"] == "length"
+        assert (await unload.answer()).status == 200
+        assert s.client.unloaded == [1]
+        assert (await other.answer()).status == 200
+        answer = await s.send("POST", "/generate", {"input_ids": [5], "lora_path": "a"})
+        assert "never been loaded" in answer.error["message"]
+
+    run(scenario())
+
+
+def test_an_unload_goes_on_when_its_client_hangs_up():
+    s = server()
+    s.load("a")
+
+    async def scenario():
+        s.client.gate.clear()
+        running = s.connect("POST", "/generate", {"input_ids": [5], "lora_path": "a"})
+        await until(lambda: s.client.submitted)
+        unload = s.connect("POST", "/unload_lora_adapter", {"lora_name": "a"})
+        await until(lambda: "a" not in s.registry.loaded())
+        unload.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unload.task
+        s.client.gate.set()
+        await running.answer()
+        await until(lambda: s.client.unloaded == [1])
+
+    run(scenario())
+
+
+def test_load_inplace_swaps_and_requests_in_flight_finish_on_the_old_version():
+    s = server()
+    s.load("a")
+
+    async def scenario():
+        s.client.gate.clear()
+        old = s.connect("POST", "/generate", {"input_ids": [5], "lora_path": "a"})
+        await until(lambda: s.client.submitted)
+        swap = {"lora_name": "a", "lora_path": "/p/new", "load_inplace": True}
+        assert (await s.send("POST", "/v1/load_lora_adapter", swap)).status == 200
+        assert s.registry.loaded() == {"a": "/p/new"}
+        new = s.connect("POST", "/generate", {"input_ids": [5], "lora_path": "a"})
+        await until(lambda: len(s.client.submitted) == 2)
+        assert [m.adapter for m in s.client.submitted] == [1, 2]
+        assert s.client.unloaded == []
+        s.client.gate.set()
+        assert [(await call.answer()).status for call in (old, new)] == [200, 200]
+        await until(lambda: s.client.unloaded == [1])
+        assert s.client.loaded == {2: "/p/new"}
+
+    run(scenario())
+
+
+def test_a_failed_swap_keeps_the_old_version():
+    s = server()
+    s.load("a")
+    s.client.load_errors = {"/bad": AdapterInvalid("NaN")}
+    body = {"lora_name": "a", "lora_path": "/bad", "load_inplace": True}
+    assert s.post("/v1/load_lora_adapter", body).status == 400
+    assert s.registry.loaded() == {"a": "/adapters/a"}
+    assert s.post("/generate", {"input_ids": [5], "lora_path": "a"}).status == 200
+    assert s.client.unloaded == []
+
+
+def test_lora_paths_are_all_loaded_in_their_order():
+    s = server()
+    paths = [LoraPath(f"n{i}", f"/p/{i}", i == 3) for i in range(20)]
+    run(s.app.state.adapters.load_all(paths))
+    assert list(s.registry.loaded()) == [p.lora_name for p in paths]
+    assert [e.pinned for e in s.registry.entries()] == [p.pinned for p in paths]
+    assert len(s.client.loaded) == 20
+
+
+def test_one_bad_path_of_lora_paths_is_an_error_and_leaves_nothing():
+    s = server()
+    s.client.load_errors = {"/p/1": AdapterNotFound("no such directory: /p/1")}
+    with pytest.raises(AdapterNotFound, match="/p/1"):
+        run(s.app.state.adapters.load_all([LoraPath("x", "/p/0"), LoraPath("y", "/p/1")]))
+    assert s.registry.loaded() == {}

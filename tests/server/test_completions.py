@@ -1,0 +1,157 @@
+"""POST /v1/completions: shapes, echo, logprobs, usage, streams."""
+
+import pytest
+
+from multilora.server.testing import LocalServer
+from multilora.testing import FakeEngineClient
+from multilora.text.testing import byte_level_tokenizer
+
+TOKENIZER = byte_level_tokenizer()
+EOS = 1
+
+
+def ids(text):
+    return TOKENIZER.encode(text)[1:]
+
+
+def server(text="hello", tokenizer=TOKENIZER):
+    client = FakeEngineClient(vocab_size=320, eos_token_ids=(EOS,), answer=lambda m: [*ids(text), EOS])
+    return LocalServer(client, tokenizer)
+
+
+def complete(s, **body):
+    return s.post("/v1/completions", {"model": "base", "prompt": "x"} | body)
+
+
+def test_the_whole_body():
+    s = server()
+    body = complete(s).json()
+    assert body["id"].startswith("cmpl-")
+    assert body["created"] > 0
+    del body["id"], body["created"]
+    count = len(ids("hello")) + 1
+    assert body == {
+        "object": "text_completion",
+        "model": "base",
+        "choices": [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": count,
+            "total_tokens": count + 2,
+            "prompt_tokens_details": {"cached_tokens": 1},
+        },
+    }
+    assert s.client.submitted[0].sampling.max_new_tokens == 16
+
+
+def test_prompts_of_every_kind_and_n():
+    s = server()
+    for prompt, count in (("x", 1), (["x", "y"], 2), ([5, 6], 1), ([[5], [6, 7]], 2)):
+        choices = complete(s, prompt=prompt, n=2).json()["choices"]
+        assert [c["index"] for c in choices] == list(range(2 * count))
+    assert [m.input_ids for m in s.client.submitted[-4:]] == [[5], [5], [6, 7], [6, 7]]
+    usage = complete(s, prompt=[[5], [6, 7]], n=2, max_tokens=1).json()["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 4)
+
+
+def test_length():
+    choice = complete(server(), max_tokens=1).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+
+
+def test_stop():
+    s = server("one the two")
+    choice = complete(s, stop=["the", "zzz"]).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("one ", "stop")
+    choice = complete(s, stop="the", include_stop_str_in_output=True).json()["choices"][0]
+    assert choice["text"] == "one the"
+
+
+def test_echo():
+    s = server()
+    assert complete(s, echo=True).json()["choices"][0]["text"] == "xhello"
+    assert complete(s, echo=True, prompt=ids("the end")).json()["choices"][0]["text"] == "the endhello"
+    frames = complete(s, echo=True, stream=True, n=2).frames
+    for index in range(2):
+        text = "".join(f["choices"][0]["text"] for f in frames if f["choices"][0]["index"] == index)
+        assert text == "xhello"
+
+
+def test_echo_with_no_new_tokens_scores_the_prompt():
+    s = server("")
+    s.client.answer = lambda m: []
+    choice = complete(s, echo=True, max_tokens=0, logprobs=1).json()["choices"][0]
+    assert choice["text"] == "x"
+    assert choice["logprobs"]["tokens"] == ["<s>", "x"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.25]
+    assert choice["logprobs"]["top_logprobs"] == [None, {TOKENIZER.token_text(3): -0.5}]
+    assert choice["finish_reason"] == "length"
+
+
+def test_logprobs_whole_and_streamed_are_the_same():
+    s = server("ab")
+    whole = complete(s, logprobs=2).json()["choices"][0]["logprobs"]
+    assert whole["tokens"] == ["a", "b", "</s>"]
+    assert whole["text_offset"] == [0, 1, 2]
+    assert whole["top_logprobs"][0] == {TOKENIZER.token_text(3): -0.5, TOKENIZER.token_text(4): -1.5}
+    joined = {name: [] for name in whole}
+    for frame in complete(s, logprobs=2, stream=True).frames:
+        for name, values in frame["choices"][0]["logprobs"].items():
+            joined[name] += values
+    assert joined == whole
+    assert complete(s, logprobs=0).json()["choices"][0]["logprobs"]["top_logprobs"] is None
+
+
+def test_stream():
+    answer = complete(server("ab"), stream=True)
+    frames = answer.frames
+    assert {f["object"] for f in frames} == {"text_completion"}
+    assert len({f["id"] for f in frames}) == 1
+    assert [f["choices"][0] for f in frames] == [
+        {"index": 0, "text": "a", "logprobs": None, "finish_reason": None},
+        {"index": 0, "text": "b", "logprobs": None, "finish_reason": None},
+        {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"},
+    ]
+    assert all("usage" not in f for f in frames)
+
+
+def test_stream_with_usage():
+    *frames, last = complete(server("ab"), stream=True, stream_options={"include_usage": True}).frames
+    assert all(f["usage"] is None for f in frames)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 3
+
+
+BAD = [
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "input_ids"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": [999]}, "input_ids"),
+    ({"prompt": ["a", 5]}, "prompt"),
+    ({"max_tokens": -1}, "max_new_tokens"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"best_of": 2}, "best_of"),
+    ({"n": 0}, "n"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"usage": True}}, "stream_options"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"stop": 5}, "stop"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), BAD)
+def test_bad_input(body, param):
+    s = server()
+    answer = complete(s, **body)
+    assert (answer.status, answer.error["param"]) == (400, param), answer.text
+    assert s.client.submitted == []
+
+
+def test_without_tokenizer():
+    s = server(tokenizer=None)
+    assert complete(s, prompt=[5]).status == 200
+    assert complete(s).status == 400
+    assert complete(s, prompt=[5], echo=True).status == 400
+    assert complete(s, prompt=[5], logprobs=1).status == 400
