@@ -144,6 +144,7 @@ class FakeEngineClient:
         self.loaded: dict[int, str] = {}
         self.unloaded: list[int] = []
         self.flushes = 0
+        self.tokenizer_info: str | None = None
         self._running: dict[str, tuple[asyncio.Task[None], asyncio.Queue[Output]]] = {}
 
     def _deterministic(self, submit: Submit) -> list[int]:
@@ -154,6 +155,7 @@ class FakeEngineClient:
 
     def submit(self, message: Submit) -> asyncio.Queue[Output]:
         assert message.rid not in self._running, f"rid {message.rid} is in use"
+        assert message.grammar is None or self.tokenizer_info is not None
         queue: asyncio.Queue[Output] = asyncio.Queue()
         self.submitted.append(message)
         assert decode_to_engine(encode(message)) == message  # it can travel
@@ -222,6 +224,9 @@ class FakeEngineClient:
     def finish(self, rid: str) -> None:
         self.finished.append(rid)
         self._end(rid, None)
+
+    def use_tokenizer(self, info: str) -> None:
+        self.tokenizer_info = info
 
     def die(self) -> None:
         """The engine process ends: every request gets its error."""

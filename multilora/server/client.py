@@ -26,6 +26,9 @@ class Client(Protocol):
     def finish(self, rid: str) -> None:
         """A stop string matched in the front: the request is over, no Output follows."""
 
+    def use_tokenizer(self, info: str) -> None:
+        """xgrammar's serialized TokenizerInfo; before the first Submit with a grammar."""
+
     async def load_adapter(self, version: int, path: str, pinned: bool) -> AdapterInfo:
         """Raises the typed errors of `multilora.errors`."""
 

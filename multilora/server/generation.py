@@ -7,6 +7,7 @@ Knows no wire format. Called by `native.py`, `completions.py` and `chat.py`.
 """
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -46,9 +47,11 @@ class Job:
 
 @dataclass
 class Sequence:
-    """One sequence in flight. `stream` has all of its text and tokens so far."""
+    """One sequence in flight. `stream` has all of its text and tokens so far. `rid` is the client's word for it and
+    may come again later; `key` is the engine's and never does, so no late Output can reach another request."""
 
     rid: str
+    key: str
     job: Job
     stream: TextStream
     version: int | None
@@ -90,7 +93,7 @@ class Flight:
         for sequence in self.sequences:
             if sequence.open:
                 if sequence.submitted:
-                    self._front.client.abort(sequence.rid)
+                    self._front.client.abort(sequence.key)
                 self._front.land(sequence)
 
     async def _outputs(self) -> AsyncIterator[tuple[int, Output]]:
@@ -123,7 +126,7 @@ class Flight:
             metrics.first_output(sequence.job.adapter, sequence.seconds, output.queue_seconds)
         delta = sequence.stream.push(output)
         if delta.drop:
-            self._front.client.finish(sequence.rid)
+            self._front.client.finish(sequence.key)
         if delta.finished is not None:
             self._front.land(sequence)
             if delta.finished.type == "error":
@@ -154,7 +157,9 @@ class Front:
         self.metrics = metrics
         self.sampling_defaults = dict(sampling_defaults or {}) if config.sampling_defaults == "model" else {}
         self._open: dict[str, Sequence] = {}
+        self._serial = itertools.count()
         self._grammars: GrammarCompiler | None = None
+        self._tokenizer_info: str | None = None  # for the engine, once there are grammars and until it is sent
         self._compiling = ThreadPoolExecutor(1, "grammar")
 
     # text
@@ -173,6 +178,9 @@ class Front:
             if key not in done:
                 loop = asyncio.get_running_loop()
                 done[key] = await loop.run_in_executor(self._compiling, self._compile, job.sampling)
+                if self._tokenizer_info is not None:
+                    self.client.use_tokenizer(self._tokenizer_info)
+                    self._tokenizer_info = None
             result.append(msgspec.structs.replace(submit, grammar=done[key]))
         return result
 
@@ -182,6 +190,7 @@ class Front:
 
             ready = self.client.ready
             self._grammars = GrammarCompiler(self.need_tokenizer("a grammar"), ready.vocab_size, ready.eos_token_ids)
+            self._tokenizer_info = self._grammars.tokenizer_info_json()
         return self._grammars.compile(sampling)
 
     # requests
@@ -203,7 +212,7 @@ class Front:
                 sequence.submitted = True
                 self.metrics.submitted(sequence.job.adapter)
                 if sequence.abort_message is not None:
-                    self.client.abort(sequence.rid, sequence.abort_message)
+                    self.client.abort(sequence.key, sequence.abort_message)
         except BaseException:
             flight.close()
             raise
@@ -226,7 +235,7 @@ class Front:
             if rid is None or open_rid == rid or open_rid.rpartition("#")[0] == rid:
                 sequence.abort_message = message
                 if sequence.submitted:
-                    self.client.abort(open_rid, message)
+                    self.client.abort(sequence.key, message)
 
     def _check_room(self, count: int) -> None:
         if not self.client.alive:
@@ -255,11 +264,12 @@ class Front:
         if sampling.stop_strings or sampling.stop_regexes:
             self.need_tokenizer("a stop string", "stop")
         stream = TextStream(self.tokenizer, sampling, job.prompt_ids, ready.eos_token_ids)
-        sequence = Sequence(rid, job, stream, self.registry.acquire(job.adapter))
+        key = f"{rid}@{next(self._serial)}"
+        sequence = Sequence(rid, key, job, stream, self.registry.acquire(job.adapter))
         self._open[rid] = sequence
         flight.sequences.append(sequence)
         return Submit(
-            rid=rid,
+            rid=key,
             input_ids=job.prompt_ids,
             sampling=params,
             adapter=sequence.version,

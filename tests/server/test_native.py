@@ -85,7 +85,7 @@ def test_stop_string_cuts_text_and_tokens_and_tells_the_engine():
     assert body["text"] == "hello "
     assert body["output_ids"] == ids("hello the")
     assert body["meta_info"]["finish_reason"] == {"type": "stop", "matched": "the"}
-    assert s.client.finished == ["r"]
+    assert s.client.finished == [s.client.submitted[0].rid]
     assert s.client.aborted == []
 
 
