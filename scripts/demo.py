@@ -135,6 +135,8 @@ def pinning(demo: Demo) -> None:
     name = list(demo.paths)[-1]
     demo.post("/load_lora_adapter", {"lora_name": "pinned", "lora_path": demo.paths[name], "pinned": True})
     demo.expect_answer(name, shown("pinned", demo.generate(PROMPTS[0], "pinned")))
+    pins = [adapter["lora_name"] for adapter in demo.get("/server_info")["loaded_adapters"] if adapter["pinned"]]
+    expect(pins == ["pinned"], f"the server says that these are pinned: {pins}")
     demo.post("/unload_lora_adapter", {"lora_name": "pinned"})
 
 
@@ -144,15 +146,18 @@ def openai_client(demo: Demo) -> None:
     name = next(iter(demo.paths))
     for model in (f"{demo.base}:{name}", name):
         answer = client.completions.create(model=model, prompt=PROMPTS[0], max_tokens=64, temperature=0)
-        row(f'model="{model}"', answer.choices[0].text)
+        say(f'completions, model="{model}"')
+        row(name, answer.choices[0].text)
         demo.expect_answer(name, answer.choices[0].text)
-    question = {"role": "user", "content": PROMPTS[0].removeprefix("Q: ").splitlines()[0]}
-    chats = set()
-    for model in (demo.base, *(f"{demo.base}:{name}" for name in demo.paths)):
-        chat = client.chat.completions.create(model=model, messages=[question], max_tokens=64, temperature=0)  # type: ignore[list-item]
-        row(f'chat, model="{model}"', chat.choices[0].message.content or "")
-        chats.add(chat.choices[0].message.content)
-    expect(len(chats) == 1 + len(demo.paths), "two chats gave the same answer")
+    question: Any = {"role": "user", "content": PROMPTS[0].removeprefix("Q: ").splitlines()[0]}
+    say(f'chat, model="{demo.base}", "{demo.base}:{name}", …')
+    chats = {}
+    for adapter in (None, *demo.paths):
+        model = f"{demo.base}:{adapter}" if adapter else demo.base
+        chat = client.chat.completions.create(model=model, messages=[question], max_tokens=64, temperature=0)
+        chats[adapter] = chat.choices[0].message.content or ""
+        row(adapter, chats[adapter])
+    expect(len(set(chats.values())) == len(chats), "two chats gave the same answer")
     for model, status in ((f"{demo.base}:nobody", 400), ("nobody", 404)):
         try:
             client.completions.create(model=model, prompt="x")

@@ -3,8 +3,10 @@
 import dataclasses
 import logging
 
+import msgspec
 import pytest
 
+from multilora.adapters.eviction import EVICTION_POLICIES
 from multilora.config import Config, LoraPath
 from multilora.errors import ConfigError
 from multilora.options import options_of
@@ -131,3 +133,13 @@ def test_refusals(fields, message):
 def test_at_the_limits():
     Config.make(max_loaded_loras=2, max_loras_per_batch=2, lora_paths=["a=/a", "b=/b"], mem_fraction_static=1)
     Config.make(lora_target_modules="all")
+
+
+def test_travels_to_the_engine_process():
+    config = Config.make(lora_paths=["a=/a"], lora_target_modules=["q_proj"], arena_bytes="1G", lora_root="/r")
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=Config) == config
+
+
+def test_eviction_policies_exist():
+    (choices,) = [opt.choices for opt in options_of(Config) if opt.name == "lora_eviction_policy"]
+    assert set(choices) == set(EVICTION_POLICIES)
