@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -71,7 +72,7 @@ class ProcessLoader:
         done, self._lost = self._lost, []
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1, socket.MSG_DONTWAIT)
+                data, fds = _receive(self._socket)
             except BlockingIOError:
                 return done
             except ConnectionResetError:
@@ -108,6 +109,19 @@ class ProcessLoader:
         self._pending.clear()
         self._spawn()
         return [(f, None) for f in failed]
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """One message and the descriptors it carries. Raises BlockingIOError when there is none.
+
+    (socket.recv_fds would do, but ignores its flags.)
+    """
+    data, control, _, _ = connection.recvmsg(MAX_MESSAGE, socket.CMSG_LEN(4), socket.MSG_DONTWAIT)
+    fds = array("i")
+    for level, kind, payload in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload)
+    return data, list(fds)
 
 
 # ---------------------------------------------------------------------- the loader's end

@@ -53,6 +53,8 @@ class Record:
     loads: int = 0
     evictions: int = 0
     fetches: int = 0
+    hits: int = 0  # requests that found it resident
+    misses: int = 0
     load_seconds: float = 0.0
     asked_at: float | None = None  # since when somebody has waited for it
 
@@ -94,6 +96,7 @@ class AdapterStore:
         page_bytes: int,
         total_pages: int,
         context_pages: int,
+        on_evict: Callable[[int], None] = lambda version: None,
     ):
         self.loader = loader
         self.host = host
@@ -103,6 +106,7 @@ class AdapterStore:
         self._page_bytes = page_bytes
         self._total_pages = total_pages
         self._context_pages = context_pages
+        self._on_evict = on_evict
         self._records: dict[int, Record] = {}
         self._loading: set[int] = set()  # versions whose first `load` has not ended
         self._to_fetch: list[int] = []  # in order
@@ -180,6 +184,33 @@ class AdapterStore:
     def release(self, version: int) -> None:
         self.residency.release(version)
 
+    def pinned_pages(self) -> int:
+        """Of every pinned version, resident already or not."""
+        return sum(r.pages for r in self.records() if r.pinned)
+
+    def host_bytes_of(self, version: int) -> int:
+        entry = self.host.peek(version)
+        return entry.nbytes if entry else 0
+
+    def device_bytes_of(self, version: int) -> int:
+        resident = self.residency.get(version)
+        return len(resident.pages) * self._page_bytes if resident else 0
+
+    def bytes_of(self, version: int) -> int:
+        """Packed size."""
+        return self._records[version].pages * self._page_bytes
+
+    def place_of(self, version: int) -> int:
+        """In the LoRA table; the version is resident."""
+        resident = self.residency.get(version)
+        assert resident is not None and resident.ready
+        return resident.place
+
+    def count_request(self, version: int, *, hit: bool) -> None:
+        record = self._records[version]
+        record.hits += hit
+        record.misses += not hit
+
     def known(self, version: int) -> bool:
         return version in self._records and version not in self._loading
 
@@ -196,6 +227,7 @@ class AdapterStore:
     def evicted(self, version: int) -> None:
         """`Residency` tells that this version gave way."""
         self._records[version].evictions += 1
+        self._on_evict(version)
 
     def slots(self) -> tuple[int, int]:
         """(resident now, how many could be: the limit, or what memory holds at the loaded adapters' mean size)."""

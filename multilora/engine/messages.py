@@ -1,7 +1,7 @@
 """What the front and the engine say to each other: msgspec structs, sent as msgpack over ZeroMQ, no pickle.
 
-Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `UnloadAdapter`, `FlushCache`, `Shutdown`),
-each call answered by one `Reply` with the same `call` number.
+Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `UnloadAdapter`, `FlushCache`), each
+answered by one `Reply` with the same `call` number; `UseTokenizer` once, `Shutdown` at the end.
 Engine → front: `Ready` once, then `Outputs`, `Reply` and `Stats`.
 
 Adapters are *versions* here: integers that the front's registry hands out and never reuses. `None` is the base model.
@@ -60,6 +60,12 @@ class FlushCache(msgspec.Struct, tag=True, frozen=True):
     """Drop every idle prefix page."""
 
     call: int
+
+
+class UseTokenizer(msgspec.Struct, tag=True, frozen=True):
+    """xgrammar's serialized TokenizerInfo, which the grammars of later Submits are bound to."""
+
+    info: str
 
 
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
@@ -183,7 +189,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-ToEngine = Submit | Abort | Finish | LoadAdapter | UnloadAdapter | FlushCache | Shutdown
+ToEngine = Submit | Abort | Finish | LoadAdapter | UnloadAdapter | FlushCache | UseTokenizer | Shutdown
 FromEngine = Ready | Failed | Outputs | Reply | Stats
 
 _encoder = msgspec.msgpack.Encoder()

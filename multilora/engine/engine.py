@@ -1,0 +1,230 @@
+"""The engine: messages in, messages out, one `step` at a time.
+
+Owns the scheduler, the runner and the adapter store; `build.py` puts them together. Runs in its own process behind
+`worker.py`, or in the caller's under `LLM`.
+"""
+
+import random
+from collections.abc import Callable
+from time import monotonic
+
+import torch
+
+from multilora.adapters.store import AdapterStore, Loaded, Lost
+from multilora.engine.grammar import GrammarCache
+from multilora.engine.logit_edits import LogitEdits
+from multilora.engine.messages import (
+    Abort,
+    AdapterInfo,
+    Finish,
+    Finished,
+    FlushCache,
+    FromEngine,
+    LoadAdapter,
+    Output,
+    Outputs,
+    Ready,
+    Reply,
+    Stats,
+    Submit,
+    ToEngine,
+    UnloadAdapter,
+    UseTokenizer,
+)
+from multilora.engine.report import Report
+from multilora.engine.request import Request
+from multilora.engine.runner import Runner
+from multilora.engine.scheduler import Scheduler
+from multilora.errors import BadRequest, CannotFit, MultiloraError, QueueFull, UnknownAdapter
+
+
+class Engine:
+    """adapters: None when LoRA is off. ready: what the front is told at the start, without stats."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        adapters: AdapterStore | None,
+        *,
+        describe: Callable[[Stats], Ready],
+        max_queued: int,
+        random_seed: int | None,
+        device: torch.device,
+    ):
+        self.scheduler = scheduler
+        self.runner = runner
+        self.adapters = adapters
+        self.report = Report(scheduler, adapters)
+        self._describe = describe
+        self._max_queued = max_queued
+        self._seeds = random.Random(random_seed)
+        self._device = device
+        self._grammars: GrammarCache | None = None
+        self._calls: dict[int, int] = {}  # version being loaded → call to answer
+        self._replies: list[FromEngine] = []
+        self._order = 0
+
+    # ------------------------------------------------------------------ one step
+
+    def step(self) -> list[FromEngine]:
+        """Schedule → load → forward → sample → commit. Returns what the front should hear."""
+        self._poll_adapters()
+        plan = self.scheduler.plan()
+        outputs = self.scheduler.take_outbox()
+        if plan is not None:
+            self.scheduler.launch(plan)
+            logits = self.runner.forward(plan)
+            outputs += self.scheduler.commit(plan, self.runner.sample(plan, logits))
+            self.report.step(plan)
+        return self._take_replies() + ([Outputs(outputs)] if outputs else [])
+
+    @property
+    def running(self) -> bool:
+        """A step would compute or say something: do not wait before the next one."""
+        return bool(self.scheduler.running or self._replies or self.scheduler.has_outbox)
+
+    @property
+    def busy(self) -> bool:
+        """Something is unfinished: requests, answers, adapters on their way."""
+        return self.running or bool(self.scheduler.unfinished or (self.adapters and self.adapters.busy))
+
+    # ------------------------------------------------------------------ messages
+
+    def handle(self, message: ToEngine) -> None:
+        """Take in one message; answers come from `step`."""
+        match message:
+            case Submit():
+                self._submit(message)
+            case Abort(rid, text):
+                self.scheduler.end(rid, Finished(type="abort", message=text))
+            case Finish(rid):
+                self.scheduler.end(rid, None)
+            case LoadAdapter():
+                self._load(message)
+            case UnloadAdapter(call, version):
+                self._answer(call, lambda: self._unload(version))
+            case FlushCache(call):
+                self._answer(call, lambda: self.scheduler.kv.prefix.flush(self.scheduler.launched))
+            case UseTokenizer(info):
+                self._grammars = GrammarCache(info, self._vocab_size)
+            case _:
+                raise TypeError(f"not a message for the engine: {message}")
+
+    def ready(self) -> Ready:
+        return self._describe(self.report.stats())
+
+    def check(self) -> None:
+        """Raise AssertionError if any pool's books do not balance. For tests and for idle moments."""
+        self.scheduler.kv.pool.check()
+        self.scheduler.kv.prefix.check()
+        if self.adapters:
+            self.adapters.check()
+
+    def close(self) -> None:
+        if self.adapters:
+            self.adapters.close()
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def _vocab_size(self) -> int:
+        return self.runner.vocab_size
+
+    def _submit(self, message: Submit) -> None:
+        try:
+            self.scheduler.add(self._admit(message))
+        except MultiloraError as e:
+            finished = Finished(type="error", kind=e.kind, message=e.message)
+            self._replies.append(Outputs([Output(rid=message.rid, finished=finished)]))
+
+    def _admit(self, message: Submit) -> Request:
+        """Checks that only the engine can make, then the request object."""
+        if self.scheduler.get(message.rid) is not None:
+            raise BadRequest(f"request id {message.rid!r} is already in use", param="rid")
+        if len(self.scheduler.waiting) >= self._max_queued:
+            raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting already (--max-queued-requests)")
+        self._check_fit(message)
+        seed = message.sampling.sampling_seed
+        self._order += 1
+        request = Request.of(
+            message,
+            seed=self._seeds.getrandbits(63) if seed is None else seed,
+            order=self._order,
+            arrival=monotonic(),
+        )
+        ends = self.scheduler.eos_token_ids
+        request.edits = LogitEdits.make(request.params, request.prompt_ids, ends, self._vocab_size, self._device)
+        if message.grammar is not None:
+            if self._grammars is None:
+                raise BadRequest("grammars need a tokenizer; this server runs without one", param="json_schema")
+            request.grammar = self._grammars.start(message.grammar, ends)
+        return request
+
+    def _check_fit(self, message: Submit) -> None:
+        """Refuse what would not fit even alone (DESIGN §3)."""
+        kv = self.scheduler.kv
+        tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
+        need, room = kv.pages_for(tokens), kv.pool.total
+        if message.adapter is not None:
+            if self.adapters is None or not self.adapters.known(message.adapter):
+                raise UnknownAdapter(f"adapter version {message.adapter} has never been loaded, or was unloaded")
+            record = self.adapters.record(message.adapter)
+            need += 0 if record.pinned else record.pages
+        if self.adapters is not None:
+            room -= self.adapters.pinned_pages()
+        if need > room:
+            raise CannotFit(
+                f"prompt, max_new_tokens and adapter need {need} pages of {kv.page_size} tokens; {room} of "
+                f"{kv.pool.total} are not pinned: lower max_new_tokens, or start with a larger --arena-bytes"
+            )
+
+    def _load(self, message: LoadAdapter) -> None:
+        if self.adapters is None:
+            error = UnknownAdapter("LoRA is not enabled: start with --enable-lora")
+            self._replies.append(Reply(call=message.call, ok=False, kind=error.kind, message=error.message))
+            return
+        self._calls[message.version] = message.call
+        self.adapters.load(message.version, message.path, message.pinned)
+
+    def _unload(self, version: int) -> None:
+        if self.adapters is None:
+            raise UnknownAdapter("LoRA is not enabled: start with --enable-lora")
+        self.adapters.unload(version, self.scheduler.launched)
+        self.scheduler.kv.prefix.drop_namespace(version + 1, self.scheduler.launched)
+
+    def _answer(self, call: int, action: Callable[[], None]) -> None:
+        try:
+            action()
+            self._replies.append(Reply(call=call))
+        except MultiloraError as e:
+            self._replies.append(Reply(call=call, ok=False, kind=e.kind, message=e.message))
+
+    def _poll_adapters(self) -> None:
+        if self.adapters is None:
+            return
+        for event in self.adapters.poll(self.scheduler.launched):
+            match event:
+                case Lost(version, error):
+                    self.scheduler.fail_waiting(version, error)
+                case Loaded(version, None):
+                    self._replies.append(Reply(call=self._calls.pop(version), info=self._info(version)))
+                case Loaded(version, MultiloraError() as error):
+                    call = self._calls.pop(version)
+                    self._replies.append(Reply(call=call, ok=False, kind=error.kind, message=error.message))
+
+    def _info(self, version: int) -> AdapterInfo:
+        assert self.adapters is not None
+        record = self.adapters.record(version)
+        return AdapterInfo(
+            version=version,
+            path=record.path,
+            rank=record.rank,
+            target_modules=record.target_modules,
+            nbytes=self.adapters.bytes_of(version),
+            pages=record.pages,
+        )
+
+    def _take_replies(self) -> list[FromEngine]:
+        replies, self._replies = self._replies, []
+        return replies

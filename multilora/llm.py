@@ -1,0 +1,280 @@
+"""Offline use: `LLM(model_path, lora_paths=…).generate(prompts, …)`, the whole engine in this process.
+
+The front is the server's (tokenizer, text streams, adapter names); only HTTP is missing. Not thread-safe.
+"""
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from multilora.config import Config
+from multilora.demo import base_model_path
+from multilora.engine.build import build_engine
+from multilora.engine.messages import (
+    Abort,
+    AdapterInfo,
+    Finish,
+    FromEngine,
+    LoadAdapter,
+    Output,
+    Outputs,
+    Reply,
+    Submit,
+    TopLogprobs,
+    UnloadAdapter,
+    UseTokenizer,
+)
+from multilora.errors import BadRequest, MultiloraError, from_wire
+from multilora.params import SamplingParams
+from multilora.text.grammar import GrammarCompiler
+from multilora.text.prompt import check_prompt, engine_params
+from multilora.text.registry import AdapterRegistry
+from multilora.text.stream import FinishReason, TextStream
+from multilora.text.tokenizer import Tokenizer
+
+Params = SamplingParams | dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. Logprobs are natural logarithms of the raw distribution, only when asked for."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    logprobs: list[float] | None = None
+    top_logprobs: list[TopLogprobs] | None = None
+    input_logprobs: list[float | None] | None = None
+    input_top_logprobs: list[TopLogprobs | None] | None = None
+
+
+@dataclass
+class _Job:
+    message: Submit
+    stream: TextStream
+    version: int | None
+
+
+class LLM:
+    """One base model and its adapters.
+
+    Keyword arguments are the fields of `Config` (`dtype`, `max_loras_per_batch`, …); `lora_paths` takes
+    {name: path}, or a list of any of the forms of --lora-paths. Raises ConfigError, ModelUnsupported, OutOfMemory,
+    and AdapterError for an adapter that cannot be loaded.
+    """
+
+    def __init__(self, model_path: str | None = None, *, lora_paths: Any = None, **options: Any):
+        self.config = Config.make(model_path=model_path, lora_paths=lora_paths, **options)
+        config = self.config
+        self._engine = build_engine(config)
+        try:
+            self._ready = self._engine.ready()
+            self.tokenizer: Tokenizer | None = None
+            if not config.skip_tokenizer_init:
+                path = config.tokenizer_path or config.model_path or str(base_model_path())
+                self.tokenizer = Tokenizer.load(
+                    path,
+                    revision=config.revision,
+                    trust_remote_code=config.trust_remote_code,
+                    chat_template=config.chat_template,
+                )
+            self._grammars: GrammarCompiler | None = None
+            self._registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
+            self._rids = itertools.count()
+            for entry in config.lora_paths:
+                self.load_lora_adapter(entry.lora_name, entry.lora_path, pinned=entry.pinned)
+        except BaseException:
+            self._engine.close()
+            raise
+
+    # ------------------------------------------------------------------ generation
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        sampling_params: Params | Sequence[Params] = None,
+        lora_path: str | Sequence[str | None] | None = None,
+        *,
+        return_logprob: bool = False,
+        logprob_start_len: int = -1,
+        top_logprobs_num: int = 0,
+    ) -> Any:
+        """Complete one prompt (text or token ids) or a list of them, all in one batch.
+
+        lora_path: an adapter's name for all prompts, or a list with one per prompt; None is the base model.
+        Returns a `Generation` for one prompt and `n` = 1, else a list: the prompts' answers in order, and with
+        `n` > 1 prompt i's samples at [i·n, (i + 1)·n). Raises BadRequest before anything runs.
+        """
+        single, ids = self._prompt_ids(prompts)
+        params = _spread(sampling_params, len(ids), "sampling_params")
+        names = _spread(lora_path, len(ids), "lora_path")
+        wants = (return_logprob, logprob_start_len, top_logprobs_num)
+        jobs: list[_Job] = []
+        try:
+            for prompt, raw, name in zip(ids, params, names, strict=True):
+                jobs += self._jobs(prompt, _params(raw), name, wants)
+            self._run(jobs)
+        finally:
+            for job in jobs:
+                if job.stream.finished is None:
+                    self._engine.handle(Abort(job.message.rid))
+                self._registry.release(job.version)
+        answers = [_generation(job.stream) for job in jobs]
+        return answers[0] if single and len(answers) == 1 else answers
+
+    def _jobs(
+        self, prompt: list[int], params: SamplingParams, name: str | None, wants: tuple[bool, int, int]
+    ) -> list[_Job]:
+        ready = self._ready
+        check_prompt(prompt, ready.context_length, ready.vocab_size)
+        grammar = self._grammar(params)
+        jobs = []
+        for sample in range(params.n):
+            sampling = engine_params(params, len(prompt), ready.context_length, ready.vocab_size, sample=sample)
+            stream = TextStream(self.tokenizer, params, prompt, ready.eos_token_ids)
+            version = self._registry.acquire(name)
+            message = Submit(
+                rid=str(next(self._rids)),
+                input_ids=prompt,
+                sampling=sampling,
+                adapter=version,
+                return_logprob=wants[0],
+                logprob_start_len=wants[1],
+                top_logprobs_num=wants[2],
+                grammar=grammar,
+            )
+            jobs.append(_Job(message, stream, version))
+        return jobs
+
+    def _run(self, jobs: list[_Job]) -> None:
+        """Step the engine until every job has ended. Raises the first job's error, if one has."""
+        by_rid = {job.message.rid: job for job in jobs}
+        for job in jobs:
+            self._engine.handle(job.message)
+        unfinished = len(jobs)
+        while unfinished:
+            for output in self._outputs(self._step()):
+                stream = by_rid[output.rid].stream if output.rid in by_rid else None
+                if stream is None or stream.finished is not None:
+                    continue
+                delta = stream.push(output)
+                if delta.drop:
+                    self._engine.handle(Finish(output.rid))
+                unfinished -= delta.finished is not None
+                if delta.finished is not None and delta.finished.type == "error":
+                    raise from_wire(delta.finished.kind, delta.finished.message)
+
+    def _step(self) -> list[FromEngine]:
+        if not self._engine.running:
+            time.sleep(0.001)  # something is on its way from the loader
+        return self._engine.step()
+
+    @staticmethod
+    def _outputs(messages: list[FromEngine]) -> list[Output]:
+        return [output for m in messages if isinstance(m, Outputs) for output in m.items]
+
+    def _prompt_ids(self, prompts: Any) -> tuple[bool, list[list[int]]]:
+        """(one prompt?, token ids of each)"""
+        if isinstance(prompts, str):
+            return True, [self._encode(prompts)]
+        items = list(prompts)
+        if items and all(isinstance(item, int) for item in items):
+            return True, [items]
+        if not items:
+            raise BadRequest("no prompts", param="prompts")
+        return False, [self._encode(item) if isinstance(item, str) else list(item) for item in items]
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise BadRequest("text prompts need a tokenizer (skip_tokenizer_init is set)", param="prompts")
+        return self.tokenizer.encode(text)
+
+    def _grammar(self, params: SamplingParams) -> str | None:
+        if params.json_schema is None and params.regex is None and params.ebnf is None:
+            return None
+        if self.tokenizer is None:
+            raise BadRequest("grammars need a tokenizer (skip_tokenizer_init is set)", param="json_schema")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.tokenizer, self._ready.vocab_size)
+            self._engine.handle(UseTokenizer(self._grammars.tokenizer_info_json()))
+        return self._grammars.compile(params)
+
+    # ------------------------------------------------------------------ adapters
+
+    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> AdapterInfo:
+        """Load an adapter from a directory or the hub. Raises AdapterError; nothing has changed then."""
+        version = self._registry.begin_load(lora_name, lora_path, pinned)
+        try:
+            info = self._call(LoadAdapter(call=version, version=version, path=lora_path, pinned=pinned)).info
+        except MultiloraError:
+            self._registry.fail_load(version)
+            raise
+        assert info is not None
+        self._registry.commit_load(version, info)
+        return info
+
+    def unload_lora_adapter(self, lora_name: str) -> None:
+        """Forget an adapter and free its memory. Raises AdapterNotLoaded."""
+        version = self._registry.begin_unload(lora_name)
+        self._call(UnloadAdapter(version, version))
+        self._registry.finish_unload(version)
+
+    def loaded_adapters(self) -> dict[str, str]:
+        """Name → path."""
+        return self._registry.loaded()
+
+    def _call(self, message: LoadAdapter | UnloadAdapter) -> Reply:
+        self._engine.handle(message)
+        while True:
+            for reply in self._step():
+                if isinstance(reply, Reply) and reply.call == message.call:
+                    if not reply.ok:
+                        raise from_wire(reply.kind, reply.message)
+                    return reply
+
+    # ------------------------------------------------------------------ end
+
+    def close(self) -> None:
+        """End the loader process. The LLM is of no use afterwards."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _params(value: Params) -> SamplingParams:
+    if isinstance(value, SamplingParams):
+        value.check()
+        return value
+    return SamplingParams.parse(value)
+
+
+def _spread(value: Any, count: int, name: str) -> list[Any]:
+    """One value for all, or a list with one for each."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise BadRequest(f"{name} has {len(value)} entries for {count} prompts", param=name)
+    return list(value)
+
+
+def _generation(stream: TextStream) -> Generation:
+    assert stream.finished is not None
+    return Generation(
+        text=stream.text,
+        token_ids=stream.token_ids,
+        finish_reason=stream.finished,
+        prompt_tokens=stream.prompt_tokens,
+        cached_tokens=stream.cached_tokens,
+        logprobs=stream.logprobs,
+        top_logprobs=stream.top_logprobs,
+        input_logprobs=stream.input_logprobs,
+        input_top_logprobs=stream.input_top_logprobs,
+    )
