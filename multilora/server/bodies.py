@@ -4,9 +4,9 @@ A body checks names and types of its fields, strictly: no unknown field, no numb
 lengths, names of adapters) is checked by those who use it. Used by `native.py`, `adapters.py` and `openai_models.py`.
 """
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from multilora.errors import BadRequest
 
@@ -14,6 +14,11 @@ from multilora.errors import BadRequest
 def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
+
+# long lists: complain of the first wrong entry, not of each
+Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+Prompts = Annotated[list[TokenIds], Field(fail_fast=True)]
 
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 
@@ -48,8 +53,8 @@ class GenerateBody(Body):
         bootstrap_host bootstrap_port bootstrap_room data_parallel_rank decode_tp_size http_worker_ipc
         require_reasoning return_prompt_token_ids mm_processor_kwargs use_audio_in_video"""
     )
-    text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
+    text: str | Texts | None = None
+    input_ids: TokenIds | Prompts | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any] | None] | None = None
     lora_path: str | list[str | None] | None = None
     return_logprob: bool | list[bool] | None = None

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from multilora.errors import BadRequest
 from multilora.params import SamplingParams
-from multilora.server.bodies import Body, words
+from multilora.server.bodies import Body, Prompts, Texts, TokenIds, words
 
 _IGNORED = words(
     """user store metadata service_tier parallel_tool_calls safety_identifier prompt_cache_key prompt_cache_retention
@@ -121,7 +121,7 @@ class OpenAIBody(Body):
 class CompletionBody(OpenAIBody):
     """`POST /v1/completions`. `max_tokens` defaults to 16, as OpenAI's."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | TokenIds | Prompts
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None

@@ -108,7 +108,8 @@ def _running(front: Front) -> dict[str, Any]:
 
 
 def _control(routes: APIRouter, front: Front) -> None:
-    @routes.api_route("/flush_cache", methods=["GET", "POST"])
+    @routes.get("/flush_cache")
+    @routes.post("/flush_cache")
     async def flush_cache() -> Response:
         """Drop every idle prefix from the cache."""
         await front.client.flush_cache()

@@ -151,12 +151,14 @@ def sampling_defaults(model: str, revision: str | None) -> dict[str, Any]:
             return {}
     else:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError
 
         try:
             path = Path(hf_hub_download(model, name, revision=revision))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
+        except EntryNotFoundError:
             return {}
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"--model-path {model!r} is neither a directory nor a hub repository: {e}") from e
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

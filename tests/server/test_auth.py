@@ -1,0 +1,66 @@
+"""API keys: who may do what."""
+
+import pytest
+
+from multilora.server.auth import ADMIN_PATHS, OPEN_PATHS
+from multilora.server.testing import LocalServer
+from multilora.testing import FakeEngineClient
+
+USER, ADMIN = {"authorization": "Bearer user"}, {"authorization": "Bearer admin"}
+WRONG = [
+    {},
+    {"authorization": "Bearer wrong"},
+    {"authorization": "user"},
+    {"authorization": "Basic user"},
+    {"authorization": "Bearer "},
+    {"authorization": "Bearer üser"},
+]
+
+
+def server(**keys):
+    return LocalServer(FakeEngineClient(), None, **keys)
+
+
+def test_without_keys_everything_is_open():
+    s = server()
+    assert s.get("/v1/models").status == 200
+    assert s.post("/flush_cache").status == 200
+
+
+@pytest.mark.parametrize("headers", WRONG)
+def test_a_missing_or_wrong_key_is_401(headers):
+    s = server(api_key="user")
+    for path in ("/v1/models", "/server_info", "/openapi.json", "/nope", "/flush_cache", "/flush_cache/"):
+        answer = s.get(path, **headers)
+        assert answer.status == 401
+        assert answer.error["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert s.client.flushes == 0
+
+
+def test_probes_and_metrics_stay_open():
+    s = server(api_key="user", admin_api_key="admin")
+    assert {path: s.get(path).status for path in OPEN_PATHS} == dict.fromkeys(OPEN_PATHS, 200)
+
+
+def test_one_key_opens_everything():
+    s = server(api_key="user")
+    assert s.get("/v1/models", **USER).status == 200
+    assert s.post("/flush_cache", **USER).status == 200
+    assert s.get("/v1/models", authorization="bearer user").status == 200
+
+
+@pytest.mark.parametrize("path", sorted(ADMIN_PATHS))
+def test_the_admin_key_alone_changes_the_server(path):
+    s = server(api_key="user", admin_api_key="admin")
+    assert s.post(path, {}, **USER).status == 401
+    assert s.post(path, {}, **ADMIN).status in (200, 400)
+    assert s.get("/v1/models", **USER).status == 200
+    assert s.get("/v1/models", **ADMIN).status == 200
+
+
+def test_only_an_admin_key():
+    s = server(admin_api_key="admin")
+    assert s.get("/v1/models").status == 200
+    assert s.post("/flush_cache").status == 401
+    assert s.post("/flush_cache", **ADMIN).status == 200

@@ -1,0 +1,88 @@
+"""Whatever a client sends: never a 500, never an adapter held, and always an ending."""
+
+import asyncio
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from multilora.params import SamplingParams
+from multilora.server import bodies, openai_models
+from multilora.server.testing import LocalServer, run
+from multilora.testing import FakeEngineClient
+from multilora.text.testing import byte_level_tokenizer
+
+TOKENIZER = byte_level_tokenizer()
+
+TEXT = st.sampled_from(["", "hi", "a", "base", "base:a", "nope", "[", '{"type": "object"}']) | st.text(max_size=8)
+LEAF = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-2, 12)
+    | st.floats(allow_nan=False)
+    | TEXT
+    | st.just(10**400)
+)
+JSON = st.recursive(
+    LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=2), max_leaves=6
+)
+SAMPLING = st.dictionaries(st.sampled_from(SamplingParams.__struct_fields__), JSON, max_size=3)
+MESSAGES = st.just([{"role": "user", "content": "hi"}])
+
+LIKELY = {
+    "text": st.sampled_from(["hi", ["hi", "ho"]]),
+    "prompt": st.sampled_from(["hi", ["hi", "ho"], [5, 6], [[5], [6]]]),
+    "input_ids": st.sampled_from([[5, 6], [[5], [6]]]),
+    "model": st.sampled_from(["base", "a", "base:a"]),
+    "messages": MESSAGES,
+    "sampling_params": SAMPLING | st.lists(SAMPLING, max_size=2),
+    "lora_path": st.sampled_from(["a", ["a", None], None]),
+    "response_format": st.sampled_from([{"type": "json_object"}, {"type": "json_schema"}]),
+    "max_tokens": st.integers(0, 9),
+    "n": st.integers(1, 3),
+}
+ROUTES = {
+    "/generate": (bodies.GenerateBody, ("text",)),
+    "/v1/completions": (openai_models.CompletionBody, ("model", "prompt")),
+    "/v1/chat/completions": (openai_models.ChatBody, ("model", "messages")),
+    "/load_lora_adapter": (bodies.LoadAdapterBody, ("lora_name", "lora_path")),
+    "/unload_lora_adapter": (bodies.UnloadAdapterBody, ("lora_name",)),
+    "/v1/load_lora_adapter": (bodies.V1LoadAdapterBody, ("lora_name", "lora_path")),
+    "/abort_request": (bodies.AbortBody, ()),
+}
+
+
+def bodies_of(model, required):
+    """Mostly right: the required fields, and a few others with likely or unlikely values."""
+    names = [*model.model_fields, *model.ignored, *model.unserved]
+    fields = {name: LIKELY.get(name, JSON) | JSON for name in names}
+    some = st.sets(st.sampled_from(names), max_size=4)
+    return some.flatmap(lambda extra: st.fixed_dictionaries({n: fields[n] for n in sorted({*required} | extra)}))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_body_is_our_mistake(route):
+    client = FakeEngineClient(vocab_size=320, eos_token_ids=(1,), answer=lambda m: [5, 6, 7, 1])
+    s = LocalServer(client, TOKENIZER)
+
+    @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(bodies_of(*ROUTES[route]))
+    def check(body):
+        if "a" not in s.registry.loaded():
+            s.load("a")
+
+        async def scenario():
+            answer = await s.send("POST", route, body)
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return answer
+
+        answer = run(scenario())
+        assert answer.status in (200, 400, 404), answer.text
+        if answer.headers.get("content-type", "").startswith("text/event-stream"):
+            assert all("error" not in frame for frame in answer.frames)
+        assert client._running == {}
+        assert all(entry.active == 0 for entry in s.registry.entries())
+
+    check()

@@ -1,0 +1,147 @@
+"""/metrics: names that other tools read, per-adapter numbers, and labels that go with their adapter."""
+
+import asyncio
+
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+from multilora.engine.messages import AdapterStats
+from multilora.server.testing import LocalServer, run
+from multilora.testing import FakeEngineClient
+
+
+def server(**config):
+    return LocalServer(FakeEngineClient(), None, **config)
+
+
+def samples(s):
+    """{(name, sorted labels): value}"""
+    answer = s.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = text_string_to_metric_families(answer.text)
+    return {(x.name, tuple(sorted(x.labels.items()))): x.value for f in families for x in f.samples}
+
+
+def value(s, name, **labels):
+    return samples(s)[name, tuple(sorted(labels.items()))]
+
+
+def adapter(version, **fields):
+    known = {"level": "device", "pinned": False, "rank": 8, "load_seconds": 0.5}
+    zero = dict.fromkeys((f for f in AdapterStats.__struct_fields__ if f not in known), 0)
+    return AdapterStats(**(zero | known | {"version": version} | fields))
+
+
+def with_stats(s, **fields):
+    s.client.stats = msgspec.structs.replace(s.client.stats, **fields)
+
+
+def test_an_idle_server_has_all_names_of_its_peers():
+    names = {name for name, _ in samples(server())}
+    wanted = """sglang:lora_pool_slots_used sglang:lora_pool_slots_total sglang:lora_pool_utilization
+        vllm:lora_requests_info vllm:num_requests_running vllm:num_requests_waiting vllm:kv_cache_usage_perc"""
+    assert set(wanted.split()) <= names
+
+
+def test_requests_and_tokens_per_adapter():
+    s = server()
+    s.load("a")
+    s.post(
+        "/generate", {"input_ids": [[5, 6], [5]], "lora_path": ["a", None], "sampling_params": {"max_new_tokens": 3}}
+    )
+    s.post("/generate", {"input_ids": [5], "lora_path": "a", "sampling_params": {"max_new_tokens": 1}})
+    assert value(s, "multilora:requests_total", adapter_name="a", finish_reason="length") == 2
+    assert value(s, "multilora:requests_total", adapter_name="base", finish_reason="length") == 1
+    assert value(s, "multilora:prompt_tokens_total", adapter_name="a") == 3
+    assert value(s, "multilora:generation_tokens_total", adapter_name="a") == 4
+    assert value(s, "multilora:time_to_first_token_seconds_count", adapter_name="a") == 2
+    assert value(s, "multilora:queue_time_seconds_count", adapter_name="base") == 1
+
+
+def test_a_refused_request_is_not_counted():
+    s = server()
+    s.post("/generate", {"input_ids": [999]})
+    assert not [key for key in samples(s) if key[0].startswith("multilora:requests")]
+
+
+def test_the_engines_numbers():
+    s = server(max_loras_per_batch=4)
+    s.load("a", "b")
+    stats = [
+        adapter(1, running=2, loads=3, evictions=2, hits=5, misses=1, host_bytes=10, device_bytes=20, pinned=True),
+        adapter(2, waiting=1, level="host", rank=16),
+    ]
+    with_stats(
+        s,
+        running=2,
+        waiting=1,
+        total_pages=100,
+        free_pages=25,
+        prefix_pages=25,
+        kv_pages=40,
+        adapter_pages=10,
+        slots_total=4,
+        slots_used=1,
+        adapters=stats,
+    )
+    assert value(s, "sglang:lora_pool_slots_used") == 1
+    assert value(s, "sglang:lora_pool_slots_total") == 4
+    assert value(s, "sglang:lora_pool_utilization") == 0.25
+    assert value(s, "vllm:num_requests_running") == 2
+    assert value(s, "vllm:num_requests_waiting") == 1
+    assert value(s, "vllm:kv_cache_usage_perc") == 0.5
+    labels = {"max_lora": "4", "running_lora_adapters": "a", "waiting_lora_adapters": "b"}
+    assert value(s, "vllm:lora_requests_info", **labels) > 1e9
+    assert value(s, "vllm:lora_adapter_loaded", adapter_name="a", level="device", pinned="true", rank="8") == 1
+    assert value(s, "vllm:lora_adapter_loaded", adapter_name="b", level="host", pinned="false", rank="16") == 1
+    assert value(s, "multilora:adapter_loads_total", adapter_name="a") == 3
+    assert value(s, "multilora:adapter_evictions_total", adapter_name="a") == 2
+    assert value(s, "multilora:adapter_load_seconds_total", adapter_name="a") == 0.5
+    assert value(s, "multilora:adapter_hits_total", adapter_name="a") == 5
+    assert value(s, "multilora:adapter_bytes", adapter_name="a", tier="device") == 20
+    assert value(s, "multilora:pages", use="kv") == 40
+
+
+def test_two_versions_of_a_name_are_one():
+    s = server()
+    s.load("a")
+
+    async def scenario():
+        s.client.gate.clear()
+        call = s.connect("POST", "/generate", {"input_ids": [5], "lora_path": "a"})
+        while not s.client.submitted:
+            await asyncio.sleep(0)
+        await s.app.state.adapters.load("a", "/new", replace=True)
+        with_stats(s, adapters=[adapter(1, hits=2), adapter(2, hits=3), adapter(99, hits=7)])
+        text = (await s.send("GET", "/metrics")).text
+        assert 'multilora:adapter_hits_total{adapter_name="a"} 5.0' in text
+        assert text.count("multilora:adapter_hits_total{") == 1
+        assert text.count("vllm:lora_adapter_loaded{") == 1
+        s.client.gate.set()
+        await call.answer()
+
+    run(scenario())
+
+
+def test_an_adapter_that_is_gone_leaves_no_label():
+    s = server()
+    s.load("gone")
+    s.post("/generate", {"input_ids": [5], "lora_path": "gone"})
+    with_stats(s, adapters=[adapter(1)])
+    assert "gone" in s.get("/metrics").text
+    s.post("/unload_lora_adapter", {"lora_name": "gone"})
+    assert "gone" not in s.get("/metrics").text
+
+
+def test_unloading_an_adapter_that_was_never_used():
+    s = server()
+    s.load("a")
+    assert s.post("/unload_lora_adapter", {"lora_name": "a"}).status == 200
+
+
+def test_names_with_odd_characters_are_escaped():
+    s = server()
+    name = 'a"b\\c,d é'
+    s.load(name)
+    s.post("/generate", {"input_ids": [5], "lora_path": name, "sampling_params": {"max_new_tokens": 2}})
+    assert value(s, "multilora:generation_tokens_total", adapter_name=name) == 2

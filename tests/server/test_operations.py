@@ -1,0 +1,80 @@
+"""Health, facts, cache: the routes that generate nothing for a client."""
+
+import pytest
+
+from multilora.server.testing import LocalServer
+from multilora.testing import FakeEngineClient
+from multilora.text.testing import byte_level_tokenizer
+
+
+def server(**config):
+    return LocalServer(FakeEngineClient(), None, **config)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/ping", "/health_generate"])
+def test_health(path):
+    s = server()
+    assert s.get(path).status == 200
+    s.client.die()
+    answer = s.get(path)
+    assert (answer.status, answer.error["code"]) == (503, "EngineDead")
+
+
+def test_health_generate_generates():
+    s = server()
+    s.get("/health_generate")
+    assert s.client.submitted[0].sampling.max_new_tokens == 1
+    s.client.answer = lambda m: 1 / 0
+    s.client.refuse = lambda m: ValueError  # not reached: the answer of a dead engine
+    s.client.die()
+    assert s.get("/health_generate").status == 503
+
+
+@pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
+def test_model_info(path):
+    info = server(model_path="/models/llama").get(path).json()
+    assert info["model_path"] == info["tokenizer_path"] == "/models/llama"
+    assert info["is_generation"] is True
+    assert (info["context_length"], info["vocab_size"]) == (256, 101)
+
+
+@pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
+def test_server_info_shows_arguments_and_adapters_but_no_keys(path):
+    s = server(max_loras_per_batch=3, api_key="topsecret")
+    s.load("a")
+    answer = s.get(path, authorization="Bearer topsecret")
+    assert "topsecret" not in answer.text
+    info = answer.json()
+    assert info["max_loras_per_batch"] == 3
+    assert info["version"]
+    assert info["loaded_adapters"][0] == {
+        "lora_name": "a",
+        "lora_path": "/adapters/a",
+        "version": 1,
+        "pinned": False,
+        "rank": 8,
+        "target_modules": ["q_proj"],
+        "active_requests": 0,
+    }
+
+
+def test_flush_cache():
+    s = server()
+    assert s.get("/flush_cache").status == 200
+    assert s.post("/flush_cache").status == 200
+    assert s.client.flushes == 2
+
+
+def test_abort_request_needs_to_know_whom():
+    s = server()
+    assert s.post("/abort_request", {}).error["param"] == "rid"
+    assert s.post("/abort_request", {"rid": ""}).status == 400
+    assert s.post("/abort_request", {"rid": "unknown"}).status == 200
+    assert s.post("/abort_request", {"rid": 5}).status == 400
+    assert s.client.aborted == []
+
+
+def test_the_api_describes_itself():
+    s = LocalServer(FakeEngineClient(vocab_size=320), byte_level_tokenizer())
+    paths = s.get("/openapi.json").json()["paths"]
+    assert {"/generate", "/v1/completions", "/v1/chat/completions", "/load_lora_adapter", "/metrics"} <= set(paths)

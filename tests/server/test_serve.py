@@ -1,0 +1,253 @@
+"""The process: its port, its signals, its exit code. The engine is a fake; the port and the signals are real."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from multilora import demo
+from multilora.config import Config
+from multilora.engine import client as engine_client
+from multilora.errors import AdapterNotFound, ConfigError, ModelUnsupported
+from multilora.server import serve as module
+from multilora.testing import FakeEngineClient
+
+SECONDS = 20
+
+
+class Process:
+    """Runs `serve` here, in the main thread, while `visitor` talks to it from another."""
+
+    def __init__(self, monkeypatch, **options):
+        self.client = None
+        self.shut_down = []
+        self.start = self._start
+        self.config = Config.make(skip_tokenizer_init=True, port=0, **options)
+        self.port = None
+        self.problems = []
+        process = self
+
+        class Engine:
+            @classmethod
+            async def start(cls, config):
+                return await process.start(config)
+
+        monkeypatch.setattr(engine_client, "EngineClient", Engine)
+
+        class Handler(logging.Handler):
+            def emit(self, record):
+                if record.msg.startswith("ready"):
+                    process.port = record.args[1]
+
+        self._handler = Handler()
+
+    async def _start(self, config):
+        self.client = FakeEngineClient()
+        self.loop = asyncio.get_running_loop()
+        original = self.client.shutdown
+
+        async def shutdown():
+            self.shut_down.append(True)
+            await original()
+
+        self.client.shutdown = shutdown
+        return self.client
+
+    def run(self, visitor=None):
+        logger = logging.getLogger("multilora.server.serve")
+        logger.addHandler(self._handler)
+        logger.setLevel(logging.INFO)
+        thread = threading.Thread(target=self._visit, args=[visitor]) if visitor else None
+        try:
+            if thread:
+                thread.start()
+            return module.serve(self.config)
+        finally:
+            if thread:
+                thread.join(SECONDS)
+            logger.removeHandler(self._handler)
+            logger.setLevel(logging.NOTSET)
+            assert self.problems == []
+
+    def _visit(self, visitor):
+        try:
+            visitor(self)
+        except BaseException as e:
+            self.problems.append(e)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def wait_for(self, condition):
+        end = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < end, "waited too long"
+            time.sleep(0.01)
+
+    @contextlib.contextmanager
+    def request(self, method, path, body=None):
+        self.wait_for(lambda: self.port)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        self.wait_for(lambda: self._connects(connection))
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, {"Content-Type": "application/json"})
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    @staticmethod
+    def _connects(connection):
+        try:
+            connection.connect()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_serves_until_a_signal(monkeypatch, number):
+    process = Process(monkeypatch, lora_paths=["a=/p/a", "b=/p/b"])
+
+    def visitor(p):
+        with p.request("GET", "/v1/models") as connection:
+            names = [m["id"] for m in json.load(connection.getresponse())["data"]]
+            assert names == ["multilora-demo", "a", "b"]
+        os.kill(os.getpid(), number)
+
+    assert process.run(visitor) == 0
+    assert process.shut_down == [True]
+
+
+def test_running_requests_finish_after_the_signal_and_new_ones_are_refused(monkeypatch):
+    process = Process(monkeypatch)
+
+    def visitor(p):
+        p.wait_for(lambda: p.client)
+        p.loop.call_soon_threadsafe(p.client.gate.clear)
+        body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 4}}
+        with p.request("POST", "/generate", body) as connection:
+            p.wait_for(lambda: p.client.submitted)
+            os.kill(os.getpid(), signal.SIGTERM)
+            probe = http.client.HTTPConnection("127.0.0.1", p.port, timeout=SECONDS)
+            p.wait_for(lambda: not p._connects(probe) or probe.close())
+            assert p.shut_down == []
+            p.loop.call_soon_threadsafe(p.client.gate.set)
+            answer = json.load(connection.getresponse())
+            assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 4}
+
+    assert process.run(visitor) == 0
+    assert process.shut_down == [True]
+
+
+def test_requests_that_do_not_finish_in_time_are_aborted(monkeypatch):
+    monkeypatch.setattr(module, "DRAIN_SECONDS", 1)
+    process = Process(monkeypatch)
+
+    def visitor(p):
+        p.wait_for(lambda: p.client)
+        p.loop.call_soon_threadsafe(p.client.gate.clear)
+        with p.request("POST", "/generate", {"input_ids": [5], "stream": True}):
+            p.wait_for(lambda: p.client.submitted)
+            os.kill(os.getpid(), signal.SIGTERM)
+            p.wait_for(lambda: p.client.aborted)
+
+    assert process.run(visitor) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("--dtype is wrong"), 2), (ModelUnsupported("GPT-5 is not served"), 1)]
+)
+def test_an_engine_that_cannot_start_is_one_line_and_an_exit_code(monkeypatch, caplog, error, code):
+    process = Process(monkeypatch)
+
+    async def start(config):
+        raise error
+
+    process.start = start
+    assert process.run() == code
+    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert len(errors) == 1
+    assert errors[0].startswith("cannot start: ")
+    assert error.message in errors[0]
+
+
+def test_a_bad_lora_path_ends_the_engine_too(monkeypatch, caplog):
+    process = Process(monkeypatch, lora_paths=["a=/p/a", "b=/gone"])
+
+    async def start(config):
+        client = await process._start(config)
+        client.load_errors = {"/gone": AdapterNotFound("no such directory: /gone")}
+        return client
+
+    process.start = start
+    assert process.run() == 1
+    assert process.shut_down == [True]
+    assert "AdapterNotFound: no such directory: /gone" in caplog.text
+
+
+def test_a_taken_port_is_known_before_the_engine_starts(monkeypatch, caplog):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        process = Process(monkeypatch)
+        process.config = Config.make(port=other.getsockname()[1])
+        assert process.run() == 2
+    assert process.client is None
+    assert "in use" in caplog.text
+
+
+def test_a_signal_while_the_engine_starts(monkeypatch):
+    process = Process(monkeypatch)
+    began = threading.Event()
+
+    async def start(config):
+        began.set()
+        await asyncio.Event().wait()
+
+    process.start = start
+
+    def visitor(p):
+        began.wait(SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert process.run(visitor) == 0
+
+
+def test_keys_are_not_logged(monkeypatch, caplog):
+    process = Process(monkeypatch, api_key="topsecret")
+
+    async def start(config):
+        raise ConfigError("x")
+
+    process.start = start
+    with caplog.at_level(logging.INFO):
+        process.run()
+    assert "api_key='***'" in caplog.text
+    assert "topsecret" not in caplog.text
+
+
+def test_sampling_defaults_of_a_model(tmp_path):
+    assert module.sampling_defaults(str(tmp_path), None) == {}
+    config = {"temperature": 0.6, "top_k": 0, "top_p": None, "eos_token_id": 2, "do_sample": True}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert module.sampling_defaults(str(tmp_path), None) == {"temperature": 0.6, "top_k": -1}
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="generation_config"):
+        module.sampling_defaults(str(tmp_path), None)
+    with pytest.raises(ConfigError, match="neither a directory nor"):
+        module.sampling_defaults("/no/such/model", None)
+
+
+def test_without_a_model_path_the_demos_tokenizer_is_used(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(module.Tokenizer, "load", lambda path, **options: asked.append(path))
+    module.load_text(Config())
+    module.load_text(Config(model_path=str(tmp_path), tokenizer_path="/t"))
+    assert asked == [str(demo.base_model_path()), "/t"]
