@@ -79,9 +79,10 @@ class _Process:
             try:
                 await self._serve(client, listener, *await loading)
             finally:
+                alive = client.alive
                 await client.shutdown()
         logger.info("stopped")
-        return 0
+        return 0 if alive else 1
 
     async def _serve(
         self, client: Any, listener: socket.socket, tokenizer: Tokenizer | None, defaults: dict[str, Any]
@@ -173,4 +174,6 @@ def _log_arguments(config: Config) -> None:
     """What was set, as one line; keys are not shown."""
     fields = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
     shown = {k: "***" if k.endswith("api_key") else v for k, (v, default) in fields.items() if v != default}
+    if config.lora_paths:
+        shown["lora_paths"] = [p.lora_name for p in config.lora_paths[:8]] + ["…"] * (len(config.lora_paths) > 8)
     logger.info("arguments: %s", ", ".join(f"{k}={v!r}" for k, v in shown.items()) or "none, all defaults")

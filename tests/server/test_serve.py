@@ -192,6 +192,19 @@ def test_a_bad_lora_path_ends_the_engine_too(monkeypatch, caplog):
     assert "AdapterNotFound: no such directory: /gone" in caplog.text
 
 
+def test_a_dead_engine_is_an_exit_code_in_the_end(monkeypatch):
+    process = Process(monkeypatch)
+
+    def visitor(p):
+        p.wait_for(lambda: p.client)
+        p.loop.call_soon_threadsafe(p.client.die)
+        with p.request("GET", "/health") as connection:
+            assert connection.getresponse().status == 503
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert process.run(visitor) == 1
+
+
 def test_a_taken_port_is_known_before_the_engine_starts(monkeypatch, caplog):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
