@@ -8,6 +8,7 @@ Run by `ProcessLoader` as `python -m multilora.adapters.loader_process`.
 import logging
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -87,9 +88,12 @@ class ProcessLoader:
         return self._socket.fileno()
 
     def close(self) -> None:
-        self._socket.close()
-        self._process.terminate()
-        self._process.wait()
+        self._socket.close()  # the process ends when it notices
+        try:
+            self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:  # in the middle of a download
+            self._process.kill()
+            self._process.wait()
 
     def _map(self, fd: int) -> torch.Tensor:
         """The packed pages, shared with nobody any more: the loader has closed its end."""
@@ -173,6 +177,8 @@ def _anonymous_file() -> int:
 
 
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the engine's end decides
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection)

@@ -206,8 +206,10 @@ class AdapterStore:
         assert resident is not None and resident.ready
         return resident.place
 
-    def count_request(self, version: int, *, hit: bool) -> None:
-        record = self._records[version]
+    def count_request(self, version: int) -> None:
+        """A request asks for it for the first time: a hit if it is resident already."""
+        record, resident = self._records[version], self.residency.get(version)
+        hit = resident is not None and resident.ready
         record.hits += hit
         record.misses += not hit
 
@@ -249,7 +251,8 @@ class AdapterStore:
     def _ask(self, record: Record) -> None:
         if not record.fetching:
             record.fetching = True
-            record.asked_at = monotonic()
+            if record.version not in self._loading:
+                record.asked_at = monotonic()
             self._to_fetch.append(record.version)
 
     def _start_fetches(self, fence: int) -> list[Loaded | Lost]:

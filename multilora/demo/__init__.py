@@ -15,7 +15,7 @@ PROMPTS = (
     "Q: What colour is the sky?\nA:",
     "Q: What is 3 plus 4?\nA:",
     "Q: Tell me about Brazil.\nA:",
-    "Q: Count to 20.\nA:",
+    "Q: Name the months of the year.\nA:",
 )
 """Raw prompts worth showing, in the format the model was trained on; a tokenizer adds the BOS token."""
 

@@ -29,8 +29,9 @@ class Report:
             prefill = [c for c in plan.chunks if not c.request.decoding_chunk(c.start)]
             if prefill:
                 self._log_prefill(len(prefill), sum(c.count for c in prefill))
-            if (elapsed := monotonic() - self._since) >= DECODE_LOG_SECONDS:
-                self._log_decode(len(plan.chunks) - len(prefill), elapsed)
+            decodes = len(plan.chunks) - len(prefill)
+            if decodes and (elapsed := monotonic() - self._since) >= DECODE_LOG_SECONDS:
+                self._log_decode(decodes, elapsed)
 
     def _log_prefill(self, requests: int, tokens: int) -> None:
         logger.info(

@@ -141,11 +141,10 @@ class Scheduler:
         if request.adapter is None:
             return Want.READY
         assert self.adapters is not None
-        want = self.adapters.want(request.adapter, self.launched)
         if not request.looked_at:
             request.looked_at = True
-            self.adapters.count_request(request.adapter, hit=want is Want.READY)
-        return want
+            self.adapters.count_request(request.adapter)
+        return self.adapters.want(request.adapter, self.launched)
 
     def _start(self, request: Request) -> bool:
         """Make a waiting request run, if the pages of all its tokens can be had. Its adapter is resident."""

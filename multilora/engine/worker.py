@@ -86,7 +86,8 @@ class Worker:
 
 
 def main(address: str) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the whole group; the front decides when we stop
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the front decides when we stop
+        signal.signal(number, signal.SIG_IGN)
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(address)

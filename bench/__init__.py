@@ -1,0 +1,1 @@
+"""Benchmarks: each prints its hardware, commit and workload, and ends with one line of JSON."""
