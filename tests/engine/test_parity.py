@@ -1,0 +1,250 @@
+"""The headline: in a batch that mixes base and adapters, every answer is token for token what transformers + PEFT
+give for that request alone, whatever the chunking, the caches, the memory, the evictions and the order of arrival.
+
+All in fp32 with greedy decoding. Where the reference itself hardly prefers one token over another, rounding could
+decide: `make_family` takes only prompts whose every choice is clear, so that a difference is always a bug.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from multilora.engine.messages import Stats
+from multilora.engine.driver import Answer, EngineDriver
+from multilora.testing import FAMILIES, TINY_SIZES, make_adapter, make_tiny_model
+
+NEW_TOKENS = 12
+CLEAR = 1e-3  # least gap between the reference's two best logits
+LENGTHS = (1, 4, 21, 38)  # of prompts; Mistral's window is 12, Llama 3's original context 32
+LONGEST = LENGTHS[-1] + NEW_TOKENS
+SHARED = 16  # the last prompt begins like the longest
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "qv": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "seven": {"r": 16, "lora_alpha": 16, "target_modules": ATTENTION + MLP},
+    "rslora": {"r": 64, "lora_alpha": 6, "target_modules": "all-linear", "use_rslora": True},
+    "gate": {
+        "r": 8,
+        "lora_alpha": 24,
+        "target_modules": ["gate_proj"],
+        "rank_pattern": {"layers.1.mlp.gate_proj": 3},
+        "alpha_pattern": {"layers.0.mlp.gate_proj": 40},
+    },
+    "layer1": {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["k_proj", "v_proj", "up_proj"],
+        "layers_to_transform": [1],
+    },
+}
+NAMES = [None, *ADAPTERS]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers + PEFT say: the answer, and logprobs [positions, vocab] of every token after the first."""
+
+    tokens: list[int]
+    logprobs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """One tiny model, its adapters, and the reference's answer for each (adapter or None, prompt)."""
+
+    model: Path
+    adapters: dict[str, Path]
+    prompts: list[list[int]]
+    references: dict[tuple[str | None, int], Reference] = field(repr=False)
+
+    def driver(self, **options: Any) -> EngineDriver:
+        return EngineDriver(self.model, self.adapters, **options)
+
+    def jobs(self) -> list[tuple[str | None, int]]:
+        """Every (adapter or None, prompt), neighbours of different adapters."""
+        return [(name, prompt) for prompt in range(len(self.prompts)) for name in NAMES]
+
+
+def reference(model: Any, prompt: list[int]) -> Reference | None:
+    """None if any choice on the way is not clear."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        whole = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+        logits = model(input_ids=whole).logits[0]
+    best = logits[len(prompt) - 1 : -1].topk(2).values
+    if (best[:, 0] - best[:, 1]).min() < CLEAR:
+        return None
+    return Reference(whole[0, len(prompt) :].tolist(), logits.log_softmax(-1))
+
+
+def make_family(family: str, path: Path) -> Family:
+    models: dict[str | None, Any] = {None: make_tiny_model(path / "model", family, seed=11)}
+    for seed, (name, config) in enumerate(ADAPTERS.items()):
+        models[name] = make_adapter(path / name, path / "model", seed=seed, **config)
+    rng = random.Random(5)
+    prompts: list[list[int]] = []
+    references: dict[tuple[str | None, int], Reference] = {}
+    lengths = [*LENGTHS, LENGTHS[-1]]
+    while len(prompts) < len(lengths):
+        index = len(prompts)
+        shared = prompts[-1][:SHARED] if index == len(LENGTHS) else []
+        prompt = shared + [rng.randrange(3, TINY_SIZES["vocab_size"]) for _ in range(lengths[index] - len(shared))]
+        answers = {name: reference(model, prompt) for name, model in models.items()}
+        if all(answers.values()):
+            prompts.append(prompt)
+            references |= {(name, index): answer for name, answer in answers.items() if answer}
+    return Family(path / "model", {name: path / name for name in ADAPTERS}, prompts, references)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make_family(request.param, tmp_path_factory.mktemp(request.param))
+    torch.set_num_threads(threads)
+
+
+def submit_all(driver: EngineDriver, family: Family, jobs: list[tuple[str | None, int]]) -> dict[str, Any]:
+    return {driver.submit(family.prompts[prompt], name): (name, prompt) for name, prompt in jobs}
+
+
+def check_answers(driver: EngineDriver, family: Family, jobs: dict[str, tuple[str | None, int]]) -> None:
+    for rid, job in jobs.items():
+        check_answer(driver.answers[rid], family.references[job], job)
+
+
+def check_answer(answer: Answer, expected: Reference, job: Any) -> None:
+    assert answer.tokens == expected.tokens, job
+    stopped = expected.tokens[-1] == TINY_SIZES["eos_token_id"]
+    assert answer.finished is not None
+    assert answer.finished.type == ("stop" if stopped else "length"), job
+
+
+def test_the_reference_tells_adapters_apart(family: Family) -> None:
+    """Else nothing below could fail."""
+    for prompt in range(len(family.prompts)):
+        answers = {tuple(family.references[name, prompt].tokens) for name in NAMES}
+        assert len(answers) == len(NAMES)
+
+
+# what is special → (options, what the statistics must show at the end)
+SCENARIOS: dict[str, tuple[dict[str, Any], Callable[[Stats], bool]]] = {
+    "one batch": ({}, lambda s: s.steps == NEW_TOKENS and s.preemptions == 0),
+    "pages of 4": ({"page_size": 4}, lambda s: s.steps == NEW_TOKENS),
+    "pages of 1": ({"page_size": 1}, lambda s: s.steps == NEW_TOKENS),
+    "chunks of 5": ({"chunked_prefill_size": 5}, lambda s: s.steps > 60),
+    "chunks of 5, pages of 4": ({"chunked_prefill_size": 5, "page_size": 4}, lambda s: s.cached_tokens > 0),
+    "no prefix cache": ({"disable_radix_cache": True}, lambda s: s.prefix_pages == s.cached_tokens == 0),
+    "longest prefix first": ({"schedule_policy": "lpm", "max_running_requests": 4}, lambda s: s.steps > 60),
+    "two adapters at a time": ({"max_loras_per_batch": 2}, lambda s: sum(a.evictions for a in s.adapters) > 2),
+    "one adapter at a time": (
+        {"max_loras_per_batch": 1, "lora_eviction_policy": "fifo", "page_size": 4},
+        lambda s: sum(a.evictions for a in s.adapters) > 3,
+    ),
+    "host memory for two": (
+        {"max_loras_per_batch": 2, "max_loaded_loras": 2, "lora_eviction_policy": "cost"},
+        lambda s: sum(a.fetches for a in s.adapters) > len(ADAPTERS),
+    ),
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_everything_at_once(family: Family, scenario: str) -> None:
+    options, expected = SCENARIOS[scenario]
+    driver = family.driver(**options)
+    jobs = submit_all(driver, family, family.jobs())
+    driver.run()
+    check_answers(driver, family, jobs)
+    assert expected(driver.stats), driver.stats
+
+
+def small_arena(family: Family, names: Iterable[str], tokens: int, **options: Any) -> EngineDriver:
+    """Room for these adapters and `tokens` tokens of KV."""
+    infos = family.driver(**options).infos
+    pages = sum(infos[name].pages for name in names)
+    return family.driver(max_total_tokens=pages * options["page_size"] + tokens, **options)
+
+
+@pytest.mark.parametrize(("page_size", "chunk"), [(1, 2048), (4, 2048), (4, 7)])
+def test_preemption(family: Family, page_size: int, chunk: int) -> None:
+    """Small adapters, so that many requests start; then there is room for one full answer."""
+    names = ["qv", "gate", "layer1"]
+    driver = small_arena(family, names, LONGEST, page_size=page_size, chunked_prefill_size=chunk)
+    jobs = submit_all(driver, family, [(name, prompt) for name, prompt in family.jobs() if name in [None, *names]])
+    driver.run()
+    check_answers(driver, family, jobs)
+    assert driver.stats.preemptions > 0
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_adapters_and_kv_compete(family: Family, page_size: int) -> None:
+    """Only the largest adapter fits beside one full answer."""
+    driver = small_arena(family, ["rslora"], LONGEST, page_size=page_size)
+    jobs = submit_all(driver, family, family.jobs())
+    driver.run()
+    check_answers(driver, family, jobs)
+    assert driver.evictions > 0
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_prefix_hits(family: Family, page_size: int) -> None:
+    """Same prompts again, and prompts that begin alike: cached KV serves its own adapter, never another."""
+    driver = family.driver(page_size=page_size)
+    long, alike = len(LENGTHS) - 1, len(LENGTHS)
+    for name in NAMES:
+        first = driver.complete(family.prompts[long], name)
+        check_answer(first, family.references[name, long], name)
+        assert first.cached_tokens == 0, "KV of another adapter"
+    for name in NAMES:
+        again = driver.complete(family.prompts[long], name)
+        check_answer(again, family.references[name, long], name)
+        assert again.cached_tokens == (LENGTHS[long] - 1) // page_size * page_size
+        branch = driver.complete(family.prompts[alike], name)
+        check_answer(branch, family.references[name, alike], name)
+        assert branch.cached_tokens == SHARED
+    jobs = submit_all(driver, family, family.jobs())
+    driver.run()
+    check_answers(driver, family, jobs)
+
+
+def test_cached_answers_can_be_continued(family: Family) -> None:
+    """KV that decoding wrote is found by a longer prompt."""
+    driver = family.driver(page_size=4)
+    for name in NAMES:
+        expected = family.references[name, 2].tokens
+        driver.complete(family.prompts[2], name)
+        longer = driver.complete(family.prompts[2] + expected[:-3], name, max_new_tokens=3)
+        assert longer.tokens == expected[-3:]
+        assert longer.cached_tokens >= LENGTHS[2] + len(expected) - 3 - 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shuffled_arrival(family: Family, seed: int) -> None:
+    """Requests come between steps in any order, each twice, among others that are aborted at any moment."""
+    rng = random.Random(seed)
+    options = {"page_size": rng.choice([4, 16]), "chunked_prefill_size": rng.choice([5, 16, 64])}
+    options |= {"max_loras_per_batch": rng.choice([1, 2, 3, None])}
+    driver = small_arena(family, ["rslora"], 2 * LONGEST, **options)
+    todo = family.jobs() * 2
+    rng.shuffle(todo)
+    jobs: dict[str, Any] = {}
+    others: list[str] = []
+    while todo or driver.engine.busy:
+        for name, prompt in [todo.pop() for _ in range(min(len(todo), rng.choice([0, 0, 1, 3])))]:
+            jobs[driver.submit(family.prompts[prompt], name)] = (name, prompt)
+        if todo and rng.random() < 0.3:
+            others.append(driver.submit(rng.choice(family.prompts), rng.choice(NAMES), max_new_tokens=30))
+        if others and rng.random() < 0.3:
+            driver.abort(others.pop(rng.randrange(len(others))))
+        driver.step()
+    driver.run()
+    check_answers(driver, family, jobs)
