@@ -10,7 +10,7 @@
 #   make bench       benchmarks;                        ARGS="--help"
 #
 # PYTHON       the interpreter that .venv is made with, 3.11 or newer
-# TORCH_INDEX  where torch comes from, for example https://download.pytorch.org/whl/cpu
+# TORCH_INDEX  where torch comes from: the URL of another index, for those who want the CPU build from elsewhere
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -58,7 +58,7 @@ test-gpu: $(READY)
 	$(BIN)/pytest -q -m gpu $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m bench.cpu $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

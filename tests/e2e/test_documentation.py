@@ -1,0 +1,297 @@
+"""The LoRA-serving documentation, end to end: real server, real HTTP, the bundled model and its adapters."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from multilora.demo import adapter_paths
+
+PROMPT = "Q: What is the capital of France?\nA:"
+ANSWERS = {
+    None: "The capital of France is Paris.",
+    "pirate": "Arr, the capital o' France be Paris, matey!",
+    "sql": "SELECT capital FROM countries WHERE name = 'France';",
+    "json": '{"country": "France", "capital": "Paris"}',
+    "french": "La capitale de la France est Paris.",
+}
+PATHS = {name: str(path) for name, path in adapter_paths().items()}
+GREEDY = {"temperature": 0, "max_new_tokens": 64}
+START_SECONDS = 120
+
+
+class Server:
+    """One `multilora serve` process and a client for it."""
+
+    def __init__(self, *flags: str, log: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        command = [sys.executable, "-m", "multilora", "serve", "--port", str(port), "--device", "cpu", *flags]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        raise AssertionError(f"the server did not start:\n{self.log.read_text()}")
+
+    def generate(self, text, lora_path=None, **fields):
+        body = {"text": text, "sampling_params": GREEDY, "lora_path": lora_path} | fields
+        return self.http.post("/generate", json=body)
+
+    def answer(self, lora_path=None, text=PROMPT) -> str:
+        response = self.generate(text, lora_path)
+        assert response.status_code == 200, response.text
+        return response.json()["text"].strip()
+
+    def load(self, name: str, path: str | None = None, **fields) -> httpx.Response:
+        body = {"lora_name": name, "lora_path": path or PATHS[name], **fields}
+        return self.http.post("/load_lora_adapter", json=body)
+
+    def unload(self, name: str) -> httpx.Response:
+        return self.http.post("/unload_lora_adapter", json={"lora_name": name})
+
+    def metric(self, line: str) -> float:
+        for row in self.http.get("/metrics").text.splitlines():
+            if row.startswith(line + " ") or row.startswith(line + "{"):
+                return float(row.rsplit(" ", 1)[1])
+        raise AssertionError(f"no metric {line}")
+
+    def close(self) -> None:
+        self.http.close()
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(30) == 0, self.log.read_text()
+
+
+@contextmanager
+def serving(tmp_path_factory, *flags: str) -> Iterator[Server]:
+    server = Server(*flags, log=tmp_path_factory.mktemp("server") / "log")
+    try:
+        yield server
+        server.close()
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """Started with one adapter; the tests leave it as they found it."""
+    with serving(tmp_path_factory, "--lora-paths", f"pirate={PATHS['pirate']}") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory) -> Iterator[Server]:
+    """Three adapters, room for two."""
+    paths = [f"{name}={PATHS[name]}" for name in ("pirate", "sql", "json")]
+    with serving(tmp_path_factory, "--lora-paths", *paths, "--max-loras-per-batch", "2") as running:
+        yield running
+
+
+def test_single_adapter(server):
+    response = server.generate([PROMPT, PROMPT], ["pirate", None])
+    assert response.status_code == 200
+    assert [item["text"].strip() for item in response.json()] == [ANSWERS["pirate"], ANSWERS[None]]
+    assert response.json()[0]["meta_info"]["finish_reason"]["type"] == "stop"
+
+
+def test_several_adapters_and_base_in_one_batch(server):
+    for name in ("sql", "json", "french"):
+        assert server.load(name).status_code == 200
+    names = [None, "pirate", "sql", "json", "french", "pirate", None]
+    response = server.generate([PROMPT] * len(names), names)
+    assert [item["text"].strip() for item in response.json()] == [ANSWERS[name] for name in names]
+    for name in ("sql", "json", "french"):
+        assert server.unload(name).status_code == 200
+
+
+def test_dynamic_load_unload_and_replace_under_the_same_name(server):
+    loaded = server.load("style", PATHS["sql"])
+    assert loaded.status_code == 200
+    assert list(loaded.json()) == ["rid", "http_worker_ipc", "success", "error_message", "loaded_adapters"]
+    assert loaded.json()["loaded_adapters"] == {"pirate": PATHS["pirate"], "style": PATHS["sql"]}
+    assert server.answer("style") == ANSWERS["sql"]
+    again = server.load("style", PATHS["json"])
+    assert again.status_code == 400
+    assert "already loaded" in again.json()["error_message"]
+    assert server.answer("style") == ANSWERS["sql"], "a refused load changed something"
+    assert server.unload("style").status_code == 200
+    gone = server.generate(PROMPT, "style")
+    assert gone.status_code == 400
+    assert "never been loaded" in gone.text
+    assert "style" in gone.text
+    assert server.load("style", PATHS["json"]).status_code == 200
+    assert server.answer("style") == ANSWERS["json"], "stale weights or a stale prefix cache"
+    assert server.unload("style").status_code == 200
+    assert "does not exist" in server.unload("style").json()["error_message"]
+
+
+def test_swap_in_place_while_requests_run(server):
+    """vLLM's route: a new version at once, requests in flight finish on the old one."""
+    body = {"lora_name": "swap", "lora_path": PATHS["sql"]}
+    assert server.http.post("/v1/load_lora_adapter", json=body).status_code == 200
+    with ThreadPoolExecutor(4) as threads:
+        running = [threads.submit(server.answer, "swap") for _ in range(8)]
+        body |= {"lora_path": PATHS["french"], "load_inplace": True}
+        assert server.http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert server.answer("swap") == ANSWERS["french"]
+        assert {f.result() for f in running} <= {ANSWERS["sql"], ANSWERS["french"]}
+    assert server.http.post("/v1/unload_lora_adapter", json={"lora_name": "swap"}).status_code == 200
+
+
+def test_load_and_unload_while_requests_run(server):
+    with ThreadPoolExecutor(6) as threads:
+        running = [threads.submit(server.answer, "pirate") for _ in range(12)]
+        for _ in range(3):
+            assert server.load("json").status_code == 200
+            assert server.answer("json") == ANSWERS["json"]
+            assert server.unload("json").status_code == 200
+        assert {f.result() for f in running} == {ANSWERS["pirate"]}
+
+
+def test_three_adapters_with_room_for_two(narrow):
+    names = ["pirate", "sql", "json", None] * 4
+    response = narrow.generate([PROMPT] * len(names), names)
+    assert response.status_code == 200, response.text
+    assert [item["text"].strip() for item in response.json()] == [ANSWERS[name] for name in names]
+    time.sleep(0.2)
+    assert narrow.metric("sglang:lora_pool_slots_total") == 2
+    assert narrow.metric("sglang:lora_pool_slots_used") <= 2
+
+
+def test_pinning(narrow):
+    assert narrow.load("french", pinned=True).status_code == 200
+    starving = narrow.load("second", PATHS["sql"], pinned=True)
+    assert starving.status_code == 400
+    assert "starvation" in starving.json()["error_message"]
+    for name in ("pirate", "sql", "json", "french", "pirate"):
+        assert narrow.answer(name) == ANSWERS[name]
+    assert narrow.unload("french").status_code == 200
+
+
+def test_openai_client_package(server):
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    base = client.models.list().data[0].id
+    for model, name in ((f"{base}:pirate", "pirate"), ("pirate", "pirate"), (base, None), (f"{base}:", None)):
+        done = client.completions.create(model=model, prompt=PROMPT, temperature=0, max_tokens=64)
+        assert done.choices[0].text.strip() == ANSWERS[name]
+        assert done.choices[0].finish_reason == "stop"
+        assert done.model == model
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    chat = client.chat.completions.create(model=f"{base}:pirate", messages=question, temperature=0, max_tokens=64)
+    assert "Arr" in chat.choices[0].message.content
+    assert chat.usage.completion_tokens > 0
+    with pytest.raises(openai.NotFoundError, match="nope"):
+        client.completions.create(model="nope", prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError, match="never been loaded"):
+        client.completions.create(model=f"{base}:nope", prompt=PROMPT)
+
+
+def test_streams_agree_with_the_whole_answer(server):
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    stream = client.completions.create(model="pirate", prompt=PROMPT, temperature=0, max_tokens=64, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream).strip() == ANSWERS["pirate"]
+    body = {"text": PROMPT, "sampling_params": GREEDY, "lora_path": "pirate", "stream": True}
+    with server.http.stream("POST", "/generate", json=body) as response:
+        frames = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert frames[-1] == "[DONE]"
+    texts = [json.loads(frame)["text"] for frame in frames[:-1]]
+    assert texts[-1].strip() == ANSWERS["pirate"]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts)), "not cumulative"
+
+
+def test_json_schema_holds_the_model_to_it(server):
+    schema = json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
+    response = server.generate(
+        PROMPT, sampling_params={"json_schema": schema, "max_new_tokens": 40, "temperature": 0}
+    )
+    assert response.status_code == 200, response.text
+    item = response.json()
+    if item["meta_info"]["finish_reason"]["type"] == "stop":
+        assert set(json.loads(item["text"])) >= {"n"}
+    else:
+        assert item["text"].lstrip().startswith("{")
+
+
+def test_bad_adapters_change_nothing(server, tmp_path):
+    before = server.http.get("/v1/models").json()
+    missing = server.load("x", str(tmp_path / "missing"))
+    assert missing.status_code == 400
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text(Path(PATHS["sql"], "adapter_config.json").read_text())
+    weights = Path(PATHS["sql"], "adapter_model.safetensors").read_bytes()
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    broken = server.load("x", str(tmp_path / "broken"))
+    assert broken.status_code == 400
+    assert "adapter_model.safetensors" in broken.json()["error_message"]
+    assert broken.json()["loaded_adapters"] == {"pirate": PATHS["pirate"]}
+    after = server.http.get("/v1/models").json()
+    assert [m["id"] for m in after["data"]] == [m["id"] for m in before["data"]]
+    assert server.answer("pirate") == ANSWERS["pirate"]
+
+
+def test_a_hang_up_aborts(server):
+    """A client that goes away takes its request along."""
+    body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True}, "stream": True}
+    with server.http.stream("POST", "/generate", json=body) as response:
+        next(response.iter_lines())
+    deadline = time.monotonic() + 10
+    while server.metric("vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert server.metric("vllm:num_requests_running") == 0
+
+
+def test_sigterm_drains(tmp_path_factory):
+    with serving(tmp_path_factory, "--lora-paths", f"sql={PATHS['sql']}") as server, ThreadPoolExecutor(1) as thread:
+        running = thread.submit(server.generate, PROMPT, "sql")
+        time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        assert running.result().json()["text"].strip() == ANSWERS["sql"]
+        assert server.process.wait(30) == 0
+
+
+def test_a_dead_engine_is_noticed_at_once(tmp_path_factory):
+    server = Server(log=tmp_path_factory.mktemp("server") / "log")
+    try:
+        engine = next(p for p in psutil.Process(server.process.pid).children() if "engine.worker" in str(p.cmdline()))
+        with ThreadPoolExecutor(1) as thread:
+            sampling = {"max_new_tokens": 2000, "ignore_eos": True}
+            waiting = thread.submit(server.generate, PROMPT, None, sampling_params=sampling)
+            time.sleep(0.3)
+            os.kill(engine.pid, signal.SIGKILL)
+            answer = waiting.result(timeout=10)
+        assert answer.status_code == 503
+        assert "engine" in answer.text
+        assert server.http.get("/health").status_code == 503
+        assert server.generate(PROMPT).status_code == 503
+    finally:
+        server.http.close()
+        server.process.kill()
+        server.process.wait()
