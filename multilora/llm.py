@@ -21,6 +21,7 @@ from multilora.engine.messages import (
     Output,
     Outputs,
     Reply,
+    Stats,
     Submit,
     TopLogprobs,
     UnloadAdapter,
@@ -109,6 +110,8 @@ class LLM:
         Returns a `Generation` for one prompt and `n` = 1, else a list: the prompts' answers in order, and with
         `n` > 1 prompt i's samples at [i·n, (i + 1)·n). Raises BadRequest before anything runs.
         """
+        if top_logprobs_num < 0:
+            raise BadRequest(f"top_logprobs_num must be 0 or more, is {top_logprobs_num}", param="top_logprobs_num")
         single, ids = self._prompt_ids(prompts)
         params = _spread(sampling_params, len(ids), "sampling_params")
         names = _spread(lora_path, len(ids), "lora_path")
@@ -186,7 +189,7 @@ class LLM:
             return True, [items]
         if not items:
             raise BadRequest("no prompts", param="prompts")
-        return False, [self._encode(item) if isinstance(item, str) else list(item) for item in items]
+        return False, [self._encode(item) if isinstance(item, str) else _token_ids(item) for item in items]
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
@@ -236,7 +239,11 @@ class LLM:
                         raise from_wire(reply.kind, reply.message)
                     return reply
 
-    # ------------------------------------------------------------------ end
+    # ------------------------------------------------------------------ state and end
+
+    def stats(self) -> Stats:
+        """Queues, pages, counters and where each adapter is now."""
+        return self._engine.report.stats()
 
     def close(self) -> None:
         """End the loader process. The LLM is of no use afterwards."""
@@ -254,6 +261,12 @@ def _params(value: Params) -> SamplingParams:
         value.check()
         return value
     return SamplingParams.parse(value)
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(i, int) for i in prompt):
+        raise BadRequest(f"a prompt is text or a list of token ids, not {prompt!r:.40}", param="prompts")
+    return list(prompt)
 
 
 def _spread(value: Any, count: int, name: str) -> list[Any]:
