@@ -79,7 +79,7 @@ class Request:
 
     @property
     def decoding(self) -> bool:
-        return self.remaining == 1 and self.planned > 0
+        return self.remaining == 1 and self.planned >= len(self.prompt_ids)
 
     def decoding_chunk(self, start: int) -> bool:
         """Whether a chunk that begins at `start` was plain decoding."""
@@ -113,17 +113,20 @@ class Request:
         """
         if self.prompt_logprobs_from is None:
             return range(0)
-        missing = max(self.prompt_logprobs_from, 1) - 1 + len(self.prompt_logprobs)
-        return range(max(start, missing), min(start + count, len(self.prompt_ids) - 1))
+        return range(max(start, self.logprob_position), min(start + count, len(self.prompt_ids) - 1))
+
+    @property
+    def logprob_position(self) -> int:
+        """The prompt position whose logits give the first prompt logprob that is still missing."""
+        assert self.prompt_logprobs_from is not None
+        return max(self.prompt_logprobs_from, 1) - 1 + len(self.prompt_logprobs)
 
     @property
     def match_limit(self) -> int:
         """Tokens that may come from the prefix cache: the last one's logits are needed, and the prompt logprobs'."""
         limit = self.num_tokens - 1
-        if self.prompt_logprobs_from is not None:
-            wanted = max(self.prompt_logprobs_from, 1) - 1 + len(self.prompt_logprobs)
-            if wanted < len(self.prompt_ids) - 1:
-                limit = min(limit, wanted)
+        if self.prompt_logprobs_from is not None and self.logprob_position < len(self.prompt_ids) - 1:
+            limit = min(limit, self.logprob_position)
         return limit
 
     def accept(self, token: int, eos_token_ids: tuple[int, ...]) -> Finished | None:

@@ -1,196 +1,197 @@
-"""An engine driven by hand, for tests: no process, no threads, one step at a time, its books checked after each.
+"""An engine without a model: what it generates is a hash of the sequence so far, kept in the pages as KV would be.
 
-Owns what came out of the engine, request by request, and checks that each has exactly one ending. Used by this
-package's tests and by anyone who tests against it.
+So the right answer to every request is known beforehand (`answer`), and any error in page tables, prefix cache,
+fences, chunking or adapter places shows up as another token. Used by this package's tests and by anyone who tests
+against it.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from multilora.adapters.loader import InlineLoader
-from multilora.config import Config
-from multilora.engine.build import build_engine
-from multilora.engine.messages import (
-    Abort,
-    AdapterInfo,
-    Finish,
-    Finished,
-    LoadAdapter,
-    Output,
-    Outputs,
-    Reply,
-    Stats,
-    Submit,
-    TopLogprobs,
-    UnloadAdapter,
-)
-from multilora.errors import from_wire
-from multilora.memory.page_pool import PageKind
-from multilora.params import SamplingParams
+import torch
+
+from multilora.adapters.testing import PAGE_BYTES, FakeTiers
+from multilora.engine.engine import Engine
+from multilora.engine.messages import FromEngine, Outputs, Ready, Stats
+from multilora.engine.plan import Chunk, StepPlan, StepResult
+from multilora.engine.request import Request, State
+from multilora.engine.scheduler import Scheduler
+from multilora.memory.page_table import KVPages
+
+VOCAB = 23
+EOS = 2
+HOLDS_KV = 0xCC  # what the first byte of a page says once it holds KV
+
+
+def after(state: int, token: int, adapter: int | None) -> int:
+    """The state that follows when `token` comes; 0 is the state of the empty sequence."""
+    mixed = (
+        state ^ (token + 1) * 0x9E3779B97F4A7C15 ^ (0 if adapter is None else adapter + 1) * 0xBF58476D1CE4E5B9
+    ) + 1
+    return (mixed * 0x94D049BB133111EB >> 7) & ((1 << 61) - 1)
+
+
+def token_of(state: int) -> int:
+    return (state >> 20) % VOCAB
+
+
+def prompt_logprob(state: int, token: int) -> float:
+    """Of `token`, which follows a prompt that has led to `state`."""
+    return -float((state ^ token) % 1009)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request must get: tokens, how it ends, and the logprobs of prompt tokens 1, 2, …"""
+
+    tokens: list[int]
+    finish: str  # "stop" or "length"
+    prompt_logprobs: list[float]
+
+
+def answer(prompt: Sequence[int], adapter: int | None, max_new_tokens: int, ignore_eos: bool = False) -> Answer:
+    state, logprobs = 0, []
+    for i, token in enumerate(prompt):
+        if i:
+            logprobs.append(prompt_logprob(state, token))
+        state = after(state, token, adapter)
+    tokens: list[int] = []
+    while len(tokens) < max_new_tokens:
+        tokens.append(token_of(state))
+        if tokens[-1] == EOS and not ignore_eos:
+            return Answer(tokens, "stop", logprobs)
+        state = after(state, tokens[-1], adapter)
+    return Answer(tokens, "length", logprobs)
 
 
 @dataclass
-class Answer:
-    """All outputs of one request, put together. `finished` None: not ended, or dropped by `finish`."""
+class _Row:
+    """A chunk as it was when it was launched: later changes on the host do not reach the device."""
 
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[TopLogprobs] = field(default_factory=list)
-    input_logprobs: list[float | None] | None = None
-    input_top_logprobs: list[TopLogprobs | None] | None = None
-    cached_tokens: int = 0
-    finished: Finished | None = None
-
-    def add(self, output: Output) -> None:
-        assert self.finished is None, f"request {output.rid}: an output after its end"
-        self.tokens += output.token_ids
-        self.logprobs += output.logprobs or []
-        self.top_logprobs += output.top_logprobs or []
-        if output.input_logprobs is not None:
-            assert self.input_logprobs is None, f"request {output.rid}: prompt logprobs came twice"
-            self.input_logprobs, self.input_top_logprobs = output.input_logprobs, output.input_top_logprobs
-        self.cached_tokens = output.cached_tokens
-        self.finished = output.finished
+    chunk: Chunk
+    pages: list[int]
+    weights: list[torch.Tensor]
 
 
-class EngineDriver:
-    """Keyword arguments are fields of `Config`; adapters: name → directory, loaded at once. `answers`: rid → Answer."""
+class FakeRunner:
+    """Stands where `Runner` stands. The step computes when `sample` is called, that is as late as a device could."""
 
-    def __init__(self, model_path: str | Path, adapters: Mapping[str, str | Path] | None = None, **options: Any):
-        config = Config.make(**({"model_path": str(model_path), "device": "cpu", "enable_lora": True} | options))
-        self.engine = build_engine(config, make_loader=InlineLoader)
-        self.answers: dict[str, Answer] = {}
-        self.infos: dict[str, AdapterInfo] = {}
-        self._dropped: set[str] = set()
-        self._replies: dict[int, Reply] = {}
-        self._calls = 0
-        for name, path in (adapters or {}).items():
-            self.load(name, path)
+    vocab_size = VOCAB
 
-    # ------------------------------------------------------------------ requests
+    def __init__(self, tiers: FakeTiers):
+        self._tiers = tiers
+        self._page_size = tiers.prefix.page_size
+        self._states = [[0] * self._page_size for _ in range(tiers.pool.total)]
+        self._sampled: dict[Request, list[int]] = {}  # on the device
+        self.rows_wasted = 0  # sampled for requests that had ended
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        adapter: str | None = None,
-        *,
-        rid: str | None = None,
-        return_logprob: bool = False,
-        logprob_start_len: int = -1,
-        top_logprobs_num: int = 0,
-        grammar: str | None = None,
-        **sampling: Any,
-    ) -> str:
-        """Greedy, 12 new tokens, unless `sampling` says otherwise. Returns the request's id."""
-        rid = rid or str(len(self.answers))
-        self.answers.setdefault(rid, Answer())
-        message = Submit(
-            rid=rid,
-            input_ids=list(prompt),
-            sampling=SamplingParams(**({"temperature": 0.0, "max_new_tokens": 12} | sampling)),
-            adapter=None if adapter is None else self.infos[adapter].version,
-            return_logprob=return_logprob,
-            logprob_start_len=logprob_start_len,
-            top_logprobs_num=top_logprobs_num,
-            grammar=grammar,
-        )
-        self.engine.handle(message)
-        return rid
+    def forward(self, plan: StepPlan) -> list[_Row]:
+        return [_Row(c, list(c.request.table.pages), self._weights(c)) for c in plan.chunks]
 
-    def abort(self, rid: str) -> None:
-        self.engine.handle(Abort(rid))
+    def sample(self, plan: StepPlan, rows: Any) -> StepResult:
+        result = StepResult([], [], [], [], [], [])
+        for row in rows:
+            prompt_logprobs, state = self._compute(row)
+            result.prompt_logprobs.append(prompt_logprobs)
+            result.prompt_top_logprobs.append([[] for _ in prompt_logprobs])
+            if row.chunk.sample:
+                self._sample(row.chunk, state, result)
+        return result
 
-    def finish(self, rid: str) -> None:
-        """As the front does when it has found a stop string."""
-        self._dropped.add(rid)
-        self.engine.handle(Finish(rid))
+    def _weights(self, chunk: Chunk) -> list[torch.Tensor]:
+        if chunk.place is None:
+            return []
+        site = self._tiers.table.site(chunk.place, 0)
+        assert site is not None
+        return [piece.weight for piece in site.a + site.b[0].pieces]
 
-    def step(self) -> None:
-        """One step of the engine; what it says goes to the answers and to the calls that wait for it."""
-        for message in self.engine.step():
-            match message:
-                case Outputs(items):
-                    for output in items:
-                        self.answers[output.rid].add(output)
-                case Reply():
-                    self._replies[message.call] = message
-        self.check()
+    def _compute(self, row: _Row) -> tuple[list[float | None], int]:
+        chunk, request = row.chunk, row.chunk.request
+        for weight in row.weights:
+            own = torch.full_like(weight, request.adapter or 0)
+            assert torch.equal(weight, own), f"{request.rid}: not the weights of its adapter"
+        tokens = request.prompt_ids + self._sampled.setdefault(request, [])
+        logprobs: list[float | None] = []
+        state = self._read(row.pages, chunk.start - 1) if chunk.start else 0
+        for position in range(chunk.start, chunk.start + chunk.count):
+            state = after(state, tokens[position], request.adapter)
+            self._write(row.pages, position, state)
+            if position in chunk.logprob_positions:
+                logprobs.append(prompt_logprob(state, request.prompt_ids[position + 1]))
+        return logprobs, state
 
-    def run(self, max_steps: int = 5000) -> None:
-        """Step until nothing is left to do, then check that the engine is at rest."""
-        while self.engine.busy:
-            assert max_steps > 0, "the engine does not come to an end"
-            max_steps -= 1
-            self.step()
-        self.check_at_rest()
+    def _sample(self, chunk: Chunk, state: int, result: StepResult) -> None:
+        request = chunk.request
+        sampled = self._sampled[request]
+        assert len(request.prompt_ids) + len(sampled) == chunk.start + chunk.count, "a token was sampled twice"
+        sampled.append(token_of(state))
+        self.rows_wasted += request.state is State.FINISHED
+        result.token_ids.append(sampled[-1])
+        result.logprobs.append(None)
+        result.top_logprobs.append(None)
+        result.errors.append(None)
 
-    def complete(self, prompt: Sequence[int], adapter: str | None = None, **kwargs: Any) -> Answer:
-        """Submit and run."""
-        rid = self.submit(prompt, adapter, **kwargs)
-        self.run()
-        return self.answers[rid]
+    def _read(self, pages: list[int], position: int) -> int:
+        """Attention would read all pages up to here, so all must still hold KV."""
+        used = pages[: position // self._page_size + 1]
+        assert bool((self._tiers.arena[used, 0] == HOLDS_KV).all()), "an adapter was copied over KV still in use"
+        return self._states[used[-1]][position % self._page_size]
 
-    # ------------------------------------------------------------------ calls
+    def _write(self, pages: list[int], position: int, state: int) -> None:
+        page = pages[position // self._page_size]
+        self._tiers.arena[page] = HOLDS_KV
+        self._states[page][position % self._page_size] = state
 
-    def load(self, name: str, path: str | Path, *, pinned: bool = False) -> AdapterInfo:
-        """Under the next version. Raises the engine's error."""
-        self._calls += 1
-        reply = self.call(LoadAdapter(call=self._calls, version=self._calls, path=str(path), pinned=pinned))
-        assert reply.info is not None
-        self.infos[name] = reply.info
-        return reply.info
 
-    def unload(self, name: str) -> None:
-        self._calls += 1
-        self.call(UnloadAdapter(self._calls, self.infos.pop(name).version))
+class AheadEngine(Engine):
+    """As on CUDA: step N + 1 is planned and launched before the tokens of step N are known."""
 
-    def call(self, message: Any) -> Reply:
-        """Send a call and step until its reply has come. Raises the engine's error."""
-        self._calls = max(self._calls, message.call)
-        self.engine.handle(message)
-        while message.call not in self._replies:
-            self.step()
-        reply = self._replies.pop(message.call)
-        if not reply.ok:
-            raise from_wire(reply.kind, reply.message)
-        return reply
+    _flying: tuple[StepPlan, Any] | None = None
 
-    # ------------------------------------------------------------------ books
+    def step(self) -> list[FromEngine]:
+        self._poll_adapters()
+        plan = self.scheduler.plan()
+        outputs = self.scheduler.take_outbox()
+        launched = None
+        if plan is not None:
+            self.scheduler.launch(plan)
+            launched = (plan, self.runner.forward(plan))
+        if self._flying is not None:
+            done, rows = self._flying
+            outputs += self.scheduler.commit(done, self.runner.sample(done, rows))
+        self._flying = launched
+        return self._take_replies() + ([Outputs(outputs)] if outputs else [])
 
     @property
-    def stats(self) -> Stats:
-        return self.engine.report.stats()
+    def running(self) -> bool:
+        return self._flying is not None or super().running
 
-    @property
-    def evictions(self) -> int:
-        """Of adapters, from the device."""
-        return sum(a.evictions for a in self.stats.adapters)
 
-    def check(self) -> None:
-        """The engine's own books, and that pages and adapters belong to those who run."""
-        engine = self.engine
-        engine.check()
-        scheduler, pool = engine.scheduler, engine.scheduler.kv.pool
-        held = {page for request in scheduler.running for page in request.table.pages}
-        assert all(pool.kind(page) is PageKind.KV for page in held)
-        assert len(held) == pool.count(PageKind.KV), "KV pages that no request holds"
-        assert scheduler.unfinished == len(scheduler.running) + len(scheduler.waiting)
-        if engine.adapters is not None:
-            users = Counter(r.adapter for r in scheduler.running if r.adapter is not None)
-            residency = engine.adapters.residency
-            residents = [r for v in engine.adapters.records() if (r := residency.get(v.version)) is not None]
-            assert {r.version: r.refs for r in residents if r.refs} == users, "an adapter's users are miscounted"
+def make_engine(
+    tiers: FakeTiers,
+    *,
+    ahead: bool = False,
+    max_queued: int = 1000,
+    scheduler: type[Scheduler] = Scheduler,
+    max_running: int = 8,
+    chunk_tokens: int = 16,
+    **options: Any,
+) -> Engine:
+    """The real engine, scheduler and tiers over the fakes. options: of the scheduler."""
+    kv = KVPages(tiers.pool, tiers.prefix, tiers.reclaimer, PAGE_BYTES)
+    return (AheadEngine if ahead else Engine)(
+        scheduler(
+            kv, tiers.store, eos_token_ids=(EOS,), max_running=max_running, chunk_tokens=chunk_tokens, **options
+        ),
+        FakeRunner(tiers),  # type: ignore[arg-type]
+        tiers.store,
+        describe=_no_ready,
+        max_queued=max_queued,
+        random_seed=0,
+        device=torch.device("cpu"),
+    )
 
-    def check_at_rest(self) -> None:
-        """Every request has had its one ending, and nobody holds anything."""
-        open_ = {rid for rid, answer in self.answers.items() if answer.finished is None}
-        assert open_ <= self._dropped, f"requests without an ending: {sorted(open_ - self._dropped)}"
-        stats = self.stats
-        assert (stats.running, stats.waiting, stats.kv_pages) == (0, 0, 0)
-        assert stats.free_pages + stats.prefix_pages + stats.adapter_pages == stats.total_pages
 
-    def close(self) -> None:
-        self.engine.close()
+def _no_ready(stats: Stats) -> Ready:
+    raise NotImplementedError("nobody asks an engine without a model what it can do")

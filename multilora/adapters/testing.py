@@ -1,0 +1,186 @@
+"""Adapter tiers without files or a device: a loader that makes adapters up, and a copier that takes its time.
+
+`FakeTiers` puts a real store, host cache, residency, page pool and prefix cache over them. The model has one site,
+and a page holds A and B of one granule: an adapter of rank 8·k takes k pages. All weights of version v are v.
+Used by this package's tests and by anyone who tests against it.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from multilora.adapters.blocks import PackTarget
+from multilora.adapters.host_cache import HostCache
+from multilora.adapters.loader import Fetched, FetchJob
+from multilora.adapters.residency import Residency
+from multilora.adapters.store import AdapterStore
+from multilora.errors import AdapterIncompatible, AdapterNotFound, MultiloraError
+from multilora.lora.sites import LoraSite, LoraSlice
+from multilora.lora.table import LoraTable
+from multilora.memory.page_pool import PagePool
+from multilora.memory.prefix_cache import PrefixCache
+from multilora.memory.reclaim import Clock, Reclaimer
+
+SITE = LoraSite(index=0, layer=0, name="o_proj", in_features=16, slices=(LoraSlice("o_proj", 0, 16),))
+PAGE_BYTES = 1024
+TARGET = PackTarget((SITE,), torch.float32, PAGE_BYTES)
+BEING_COPIED = 0xAA  # what a page holds while an adapter is on its way into it
+
+Delay = Callable[[], int]
+Result = tuple[Fetched, torch.Tensor | None]
+
+
+@dataclass
+class FakeFile:
+    """What lies at a path. error: fetching it fails with this."""
+
+    rank: int = 8
+    fingerprint: str = "as written"
+    error: MultiloraError | None = None
+
+
+class FakeLoader:
+    """Knows the adapters in `files`. A job is done `delay()` polls late; others may overtake it."""
+
+    def __init__(self, files: dict[str, FakeFile], delay: Delay = lambda: 0):
+        self.files = files
+        self.delay = delay
+        self.submitted: list[FetchJob] = []
+        self.closed = False
+        self._jobs: list[list] = []  # [polls left, job]
+
+    def submit(self, job: FetchJob) -> None:
+        self.submitted.append(job)
+        self._jobs.append([self.delay(), job])
+
+    def poll(self) -> list[Result]:
+        done = [job for left, job in self._jobs if left <= 0]
+        self._jobs = [[left - 1, job] for left, job in self._jobs if left > 0]
+        return [self._fetch(job) for job in done]
+
+    def _fetch(self, job: FetchJob) -> Result:
+        file = self.files.get(job.path)
+        if file is None:
+            file = FakeFile(error=AdapterNotFound(f"{job.path}: no such directory"))
+        layout = TARGET.layout(((file.rank,),))
+        error = file.error
+        if job.max_bytes is not None and layout.num_pages * PAGE_BYTES > job.max_bytes:
+            error = AdapterIncompatible(f"incompatible: {job.path} is over {job.max_bytes} bytes")
+        if error is not None:
+            return Fetched(version=job.version, kind=error.kind, message=error.message), None
+        weights = torch.full((layout.num_pages, PAGE_BYTES // 4), float(job.version))
+        fetched = Fetched(
+            version=job.version,
+            ranks=((file.rank,),),
+            rank=file.rank,
+            target_modules=["o_proj"],
+            fingerprint=file.fingerprint,
+        )
+        return fetched, weights.view(torch.uint8)
+
+    def fileno(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeCopy:
+    """Done when asked for the `polls + 1`-th time; the bytes arrive then, not before."""
+
+    def __init__(self, arena: torch.Tensor, buffer: torch.Tensor, pages: list[int], polls: int):
+        self._arena = arena
+        self._buffer = weakref.ref(buffer)
+        self._pages = list(pages)
+        self._polls = polls
+        self._done = False
+
+    def done(self) -> bool:
+        if not self._done:
+            if self._polls > 0:
+                self._polls -= 1
+                return False
+            buffer = self._buffer()
+            assert buffer is not None, "the buffer was freed before its copy was done"
+            self._arena[self._pages] = buffer
+            self._done = True
+        return True
+
+
+class FakeCopier:
+    """As another stream would: writes to the pages from the first moment on, and is done late."""
+
+    def __init__(self, arena: torch.Tensor, delay: Delay = lambda: 0):
+        self.delay = delay
+        self.started = 0
+        self._arena = arena
+
+    def start(self, buffer: torch.Tensor, pages: list[int]) -> FakeCopy:
+        self.started += 1
+        self._arena[pages] = BEING_COPIED
+        return FakeCopy(self._arena, buffer, pages, self.delay())
+
+
+class FakeTiers:
+    """The real tiers over the fakes. Limits as in `Config`, in adapters and in pages."""
+
+    def __init__(
+        self,
+        files: dict[str, FakeFile],
+        *,
+        total_pages: int = 16,
+        context_pages: int = 2,
+        page_size: int = 4,
+        max_loras_per_batch: int | None = None,
+        max_device_pages: int | None = None,
+        max_loaded_loras: int | None = None,
+        max_host_pages: int | None = None,
+        policy: str = "lru",
+        prefix_cache: bool = True,
+        fetch_delay: Delay = lambda: 0,
+        copy_delay: Delay = lambda: 0,
+    ):
+        self.pool, self.clock = PagePool(total_pages), Clock()
+        self.arena = torch.zeros(total_pages, PAGE_BYTES, dtype=torch.uint8)
+        self.prefix = PrefixCache(self.pool, self.clock, page_size, enabled=prefix_cache)
+        self.table = LoraTable(self.arena, TARGET.dtype, ((0,),))
+        self.loader = FakeLoader(files, fetch_delay)
+        self.copier = FakeCopier(self.arena, copy_delay)
+        self.host = HostCache(max_loaded_loras, None if max_host_pages is None else max_host_pages * PAGE_BYTES)
+        self.residency = Residency(
+            self.pool,
+            self.clock,
+            self.table,
+            self.copier,
+            policy=policy,
+            max_count=max_loras_per_batch,
+            max_pages=max_device_pages,
+            on_evict=lambda version: self.store.evicted(version),
+        )
+        self.reclaimer = Reclaimer(self.pool, self.clock, [self.prefix, self.residency])
+        self.store = AdapterStore(
+            self.loader,
+            self.host,
+            self.residency,
+            self.reclaimer,
+            layout_of=TARGET.layout,
+            page_bytes=PAGE_BYTES,
+            total_pages=total_pages,
+            context_pages=context_pages,
+            on_evict=lambda version: self.prefix.devalue_namespace(version + 1),
+        )
+
+    def weights_are(self, version: int, place: int) -> bool:
+        """Whether the table's views at `place` show this version's weights and nothing else."""
+        site = self.table.site(place, SITE.index)
+        assert site is not None
+        pieces = site.a + site.b[0].pieces
+        return all(bool((piece.weight == version).all()) for piece in pieces)
+
+    def check(self) -> None:
+        """Raise AssertionError if any book does not balance."""
+        self.pool.check()
+        self.prefix.check()
+        self.store.check()
