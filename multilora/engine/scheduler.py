@@ -234,9 +234,11 @@ class Scheduler:
             self.kv.commit(request.table, request.computed, request.tokens, request.namespace)
 
     def _take_prompt_logprobs(self, chunk: Chunk, result: StepResult, index: int) -> None:
-        if chunk.logprob_positions:
-            chunk.request.prompt_logprobs += result.prompt_logprobs[index]
-            chunk.request.prompt_top_logprobs += result.prompt_top_logprobs[index]
+        request, positions = chunk.request, chunk.logprob_positions
+        if positions:  # planned again after a preemption, it may bring some that have come in the meantime
+            known = request.logprob_position - positions.start
+            request.prompt_logprobs += result.prompt_logprobs[index][known:]
+            request.prompt_top_logprobs += result.prompt_top_logprobs[index][known:]
 
     def _commit_token(self, chunk: Chunk, result: StepResult, index: int) -> Output | None:
         request = chunk.request
