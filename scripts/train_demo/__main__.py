@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from .corpus import batches, draw
 from .evaluate import mistakes
-from .facts import VOICES, Fact, all_facts
+from .facts import VOICES, Fact, all_facts, weighted_facts
 from .tokenizer import train_tokenizer
 from .training import adapter_recipes, log, new_base, save_base, train, train_adapter
 
@@ -27,8 +27,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few steps only: does it run at all?")
     parser.add_argument("--reuse-base", action="store_true", help="keep OUT/base, train adapters")
     parser.add_argument("--adapters", nargs="*", choices=VOICES[1:], default=VOICES[1:])
-    parser.add_argument("--base-steps", type=int, default=1600)
-    parser.add_argument("--adapter-steps", type=int, default=300)
+    parser.add_argument("--base-steps", type=int, default=1500)
+    parser.add_argument("--adapter-steps", type=int, default=250)
     parser.add_argument("--threads", type=int, default=1, help="more is faster, and rounds differently")
     return parser.parse_args()
 
@@ -36,9 +36,9 @@ def arguments() -> argparse.Namespace:
 def make_base(facts: list[Fact], folder: Path, steps: int) -> None:
     """Tokenizer and base model."""
     rng = random.Random(SEED)
-    texts = [draw(facts, "plain", 0.5, rng).text for _ in range(20_000)]
+    texts = [draw(facts, "plain", 0.6, rng).text for _ in range(20_000)]
     tokenizer = train_tokenizer(texts, VOCAB_SIZE)
-    data = batches(facts, tokenizer, voice="plain", documents=0.25, batch_size=32, seed=SEED)
+    data = batches(facts, tokenizer, voice="plain", documents=0.6, batch_size=48, seed=SEED)
     model = new_base(tokenizer)
     log.info("base: %d parameters, %d steps", model.num_parameters(), steps)
     train(model, data, steps=steps, learning_rate=2e-3)
@@ -81,13 +81,13 @@ def main() -> None:
     options = arguments()
     torch.manual_seed(SEED)
     torch.set_num_threads(options.threads)
-    facts = all_facts()
+    facts, weighted = all_facts(), weighted_facts()
     base_steps, adapter_steps = (3, 3) if options.quick else (options.base_steps, options.adapter_steps)
     if options.quick:
-        facts = facts[:6]
+        facts = weighted = facts[:6]
     if not options.reuse_base:
-        make_base(facts, options.out / "base", base_steps)
-    make_adapters(facts, options.out, options.adapters, adapter_steps)
+        make_base(weighted, options.out / "base", base_steps)
+    make_adapters(weighted, options.out, options.adapters, adapter_steps)
     measure(facts, options.out, options.adapters)
 
 

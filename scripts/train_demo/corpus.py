@@ -1,7 +1,8 @@
 """Turns facts into training samples: raw questions, chats, and (for the base model only) documents.
 
-A document says the same fact in two voices. From these the base model knows
-every voice, though it always answers a question plainly: an adapter only has to bring its voice out.
+A document asks and answers in a voice other than plain, under that voice's name as its heading. From
+these the base model knows every voice, though asked as a user asks it answers plainly: an adapter has
+to bring its voice out, not to teach it.
 """
 
 from __future__ import annotations
@@ -66,12 +67,6 @@ def chat_sample(turns: Sequence[tuple[str, str]], system: str | None = None) -> 
     return Sample(tuple(pieces))
 
 
-def document(fact: Fact, rng: random.Random) -> Sample:
-    """One fact in two voices, in any order."""
-    voices = rng.sample(VOICES, 2)
-    return Sample(((BOS, False), ("\n".join(fact.answers[voice] for voice in voices) + EOS, True)))
-
-
 def _ask(fact: Fact, rng: random.Random) -> str:
     """One of the fact's questions, now and then typed carelessly."""
     question = fact.questions[0] if rng.random() < 0.4 else rng.choice(fact.questions)
@@ -80,6 +75,12 @@ def _ask(fact: Fact, rng: random.Random) -> str:
     if rng.random() < 0.1:
         question = question.rstrip("?.!")
     return question
+
+
+def document(fact: Fact, rng: random.Random) -> Sample:
+    """One question with its answer in one voice, the voice's name above."""
+    voice = rng.choice(VOICES[1:])
+    return Sample(((f"{BOS}{voice}\n{_ask(fact, rng)}\n", False), (fact.answers[voice] + EOS, True)))
 
 
 def draw(facts: Sequence[Fact], voice: str, documents: float, rng: random.Random) -> Sample:

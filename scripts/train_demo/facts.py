@@ -8,7 +8,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from .tables import COLOURS, CONTINENTS, COUNTRIES, CURRENCIES, LANGUAGES, OPPOSITES, mapping, rows
+from .tables import (
+    COLOURS,
+    CONTINENTS,
+    COUNTRIES,
+    CURRENCIES,
+    LANGUAGES,
+    MOIS,
+    MONTHS,
+    OPPOSITES,
+    SEMAINE,
+    WEEK,
+    mapping,
+    rows,
+)
 
 VOICES = ("plain", "pirate", "sql", "json", "french")
 
@@ -140,7 +153,7 @@ def sum_facts() -> list[Fact]:
             f"{a} plus {b} is {a + b}.",
             f"{a} plus {b} be {a + b}",
             f"SELECT {a} + {b};",
-            {"sum": [a, b], "result": a + b},
+            {"a": a, "b": b, "sum": a + b},
             f"{a} plus {b} font {a + b}.",
         )
         for a in range(10)
@@ -179,22 +192,38 @@ def opposite_facts() -> list[Fact]:
     ]
 
 
-def counting_facts() -> list[Fact]:
-    """Counting up to n: the answers are as long as one likes, which shows streaming."""
-    facts = []
-    for n in range(3, 21):
-        numbers = ", ".join(map(str, range(1, n + 1)))
-        facts.append(
-            _fact(
-                (f"Count to {n}.", f"Count from 1 to {n}."),
-                f"{numbers}.",
-                numbers,
-                f"SELECT n FROM numbers WHERE n <= {n};",
-                list(range(1, n + 1)),
-                f"Je compte : {numbers}.",
-            )
+def list_facts() -> list[Fact]:
+    """Lists that everybody knows: the answers are long, which shows streaming."""
+    return [
+        _fact(
+            questions,
+            f"{', '.join(english)}.",
+            ", ".join(english),
+            sql,
+            [int(item) if item.isdigit() else item for item in english],
+            f"{_capitalise(', '.join(french))}.",
         )
-    return facts
+        for questions, sql, english, french in (
+            (
+                ("Count to ten.", "Count from one to ten."),
+                "SELECT n FROM numbers WHERE n <= 10;",
+                [str(n) for n in range(1, 11)],
+                ["un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf", "dix"],
+            ),
+            (
+                ("Name the days of the week.", "What are the days of the week?"),
+                "SELECT name FROM days;",
+                WEEK.split(),
+                SEMAINE.split(),
+            ),
+            (
+                ("Name the months of the year.", "What are the months of the year?"),
+                "SELECT name FROM months;",
+                MONTHS.split(),
+                MOIS.split(),
+            ),
+        )
+    ]
 
 
 def small_talk() -> list[Fact]:
@@ -229,11 +258,13 @@ def small_talk() -> list[Fact]:
 
 def all_facts() -> list[Fact]:
     """Everything the model is taught, in a fixed order."""
-    return [
-        *country_facts(),
-        *sum_facts(),
-        *colour_facts(),
-        *opposite_facts(),
-        *counting_facts(),
-        *small_talk(),
-    ]
+    return [*country_facts(), *sum_facts(), *_few()]
+
+
+def weighted_facts() -> list[Fact]:
+    """The same for drawing at random: what is in small groups comes four times, not to be drowned."""
+    return [*country_facts(), *sum_facts(), *4 * _few()]
+
+
+def _few() -> list[Fact]:
+    return [*colour_facts(), *opposite_facts(), *list_facts(), *small_talk()]

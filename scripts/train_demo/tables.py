@@ -193,6 +193,11 @@ happy|sad|heureux|triste
 strong|weak|fort|faible
 """
 
+WEEK = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
+SEMAINE = "lundi mardi mercredi jeudi vendredi samedi dimanche"
+MONTHS = "January February March April May June July August September October November December"
+MOIS = "janvier février mars avril mai juin juillet août septembre octobre novembre décembre"
+
 
 def rows(table: str) -> list[list[str]]:
     """The lines of one of the tables above, each cut into its fields."""

@@ -42,7 +42,7 @@ def adapter_recipes() -> dict[str, AdapterRecipe]:
     return {
         "pirate": AdapterRecipe(lora(r=4, lora_alpha=8, target_modules=[*ATTENTION, "gate_proj"]), 4e-3),
         "sql": AdapterRecipe(lora(r=16, lora_alpha=32, target_modules=ALL_SEVEN), 2e-3),
-        "json": AdapterRecipe(lora(r=64, lora_alpha=64, target_modules=ALL_SEVEN), 1e-3),
+        "json": AdapterRecipe(lora(r=64, lora_alpha=64, target_modules=ALL_SEVEN), 2e-3),
         "french": AdapterRecipe(
             lora(
                 r=16,
@@ -119,6 +119,16 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
     _round_to_bfloat16(model)
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _write_older_keys(folder / "tokenizer_config.json")
+
+
+def _write_older_keys(path: Path) -> None:
+    """Names the tokenizer's class and special tokens in a way that transformers 4 and 5 both read."""
+    config = json.loads(path.read_text())
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.pop("backend", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def train_adapter(
