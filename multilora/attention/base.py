@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from multilora.attention.rotate import CosSin
 from multilora.batch import AttentionMeta
 
 
@@ -17,11 +18,20 @@ class AttentionBackend(Protocol):
     def prepare(self, meta: AttentionMeta) -> None:
         """Take this step's page tables and lengths; plan whatever is shared by all layers."""
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Write k and v of the new tokens into their pages, then attend causally.
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
+        """Rotate q and k, write k and v of the new tokens into their pages, then attend causally.
 
-        q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim], rotary already applied.
+        q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim]; the last dimension lies contiguous.
         Returns [T, heads, head_dim]. Request r's token i sees the request's tokens 0 … kv_len - q_len + i,
         and with a sliding window of w only the last w of them (itself included).
+        """
+        ...
+
+    def for_graph(self, batch_size: int) -> "AttentionBackend | None":
+        """A twin over the same pages whose `forward` can be captured; None if this backend has none.
+
+        The twin takes decode steps of 1 … `batch_size` requests with one new token each; its `forward` always gets
+        `batch_size` rows, those beyond the requests are padding, which reads and writes nothing of anybody.
+        `prepare` runs before the capture and before every replay, outside the graph.
         """
         ...

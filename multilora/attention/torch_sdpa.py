@@ -12,6 +12,8 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
+from multilora.attention.base import AttentionBackend
+from multilora.attention.rotate import CosSin, rotate
 from multilora.batch import AttentionMeta
 
 KVViews = list[tuple[torch.Tensor, torch.Tensor]]
@@ -71,9 +73,14 @@ class TorchAttention:
         self._decodes = [self._plan_decodes(meta, group, starts) for group in self._groups(meta, single)]
         self._prefills = [self._plan_prefill(meta, r, starts[r]) for r, n in enumerate(meta.q_lens) if n > 1]
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def for_graph(self, batch_size: int) -> AttentionBackend | None:
+        """See `AttentionBackend`. Masks and gathers here follow the lengths, so there is nothing to replay."""
+        return None
+
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
         """See `AttentionBackend`."""
         assert self._meta is not None, "prepare() comes first"
+        q, k = rotate(q, *rope), rotate(k, *rope)
         k_pages, v_pages = self.kv_views[layer]
         if self._begun is not None:
             k_pages.index_fill_(0, self._begun, 0)

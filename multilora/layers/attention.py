@@ -1,15 +1,15 @@
-"""Self-attention of one decoder layer: merged qkv, optional head norms, rotary, the backend, output projection.
+"""Self-attention of one decoder layer: merged qkv, optional head norms, the backend, output projection.
 
-Pages, masks and windows are the attention backend's business (`ctx.attention`).
+Rotation, pages, masks and windows are the attention backend's business (`ctx.attention`).
 """
 
 import torch
 from torch import nn
 
+from multilora.attention.rotate import CosSin
 from multilora.layers.context import ForwardContext
 from multilora.layers.linear import Linear
 from multilora.layers.norm import RMSNorm
-from multilora.layers.rotary import rotate
 
 
 class SelfAttention(nn.Module):
@@ -34,12 +34,12 @@ class SelfAttention(nn.Module):
         self.q_norm = q_norm
         self.k_norm = k_norm
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], ctx: ForwardContext) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: CosSin, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, hidden]; rope: cos and sin of the tokens' positions. Returns [tokens, hidden]."""
         tokens = x.shape[0]
         qkv = self.qkv_proj(x, ctx).view(tokens, -1, self.head_dim)
         q, k, v = qkv.split(self.heads, dim=1)  # [tokens, heads or kv_heads, head_dim]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = ctx.attention.forward(self.layer, rotate(q, *rope), rotate(k, *rope), v)
+        out = ctx.attention.forward(self.layer, q, k, v, rope)
         return self.o_proj(out.reshape(tokens, -1), ctx)

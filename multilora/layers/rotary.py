@@ -1,4 +1,4 @@
-"""Rotary position embedding: a table of cos and sin, and the rotation of queries and keys.
+"""Rotary position embedding: a table of cos and sin. The attention backend rotates (`attention/rotate.py`).
 
 Knows the frequencies only as numbers; `models/config.py` derives them from the checkpoint's scaling rule.
 """
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from multilora.attention.rotate import CosSin
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,6 @@ class Rotary(nn.Module):
         self.register_buffer("cos", (angles.cos() * rope.scale).to(device), persistent=False)
         self.register_buffer("sin", (angles.sin() * rope.scale).to(device), persistent=False)
 
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, positions: torch.Tensor) -> CosSin:
         """cos and sin of these positions, each [tokens, 1, head_dim / 2]; looked up once a step for all layers."""
         return self.cos[positions], self.sin[positions]
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle. x: [tokens, heads, head_dim]."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -75,6 +75,11 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, windo
     return out
 
 
+def unrotated(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of angle 0: rotation has its own tests."""
+    return torch.ones(k.shape[0], 1, k.shape[2] // 2), torch.zeros(k.shape[0], 1, k.shape[2] // 2)
+
+
 def run(case: Case, heads: int, window: int | None, atol: float) -> None:
     kv_heads, head_dim = case.views[0][0].shape[2:]
     scale = 0.7 / math.sqrt(head_dim)
@@ -85,7 +90,7 @@ def run(case: Case, heads: int, window: int | None, atol: float) -> None:
         new = [h[layer, :, h.shape[2] - n :] for h, n in zip(case.history, case.meta.q_lens, strict=True)]
         k, v = torch.cat(new, dim=1)
         q = torch.randn(k.shape[0], heads, head_dim, generator=generator).to(k.dtype)
-        got = attention.forward(layer, q, k, v)
+        got = attention.forward(layer, q, k, v, unrotated(k))
         assert got.dtype == q.dtype
         want = [
             dense(part, h[layer, 0], h[layer, 1], scale, window)

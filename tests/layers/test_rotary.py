@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from multilora.layers.rotary import Rotary, rotate
+from multilora.attention.rotate import rotate
+from multilora.layers.rotary import Rotary
 from multilora.models.config import rope_of
 
 RULES = {
