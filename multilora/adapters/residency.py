@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+
 from multilora.adapters.copier import Copier, Copy
 from multilora.adapters.eviction import EVICTION_POLICIES
 from multilora.adapters.host_cache import HostEntry
@@ -35,6 +37,7 @@ class Resident:
     layout: PanelLayout
     pinned: bool
     copy: Copy
+    buffer: torch.Tensor | None  # what the copy reads, until it is done: the host tier may have let go of it
     loaded_at: int
     last_used: int
     score: float
@@ -104,7 +107,8 @@ class Residency:
         place = self._free_places.pop() if self._free_places else len(self._residents)
         copy = self._copier.start(entry.buffer, pages)
         tick = self._next_tick()
-        resident = Resident(version, place, pages, entry.layout, pinned, copy, tick, tick, self.clock.now)
+        score = self.clock.now
+        resident = Resident(version, place, pages, entry.layout, pinned, copy, entry.buffer, tick, tick, score)
         self._residents[version] = resident
         self._pages += len(pages)
         return resident
@@ -114,6 +118,7 @@ class Residency:
         finished = [r for r in self._residents.values() if not r.ready and r.copy.done()]
         for resident in finished:
             self._table.install(resident.place, resident.layout, resident.pages)
+            resident.buffer = None
             resident.ready = True
         return [r.version for r in finished]
 
