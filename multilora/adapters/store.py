@@ -122,8 +122,8 @@ class AdapterStore:
         self._ask(self._records[version])
 
     def unload(self, version: int, fence: int) -> None:
-        """Forget a version and free its memory. No request is on it. Raises AdapterNotLoaded."""
-        if version not in self._records:
+        """Forget a version and free its memory. No request is on it. Raises AdapterNotLoaded, also while it loads."""
+        if not self.known(version):
             raise AdapterNotLoaded(f"adapter version {version} does not exist")
         self._forget(version, fence)
 
@@ -312,13 +312,24 @@ class AdapterStore:
         layout = self._layout_of(result.ranks)
         if not first and result.fingerprint != record.fingerprint:
             raise AdapterError(f"{record.path} has changed since it was loaded: unload it and load it again")
-        if first and record.pinned:
-            self._check_pin(record, layout.num_pages)
+        if first:
+            self._check_room(record, layout.num_pages)
+            if record.pinned:
+                self._check_pin(record, layout.num_pages)
         if not self.host.has_room_for(1, buffer.numel(), ever=True):
             raise AdapterIncompatible(f"{record.path}: pinned adapters leave it no room in --lora-host-bytes")
         self.host.put(record.version, HostEntry(layout, buffer, pinned=record.pinned))
         record.layout, record.rank, record.target_modules = layout, result.rank, result.target_modules
         record.fingerprint = result.fingerprint
+
+    def _check_room(self, record: Record, pages: int) -> None:
+        """Refuse an adapter that could never be resident beside those that are pinned already."""
+        limit = self.residency.max_pages
+        if limit is not None and pages > limit - self.pinned_pages():
+            raise AdapterIncompatible(
+                f"incompatible: {record.path} takes {pages} pages; pinned adapters leave "
+                f"{limit - self.pinned_pages()} under --lora-device-bytes"
+            )
 
     def _check_pin(self, record: Record, pages: int) -> None:
         """Refuse a pin that would leave too little for everybody else (DESIGN §3)."""
@@ -339,6 +350,12 @@ class AdapterStore:
         if residency.max_pages is not None and residency.max_pages - pinned < largest:
             raise AdapterStarvation(
                 f"starvation: pinning {record.path} would leave no room for another under --lora-device-bytes"
+            )
+        unpinned = [r.pages for r in self.records() if not r.pinned]
+        if unpinned and not self.host.has_room_for(2, (pages + max(unpinned)) * self._page_bytes, ever=True):
+            raise AdapterStarvation(
+                f"starvation: pinning {record.path} would leave no room for the adapters that are loaded already "
+                "under --max-loaded-loras or --lora-host-bytes"
             )
 
     def _arrived_on_device(self, version: int, fence: int) -> None:
