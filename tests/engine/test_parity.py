@@ -228,6 +228,20 @@ def test_cached_answers_can_be_continued(family: Family) -> None:
         assert longer.cached_tokens >= LENGTHS[2] + len(expected) - 3 - 4
 
 
+def test_half_a_prompt_in_the_cache(family: Family) -> None:
+    """A request that is aborted on its way through the prompt leaves whole pages, and only computed ones."""
+    driver = family.driver(page_size=4, chunked_prefill_size=5)
+    long = len(LENGTHS) - 1
+    for steps, name in enumerate(NAMES, 1):
+        rid = driver.submit(family.prompts[long], name)
+        for _ in range(steps):
+            driver.step()
+        driver.abort(rid)
+        answer = driver.complete(family.prompts[long], name)
+        check_answer(answer, family.references[name, long], name)
+        assert answer.cached_tokens == 5 * steps // 4 * 4
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_shuffled_arrival(family: Family, seed: int) -> None:
     """Requests come between steps in any order, each twice, among others that are aborted at any moment."""
