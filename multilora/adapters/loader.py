@@ -82,8 +82,8 @@ def fetch(job: FetchJob, context: FetchContext, allocate: "Allocate") -> tuple[F
         nbytes = layout.num_pages * target.page_bytes
         if job.max_bytes is not None and nbytes > job.max_bytes:
             raise AdapterIncompatible(
-                f"incompatible: {job.path} takes {nbytes} bytes, over the limit of {job.max_bytes} that "
-                "--lora-host-bytes or --lora-device-bytes set"
+                f"incompatible: {job.path} takes {nbytes} bytes, over the limit of {job.max_bytes}: the smallest of "
+                "the arena, --lora-host-bytes and --lora-device-bytes"
             )
         buffer = allocate(layout.num_pages, target.page_bytes)
         pack(blocks, target, layout, buffer)

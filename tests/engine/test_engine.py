@@ -14,7 +14,7 @@ from multilora.engine.driver import Answer, EngineDriver
 from multilora.engine.messages import FlushCache, Outputs, Submit, UnloadAdapter
 from multilora.engine.report import Report
 from multilora.engine.scheduler import Scheduler
-from multilora.errors import AdapterInvalid, AdapterNotFound, AdapterNotLoaded
+from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterNotFound, AdapterNotLoaded
 from multilora.params import SamplingParams
 from multilora.testing import make_adapter, make_tiny_model
 
@@ -243,6 +243,13 @@ def test_a_failed_load_changes_nothing(files: Path, tmp_path: Path) -> None:
         driver.load("x", tmp_path / "cut")
     assert driver.stats == before
     assert driver.complete(PROMPT, "a").finished.type in ("stop", "length")
+
+
+def test_an_adapter_larger_than_the_arena(files: Path) -> None:
+    driver = drive(files, max_total_tokens=64)
+    with pytest.raises(AdapterIncompatible, match="the smallest of the arena"):
+        driver.load("a", files / "a")
+    assert driver.complete(PROMPT).finished.type == "length"
 
 
 def test_an_adapter_that_cannot_come_back(files: Path, tmp_path: Path) -> None:
