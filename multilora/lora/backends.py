@@ -1,27 +1,55 @@
-"""LoRA backends by name. Adding one is a file and a line here."""
+"""LoRA backends by name. Adding one is a function and a line here."""
 
+import importlib.util
 import logging
+import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from multilora.errors import ConfigError
 from multilora.lora.base import LoraBackend
+from multilora.lora.sites import LoraSite
 from multilora.lora.table import LoraTable
 from multilora.lora.torch_backend import TorchLora
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, Callable[[LoraTable], LoraBackend]] = {
-    "torch": TorchLora,
+Sites = tuple[LoraSite, ...]
+
+
+def _torch(table: LoraTable, sites: Sites, chunk_rows: int) -> LoraBackend:
+    return TorchLora(table)
+
+
+def _triton(name: str, table: LoraTable, sites: Sites, chunk_rows: int) -> LoraBackend:
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(f"--lora-backend {name} needs Triton, which is not installed (pip install triton)")
+    device = table.weights.device
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(f"--lora-backend {name} needs a CUDA device, this is {device.type}; torch runs anywhere")
+    from multilora.lora.triton_backend import TritonLora
+
+    return TritonLora(table, sites, name=name, chunk_rows=chunk_rows)
+
+
+BACKENDS: dict[str, Callable[[LoraTable, Sites, int], LoraBackend]] = {
+    "torch": _torch,
+    "triton": partial(_triton, "triton"),
+    "csgmv": partial(_triton, "csgmv"),
 }
 
 
-def make_lora_backend(name: str, table: LoraTable, device: torch.device) -> LoraBackend:
-    """`auto` takes the best that this device can run and logs its choice. Raises ConfigError by name."""
+def make_lora_backend(
+    name: str, table: LoraTable, device: torch.device, *, sites: Sites, chunk_rows: int = 16
+) -> LoraBackend:
+    """`auto` takes the best that this device can run and logs its choice. chunk_rows: --max-lora-chunk-size.
+    Raises ConfigError by name.
+    """
     if name == "auto":
-        name = "torch"
+        name = "csgmv" if device.type == "cuda" else "torch"
         logger.info("LoRA backend: %s (chosen for %s)", name, device.type)
     if name not in BACKENDS:
         raise ConfigError(f"--lora-backend {name} is not available; there are: auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name](table)
+    return BACKENDS[name](table, sites, chunk_rows)

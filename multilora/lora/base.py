@@ -13,9 +13,11 @@ from multilora.batch import LoraSegment
 
 class LoraBackend(Protocol):
     name: str
+    replayable: bool
+    """Whether a graph captured over as many rows may be replayed for the step last prepared."""
 
     def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
-        """Take this step's segments over `num_rows` rows. Not called when there are none."""
+        """Take this step's segments over `num_rows` rows. None of them: only before a graph is captured."""
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         """In place, for every segment and each of its blocks of weight w: y[rows] += w · (x[rows] Aᵀ) B.

@@ -13,7 +13,9 @@ Ranks are rounded up to the granule of 8 with zero rows; nothing is ever padded 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+
+import numpy as np
 
 from multilora.lora.sites import LoraSite
 
@@ -78,6 +80,11 @@ class PanelLayout:
     matrices: tuple[Matrix, ...]
     chunks: tuple[tuple[Chunk, ...], ...]
     used_bytes: int
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """int64 [all chunks, 2]: page and offset of each, matrix by matrix."""
+        return np.array([(c.page, c.offset) for chunks in self.chunks for c in chunks], np.int64).reshape(-1, 2)
 
 
 Ranks = tuple[tuple[int, ...], ...]

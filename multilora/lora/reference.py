@@ -13,6 +13,7 @@ class ReferenceLora:
     """The contract of `lora/base.py`, as a loop."""
 
     name = "reference"
+    replayable = False
 
     def __init__(self, table: LoraTable):
         self._table = table

@@ -14,6 +14,7 @@ class TorchLora:
     """The contract of `lora/base.py`. The intermediate is rounded to the model's dtype, as PEFT's is."""
 
     name = "torch"
+    replayable = False
 
     def __init__(self, table: LoraTable):
         self._table = table

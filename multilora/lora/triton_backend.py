@@ -1,0 +1,193 @@
+"""The LoRA backends of Triton: `csgmv`, and `triton`, which takes the tile path for everything.
+
+Host side only: tiles of the step to the device, then two launches a site. Owns the intermediate and the tables of the
+step; for up to GRAPH_ROWS rows both are fixed, so a captured graph over N rows serves every later step of N rows:
+prepare(), then replay.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+
+from multilora.batch import LoraSegment
+from multilora.lora.device_table import DeviceTable, upload
+from multilora.lora.sites import LoraSite
+from multilora.lora.table import LoraTable
+from multilora.lora.triton_kernels import BLOCK_WORDS, ENTRY_WORDS, TILE_WORDS, expand_kernel, shrink_kernel
+from multilora.lora.triton_steps import make_tiles
+from multilora.lora.tuning import CSGMV, GRAPH_ROWS, TRITON, ExpandBlocks, Phase, ShrinkBlocks, Tuning
+
+H_BYTES = 64 << 20
+"""The fixed intermediate: room for 64 rows of stacked rank 9,000, in 28 splits."""
+
+H_ALIGN = 16
+
+FURTHER = 256
+"""Further adapters of composed rows that the fixed tables hold."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the launches of one step need. h: fp32, flat."""
+
+    grid: int  # programs along the tiles
+    blocks: Phase
+    tiles: torch.Tensor
+    entries: torch.Tensor
+    h: torch.Tensor
+
+
+class TritonLora:
+    """The contract of `lora/base.py` with kernels. chunk_rows: most rows of a tile."""
+
+    def __init__(
+        self,
+        table: LoraTable,
+        sites: tuple[LoraSite, ...],
+        *,
+        name: str = "csgmv",
+        chunk_rows: int = 16,
+        tuning: Tuning | None = None,
+        graph_rows: int = GRAPH_ROWS,
+    ):
+        self.name = name
+        self.tuning = tuning or (CSGMV if name == "csgmv" else TRITON)
+        self._vector = name == "csgmv"
+        self._table = DeviceTable(table, sites)
+        self._device = table.weights.device
+        self._tile_rows = chunk_rows
+        self._graph_rows = graph_rows
+        self.overlap = self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= (9, 0)
+        """Programmatic dependent launch: a kernel starts while the one before it ends."""
+        self._align = math.gcd(table.page_elements, 8)
+        self._column_blocks: dict[tuple[int, int], torch.Tensor] = {}
+        words = FURTHER * ENTRY_WORDS + graph_rows * TILE_WORDS
+        self._fixed = torch.zeros(words, dtype=torch.int32, device=self._device)
+        self._fixed_h = torch.zeros(H_BYTES // 4, dtype=torch.float32, device=self._device)
+        self._step: Step | None = None
+        self.replayable = False
+        """Whether a graph captured over as many rows may be replayed for the step last prepared."""
+
+    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
+        tiles = make_tiles(segments, self._tile_rows, self._table.stacked_rank)
+        small = num_rows <= self._graph_rows
+        blocks = self.tuning.small if small else self.tuning.large
+        h = self._fixed_h
+        need = max(self._h_split(tiles.h_size) * self._splits(blocks, site) for site in self._table.sites)
+        fits = need <= len(h)
+        if not fits:
+            h = torch.empty(need, dtype=torch.float32, device=self._device)
+        self.replayable = small and fits and len(tiles.entries) <= FURTHER
+        grid = num_rows if small else len(tiles.tiles)
+        further = FURTHER if self.replayable else len(tiles.entries)
+        at = further * ENTRY_WORDS
+        words = np.zeros(at + grid * TILE_WORDS, np.int32)
+        words[: tiles.entries.size] = tiles.entries.ravel()
+        words[at : at + tiles.tiles.size] = tiles.tiles.ravel()
+        on_device = (
+            self._fixed if self.replayable else torch.empty(len(words), dtype=torch.int32, device=self._device)
+        )
+        upload(words, on_device[: len(words)])
+        self._step = Step(grid, blocks, on_device[at:], on_device[:at], h)
+
+    def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+        self.shrink(x, site)
+        self.expand(y, site)
+
+    def shrink(self, x: torch.Tensor, site: int) -> None:
+        """The first half: reads x, writes the intermediate, so it may run beside the layer's own matmul."""
+        assert self._step is not None and x.is_contiguous()
+        step, table, shape = self._step, self._table, self._table.sites[site]
+        blocks, splits = step.blocks.shrink(shape.in_features), self._splits(step.blocks, shape)
+        chunk = table.geometry.chunk_columns(shape.in_features)
+        shrink_kernel[(step.grid, splits)](
+            x,
+            step.h,
+            table.weights,
+            table.addresses,
+            table.records,
+            step.tiles,
+            step.entries,
+            site,
+            len(table.sites),
+            shape.in_features,
+            chunk,
+            len(step.h) // splits // H_ALIGN * H_ALIGN,
+            RECORD=table.record_words,
+            WHOLE=chunk == shape.in_features,
+            ALIGN=self._align,
+            VECTOR=self._vector,
+            BLOCK_K=blocks.k,
+            TILE_M=self._tile_rows,
+            TILE_K=min(blocks.tile_k, blocks.k),
+            TILE_R=blocks.tile_r,
+            PDL=self.overlap,
+            **self._options(blocks),
+        )
+
+    def expand(self, y: torch.Tensor, site: int) -> None:
+        """The second half: adds what shrink() of the same site prepared."""
+        assert self._step is not None and y.is_contiguous()
+        step, table, shape = self._step, self._table, self._table.sites[site]
+        blocks, splits = step.blocks.expand(shape.out_features), self._splits(step.blocks, shape)
+        columns = self._blocks_of(shape, blocks.n)
+        widths = [s.out_features for s in shape.slices]
+        expand_kernel[(step.grid, len(columns))](
+            y,
+            step.h,
+            table.weights,
+            table.addresses,
+            table.records,
+            step.tiles,
+            step.entries,
+            columns,
+            site,
+            len(table.sites),
+            y.shape[1],
+            len(step.h) // splits // H_ALIGN * H_ALIGN,
+            splits,
+            RECORD=table.record_words,
+            WHOLE=all(table.geometry.chunks(w) == 1 for w in widths),
+            ALIGN=self._align,
+            ALIGN_N=math.gcd(16, *widths, *(s.offset for s in shape.slices)),
+            VECTOR=self._vector,
+            BLOCK_N=blocks.n,
+            BLOCK_S=triton.next_power_of_2(splits),
+            TILE_M=self._tile_rows,
+            TILE_N=min(blocks.tile_n, blocks.n),
+            TILE_R=blocks.tile_r,
+            PDL=self.overlap,
+            **self._options(blocks),
+        )
+
+    @staticmethod
+    def _splits(blocks: Phase, site: LoraSite) -> int:
+        return triton.cdiv(site.in_features, blocks.shrink(site.in_features).k)
+
+    @staticmethod
+    def _h_split(size: int) -> int:
+        return triton.cdiv(size, H_ALIGN) * H_ALIGN
+
+    def _options(self, blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int | bool]:
+        options: dict[str, int | bool] = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+        if self.overlap:
+            options["launch_pdl"] = True
+        if blocks.registers is not None:
+            options["maxnreg"] = blocks.registers
+        return options
+
+    def _blocks_of(self, site: LoraSite, block_n: int) -> torch.Tensor:
+        """int32 [blocks, 8]: how the output columns of a site are shared out (see `expand_kernel`)."""
+        key = site.index, block_n
+        if key not in self._column_blocks:
+            rows = [
+                (i, col, s.out_features, s.offset, self._table.geometry.chunk_columns(s.out_features), 0, 0, 0)
+                for i, s in enumerate(site.slices)
+                for col in range(0, s.out_features, block_n)
+            ]
+            assert len(rows[0]) == BLOCK_WORDS
+            self._column_blocks[key] = torch.tensor(rows, dtype=torch.int32, device=self._device)
+        return self._column_blocks[key]

@@ -1,0 +1,83 @@
+"""Block sizes of the LoRA kernels, as data: found on an H200 by `python -m bench.lora_kernels` (see docs/log.md)."""
+
+from dataclasses import dataclass
+
+GRAPH_ROWS = 256
+"""Steps of up to so many rows take grids that depend on nothing but their number of rows, and fixed buffers: they can
+be captured in a CUDA graph. Larger ones (prefill) take exact grids."""
+
+WIDE = 8192
+
+
+@dataclass(frozen=True)
+class ShrinkBlocks:
+    """k: input columns of a program (one split); tile_k, tile_r: columns and rank rows of one `tl.dot`."""
+
+    k: int
+    warps: int
+    tile_k: int = 128
+    tile_r: int = 16
+    stages: int = 3
+    registers: int | None = None  # per thread, at most
+
+
+@dataclass(frozen=True)
+class ExpandBlocks:
+    """n: output columns of a program; tile_n, tile_r: columns and rank rows of one `tl.dot`."""
+
+    n: int
+    warps: int
+    tile_n: int = 128
+    tile_r: int = 16
+    stages: int = 3
+    registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Block sizes by the width of what is read (shrink) or written (expand): wide from WIDE columns on."""
+
+    narrow_shrink: ShrinkBlocks
+    wide_shrink: ShrinkBlocks
+    narrow_expand: ExpandBlocks
+    wide_expand: ExpandBlocks
+
+    def shrink(self, in_features: int) -> ShrinkBlocks:
+        return self.wide_shrink if in_features >= WIDE else self.narrow_shrink
+
+    def expand(self, out_features: int) -> ExpandBlocks:
+        return self.wide_expand if out_features >= WIDE else self.narrow_expand
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """small: steps of up to GRAPH_ROWS rows."""
+
+    small: Phase
+    large: Phase
+
+
+LARGE = Phase(
+    narrow_shrink=ShrinkBlocks(k=2048, warps=4, tile_r=32),
+    wide_shrink=ShrinkBlocks(k=2048, warps=4, tile_r=32),
+    narrow_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
+    wide_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
+)
+CSGMV = Tuning(
+    small=Phase(
+        narrow_shrink=ShrinkBlocks(k=512, warps=4),
+        wide_shrink=ShrinkBlocks(k=512, warps=4),
+        narrow_expand=ExpandBlocks(n=1024, warps=4, registers=128),
+        wide_expand=ExpandBlocks(n=1024, warps=4, registers=128),
+    ),
+    large=LARGE,
+)
+TRITON = Tuning(
+    small=Phase(
+        narrow_shrink=ShrinkBlocks(k=512, warps=4),
+        wide_shrink=ShrinkBlocks(k=512, warps=4),
+        narrow_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
+        wide_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
+    ),
+    large=LARGE,
+)

@@ -1,0 +1,245 @@
+"""The kernels against the reference: interpreted on CPU (fp32, fp16), compiled where there is a GPU (bf16 too)."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton")
+
+from multilora.batch import LoraSegment
+from multilora.errors import ConfigError
+from multilora.lora.backends import make_lora_backend
+from multilora.lora.panels import PanelGeometry, place_panels
+from multilora.lora.reference import ReferenceLora
+from multilora.lora.sites import LoraSite, LoraSlice
+from multilora.lora.table import LoraTable
+from multilora.lora.triton_backend import TritonLora
+from multilora.lora.tuning import ExpandBlocks, Phase, ShrinkBlocks, Tuning
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU_ONLY = pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter's bf16 dot is wrong")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+RANKS = (1, 4, 8, 16, 64, 256)
+
+SMALL = Phase(
+    narrow_shrink=ShrinkBlocks(k=32, warps=4, tile_k=16),
+    wide_shrink=ShrinkBlocks(k=32, warps=4, tile_k=16),
+    narrow_expand=ExpandBlocks(n=32, warps=4, tile_n=16),
+    wide_expand=ExpandBlocks(n=32, warps=4, tile_n=16),
+)
+BLOCKS = Tuning(small=SMALL, large=SMALL)  # small, so that small sites have several splits and blocks
+
+
+def make_sites(hidden: int, q: int, kv: int, inter: int) -> tuple[LoraSite, ...]:
+    qkv = (LoraSlice("q_proj", 0, q), LoraSlice("k_proj", q, kv), LoraSlice("v_proj", q + kv, kv))
+    return (
+        LoraSite(0, 0, "qkv_proj", hidden, qkv),
+        LoraSite(1, 0, "down_proj", inter, (LoraSlice("down_proj", 0, hidden),)),
+    )
+
+
+ROUND, ODD = (64, 48, 32, 96), (40, 42, 24, 104)
+
+
+class World:
+    """Adapters of these ranks (per site, per slice) with random weights in scattered pages of an arena."""
+
+    def __init__(self, sites, ranks, *, dtype=torch.float32, page_bytes=65536, spare_pages=3):
+        self.sites, self.dtype = sites, dtype
+        self.geometry = PanelGeometry(page_bytes, dtype.itemsize)
+        self.layouts = [place_panels(sites, r, self.geometry) for r in ranks]
+        total = sum(layout.num_pages for layout in self.layouts) + spare_pages
+        g = torch.Generator().manual_seed(0)
+        self.free = torch.randperm(total, generator=g).tolist()
+        weights = torch.randn(total, page_bytes // dtype.itemsize, generator=g) / 8
+        arena = weights.to(dtype).view(torch.uint8).to(DEVICE)
+        self.table = LoraTable(arena, dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
+        self.reference = ReferenceLora(self.table)
+
+    def install(self, place, which=None):
+        layout = self.layouts[place if which is None else which]
+        self.table.install(place, layout, [self.free.pop() for _ in range(layout.num_pages)])
+
+    def backend(self, name="csgmv", **options):
+        return TritonLora(self.table, self.sites, name=name, tuning=BLOCKS, **options)
+
+    def check(self, backend, segments, num_rows, seed=0):
+        """Both from the same random rows; the answers of the backend."""
+        g = torch.Generator().manual_seed(seed)
+        for lora in (backend, self.reference):
+            lora.prepare(segments, num_rows)
+        answers = []
+        for site in self.sites:
+            x = torch.randn(num_rows, site.in_features, generator=g).to(DEVICE, self.dtype)
+            y = torch.randn(num_rows, site.out_features, generator=g).to(DEVICE, self.dtype)
+            got, want = y.clone(), y.to(torch.float32)
+            backend.apply(got, x, site.index)
+            self.reference.apply(want, x.to(torch.float32), site.index)
+            assert (got.float() - want).norm() / want.norm() < TOLERANCE[self.dtype]
+            covered = torch.zeros(num_rows, dtype=torch.bool)
+            for s in segments:
+                covered[s.start : s.end] = True
+            assert torch.equal(got[~covered], y[~covered])  # base rows: not a bit
+            answers.append(got)
+        return answers
+
+
+def same_rank(sites, rank):
+    return tuple(tuple(rank for _ in site.slices) for site in sites)
+
+
+def segments_of(*parts):
+    return tuple(LoraSegment(start, end, (place,), (1.0,)) for start, end, place in parts)
+
+
+POPULARITY = {
+    "identical": segments_of((0, 9, 0)),
+    "distinct": segments_of(*((i, i + 1, i) for i in range(6))),
+    "uniform": segments_of((0, 3, 0), (3, 6, 1), (6, 9, 2)),
+    "skewed": segments_of((0, 7, 4), (7, 8, 1), (8, 9, 5)),
+    "some rows base": segments_of((2, 3, 3), (5, 8, 0)),
+}
+
+
+@pytest.mark.parametrize("name", ["triton", "csgmv"])
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_popularity_and_mixed_ranks(name, popularity):
+    sites = make_sites(*ROUND)
+    world = World(sites, [same_rank(sites, rank) for rank in RANKS])
+    for place in range(len(RANKS)):
+        world.install(place)
+    world.check(world.backend(name), POPULARITY[popularity], 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=GPU_ONLY)])
+@pytest.mark.parametrize("page_bytes", [2048, 65536], ids=["cut panels", "whole panels"])
+def test_odd_widths_dtypes_and_cut_panels(dtype, page_bytes):
+    sites = make_sites(*ODD)
+    world = World(sites, [same_rank(sites, rank) for rank in (8, 20, 3)], dtype=dtype, page_bytes=page_bytes)
+    for place in range(3):
+        world.install(place)
+    segments = segments_of((0, 1, 0), (1, 2, 1), (2, 7, 2))
+    world.check(world.backend("csgmv"), segments, 8)
+
+
+@pytest.mark.parametrize("name", ["triton", "csgmv"])
+def test_subsets_of_targets_and_composition(name):
+    sites = make_sites(*ROUND)
+    world = World(sites, [((4, 0, 20), (0,)), ((0, 8, 0), (3,)), ((16, 16, 16), (16,))])
+    for place in range(3):
+        world.install(place)
+    segments = (
+        LoraSegment(0, 1, (0,), (0.5,)),
+        LoraSegment(1, 2, (1, 2, 0), (0.7, -0.3, 1.1)),
+        LoraSegment(3, 6, (2, 1), (1.0, 2.0)),
+        LoraSegment(6, 7, (1,), (1.0,)),
+    )
+    world.check(world.backend(name), segments, 8)
+
+
+def test_segments_longer_than_a_tile_and_large_steps():
+    sites = make_sites(*ROUND)
+    world = World(sites, [same_rank(sites, 8), same_rank(sites, 24)])
+    for place in range(2):
+        world.install(place)
+    backend = world.backend("csgmv", graph_rows=16)
+    world.check(backend, segments_of((0, 1, 1), (1, 34, 0), (34, 36, 1)), 40)
+    assert not backend.replayable  # more rows than graphs have
+    world.check(backend, segments_of((0, 1, 1), (1, 4, 0)), 16)
+    assert backend.replayable
+
+
+def test_an_intermediate_too_large_for_the_fixed_buffer(monkeypatch):
+    monkeypatch.setattr("multilora.lora.triton_backend.H_BYTES", 1024)
+    sites = make_sites(*ROUND)
+    world = World(sites, [same_rank(sites, 64)])
+    world.install(0)
+    backend = world.backend()
+    world.check(backend, segments_of((0, 3, 0)), 4)
+    assert not backend.replayable
+
+
+def test_rows_after_a_shorter_step_are_left_alone():
+    """The tables of a step of N rows forget the tiles of the one before."""
+    sites = make_sites(*ROUND)
+    world = World(sites, [same_rank(sites, 8)])
+    world.install(0)
+    backend = world.backend()
+    world.check(backend, segments_of(*((i, i + 1, 0) for i in range(4))), 4)
+    world.check(backend, segments_of((1, 2, 0)), 4)
+
+
+def test_adapters_come_and_go_and_their_tables_are_compacted():
+    sites = make_sites(*ROUND)
+    ranks = [same_rank(sites, rank) for rank in (8, 8, 8, 24)]
+    world = World(sites, ranks, spare_pages=0)
+    backend = world.backend()
+    for place in range(3):
+        world.install(place)
+    addresses = backend._table
+    panels = len(world.layouts[0].places)
+    addresses.addresses = addresses.addresses[: panels * 5 + panels // 2]  # a gap of one adapter, then room for 2.5
+    gone = world.table.placed(1)[1]
+    world.table.remove(1)
+    world.free += gone
+    world.install(1, which=3)  # three: fits nowhere unless the gap is closed
+    world.check(backend, segments_of((0, 1, 0), (1, 3, 1), (3, 4, 2)), 4)
+
+
+def test_the_same_bits_every_time():
+    sites = make_sites(*ROUND)
+    world = World(sites, [same_rank(sites, 24), same_rank(sites, 8)], dtype=torch.float16)
+    for place in range(2):
+        world.install(place)
+    backend = world.backend()
+    segments = segments_of((0, 1, 0), (1, 4, 1))
+    for a, b in zip(world.check(backend, segments, 4), world.check(backend, segments, 4), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_a_gpu_the_backend_is_refused_by_name(monkeypatch):
+    sites = make_sites(*ROUND)
+    table = LoraTable(torch.zeros(1, 65536, dtype=torch.uint8), torch.float32, ((0, 48, 80), (0,)))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="csgmv needs a CUDA device"):
+        make_lora_backend("csgmv", table, torch.device("cpu"), sites=sites)
+
+
+@pytest.mark.gpu
+def test_a_graph_serves_other_adapters_and_other_ranks():
+    sites = make_sites(1024, 1024, 256, 4096)
+    ranks = [same_rank(sites, rank) for rank in (8, 16, 64, 32)]
+    world = World(sites, ranks, dtype=torch.bfloat16, page_bytes=1 << 20)
+    world.install(0)
+    backend = TritonLora(world.table, sites)
+    x = [torch.randn(8, site.in_features, device=DEVICE, dtype=torch.bfloat16) for site in sites]
+    y = [torch.zeros(8, site.out_features, device=DEVICE, dtype=torch.bfloat16) for site in sites]
+
+    def step():
+        for site in sites:
+            y[site.index].zero_()
+            backend.apply(y[site.index], x[site.index], site.index)
+
+    backend.prepare(segments_of((0, 8, 0)), 8)
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for place in (1, 2, 3):
+        world.install(place)
+    for segments in (segments_of((0, 1, 1), (1, 2, 2), (2, 7, 3)), segments_of((5, 6, 2))):
+        backend.prepare(segments, 8)
+        assert backend.replayable
+        graph.replay()
+        replayed = [t.clone() for t in y]
+        step()
+        world.reference.prepare(segments, 8)
+        for site in sites:
+            want = torch.zeros(8, site.out_features, device=DEVICE)
+            world.reference.apply(want, x[site.index].float(), site.index)
+            assert torch.equal(replayed[site.index], y[site.index])
+            assert (y[site.index].float() - want).norm() / want.norm() < TOLERANCE[torch.bfloat16]
