@@ -17,7 +17,9 @@ from multilora.adapters.loader_process import ProcessLoader
 from multilora.adapters.residency import Residency
 from multilora.adapters.store import AdapterStore
 from multilora.attention import make_attention
+from multilora.attention.base import AttentionBackend
 from multilora.config import Config
+from multilora.engine.cuda_graph import DecodeGraphs, graph_sizes
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Ready, Stats
 from multilora.engine.runner import Runner
@@ -41,8 +43,11 @@ logger = logging.getLogger(__name__)
 MakeLoader = Callable[[FetchContext], Loader]
 
 
-def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader) -> Engine:
-    """Load the model and set up everything else. Raises ConfigError, ModelUnsupported, OutOfMemory."""
+def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader, ahead: int | None = None) -> Engine:
+    """Load the model and set up everything else. Raises ConfigError, ModelUnsupported, OutOfMemory.
+
+    ahead: see Engine; None: 1 on CUDA, 0 on CPU, where there is nothing to overlap with.
+    """
     started = monotonic()
     device = choose_device(config.device)
     model, model_config = load_model(
@@ -84,15 +89,17 @@ def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader) -> Eng
         chunk_tokens=config.chunked_prefill_size,
         policy=config.schedule_policy,
     )
+    runner = Runner(model, attention, lora, config.page_size, device, _capture(config, model, attention, lora))
     logger.info("engine ready in %.1f s on %s, %s", monotonic() - started, device, model_config.dtype)
     return Engine(
         scheduler,
-        Runner(model, attention, lora, config.page_size, device),
+        runner,
         adapters,
         describe=partial(_describe, model_config, device, lora.name if lora else "off", attention.name),
         max_queued=config.max_queued_requests,
         random_seed=config.random_seed,
         device=device,
+        ahead=int(device.type == "cuda") if ahead is None else ahead,
     )
 
 
@@ -102,6 +109,23 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no CUDA device here")
     return torch.device(name)
+
+
+def _capture(
+    config: Config, model: LlamaForCausalLM, attention: AttentionBackend, lora: LoraBackend | None
+) -> DecodeGraphs | None:
+    """Decode graphs, where device and attention backend have them. Nothing runs yet, so page 0 is free to write."""
+    if model.device.type != "cuda" or config.disable_cuda_graph:
+        return None
+    largest = min(config.cuda_graph_max_bs or 256, config.max_running_requests)
+    found = {size: attention.for_graph(size) for size in graph_sizes(largest)}
+    twins = {size: twin for size, twin in found.items() if twin is not None}
+    if not twins:
+        logger.info("decode graphs: none, the %s attention backend cannot be captured", attention.name)
+        return None
+    graphs = DecodeGraphs(model, twins, lora, model.device)
+    graphs.capture()
+    return graphs
 
 
 def _plan(config: Config, model: LlamaForCausalLM, model_config: ModelConfig, layout: KVLayout) -> MemoryPlan:
@@ -133,7 +157,9 @@ def _build_lora(
     sites = model.lora_sites()
     target = PackTarget(sites, layout.dtype, layout.page_bytes)
     table = LoraTable(arena, layout.dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
-    backend = make_lora_backend(config.lora_backend, table, arena.device)
+    backend = make_lora_backend(
+        config.lora_backend, table, arena.device, sites=sites, chunk_rows=config.max_lora_chunk_size
+    )
     limit = config.lora_device_bytes
     residency = Residency(
         pool,

@@ -62,9 +62,15 @@ class EngineDriver:
     `answers`: rid → Answer; `infos`: name → AdapterInfo.
     """
 
-    def __init__(self, model_path: str | Path, adapters: Mapping[str, str | Path] | None = None, **options: Any):
+    def __init__(
+        self,
+        model_path: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
+        ahead: int | None = None,
+        **options: Any,
+    ):
         config = Config.make(**({"model_path": str(model_path), "device": "cpu", "enable_lora": True} | options))
-        self.engine = build_engine(config, make_loader=InlineLoader)
+        self.engine = build_engine(config, make_loader=InlineLoader, ahead=ahead)
         self.answers: dict[str, Answer] = {}
         self.infos: dict[str, AdapterInfo] = {}
         self._dropped: set[str] = set()

@@ -5,6 +5,7 @@ Owns the scheduler, the runner and the adapter store; `build.py` puts them toget
 """
 
 import random
+from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
@@ -33,13 +34,13 @@ from multilora.engine.messages import (
 )
 from multilora.engine.report import Report
 from multilora.engine.request import Request
-from multilora.engine.runner import Runner
+from multilora.engine.runner import Launched, Runner
 from multilora.engine.scheduler import Scheduler
 from multilora.errors import BadRequest, CannotFit, MultiloraError, QueueFull, UnknownAdapter
 
 
 class Engine:
-    """adapters: None when LoRA is off. ready: what the front is told at the start, without stats."""
+    """adapters: None when LoRA is off. ahead: how many steps may be launched and not committed: 1 on CUDA, else 0."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Engine:
         max_queued: int,
         random_seed: int | None,
         device: torch.device,
+        ahead: int = 0,
     ):
         self.scheduler = scheduler
         self.runner = runner
@@ -64,25 +66,32 @@ class Engine:
         self._calls: dict[int, int] = {}  # version being loaded → call to answer
         self._replies: list[FromEngine] = []
         self._order = 0
+        self._ahead = ahead
+        self._flying: deque[Launched] = deque()  # launched, not yet committed
 
     # ------------------------------------------------------------------ one step
 
     def step(self) -> list[FromEngine]:
-        """Schedule → load → forward → sample → commit. Returns what the front should hear."""
+        """Load → schedule → launch (forward and sample) → commit. Returns what the front should hear.
+
+        With `ahead` 1 the step that is committed is the one before: the device computes while the host commits.
+        """
         self._poll_adapters()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
             self.scheduler.launch(plan)
-            logits = self.runner.forward(plan)
-            outputs += self.scheduler.commit(plan, self.runner.sample(plan, logits))
-            self.report.step(plan)
+            self._flying.append(self.runner.launch(plan))
+        while len(self._flying) > (self._ahead if plan else 0):
+            done = self._flying.popleft()
+            outputs += self.scheduler.commit(done.plan, done.result())
+            self.report.step(done.plan)
         return self._take_replies() + ([Outputs(outputs)] if outputs else [])
 
     @property
     def running(self) -> bool:
         """A step would compute or say something: do not wait before the next one."""
-        return bool(self.scheduler.running or self._replies or self.scheduler.has_outbox)
+        return bool(self.scheduler.running or self._flying or self._replies or self.scheduler.has_outbox)
 
     @property
     def busy(self) -> bool:

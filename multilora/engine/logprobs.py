@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from multilora.engine.upload import download
+
 _PASS_ELEMENTS = 2**22
 _LOW32 = 2**32 - 1
 
@@ -21,6 +23,10 @@ class TokenLogprobs:
     tokens: Tensor
     top_values: Tensor
     top_ids: Tensor
+
+    def to_cpu(self) -> "TokenLogprobs":
+        """Start to copy to the host: what comes back is complete once a `Fence` made afterwards has passed."""
+        return TokenLogprobs(download(self.tokens), download(self.top_values), download(self.top_ids))
 
     def to_host(self) -> tuple[list[float | None], list[list[tuple[float, int]]]]:
         """(logprobs, top logprobs). What is not finite (a padded vocabulary, NaN) becomes None, or is left out."""

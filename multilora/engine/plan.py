@@ -14,6 +14,8 @@ class Chunk:
     start: int
     count: int
     sample: bool
+    known: bool  # its tokens are; else it is one token that the step before is still sampling
+    answer_index: int  # of the token that is sampled, within the answer
     place: int | None  # of its adapter in the LoRA table
     logprob_positions: range  # prompt positions whose logits are wanted
 

@@ -91,6 +91,11 @@ class Request:
         return self.params.max_new_tokens
 
     @property
+    def needs_token(self) -> bool:
+        """A token is in flight that the host must see before it can mask or penalise the logits of the next."""
+        return self.in_flight > 0 and (self.grammar is not None or self.edits is not None)
+
+    @property
     def at_limit(self) -> bool:
         """Whether the tokens in flight already exhaust `max_new_tokens`."""
         return len(self.output_ids) + self.in_flight >= self.max_new_tokens

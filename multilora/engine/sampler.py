@@ -17,7 +17,7 @@ from multilora.engine.grammar import GrammarState, apply_masks
 from multilora.engine.logit_edits import LogitEdits, apply_penalties_and_bias, forbid_ends
 from multilora.engine.logprobs import TokenLogprobs, token_logprobs
 from multilora.engine.uniform import uniforms
-from multilora.engine.upload import upload
+from multilora.engine.upload import download, upload
 from multilora.params import SamplingParams
 
 NOT_FINITE = "the model produced logits that are not finite"
@@ -56,6 +56,16 @@ class DeviceSampled:
     allowed: Tensor | None  # bool [rows], some token was; None: nothing was forbidden in any row
     logprobs: TokenLogprobs | None  # of the rows that asked, in order
     top_logprobs: tuple[int, ...]  # SampleRow.top_logprobs of all rows
+
+    def to_cpu(self) -> "DeviceSampled":
+        """Start to copy to the host: what comes back is complete once a `Fence` made afterwards has passed."""
+        return DeviceSampled(
+            download(self.token_ids),
+            download(self.finite),
+            None if self.allowed is None else download(self.allowed),
+            None if self.logprobs is None else self.logprobs.to_cpu(),
+            self.top_logprobs,
+        )
 
     def to_host(self) -> Sampled:
         """Wait for the device and fetch everything."""

@@ -106,7 +106,8 @@ class Scheduler:
 
     def _plan_decodes(self, chunks: dict[Request, Chunk]) -> None:
         for request in list(self.running):
-            if request.state is State.RUNNING and request.decoding and not request.at_limit:
+            ready = request.decoding and not request.at_limit and not request.needs_token
+            if request.state is State.RUNNING and ready:
                 self._take(chunks, request, 1)
 
     def _plan_prefills(self, chunks: dict[Request, Chunk], budget: int) -> int:
@@ -187,7 +188,9 @@ class Scheduler:
             assert self.adapters is not None
             place = self.adapters.place_of(request.adapter)
         positions = request.prompt_logprob_positions(start, count)
-        chunks[request] = Chunk(request, request.epoch, start, count, sample, place, positions)
+        known = start + count <= request.num_tokens
+        index = len(request.output_ids) + request.in_flight
+        chunks[request] = Chunk(request, request.epoch, start, count, sample, known, index, place, positions)
         return count
 
     def _preempt(self, request: Request) -> None:
@@ -231,7 +234,7 @@ class Scheduler:
         self.prompt_tokens += max(0, min(chunk.start + chunk.count, len(request.prompt_ids)) - chunk.start)
         if request.state is State.RUNNING and request.epoch == chunk.epoch:
             request.computed += chunk.count
-            self.kv.commit(request.table, request.computed, request.tokens, request.namespace)
+            self.kv.commit(request.table, request.computed, request.tokens, request.namespace, self.launched)
 
     def _take_prompt_logprobs(self, chunk: Chunk, result: StepResult, index: int) -> None:
         request, positions = chunk.request, chunk.logprob_positions

@@ -5,7 +5,7 @@ fences, chunking or adapter places shows up as another token. Used by this packa
 against it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from multilora.adapters.testing import PAGE_BYTES, FakeTiers
 from multilora.engine.engine import Engine
-from multilora.engine.messages import FromEngine, Outputs, Ready, Stats
+from multilora.engine.messages import Ready, Stats
 from multilora.engine.plan import Chunk, StepPlan, StepResult
 from multilora.engine.request import Request, State
 from multilora.engine.scheduler import Scheduler
@@ -74,8 +74,16 @@ class _Row:
     weights: list[torch.Tensor]
 
 
+@dataclass(frozen=True)
+class FakeLaunched:
+    """Stands where `Launched` stands."""
+
+    plan: StepPlan
+    result: Callable[[], StepResult]
+
+
 class FakeRunner:
-    """Stands where `Runner` stands. The step computes when `sample` is called, that is as late as a device could."""
+    """Stands where `Runner` stands. A step computes when its result is asked for, as late as a device could."""
 
     vocab_size = VOCAB
 
@@ -86,10 +94,11 @@ class FakeRunner:
         self._sampled: dict[Request, list[int]] = {}  # on the device
         self.rows_wasted = 0  # sampled for requests that had ended
 
-    def forward(self, plan: StepPlan) -> list[_Row]:
-        return [_Row(c, list(c.request.table.pages), self._weights(c)) for c in plan.chunks]
+    def launch(self, plan: StepPlan) -> "FakeLaunched":
+        rows = [_Row(c, list(c.request.table.pages), self._weights(c)) for c in plan.chunks]
+        return FakeLaunched(plan, lambda: self._run(rows))
 
-    def sample(self, plan: StepPlan, rows: Any) -> StepResult:
+    def _run(self, rows: list[_Row]) -> StepResult:
         result = StepResult([], [], [], [], [], [])
         for row in rows:
             prompt_logprobs, state = self._compute(row)
@@ -144,30 +153,6 @@ class FakeRunner:
         self._states[page][position % self._page_size] = state
 
 
-class AheadEngine(Engine):
-    """As on CUDA: step N + 1 is planned and launched before the tokens of step N are known."""
-
-    _flying: tuple[StepPlan, Any] | None = None
-
-    def step(self) -> list[FromEngine]:
-        self._poll_adapters()
-        plan = self.scheduler.plan()
-        outputs = self.scheduler.take_outbox()
-        launched = None
-        if plan is not None:
-            self.scheduler.launch(plan)
-            launched = (plan, self.runner.forward(plan))
-        if self._flying is not None:
-            done, rows = self._flying
-            outputs += self.scheduler.commit(done, self.runner.sample(done, rows))
-        self._flying = launched
-        return self._take_replies() + ([Outputs(outputs)] if outputs else [])
-
-    @property
-    def running(self) -> bool:
-        return self._flying is not None or super().running
-
-
 def make_engine(
     tiers: FakeTiers,
     *,
@@ -180,7 +165,7 @@ def make_engine(
 ) -> Engine:
     """The real engine, scheduler and tiers over the fakes. options: of the scheduler."""
     kv = KVPages(tiers.pool, tiers.prefix, tiers.reclaimer, PAGE_BYTES)
-    return (AheadEngine if ahead else Engine)(
+    return Engine(
         scheduler(
             kv, tiers.store, eos_token_ids=(EOS,), max_running=max_running, chunk_tokens=chunk_tokens, **options
         ),
@@ -190,6 +175,7 @@ def make_engine(
         max_queued=max_queued,
         random_seed=0,
         device=torch.device("cpu"),
+        ahead=int(ahead),
     )
 
 

@@ -67,31 +67,30 @@ class PrefixCache:
     def insert(
         self,
         tokens: Sequence[int],
-        pages: Sequence[int],
+        pages: list[int],
         namespace_of: NamespaceOf,
         start: int,
+        fence: int,
         salt: str = "",
     ) -> None:
         """Give keys to the full pages from page index `start` on, held by one request and computed.
 
-        A page whose key another request was faster to insert stays private, and so do those after it.
+        Where another request was faster with the same content, its page takes the place of ours in `pages`, and ours
+        is freed.
         """
         if not self.enabled:
             return
         full = len(tokens) // self.page_size
-        parent = self._by_page.get(pages[start - 1]) if start > 0 else None
-        if start > 0 and parent is None:
-            return  # the chain broke earlier
+        parent = self._by_page[pages[start - 1]] if start > 0 else None
         for i in range(start, full):
             key = self._key(parent, tokens, i, namespace_of, salt)
-            if key in self._nodes:
-                return
-            node = Node(self._next_id, key, pages[i], parent, refs=1)
-            self._next_id += 1
-            self._nodes[key] = self._by_page[node.page] = node
-            self._by_namespace.setdefault(key[2], {})[node.id] = node
-            if parent is not None:
-                parent.children += 1
+            node = self._nodes.get(key)
+            if node is None:
+                node = self._add(key, pages[i], parent)
+            else:
+                self.pool.free_pages([pages[i]], fence)
+                self.acquire([node.page])
+                pages[i] = node.page
             parent = node
 
     def release(self, pages: Sequence[int], fence: int) -> None:
@@ -175,6 +174,15 @@ class PrefixCache:
                 break
             path.append(parent)
         return path
+
+    def _add(self, key: Key, page: int, parent: Node | None) -> Node:
+        node = Node(self._next_id, key, page, parent, refs=1)
+        self._next_id += 1
+        self._nodes[key] = self._by_page[page] = node
+        self._by_namespace.setdefault(key[2], {})[node.id] = node
+        if parent is not None:
+            parent.children += 1
+        return node
 
     def _evictable(self, node: Node) -> bool:
         return node.refs == 0 and node.children == 0 and self._nodes.get(node.key) is node

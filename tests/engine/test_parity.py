@@ -242,11 +242,11 @@ def test_half_a_prompt_in_the_cache(family: Family) -> None:
         assert answer.cached_tokens == 5 * steps // 4 * 4
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_shuffled_arrival(family: Family, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "ahead"), [(0, 0), (1, 0), (2, 1)])
+def test_shuffled_arrival(family: Family, seed: int, ahead: int) -> None:
     """Requests come between steps in any order, each twice, among others that are aborted at any moment."""
     rng = random.Random(seed)
-    options = {"page_size": rng.choice([4, 16]), "chunked_prefill_size": rng.choice([5, 16, 64])}
+    options = {"ahead": ahead, "page_size": rng.choice([4, 16]), "chunked_prefill_size": rng.choice([5, 16, 64])}
     options |= {"max_loras_per_batch": rng.choice([1, 2, 3, None])}
     pages = family.driver(**options).infos["rslora"].pages
     driver = family.driver(max_total_tokens=pages * options["page_size"] + 2 * LONGEST, **options)

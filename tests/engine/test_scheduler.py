@@ -8,7 +8,7 @@ from multilora.adapters.testing import FakeFile, FakeTiers
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Abort, Finish, LoadAdapter, Output, Outputs, Submit
 from multilora.engine.plan import StepPlan, StepResult
-from multilora.engine.testing import EOS, VOCAB, answer, make_engine
+from multilora.engine.testing import EOS, VOCAB, FakeLaunched, answer, make_engine
 from multilora.errors import AdapterError
 from multilora.params import SamplingParams
 
@@ -317,16 +317,19 @@ def test_abort_ends_with_a_message_and_finish_with_silence(ahead):
 
 def test_an_error_of_the_sampler_ends_only_its_request(monkeypatch):
     driver = Driver(tiers())
-    sample = driver.engine.runner.sample
+    launch = driver.engine.runner.launch
 
-    def broken(plan: StepPlan, rows: Any) -> StepResult:
-        result = sample(plan, rows)
-        for i, chunk in enumerate(c for c in plan.chunks if c.sample):
-            if chunk.request.rid == "b" and chunk.request.output_ids:
-                result.errors[i] = "the grammar has no way on"
-        return result
+    def broken(plan: StepPlan) -> FakeLaunched:
+        def result() -> StepResult:
+            found = launch(plan).result()
+            for i, chunk in enumerate(c for c in plan.chunks if c.sample):
+                if chunk.request.rid == "b" and chunk.request.output_ids:
+                    found.errors[i] = "the grammar has no way on"
+            return found
 
-    monkeypatch.setattr(driver.engine.runner, "sample", broken)
+        return FakeLaunched(plan, result)
+
+    monkeypatch.setattr(driver.engine.runner, "launch", broken)
     driver.submit("a", prompt(5))
     driver.submit("b", prompt(5, seed=1))
     driver.run()

@@ -18,7 +18,7 @@ def run(pool: PagePool, cache: PrefixCache, tokens: list[int], namespace: int, s
     matched = cache.match(tokens, lambda _: namespace, len(tokens) - 1, salt)
     cache.acquire(matched)
     pages = matched + pool.alloc_kv(-(-len(tokens) // cache.page_size) - len(matched))
-    cache.insert(tokens, pages, lambda _: namespace, len(matched), salt)
+    cache.insert(tokens, pages, lambda _: namespace, len(matched), 0, salt)
     return pages
 
 
@@ -30,6 +30,22 @@ def test_a_second_request_shares_full_pages_and_not_the_partial_one():
     assert first[:2] == second[:2]
     assert first[2] != second[2]
     assert pool.count(PageKind.KV) == 4
+    cache.check()
+
+
+def test_two_that_compute_the_same_at_once_end_up_with_one_copy():
+    pool, cache, _ = make()
+    tokens = list(range(10))
+    first, second = pool.alloc_kv(3), pool.alloc_kv(3)
+    cache.insert(tokens, first, lambda _: BASE, 0, 0)
+    cache.insert(tokens, second, lambda _: BASE, 0, 0)
+    assert first[:2] == second[:2]
+    assert pool.count(PageKind.KV) == 4
+    cache.check()
+    cache.release(first, fence=0)
+    assert pool.count(PageKind.KV) == 3, "the other still holds the shared pages"
+    cache.release(second, fence=0)
+    pool.check()
     cache.check()
 
 
@@ -125,7 +141,7 @@ def test_thousands_of_random_operations_keep_the_equation():
             need = -(-len(tokens) // 2) - len(matched)
             if reclaimer.ensure(need, fence=step):
                 pages = matched + pool.alloc_kv(need)
-                cache.insert(tokens, pages, lambda _, n=namespace: n, len(matched))
+                cache.insert(tokens, pages, lambda _, n=namespace: n, len(matched), step)
                 live.append(pages)
             else:
                 cache.release(matched, fence=step)

@@ -1,0 +1,103 @@
+"""Decode steps as CUDA graphs, by padded batch size, with and without LoRA.
+
+A graph holds the forward pass and the logits of a batch in which every request has one new token. What varies from
+step to step lies in buffers that stay at their place: ids and positions here, page tables in the attention backend's
+twin, adapters in the LoRA backend's tables. So no adapter, rank or mix ever needs a new capture.
+"""
+
+import logging
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from multilora.attention.base import AttentionBackend
+from multilora.batch import AttentionMeta, ForwardBatch
+from multilora.layers.context import ForwardContext
+from multilora.lora.base import LoraBackend
+from multilora.models.llama import LlamaForCausalLM
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor  # fp32 [size, vocab]
+
+
+def graph_sizes(largest: int) -> list[int]:
+    """1, 2, 4, then the multiples of 8, and `largest` itself."""
+    return sorted(s for s in {1, 2, 4, *range(8, largest, 8), largest} if s <= largest)
+
+
+class DecodeGraphs:
+    """All captured graphs of one engine. lora: None when LoRA is off."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        twins: dict[int, AttentionBackend],
+        lora: LoraBackend | None,
+        device: torch.device,
+    ):
+        """twins: by batch size, the attention backend's `for_graph(size)`."""
+        self._model = model
+        self._twins = twins
+        self._lora = lora
+        self._device = device
+        self._inputs = {size: torch.zeros(2, size, dtype=torch.int64, device=device) for size in twins}
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record every graph, largest first so that the smaller ones reuse its memory. Nothing else may run."""
+        started = monotonic()
+        pool = torch.cuda.graph_pool_handle()
+        work = [(size, lora) for size in sorted(self._twins, reverse=True) for lora in (False, True)]
+        for size, lora in tqdm(work, desc="Capturing decode graphs", unit="graph"):
+            if not lora or self._prepare_lora((), size):
+                self._graphs[size, lora] = self._capture(size, lora, pool)
+        logger.info("captured %d decode graphs in %.1f s", len(self._graphs), monotonic() - started)
+
+    def _capture(self, size: int, lora: bool, pool: Any) -> _Graph:
+        ids, positions = self._inputs[size]
+        zero = torch.zeros(1, dtype=torch.int64, device=self._device)
+        meta = AttentionMeta((1,), (1,), zero[None], zero, zero)
+        twin = self._twins[size]
+        twin.prepare(meta)
+        batch = ForwardBatch(ids, positions, meta, (), zero)
+        context = ForwardContext(twin, self._lora if lora else None)
+
+        def forward() -> Tensor:
+            return self._model.logits(self._model(batch, context))
+
+        forward()  # compiles and allocates outside the graph
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = forward()
+        return _Graph(graph, logits)
+
+    def run(self, batch: ForwardBatch) -> Tensor | None:
+        """Replay a batch of decodes. Returns fp32 logits [rows, vocab], valid until the next replay; None if no
+        graph serves it."""
+        rows = len(batch.input_ids)
+        size = next((s for s in sorted(self._twins) if s >= rows), None)
+        if size is None or (batch.lora and not self._prepare_lora(batch.lora, size)):
+            return None
+        graph = self._graphs[size, bool(batch.lora)]
+        self._inputs[size][:, :rows] = torch.stack((batch.input_ids, batch.positions))
+        self._twins[size].prepare(batch.attention)
+        graph.graph.replay()
+        return graph.logits[:rows]
+
+    def _prepare_lora(self, segments: tuple, size: int) -> bool:
+        """Put the segments where the graphs look for them. False if they cannot."""
+        if self._lora is None:
+            return False
+        self._lora.prepare(segments, size)
+        return self._lora.replayable
