@@ -42,7 +42,7 @@ class _Start(msgspec.Struct, frozen=True):
 
 
 class ProcessLoader:
-    """The engine's end. Starts the process at once; starts it again if it died."""
+    """The engine's end. Starts the process at once; starts it again if it died. `fileno` stays the same."""
 
     def __init__(self, context: FetchContext):
         target = context.target
@@ -51,23 +51,29 @@ class ProcessLoader:
         self._pending: dict[int, FetchJob] = {}
         self._lost: list[tuple[Fetched, torch.Tensor | None]] = []  # failures to report at the next poll
         self._page_bytes = target.page_bytes
-        self._spawn()
+        self._process, self._socket = self._spawn()
 
-    def _spawn(self) -> None:
+    def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
         command = [sys.executable, "-m", "multilora.adapters.loader_process", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
+        ours.sendall(msgspec.msgpack.encode(self._start))
+        process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
         theirs.close()
-        self._socket = ours
-        self._socket.sendall(msgspec.msgpack.encode(self._start))
+        return process, ours
 
     def submit(self, job: FetchJob) -> None:
         if self._process.poll() is not None:
             self._lost += self._died()
         self._pending[job.version] = job
-        self._socket.sendall(msgspec.msgpack.encode(job))
+        try:
+            self._socket.sendall(msgspec.msgpack.encode(job))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it is just dying: the next poll notices
+        except OSError as e:  # longer than a message can be
+            del self._pending[job.version]
+            self._lost.append((_failed(job.version, f"{job.path[:100]}…: {e.strerror}"), None))
 
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
         done, self._lost = self._lost, []
@@ -82,7 +88,7 @@ class ProcessLoader:
                 return done + self._died()
             result = msgspec.msgpack.decode(data, type=Fetched)
             self._pending.pop(result.version, None)
-            done.append((result, self._map(fds[0]) if fds else None))
+            done.append(self._with_pages(result, fds))
 
     def fileno(self) -> int | None:
         return self._socket.fileno()
@@ -95,24 +101,36 @@ class ProcessLoader:
             self._process.kill()
             self._process.wait()
 
-    def _map(self, fd: int) -> torch.Tensor:
-        """The packed pages, shared with nobody any more: the loader has closed its end."""
+    def _with_pages(self, result: Fetched, fds: list[int]) -> tuple[Fetched, torch.Tensor | None]:
+        """The packed pages, shared with nobody any more: the loader has closed its end.
+
+        (A Python mmap would keep a descriptor for as long as it lives; this one does not.)
+        """
+        if result.kind:
+            return result, None
+        if not fds:
+            return _failed(result.version, "no file descriptor is left to receive its pages with"), None
         try:
-            pages = mmap.mmap(fd, 0)
+            size = os.fstat(fds[0]).st_size
+            pages = torch.from_file(f"/dev/fd/{fds[0]}", shared=True, size=size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as e:
+            return _failed(result.version, f"its pages cannot be mapped: {e}"), None
         finally:
-            os.close(fd)
-        return torch.frombuffer(pages, dtype=torch.uint8).view(-1, self._page_bytes)
+            os.close(fds[0])
+        return result, pages.view(-1, self._page_bytes)
 
     def _died(self) -> list[tuple[Fetched, torch.Tensor | None]]:
-        failed = [
-            Fetched(version=v, kind="AdapterError", message=f"{job.path}: the loader process ended; try again")
-            for v, job in self._pending.items()
-        ]
+        failed = [_failed(v, f"{job.path}: the loader process ended; try again") for v, job in self._pending.items()]
         logger.error("the loader process ended with code %s; starting another", self._process.wait())
-        self._socket.close()
         self._pending.clear()
-        self._spawn()
+        self._process, ours = self._spawn()
+        with ours:
+            os.dup2(ours.fileno(), self._socket.fileno(), inheritable=False)  # who polls it knows it by its number
         return [(f, None) for f in failed]
+
+
+def _failed(version: int, message: str) -> Fetched:
+    return Fetched(version=version, kind="AdapterError", message=message)
 
 
 def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:

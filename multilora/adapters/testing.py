@@ -5,11 +5,14 @@ and a page holds A and B of one granule: an adapter of rank 8·k takes k pages. 
 Used by this package's tests and by anyone who tests against it.
 """
 
+import json
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.host_cache import HostCache
@@ -39,6 +42,21 @@ class FakeFile:
     rank: int = 8
     fingerprint: str = "as written"
     error: MultiloraError | None = None
+
+
+def write_adapter(path: Path, *, rank: int = 4, layers: int = 1, width: int = 16, seed: int = 0) -> str:
+    """Write real files, as PEFT would, for o_proj [width, width] of some layers (of `SITE` by default)."""
+    path.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["o_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(layers):
+        name = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, width, generator=random)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(width, rank, generator=random)
+    save_file(tensors, path / "adapter_model.safetensors")
+    return str(path)
 
 
 class FakeLoader:

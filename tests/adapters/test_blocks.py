@@ -1,0 +1,134 @@
+"""Packing: what is read back from the pages by the layout alone is what went in."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from multilora.adapters.adapter import Adapter, LowRank
+from multilora.adapters.blocks import PackTarget, index_blocks, pack, ranks_of
+from multilora.errors import AdapterInvalid
+from multilora.lora.panels import PanelLayout
+from multilora.lora.sites import LoraSite, LoraSlice
+
+QKV = LoraSite(
+    0, 0, "qkv_proj", 48, (LoraSlice("q_proj", 0, 64), LoraSlice("k_proj", 64, 32), LoraSlice("v_proj", 96, 32))
+)
+O_PROJ = LoraSite(1, 0, "o_proj", 64, (LoraSlice("o_proj", 0, 48),))
+DOWN = LoraSite(2, 1, "down_proj", 100, (LoraSlice("down_proj", 0, 48),))
+SITES = (QKV, O_PROJ, DOWN)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def target(dtype: torch.dtype = torch.float32, page_bytes: int = 4096) -> PackTarget:
+    return PackTarget(SITES, dtype, page_bytes)
+
+
+def blocks(ranks: dict[str, int], seed: int = 0) -> dict[tuple[int, str], LowRank]:
+    """module → rank; weights random."""
+    random = torch.Generator().manual_seed(seed)
+    found = []
+    for site in SITES:
+        for part in site.slices:
+            if rank := ranks.get(part.module, 0):
+                a = torch.randn(rank, site.in_features, generator=random)
+                b = torch.randn(rank, part.out_features, generator=random)
+                found.append(LowRank(site.layer, part.module, a, b))
+    return index_blocks(Adapter(tuple(found), "fingerprint"))
+
+
+def packed(items: dict[tuple[int, str], LowRank], where: PackTarget) -> tuple[PanelLayout, torch.Tensor]:
+    layout = where.layout(ranks_of(items, where.sites))
+    out = torch.zeros(layout.num_pages, where.page_bytes, dtype=torch.uint8)
+    pack(items, where, layout, out)
+    return layout, out
+
+
+def unpacked(layout: PanelLayout, pages: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Every matrix of the layout, [rounded rank, width], chunk by chunk."""
+    found = []
+    for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+        whole = torch.full((matrix.rank, matrix.width), torch.nan, dtype=dtype)
+        for chunk in chunks:
+            size = 8 * chunk.columns * dtype.itemsize
+            raw = pages[chunk.page, chunk.offset : chunk.offset + size].contiguous()
+            whole[chunk.row : chunk.row + 8, chunk.col : chunk.col + chunk.columns] = raw.view(dtype).view(8, -1)
+        found.append(whole)
+    return found
+
+
+def padded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rank, width = weight.shape
+    return torch.cat([weight.to(dtype), torch.zeros(-rank % 8, width, dtype=dtype)])
+
+
+ranks = st.dictionaries(
+    st.sampled_from(["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]), st.integers(1, 40), min_size=1
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(ranks=ranks, dtype=st.sampled_from(DTYPES), page_bytes=st.sampled_from([512, 1024, 1536, 4096, 65536]))
+def test_what_goes_in_comes_out(ranks, dtype, page_bytes):
+    items = blocks(ranks)
+    layout, pages = packed(items, target(dtype, page_bytes))
+    for matrix, whole in zip(layout.matrices, unpacked(layout, pages, dtype), strict=True):
+        site = SITES[matrix.site]
+        if matrix.slice < 0:
+            own = [items[site.layer, s.module].a for s in site.slices if (site.layer, s.module) in items]
+            expected = torch.cat([padded(weight, dtype) for weight in own])
+        else:
+            expected = padded(items[site.layer, site.slices[matrix.slice].module].b, dtype)
+        assert torch.equal(whole, expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(ranks=ranks, page_bytes=st.sampled_from([512, 1024, 1536, 4096]))
+def test_chunks_lie_inside_pages_and_do_not_overlap(ranks, page_bytes):
+    where = target(torch.float32, page_bytes)
+    layout = where.layout(ranks_of(blocks(ranks), SITES))
+    taken = torch.zeros(layout.num_pages, page_bytes, dtype=torch.int32)
+    for chunk in (c for chunks in layout.chunks for c in chunks):
+        size = 8 * chunk.columns * 4
+        assert chunk.offset + size <= page_bytes
+        taken[chunk.page, chunk.offset : chunk.offset + size] += 1
+    assert taken.max() == 1
+    assert bool(taken.any(dim=1).all()), "an empty page"
+
+
+def test_only_what_is_targeted_takes_room():
+    layout = target().layout(ranks_of(blocks({"v_proj": 3}), SITES))
+    assert [(m.site, m.slice, m.rank) for m in layout.matrices] == [(0, -1, 8), (0, 2, 8)]
+    assert layout.num_pages == 1
+    assert layout.used_bytes == 8 * (48 + 32) * 4
+
+
+def test_the_layout_depends_on_ranks_only():
+    one, two = blocks({"q_proj": 5, "o_proj": 9}, seed=1), blocks({"q_proj": 5, "o_proj": 9}, seed=2)
+    assert packed(one, target())[0] is packed(two, target())[0]
+
+
+def test_a_transposed_view_is_packed_as_it_reads():
+    items = blocks({"o_proj": 6})
+    key = (0, "o_proj")
+    straight = items[key]
+    items[key] = LowRank(0, "o_proj", straight.a, straight.b.t().contiguous().t())
+    assert torch.equal(packed(items, target())[1], packed(blocks({"o_proj": 6}), target())[1])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e5, 66000.0])
+@pytest.mark.parametrize("half", ["a", "b"])
+def test_what_is_not_finite_in_the_target_dtype_is_refused(half, value):
+    items = blocks({"o_proj": 12, "q_proj": 4})
+    getattr(items[0, "o_proj"], half)[11, 3] = value
+    with pytest.raises(AdapterInvalid, match=rf"layer 0 o_proj lora_{half.upper()}.*not finite in torch.float16"):
+        packed(items, target(torch.float16))
+    if abs(value) < torch.inf:
+        packed(items, target(torch.bfloat16))
+
+
+def test_the_largest_half_is_kept():
+    items = blocks({"o_proj": 8})
+    items[0, "o_proj"].a[0, 0] = 65504.0
+    layout, pages = packed(items, target(torch.float16))
+    assert unpacked(layout, pages, torch.float16)[0][0, 0] == 65504.0
