@@ -15,6 +15,7 @@ from multilora.adapters.host_cache import HostCache
 from multilora.adapters.loader import FetchContext, Loader
 from multilora.adapters.loader_process import ProcessLoader
 from multilora.adapters.residency import Residency
+from multilora.adapters.ring_copier import RingCopier
 from multilora.adapters.store import AdapterStore
 from multilora.attention import make_attention
 from multilora.attention.base import AttentionBackend
@@ -165,7 +166,7 @@ def _build_lora(
         pool,
         clock,
         table,
-        DirectCopier(arena),
+        RingCopier(arena) if arena.device.type == "cuda" else DirectCopier(arena),
         policy=config.lora_eviction_policy,
         max_count=config.max_loras_per_batch,
         max_pages=None if limit is None else limit // layout.page_bytes,
