@@ -29,17 +29,23 @@ def make_attention(
 
     Raises ConfigError when a backend asked for by name cannot run here; the message says what is missing.
     """
-    obstacle = flashinfer_obstacle(kv_views[0][0], head_dim)
-    if name == "flashinfer":
-        raise ConfigError(f"--attention-backend flashinfer: {obstacle}")
-    if name not in ("auto", "torch"):
+    if name not in ("auto", "flashinfer", "torch"):
         raise ConfigError(f"--attention-backend must be one of auto, flashinfer, torch, is {name!r}")
-    logger.info("attention backend: torch%s", f" (not flashinfer: {obstacle})" if name == "auto" else "")
-    return TorchAttention(kv_views, num_heads, num_kv_heads, head_dim, scale, sliding_window)
+    shape = (kv_views, num_heads, num_kv_heads, head_dim, scale, sliding_window)
+    obstacle = None if name == "torch" else flashinfer_obstacle(kv_views[0][0], head_dim)
+    if name == "torch" or (name == "auto" and obstacle):
+        logger.info("attention backend: torch%s", f" (not flashinfer: {obstacle})" if obstacle else "")
+        return TorchAttention(*shape)
+    if obstacle:
+        raise ConfigError(f"--attention-backend flashinfer: {obstacle}")
+    from multilora.attention.flashinfer import FlashInferAttention
+
+    logger.info("attention backend: flashinfer")
+    return FlashInferAttention(*shape)
 
 
-def flashinfer_obstacle(pages: torch.Tensor, head_dim: int) -> str:
-    """The first thing that keeps FlashInfer from serving these KV pages."""
+def flashinfer_obstacle(pages: torch.Tensor, head_dim: int) -> str | None:
+    """The first thing that keeps FlashInfer from serving these KV pages; None: nothing does."""
     if pages.device.type != "cuda":
         return f"it needs a CUDA device, the model is on {pages.device.type}"
     if pages.dtype not in (torch.float16, torch.bfloat16):
@@ -48,4 +54,4 @@ def flashinfer_obstacle(pages: torch.Tensor, head_dim: int) -> str:
         return f"it takes head_dim 64, 128 and 256, the model has {head_dim}"
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer-python is not installed"
-    return "this version of multilora has no FlashInfer backend yet"
+    return None

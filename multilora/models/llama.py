@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from multilora.attention.rotate import CosSin
 from multilora.batch import ForwardBatch
-from multilora.layers.activation import silu_and_mul
+from multilora.layers.activation import SiluAndMul
 from multilora.layers.attention import SelfAttention
 from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import Embedding, LMHead
@@ -28,10 +29,11 @@ class MLP(nn.Module):
     def __init__(self, gate_up_proj: Linear, down_proj: Linear):
         super().__init__()
         self.gate_up_proj = gate_up_proj
+        self.silu_and_mul = SiluAndMul(gate_up_proj.weight.device)
         self.down_proj = down_proj
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x, ctx)), ctx)
+        return self.down_proj(self.silu_and_mul(self.gate_up_proj(x, ctx)), ctx)
 
 
 class DecoderLayer(nn.Module):
@@ -57,7 +59,7 @@ class DecoderLayer(nn.Module):
         self,
         x: torch.Tensor,
         residual: torch.Tensor | None,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: CosSin,
         ctx: ForwardContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual: [tokens, hidden]. Their sum is the layer's input, and that of the results its output."""

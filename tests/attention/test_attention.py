@@ -1,5 +1,6 @@
 """Which backend is chosen, and what is said when it cannot be."""
 
+import importlib.util
 import logging
 
 import pytest
@@ -37,12 +38,16 @@ def test_unknown_name() -> None:
         make_attention("flash", **SHAPE)
 
 
-def test_obstacles_are_named_in_order() -> None:
+def test_obstacles_are_named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pages:
         device = torch.device("cuda")
         dtype = torch.float32
 
-    assert "float32" in flashinfer_obstacle(Pages, 64)  # type: ignore[arg-type]
+    found: list[object] = [None]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found[0])
+    assert "float32" in flashinfer_obstacle(Pages, 64)  # type: ignore[arg-type, operator]
     Pages.dtype = torch.bfloat16
-    assert "head_dim" in flashinfer_obstacle(Pages, 80)  # type: ignore[arg-type]
-    assert "flashinfer" in flashinfer_obstacle(Pages, 64).lower()  # type: ignore[arg-type]
+    assert "head_dim" in flashinfer_obstacle(Pages, 80)  # type: ignore[arg-type, operator]
+    assert "flashinfer-python" in flashinfer_obstacle(Pages, 64)  # type: ignore[arg-type, operator]
+    found[0] = object()
+    assert flashinfer_obstacle(Pages, 64) is None  # type: ignore[arg-type]

@@ -2,9 +2,9 @@
 
 import torch
 
-from multilora.layers.activation import silu_and_mul
+from multilora.layers.activation import SiluAndMul
 
 
 def test_gate_comes_first() -> None:
-    got = silu_and_mul(torch.tensor([[0.0, 1.0, 5.0, 3.0]]))
+    got = SiluAndMul(torch.device("cpu"))(torch.tensor([[0.0, 1.0, 5.0, 3.0]]))
     torch.testing.assert_close(got, torch.tensor([[0.0, 3.0 / (1.0 + torch.e**-1)]]))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from multilora.attention import make_attention
 from multilora.batch import AttentionMeta, ForwardBatch
@@ -48,10 +48,10 @@ class Sequence:
 class Driver:
     """Runs a model step by step over a small arena whose pages are handed out in a scrambled order."""
 
-    def __init__(self, model: LlamaForCausalLM, num_pages: int = 64):
+    def __init__(self, model: LlamaForCausalLM, attention: str = "torch", num_pages: int = 64):
         config = model.config
         layout = model.kv_layout(PAGE)
-        arena = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8)
+        arena = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=model.device)
         views = layout.views(arena)
         for k, v in views:  # whatever was there before must not matter
             k.fill_(torch.nan)
@@ -59,7 +59,7 @@ class Driver:
         self.model = model
         self.free = [(7 * i + 3) % num_pages for i in range(num_pages)]
         self.attention = make_attention(
-            "torch",
+            attention,
             kv_views=views,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -84,10 +84,10 @@ class Driver:
         width = max(len(seq.pages) for seq, _ in work)
         table = [seq.pages + [0] * (width - len(seq.pages)) for seq, _ in work]
         lens = [n for _, n in work]
-        meta = AttentionMeta(
-            tuple(lens), tuple(seq.done for seq, _ in work), *map(torch.tensor, (table, pages, slots))
-        )
-        batch = ForwardBatch(torch.tensor(ids), torch.tensor(positions), meta, (), torch.arange(len(ids)))
+        device = self.model.device
+        tensors = [torch.tensor(values, device=device) for values in (table, pages, slots, ids, positions)]
+        meta = AttentionMeta(tuple(lens), tuple(seq.done for seq, _ in work), *tensors[:3])
+        batch = ForwardBatch(*tensors[3:], meta, (), torch.arange(len(ids), device=device))
         self.attention.prepare(meta)
         hidden = self.model(batch, ForwardContext(self.attention, None))
         return list(self.model.logits(hidden).split(lens))
@@ -108,7 +108,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def expected(reference: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        return reference(torch.tensor([tokens])).logits[0]
+        return reference(torch.tensor([tokens], device=reference.device)).logits[0]
 
 
 def check(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -151,3 +151,37 @@ def test_mixed_batches(pair: tuple[Any, LlamaForCausalLM]) -> None:
             got[i].append(logits)
     for seq, parts in zip(seqs, got, strict=True):
         check(torch.cat(parts), expected(reference, seq.tokens)[: seq.done])
+
+
+GPU_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3": ("llama3", {"head_dim": 128}),
+    "mistral-window": ("mistral", {"head_dim": 64}),
+    "qwen2": ("qwen2", {"hidden_size": 512}),
+    "qwen3": ("qwen3", {"head_dim": 128}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("attention", ["flashinfer", "torch"])
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_bf16_on_a_gpu(case: str, attention: str, tmp_path: Path) -> None:
+    """Our bf16 logits are as near to fp32 as transformers' own bf16 logits are, prefill, decode and mixtures."""
+    family, overrides = GPU_CASES[case]
+    make_tiny_model(tmp_path, family, **overrides).bfloat16().save_pretrained(tmp_path)
+    seqs = [Sequence(prompt(n, seed=n)) for n in (50, 9, 33, 17)]
+    theirs, exact = (
+        torch.cat([expected(reference, seq.tokens).float() for seq in seqs])
+        for kind in (torch.bfloat16, torch.float32)
+        for reference in [AutoModelForCausalLM.from_pretrained(tmp_path, dtype=kind).cuda().eval()]
+    )
+    model, config = load_model(str(tmp_path), device=torch.device("cuda"))
+    assert config.dtype == torch.bfloat16
+    driver = Driver(model, attention)
+    got: list[list[torch.Tensor]] = [[] for _ in seqs]
+    for counts in [(20, 1, 0, 5), (1, 1, 8, 1), (10, 0, 1, 1), (1, 1, 1, 1), (1, 1, 20, 1), (17, 5, 3, 8)]:
+        work = [(i, n) for i, n in enumerate(counts) if n]
+        for (i, _), logits in zip(work, driver.step([(seqs[i], n) for i, n in work]), strict=True):
+            got[i].append(logits)
+    ours = torch.cat([part for parts in got for part in parts])
+    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()

@@ -1,0 +1,120 @@
+"""Two small kernels around FlashInfer's attention: what comes before it in every layer, and its page list of a step.
+
+Called by `flashinfer.py`; also run in Triton's interpreter by the tests, against plain torch.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+import torch
+import triton
+import triton.language as tl
+
+PAGE_BLOCK = 256  # pages that one iteration of `_list_pages` copies
+
+
+@triton.jit
+def _rotate_and_write(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, out_row_ptr, k_pages, v_pages,
+                      token_page, token_slot, q_token, q_head, k_token, k_head, v_token, v_head,
+                      page_stride, slot_stride, head_stride, group, HALF: tl.constexpr, GROUP: tl.constexpr,
+                      MOVE_ROWS: tl.constexpr):  # fmt: skip
+    """One program per (token, KV head): its group of query heads, its k, its v. GROUP: `group` rounded up to 2^n."""
+    token = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    i = tl.arange(0, HALF)
+    cos, sin = tl.load(cos_ptr + token * HALF + i), tl.load(sin_ptr + token * HALF + i)
+
+    member = tl.arange(0, GROUP)[:, None]
+    mask = member < group
+    at = q_ptr + token * q_token + (kv_head * group + member) * q_head + i[None, :]
+    first, second = tl.load(at, mask=mask).to(tl.float32), tl.load(at + HALF, mask=mask).to(tl.float32)
+    row = tl.load(out_row_ptr + token) if MOVE_ROWS else token
+    to = out_ptr + ((row * tl.num_programs(1) + kv_head) * group + member) * (2 * HALF) + i[None, :]
+    kind = out_ptr.dtype.element_ty
+    tl.store(to, (first * cos[None, :] - second * sin[None, :]).to(kind), mask=mask)
+    tl.store(to + HALF, (second * cos[None, :] + first * sin[None, :]).to(kind), mask=mask)
+
+    page = tl.load(token_page + token)
+    if page >= 0:
+        k_at = k_ptr + token * k_token + kv_head * k_head + i
+        v_at = v_ptr + token * v_token + kv_head * v_head + i
+        offset = page * page_stride + tl.load(token_slot + token) * slot_stride + kv_head * head_stride + i
+        k_first, k_second = tl.load(k_at).to(tl.float32), tl.load(k_at + HALF).to(tl.float32)
+        tl.store(k_pages + offset, (k_first * cos - k_second * sin).to(kind))
+        tl.store(k_pages + offset + HALF, (k_second * cos + k_first * sin).to(kind))
+        tl.store(v_pages + offset, tl.load(v_at))
+        tl.store(v_pages + offset + HALF, tl.load(v_at + HALF))
+
+
+@triton.jit
+def _list_pages(page_table, requests, out, token_page, token_slot, width, num_requests, BLOCK: tl.constexpr,
+                LAST_TOKEN: tl.constexpr):  # fmt: skip
+    """One program per request r: page_table[row, first : first + count] → out[start : start + count].
+
+    requests: int32 [5, num_requests], rows `row, first, start, count, last slot`; row -1 is padding: page 0.
+    LAST_TOKEN: say where the request's last token lies, too.
+    """
+    r = tl.program_id(0)
+    row, first = tl.load(requests + r), tl.load(requests + num_requests + r)
+    start, count = tl.load(requests + 2 * num_requests + r), tl.load(requests + 3 * num_requests + r)
+    table = page_table + row.to(tl.int64) * width + first
+    readable = tl.where(row >= 0, count, 0)
+    for done in range(0, count, BLOCK):
+        column = done + tl.arange(0, BLOCK)
+        pages = tl.load(table + column, mask=column < readable, other=0)
+        tl.store(out + start + column, pages.to(tl.int32), mask=column < count)
+    if LAST_TOKEN:
+        page = tl.full((), -1, tl.int64)
+        if readable > 0:
+            page = tl.load(table + count - 1).to(tl.int64)
+        tl.store(token_page + r, page)
+        tl.store(token_slot + r, tl.load(requests + 4 * num_requests + r).to(tl.int64))
+
+
+def rotate_and_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    token_page: torch.Tensor,
+    token_slot: torch.Tensor,
+    out_row: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Write rotated k, and v, to their pages; return rotated q, its row t at out_row[t] (None: at t), contiguous.
+
+    q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim]; head_dim a power of 2. rope: see `rotate.CosSin`.
+    k_pages, v_pages: [num_pages, page_size, kv_heads, head_dim] of equal strides. token_page, token_slot, out_row:
+    int64 [T]; a token of page -1 writes nothing.
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    cos, sin = rope
+    out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
+    _rotate_and_write[(tokens, kv_heads)](
+        q, k, v, cos, sin, out, out_row, k_pages, v_pages, token_page, token_slot,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), heads // kv_heads,
+        HALF=head_dim // 2, GROUP=triton.next_power_of_2(heads // kv_heads), MOVE_ROWS=out_row is not None,
+        num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def list_pages(
+    page_table: torch.Tensor,
+    requests: torch.Tensor,
+    out: torch.Tensor,
+    last_token: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Gather the pages of these requests into one flat list.
+
+    page_table: [rows, width]; requests: int32 [5, R], see `_list_pages`; out: int32 [at least all counts].
+    last_token: int64 [R] each, receive page and slot of every request's last token, page -1 for padding.
+    """
+    token_page, token_slot = last_token or (None, None)
+    count = requests.shape[1]
+    _list_pages[(count,)](
+        page_table, requests, out, token_page, token_slot, page_table.stride(0), count,
+        BLOCK=PAGE_BLOCK, LAST_TOKEN=last_token is not None,
+    )  # fmt: skip

@@ -1,0 +1,14 @@
+"""Which implementation of the small operations a device takes: chosen once, when a layer is built."""
+
+from types import ModuleType
+
+import torch
+
+
+def fused_ops(device: torch.device) -> ModuleType | None:
+    """The Triton operations on CUDA; None elsewhere: the layer's own torch code, which is their specification."""
+    if device.type != "cuda":
+        return None
+    from multilora.layers import triton_ops
+
+    return triton_ops

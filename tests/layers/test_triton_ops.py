@@ -1,0 +1,82 @@
+"""The fused operations against the layers' own torch code: in Triton's interpreter, and on a GPU if there is one."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton")
+
+from multilora.layers import triton_ops as ops
+from multilora.layers.activation import SiluAndMul
+from multilora.layers.norm import RMSNorm
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16]
+if DEVICE.type == "cuda":  # the interpreter rounds bfloat16 towards zero
+    DTYPES.append(torch.bfloat16)
+ULP = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # sums run in another order
+
+
+def make_norm(size: int, dtype: torch.dtype) -> RMSNorm:
+    norm = RMSNorm(size, 1e-5, device=CPU, dtype=dtype)
+    norm.weight.normal_(generator=torch.Generator().manual_seed(size))
+    return norm
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 8), (5, 33), (3, 4096), (2, 5120)])
+def test_norm(rows: int, size: int, dtype: torch.dtype) -> None:
+    norm, x = make_norm(size, dtype), random(rows, size, dtype=dtype) * 30
+    got = ops.rms_norm(x.to(DEVICE), norm.weight.to(DEVICE), norm.eps)
+    torch.testing.assert_close(got.cpu(), norm(x), atol=0, rtol=ULP[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_heads_in_a_merged_tensor(dtype: torch.dtype) -> None:
+    norm, qkv = make_norm(64, dtype), random(5, 8, 64, dtype=dtype)
+    k = qkv[:, 3:6]
+    got = ops.rms_norm(qkv.to(DEVICE)[:, 3:6], norm.weight.to(DEVICE), norm.eps)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got.cpu(), norm(k), atol=0, rtol=ULP[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 8), (7, 100), (2, 4096)])
+def test_add_and_norm(rows: int, size: int, dtype: torch.dtype) -> None:
+    norm, x, residual = make_norm(size, dtype), random(rows, size, dtype=dtype), random(size, rows, dtype=dtype).T
+    residual = residual.contiguous()
+    got, total = ops.add_rms_norm(x.to(DEVICE), residual.to(DEVICE), norm.weight.to(DEVICE), norm.eps)
+    want, want_total = norm.add(x, residual)
+    assert torch.equal(total.cpu(), want_total)
+    torch.testing.assert_close(got.cpu(), want, atol=0, rtol=ULP[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 4), (3, 96), (2, 1027), (4, 2048)])
+def test_silu_and_mul(tokens: int, width: int, dtype: torch.dtype) -> None:
+    gate_up = random(tokens, 2 * width, dtype=dtype) * 4
+    got = ops.silu_and_mul(gate_up.to(DEVICE))
+    torch.testing.assert_close(got.cpu(), SiluAndMul(CPU)(gate_up), atol=1e-6, rtol=2 * ULP[dtype])
+
+
+@pytest.mark.gpu
+def test_layers_on_a_gpu_take_them() -> None:
+    norm = RMSNorm(64, 1e-5, device=torch.device("cuda"), dtype=torch.bfloat16)
+    norm.weight.fill_(1.5)
+    x = random(3, 64, dtype=torch.bfloat16)
+    on_cpu = RMSNorm(64, 1e-5, device=CPU, dtype=torch.bfloat16)
+    on_cpu.weight.fill_(1.5)
+    torch.testing.assert_close(norm(x.cuda()).cpu(), on_cpu(x), atol=0, rtol=8e-3)
+    for got, want in zip(norm.add(x.cuda(), x.cuda()), on_cpu.add(x, x), strict=True):
+        torch.testing.assert_close(got.cpu(), want, atol=0, rtol=8e-3)
+    torch.testing.assert_close(SiluAndMul(torch.device("cuda"))(x.cuda()).cpu(), SiluAndMul(CPU)(x))
