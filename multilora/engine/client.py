@@ -67,9 +67,8 @@ class EngineClient:
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.set(zmq.LINGER, 0)
         socket.bind(address)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "multilora.engine.worker", address, stdin=asyncio.subprocess.DEVNULL
-        )
+        command = [sys.executable, "-m", "multilora.engine.worker", address, str(os.getpid())]
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
         client = cls(process, socket, directory)
         try:
             await socket.send(msgspec.msgpack.encode(config))
@@ -106,7 +105,7 @@ class EngineClient:
         return self._dead is None
 
     def submit(self, message: Submit) -> "asyncio.Queue[Output]":
-        """Send a request. Its Outputs come on the queue; the last one has `finished`."""
+        """Send a request; its rid is never used again. Outputs come on the queue; the last one has `finished`."""
         queue: asyncio.Queue[Output] = asyncio.Queue()
         if self._dead is not None:
             queue.put_nowait(self._dead_output(message.rid))

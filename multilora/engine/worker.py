@@ -1,8 +1,8 @@
 """The engine's process: messages from a ZeroMQ socket into the engine, its answers back.
 
-Run by `client.py` as `python -m multilora.engine.worker ADDRESS`; the first message on the socket is the Config. Ends
-when told to (after finishing what runs), when its parent is gone, or when a step fails: the front then answers every
-waiting request with an error.
+Run by `client.py` as `python -m multilora.engine.worker ADDRESS PARENT`; the first message on the socket is the
+Config. Ends when told to (after finishing what runs), when its parent, process PARENT, is gone, or when a step fails:
+the front then answers every waiting request with an error.
 """
 
 import logging
@@ -31,12 +31,12 @@ PARENT_CHECK_MS = 1000
 class Worker:
     """The loop around one engine."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket):
+    def __init__(self, engine: Engine, socket: zmq.Socket, parent: int):
         self._engine = engine
         self._socket = socket
         self._draining = False
         self._stats_at = 0.0
-        self._parent = os.getppid()
+        self._parent = parent
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         loader = engine.adapters.loader.fileno() if engine.adapters else None
@@ -85,12 +85,15 @@ class Worker:
         self._socket.send(encode(message))
 
 
-def main(address: str) -> int:
+def main(address: str, parent: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the front decides when we stop
         signal.signal(number, signal.SIG_IGN)
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(address)
+    while not socket.poll(PARENT_CHECK_MS):
+        if os.getppid() != parent:
+            return 1
     config = msgspec.msgpack.decode(socket.recv(), type=Config)
     logs.setup(config.log_level, role="engine")
     _divide_cores(config)
@@ -101,7 +104,7 @@ def main(address: str) -> int:
         context.destroy(linger=2000)
         return 1
     try:
-        Worker(engine, socket).run()
+        Worker(engine, socket, parent).run()
     except Exception:
         logger.exception("a step failed; the engine ends")
         return 1
@@ -118,4 +121,4 @@ def _divide_cores(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))
