@@ -174,7 +174,7 @@ def test_adapters_compete_with_prefix_pages():
     put(tiers.residency, 1, pages=2)
     use(tiers.residency, 1)
     pages = tiers.pool.alloc_kv(1)
-    tiers.prefix.insert([1, 2, 3, 4], pages, lambda _: 0, 0)
+    tiers.prefix.insert([1, 2, 3, 4], pages, lambda _: 0, 0, fence=0)
     tiers.prefix.release(pages, 0)
     assert tiers.reclaimer.ensure(2, 0)
     assert tiers.residency.get(1) is None

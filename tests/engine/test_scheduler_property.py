@@ -41,7 +41,7 @@ class CheckedScheduler(Scheduler):
     limits: tuple[int, int, int | None]  # running, tokens, adapters
 
     def plan(self) -> StepPlan | None:
-        decoding = [(r, r.epoch) for r in self.running if r.output_ids and r.decoding and not r.at_limit]
+        decoding = [(r, r.epoch) for r in self.running if r.decoding and not r.at_limit and not r.needs_token]
         old_epochs = {r: r.epoch for r in self.running + self.waiting}
         plan = super().plan()
         chunks = {c.request: c for c in plan.chunks} if plan else {}
@@ -56,6 +56,8 @@ class CheckedScheduler(Scheduler):
             assert 1 <= chunk.count <= request.remaining
             assert len(request.table.pages) * self.kv.page_size >= chunk.start + chunk.count
             assert chunk.sample == (request.samples and chunk.count == request.remaining)
+            assert chunk.known or (chunk.count == 1 and request.in_flight == 1 and request.edits is None)
+            assert chunk.answer_index == len(request.output_ids) + request.in_flight
             if request.adapter is None:
                 assert chunk.place is None
             else:
@@ -146,7 +148,9 @@ class World:
             rid=f"r{self.next()}",
             input_ids=prompt,
             sampling=SamplingParams(
-                max_new_tokens=rng.choice([0, 1, 3, 10, CONTEXT - len(prompt)]), ignore_eos=rng.random() < 0.6
+                max_new_tokens=rng.choice([0, 1, 3, 10, CONTEXT - len(prompt)]),
+                ignore_eos=rng.random() < 0.6,
+                presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]),  # the next step must see the last token
             ),
             adapter=rng.choice([None, *self.loaded]),
             return_logprob=logprobs,
