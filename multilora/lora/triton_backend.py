@@ -2,7 +2,7 @@
 
 Host side only: tiles of the step to the device, then two launches a site. Owns the intermediate and the tables of the
 step; for up to GRAPH_ROWS rows both are fixed, so a captured graph over N rows serves every later step of N rows:
-prepare(), then replay.
+prepare(), then replay. Larger steps take the tile path for everything.
 """
 
 import math
@@ -34,6 +34,7 @@ class Step:
     """What the launches of one step need. h: fp32, flat."""
 
     grid: int  # programs along the tiles
+    vector: bool  # single rows take the vector path
     blocks: Phase
     tiles: torch.Tensor
     entries: torch.Tensor
@@ -82,7 +83,7 @@ class TritonLora:
             h = torch.empty(need, dtype=torch.float32, device=self._device)
         self.replayable = small and fits and len(tiles.entries) <= FURTHER
         grid = num_rows if small else len(tiles.tiles)
-        further = FURTHER if self.replayable else len(tiles.entries)
+        further = FURTHER if self.replayable else triton.cdiv(len(tiles.entries), 2) * 2  # tiles stay 16-byte aligned
         at = further * ENTRY_WORDS
         words = np.zeros(at + grid * TILE_WORDS, np.int32)
         words[: tiles.entries.size] = tiles.entries.ravel()
@@ -91,7 +92,7 @@ class TritonLora:
             self._fixed if self.replayable else torch.empty(len(words), dtype=torch.int32, device=self._device)
         )
         upload(words, on_device[: len(words)])
-        self._step = Step(grid, blocks, on_device[at:], on_device[:at], h)
+        self._step = Step(grid, self._vector and small, blocks, on_device[at:], on_device[:at], h)
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         self.shrink(x, site)
@@ -119,7 +120,7 @@ class TritonLora:
             RECORD=table.record_words,
             WHOLE=chunk == shape.in_features,
             ALIGN=self._align,
-            VECTOR=self._vector,
+            VECTOR=step.vector,
             BLOCK_K=blocks.k,
             TILE_M=self._tile_rows,
             TILE_K=min(blocks.tile_k, blocks.k),
@@ -153,7 +154,7 @@ class TritonLora:
             WHOLE=all(table.geometry.chunks(w) == 1 for w in widths),
             ALIGN=self._align,
             ALIGN_N=math.gcd(16, *widths, *(s.offset for s in shape.slices)),
-            VECTOR=self._vector,
+            VECTOR=step.vector,
             BLOCK_N=blocks.n,
             BLOCK_S=triton.next_power_of_2(splits),
             TILE_M=self._tile_rows,
