@@ -74,6 +74,7 @@ class Residency:
         self._key = EVICTION_POLICIES[policy]
         self._on_evict = on_evict
         self._residents: dict[int, Resident] = {}
+        self._copying: list[Resident] = []
         self._pages = 0
         self._free_places: list[int] = []
         self._tick = 0
@@ -110,13 +111,15 @@ class Residency:
         score = self.clock.now
         resident = Resident(version, place, pages, entry.layout, pinned, copy, entry.buffer, tick, tick, score)
         self._residents[version] = resident
+        self._copying.append(resident)
         self._pages += len(pages)
         return resident
 
     def poll(self) -> list[int]:
         """Versions whose copy has just finished; they can be used from the next plan on."""
-        finished = [r for r in self._residents.values() if not r.ready and r.copy.done()]
+        finished = [r for r in self._copying if r.copy.done()]
         for resident in finished:
+            self._copying.remove(resident)
             self._table.install(resident.place, resident.layout, resident.pages)
             resident.buffer = None
             resident.ready = True

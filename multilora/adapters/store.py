@@ -109,6 +109,8 @@ class AdapterStore:
         self._on_evict = on_evict
         self._records: dict[int, Record] = {}
         self._loading: set[int] = set()  # versions whose first `load` has not ended
+        self._pinned: set[int] = set()
+        self._locked: set[int] = set()  # versions whose host entry is locked
         self._to_fetch: list[int] = []  # in order
         self._fetching: dict[int, int] = {}  # version → bytes expected, 0 if not known yet
 
@@ -132,7 +134,7 @@ class AdapterStore:
         for version in self.residency.poll():
             self._arrived_on_device(version, fence)
         events = [e for result, buffer in self.loader.poll() if (e := self._arrived(result, buffer, fence))]
-        for version in [v for v, r in self._records.items() if r.pinned and v not in self._loading]:
+        for version in list(self._pinned):
             if self.residency.get(version) is None:
                 self.want(version, fence)
         return events + self._start_fetches(fence)
@@ -146,11 +148,10 @@ class AdapterStore:
 
     def begin_plan(self) -> None:
         """A new plan: what nobody asks for in it may leave host memory."""
-        for record in self._records.values():
-            entry = self.host.peek(record.version)
-            if entry is not None and entry.locked:
-                resident = self.residency.get(record.version)
-                entry.locked = resident is not None and not resident.ready  # a copy still reads it
+        for version in list(self._locked):
+            resident = self.residency.get(version)
+            if resident is None or resident.ready:  # else a copy still reads it
+                self._unlock(version)
 
     def want(self, version: int, fence: int) -> Want:
         """Is the version resident? If not, do the next thing that brings it nearer."""
@@ -163,6 +164,7 @@ class AdapterStore:
             self._ask(record)
             return Want.COMING
         entry.locked = True
+        self._locked.add(version)
         if record.asked_at is None:
             record.asked_at = monotonic()
         pages = entry.layout.num_pages
@@ -186,7 +188,7 @@ class AdapterStore:
 
     def pinned_pages(self) -> int:
         """Of every pinned version, resident already or not."""
-        return sum(r.pages for r in self.records() if r.pinned)
+        return sum(self._records[v].pages for v in self._pinned)
 
     def host_bytes_of(self, version: int) -> int:
         entry = self.host.peek(version)
@@ -321,6 +323,8 @@ class AdapterStore:
         self.host.put(record.version, HostEntry(layout, buffer, pinned=record.pinned))
         record.layout, record.rank, record.target_modules = layout, result.rank, result.target_modules
         record.fingerprint = result.fingerprint
+        if record.pinned:
+            self._pinned.add(record.version)
 
     def _check_room(self, record: Record, pages: int) -> None:
         """Refuse an adapter that could never be resident beside those that are pinned already."""
@@ -366,6 +370,10 @@ class AdapterStore:
         if record.asked_at is not None:
             record.load_seconds += monotonic() - record.asked_at
             record.asked_at = None
+        self._unlock(version)
+
+    def _unlock(self, version: int) -> None:
+        self._locked.discard(version)
         entry = self.host.peek(version)
         if entry is not None:
             entry.locked = False
@@ -377,5 +385,7 @@ class AdapterStore:
         if version in self._to_fetch:
             self._to_fetch.remove(version)
         self._loading.discard(version)
+        self._locked.discard(version)
+        self._pinned.discard(version)
         self.host.remove(version)
         del self._records[version]
