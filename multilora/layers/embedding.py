@@ -4,6 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from multilora.layers.ops import fused_ops
+
+from multilora.layers.matmul import linear
+
 
 class Embedding(nn.Module):
     """Token ids to rows of the table."""
@@ -31,6 +35,7 @@ class LMHead(nn.Module):
         dtype: torch.dtype,
     ):
         super().__init__()
+        self._fused = fused_ops(device)
         if tied_to is not None:
             self.weight = tied_to.weight
         else:
@@ -39,4 +44,4 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [rows, hidden]. Returns fp32 [rows, vocab]."""
-        return F.linear(hidden, self.weight).float()
+        return linear(hidden, self.weight).float()

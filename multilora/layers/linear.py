@@ -4,10 +4,11 @@ The ONE place where LoRA enters. It knows its site, not who uses it: the backend
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from multilora.layers.context import ForwardContext
+from multilora.layers.ops import fused_ops
+from multilora.layers.matmul import linear
 from multilora.lora.sites import LoraSite
 
 
@@ -22,10 +23,12 @@ class Linear(nn.Module):
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(site.out_features, device=device, dtype=dtype), requires_grad=False)
+        ops = fused_ops(device)
+        self._matvec = ops.matvec if ops is not None and ops.matvec_fits(weight) else None
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, in_features], contiguous. Returns [tokens, out_features]."""
-        y = F.linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
         if ctx.lora is not None:
             ctx.lora.apply(y, x, self.site.index)
         return y
