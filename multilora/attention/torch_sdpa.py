@@ -177,14 +177,15 @@ class TorchAttention:
         return out.reshape(q.shape)
 
     def _prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """q: [q, heads, head_dim]; k, v: [keys, kv_heads, head_dim]. KV heads are the batch, the group its heads."""
-        grouped = q.unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, q, head_dim]
-        keys = k.transpose(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1)  # [kv_heads, group, keys, head_dim]
-        values = v.transpose(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1)
+        """q: [q, heads, head_dim]; k, v: [keys, kv_heads, head_dim]. The group is the batch: as heads of stride 0 it
+        makes PyTorch's CUDA kernel wrong in the last query of 64 n + 1 (pytorch issue 191937)."""
+        grouped = q.unflatten(1, (self.num_kv_heads, -1)).permute(2, 1, 0, 3)  # [group, kv_heads, q, head_dim]
+        keys = k.transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)  # [group, kv_heads, keys, head_dim]
+        values = v.transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)
         out = F.scaled_dot_product_attention(
             grouped, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )
-        return out.permute(2, 0, 1, 3).flatten(1, 2)
+        return out.permute(2, 1, 0, 3).flatten(1, 2)
 
 
 def _tokens(pages: torch.Tensor, which: torch.Tensor) -> torch.Tensor:

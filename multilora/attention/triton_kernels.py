@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from multilora.attention.early_launch import early_launch, wait_for_previous
+
 PAGE_BLOCK = 256  # pages that one iteration of `_list_pages` copies
 
 
@@ -16,8 +18,9 @@ PAGE_BLOCK = 256  # pages that one iteration of `_list_pages` copies
 def _rotate_and_write(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, out_row_ptr, k_pages, v_pages,
                       token_page, token_slot, q_token, q_head, k_token, k_head, v_token, v_head,
                       page_stride, slot_stride, head_stride, group, HALF: tl.constexpr, GROUP: tl.constexpr,
-                      MOVE_ROWS: tl.constexpr):  # fmt: skip
+                      MOVE_ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per (token, KV head): its group of query heads, its k, its v. GROUP: `group` rounded up to 2^n."""
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     i = tl.arange(0, HALF)
@@ -96,7 +99,7 @@ def rotate_and_write(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), heads // kv_heads,
         HALF=head_dim // 2, GROUP=triton.next_power_of_2(heads // kv_heads), MOVE_ROWS=out_row is not None,
-        num_warps=1,
+        num_warps=1, **early_launch(q.device),
     )  # fmt: skip
     return out
 

@@ -4,9 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from multilora.layers.ops import fused_ops
-
-from multilora.layers.matmul import linear
+from multilora.layers.matmul import logits
 
 
 class Embedding(nn.Module):
@@ -35,7 +33,6 @@ class LMHead(nn.Module):
         dtype: torch.dtype,
     ):
         super().__init__()
-        self._fused = fused_ops(device)
         if tied_to is not None:
             self.weight = tied_to.weight
         else:
@@ -44,4 +41,4 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [rows, hidden]. Returns fp32 [rows, vocab]."""
-        return linear(hidden, self.weight).float()
+        return logits(hidden, self.weight)

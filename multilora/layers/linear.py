@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from multilora.layers.context import ForwardContext
-from multilora.layers.ops import fused_ops
 from multilora.layers.matmul import linear
 from multilora.lora.sites import LoraSite
 
@@ -23,8 +22,6 @@ class Linear(nn.Module):
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(site.out_features, device=device, dtype=dtype), requires_grad=False)
-        ops = fused_ops(device)
-        self._matvec = ops.matvec if ops is not None and ops.matvec_fits(weight) else None
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, in_features], contiguous. Returns [tokens, out_features]."""

@@ -1,10 +1,12 @@
-"""Which implementation of the small operations a device takes: chosen once, when a layer is built."""
+"""Which implementation of the small operations a device takes."""
 
+import functools
 from types import ModuleType
 
 import torch
 
 
+@functools.cache
 def fused_ops(device: torch.device) -> ModuleType | None:
     """The Triton operations on CUDA; None elsewhere: the layer's own torch code, which is their specification."""
     if device.type != "cuda":

@@ -1,6 +1,7 @@
 """The small operations between matrix products as one Triton kernel each, for CUDA.
 
-The torch code in `norm.py` and `activation.py` is their specification, rounding included; `ops.py` chooses.
+The torch code in `norm.py`, `activation.py` and `matmul.py` is their specification, rounding included; `ops.py`
+chooses.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -9,12 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
+from multilora.attention.early_launch import early_launch, wait_for_previous
+
 SILU_BLOCK = 1024  # columns of one program
+MATVEC_ELEMENTS, MATVEC_COLUMNS = 4096, 2048  # of the weight, at a time in one program
 
 
 @triton.jit
 def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, eps, x_row, x_head, size,
-                  BLOCK: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+                  BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per (row, head). total = x + residual if ADD, else x; out = total / rms(total) · weight."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, BLOCK)
@@ -22,6 +26,7 @@ def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, eps, x_ro
     at = (row * tl.num_programs(1) + head) * size + i
     kind = out_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
     total = tl.load(x_ptr + row * x_row + head * x_head + i, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         total += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -34,8 +39,9 @@ def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, eps, x_ro
 
 
 @triton.jit
-def _silu_and_mul(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _silu_and_mul(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per (row, block of columns)."""
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < width
@@ -44,6 +50,28 @@ def _silu_and_mul(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     kind = out_ptr.dtype.element_ty
     silu = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32)
     tl.store(out_ptr + row * width + i, (silu * up).to(kind), mask=mask)
+
+
+@triton.jit
+def _matvec(x_ptr, weight_ptr, bias_ptr, out_ptr, size: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+            BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program per ROWS rows of the weight. The next block is under way while this one is multiplied; the first
+    one is so already while the kernel before still runs, since nobody writes weights."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, COLUMNS)
+    at = weight_ptr + n.to(tl.int64)[:, None] * size + k[None, :]
+    weight = tl.load(at, eviction_policy="evict_first")
+    wait_for_previous(PDL)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, size, COLUMNS):
+        x = tl.load(x_ptr + start + k)
+        sums += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+        if start + COLUMNS < size:
+            weight = tl.load(at + start + COLUMNS, eviction_policy="evict_first")
+    y = tl.sum(sums, axis=1)
+    if BIAS:
+        y += tl.load(bias_ptr + n).to(tl.float32)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -76,6 +104,7 @@ def _launch_norm(
     _add_rms_norm[(x.shape[0], heads)](
         x, residual, weight, out, total, eps, x.stride(0), x.stride(1), size,
         BLOCK=block, ADD=residual is not None, num_warps=min(16, max(1, block // 512)),
+        **early_launch(x.device),
     )  # fmt: skip
 
 
@@ -83,5 +112,31 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up: [tokens, 2 · width], contiguous. Returns [tokens, width]."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_and_mul[(tokens, triton.cdiv(width, SILU_BLOCK))](gate_up, out, width, BLOCK=SILU_BLOCK)
+    _silu_and_mul[(tokens, triton.cdiv(width, SILU_BLOCK))](
+        gate_up, out, width, BLOCK=SILU_BLOCK, **early_launch(gate_up.device),
+    )  # fmt: skip
     return out
+
+
+def matvec_fits(weight: torch.Tensor) -> bool:
+    """Whether `matvec` takes this weight, [out, in]."""
+    rows, columns = _matvec_blocks(weight)
+    return columns >= 256 and weight.shape[0] % rows == 0
+
+
+def matvec(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """x: [1, in], contiguous; weight: [out, in], one that `matvec_fits`. Returns x Wᵀ + b, [1, out], as `dtype`."""
+    out = torch.empty(1, weight.shape[0], dtype=dtype, device=x.device)
+    rows, columns = _matvec_blocks(weight)
+    _matvec[(weight.shape[0] // rows,)](
+        x, weight, bias, out, weight.shape[1], ROWS=rows, COLUMNS=columns, BIAS=bias is not None, num_warps=8,
+        **early_launch(x.device),
+    )  # fmt: skip
+    return out
+
+
+def _matvec_blocks(weight: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns that one program takes at a time."""
+    size = weight.shape[1]
+    columns = min(MATVEC_COLUMNS, size & -size)
+    return MATVEC_ELEMENTS // columns, columns

@@ -1,4 +1,4 @@
-"""FlashInfer's paged attention against the torch backend in fp32: batches, windows, groups, a large arena, graphs."""
+"""FlashInfer's paged attention against the torch backend on CPU in fp32: batches, windows, groups, a large arena, graphs."""
 
 import logging
 import random
@@ -28,6 +28,7 @@ BATCHES = {
     "fresh prefill": [(13, 13), (2, 2), (320, 320)],
     "chunks": [(5, 20), (7, 8), (160, 480), (2, 333)],
     "mixed": [(1, 40), (9, 9), (1, 3), (60, 500), (1, 977), (3, 16), (1, 1)],
+    "one row over a tile": [(129, 269), (65, 65), (1, 8), (257, 300)],
     "mixed, prefill first": [(31, 31), (1, 64), (200, 300)],
 }
 
@@ -102,16 +103,18 @@ def flashinfer(case: Case, window: int | None) -> AttentionBackend:
     )  # fmt: skip
 
 
-def expected(case: Case, window: int | None) -> list[torch.Tensor]:
+def expected(case: Case, window: int | None, device: str = "cpu") -> list[torch.Tensor]:
     """Per layer [T, heads, head_dim] in fp32, from the torch backend over an fp32 copy of the arena."""
     heads, kv_heads, _ = case.heads
     wide = replace(case.layout, dtype=torch.float32)
-    views = wide.views(case.arena.view(case.layout.dtype).float().view(torch.uint8))
+    views = wide.views(case.arena.to(device).view(case.layout.dtype).float().view(torch.uint8))
     attention = TorchAttention(views, heads, kv_heads, case.layout.head_dim, 0.09, window)
-    attention.prepare(case.meta)
+    meta, (cos, sin), qkv = case.meta, case.rope, case.qkv.to(device).float()
+    tensors = (t.to(device) for t in (meta.page_table, meta.token_page, meta.token_slot))
+    attention.prepare(AttentionMeta(meta.q_lens, meta.kv_lens, *tensors))
+    rope = (cos.to(device), sin.to(device))
     return [
-        attention.forward(layer, *case.qkv[layer].float().split(case.heads, dim=1), case.rope)
-        for layer in range(LAYERS)
+        attention.forward(layer, *qkv[layer].split(case.heads, dim=1), rope).to(DEVICE) for layer in range(LAYERS)
     ]
 
 
@@ -148,6 +151,14 @@ def test_batches(batch: str) -> None:
 @pytest.mark.parametrize("batch", BATCHES)
 def test_windows(batch: str, window: int) -> None:
     run(make_case(BATCHES[batch], SMALL), window)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_torch_on_cuda_is_torch_on_cpu(batch: str, window: int | None) -> None:
+    case = make_case(BATCHES[batch], LLAMA)
+    for got, want in zip(expected(case, window, "cuda"), expected(case, window), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 64])

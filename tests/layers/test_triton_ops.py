@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from multilora.layers import triton_ops as ops
 from multilora.layers.activation import SiluAndMul
+from multilora.layers.matmul import linear, logits
 from multilora.layers.norm import RMSNorm
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -69,7 +70,33 @@ def test_silu_and_mul(tokens: int, width: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.cpu(), SiluAndMul(CPU)(gate_up), atol=1e-6, rtol=2 * ULP[dtype])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "size"), [(16, 256), (48, 768), (6, 4096), (4, 6144)])
+def test_matvec(out: int, size: int, dtype: torch.dtype, bias: bool) -> None:
+    x, weight = random(1, size, dtype=dtype), random(out, size, dtype=dtype)
+    b = random(out, dtype=dtype) * 20 if bias else None
+    assert ops.matvec_fits(weight)
+    got = ops.matvec(x.to(DEVICE), weight.to(DEVICE), None if b is None else b.to(DEVICE), dtype)
+    want = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.cpu().double(), want, atol=1e-3, rtol=ULP[dtype])
+
+
+def test_matvec_does_not_round_what_is_wanted_in_fp32() -> None:
+    x, weight = random(1, 512, dtype=torch.float16), random(40, 512, dtype=torch.float16)
+    got = ops.matvec(x.to(DEVICE), weight.to(DEVICE), None, torch.float32)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.cpu(), x.float() @ weight.float().T, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("out", "size"), [(15, 256), (64, 96), (3, 2048), (2, 4097)])
+def test_weights_that_matvec_does_not_take(out: int, size: int) -> None:
+    assert not ops.matvec_fits(torch.empty(out, size))
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layers_on_a_gpu_take_them() -> None:
     norm = RMSNorm(64, 1e-5, device=torch.device("cuda"), dtype=torch.bfloat16)
     norm.weight.fill_(1.5)
@@ -80,3 +107,14 @@ def test_layers_on_a_gpu_take_them() -> None:
     for got, want in zip(norm.add(x.cuda(), x.cuda()), on_cpu.add(x, x), strict=True):
         torch.testing.assert_close(got.cpu(), want, atol=0, rtol=8e-3)
     torch.testing.assert_close(SiluAndMul(torch.device("cuda"))(x.cuda()).cpu(), SiluAndMul(CPU)(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_linear_and_logits_on_a_gpu(rows: int) -> None:
+    x, weight, bias = (random(*shape, dtype=torch.bfloat16) for shape in [(rows, 512), (96, 512), (96,)])
+    exact = x.float() @ weight.float().T
+    on_gpu = linear(x.cuda(), weight.cuda(), bias.cuda())
+    torch.testing.assert_close(on_gpu.cpu().float(), exact + bias.float(), atol=1e-2, rtol=8e-3)
+    torch.testing.assert_close(logits(x.cuda(), weight.cuda()).cpu(), exact, atol=1e-3, rtol=1e-4)
