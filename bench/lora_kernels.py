@@ -204,7 +204,8 @@ def main() -> None:
         world = World()
     variants = {
         "csgmv": TritonLora(world.table, world.sites, tuning=best),
-        "csgmv, chunk 64": TritonLora(world.table, world.sites, tuning=best, chunk_rows=64),
+        "csgmv, chunk 32": TritonLora(world.table, world.sites, tuning=best, chunk_rows=32),
+        "csgmv, chunk 128": TritonLora(world.table, world.sites, tuning=best, chunk_rows=128),
         "csgmv, no overlap": TritonLora(world.table, world.sites, tuning=best),
         "triton": TritonLora(world.table, world.sites, name="triton"),
     }

@@ -25,6 +25,12 @@ H_BYTES = 64 << 20
 
 H_ALIGN = 16
 
+MIN_TILE_ROWS = 16
+"""The least that `tl.dot` takes, and the most of a tile in a small step."""
+
+MAX_PARTS = 8
+"""How many programs share a tile of several rows where the grid has room for them."""
+
 FURTHER = 256
 """Further adapters of composed rows that the fixed tables hold."""
 
@@ -35,6 +41,7 @@ class Step:
 
     grid: int  # programs along the tiles
     vector: bool  # single rows take the vector path
+    tile_rows: int
     blocks: Phase
     tiles: torch.Tensor
     entries: torch.Tensor
@@ -42,7 +49,7 @@ class Step:
 
 
 class TritonLora:
-    """The contract of `lora/base.py` with kernels. chunk_rows: most rows of a tile."""
+    """The contract of `lora/base.py` with kernels. chunk_rows: most rows of a tile of a large step."""
 
     def __init__(
         self,
@@ -59,7 +66,7 @@ class TritonLora:
         self._vector = name == "csgmv"
         self._table = DeviceTable(table, sites)
         self._device = table.weights.device
-        self._tile_rows = chunk_rows
+        self._chunk_rows = chunk_rows
         self._graph_rows = graph_rows
         self.overlap = self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= (9, 0)
         """Programmatic dependent launch: a kernel starts while the one before it ends."""
@@ -73,9 +80,10 @@ class TritonLora:
         """Whether a graph captured over as many rows may be replayed for the step last prepared."""
 
     def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
-        tiles = make_tiles(segments, self._tile_rows, self._table.stacked_rank)
         small = num_rows <= self._graph_rows
-        blocks = self.tuning.small if small else self.tuning.large
+        tile_rows = MIN_TILE_ROWS if small else self._chunk_rows
+        tiles = make_tiles(segments, tile_rows, self._table.stacked_rank, MAX_PARTS if small else 1)
+        blocks = self.tuning.small if small else self.tuning.large if tile_rows == MIN_TILE_ROWS else self.tuning.tall
         h = self._fixed_h
         need = max(self._h_split(tiles.h_size) * self._splits(blocks, site) for site in self._table.sites)
         fits = need <= len(h)
@@ -92,7 +100,7 @@ class TritonLora:
             self._fixed if self.replayable else torch.empty(len(words), dtype=torch.int32, device=self._device)
         )
         upload(words, on_device[: len(words)])
-        self._step = Step(grid, self._vector and small, blocks, on_device[at:], on_device[:at], h)
+        self._step = Step(grid, self._vector and small, tile_rows, blocks, on_device[at:], on_device[:at], h)
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         self.shrink(x, site)
@@ -122,7 +130,7 @@ class TritonLora:
             ALIGN=self._align,
             VECTOR=step.vector,
             BLOCK_K=blocks.k,
-            TILE_M=self._tile_rows,
+            TILE_M=step.tile_rows,
             TILE_K=min(blocks.tile_k, blocks.k),
             TILE_R=blocks.tile_r,
             PDL=self.overlap,
@@ -157,7 +165,7 @@ class TritonLora:
             VECTOR=step.vector,
             BLOCK_N=blocks.n,
             BLOCK_S=triton.next_power_of_2(splits),
-            TILE_M=self._tile_rows,
+            TILE_M=step.tile_rows,
             TILE_N=min(blocks.tile_n, blocks.n),
             TILE_R=blocks.tile_r,
             PDL=self.overlap,

@@ -12,7 +12,8 @@ and `triton_steps.py` (tiles). Two launches a site serve all its slices and ever
         tile of 3 rows, composed of q:8 v:8 and q:8   ->   columns  q q q q q q q q v v v v v v v v q q q q q q q q
 
 A tile is some rows of one segment. One row of one adapter takes the vector functions if VECTOR: products and sums in
-fp32, the weights read once, the next panels under way while one is summed. Everything else takes `tl.dot`.
+fp32, the weights read once, the next panels under way while one is summed. Everything else takes `tl.dot`; such a
+tile may be listed several times, as the parts that share its rank rows (shrink) and its columns (expand).
 Ranks are loop bounds read from the records; grids depend on nothing but the number of rows and the model's widths.
 No atomics: whatever a program writes, no other program does.
 
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-TILE_WORDS = 8  # row, rows, h_start, entries, first further entry, place, weight (fp32 bits), -
+TILE_WORDS = 8  # row, rows, h_start, entries, first further entry, place, weight (fp32 bits), parts << 16 | part
 ENTRY_WORDS = 2  # place, weight (fp32 bits)
 BLOCK_WORDS = 8  # slice, first column, width, offset in y, chunk, -
 
@@ -80,11 +81,20 @@ def load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE: tl.
 
 
 @triton.jit
-def load_panel(weights, addresses, start, p, panels, col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
-    """The same for the 8 rank rows of panel p of `panels`, which are read once: one address, and no place in L2."""
-    r = tl.arange(0, _GRANULE)
+def panel_address(addresses, start, p, panels, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where panel p of `panels` begins; asked for one step before the panel is, so that nobody waits for it."""
     if WHOLE:
         at = tl.multiple_of(tl.load(addresses + start + p, mask=p < panels, other=0), ALIGN)
+    else:  # several addresses a panel: load_panel() reads them itself
+        at = 0
+    return at
+
+
+@triton.jit
+def load_panel(weights, addresses, at, start, p, panels, col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
+    """load_block() for the 8 rank rows of panel p, which are read once: one address, and no place in L2."""
+    r = tl.arange(0, _GRANULE)
+    if WHOLE:
         offset = (r * width)[:, None] + col[None, :]
         mask = (col < width)[None, :] & (r < (panels - p) * _GRANULE)[:, None]
         block = tl.load(weights + at + offset, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -98,24 +108,29 @@ def load_panel(weights, addresses, start, p, panels, col, width, chunk, WHOLE: t
 @triton.jit
 def shrink_row(x, h, weights, addresses, start, rank, k, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
                PDL: tl.constexpr):  # fmt: skip
-    """One row, one adapter, columns k: h[r] = Σ x[k] A[r, k]. Two panels are always under way."""
+    """One row, one adapter, columns k: h[r] = Σ x[k] A[r, k]. Two panels are under way at a time."""
     r, panels = tl.arange(0, _GRANULE), rank // _GRANULE
-    now = load_panel(weights, addresses, start, 0, panels, k, width, chunk, WHOLE, ALIGN)
-    next = load_panel(weights, addresses, start, 1, panels, k, width, chunk, WHOLE, ALIGN)
+    at0 = panel_address(addresses, start, 0, panels, WHOLE, ALIGN)
+    at1 = panel_address(addresses, start, 1, panels, WHOLE, ALIGN)
+    at2 = panel_address(addresses, start, 2, panels, WHOLE, ALIGN)
+    now = load_panel(weights, addresses, at0, start, 0, panels, k, width, chunk, WHOLE, ALIGN)
+    next = load_panel(weights, addresses, at1, start, 1, panels, k, width, chunk, WHOLE, ALIGN)
     wait_for_previous(PDL)
     xs = tl.load(x + k, mask=k < width, other=0.0).to(tl.float32)
     for p in range(panels):
         tl.store(h + p * _GRANULE + r, tl.sum(now.to(tl.float32) * xs[None, :], 1))
         now = next
-        next = load_panel(weights, addresses, start, p + 2, panels, k, width, chunk, WHOLE, ALIGN)
+        next = load_panel(weights, addresses, at2, start, p + 2, panels, k, width, chunk, WHOLE, ALIGN)
+        at2 = panel_address(addresses, start, p + 3, panels, WHOLE, ALIGN)
 
 
 @triton.jit
-def shrink_rows(x, x_stride, rows, h, weights, addresses, start, rank, k0, k_end, width, chunk, WHOLE: tl.constexpr,
-                ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr):  # fmt: skip
-    """Several rows, one adapter, columns [k0, k_end): h[r, m] = Σ x[m, k] A[r, k]."""
+def shrink_rows(x, x_stride, rows, h, part, parts, weights, addresses, start, rank, k0, k_end, width, chunk,
+                WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr,
+                TILE_K: tl.constexpr):  # fmt: skip
+    """Several rows, one adapter, columns [k0, k_end), one part of the rank rows: h[r, m] = Σ x[m, k] A[r, k]."""
     m, r, k = tl.arange(0, TILE_M), tl.arange(0, TILE_R), tl.arange(0, TILE_K)
-    for r0 in range(0, rank, TILE_R):
+    for r0 in range(part * TILE_R, rank, parts * TILE_R):
         total = tl.zeros([TILE_M, TILE_R], tl.float32)
         for k1 in range(k0, k_end, TILE_K):
             col = k1 + k
@@ -138,6 +153,7 @@ def shrink_kernel(x, h, weights, addresses, records, tiles, entries, site, sites
     tile = tiles + tl.program_id(0) * _TILE_WORDS
     row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
     h_start, count, further = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+    part, parts = tl.load(tile + 7) & 0xFFFF, tl.load(tile + 7) >> 16
     split = tl.program_id(1)
     k0 = split * BLOCK_K
     x += row * width
@@ -153,8 +169,8 @@ def shrink_kernel(x, h, weights, addresses, records, tiles, entries, site, sites
             place, _ = load_entry(tile, entries, further, e)
             record = records + (place * sites + site) * RECORD
             start, rank = tl.load(record), tl.load(record + 1)
-            shrink_rows(x, width, rows, h, weights, addresses, start, rank, k0, k0 + BLOCK_K, width, chunk, WHOLE,
-                        ALIGN, TILE_M, TILE_R, TILE_K)  # fmt: skip
+            shrink_rows(x, width, rows, h, part, parts, weights, addresses, start, rank, k0, k0 + BLOCK_K, width,
+                        chunk, WHOLE, ALIGN, TILE_M, TILE_R, TILE_K)  # fmt: skip
             h += rank * rows
 
 
@@ -169,10 +185,13 @@ def load_h(h, h_split, splits, p, panels, BLOCK_S: tl.constexpr):
 @triton.jit
 def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, col, width, chunk, WHOLE: tl.constexpr,
                ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One row, one adapter, columns `col`: y[n] += w Σ h[r] B[r, n]. Two panels are always under way."""
+    """One row, one adapter, columns `col`: y[n] += w Σ h[r] B[r, n]. Two panels are under way at a time."""
     panels = rank // _GRANULE
-    now = load_panel(weights, addresses, start, 0, panels, col, width, chunk, WHOLE, ALIGN)
-    next = load_panel(weights, addresses, start, 1, panels, col, width, chunk, WHOLE, ALIGN)
+    at0 = panel_address(addresses, start, 0, panels, WHOLE, ALIGN)
+    at1 = panel_address(addresses, start, 1, panels, WHOLE, ALIGN)
+    at2 = panel_address(addresses, start, 2, panels, WHOLE, ALIGN)
+    now = load_panel(weights, addresses, at0, start, 0, panels, col, width, chunk, WHOLE, ALIGN)
+    next = load_panel(weights, addresses, at1, start, 1, panels, col, width, chunk, WHOLE, ALIGN)
     wait_for_previous(PDL)
     if rank > 0:
         before = tl.load(y + col, mask=col < width, other=0.0)
@@ -182,7 +201,8 @@ def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, c
         for p in range(panels):
             total += tl.sum(now.to(tl.float32) * (tl.sum(h_now, 0) * weight)[:, None], 0)
             now, h_now = next, h_next
-            next = load_panel(weights, addresses, start, p + 2, panels, col, width, chunk, WHOLE, ALIGN)
+            next = load_panel(weights, addresses, at2, start, p + 2, panels, col, width, chunk, WHOLE, ALIGN)
+            at2 = panel_address(addresses, start, p + 3, panels, WHOLE, ALIGN)
             h_next = load_h(h, h_split, splits, p + 2, panels, BLOCK_S)
         tl.store(y + col, (before.to(tl.float32) + total).to(before.dtype), mask=col < width)
 
@@ -193,6 +213,7 @@ def expand_rows(y, y_stride, rows, h, h_split, splits, weights, addresses, recor
                 TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
     """Several rows, every adapter, columns `col`: y[m, n] += Σ w Σ h[r, m] B[r, n]; h is rounded to B's type."""
     m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
+    AHEAD: tl.constexpr = 4 if TILE_M <= 16 else 1
     total = tl.zeros([TILE_M, TILE_N], tl.float32)
     touched = 0
     for e in range(count):
@@ -202,9 +223,10 @@ def expand_rows(y, y_stride, rows, h, h_split, splits, weights, addresses, recor
             at = h + (first + r0 + r)[None, :] * rows + m[:, None]
             mask = (m < rows)[:, None] & (r0 + r < rank)[None, :]
             hs = tl.zeros([TILE_M, TILE_R], tl.float32)
-            for _ in range(splits):
-                hs += tl.load(at, mask=mask, other=0.0)
-                at += h_split
+            for s in range(0, splits, AHEAD):  # several at once, masked: a plain loop would wait for each
+                for i in tl.static_range(AHEAD):
+                    hs += tl.load(at + i * h_split, mask=mask & (m < (splits - s - i) * TILE_M)[:, None], other=0.0)
+                at += AHEAD * h_split
             b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
             total = tl.dot((hs * weight).to(b.dtype), b, total, input_precision="ieee")
         h += stacked * rows
@@ -228,6 +250,7 @@ def expand_kernel(y, h, weights, addresses, records, tiles, entries, blocks, sit
     tile = tiles + tl.program_id(0) * _TILE_WORDS
     row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
     h_start, count, further = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+    part, parts = tl.load(tile + 7) & 0xFFFF, tl.load(tile + 7) >> 16
     block = blocks + tl.program_id(1) * _BLOCK_WORDS
     index, chunk = tl.load(block), tl.load(block + 4)
     n0 = tl.multiple_of(tl.load(block + 1), BLOCK_N)
@@ -242,7 +265,7 @@ def expand_kernel(y, h, weights, addresses, records, tiles, entries, blocks, sit
     else:
         wait_for_previous(PDL)
         if count > 0:
-            for n in range(n0, tl.minimum(n0 + BLOCK_N, width), TILE_N):
+            for n in range(n0 + part * TILE_N, tl.minimum(n0 + BLOCK_N, width), parts * TILE_N):
                 expand_rows(y, y_stride, rows, h, h_split, splits, weights, addresses, records, tile, entries,
                             further, count, site, sites, index, n + tl.arange(0, TILE_N), width, chunk, RECORD,
                             WHOLE, ALIGN, TILE_M, TILE_R, TILE_N)  # fmt: skip

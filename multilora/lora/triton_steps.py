@@ -1,8 +1,9 @@
 """One step's segments as tiles: the tables that the kernels walk. Pure host code, no kernels.
 
-A tile is at most `tile_rows` rows of one segment, and the unit of a program. Tiles with the most work come first.
+A tile is at most `tile_rows` rows of one segment. A tile of several rows leaves slots of a fixed grid free: there it
+is listed again, as further parts of itself, which share the work. Tiles with the most work come first.
 
-    tiles    int32 [tiles, 8]      row, rows, h_start, entries, further, place, weight (fp32 bits), -
+    tiles    int32 [tiles, 8]      row, rows, h_start, entries, further, place, weight (fp32 bits), parts << 16 | part
     entries  int32 [further, 2]    place, weight: the second adapter of a composed row and those after it
 """
 
@@ -23,8 +24,12 @@ class StepTiles:
     h_size: int
 
 
-def make_tiles(segments: tuple[LoraSegment, ...], tile_rows: int, stacked_rank: Callable[[int], int]) -> StepTiles:
-    """stacked_rank(place): the adapter's largest stacked rank at any site."""
+def make_tiles(
+    segments: tuple[LoraSegment, ...], tile_rows: int, stacked_rank: Callable[[int], int], max_parts: int = 1
+) -> StepTiles:
+    """stacked_rank(place): the adapter's largest stacked rank at any site. max_parts: a tile of n rows is listed
+    min(n, max_parts) times.
+    """
     weights = np.array([w for s in segments for w in s.weights], np.float32).view(np.int32).tolist()
     entries: list[tuple[int, int]] = []
     found: list[tuple[int, ...]] = []  # (rank, row, rows, adapters, further, place, weight)
@@ -43,8 +48,12 @@ def make_tiles(segments: tuple[LoraSegment, ...], tile_rows: int, stacked_rank: 
     table = np.array(found, np.int32).reshape(-1, 7)
     sizes = table[:, 0].astype(np.int64) * table[:, 2]
     ends = np.cumsum(sizes)
-    tiles = np.zeros((len(found), 8), np.int32)
-    tiles[:, 0:2] = table[:, 1:3]
-    tiles[:, 2] = ends - sizes
-    tiles[:, 3:7] = table[:, 3:7]
+    parts = np.minimum(table[:, 2], max_parts)
+    whole = np.repeat(np.arange(len(found)), parts)  # [listed] the tile of each
+    first = np.cumsum(parts) - parts
+    tiles = np.zeros((len(whole), 8), np.int32)
+    tiles[:, 0:2] = table[whole, 1:3]
+    tiles[:, 2] = (ends - sizes)[whole]
+    tiles[:, 3:7] = table[whole, 3:7]
+    tiles[:, 7] = parts[whole] << 16 | (np.arange(len(whole)) - first[whole])
     return StepTiles(tiles, np.array(entries, np.int32).reshape(-1, 2), int(ends[-1]) if len(ends) else 0)

@@ -51,26 +51,34 @@ class Phase:
 
 @dataclass(frozen=True)
 class Tuning:
-    """small: steps of up to GRAPH_ROWS rows."""
+    """small: steps of up to GRAPH_ROWS rows; large: longer ones in chunks of 16 rows; tall: in larger chunks."""
 
     small: Phase
     large: Phase
+    tall: Phase
 
 
 LARGE = Phase(
-    narrow_shrink=ShrinkBlocks(k=2048, warps=4, tile_r=32),
-    wide_shrink=ShrinkBlocks(k=2048, warps=4, tile_r=32),
+    narrow_shrink=ShrinkBlocks(k=512, warps=4),
+    wide_shrink=ShrinkBlocks(k=1024, warps=4),
     narrow_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
-    wide_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
+    wide_expand=ExpandBlocks(n=512, warps=4),
+)
+TALL = Phase(
+    narrow_shrink=ShrinkBlocks(k=512, warps=4, tile_r=64),
+    wide_shrink=ShrinkBlocks(k=512, warps=4),
+    narrow_expand=ExpandBlocks(n=512, warps=4),
+    wide_expand=ExpandBlocks(n=512, warps=4),
 )
 CSGMV = Tuning(
     small=Phase(
-        narrow_shrink=ShrinkBlocks(k=512, warps=4),
+        narrow_shrink=ShrinkBlocks(k=256, warps=4),
         wide_shrink=ShrinkBlocks(k=512, warps=4),
         narrow_expand=ExpandBlocks(n=1024, warps=4, registers=128),
-        wide_expand=ExpandBlocks(n=1024, warps=4, registers=128),
+        wide_expand=ExpandBlocks(n=1024, warps=4, registers=128, tile_n=256),
     ),
     large=LARGE,
+    tall=TALL,
 )
 TRITON = Tuning(
     small=Phase(
@@ -80,4 +88,5 @@ TRITON = Tuning(
         wide_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
     ),
     large=LARGE,
+    tall=TALL,
 )

@@ -31,7 +31,7 @@ SMALL = Phase(
     narrow_expand=ExpandBlocks(n=32, warps=4, tile_n=16),
     wide_expand=ExpandBlocks(n=32, warps=4, tile_n=16),
 )
-BLOCKS = Tuning(small=SMALL, large=SMALL)  # small, so that small sites have several splits and blocks
+BLOCKS = Tuning(SMALL, SMALL, SMALL)  # small, so that small sites have several splits and blocks
 
 
 def make_sites(hidden: int, q: int, kv: int, inter: int) -> tuple[LoraSite, ...]:
@@ -151,6 +151,7 @@ def test_segments_longer_than_a_tile_and_large_steps():
     assert not backend.replayable  # more rows than graphs have
     world.check(backend, segments_of((0, 1, 1), (1, 4, 0)), 16)
     assert backend.replayable
+    world.check(world.backend("csgmv", graph_rows=16, chunk_rows=32), segments_of((0, 1, 1), (1, 36, 0)), 40)
 
 
 def test_an_intermediate_too_large_for_the_fixed_buffer(monkeypatch):
