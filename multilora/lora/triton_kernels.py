@@ -83,7 +83,7 @@ def load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE: tl.
 @triton.jit
 def panel_address(addresses, start, p, panels, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
     """Where panel p of `panels` begins; asked for one step before the panel is, so that nobody waits for it."""
-    if WHOLE:
+    if WHOLE:  # noqa: SIM108
         at = tl.multiple_of(tl.load(addresses + start + p, mask=p < panels, other=0), ALIGN)
     else:  # several addresses a panel: load_panel() reads them itself
         at = 0
