@@ -1,4 +1,4 @@
-"""FlashInfer's paged attention against the torch backend on CPU in fp32: batches, windows, groups, a large arena, graphs."""
+"""FlashInfer's paged attention against the torch backend on CPU in fp32: batches, windows, a large arena, graphs."""
 
 import logging
 import random
