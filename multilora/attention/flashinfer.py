@@ -6,7 +6,7 @@ rotation writes the queries of the decodes first, and one gather brings the resu
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -234,10 +234,15 @@ class FlashInferAttention:
             for n in (1, 2)
         ]
         indices = torch.zeros(2, dtype=torch.int32, device=device)
+
+        def load(plan: Callable[..., None], *args: Any) -> None:
+            with torch.cuda.device(device):  # a new thread begins on the first one
+                plan(*args)
+
         with ThreadPoolExecutor(2) as pool:
             for done in [
-                pool.submit(self._decode.plan, lists[0], indices[: lists[0].num_pages]),
-                pool.submit(self._prefill.plan, [2], lists[1], indices[: lists[1].num_pages]),
+                pool.submit(load, self._decode.plan, lists[0], indices[: lists[0].num_pages]),
+                pool.submit(load, self._prefill.plan, [2], lists[1], indices[: lists[1].num_pages]),
             ]:
                 done.result()
 

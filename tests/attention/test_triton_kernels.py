@@ -1,12 +1,7 @@
 """Rotation with page write, and page lists, against plain torch: in Triton's interpreter, and on a GPU."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton")
 

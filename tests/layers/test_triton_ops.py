@@ -1,12 +1,7 @@
 """The fused operations against the layers' own torch code: in Triton's interpreter, and on a GPU if there is one."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton")
 
