@@ -205,7 +205,7 @@ def main() -> None:
     variants = {
         "csgmv": TritonLora(world.table, world.sites, tuning=best),
         "csgmv, chunk 32": TritonLora(world.table, world.sites, tuning=best, chunk_rows=32),
-        "csgmv, chunk 128": TritonLora(world.table, world.sites, tuning=best, chunk_rows=128),
+        "csgmv, chunk 64": TritonLora(world.table, world.sites, tuning=best, chunk_rows=64),
         "csgmv, no overlap": TritonLora(world.table, world.sites, tuning=best),
         "triton": TritonLora(world.table, world.sites, name="triton"),
     }

@@ -28,6 +28,9 @@ H_ALIGN = 16
 MIN_TILE_ROWS = 16
 """The least that `tl.dot` takes, and the most of a tile in a small step."""
 
+MAX_TILE_ROWS = 64
+"""Tiles of 128 rows need more registers than there are: three to seven times slower on an H200."""
+
 MAX_PARTS = 8
 """How many programs share a tile of several rows where the grid has room for them."""
 
@@ -41,11 +44,20 @@ class Step:
 
     grid: int  # programs along the tiles
     vector: bool  # single rows take the vector path
+    overlap: bool
     tile_rows: int
     blocks: Phase
     tiles: torch.Tensor
     entries: torch.Tensor
     h: torch.Tensor
+
+    def options(self, blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int | bool]:
+        options: dict[str, int | bool] = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+        if self.overlap:
+            options["launch_pdl"] = True
+        if blocks.registers is not None:
+            options["maxnreg"] = blocks.registers
+        return options
 
 
 class TritonLora:
@@ -66,10 +78,10 @@ class TritonLora:
         self._vector = name == "csgmv"
         self._table = DeviceTable(table, sites)
         self._device = table.weights.device
-        self._chunk_rows = chunk_rows
+        self._chunk_rows = min(chunk_rows, MAX_TILE_ROWS)
         self._graph_rows = graph_rows
         self.overlap = self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= (9, 0)
-        """Programmatic dependent launch: a kernel starts while the one before it ends."""
+        """Programmatic dependent launch, in small steps: a kernel starts while the one before it ends."""
         self._align = math.gcd(table.page_elements, 8)
         self._column_blocks: dict[tuple[int, int], torch.Tensor] = {}
         words = FURTHER * ENTRY_WORDS + graph_rows * TILE_WORDS
@@ -83,7 +95,7 @@ class TritonLora:
         small = num_rows <= self._graph_rows
         tile_rows = MIN_TILE_ROWS if small else self._chunk_rows
         tiles = make_tiles(segments, tile_rows, self._table.stacked_rank, MAX_PARTS if small else 1)
-        blocks = self.tuning.small if small else self.tuning.large if tile_rows == MIN_TILE_ROWS else self.tuning.tall
+        blocks = self.tuning.phase(small, tile_rows)
         h = self._fixed_h
         need = max(self._h_split(tiles.h_size) * self._splits(blocks, site) for site in self._table.sites)
         fits = need <= len(h)
@@ -100,7 +112,8 @@ class TritonLora:
             self._fixed if self.replayable else torch.empty(len(words), dtype=torch.int32, device=self._device)
         )
         upload(words, on_device[: len(words)])
-        self._step = Step(grid, self._vector and small, tile_rows, blocks, on_device[at:], on_device[:at], h)
+        vector, overlap = self._vector and small, self.overlap and small
+        self._step = Step(grid, vector, overlap, tile_rows, blocks, on_device[at:], on_device[:at], h)
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         self.shrink(x, site)
@@ -133,8 +146,8 @@ class TritonLora:
             TILE_M=step.tile_rows,
             TILE_K=min(blocks.tile_k, blocks.k),
             TILE_R=blocks.tile_r,
-            PDL=self.overlap,
-            **self._options(blocks),
+            PDL=step.overlap,
+            **step.options(blocks),
         )
 
     def expand(self, y: torch.Tensor, site: int) -> None:
@@ -168,8 +181,8 @@ class TritonLora:
             TILE_M=step.tile_rows,
             TILE_N=min(blocks.tile_n, blocks.n),
             TILE_R=blocks.tile_r,
-            PDL=self.overlap,
-            **self._options(blocks),
+            PDL=step.overlap,
+            **step.options(blocks),
         )
 
     @staticmethod
@@ -179,14 +192,6 @@ class TritonLora:
     @staticmethod
     def _h_split(size: int) -> int:
         return triton.cdiv(size, H_ALIGN) * H_ALIGN
-
-    def _options(self, blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int | bool]:
-        options: dict[str, int | bool] = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-        if self.overlap:
-            options["launch_pdl"] = True
-        if blocks.registers is not None:
-            options["maxnreg"] = blocks.registers
-        return options
 
     def _blocks_of(self, site: LoraSite, block_n: int) -> torch.Tensor:
         """int32 [blocks, 8]: how the output columns of a site are shared out (see `expand_kernel`)."""

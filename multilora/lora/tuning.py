@@ -57,18 +57,23 @@ class Tuning:
     large: Phase
     tall: Phase
 
+    def phase(self, small: bool, tile_rows: int) -> Phase:
+        if small:
+            return self.small
+        return self.large if tile_rows <= 16 else self.tall
+
 
 LARGE = Phase(
-    narrow_shrink=ShrinkBlocks(k=512, warps=4),
-    wide_shrink=ShrinkBlocks(k=1024, warps=4),
+    narrow_shrink=ShrinkBlocks(k=1024, warps=4, tile_r=64),
+    wide_shrink=ShrinkBlocks(k=2048, warps=4, tile_r=32),
     narrow_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
-    wide_expand=ExpandBlocks(n=512, warps=4),
+    wide_expand=ExpandBlocks(n=1024, warps=4),
 )
 TALL = Phase(
-    narrow_shrink=ShrinkBlocks(k=512, warps=4, tile_r=64),
-    wide_shrink=ShrinkBlocks(k=512, warps=4),
-    narrow_expand=ExpandBlocks(n=512, warps=4),
-    wide_expand=ExpandBlocks(n=512, warps=4),
+    narrow_shrink=ShrinkBlocks(k=1024, warps=4, tile_r=64),
+    wide_shrink=ShrinkBlocks(k=2048, warps=4, tile_r=32),
+    narrow_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
+    wide_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
 )
 CSGMV = Tuning(
     small=Phase(
