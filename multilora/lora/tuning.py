@@ -77,7 +77,7 @@ TALL = Phase(
 )
 CSGMV = Tuning(
     small=Phase(
-        narrow_shrink=ShrinkBlocks(k=256, warps=4),
+        narrow_shrink=ShrinkBlocks(k=256, warps=4, registers=64),
         wide_shrink=ShrinkBlocks(k=512, warps=4),
         narrow_expand=ExpandBlocks(n=1024, warps=4, registers=128),
         wide_expand=ExpandBlocks(n=1024, warps=4, registers=128, tile_n=256),
