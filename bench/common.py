@@ -16,8 +16,8 @@ import torch
 def environment(*packages: str) -> dict[str, Any]:
     """Hardware, commit, versions and the command line."""
     return {
-        "commit": _git("rev-parse", "--short", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": os.environ.get("BENCH_COMMIT")
+        or _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu_name(),
