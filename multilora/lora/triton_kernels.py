@@ -45,14 +45,6 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def my_tile(tiles):
-    """This program's tile: the order turns from one column of the grid to the next. Tiles lie heaviest first, and a
-    multiprocessor takes every so-manieth program: without the turn some would get nothing but heavy tiles."""
-    count = tl.num_programs(0)
-    return tiles + (tl.program_id(0) + tl.program_id(1) * (count * 5 // 8)) % count * _TILE_WORDS
-
-
-@triton.jit
 def load_entry(tile, entries, further, e):
     """Place and weight of a tile's e-th adapter. The first lies in the tile itself: one read less on the way."""
     at = tile + 5
@@ -158,7 +150,7 @@ def shrink_kernel(x, h, weights, addresses, records, tiles, entries, site, sites
     """x: [rows, width]; h: fp32 [splits, h_split]. Grid (tiles, splits), a split is BLOCK_K columns."""
     if PDL:
         gdc_launch_dependents()
-    tile = my_tile(tiles)
+    tile = tiles + tl.program_id(0) * _TILE_WORDS
     row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
     h_start, count, further = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     part, parts = tl.load(tile + 7) & 0xFFFF, tl.load(tile + 7) >> 16
@@ -255,7 +247,7 @@ def expand_kernel(y, h, weights, addresses, records, tiles, entries, blocks, sit
     of one slice each. Grid (tiles, blocks)."""
     if PDL:
         gdc_launch_dependents()
-    tile = my_tile(tiles)
+    tile = tiles + tl.program_id(0) * _TILE_WORDS
     row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
     h_start, count, further = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     part, parts = tl.load(tile + 7) & 0xFFFF, tl.load(tile + 7) >> 16
