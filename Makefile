@@ -5,7 +5,6 @@
 #   make serve       the server, until Ctrl-C;          ARGS="--port 8000 --lora-paths …"
 #   make check       format, lint, types, layer order
 #   make test        the tests (CPU, minutes);          ARGS="-k scheduler"
-#   make test-slow   the long ones
 #   make test-gpu    those that need a CUDA device
 #   make bench       benchmarks;                        ARGS="--help"
 #
@@ -20,7 +19,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-slow test-gpu bench clean
+.PHONY: help setup demo serve check test test-gpu bench clean
 
 help:
 	@sed -n 's/^#  *make /make /p' Makefile
@@ -49,10 +48,7 @@ check: $(READY)
 	$(BIN)/pytest -q tests/test_layers.py
 
 test: $(READY)
-	$(BIN)/pytest -q -m 'not slow and not gpu' $(ARGS)
-
-test-slow: $(READY)
-	$(BIN)/pytest -q -m slow $(ARGS)
+	$(BIN)/pytest -q -m 'not gpu' $(ARGS)
 
 test-gpu: $(READY)
 	$(BIN)/pytest -q -m gpu $(ARGS)
