@@ -4,6 +4,7 @@ Called by `engine/` at start.
 """
 
 import logging
+import os
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -61,6 +62,8 @@ def read_config(
     context_length: int | None = None,
 ) -> tuple[type[LlamaForCausalLM], ModelConfig]:
     """The model's class and config, `dtype` being the checkpoint's. Fetches JSON files only."""
+    if model_path.startswith(("/", ".", "~")) and not os.path.isdir(model_path):
+        raise ConfigError(f"--model-path {model_path}: no such directory")
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         raw, _ = PretrainedConfig.get_config_dict(model_path, **where)
