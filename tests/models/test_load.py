@@ -11,5 +11,5 @@ def test_a_path_that_is_no_directory_is_not_asked_of_the_hub(path):
 
 
 def test_a_directory_without_config_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="config.json"):
+    with pytest.raises(ConfigError, match=r"config\.json"):
         read_config(str(tmp_path))
