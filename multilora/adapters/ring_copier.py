@@ -23,7 +23,7 @@ class RingCopy:
     pages: list[int]
     queued: threading.Event = field(default_factory=threading.Event)  # all of it is on the stream
     finished: torch.cuda.Event | None = None
-    error: BaseException | None = None
+    error: Exception | None = None
 
     def done(self) -> bool:
         if self.error is not None:
@@ -64,7 +64,7 @@ class RingCopier:
             job = self._jobs.get()
             try:
                 self._copy(job)
-            except BaseException as e:
+            except Exception as e:
                 job.error = e
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ import torch
 from multilora import demo
 from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.blocks import PackTarget
-from multilora.adapters.copier import DirectCopier
+from multilora.adapters.copier import Copier, DirectCopier
 from multilora.adapters.host_cache import HostCache
 from multilora.adapters.loader import FetchContext, Loader
 from multilora.adapters.loader_process import ProcessLoader
@@ -166,7 +166,7 @@ def _build_lora(
         pool,
         clock,
         table,
-        RingCopier(arena) if arena.device.type == "cuda" else DirectCopier(arena),
+        _copier(config, arena),
         policy=config.lora_eviction_policy,
         max_count=config.max_loras_per_batch,
         max_pages=None if limit is None else limit // layout.page_bytes,
@@ -187,6 +187,13 @@ def _build_lora(
         on_evict=lambda version: prefix.devalue_namespace(version + 1),
     )
     return store, backend, reclaimer
+
+
+def _copier(config: Config, arena: torch.Tensor) -> Copier:
+    """On CUDA copies run beside the steps, unless overlap was turned off; on CPU there is no other stream."""
+    if arena.device.type == "cuda" and config.enable_lora_overlap_loading:
+        return RingCopier(arena)
+    return DirectCopier(arena)
 
 
 def _describe(config: ModelConfig, device: torch.device, lora: str, attention: str, stats: Stats) -> Ready:

@@ -117,6 +117,8 @@ class Scheduler:
         return budget
 
     def _admit(self, chunks: dict[Request, Chunk], budget: int) -> None:
+        if len(self.running) >= self._max_running or budget == 0:
+            return  # with thousands waiting, not even looking at them counts
         for request in self._candidates():
             if len(self.running) >= self._max_running or budget == 0:
                 return
@@ -131,9 +133,10 @@ class Scheduler:
                     return  # nobody overtakes it any more
 
     def _candidates(self) -> list[Request]:
-        """Who has waited too long comes first, whatever the policy."""
-        aged = [r for r in self.waiting if self._aged(r)]
-        return aged + self._order([r for r in self.waiting if not self._aged(r)], self._matched_pages)
+        """Who has waited too long comes first, whatever the policy. The queue is in order of arrival."""
+        now = self._clock()
+        aged = bisect.bisect_left(self.waiting, True, key=lambda r: now - r.arrival <= self._max_wait)
+        return self.waiting[:aged] + self._order(self.waiting[aged:], self._matched_pages)
 
     def _aged(self, request: Request) -> bool:
         return self._clock() - request.arrival > self._max_wait

@@ -96,7 +96,7 @@ def main(address: str, parent: int) -> int:
             return 1
     config = msgspec.msgpack.decode(socket.recv(), type=Config)
     logs.setup(config.log_level, role="engine")
-    _divide_cores(config)
+    _divide_cores()
     try:
         engine = build_engine(config)
     except MultiloraError as e:
@@ -114,7 +114,7 @@ def main(address: str, parent: int) -> int:
     return 0
 
 
-def _divide_cores(config: Config) -> None:
+def _divide_cores() -> None:
     """On CPU the engine computes on all cores but leaves one to the front where there are more than two."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     torch.set_num_threads(cores - 1 if cores > 2 else cores)
