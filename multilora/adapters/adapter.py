@@ -1,29 +1,82 @@
 """An adapter as `checkpoint.py` hands it on: typed blocks, PEFT's rules already applied.
 
-From here on nobody knows about alpha, rsLoRA, patterns or file formats.
+From here on nobody knows about patterns, rsLoRA, trained tokens or file formats. Weights stay in the dtype of the
+file; `scaling` is what PEFT multiplies by, folded in by the packer in fp32 and rounded once.
+
+    LowRank   y += scaling · (x Aᵀ) B           any linear layer, embed_tokens, lm_head
+    Vector    DoRA's magnitude, a trained bias, a bias on lora_B
+    Full      a module's whole weight, in place of the base model's (modules_to_save)
+    Rows      some rows of embed_tokens or lm_head, in place of the base model's (trained tokens)
 """
 
+import enum
 from dataclasses import dataclass
 
 import torch
 
+from multilora.lora.sites import MODEL_LEVEL
+
+__all__ = ["MODEL_LEVEL", "Adapter", "AdapterLimits", "Block", "Full", "LowRank", "Rows", "Vector", "VectorKind"]
+
 
 @dataclass(frozen=True)
 class LowRank:
-    """`y += (x Aᵀ) B` at one module of one layer.
+    """`y += scaling · (x Aᵀ) B` at one module of one layer.
 
-    a: [rank, in_features]; b: [rank, out_features] (PEFT's lora_B transposed, times the scaling, in fp32); b may be
-    a transposed view.
+    a: [rank, in_features]; b: [rank, out_features], PEFT's lora_B transposed (it may be a transposed view). Both in
+    the file's dtype. For embed_tokens (layer MODEL_LEVEL) in_features is the vocabulary and x a one-hot row.
     """
 
     layer: int
     module: str  # "q_proj"
     a: torch.Tensor
     b: torch.Tensor
+    scaling: float = 1.0
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+
+class VectorKind(enum.Enum):
+    MAGNITUDE = "lora_magnitude_vector"  # DoRA: m of  m / ‖W + scaling · BA‖, one norm per output
+    BIAS = "bias"  # stands in place of the base model's bias
+    LORA_BIAS = "lora_B.bias"  # added, times `scaling`
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One trained number per output of a linear module. value: [out_features]."""
+
+    layer: int
+    module: str
+    kind: VectorKind
+    value: torch.Tensor
+    scaling: float = 1.0  # of LORA_BIAS only
+
+
+@dataclass(frozen=True)
+class Full:
+    """The weight of a whole module: a linear layer [out, in], embed_tokens or lm_head [vocab, hidden], a norm [size].
+
+    layer: MODEL_LEVEL for embed_tokens, lm_head and the final "norm".
+    """
+
+    layer: int
+    module: str  # "q_proj", "input_layernorm", "norm", "lm_head"
+    weight: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of embed_tokens or lm_head. token_ids: ascending; weight: [len(token_ids), hidden]."""
+
+    module: str
+    token_ids: tuple[int, ...]
+    weight: torch.Tensor
+
+
+Block = LowRank | Vector | Full | Rows
 
 
 @dataclass(frozen=True)
@@ -36,14 +89,20 @@ class AdapterLimits:
 
 @dataclass(frozen=True)
 class Adapter:
-    """All blocks of one adapter. `fingerprint` changes when the files do (see `checkpoint.fingerprint`)."""
+    """All blocks of one adapter. `fingerprint` changes when the files do (see `checkpoint.fingerprint`).
 
-    blocks: tuple[LowRank, ...]
+    invocation_tokens: with activated LoRA, the adapter acts from the last occurrence of this sequence in the prompt
+    on; None: it always acts.
+    """
+
+    blocks: tuple[Block, ...]
     fingerprint: str
+    invocation_tokens: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
-        return max((b.rank for b in self.blocks), default=0)
+        """The largest; 0 if nothing is of low rank."""
+        return max((b.rank for b in self.blocks if isinstance(b, LowRank)), default=0)
 
     @property
     def target_modules(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Packing: an adapter's blocks become the bytes of its pages, ready to copy.
 
-The layout is `lora/panels.py`'s; here the numbers are cast to the model's dtype and put in their place.
+The layout is `lora/panels.py`'s; here scalings are folded in, the numbers are cast to the model's dtype and put in
+their place. What needs the base model's weights (norms of DoRA, differences of biases) is left to `finish.py`.
 Called in the loader process; knows neither files nor the device.
 """
 
@@ -8,10 +9,26 @@ from dataclasses import dataclass
 
 import torch
 
-from multilora.adapters.adapter import Adapter, LowRank
+from multilora.adapters.adapter import Adapter, Full, LowRank, Rows, Vector, VectorKind
 from multilora.errors import AdapterInvalid
-from multilora.lora.panels import RANK_GRANULE, PanelGeometry, PanelLayout, Ranks, place_panels
-from multilora.lora.sites import LoraSite
+from multilora.lora.panels import (
+    RANK_GRANULE,
+    AdapterShape,
+    Affine,
+    Chunk,
+    Matrix,
+    PanelGeometry,
+    PanelLayout,
+    WholeShape,
+    place_panels,
+)
+from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
+
+AFFINE_OF = {
+    VectorKind.MAGNITUDE: Affine.DORA,
+    VectorKind.BIAS: Affine.BIAS,
+    VectorKind.LORA_BIAS: Affine.LORA_BIAS,
+}
 
 
 @dataclass(frozen=True)
@@ -26,54 +43,134 @@ class PackTarget:
     def geometry(self) -> PanelGeometry:
         return PanelGeometry(self.page_bytes, self.dtype.itemsize)
 
-    def layout(self, ranks: Ranks) -> PanelLayout:
-        return place_panels(self.sites, ranks, self.geometry)
+    def layout(self, shape: AdapterShape) -> PanelLayout:
+        return place_panels(self.sites, shape, self.geometry)
 
 
-Blocks = dict[tuple[int, str], LowRank]  # (layer, module) → block
+Key = tuple[int, str]  # layer, module
 
 
-def index_blocks(adapter: Adapter) -> Blocks:
-    return {(block.layer, block.module): block for block in adapter.blocks}
+@dataclass(frozen=True)
+class Blocks:
+    """An adapter's blocks by where they act. `whole` is in the order of the shape."""
+
+    low_rank: dict[Key, LowRank]
+    vectors: dict[Key, dict[Affine, Vector]]
+    whole: list[Full | Rows]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> "Blocks":
+        vectors: dict[Key, dict[Affine, Vector]] = {}
+        for block in adapter.blocks:
+            if isinstance(block, Vector):
+                vectors.setdefault((block.layer, block.module), {})[AFFINE_OF[block.kind]] = block
+        return cls(
+            {(b.layer, b.module): b for b in adapter.blocks if isinstance(b, LowRank)},
+            vectors,
+            [b for b in adapter.blocks if isinstance(b, Full | Rows)],
+        )
+
+    def shape(self, sites: tuple[LoraSite, ...]) -> AdapterShape:
+        ranks = tuple(tuple(self._rank(site, s) for s in site.slices) for site in sites)
+        affine = tuple(tuple(self._affine(site, s) for s in site.slices) for site in sites) if self.vectors else ()
+        return AdapterShape(ranks, affine, tuple(_whole_shape(b) for b in self.whole))
+
+    def _rank(self, site: LoraSite, part: LoraSlice) -> int:
+        block = self.low_rank.get((site.layer, part.module))
+        return block.rank if block else 0
+
+    def _affine(self, site: LoraSite, part: LoraSlice) -> int:
+        return int(sum(self.vectors.get((site.layer, part.module), ())))
 
 
-def ranks_of(blocks: Blocks, sites: tuple[LoraSite, ...]) -> Ranks:
-    """Per site, the true rank of each slice; 0 where the adapter does not act."""
-    return tuple(
-        tuple(block.rank if (block := blocks.get((site.layer, s.module))) else 0 for s in site.slices)
-        for site in sites
-    )
+def _whole_shape(block: Full | Rows) -> WholeShape:
+    rows = block.weight.shape[0] if block.weight.ndim == 2 else 1
+    if isinstance(block, Rows):
+        return WholeShape(MODEL_LEVEL, block.module, rows, block.weight.shape[-1], block.token_ids)
+    return WholeShape(block.layer, block.module, rows, block.weight.shape[-1])
 
 
 def pack(blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Tensor) -> None:
     """Write the adapter's pages into `out`, uint8 [layout.num_pages, page_bytes], which must be zero.
 
+    An affine pair is written unfinished: the magnitude (or 1), and the trained bias plus the one of lora_B (or 0).
     Raises AdapterInvalid if a weight is not finite in the target dtype.
     """
-    pages = out.view(-1).view(target.dtype)
-    page_elements = target.page_bytes // target.dtype.itemsize
     for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
-        rows = _stacked_rows(blocks, target.sites[matrix.site], matrix.slice, target.dtype)
-        for chunk in chunks:
-            weight, row = rows[chunk.row // RANK_GRANULE]
-            part = weight[row : row + RANK_GRANULE, chunk.col : chunk.col + chunk.columns]
-            at = chunk.page * page_elements + chunk.offset // target.dtype.itemsize
-            panel = pages[at : at + RANK_GRANULE * chunk.columns].view(RANK_GRANULE, chunk.columns)
-            panel[: len(part)] = part
+        site = target.sites[matrix.site]
+        if matrix.affine:
+            _pack_affine(blocks.vectors[site.layer, site.slices[matrix.slice].module], chunks, target, out)
+        else:
+            _pack_panels(_stacked_rows(blocks, site, matrix, target.dtype), chunks, target, out)
+    for block, chunks in zip(blocks.whole, layout.whole, strict=True):
+        _pack_whole(block, chunks, target, out)
 
 
-def _stacked_rows(blocks: Blocks, site: LoraSite, index: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, int]]:
-    """For each panel of a matrix (slice `index`, or -1 for the stacked A): its weight [rank, width] and first row."""
-    modules = [s.module for s in site.slices] if index < 0 else [site.slices[index].module]
+def _pack_panels(
+    rows: list[tuple[torch.Tensor, int]], chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor
+) -> None:
+    for chunk in chunks:
+        weight, row = rows[chunk.row // RANK_GRANULE]
+        part = weight[row : row + RANK_GRANULE, chunk.col : chunk.col + chunk.columns]
+        place(out, target, chunk, RANK_GRANULE)[: len(part)] = part
+
+
+def _pack_affine(
+    vectors: dict[Affine, Vector], chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor
+) -> None:
+    width = next(iter(vectors.values())).value.numel()
+    pair = torch.zeros(2, width)
+    pair[0] = vectors[Affine.DORA].value if Affine.DORA in vectors else 1.0
+    for kind in (Affine.BIAS, Affine.LORA_BIAS):
+        if kind in vectors:
+            pair[1] += vectors[kind].value.float() * vectors[kind].scaling
+    block = next(iter(vectors.values()))
+    _check_finite(pair, target, f"layer {block.layer} {block.module}: magnitude or bias")
+    for chunk in chunks:
+        affine_place(out, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
+
+
+def _pack_whole(block: Full | Rows, chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor) -> None:
+    weight = block.weight.view(-1, block.weight.shape[-1])
+    for i, chunk in enumerate(chunks):
+        end = chunks[i + 1].row if i + 1 < len(chunks) else len(weight)
+        part = weight[chunk.row : end].to(target.dtype)
+        _check_finite(part, target, f"{block.module}: weight")
+        place(out, target, chunk, end - chunk.row).copy_(part)
+
+
+def place(out: torch.Tensor, target: PackTarget, chunk: Chunk, rows: int) -> torch.Tensor:
+    """Where a chunk lies, [rows, columns] in the target dtype. out: uint8 [pages, page_bytes]."""
+    size = rows * chunk.columns * target.dtype.itemsize
+    return out[chunk.page, chunk.offset : chunk.offset + size].view(target.dtype).view(rows, chunk.columns)
+
+
+def affine_place(out: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """Where a chunk of an affine pair lies: fp32 [2, columns], scale and shift."""
+    size = 8 * chunk.columns
+    return out[chunk.page, chunk.offset : chunk.offset + size].view(torch.float32).view(2, chunk.columns)
+
+
+def _stacked_rows(
+    blocks: Blocks, site: LoraSite, matrix: Matrix, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, int]]:
+    """For each panel of a matrix (of a slice, or the stacked A): its weight [rank, width] and first row."""
+    parts = site.slices if matrix.slice < 0 else site.slices[matrix.slice : matrix.slice + 1]
     panels = []
-    for module in modules:
-        block = blocks.get((site.layer, module))
+    for part in parts:
+        block = blocks.low_rank.get((site.layer, part.module))
         if block is None:
             continue
-        weight = (block.a if index < 0 else block.b).to(dtype)
+        half = "lora_A" if matrix.slice < 0 else "lora_B"
+        weight = block.a if matrix.slice < 0 else block.b.float() * block.scaling
+        weight = weight.to(dtype)
         # A sum of finite numbers is finite unless it overflows: the slower test runs only where it must.
         if not weight.sum(dtype=torch.float32).isfinite() and not bool(weight.isfinite().all()):
-            half = "lora_A" if index < 0 else "lora_B"
-            raise AdapterInvalid(f"layer {site.layer} {module} {half}: a weight is not finite in {dtype}")
+            raise AdapterInvalid(f"layer {site.layer} {part.module} {half}: a weight is not finite in {dtype}")
         panels += [(weight, row) for row in range(0, block.rank, RANK_GRANULE)]
     return panels
+
+
+def _check_finite(weight: torch.Tensor, target: PackTarget, what: str) -> None:
+    if not bool(weight.isfinite().all()):
+        raise AdapterInvalid(f"{what}: a number is not finite in {target.dtype}")

@@ -201,12 +201,12 @@ def _check_limits(pairs: list[_Pair], weights: _Weights, limits: AdapterLimits) 
 
 
 def _block(pair: _Pair, weights: _Weights, config: PeftConfig) -> LowRank:
-    """Read both tensors and fold the scaling into B, in fp32."""
+    """Read both tensors."""
     assert pair.a and pair.b
     a = weights.read(pair.a)  # [rank, in]
-    b = weights.read(pair.b).mul_(config.scaling(pair.name, rank=a.shape[0]))  # [out, rank]
+    b = weights.read(pair.b)  # [out, rank]
     for tensor, name in ((a, pair.a), (b, pair.b)):
         # A sum of finite numbers is finite unless it overflows, so the slower test runs only where it must.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
-            raise AdapterInvalid(f"{weights.where(name)}: NaN or Inf (after scaling)")
-    return LowRank(pair.layer, pair.module, a, b.T)
+            raise AdapterInvalid(f"{weights.where(name)}: NaN or Inf")
+    return LowRank(pair.layer, pair.module, a, b.T, config.scaling(pair.name, rank=a.shape[0]))

@@ -12,11 +12,11 @@ import msgspec
 import torch
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
-from multilora.adapters.blocks import PackTarget, index_blocks, pack, ranks_of
+from multilora.adapters.blocks import Blocks, PackTarget, pack
 from multilora.adapters.checkpoint import read_adapter
 from multilora.adapters.sources import resolve
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
-from multilora.lora.panels import Ranks
+from multilora.lora.panels import AdapterShape
 
 
 class FetchJob(msgspec.Struct, frozen=True):
@@ -31,7 +31,7 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
     """What a fetch found out. `kind` and `message` name the error if there was one; then the rest is empty."""
 
     version: int
-    ranks: Ranks = ()
+    shape: AdapterShape | None = None
     rank: int = 0
     target_modules: list[str] = []
     fingerprint: str = ""
@@ -76,9 +76,9 @@ def fetch(job: FetchJob, context: FetchContext, allocate: "Allocate") -> tuple[F
     target = context.target
     try:
         adapter = read(job, context)
-        blocks = index_blocks(adapter)
-        ranks = ranks_of(blocks, target.sites)
-        layout = target.layout(ranks)
+        blocks = Blocks.of(adapter)
+        shape = blocks.shape(target.sites)
+        layout = target.layout(shape)
         nbytes = layout.num_pages * target.page_bytes
         if job.max_bytes is not None and nbytes > job.max_bytes:
             raise AdapterIncompatible(
@@ -93,7 +93,7 @@ def fetch(job: FetchJob, context: FetchContext, allocate: "Allocate") -> tuple[F
         return Fetched(version=job.version, kind="AdapterError", message=f"{job.path}: {e}"), None
     result = Fetched(
         version=job.version,
-        ranks=ranks,
+        shape=shape,
         rank=adapter.rank,
         target_modules=adapter.target_modules,
         fingerprint=adapter.fingerprint,

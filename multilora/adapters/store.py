@@ -26,7 +26,7 @@ from multilora.errors import (
     MultiloraError,
     from_wire,
 )
-from multilora.lora.panels import PanelLayout, Ranks
+from multilora.lora.panels import AdapterShape, PanelLayout
 from multilora.memory.reclaim import Reclaimer
 
 
@@ -92,7 +92,7 @@ class AdapterStore:
         residency: Residency,
         reclaimer: Reclaimer,
         *,
-        layout_of: Callable[[Ranks], PanelLayout],
+        layout_of: Callable[[AdapterShape], PanelLayout],
         page_bytes: int,
         total_pages: int,
         context_pages: int,
@@ -311,7 +311,8 @@ class AdapterStore:
         return Loaded(record.version, error)
 
     def _accept(self, record: Record, result: Fetched, buffer: torch.Tensor, first: bool) -> None:
-        layout = self._layout_of(result.ranks)
+        assert result.shape is not None
+        layout = self._layout_of(result.shape)
         if not first and result.fingerprint != record.fingerprint:
             raise AdapterError(f"{record.path} has changed since it was loaded: unload it and load it again")
         if first:

@@ -20,6 +20,7 @@ from multilora.adapters.loader import Fetched, FetchJob
 from multilora.adapters.residency import Residency
 from multilora.adapters.store import AdapterStore
 from multilora.errors import AdapterIncompatible, AdapterNotFound, MultiloraError
+from multilora.lora.panels import AdapterShape
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
 from multilora.memory.page_pool import PagePool
@@ -82,7 +83,7 @@ class FakeLoader:
         file = self.files.get(job.path)
         if file is None:
             file = FakeFile(error=AdapterNotFound(f"{job.path}: no such directory"))
-        layout = TARGET.layout(((file.rank,),))
+        layout = TARGET.layout(shape := AdapterShape(((file.rank,),)))
         error = file.error
         if job.max_bytes is not None and layout.num_pages * PAGE_BYTES > job.max_bytes:
             error = AdapterIncompatible(f"incompatible: {job.path} is over {job.max_bytes} bytes")
@@ -91,7 +92,7 @@ class FakeLoader:
         weights = torch.full((layout.num_pages, PAGE_BYTES // 4), float(job.version))
         fetched = Fetched(
             version=job.version,
-            ranks=((file.rank,),),
+            shape=shape,
             rank=file.rank,
             target_modules=["o_proj"],
             fingerprint=file.fingerprint,

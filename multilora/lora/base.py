@@ -20,7 +20,9 @@ class LoraBackend(Protocol):
         """Take this step's segments over `num_rows` rows. None of them: only before a graph is captured."""
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
-        """In place, for every segment and each of its blocks of weight w: y[rows] += w · (x[rows] Aᵀ) B.
+        """In place, for every segment and each of its adapters of weight w: y[rows] += w · (x[rows] Aᵀ) B; then, if
+        its one adapter has an affine pair at the site, y[rows] = scale · y[rows] + shift.
 
-        x: [rows, in_features], y: [rows, out_features] of that site, both contiguous, in the model's dtype.
+        x: [rows, in_features], y: [rows, out_features] of that site, both contiguous, in the model's dtype; y may be
+        fp32 (logits). Adapters with affine pairs are never composed.
         """

@@ -9,7 +9,8 @@ order with the kernels that read, so that a captured graph sees every change and
                                              rank 0: the adapter does not touch the slice
     addresses  int64 [capacity]              where a chunk begins in the arena, in elements
                    a_start ->  panels of the stacked A: rank rows 0-7, 8-15, ... (each: its chunks, left to right)
-                   b_start ->  panels of B of that slice
+                   b_start ->  panels of B of that slice, then (rank's bit 15 is set) its affine pair: fp32 scales
+                               of a chunk's columns, then shifts
 
 Capacity is what the arena can hold, so nothing is ever reallocated: a place per page, an address per smallest panel.
 """
@@ -20,6 +21,8 @@ import torch
 from multilora.lora.panels import RANK_GRANULE, PanelGeometry, PanelLayout
 from multilora.lora.sites import LoraSite
 from multilora.lora.table import LoraTable
+
+AFFINE_BIT = 1 << 15
 
 
 class DeviceTable:
@@ -97,6 +100,11 @@ class DeviceTable:
             if matrix.slice < 0:
                 records[matrix.site, :2] = at, matrix.rank
                 above = 0
+            elif matrix.affine:  # right behind B, or alone
+                word = 2 + 2 * matrix.slice
+                if not records[matrix.site, word] & 0x7FFF:
+                    records[matrix.site, word : word + 2] = above << 16, at
+                records[matrix.site, word] |= AFFINE_BIT
             else:
                 word = 2 + 2 * matrix.slice
                 records[matrix.site, word : word + 2] = above << 16 | matrix.rank, at

@@ -1,4 +1,4 @@
-"""How LoRA weights lie in pages: the geometry shared by the packer, the tables and the kernels.
+"""How adapters lie in pages: the geometry shared by the packer, the tables and the kernels.
 
 The unit is a panel: 8 rank rows of one matrix over its whole width, contiguous inside one page. A matrix is either
 the stacked A of a site (`[sum of its slices' ranks, in]`, so that one shrink serves q, k and v) or the B of one
@@ -9,8 +9,12 @@ slice (`[rank, out]`). Only a panel wider than a page is cut, by columns, into e
       B  q [16, out_q] panels 0-7, 8-15       v [8, out_v] panel 0-7
 
 Ranks are rounded up to the granule of 8 with zero rows; nothing is ever padded to another adapter's rank.
+
+A slice may have an affine pair besides (DoRA, biases): `y = scale · y + shift`, fp32 [2, columns] per chunk, scale
+first, cut into the same columns as a panel of B. Whole modules and token rows are row-major, cut by rows.
 """
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,6 +25,8 @@ from multilora.lora.sites import LoraSite
 
 RANK_GRANULE = 8
 COLUMN_GRANULE = 16
+AFFINE_BYTES = 8  # per column: scale and shift
+ALIGN_BYTES = 16
 
 
 def round_rank(rank: int) -> int:
@@ -48,19 +54,64 @@ class PanelGeometry:
         return -(-width // self.chunk_columns(width))
 
 
+class Affine(enum.IntFlag):
+    """What the affine pair of a slice is made of; 0: there is none."""
+
+    NONE = 0
+    DORA = 1
+    BIAS = 2
+    LORA_BIAS = 4
+
+
+Ranks = tuple[tuple[int, ...], ...]
+"""Per site, the true rank of each slice (0: not targeted)."""
+
+
+@dataclass(frozen=True)
+class WholeShape:
+    """A module that an adapter replaces: all rows of its weight, or (token_ids not empty) some rows of a table."""
+
+    layer: int
+    module: str
+    rows: int
+    cols: int
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Everything that decides the layout of an adapter. affine: as `ranks`, values of `Affine`; empty: none."""
+
+    ranks: Ranks
+    affine: tuple[tuple[int, ...], ...] = ()
+    whole: tuple[WholeShape, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Of low rank and nothing else."""
+        return not self.affine and not self.whole
+
+
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of one adapter: the stacked A of a site (slice -1) or the B of one of its slices."""
+    """One matrix of an adapter: the stacked A of a site (slice -1), the B of a slice, or its affine pair (rank 0)."""
 
     site: int
     slice: int
     rank: int  # rounded
     width: int
 
+    @property
+    def affine(self) -> bool:
+        return self.rank == 0
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where 8 rows x [col, col + columns) of a matrix lie: `offset` bytes into the adapter's page number `page`."""
+    """Where rows x [col, col + columns) of a matrix lie: `offset` bytes into the adapter's page number `page`.
+
+    Rows: 8 of a matrix, both of an affine pair, as many as fit into a page of a whole module.
+    """
 
     row: int
     col: int
@@ -71,14 +122,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PanelLayout:
-    """The placement of a whole adapter: a function of its ranks only.
+    """The placement of a whole adapter: a function of its shape only.
 
-    `chunks[i]` are the chunks of `matrices[i]`, row by row, then column by column.
+    `chunks[i]` are the chunks of `matrices[i]`, row by row, then column by column; `whole[i]` those of
+    `shape.whole[i]`, by rows.
     """
 
     num_pages: int
+    shape: AdapterShape
     matrices: tuple[Matrix, ...]
     chunks: tuple[tuple[Chunk, ...], ...]
+    whole: tuple[tuple[Chunk, ...], ...]
     used_bytes: int
 
     @cached_property
@@ -87,46 +141,84 @@ class PanelLayout:
         return np.array([(c.page, c.offset) for chunks in self.chunks for c in chunks], np.int64).reshape(-1, 2)
 
 
-Ranks = tuple[tuple[int, ...], ...]
-"""Per site, the true rank of each slice (0: not targeted)."""
-
-
-def matrices_of(sites: Sequence[LoraSite], ranks: Ranks) -> tuple[Matrix, ...]:
-    """The non-empty matrices of an adapter with these ranks, in site order, A before its Bs."""
+def matrices_of(sites: Sequence[LoraSite], shape: AdapterShape) -> tuple[Matrix, ...]:
+    """The non-empty matrices of an adapter, in site order: A, then for each slice B and the affine pair."""
     found = []
-    for site, slice_ranks in zip(sites, ranks, strict=True):
+    for site, slice_ranks in zip(sites, shape.ranks, strict=True):
         rounded = [round_rank(r) for r in slice_ranks]
+        affine = shape.affine[site.index] if shape.affine else (0,) * len(rounded)
         if sum(rounded):
             found.append(Matrix(site.index, -1, sum(rounded), site.in_features))
-        for i, rank in enumerate(rounded):
-            if rank:
-                found.append(Matrix(site.index, i, rank, site.slices[i].out_features))
+        for i, part in enumerate(site.slices):
+            if rounded[i]:
+                found.append(Matrix(site.index, i, rounded[i], part.out_features))
+            if affine[i]:
+                found.append(Matrix(site.index, i, 0, part.out_features))
     return tuple(found)
 
 
 @lru_cache(maxsize=256)
-def place_panels(sites: tuple[LoraSite, ...], ranks: Ranks, geometry: PanelGeometry) -> PanelLayout:
-    """First-fit-decreasing: widest panels first, each into the first page with room."""
-    matrices = matrices_of(sites, ranks)
-    size_of = lambda m: geometry.chunk_columns(m.width) * RANK_GRANULE * geometry.itemsize  # noqa: E731
-    order = sorted(range(len(matrices)), key=lambda i: -size_of(matrices[i]))
-    chunks: list[tuple[Chunk, ...]] = [()] * len(matrices)
-    used: list[int] = []  # bytes taken of each page
-    first = 0  # no page before this one has room for the current size or a larger one
-    last_size = 0
-    for i in order:
-        matrix, size = matrices[i], size_of(matrices[i])
-        if size != last_size:
-            first, last_size = 0, size
-        step = geometry.chunk_columns(matrix.width)
-        placed = []
-        for row in range(0, matrix.rank, RANK_GRANULE):
-            for col in range(0, matrix.width, step):
-                while first < len(used) and used[first] + size > geometry.page_bytes:
-                    first += 1
-                if first == len(used):
-                    used.append(0)
-                placed.append(Chunk(row, col, min(step, matrix.width - col), first, used[first]))
-                used[first] += size
-        chunks[i] = tuple(placed)
-    return PanelLayout(len(used), matrices, tuple(chunks), sum(used))
+def place_panels(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry) -> PanelLayout:
+    """First-fit-decreasing: the largest chunks first, each into the first page with room.
+
+    Raises ValueError if one row of a whole module is larger than a page.
+    """
+    matrices = matrices_of(sites, shape)
+    cuts = [*(_cut_matrix(m, geometry) for m in matrices), *(_cut_whole(w, geometry) for w in shape.whole)]
+    fit = _FirstFit(geometry.page_bytes)
+    chunks: list[tuple[Chunk, ...]] = [()] * len(cuts)
+    for i in sorted(range(len(cuts)), key=lambda i: -cuts[i].size):
+        cut = cuts[i]
+        chunks[i] = tuple(Chunk(row, col, columns, *fit.place(cut.size)) for row, col, columns in cut.parts)
+    split = len(matrices)
+    return PanelLayout(len(fit.used), shape, matrices, tuple(chunks[:split]), tuple(chunks[split:]), sum(fit.used))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Equal chunks of `size` bytes each: (row, col, columns)."""
+
+    size: int
+    parts: list[tuple[int, int, int]]
+
+
+def _cut_matrix(matrix: Matrix, geometry: PanelGeometry) -> _Cut:
+    step = geometry.chunk_columns(matrix.width)
+    column_bytes = AFFINE_BYTES if matrix.affine else RANK_GRANULE * geometry.itemsize
+    columns = [(col, min(step, matrix.width - col)) for col in range(0, matrix.width, step)]
+    rows = range(0, max(1, matrix.rank), RANK_GRANULE)
+    return _Cut(_align(step * column_bytes), [(row, col, width) for row in rows for col, width in columns])
+
+
+def _cut_whole(whole: WholeShape, geometry: PanelGeometry) -> _Cut:
+    row_bytes = whole.cols * geometry.itemsize
+    step = min(whole.rows, geometry.page_bytes // row_bytes)
+    if step == 0:
+        raise ValueError(f"{whole.module}: a row of {row_bytes} bytes is larger than a page")
+    return _Cut(_align(step * row_bytes), [(row, 0, whole.cols) for row in range(0, whole.rows, step)])
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGN_BYTES) * ALIGN_BYTES
+
+
+class _FirstFit:
+    """Sizes never grow, so pages that have become too full are passed over for good within one size."""
+
+    def __init__(self, page_bytes: int):
+        self.used: list[int] = []  # bytes taken of each page
+        self._page_bytes = page_bytes
+        self._first = 0  # no page before this one has room for the current size
+        self._size = 0
+
+    def place(self, size: int) -> tuple[int, int]:
+        """Page and offset."""
+        if size != self._size:
+            self._first, self._size = 0, size
+        while self._first < len(self.used) and self.used[self._first] + size > self._page_bytes:
+            self._first += 1
+        if self._first == len(self.used):
+            self.used.append(0)
+        offset = self.used[self._first]
+        self.used[self._first] += size
+        return self._first, offset

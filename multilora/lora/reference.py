@@ -29,20 +29,23 @@ class ReferenceLora:
                 weights = self._table.site(place, site)
                 if weights is None:
                     continue
-                a = gather(weights.a, weights.rank, x.shape[1])
+                a = gather(weights.a, weights.rank, x.shape[1], self._table.weights)
                 for part in weights.b:
-                    width = max(p.col + p.weight.shape[1] for p in part.pieces)
-                    b = gather(part.pieces, part.rank, width)
-                    h = x[rows].to(b.dtype) @ a[part.first : part.first + part.rank].T  # [rows, rank]
-                    columns = slice(part.offset, part.offset + width)
-                    y[rows, columns] = (y[rows, columns].to(b.dtype) + weight * (h @ b)).to(y.dtype)
+                    columns = slice(part.offset, part.offset + part.width)
+                    total = y[rows, columns].to(a.dtype)
+                    if part.rank:
+                        h = x[rows].to(a.dtype) @ a[part.first : part.first + part.rank].T  # [rows, rank]
+                        total += weight * (h @ gather(part.pieces, part.rank, part.width, a))
+                    if part.affine:
+                        scale, shift = gather(part.affine, 2, part.width, a)
+                        total = scale * total + shift
+                    y[rows, columns] = total.to(y.dtype)
 
 
-def gather(pieces: tuple[Piece, ...], rank: int, width: int) -> torch.Tensor:
-    """The whole matrix [rank, width] from its pieces, in at least float32."""
-    weight = pieces[0].weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    matrix = torch.zeros(rank, width, dtype=dtype, device=weight.device)
+def gather(pieces: tuple[Piece, ...], rank: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """The whole matrix [rank, width] from its pieces, in at least float32 (float64 if `like` is)."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    matrix = torch.zeros(rank, width, dtype=dtype, device=like.device)
     for piece in pieces:
         r, c = piece.weight.shape
         matrix[piece.row : piece.row + r, piece.col : piece.col + c] = piece.weight

@@ -6,6 +6,9 @@ slices share one shrink. Models declare their sites; everything else takes them 
 
 from dataclasses import dataclass
 
+MODEL_LEVEL = -1
+"""The layer of sites that belong to no decoder layer: embed_tokens, lm_head."""
+
 
 @dataclass(frozen=True)
 class LoraSlice:

@@ -5,12 +5,12 @@ removes; the backends read. The `torch` backend uses the views made here; tables
 by a `TableListener` (`device_table.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from multilora.lora.panels import RANK_GRANULE, PanelLayout
+from multilora.lora.panels import AFFINE_BYTES, RANK_GRANULE, Chunk, Matrix, PanelLayout
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,36 @@ class Piece:
 
 @dataclass(frozen=True)
 class SliceWeights:
-    """B of one slice: rows [first, first + rank) of the site's stacked intermediate; lies in `pieces`."""
+    """B of one slice: rows [first, first + rank) of the site's stacked intermediate; lies in `pieces`.
+
+    affine: pieces of the pair of scale and shift, fp32 [2, columns]; empty: there is none.
+    """
 
     offset: int  # first output column of the slice
+    width: int
     first: int
     rank: int
     pieces: tuple[Piece, ...]
+    affine: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)
 class SiteWeights:
-    """One adapter at one site. a: pieces of the stacked A [rank, in]."""
+    """One adapter at one site. a: pieces of the stacked A [rank, in]; none of them if rank is 0."""
 
     rank: int
     a: tuple[Piece, ...]
     b: tuple[SliceWeights, ...]
+
+
+@dataclass(frozen=True)
+class WholeWeights:
+    """A module that an adapter replaces, or (token_ids not None) some rows of a table. pieces: by rows."""
+
+    rows: int
+    cols: int
+    pieces: tuple[Piece, ...]
+    token_ids: torch.Tensor | None  # int64 [rows], ascending
 
 
 class TableListener(Protocol):
@@ -63,6 +78,7 @@ class LoraTable:
         self._slice_offsets = slice_offsets
         self._placed: dict[int, tuple[PanelLayout, list[int]]] = {}
         self._views: dict[int, dict[int, SiteWeights]] = {}
+        self._whole: dict[int, dict[tuple[int, str], list[WholeWeights]]] = {}
         self._listeners: list[TableListener] = []
 
     def subscribe(self, listener: TableListener) -> None:
@@ -81,6 +97,7 @@ class LoraTable:
     def remove(self, place: int) -> None:
         del self._placed[place]
         self._views.pop(place, None)
+        self._whole.pop(place, None)
         for listener in self._listeners:
             listener.removed(place)
 
@@ -94,28 +111,67 @@ class LoraTable:
             self._views[place] = self._make_views(*self._placed[place])
         return self._views[place].get(site)
 
+    def whole(self, place: int, layer: int, module: str) -> list[WholeWeights]:
+        """What the adapter puts in place of a module: nothing, its weight, or rows of it."""
+        if place not in self._whole:
+            self._whole[place] = self._make_whole(*self._placed[place])
+        return self._whole[place].get((layer, module), [])
+
     def __len__(self) -> int:
         return len(self._placed)
 
     def _make_views(self, layout: PanelLayout, pages: list[int]) -> dict[int, SiteWeights]:
         sites: dict[int, SiteWeights] = {}
         for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
-            pieces = self._pieces(matrix.width, chunks, pages)
+            site = sites.get(matrix.site, SiteWeights(0, (), ()))
             if matrix.slice < 0:
-                sites[matrix.site] = SiteWeights(matrix.rank, pieces, ())
+                site = SiteWeights(matrix.rank, self._pieces(matrix.width, chunks, pages), ())
+            elif matrix.affine:
+                site = self._with_affine(site, matrix, tuple(self._affine(chunk, pages) for chunk in chunks))
             else:
-                site = sites[matrix.site]
-                first = sum(s.rank for s in site.b)
                 offset = self._slice_offsets[matrix.site][matrix.slice]
-                part = SliceWeights(offset, first, matrix.rank, pieces)
-                sites[matrix.site] = SiteWeights(site.rank, site.a, (*site.b, part))
+                first = sum(s.rank for s in site.b)
+                pieces = self._pieces(matrix.width, chunks, pages)
+                part = SliceWeights(offset, matrix.width, first, matrix.rank, pieces)
+                site = replace(site, b=(*site.b, part))
+            sites[matrix.site] = site
         return sites
 
-    def _pieces(self, width: int, chunks: tuple, pages: list[int]) -> tuple[Piece, ...]:
+    def _with_affine(self, site: SiteWeights, matrix: Matrix, affine: tuple[Piece, ...]) -> SiteWeights:
+        """The pair follows the B of its slice, if that has one."""
+        offset = self._slice_offsets[matrix.site][matrix.slice]
+        if site.b and site.b[-1].offset == offset:
+            return replace(site, b=(*site.b[:-1], replace(site.b[-1], affine=affine)))
+        part = SliceWeights(offset, matrix.width, sum(s.rank for s in site.b), 0, (), affine)
+        return replace(site, b=(*site.b, part))
+
+    def _affine(self, chunk: Chunk, pages: list[int]) -> Piece:
+        at = self._address(chunk, pages)
+        size = AFFINE_BYTES * chunk.columns // self.weights.itemsize
+        return Piece(0, chunk.col, self.weights[at : at + size].view(torch.float32).view(2, chunk.columns))
+
+    def _make_whole(self, layout: PanelLayout, pages: list[int]) -> dict[tuple[int, str], list[WholeWeights]]:
+        found: dict[tuple[int, str], list[WholeWeights]] = {}
+        for shape, chunks in zip(layout.shape.whole, layout.whole, strict=True):
+            ends = [*(chunk.row for chunk in chunks[1:]), shape.rows]
+            pieces = []
+            for chunk, end in zip(chunks, ends, strict=True):
+                at, rows = self._address(chunk, pages), end - chunk.row
+                weight = self.weights[at : at + rows * shape.cols].view(rows, shape.cols)
+                pieces.append(Piece(chunk.row, 0, weight))
+            ids = torch.tensor(shape.token_ids, device=self.weights.device) if shape.token_ids else None
+            weights = WholeWeights(shape.rows, shape.cols, tuple(pieces), ids)
+            found.setdefault((shape.layer, shape.module), []).append(weights)
+        return found
+
+    def _address(self, chunk: Chunk, pages: list[int]) -> int:
+        return pages[chunk.page] * self.page_elements + chunk.offset // self.weights.itemsize
+
+    def _pieces(self, width: int, chunks: tuple[Chunk, ...], pages: list[int]) -> tuple[Piece, ...]:
         """Chunks that follow each other in one page become one piece, so that a matmul serves them together."""
         runs: list[list] = []  # [row, col, rows, columns, element address]
         for chunk in chunks:
-            address = pages[chunk.page] * self.page_elements + chunk.offset // self.weights.itemsize
+            address = self._address(chunk, pages)
             last = runs[-1] if runs else None
             whole = chunk.columns == width
             if last and whole and last[3] == width and address == last[4] + last[2] * width:

@@ -34,6 +34,8 @@ class TorchLora:
 
 def shrink(x: torch.Tensor, weights: SiteWeights) -> torch.Tensor:
     """x: [rows, in] → the stacked intermediate [rows, rank]."""
+    if weights.rank == 0:
+        return x[:, :0]
     first = weights.a[0].weight
     if first.shape == (weights.rank, x.shape[1]):
         return x @ first.T
@@ -45,9 +47,14 @@ def shrink(x: torch.Tensor, weights: SiteWeights) -> torch.Tensor:
 
 
 def expand(y: torch.Tensor, h: torch.Tensor, weights: SiteWeights, weight: float) -> None:
-    """y: [rows, out] += weight · h B, slice by slice."""
+    """y: [rows, out] += weight · h B, slice by slice; then y = scale · y + shift where there is such a pair."""
     for part in weights.b:
         for piece in part.pieces:
             rows, columns = piece.weight.shape
             row, col = part.first + piece.row, part.offset + piece.col
-            y[:, col : col + columns].addmm_(h[:, row : row + rows], piece.weight, alpha=weight)
+            own = piece.weight.to(y.dtype)  # logits are fp32
+            y[:, col : col + columns].addmm_(h[:, row : row + rows].to(y.dtype), own, alpha=weight)
+        for piece in part.affine:
+            columns = piece.weight.shape[1]
+            own = y[:, part.offset + piece.col : part.offset + piece.col + columns]
+            own.copy_(own * piece.weight[0] + piece.weight[1])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multilora.adapters.adapter import Adapter, LowRank
-from multilora.adapters.blocks import PackTarget, index_blocks, pack, ranks_of
+from multilora.adapters.blocks import Blocks, PackTarget, pack
 from multilora.errors import AdapterInvalid
 from multilora.lora.panels import PanelLayout
 from multilora.lora.sites import LoraSite, LoraSlice
@@ -24,7 +24,7 @@ def target(dtype: torch.dtype = torch.float32, page_bytes: int = 4096) -> PackTa
     return PackTarget(SITES, dtype, page_bytes)
 
 
-def blocks(ranks: dict[str, int], seed: int = 0) -> dict[tuple[int, str], LowRank]:
+def blocks(ranks: dict[str, int], seed: int = 0) -> Blocks:
     """module → rank; weights random."""
     random = torch.Generator().manual_seed(seed)
     found = []
@@ -34,11 +34,11 @@ def blocks(ranks: dict[str, int], seed: int = 0) -> dict[tuple[int, str], LowRan
                 a = torch.randn(rank, site.in_features, generator=random)
                 b = torch.randn(rank, part.out_features, generator=random)
                 found.append(LowRank(site.layer, part.module, a, b))
-    return index_blocks(Adapter(tuple(found), "fingerprint"))
+    return Blocks.of(Adapter(tuple(found), "fingerprint"))
 
 
-def packed(items: dict[tuple[int, str], LowRank], where: PackTarget) -> tuple[PanelLayout, torch.Tensor]:
-    layout = where.layout(ranks_of(items, where.sites))
+def packed(items: Blocks, where: PackTarget) -> tuple[PanelLayout, torch.Tensor]:
+    layout = where.layout(items.shape(where.sites))
     out = torch.zeros(layout.num_pages, where.page_bytes, dtype=torch.uint8)
     pack(items, where, layout, out)
     return layout, out
@@ -75,10 +75,14 @@ def test_what_goes_in_comes_out(ranks, dtype, page_bytes):
     for matrix, whole in zip(layout.matrices, unpacked(layout, pages, dtype), strict=True):
         site = SITES[matrix.site]
         if matrix.slice < 0:
-            own = [items[site.layer, s.module].a for s in site.slices if (site.layer, s.module) in items]
+            own = [
+                items.low_rank[site.layer, s.module].a
+                for s in site.slices
+                if (site.layer, s.module) in items.low_rank
+            ]
             expected = torch.cat([padded(weight, dtype) for weight in own])
         else:
-            expected = padded(items[site.layer, site.slices[matrix.slice].module].b, dtype)
+            expected = padded(items.low_rank[site.layer, site.slices[matrix.slice].module].b, dtype)
         assert torch.equal(whole, expected)
 
 
@@ -86,7 +90,7 @@ def test_what_goes_in_comes_out(ranks, dtype, page_bytes):
 @given(ranks=ranks, page_bytes=st.sampled_from([512, 1024, 1536, 4096]))
 def test_chunks_lie_inside_pages_and_do_not_overlap(ranks, page_bytes):
     where = target(torch.float32, page_bytes)
-    layout = where.layout(ranks_of(blocks(ranks), SITES))
+    layout = where.layout(blocks(ranks).shape(SITES))
     taken = torch.zeros(layout.num_pages, page_bytes, dtype=torch.int32)
     for chunk in (c for chunks in layout.chunks for c in chunks):
         size = 8 * chunk.columns * 4
@@ -97,7 +101,7 @@ def test_chunks_lie_inside_pages_and_do_not_overlap(ranks, page_bytes):
 
 
 def test_only_what_is_targeted_takes_room():
-    layout = target().layout(ranks_of(blocks({"v_proj": 3}), SITES))
+    layout = target().layout(blocks({"v_proj": 3}).shape(SITES))
     assert [(m.site, m.slice, m.rank) for m in layout.matrices] == [(0, -1, 8), (0, 2, 8)]
     assert layout.num_pages == 1
     assert layout.used_bytes == 8 * (48 + 32) * 4
@@ -111,8 +115,8 @@ def test_the_layout_depends_on_ranks_only():
 def test_a_transposed_view_is_packed_as_it_reads():
     items = blocks({"o_proj": 6})
     key = (0, "o_proj")
-    straight = items[key]
-    items[key] = LowRank(0, "o_proj", straight.a, straight.b.t().contiguous().t())
+    straight = items.low_rank[key]
+    items.low_rank[key] = LowRank(0, "o_proj", straight.a, straight.b.t().contiguous().t())
     assert torch.equal(packed(items, target())[1], packed(blocks({"o_proj": 6}), target())[1])
 
 
@@ -120,7 +124,7 @@ def test_a_transposed_view_is_packed_as_it_reads():
 @pytest.mark.parametrize("half", ["a", "b"])
 def test_what_is_not_finite_in_the_target_dtype_is_refused(half, value):
     items = blocks({"o_proj": 12, "q_proj": 4})
-    getattr(items[0, "o_proj"], half)[11, 3] = value
+    getattr(items.low_rank[0, "o_proj"], half)[11, 3] = value
     with pytest.raises(AdapterInvalid, match=rf"layer 0 o_proj lora_{half.upper()}.*not finite in torch.float16"):
         packed(items, target(torch.float16))
     if abs(value) < torch.inf:
@@ -129,6 +133,6 @@ def test_what_is_not_finite_in_the_target_dtype_is_refused(half, value):
 
 def test_the_largest_half_is_kept():
     items = blocks({"o_proj": 8})
-    items[0, "o_proj"].a[0, 0] = 65504.0
+    items.low_rank[0, "o_proj"].a[0, 0] = 65504.0
     layout, pages = packed(items, target(torch.float16))
     assert unpacked(layout, pages, torch.float16)[0][0, 0] == 65504.0

@@ -8,6 +8,7 @@ import torch
 from multilora.adapters.host_cache import HostEntry
 from multilora.adapters.residency import Residency, Room
 from multilora.adapters.testing import PAGE_BYTES, TARGET, FakeTiers
+from multilora.lora.panels import AdapterShape
 from multilora.memory.page_pool import PageKind
 
 
@@ -18,7 +19,7 @@ def make(**options: Any) -> FakeTiers:
 
 
 def entry(version: int, pages: int = 1) -> HostEntry:
-    layout = TARGET.layout(((8 * pages,),))
+    layout = TARGET.layout(AdapterShape(((8 * pages,),)))
     weights = torch.full((pages, PAGE_BYTES // 4), float(version))
     return HostEntry(layout, weights.view(torch.uint8))
 

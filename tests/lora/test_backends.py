@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multilora.adapters.adapter import Adapter, LowRank
-from multilora.adapters.blocks import PackTarget, index_blocks, pack, ranks_of
+from multilora.adapters.blocks import Blocks, PackTarget, pack
 from multilora.batch import LoraSegment
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
@@ -43,8 +43,8 @@ class Bench:
         self.target = PackTarget(sites, dtype, page_bytes)
         packed = []
         for adapter in adapters:
-            blocks = index_blocks(adapter)
-            layout = self.target.layout(ranks_of(blocks, sites))
+            blocks = Blocks.of(adapter)
+            layout = self.target.layout(blocks.shape(sites))
             buffer = torch.zeros(layout.num_pages, page_bytes, dtype=torch.uint8)
             pack(blocks, self.target, layout, buffer)
             packed.append((layout, buffer))
@@ -63,9 +63,9 @@ def naive(y, x, site, adapters, segments):
     y = y.clone()
     for segment in segments:
         for place, weight in zip(segment.places, segment.weights, strict=True):
-            blocks = index_blocks(adapters[place])
+            blocks = Blocks.of(adapters[place])
             for s in site.slices:
-                if block := blocks.get((site.layer, s.module)):
+                if block := blocks.low_rank.get((site.layer, s.module)):
                     delta = weight * (x[segment.start : segment.end] @ block.a.T) @ block.b
                     y[segment.start : segment.end, s.offset : s.offset + s.out_features] += delta
     return y

@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora.lora.panels import RANK_GRANULE, PanelGeometry, matrices_of, place_panels, round_rank
+from multilora.lora.panels import RANK_GRANULE, AdapterShape, PanelGeometry, matrices_of, place_panels, round_rank
 from multilora.lora.sites import LoraSite, LoraSlice
 
 
@@ -29,7 +29,7 @@ def test_llama_8b_fits_exactly():
     geometry = PanelGeometry(2 << 20, 2)
     for rank, pages in ((8, 20), (16, 40), (64, 160)):
         ranks = tuple(tuple(rank for _ in site.slices) for site in sites)
-        layout = place_panels(sites, ranks, geometry)
+        layout = place_panels(sites, AdapterShape(ranks), geometry)
         assert layout.num_pages == pages
         assert all(c.columns == m.width for m, cs in zip(layout.matrices, layout.chunks, strict=True) for c in cs)
 
@@ -47,8 +47,8 @@ def test_rounding_is_to_eight():
 def test_chunks_tile_every_matrix_and_never_overlap(widths, ranks, page):
     hidden, out_1, out_2 = widths
     sites = (LoraSite(0, 0, "x", hidden, (LoraSlice("a", 0, out_1), LoraSlice("b", out_1, out_2))),)
-    layout = place_panels(sites, (ranks,), PanelGeometry(page, 4))
-    assert layout.matrices == matrices_of(sites, (ranks,))
+    layout = place_panels(sites, AdapterShape((ranks,)), PanelGeometry(page, 4))
+    assert layout.matrices == matrices_of(sites, AdapterShape((ranks,)))
     taken: set[tuple[int, int]] = set()
     for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
         cells = {(c.row, col) for c in chunks for col in range(c.col, c.col + c.columns)}

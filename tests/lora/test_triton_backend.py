@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from multilora.batch import LoraSegment
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
-from multilora.lora.panels import PanelGeometry, place_panels
+from multilora.lora.panels import AdapterShape, PanelGeometry, place_panels
 from multilora.lora.reference import ReferenceLora
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
@@ -51,7 +51,7 @@ class World:
     def __init__(self, sites, ranks, *, dtype=torch.float32, page_bytes=65536, spare_pages=3):
         self.sites, self.dtype = sites, dtype
         self.geometry = PanelGeometry(page_bytes, dtype.itemsize)
-        self.layouts = [place_panels(sites, r, self.geometry) for r in ranks]
+        self.layouts = [place_panels(sites, AdapterShape(r), self.geometry) for r in ranks]
         total = sum(layout.num_pages for layout in self.layouts) + spare_pages
         g = torch.Generator().manual_seed(0)
         self.free = torch.randperm(total, generator=g).tolist()
