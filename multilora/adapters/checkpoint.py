@@ -1,6 +1,6 @@
 """Reads an adapter directory as PEFT saved it and hands on typed blocks with every PEFT rule already applied.
 
-Owns tensor names, shapes and the fold of the scaling into B. What a field of the config means is in `peft_config`,
+Owns tensor names, shapes and scalings. What a field of the config means is in `peft_config`,
 which files there are in `files`. Does not know where the directory came from (`sources/`), nor how blocks are packed.
 Called by the loader process; a whole adapter is checked from headers before its first weight is read.
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from multilora.adapters.adapter import Adapter, AdapterLimits, LowRank
+from multilora.adapters.base_model import BaseModel
 from multilora.adapters.files import INDEX_NAME, AdapterFiles, find_files, fingerprint, read_json_object, show
 from multilora.adapters.peft_config import PeftConfig, parse_config
 from multilora.adapters.safetensors_file import SafetensorsFile, TensorInfo
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
-from multilora.lora.sites import LoraSite, module_shapes, num_layers
 
 __all__ = ["fingerprint", "read_adapter"]
 
@@ -57,9 +57,9 @@ class _Pair:
 class _Model:
     """What the base model offers LoRA, looked up once per adapter."""
 
-    def __init__(self, sites: tuple[LoraSite, ...]):
-        self.shapes = module_shapes(sites)  # module → (in, out)
-        self.num_layers = num_layers(sites)
+    def __init__(self, base: BaseModel):
+        self.shapes = base.shapes
+        self.num_layers = base.num_layers
         self.order = {module: i for i, module in enumerate(self.shapes)}
 
 
@@ -76,14 +76,15 @@ class _Weights:
         return self._file_of[name].tensors[name]
 
     def read(self, name: str) -> torch.Tensor:
+        """In the file's dtype. It may be read-only to everybody: tensors of one file share memory."""
         return self._file_of[name].read(name)
 
     def where(self, name: str) -> str:
         return f"{self._file_of[name].path.name}: tensor {show(name)}"
 
 
-def read_adapter(directory: Path, sites: tuple[LoraSite, ...], limits: AdapterLimits) -> Adapter:
-    """The adapter in `directory`, for the model whose LoRA sites are `sites`.
+def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits) -> Adapter:
+    """The adapter in `directory`, for the model `base`.
 
     Raises AdapterNotFound, AdapterInvalid, AdapterUnsupported or AdapterIncompatible; the message names the file and
     the field, tensor or module.
@@ -91,7 +92,7 @@ def read_adapter(directory: Path, sites: tuple[LoraSite, ...], limits: AdapterLi
     mark = fingerprint(directory)
     files = find_files(directory)
     config = parse_config(read_json_object(files.config), files.config)
-    model = _Model(sites)
+    model = _Model(base)
     with contextlib.ExitStack() as stack:
         weights = _open(files, stack)
         pairs = _pairs(weights, model)
@@ -201,12 +202,8 @@ def _check_limits(pairs: list[_Pair], weights: _Weights, limits: AdapterLimits) 
 
 
 def _block(pair: _Pair, weights: _Weights, config: PeftConfig) -> LowRank:
-    """Read both tensors."""
+    """Read both tensors, as they are stored: what is not finite in the engine's dtype is found when it is packed."""
     assert pair.a and pair.b
     a = weights.read(pair.a)  # [rank, in]
     b = weights.read(pair.b)  # [out, rank]
-    for tensor, name in ((a, pair.a), (b, pair.b)):
-        # A sum of finite numbers is finite unless it overflows, so the slower test runs only where it must.
-        if not tensor.sum().isfinite() and not tensor.isfinite().all():
-            raise AdapterInvalid(f"{weights.where(name)}: NaN or Inf")
     return LowRank(pair.layer, pair.module, a, b.T, config.scaling(pair.name, rank=a.shape[0]))

@@ -1,8 +1,7 @@
-"""Reads one safetensors file tensor by tensor, as fp32, from a file that nobody has to trust.
+"""Reads one safetensors file tensor by tensor, from a file that nobody has to trust.
 
-Each tensor is read straight into its own memory (or, when it must be converted, into one small scratch buffer),
-so there is no copy of the whole file, and a file that is cut while it is read is an error and not a signal, which
-a memory map would give. Knows nothing of LoRA. Called by `checkpoint`.
+Each tensor is read straight into its own memory; a file that is cut while it is read is an error and not a signal,
+which a memory map would give. Knows nothing of LoRA. Called by `checkpoint`.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
 """
@@ -46,8 +45,6 @@ class SafetensorsFile:
         except BaseException:
             self._file.close()
             raise
-        converted = (t.nbytes for t in self.tensors.values() if t.dtype != torch.float32)
-        self._scratch = torch.empty(max(converted, default=0), dtype=torch.uint8)
 
     def __enter__(self) -> "SafetensorsFile":
         return self
@@ -58,15 +55,11 @@ class SafetensorsFile:
         self._file.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as fp32, in memory of its own. Raises AdapterInvalid if the file has become shorter."""
+        """The tensor in its stored dtype. Raises AdapterInvalid if the file has become shorter."""
         info = self.tensors[name]
-        out = torch.empty(info.shape, dtype=torch.float32)
-        if info.dtype == torch.float32:
-            self._fill(out.view(-1).view(torch.uint8), info.start, name)
-            return out
-        raw = self._scratch[: info.nbytes]
-        self._fill(raw, info.start, name)
-        return out.copy_(raw.view(info.dtype).view(info.shape))
+        out = torch.empty(info.shape, dtype=info.dtype)
+        self._fill(out.view(-1).view(torch.uint8), info.start, name)
+        return out
 
     def _fill(self, target: torch.Tensor, start: int, name: str) -> None:
         """Read `target.numel()` bytes at `start` into `target`, which is uint8 and one-dimensional."""

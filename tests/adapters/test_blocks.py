@@ -136,3 +136,32 @@ def test_the_largest_half_is_kept():
     items.low_rank[0, "o_proj"].a[0, 0] = 65504.0
     layout, pages = packed(items, target(torch.float16))
     assert unpacked(layout, pages, torch.float16)[0][0, 0] == 65504.0
+
+
+def test_large_finite_values_are_kept():
+    """Their sum overflows; each of them is a number."""
+    items = blocks({"o_proj": 8})
+    items.low_rank[0, "o_proj"].a.fill_(3e38)
+    layout, pages = packed(items, target(torch.float32))
+    assert bool((unpacked(layout, pages, torch.float32)[0] == 3e38).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+def test_the_scaling_is_folded_in_and_rounded_once(stored, dtype):
+    items = blocks({"o_proj": 8})
+    key = (0, "o_proj")
+    plain = items.low_rank[key]
+    items.low_rank[key] = LowRank(0, "o_proj", plain.a.to(stored), plain.b.to(stored), scaling=1.7)
+    layout, pages = packed(items, target(dtype))
+    a, b = unpacked(layout, pages, dtype)
+    assert torch.equal(a, plain.a.to(stored).to(dtype))
+    assert torch.equal(b, (plain.b.to(stored).float() * 1.7).to(dtype))
+
+
+def test_a_scaling_that_overflows_is_refused():
+    items = blocks({"o_proj": 8})
+    key = (0, "o_proj")
+    items.low_rank[key] = LowRank(0, "o_proj", items.low_rank[key].a, items.low_rank[key].b, scaling=3e38)
+    with pytest.raises(AdapterInvalid, match="layer 0 o_proj lora_B"):
+        packed(items, target(torch.float32))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
+from multilora.adapters.base_model import BaseModel
 from multilora.adapters.checkpoint import fingerprint, read_adapter
 from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.sites import LoraSite, LoraSlice
@@ -99,7 +100,7 @@ def tiny_sites(layers: int = 3, hidden: int = 64, kv: int = 32, mlp: int = 96) -
     return tuple(sites)
 
 
-SITES = tiny_sites()
+BASE = BaseModel(tiny_sites(), vocab_size=101, hidden_size=64, tie_word_embeddings=False, norms={}, biased=())
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,11 @@ def peft_deltas(model: PeftModel) -> dict[tuple[int, str], torch.Tensor]:
 
 
 def deltas(adapter: Adapter) -> dict[tuple[int, str], torch.Tensor]:
-    return {(block.layer, block.module): (block.a.T @ block.b).T for block in adapter.blocks}
+    """scaling · BA, in fp32."""
+    return {
+        (block.layer, block.module): (block.a.float().T @ block.b.float()).T * block.scaling
+        for block in adapter.blocks
+    }
 
 
 def assert_same(mine: Adapter, other: dict[tuple[int, str], torch.Tensor]) -> None:
@@ -158,7 +163,7 @@ def test_equals_peft(case: str, model_path: Path, tmp_path: Path) -> None:
     config, dtype = GRID[case]
     made = peft_deltas(make_adapter(tmp_path, model_path, dtype=dtype, **config))
     assert made
-    assert_same(read_adapter(tmp_path, SITES, NO_LIMITS), made)
+    assert_same(read_adapter(tmp_path, BASE, NO_LIMITS), made)
 
 
 @pytest.mark.parametrize("case", ["patterns by tail and regex", "patterns with rslora", "layers_to_transform"])
@@ -168,13 +173,13 @@ def test_equals_peft_loading_the_same_directory(case: str, model_path: Path, tmp
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path), str(tmp_path))
-    assert_same(read_adapter(tmp_path, SITES, NO_LIMITS), peft_deltas(loaded))
+    assert_same(read_adapter(tmp_path, BASE, NO_LIMITS), peft_deltas(loaded))
 
 
 def test_fan_in_fan_out_in_the_file_changes_nothing(plain: Path, tmp_path: Path) -> None:
     """PEFT sets it to false for every nn.Linear, whatever the file says."""
     path = rewrite(plain, tmp_path / "a", fan_in_fan_out=True)
-    assert_same(read_adapter(path, SITES, NO_LIMITS), deltas(read_adapter(plain, SITES, NO_LIMITS)))
+    assert_same(read_adapter(path, BASE, NO_LIMITS), deltas(read_adapter(plain, BASE, NO_LIMITS)))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,7 @@ def test_fan_in_fan_out_in_the_file_changes_nothing(plain: Path, tmp_path: Path)
 )
 def test_other_spellings_of_tensor_names(rename: dict[str, str], plain: Path, tmp_path: Path) -> None:
     path = rewrite(plain, tmp_path / "a", rename)
-    assert_same(read_adapter(path, SITES, NO_LIMITS), deltas(read_adapter(plain, SITES, NO_LIMITS)))
+    assert_same(read_adapter(path, BASE, NO_LIMITS), deltas(read_adapter(plain, BASE, NO_LIMITS)))
 
 
 def test_sharded(plain: Path, tmp_path: Path) -> None:
@@ -201,17 +206,17 @@ def test_sharded(plain: Path, tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
     (tmp_path / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "adapter_config.json").write_bytes((plain / "adapter_config.json").read_bytes())
-    assert_same(read_adapter(tmp_path, SITES, NO_LIMITS), deltas(read_adapter(plain, SITES, NO_LIMITS)))
+    assert_same(read_adapter(tmp_path, BASE, NO_LIMITS), deltas(read_adapter(plain, BASE, NO_LIMITS)))
 
     index["weight_map"].pop(names[0])
     (tmp_path / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(AdapterInvalid, match="index disagree"):
-        read_adapter(tmp_path, SITES, NO_LIMITS)
+        read_adapter(tmp_path, BASE, NO_LIMITS)
 
 
 def test_blocks_are_in_order_and_own_their_memory(model_path: Path, tmp_path: Path) -> None:
     make_adapter(tmp_path, model_path, r=2, target_modules="all-linear")
-    adapter = read_adapter(tmp_path, SITES, NO_LIMITS)
+    adapter = read_adapter(tmp_path, BASE, NO_LIMITS)
     assert [(b.layer, b.module) for b in adapter.blocks] == [(n, m) for n in range(3) for m in ATTENTION + MLP]
     weights = tmp_path / "adapter_model.safetensors"
     before = [block.a.clone() for block in adapter.blocks]
@@ -242,7 +247,7 @@ def test_a_config_of_old_peft(plain: Path, tmp_path: Path) -> None:
         "task_type": "CAUSAL_LM",
     }
     (path / "adapter_config.json").write_text(json.dumps(old))
-    assert_same(read_adapter(path, SITES, NO_LIMITS), deltas(read_adapter(plain, SITES, NO_LIMITS)))
+    assert_same(read_adapter(path, BASE, NO_LIMITS), deltas(read_adapter(plain, BASE, NO_LIMITS)))
 
 
 def test_harmless_and_empty_unknown_fields(plain: Path, tmp_path: Path) -> None:
@@ -258,7 +263,7 @@ def test_harmless_and_empty_unknown_fields(plain: Path, tmp_path: Path) -> None:
         "lora_bias": False,
     }
     path = rewrite(plain, tmp_path / "a", **fields)
-    assert_same(read_adapter(path, SITES, NO_LIMITS), deltas(read_adapter(plain, SITES, NO_LIMITS)))
+    assert_same(read_adapter(path, BASE, NO_LIMITS), deltas(read_adapter(plain, BASE, NO_LIMITS)))
 
 
 def test_every_field_of_the_installed_peft_is_in_one_list() -> None:
@@ -274,17 +279,17 @@ def test_every_field_of_the_installed_peft_is_in_one_list() -> None:
 
 
 def test_limits(plain: Path) -> None:
-    read_adapter(plain, SITES, AdapterLimits(max_rank=4, target_modules=("q_proj", "up_proj", "v_proj")))
+    read_adapter(plain, BASE, AdapterLimits(max_rank=4, target_modules=("q_proj", "up_proj", "v_proj")))
     with pytest.raises(AdapterIncompatible, match=r"incompatible.*rank 4.*--max-lora-rank 3"):
-        read_adapter(plain, SITES, AdapterLimits(max_rank=3))
+        read_adapter(plain, BASE, AdapterLimits(max_rank=3))
     with pytest.raises(AdapterIncompatible, match=r"incompatible.*up_proj.*--lora-target-modules q_proj"):
-        read_adapter(plain, SITES, AdapterLimits(target_modules=("q_proj",)))
+        read_adapter(plain, BASE, AdapterLimits(target_modules=("q_proj",)))
 
 
 def test_fingerprint_changes_with_the_files(plain: Path, tmp_path: Path) -> None:
     path = rewrite(plain, tmp_path / "a")
     first = fingerprint(path)
-    assert fingerprint(path) == first == read_adapter(path, SITES, NO_LIMITS).fingerprint
+    assert fingerprint(path) == first == read_adapter(path, BASE, NO_LIMITS).fingerprint
     rewrite(plain, path, lora_alpha=7)
     second = fingerprint(path)
     assert second != first

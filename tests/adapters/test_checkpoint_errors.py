@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from multilora.adapters import checkpoint
 from multilora.adapters.adapter import AdapterLimits
+from multilora.adapters.base_model import BaseModel
 from multilora.adapters.checkpoint import read_adapter
 from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from multilora.lora.sites import LoraSite, LoraSlice
@@ -24,6 +25,7 @@ SITES = tuple(
         LoraSite(2 * layer + 1, layer, "down_proj", 10, (LoraSlice("down_proj", 0, 8),)),
     )
 )
+BASE = BaseModel(SITES, vocab_size=99, hidden_size=8, tie_word_embeddings=False, norms={}, biased=())
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
     "r": 2,
@@ -48,14 +50,6 @@ def add(extra: Tensors) -> Callable[[Tensors], Tensors]:
 
 def drop(name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {key: value for key, value in tensors.items() if key != name}
-
-
-def poison(name: str, value: float) -> Callable[[Tensors], Tensors]:
-    def change(tensors: Tensors) -> Tensors:
-        tensors[name][-1, -1] = value
-        return tensors
-
-    return change
 
 
 WHOLE = torch.ones(8, 8)
@@ -100,11 +94,6 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], type[AdapterError], str]] =
         "vision.model.layers.0",
     ),
     "not targeted": (add(pair(f"{LAYER}.1.mlp.down_proj", 10, 8)), AdapterInvalid, "does not target module"),
-    "NaN in A": (poison(f"{Q0}.lora_A.weight", float("nan")), AdapterInvalid, f"{Q0}.lora_A.weight': NaN or Inf"),
-    "Inf in A": (poison(f"{Q0}.lora_A.weight", float("-inf")), AdapterInvalid, f"{Q0}.lora_A.weight': NaN or Inf"),
-    "NaN in B": (poison(f"{Q0}.lora_B.weight", float("nan")), AdapterInvalid, f"{Q0}.lora_B.weight': NaN or Inf"),
-    "Inf in B": (poison(f"{Q0}.lora_B.weight", float("inf")), AdapterInvalid, f"{Q0}.lora_B.weight': NaN or Inf"),
-    "B overflows": (poison(f"{Q0}.lora_B.weight", 3e38), AdapterInvalid, f"{Q0}.lora_B.weight': NaN or Inf"),
     "DoRA": (add({f"{Q0}.lora_magnitude_vector": torch.ones(8)}), AdapterUnsupported, "DoRA"),
     "bias on B": (add({f"{Q0}.lora_B.bias": torch.ones(8)}), AdapterUnsupported, "lora_bias"),
     "bias on B, named": (add({f"{Q0}.lora_B.default.bias": torch.ones(8)}), AdapterUnsupported, "lora_bias"),
@@ -146,27 +135,18 @@ def write(folder: Path, tensors: Tensors, **config: Any) -> Path:
 def test_wrong_tensors(case: str, tmp_path: Path) -> None:
     change, error, said = CASES[case]
     write(tmp_path, pair(Q0, 8, 8))
-    assert len(read_adapter(tmp_path, SITES, AdapterLimits()).blocks) == 1
+    assert len(read_adapter(tmp_path, BASE, AdapterLimits()).blocks) == 1
     write(tmp_path, change(pair(Q0, 8, 8)))
     with pytest.raises(AdapterError) as caught:
-        read_adapter(tmp_path, SITES, AdapterLimits())
+        read_adapter(tmp_path, BASE, AdapterLimits())
     assert type(caught.value) is error
     assert said in caught.value.message
-
-
-def test_large_finite_values_are_not_infinite(tmp_path: Path) -> None:
-    """Their sum overflows; each of them is a number."""
-    tensors = pair(Q0, 8, 8)
-    tensors[f"{Q0}.lora_A.weight"].fill_(3e38)
-    block = read_adapter(write(tmp_path, tensors), SITES, AdapterLimits()).blocks[0]
-    assert torch.equal(block.a, tensors[f"{Q0}.lora_A.weight"])
-    assert torch.equal(block.b, tensors[f"{Q0}.lora_B.weight"].T * 2)
 
 
 def test_layers_that_the_config_leaves_out(tmp_path: Path) -> None:
     write(tmp_path, pair(Q0, 8, 8), target_modules=["q_proj"], layers_to_transform=[1])
     with pytest.raises(AdapterInvalid, match=r"does not target module 'model.layers.0.self_attn.q_proj'"):
-        read_adapter(tmp_path, SITES, AdapterLimits())
+        read_adapter(tmp_path, BASE, AdapterLimits())
 
 
 def test_files_that_change_while_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,4 +154,4 @@ def test_files_that_change_while_they_are_read(tmp_path: Path, monkeypatch: pyte
     marks = iter(["before", "after"])
     monkeypatch.setattr(checkpoint, "fingerprint", lambda _: next(marks))
     with pytest.raises(AdapterInvalid, match="changed while they were read"):
-        read_adapter(tmp_path, SITES, AdapterLimits())
+        read_adapter(tmp_path, BASE, AdapterLimits())

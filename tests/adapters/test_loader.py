@@ -2,20 +2,21 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.loader import FetchContext, FetchJob, InlineLoader, allocate_private, fetch
-from multilora.adapters.testing import PAGE_BYTES, SITE, TARGET, write_adapter
+from multilora.adapters.testing import BASE, PAGE_BYTES, SITE, TARGET, write_adapter
 from multilora.errors import AdapterError
 
-CONTEXT = FetchContext(TARGET, AdapterLimits())
+CONTEXT = FetchContext(BASE, TARGET, AdapterLimits())
 
 
 def test_fetch_reads_checks_and_packs(tmp_path):
     path = write_adapter(tmp_path / "a", rank=12)
     result, pages = fetch(FetchJob(7, path), CONTEXT, allocate_private)
     assert (result.version, result.kind, result.message) == (7, "", "")
-    assert (result.ranks, result.rank, result.target_modules) == (((12,),), 12, ["o_proj"])
+    assert (result.shape.ranks, result.rank, result.target_modules) == (((12,),), 12, ["o_proj"])
     assert pages.shape == (2, PAGE_BYTES) and pages.dtype == torch.uint8
     assert pages.view(torch.float32).count_nonzero() == 2 * 12 * SITE.in_features
 
@@ -47,15 +48,28 @@ def test_typed_errors_become_the_result(tmp_path):
         assert result.message
 
 
+@pytest.mark.parametrize("half", ["A", "B"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_a_number_is_refused(tmp_path, half, value):
+    path = write_adapter(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"base_model.model.model.layers.0.self_attn.o_proj.lora_{half}.weight"][-1, -1] = value
+    save_file(tensors, file)
+    result, pages = fetch(FetchJob(1, path), CONTEXT, allocate_private)
+    assert (result.kind, pages) == ("AdapterInvalid", None)
+    assert f"layer 0 o_proj lora_{half}" in result.message
+
+
 def test_limits_are_obeyed(tmp_path):
     path = write_adapter(tmp_path / "a", rank=12)
     job = FetchJob(1, path)
     for context in (
-        FetchContext(TARGET, AdapterLimits(max_rank=8)),
-        FetchContext(TARGET, AdapterLimits(target_modules=("q_proj",))),
+        FetchContext(BASE, TARGET, AdapterLimits(max_rank=8)),
+        FetchContext(BASE, TARGET, AdapterLimits(target_modules=("q_proj",))),
     ):
         assert fetch(job, context, allocate_private)[0].kind == "AdapterIncompatible"
-    outside = FetchContext(TARGET, AdapterLimits(), roots=(str(tmp_path / "root"),))
+    outside = FetchContext(BASE, TARGET, AdapterLimits(), roots=(str(tmp_path / "root"),))
     assert fetch(job, outside, allocate_private)[0].kind == "AdapterForbidden"
 
 
