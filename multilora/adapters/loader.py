@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
+from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import Blocks, PackTarget, pack
 from multilora.adapters.checkpoint import read_adapter
 from multilora.adapters.sources import resolve
@@ -43,6 +44,7 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
 class FetchContext:
     """What every fetch of one engine shares."""
 
+    base: BaseModel
     target: PackTarget
     limits: AdapterLimits
     roots: tuple[str, ...] = ()
@@ -65,7 +67,7 @@ class Loader(Protocol):
 def read(job: FetchJob, context: FetchContext) -> Adapter:
     """The files, checked and with PEFT's rules applied."""
     directory = resolve(job.path, context.roots)
-    adapter = read_adapter(directory, context.target.sites, context.limits)
+    adapter = read_adapter(directory, context.base, context.limits)
     if not adapter.blocks:
         raise AdapterInvalid(f"{directory}: no LoRA weights")
     return adapter

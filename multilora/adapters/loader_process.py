@@ -21,9 +21,9 @@ import msgspec
 import torch
 
 from multilora.adapters.adapter import AdapterLimits
+from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.loader import FetchContext, Fetched, FetchJob, fetch
-from multilora.lora.sites import LoraSite
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ PARALLEL_FETCHES = 4  # so that a slow download does not hold up a local directo
 class _Start(msgspec.Struct, frozen=True):
     """The first message: a FetchContext in plain types."""
 
-    sites: tuple[LoraSite, ...]
+    base: BaseModel
     dtype: str
     page_bytes: int
     limits: AdapterLimits
@@ -47,7 +47,7 @@ class ProcessLoader:
     def __init__(self, context: FetchContext):
         target = context.target
         dtype = str(target.dtype).removeprefix("torch.")
-        self._start = _Start(target.sites, dtype, target.page_bytes, context.limits, context.roots)
+        self._start = _Start(context.base, dtype, target.page_bytes, context.limits, context.roots)
         self._pending: dict[int, FetchJob] = {}
         self._lost: list[tuple[Fetched, torch.Tensor | None]] = []  # failures to report at the next poll
         self._page_bytes = target.page_bytes
@@ -152,8 +152,8 @@ def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
 def serve(connection: socket.socket) -> None:
     """Answer jobs until the engine closes its end."""
     start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=_Start)
-    target = PackTarget(start.sites, getattr(torch, start.dtype), start.page_bytes)
-    context = FetchContext(target, start.limits, start.roots)
+    target = PackTarget(start.base.sites, getattr(torch, start.dtype), start.page_bytes)
+    context = FetchContext(start.base, target, start.limits, start.roots)
     lock = threading.Lock()
     with ThreadPoolExecutor(PARALLEL_FETCHES) as threads:
         while data := connection.recv(MAX_MESSAGE):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.host_cache import HostCache
 from multilora.adapters.loader import Fetched, FetchJob
@@ -28,6 +29,7 @@ from multilora.memory.prefix_cache import PrefixCache
 from multilora.memory.reclaim import Clock, Reclaimer
 
 SITE = LoraSite(index=0, layer=0, name="o_proj", in_features=16, slices=(LoraSlice("o_proj", 0, 16),))
+BASE = BaseModel((SITE,), vocab_size=23, hidden_size=16, tie_word_embeddings=False, norms={}, biased=())
 PAGE_BYTES = 1024
 TARGET = PackTarget((SITE,), torch.float32, PAGE_BYTES)
 BEING_COPIED = 0xAA  # what a page holds while an adapter is on its way into it

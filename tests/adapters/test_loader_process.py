@@ -6,6 +6,7 @@ import select
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,10 +17,10 @@ from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.loader import FetchContext, Fetched, FetchJob, allocate_private, fetch
 from multilora.adapters.loader_process import ProcessLoader
-from multilora.adapters.testing import PAGE_BYTES, TARGET, write_adapter
+from multilora.adapters.testing import BASE, PAGE_BYTES, TARGET, write_adapter
 from multilora.lora.sites import LoraSite, LoraSlice
 
-CONTEXT = FetchContext(TARGET, AdapterLimits())
+CONTEXT = FetchContext(BASE, TARGET, AdapterLimits())
 SECONDS = 30
 
 
@@ -124,7 +125,7 @@ def test_a_large_adapter(tmp_path: Path) -> None:
     """64 MiB in 256 KiB pages, over many sites."""
     width, layers = 1024, 16
     sites = tuple(LoraSite(i, i, "o_proj", width, (LoraSlice("o_proj", 0, width),)) for i in range(layers))
-    context = FetchContext(PackTarget(sites, torch.bfloat16, 1 << 18), AdapterLimits())
+    context = FetchContext(replace(BASE, sites=sites), PackTarget(sites, torch.bfloat16, 1 << 18), AdapterLimits())
     path = write_adapter(tmp_path / "a", rank=1024, layers=layers, width=width)
     loader = ProcessLoader(context)
     try:
