@@ -42,3 +42,4 @@ class ForwardBatch:
     attention: AttentionMeta
     lora: tuple[LoraSegment, ...]
     logit_rows: torch.Tensor  # int64 [rows], the T rows whose logits are wanted, ascending
+    logit_lora: tuple[LoraSegment, ...] = ()  # `lora`, counted in logit rows

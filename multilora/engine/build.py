@@ -9,6 +9,7 @@ import torch
 
 from multilora import demo
 from multilora.adapters.adapter import AdapterLimits
+from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.copier import Copier, DirectCopier
 from multilora.adapters.host_cache import HostCache
@@ -23,7 +24,7 @@ from multilora.config import Config
 from multilora.engine.cuda_graph import DecodeGraphs, graph_sizes
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Ready, Stats
-from multilora.engine.runner import Runner
+from multilora.engine.runner import Runner, RunnerLora
 from multilora.engine.scheduler import Scheduler
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
@@ -38,6 +39,7 @@ from multilora.memory.reclaim import Clock, Reclaimer
 from multilora.models.config import ModelConfig
 from multilora.models.llama import LlamaForCausalLM
 from multilora.models.load import load_model
+from multilora.models.weights import checkpoint_files
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +79,12 @@ def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader, ahead:
         sliding_window=model_config.sliding_window,
     )
     adapters: AdapterStore | None = None
-    lora: LoraBackend | None = None
+    lora: RunnerLora | None = None
     if config.enable_lora:
         adapters, lora, reclaimer = _build_lora(config, model, layout, arena, pool, clock, prefix, make_loader)
     else:
         reclaimer = Reclaimer(pool, clock, [prefix])
+    backend = lora.backend if lora else None
     scheduler = Scheduler(
         KVPages(pool, prefix, reclaimer, plan.page_bytes),
         adapters,
@@ -90,13 +93,13 @@ def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader, ahead:
         chunk_tokens=config.chunked_prefill_size,
         policy=config.schedule_policy,
     )
-    runner = Runner(model, attention, lora, config.page_size, device, _capture(config, model, attention, lora))
+    runner = Runner(model, attention, lora, config.page_size, device, _capture(config, model, attention, backend))
     logger.info("engine ready in %.1f s on %s, %s", monotonic() - started, device, model_config.dtype)
     return Engine(
         scheduler,
         runner,
         adapters,
-        describe=partial(_describe, model_config, device, lora.name if lora else "off", attention.name),
+        describe=partial(_describe, model_config, device, backend.name if backend else "off", attention.name),
         max_queued=config.max_queued_requests,
         random_seed=config.random_seed,
         device=device,
@@ -154,7 +157,7 @@ def _build_lora(
     clock: Clock,
     prefix: PrefixCache,
     make_loader: MakeLoader,
-) -> tuple[AdapterStore, LoraBackend, Reclaimer]:
+) -> tuple[AdapterStore, RunnerLora, Reclaimer]:
     sites = model.lora_sites()
     target = PackTarget(sites, layout.dtype, layout.page_bytes)
     table = LoraTable(arena, layout.dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
@@ -174,7 +177,8 @@ def _build_lora(
     )
     reclaimer = Reclaimer(pool, clock, [prefix, residency])
     targets = None if config.lora_target_modules in (None, ("all",)) else config.lora_target_modules
-    context = FetchContext(target, AdapterLimits(config.max_lora_rank, targets), config.lora_root)
+    base = BaseModel.of(model.config, sites, _weights_dir(config))
+    context = FetchContext(base, target, AdapterLimits(config.max_lora_rank, targets), config.lora_root)
     store = AdapterStore(
         make_loader(context),
         HostCache(config.max_loaded_loras, config.lora_host_bytes),
@@ -186,7 +190,15 @@ def _build_lora(
         context_pages=layout.pages_for(model.config.context_length),
         on_evict=lambda version: prefix.devalue_namespace(version + 1),
     )
-    return store, backend, reclaimer
+    return store, RunnerLora(backend, table, sites), reclaimer
+
+
+def _weights_dir(config: Config) -> str | None:
+    """Where the base model's own weights lie, by now on this machine."""
+    if config.load_format == "dummy":
+        return None
+    path = config.model_path or str(demo.base_model_path())
+    return str(checkpoint_files(path, config.revision)[0].parent)
 
 
 def _copier(config: Config, arena: torch.Tensor) -> Copier:

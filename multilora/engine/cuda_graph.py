@@ -73,7 +73,8 @@ class DecodeGraphs:
         context = ForwardContext(twin, self._lora if lora else None)
 
         def forward() -> Tensor:
-            return self._model.logits(self._model(batch, context))
+            # LoRA on lm_head is rare: steps that have it run without a graph.
+            return self._model.logits(self._model(batch, context), ForwardContext(twin, None))
 
         forward()  # compiles and allocates outside the graph
         torch.cuda.synchronize(self._device)

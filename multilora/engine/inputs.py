@@ -3,8 +3,9 @@
 Called by `engine/runner.py`. Knows requests only to read their ids and pages.
 """
 
+import bisect
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,7 +53,9 @@ def build_inputs(plan: StepPlan, page_size: int, device: torch.device) -> StepIn
         token_page=on_device[2],
         token_slot=on_device[1] % page_size,
     )
-    return StepInputs(ForwardBatch(on_device[0], on_device[1], meta, lora_segments(plan), on_device[3]), unknown)
+    segments = lora_segments(plan)
+    batch = ForwardBatch(on_device[0], on_device[1], meta, segments, on_device[3], logit_segments(segments, rows))
+    return StepInputs(batch, unknown)
 
 
 def _page_tables(plan: StepPlan, page_size: int) -> np.ndarray:
@@ -80,6 +83,14 @@ def lora_segments(plan: StepPlan) -> tuple[LoraSegment, ...]:
             segments.append(LoraSegment(row, end, (place,), (1.0,)))
         row = end
     return tuple(segments)
+
+
+def logit_segments(segments: tuple[LoraSegment, ...], rows: list[int]) -> tuple[LoraSegment, ...]:
+    """The segments counted in logit rows; `rows`: the token row of each, ascending."""
+    ends = [(bisect.bisect_left(rows, s.start), bisect.bisect_left(rows, s.end)) for s in segments]
+    return tuple(
+        replace(s, start=start, end=end) for s, (start, end) in zip(segments, ends, strict=True) if start < end
+    )
 
 
 def fill_unknown(ids: Tensor, unknown: list[tuple[int, int]], tokens: Tensor) -> None:

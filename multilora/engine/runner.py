@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from multilora.attention.base import AttentionBackend
+from multilora.batch import LoraSegment
 from multilora.engine.cuda_graph import DecodeGraphs
 from multilora.engine.inputs import StepInputs, build_inputs, fill_unknown, logit_positions
 from multilora.engine.logprobs import TokenLogprobs, token_logprobs
@@ -21,6 +22,9 @@ from multilora.engine.sampler import DeviceSampled, Sampler, SampleRow
 from multilora.engine.upload import Fence, upload
 from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
+from multilora.lora.sites import MODEL_LEVEL, LoraSite
+from multilora.lora.table import LoraTable
+from multilora.lora.whole import WholeModules
 from multilora.models.llama import LlamaForCausalLM
 
 
@@ -48,6 +52,24 @@ class Launched:
         )
 
 
+class RunnerLora:
+    """What a step needs of LoRA: the backend, and the table for what goes beyond it."""
+
+    def __init__(self, backend: LoraBackend, table: LoraTable, sites: tuple[LoraSite, ...]):
+        self.backend = backend
+        self._table = table
+        self._model_level = frozenset(s.index for s in sites if s.layer == MODEL_LEVEL)
+        self._embed_site = next(s.index for s in sites if s.name == "embed_tokens")
+
+    def reaches_out(self, place: int) -> bool:
+        """Whether the adapter acts outside the decoder layers' low-rank pass."""
+        layout, _ = self._table.placed(place)
+        return bool(layout.shape.whole) or not self._model_level.isdisjoint(layout.sites)
+
+    def whole_modules(self, segments: tuple[LoraSegment, ...]) -> WholeModules:
+        return WholeModules(self._table, segments, self._embed_site)
+
+
 class Runner:
     """lora: None when LoRA is off."""
 
@@ -55,7 +77,7 @@ class Runner:
         self,
         model: LlamaForCausalLM,
         attention: AttentionBackend,
-        lora: LoraBackend | None,
+        lora: RunnerLora | None,
         page_size: int,
         device: torch.device,
         graphs: DecodeGraphs | None = None,
@@ -84,16 +106,29 @@ class Runner:
         inputs = build_inputs(plan, self._page_size, self._device)
         batch = inputs.batch
         self._fill_unknown(batch.input_ids, inputs)
-        if self._graphs is not None and all(c.count == 1 and c.sample for c in plan.chunks):
+        reach = self._reach(batch.lora)
+        if self._graphs is not None and not reach and all(c.count == 1 and c.sample for c in plan.chunks):
             logits = self._graphs.run(batch)
             if logits is not None:
                 return logits
         self._attention.prepare(batch.attention)
-        if batch.lora:
-            assert self._lora is not None
-            self._lora.prepare(batch.lora, len(batch.input_ids))
-        hidden = self._model(batch, ForwardContext(self._attention, self._lora if batch.lora else None))
-        return self._model.logits(hidden[batch.logit_rows])
+        hidden = self._model(batch, self._context(batch.lora, len(batch.input_ids), reach))
+        rows = batch.logit_rows
+        head = self._context(batch.logit_lora if reach else (), len(rows), reach)
+        return self._model.logits(hidden[rows], head)
+
+    def _reach(self, segments: tuple[LoraSegment, ...]) -> bool:
+        """Whether some adapter acts outside the decoder layers' low-rank pass."""
+        return self._lora is not None and any(self._lora.reaches_out(p) for s in segments for p in s.places)
+
+    def _context(self, segments: tuple[LoraSegment, ...], rows: int, reach: bool) -> ForwardContext:
+        """Prepare the adapters for `rows` rows."""
+        if not segments:
+            return ForwardContext(self._attention, None)
+        assert self._lora is not None
+        self._lora.backend.prepare(segments, rows)
+        whole = self._lora.whole_modules(segments) if reach else None
+        return ForwardContext(self._attention, self._lora.backend, whole)
 
     def _fill_unknown(self, ids: Tensor, inputs: StepInputs) -> None:
         if inputs.unknown:

@@ -40,6 +40,6 @@ class SelfAttention(nn.Module):
         qkv = self.qkv_proj(x, ctx).view(tokens, -1, self.head_dim)
         q, k, v = qkv.split(self.heads, dim=1)  # [tokens, heads or kv_heads, head_dim]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
         out = ctx.attention.forward(self.layer, q, k, v, rope)
         return self.o_proj(out.reshape(tokens, -1), ctx)

@@ -9,6 +9,7 @@ from torch import nn
 from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import linear
 from multilora.lora.sites import LoraSite
+from multilora.lora.whole import WholeModules, product
 
 
 class Linear(nn.Module):
@@ -26,9 +27,20 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, in_features], contiguous. Returns [tokens, out_features]."""
         y = linear(x, self.weight, self.bias)
+        if ctx.whole is not None:
+            self._replace(y, x, ctx.whole)
         if ctx.lora is not None:
             ctx.lora.apply(y, x, self.site.index)
         return y
+
+    def _replace(self, y: torch.Tensor, x: torch.Tensor, whole: WholeModules) -> None:
+        """Where an adapter brings the whole weight of a module. (A trained bias comes after that, as a shift.)"""
+        for s in self.site.slices:
+            columns = slice(s.offset, s.offset + s.out_features)
+            for rows, weights in whole.find(self.site.layer, s.module):
+                y[rows, columns] = product(x[rows], weights)
+                if self.bias is not None:
+                    y[rows, columns] += self.bias[columns]
 
     def parts(self) -> dict[str, dict[str, torch.Tensor]]:
         """PEFT's (and the checkpoint's) module name → parameter name → the rows of ours that belong to it."""

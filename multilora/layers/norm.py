@@ -3,31 +3,52 @@
 import torch
 from torch import nn
 
+from multilora.layers.context import ForwardContext
 from multilora.layers.ops import fused_ops
 
 
 class RMSNorm(nn.Module):
     """y = x / rms(x) · weight over the last dimension."""
 
-    def __init__(self, size: int, eps: float, *, device: torch.device, dtype: torch.dtype):
+    def __init__(self, name: str, layer: int, size: int, eps: float, *, device: torch.device, dtype: torch.dtype):
+        """name, layer: how adapters that replace the weight call it."""
         super().__init__()
+        self.name = name
+        self.layer = layer
         self.eps = eps
         self._fused = fused_ops(device)
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype), requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [..., size]; on CUDA [rows, size] or [rows, heads, size]."""
         if self._fused is not None:
-            return self._fused.rms_norm(x, self.weight, self.eps)
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+            y = self._fused.rms_norm(x, self.weight, self.eps)
+        else:
+            y = rms_norm(x, self.weight, self.eps)
+        return self._replace(y, x, ctx)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(
+        self, x: torch.Tensor, residual: torch.Tensor | None, ctx: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual): what every half of a decoder layer starts with. None counts as 0."""
         if residual is None:
-            return self(x), x
-        if self._fused is not None:
-            return self._fused.add_rms_norm(x, residual, self.weight, self.eps)
-        total = x + residual
-        return self(total), total
+            return self(x, ctx), x
+        if self._fused is None:
+            total = x + residual
+            return self(total, ctx), total
+        y, total = self._fused.add_rms_norm(x, residual, self.weight, self.eps)
+        return self._replace(y, total, ctx), total
+
+    def _replace(self, y: torch.Tensor, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """Where an adapter brings its own weight."""
+        if ctx.whole is not None:
+            for rows, weights in ctx.whole.find(self.layer, self.name):
+                y[rows] = rms_norm(x[rows], weights.pieces[0].weight[0], self.eps)
+        return y
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x: [..., size], weight: [size]."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)

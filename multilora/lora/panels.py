@@ -136,6 +136,11 @@ class PanelLayout:
     used_bytes: int
 
     @cached_property
+    def sites(self) -> frozenset[int]:
+        """Where the adapter acts in the low-rank pass."""
+        return frozenset(m.site for m in self.matrices)
+
+    @cached_property
     def places(self) -> np.ndarray:
         """int64 [all chunks, 2]: page and offset of each, matrix by matrix."""
         return np.array([(c.page, c.offset) for chunks in self.chunks for c in chunks], np.int64).reshape(-1, 2)

@@ -17,7 +17,7 @@ from multilora.layers.embedding import Embedding, LMHead
 from multilora.layers.linear import Linear
 from multilora.layers.norm import RMSNorm
 from multilora.layers.rotary import Rotary
-from multilora.lora.sites import LoraSite
+from multilora.lora.sites import MODEL_LEVEL, LoraSite
 from multilora.memory.kv_layout import KVLayout
 from multilora.models.config import ModelConfig
 from multilora.models.sites import decoder_sites
@@ -43,7 +43,8 @@ class DecoderLayer(nn.Module):
         qkv, o, gate_up, down = sites
         head_norms = {}
         if config.qk_norm:
-            head_norms = {n: RMSNorm(config.head_dim, config.rms_norm_eps, **kind) for n in ("q_norm", "k_norm")}
+            names = ("q_norm", "k_norm")
+            head_norms = {n: RMSNorm(n, layer, config.head_dim, config.rms_norm_eps, **kind) for n in names}
         self.self_attn = SelfAttention(
             layer,
             config.head_dim,
@@ -52,8 +53,9 @@ class DecoderLayer(nn.Module):
             **head_norms,
         )
         self.mlp = MLP(Linear(gate_up, bias=config.mlp_bias, **kind), Linear(down, bias=config.mlp_bias, **kind))
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm("input_layernorm", layer, size, eps, **kind)
+        self.post_attention_layernorm = RMSNorm("post_attention_layernorm", layer, size, eps, **kind)
 
     def forward(
         self,
@@ -63,9 +65,9 @@ class DecoderLayer(nn.Module):
         ctx: ForwardContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual: [tokens, hidden]. Their sum is the layer's input, and that of the results its output."""
-        x, residual = self.input_layernorm.add(x, residual)
+        x, residual = self.input_layernorm.add(x, residual, ctx)
         x = self.self_attn(x, rope, ctx)
-        x, residual = self.post_attention_layernorm.add(x, residual)
+        x, residual = self.post_attention_layernorm.add(x, residual, ctx)
         return self.mlp(x, ctx), residual
 
 
@@ -78,16 +80,16 @@ class Decoder(nn.Module):
             DecoderLayer(config, layer, tuple(s for s in sites if s.layer == layer), device)
             for layer in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kind)
+        self.norm = RMSNorm("norm", MODEL_LEVEL, config.hidden_size, config.rms_norm_eps, **kind)
         self.rotary = Rotary(config.rope, config.context_length, device)
 
     def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> torch.Tensor:
-        x = self.embed_tokens(batch.input_ids)
+        x = self.embed_tokens(batch.input_ids, ctx)
         rope = self.rotary(batch.positions)
         residual: torch.Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, rope, ctx)
-        return self.norm.add(x, residual)[0]
+        return self.norm.add(x, residual, ctx)[0]
 
 
 class LlamaForCausalLM(nn.Module):
@@ -100,6 +102,7 @@ class LlamaForCausalLM(nn.Module):
         self._sites = decoder_sites(config)
         self.model = Decoder(config, self._sites, device)
         self.lm_head = LMHead(
+            self._sites[-1],
             config.vocab_size,
             config.hidden_size,
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
@@ -116,9 +119,9 @@ class LlamaForCausalLM(nn.Module):
         """Write the new tokens' k and v, return their hidden rows after the final norm, [tokens, hidden]."""
         return self.model(batch, ctx)
 
-    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
-        """hidden_rows: [rows, hidden]. Returns fp32 [rows, vocab]."""
-        return self.lm_head(hidden_rows)
+    def logits(self, hidden_rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """hidden_rows: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab]."""
+        return self.lm_head(hidden_rows, ctx)
 
     def lora_sites(self) -> tuple[LoraSite, ...]:
         return self._sites

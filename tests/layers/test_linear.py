@@ -5,20 +5,12 @@ import torch
 from multilora.batch import LoraSegment
 from multilora.layers.context import ForwardContext
 from multilora.layers.linear import Linear
+from multilora.layers.testing import NoAttention
 from multilora.lora.sites import LoraSite, LoraSlice
 
 SITE = LoraSite(
     5, 1, "qkv_proj", 6, (LoraSlice("q_proj", 0, 4), LoraSlice("k_proj", 4, 2), LoraSlice("v_proj", 6, 2))
 )
-
-
-class NoAttention:
-    name = "none"
-
-    def prepare(self, meta: object) -> None: ...
-
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        raise AssertionError
 
 
 class Recorder:

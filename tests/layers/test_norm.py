@@ -5,26 +5,27 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from multilora.layers.norm import RMSNorm
+from multilora.layers.testing import BASE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equals_transformers(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    ours = RMSNorm(33, 1e-5, device=torch.device("cpu"), dtype=dtype)
+    ours = RMSNorm("norm", 0, 33, 1e-5, device=torch.device("cpu"), dtype=dtype)
     theirs = LlamaRMSNorm(33, 1e-5).to(dtype)
     ours.weight.normal_(generator=generator)
     theirs.weight.data.copy_(ours.weight)
     x = torch.randn(5, 3, 33, generator=generator).to(dtype) * 30
-    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours(x, BASE), theirs(x))
 
 
 def test_add_returns_the_sum_and_its_norm() -> None:
-    norm = RMSNorm(8, 1e-5, device=torch.device("cpu"), dtype=torch.float32)
+    norm = RMSNorm("norm", 0, 8, 1e-5, device=torch.device("cpu"), dtype=torch.float32)
     norm.weight.fill_(2.0)
     x, residual = torch.randn(2, 4, 8).unbind()
-    y, total = norm.add(x, residual)
+    y, total = norm.add(x, residual, BASE)
     assert torch.equal(total, x + residual)
-    assert torch.equal(y, norm(x + residual))
-    y, total = norm.add(x, None)
+    assert torch.equal(y, norm(x + residual, BASE))
+    y, total = norm.add(x, None, BASE)
     assert torch.equal(total, x)
-    assert torch.equal(y, norm(x))
+    assert torch.equal(y, norm(x, BASE))

@@ -9,6 +9,7 @@ from multilora.layers import triton_ops as ops
 from multilora.layers.activation import SiluAndMul
 from multilora.layers.matmul import linear, logits
 from multilora.layers.norm import RMSNorm
+from multilora.layers.testing import BASE
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ ULP = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # sums r
 
 
 def make_norm(size: int, dtype: torch.dtype) -> RMSNorm:
-    norm = RMSNorm(size, 1e-5, device=CPU, dtype=dtype)
+    norm = RMSNorm("norm", 0, size, 1e-5, device=CPU, dtype=dtype)
     norm.weight.normal_(generator=torch.Generator().manual_seed(size))
     return norm
 
@@ -34,7 +35,7 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def test_norm(rows: int, size: int, dtype: torch.dtype) -> None:
     norm, x = make_norm(size, dtype), random(rows, size, dtype=dtype) * 30
     got = ops.rms_norm(x.to(DEVICE), norm.weight.to(DEVICE), norm.eps)
-    torch.testing.assert_close(got.cpu(), norm(x), atol=0, rtol=ULP[dtype])
+    torch.testing.assert_close(got.cpu(), norm(x, BASE), atol=0, rtol=ULP[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,7 +44,7 @@ def test_norm_of_heads_in_a_merged_tensor(dtype: torch.dtype) -> None:
     k = qkv[:, 3:6]
     got = ops.rms_norm(qkv.to(DEVICE)[:, 3:6], norm.weight.to(DEVICE), norm.eps)
     assert got.is_contiguous()
-    torch.testing.assert_close(got.cpu(), norm(k), atol=0, rtol=ULP[dtype])
+    torch.testing.assert_close(got.cpu(), norm(k, BASE), atol=0, rtol=ULP[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,7 +53,7 @@ def test_add_and_norm(rows: int, size: int, dtype: torch.dtype) -> None:
     norm, x, residual = make_norm(size, dtype), random(rows, size, dtype=dtype), random(size, rows, dtype=dtype).T
     residual = residual.contiguous()
     got, total = ops.add_rms_norm(x.to(DEVICE), residual.to(DEVICE), norm.weight.to(DEVICE), norm.eps)
-    want, want_total = norm.add(x, residual)
+    want, want_total = norm.add(x, residual, BASE)
     assert torch.equal(total.cpu(), want_total)
     torch.testing.assert_close(got.cpu(), want, atol=0, rtol=ULP[dtype])
 
@@ -93,13 +94,13 @@ def test_weights_that_matvec_does_not_take(out: int, size: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layers_on_a_gpu_take_them() -> None:
-    norm = RMSNorm(64, 1e-5, device=torch.device("cuda"), dtype=torch.bfloat16)
+    norm = RMSNorm("norm", 0, 64, 1e-5, device=torch.device("cuda"), dtype=torch.bfloat16)
     norm.weight.fill_(1.5)
     x = random(3, 64, dtype=torch.bfloat16)
-    on_cpu = RMSNorm(64, 1e-5, device=CPU, dtype=torch.bfloat16)
+    on_cpu = RMSNorm("norm", 0, 64, 1e-5, device=CPU, dtype=torch.bfloat16)
     on_cpu.weight.fill_(1.5)
-    torch.testing.assert_close(norm(x.cuda()).cpu(), on_cpu(x), atol=0, rtol=8e-3)
-    for got, want in zip(norm.add(x.cuda(), x.cuda()), on_cpu.add(x, x), strict=True):
+    torch.testing.assert_close(norm(x.cuda(), BASE).cpu(), on_cpu(x, BASE), atol=0, rtol=8e-3)
+    for got, want in zip(norm.add(x.cuda(), x.cuda(), BASE), on_cpu.add(x, x, BASE), strict=True):
         torch.testing.assert_close(got.cpu(), want, atol=0, rtol=8e-3)
     torch.testing.assert_close(SiluAndMul(torch.device("cuda"))(x.cuda()).cpu(), SiluAndMul(CPU)(x))
 

@@ -89,8 +89,8 @@ class Driver:
         meta = AttentionMeta(tuple(lens), tuple(seq.done for seq, _ in work), *tensors[:3])
         batch = ForwardBatch(*tensors[3:], meta, (), torch.arange(len(ids), device=device))
         self.attention.prepare(meta)
-        hidden = self.model(batch, ForwardContext(self.attention, None))
-        return list(self.model.logits(hidden).split(lens))
+        context = ForwardContext(self.attention, None)
+        return list(self.model.logits(self.model(batch, context), context).split(lens))
 
 
 @pytest.fixture(scope="module", params=CASES)
