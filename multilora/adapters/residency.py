@@ -78,6 +78,7 @@ class Residency:
         self._pages = 0
         self._free_places: list[int] = []
         self._tick = 0
+        self._shrinking = False  # a limit was lowered; what is in use still exceeds it
 
     # ------------------------------------------------------------------ bringing in
 
@@ -96,10 +97,18 @@ class Residency:
 
     def make_room(self, num_pages: int, fence: int) -> None:
         """Evict idle adapters until one of `num_pages` is within this tier's own limits."""
-        while (self.max_count is not None and len(self._residents) + 1 > self.max_count) or (
-            self.max_pages is not None and self._pages + num_pages > self.max_pages
-        ):
+        while self._over(1, num_pages):
             self.give_way(fence)
+
+    def set_limits(self, max_count: int | None, max_pages: int | None, fence: int) -> None:
+        self.max_count, self.max_pages = max_count, max_pages
+        self.shrink(fence)
+
+    def shrink(self, fence: int) -> None:
+        """Where a lowered limit is not kept yet: evict who is idle by now."""
+        while self._over(0, 0) and self._victim() is not None:
+            self.give_way(fence)
+        self._shrinking = self._over(0, 0)
 
     def start(self, version: int, entry: HostEntry, pinned: bool) -> Resident:
         """Begin the copy. The caller has made room and seen `pool.ready >= entry.layout.num_pages`."""
@@ -178,6 +187,12 @@ class Residency:
         self._on_evict(victim.version)
         return len(victim.pages)
 
+    def _over(self, count: int, num_pages: int) -> bool:
+        """Would `count` more adapters of `num_pages` in all be over a limit of this tier?"""
+        return (self.max_count is not None and len(self._residents) + count > self.max_count) or (
+            self.max_pages is not None and self._pages + num_pages > self.max_pages
+        )
+
     def _victim(self) -> Resident | None:
         return min((r for r in self._residents.values() if r.idle), key=self._key, default=None)
 
@@ -203,5 +218,4 @@ class Residency:
         assert sorted(places) == list(range(len(places))), f"places lost or doubled: {places}"
         pages = [p for r in self._residents.values() for p in r.pages]
         assert len(pages) == len(set(pages)) == self._pages
-        assert self.max_count is None or len(self._residents) <= self.max_count
-        assert self.max_pages is None or self._pages <= self.max_pages
+        assert not self._over(0, 0) or self._shrinking, "over a limit"

@@ -9,14 +9,16 @@ the loader, never here. Knows versions, not names.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from time import monotonic
 
 import torch
 
 from multilora.adapters.host_cache import HostCache, HostEntry
+from multilora.adapters.limits import Limits
 from multilora.adapters.loader import Fetched, FetchJob, Loader
+from multilora.adapters.record import Record
 from multilora.adapters.residency import Residency, Room
 from multilora.errors import (
     AdapterError,
@@ -36,31 +38,6 @@ class Want(Enum):
     READY = "ready"  # resident: acquire it now
     COMING = "coming"  # on its way
     BLOCKED = "blocked"  # everything that could make room is in use
-
-
-@dataclass
-class Record:
-    """One registered version. `layout` is known once it has been fetched for the first time."""
-
-    version: int
-    path: str
-    pinned: bool
-    layout: PanelLayout | None = None
-    rank: int = 0
-    target_modules: list[str] = field(default_factory=list)
-    fingerprint: str = ""
-    fetching: bool = False
-    loads: int = 0
-    evictions: int = 0
-    fetches: int = 0
-    hits: int = 0  # requests that found it resident
-    misses: int = 0
-    load_seconds: float = 0.0
-    asked_at: float | None = None  # since when somebody has waited for it
-
-    @property
-    def pages(self) -> int:
-        return self.layout.num_pages if self.layout else 0
 
 
 @dataclass(frozen=True)
@@ -104,8 +81,9 @@ class AdapterStore:
         self._reclaimer = reclaimer
         self._layout_of = layout_of
         self._page_bytes = page_bytes
-        self._total_pages = total_pages
-        self._context_pages = context_pages
+        self._limits = Limits(
+            host, residency, page_bytes=page_bytes, total_pages=total_pages, context_pages=context_pages
+        )
         self._on_evict = on_evict
         self._records: dict[int, Record] = {}
         self._loading: set[int] = set()  # versions whose first `load` has not ended
@@ -133,11 +111,19 @@ class AdapterStore:
         """Take in what the loader and the copies have finished; start what can start."""
         for version in self.residency.poll():
             self._arrived_on_device(version, fence)
+        self.residency.shrink(fence)
         events = [e for result, buffer in self.loader.poll() if (e := self._arrived(result, buffer, fence))]
         for version in list(self._pinned):
             if self.residency.get(version) is None:
                 self.want(version, fence)
         return events + self._start_fetches(fence)
+
+    def set_limits(self, *, device_bytes: int | None, max_count: int | None, fence: int) -> None:
+        """Other limits of the device tier from now on, None: none. Where less fits than is resident, idle adapters
+        leave at once and the others as soon as no request runs on them. Raises ConfigError, with nothing changed."""
+        self._limits.check_device(device_bytes, max_count, self.records())
+        max_pages = None if device_bytes is None else device_bytes // self._page_bytes
+        self.residency.set_limits(max_count, max_pages, fence)
 
     @property
     def busy(self) -> bool:
@@ -238,8 +224,8 @@ class AdapterStore:
         if self.residency.max_count is not None:
             return len(self.residency), self.residency.max_count
         sizes = [r.pages for r in self.records()]
-        limit = min(self.residency.max_pages or self._total_pages, self._total_pages)
-        return len(self.residency), int(limit / (sum(sizes) / len(sizes))) if sizes else 0
+        room = self._limits.device_pages
+        return len(self.residency), int(room / (sum(sizes) / len(sizes))) if sizes else 0
 
     def check(self) -> None:
         self.residency.check()
@@ -259,7 +245,7 @@ class AdapterStore:
 
     def _start_fetches(self, fence: int) -> list[Loaded | Lost]:
         """In order, as long as the host tier can hold what comes. Returns those that it never could."""
-        limits = [b for b in (self.host.max_bytes, self._device_bytes()) if b is not None]
+        limits = [b for b in (self.host.max_bytes, self._limits.largest_bytes()) if b is not None]
         failed = []
         while self._to_fetch:
             record = self._records[self._to_fetch[0]]
@@ -276,13 +262,6 @@ class AdapterStore:
             record.fetches += 1
             self.loader.submit(FetchJob(record.version, record.path, min(limits)))
         return failed
-
-    def _device_bytes(self) -> int:
-        """The largest adapter that could ever be resident."""
-        pages = self._total_pages - 1
-        if self.residency.max_pages is not None:
-            pages = min(pages, self.residency.max_pages)
-        return pages * self._page_bytes
 
     def _arrived(self, result: Fetched, buffer: torch.Tensor | None, fence: int) -> Loaded | Lost | None:
         self._fetching.pop(result.version, None)
@@ -316,52 +295,16 @@ class AdapterStore:
         if not first and result.fingerprint != record.fingerprint:
             raise AdapterError(f"{record.path} has changed since it was loaded: unload it and load it again")
         if first:
-            self._check_room(record, layout.num_pages)
+            self._limits.check_room(record.path, layout.num_pages, self.pinned_pages())
             if record.pinned:
-                self._check_pin(record, layout.num_pages)
+                self._limits.check_pin(record.path, layout.num_pages, self.records())
         if not self.host.has_room_for(1, buffer.numel(), ever=True):
             raise AdapterIncompatible(f"{record.path}: pinned adapters leave it no room in --lora-host-bytes")
         self.host.put(record.version, HostEntry(layout, buffer, pinned=record.pinned))
         record.layout, record.rank, record.target_modules = layout, result.rank, result.target_modules
-        record.fingerprint = result.fingerprint
+        record.fingerprint, record.invocation_tokens = result.fingerprint, result.invocation_tokens
         if record.pinned:
             self._pinned.add(record.version)
-
-    def _check_room(self, record: Record, pages: int) -> None:
-        """Refuse an adapter that could never be resident beside those that are pinned already."""
-        limit = self.residency.max_pages
-        if limit is not None and pages > limit - self.pinned_pages():
-            raise AdapterIncompatible(
-                f"incompatible: {record.path} takes {pages} pages; pinned adapters leave "
-                f"{limit - self.pinned_pages()} under --lora-device-bytes"
-            )
-
-    def _check_pin(self, record: Record, pages: int) -> None:
-        """Refuse a pin that would leave too little for everybody else (DESIGN §3)."""
-        residency = self.residency
-        others = [r for r in self.records() if r.pinned]
-        if residency.max_count is not None and len(others) + 1 >= residency.max_count:
-            raise AdapterStarvation(
-                f"starvation: pinning {record.path} would take the last of --max-loras-per-batch "
-                f"{residency.max_count}; unpin or unload another adapter, or load this one unpinned"
-            )
-        pinned = pages + sum(r.pages for r in others)
-        largest = max([pages, *(r.pages for r in self.records())])
-        if self._total_pages - pinned < self._context_pages + largest:
-            raise AdapterStarvation(
-                f"starvation: with {record.path} pinned, {self._total_pages - pinned} pages would remain; one "
-                f"full-context request and the largest adapter need {self._context_pages + largest}"
-            )
-        if residency.max_pages is not None and residency.max_pages - pinned < largest:
-            raise AdapterStarvation(
-                f"starvation: pinning {record.path} would leave no room for another under --lora-device-bytes"
-            )
-        unpinned = [r.pages for r in self.records() if not r.pinned]
-        if unpinned and not self.host.has_room_for(2, (pages + max(unpinned)) * self._page_bytes, ever=True):
-            raise AdapterStarvation(
-                f"starvation: pinning {record.path} would leave no room for the adapters that are loaded already "
-                "under --max-loaded-loras or --lora-host-bytes"
-            )
 
     def _arrived_on_device(self, version: int, fence: int) -> None:
         record = self._records.get(version)

@@ -1,0 +1,31 @@
+"""What the engine knows of one registered adapter version, wherever its bytes are. Written by `store.py` only."""
+
+from dataclasses import dataclass, field
+
+from multilora.lora.panels import PanelLayout
+
+
+@dataclass
+class Record:
+    """One registered version. `layout` is known once it has been fetched for the first time."""
+
+    version: int
+    path: str
+    pinned: bool
+    layout: PanelLayout | None = None
+    rank: int = 0
+    target_modules: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+    invocation_tokens: tuple[int, ...] | None = None  # see Adapter
+    fetching: bool = False
+    loads: int = 0
+    evictions: int = 0
+    fetches: int = 0
+    hits: int = 0  # requests that found it resident
+    misses: int = 0
+    load_seconds: float = 0.0
+    asked_at: float | None = None  # since when somebody has waited for it
+
+    @property
+    def pages(self) -> int:
+        return self.layout.num_pages if self.layout else 0
