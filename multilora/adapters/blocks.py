@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from multilora.adapters.adapter import Adapter, Full, LowRank, Rows, Vector, VectorKind
-from multilora.errors import AdapterInvalid
+from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.panels import (
     RANK_GRANULE,
     AdapterShape,
@@ -44,7 +44,11 @@ class PackTarget:
         return PanelGeometry(self.page_bytes, self.dtype.itemsize)
 
     def layout(self, shape: AdapterShape) -> PanelLayout:
-        return place_panels(self.sites, shape, self.geometry)
+        """Raises AdapterIncompatible if a row of a whole module is larger than a page."""
+        try:
+            return place_panels(self.sites, shape, self.geometry)
+        except ValueError as e:
+            raise AdapterIncompatible(f"incompatible: {e}; start with a larger --page-size") from None
 
 
 Key = tuple[int, str]  # layer, module

@@ -36,6 +36,7 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
     rank: int = 0
     target_modules: list[str] = []
     fingerprint: str = ""
+    invocation_tokens: tuple[int, ...] | None = None  # see Adapter
     kind: str = ""
     message: str = ""
 
@@ -51,6 +52,11 @@ class FetchContext:
 
 
 class Loader(Protocol):
+    @property
+    def working(self) -> bool:
+        """`poll` itself has work to do: call it again soon."""
+        ...
+
     def submit(self, job: FetchJob) -> None: ...
 
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
@@ -99,6 +105,7 @@ def fetch(job: FetchJob, context: FetchContext, allocate: "Allocate") -> tuple[F
         rank=adapter.rank,
         target_modules=adapter.target_modules,
         fingerprint=adapter.fingerprint,
+        invocation_tokens=adapter.invocation_tokens,
     )
     return result, buffer
 
@@ -115,6 +122,8 @@ def allocate_private(num_pages: int, page_bytes: int) -> torch.Tensor:
 
 class InlineLoader:
     """Does each job in `poll`, in order, at most `per_poll` of them."""
+
+    working = False
 
     def __init__(self, context: FetchContext, per_poll: int | None = None):
         self._context = context

@@ -44,6 +44,8 @@ class _Start(msgspec.Struct, frozen=True):
 class ProcessLoader:
     """The engine's end. Starts the process at once; starts it again if it died. `fileno` stays the same."""
 
+    working = False
+
     def __init__(self, context: FetchContext):
         target = context.target
         dtype = str(target.dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.copier import Copier, DirectCopier
+from multilora.adapters.finish import FinishingLoader
 from multilora.adapters.host_cache import HostCache
 from multilora.adapters.loader import FetchContext, Loader
 from multilora.adapters.loader_process import ProcessLoader
@@ -180,7 +181,7 @@ def _build_lora(
     base = BaseModel.of(model.config, sites, _weights_dir(config))
     context = FetchContext(base, target, AdapterLimits(config.max_lora_rank, targets), config.lora_root)
     store = AdapterStore(
-        make_loader(context),
+        FinishingLoader(make_loader(context), target, model.linear),
         HostCache(config.max_loaded_loras, config.lora_host_bytes),
         residency,
         reclaimer,

@@ -91,7 +91,8 @@ class Engine:
     @property
     def running(self) -> bool:
         """A step would compute or say something: do not wait before the next one."""
-        return bool(self.scheduler.running or self._flying or self._replies or self.scheduler.has_outbox)
+        finishing = self.adapters is not None and self.adapters.loader.working
+        return bool(self.scheduler.running or self._flying or self._replies or self.scheduler.has_outbox or finishing)
 
     @property
     def busy(self) -> bool:

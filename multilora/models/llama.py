@@ -123,6 +123,15 @@ class LlamaForCausalLM(nn.Module):
         """hidden_rows: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab]."""
         return self.lm_head(hidden_rows, ctx)
 
+    def linear(self, layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [out, in] and bias [out] of a PEFT target module; lm_head counts as one (layer MODEL_LEVEL)."""
+        if module == self.lm_head.site.name:
+            return self.lm_head.weight, None
+        for linear in self.model.layers[layer].modules():
+            if isinstance(linear, Linear) and module in (parts := linear.parts()):
+                return parts[module]["weight"], parts[module].get("bias")
+        raise KeyError((layer, module))
+
     def lora_sites(self) -> tuple[LoraSite, ...]:
         return self._sites
 
