@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from multilora.adapters.adapter import Adapter, LowRank
+from multilora.adapters.adapter import Adapter, LowRank, Vector, VectorKind
 from multilora.adapters.blocks import Blocks, PackTarget, pack
 from multilora.batch import LoraSegment
 from multilora.errors import ConfigError
@@ -127,6 +127,47 @@ def test_any_subset_of_targets_and_composition(backend):
         want = naive(y, x, site, adapters, segments)
         lora.apply(y, x, site.index)
         torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("page_bytes", [2048, 65536], ids=["cut panels", "whole panels"])
+def test_affine_pairs_follow_the_low_rank_part(backend, page_bytes):
+    """Scale and shift, with low rank or alone; rows of others stay as they are."""
+    torch.manual_seed(4)
+    sites = make_sites(48, 40, 24, 104)
+    low = random_adapter(sites, {"q_proj": 4, "v_proj": 20}, seed=1)
+    vectors = [
+        Vector(0, module, kind, torch.randn(width))
+        for module, width, kinds in (
+            ("q_proj", 40, (VectorKind.MAGNITUDE,)),
+            ("k_proj", 24, (VectorKind.BIAS,)),
+            ("v_proj", 24, (VectorKind.MAGNITUDE, VectorKind.BIAS)),
+            ("o_proj", 48, (VectorKind.BIAS,)),
+        )
+        for kind in kinds
+    ]
+    adapters = [Adapter((*low.blocks, *vectors), "test"), random_adapter(sites, dict.fromkeys(ALL, 8), seed=2)]
+    bench = Bench(sites, torch.float32, page_bytes, adapters)
+    lora = (
+        ReferenceLora(bench.table)
+        if backend == "reference"
+        else make_lora_backend(backend, bench.table, CPU, sites=sites)
+    )
+    segments = (LoraSegment(1, 3, (0,), (1.0,)), LoraSegment(3, 5, (1,), (1.0,)))
+    lora.prepare(segments, 6)
+    for site in sites:
+        x, y = torch.randn(6, site.in_features), torch.randn(6, site.out_features)
+        want = naive(y, x, site, adapters, segments)
+        for vector in sorted(vectors, key=lambda v: v.kind is VectorKind.BIAS):
+            for s in site.slices:
+                if s.module == vector.module:
+                    rows = want[1:3, s.offset : s.offset + s.out_features]
+                    if vector.kind is VectorKind.BIAS:
+                        rows += vector.value
+                    else:
+                        rows *= vector.value
+        lora.apply(y, x, site.index)
+        torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
