@@ -7,6 +7,7 @@
     ├── BadRequest                  400  one field of a request is wrong
     │   ├── PromptTooLong           400
     │   ├── CannotFit               400  would not fit the memory even alone
+    │   ├── PayloadTooLarge         413  the body is longer than the route reads
     │   ├── LoraNotEnabled          400
     │   └── UnknownAdapter          400  never loaded, or unloaded (404 under a bare OpenAI `model`)
     ├── UnknownModel                404  OpenAI `model` is neither the base model nor an adapter
@@ -65,6 +66,12 @@ class PromptTooLong(BadRequest):
 
 class CannotFit(BadRequest):
     """Prompt, `max_new_tokens` and adapter together exceed all memory that is not pinned."""
+
+
+class PayloadTooLarge(BadRequest):
+    """The body is longer than the route reads."""
+
+    status = 413
 
 
 class LoraNotEnabled(BadRequest):

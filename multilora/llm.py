@@ -7,8 +7,13 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
+import torch
+from safetensors.torch import save
+
+from multilora.adapters.spool import TENSOR_ROOT, Spool
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.engine.build import build_engine
@@ -71,7 +76,8 @@ class LLM:
     def __init__(self, model_path: str | None = None, *, lora_paths: Any = None, **options: Any):
         self.config = Config.make(model_path=model_path, lora_paths=lora_paths, **options)
         config = self.config
-        self._engine = build_engine(config)
+        self._spool = Spool()
+        self._engine = build_engine(self._spool.admit(config))
         try:
             self._ready = self._engine.ready()
             self.tokenizer: Tokenizer | None = None
@@ -89,7 +95,7 @@ class LLM:
             for entry in config.lora_paths:
                 self.load_lora_adapter(entry.lora_name, entry.lora_path, pinned=entry.pinned)
         except BaseException:
-            self._engine.close()
+            self.close()
             raise
 
     # ------------------------------------------------------------------ generation
@@ -220,14 +226,34 @@ class LLM:
         self._registry.commit_load(version, info)
         return info
 
+    def load_lora_adapter_from_tensors(
+        self, lora_name: str, tensors: dict[str, torch.Tensor], config: dict[str, Any], pinned: bool = False
+    ) -> AdapterInfo:
+        """Load an adapter from memory: tensors by their names in PEFT's file, and PEFT's config as a dict.
+
+        The tensors are copied to a private file first. Raises AdapterError or BadRequest; nothing has changed then.
+        """
+        version = self._registry.begin_load(lora_name, TENSOR_ROOT, pinned)
+        try:
+            path = str(self._spool.add(version, config, lambda path: _save(tensors, path)))
+            info = self._call(LoadAdapter(call=version, version=version, path=path, pinned=pinned)).info
+        except BaseException:
+            self._registry.fail_load(version)
+            self._spool.remove(version)
+            raise
+        assert info is not None
+        self._registry.commit_load(version, info)
+        return info
+
     def unload_lora_adapter(self, lora_name: str) -> None:
         """Forget an adapter and free its memory. Raises AdapterNotLoaded."""
         version = self._registry.begin_unload(lora_name)
         self._call(UnloadAdapter(version, version))
         self._registry.finish_unload(version)
+        self._spool.remove(version)
 
     def loaded_adapters(self) -> dict[str, str]:
-        """Name → path."""
+        """Name → path ("__tensor__": loaded from tensors)."""
         return self._registry.loaded()
 
     def _call(self, message: LoadAdapter | UnloadAdapter) -> Reply:
@@ -248,6 +274,7 @@ class LLM:
     def close(self) -> None:
         """End the loader process. The LLM is of no use afterwards."""
         self._engine.close()
+        self._spool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -261,6 +288,14 @@ def _params(value: Params) -> SamplingParams:
         value.check()
         return value
     return SamplingParams.parse(value)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+    except (AttributeError, TypeError, ValueError, RuntimeError) as e:  # no tensor, or one that is sparse, meta, …
+        raise BadRequest(f"tensors: cannot be written as a .safetensors file: {e}", param="tensors") from e
+    path.write_bytes(data)
 
 
 def _token_ids(prompt: Any) -> list[int]:

@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
 
 from multilora import LLM, SamplingParams
 from multilora.adapters.loader import InlineLoader
 from multilora.engine.build import build_engine
 from multilora.errors import (
     AdapterAlreadyLoaded,
+    AdapterError,
+    AdapterForbidden,
     AdapterNotFound,
     AdapterNotLoaded,
     BadRequest,
@@ -227,6 +231,95 @@ def test_load_and_unload_at_run_time(bare: Any, files: Path, tmp_path: Path) -> 
             llm.unload_lora_adapter("x")
         llm.load_lora_adapter("x", str(files / "b"))
         assert llm.generate(TEXT, GREEDY, "x").token_ids != first.token_ids
+
+
+def tensors_of(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The adapter at `path` as it would be in memory: PEFT's tensors and PEFT's config."""
+    config = LoraConfig.from_pretrained(path).to_dict()
+    return load_file(path / "adapter_model.safetensors"), config
+
+
+def test_adapters_from_tensors(bare: Any, files: Path, llm: LLM, tmp_path: Path) -> None:
+    """Inside --lora-root or not, evicted from host memory and back, gone with the unload."""
+    expected = {name: llm.generate(TEXT, GREEDY, name).token_ids for name in "ab"}
+    with bare(enable_lora=True, max_loaded_loras=1, lora_root=str(tmp_path)) as small:
+        for name in "ab":
+            info = small.load_lora_adapter_from_tensors(name, *tensors_of(files / name))
+            assert info.rank == 8
+        folder = Path(info.path).parent
+        assert small.loaded_adapters() == {"a": "__tensor__", "b": "__tensor__"}
+        for name in "abab":
+            assert small.generate(TEXT, GREEDY, name).token_ids == expected[name]
+        assert sum(adapter.fetches for adapter in small.stats().adapters) > 2, "nothing was ever evicted"
+        with pytest.raises(AdapterForbidden):
+            small.load_lora_adapter("c", str(files / "a"))
+        small.unload_lora_adapter("a")
+        assert [path.name for path in folder.iterdir()] == ["2"]
+        assert small.generate(TEXT, GREEDY, "b").token_ids == expected["b"]
+    assert not folder.exists()
+
+
+def test_views_and_other_layouts_are_copied(bare: Any, files: Path, llm: LLM) -> None:
+    tensors, config = tensors_of(files / "a")
+    strided = {name: tensor.T.contiguous().T.requires_grad_() for name, tensor in tensors.items()}
+    with bare(enable_lora=True) as own:
+        own.load_lora_adapter_from_tensors("a", strided, config)
+        for tensor in strided.values():
+            tensor.data.zero_()
+        assert own.generate(TEXT, GREEDY, "a").token_ids == llm.generate(TEXT, GREEDY, "a").token_ids
+
+
+def test_bad_tensors(bare: Any, files: Path) -> None:
+    tensors, config = tensors_of(files / "a")
+    some = next(iter(tensors))
+    with bare(enable_lora=True) as llm:
+        cases: list[tuple[Any, Any, type[Exception], str]] = [
+            (tensors | {some: [1.0]}, config, BadRequest, "tensors"),
+            (tensors | {some: tensors[some].to("meta")}, config, BadRequest, "tensors"),
+            (tensors | {some: tensors[some].to_sparse()}, config, BadRequest, "tensors"),
+            (list(tensors), config, BadRequest, "tensors"),
+            (tensors | {some: tensors[some].int()}, config, AdapterError, "dtype"),
+            (tensors | {some: tensors[some] * torch.nan}, config, AdapterError, "finite|NaN"),
+            (tensors | {"x": tensors[some]}, config, AdapterError, "left over"),
+            (tensors, config | {"r": 3}, AdapterError, "rank"),
+            (tensors, config | {"r": object()}, BadRequest, "config"),
+            (tensors, {}, AdapterError, "peft_type"),
+        ]
+        for wrong, settings, error, said in cases:
+            with pytest.raises(error, match=said):
+                llm.load_lora_adapter_from_tensors("a", wrong, settings)
+        assert llm.loaded_adapters() == {}
+        assert list(llm._spool.root.iterdir()) == []
+        llm.load_lora_adapter_from_tensors("a", tensors, config)
+
+
+def test_several_adapters_at_once(bare: Any, files: Path, llm: LLM, tmp_path: Path) -> None:
+    with bare(enable_lora=True) as own:
+        own.load_lora_adapters({"a": str(files / "a"), "b": str(files / "b")})
+        assert own.loaded_adapters() == {"a": str(files / "a"), "b": str(files / "b")}
+        for name in "ab":
+            assert own.generate(TEXT, GREEDY, name).token_ids == llm.generate(TEXT, GREEDY, name).token_ids
+        paths = {"c": str(files / "a"), "a": str(files / "a"), "d": str(tmp_path / "nowhere"), "e": str(files / "b")}
+        with pytest.raises(AdapterAlreadyLoaded):
+            own.load_lora_adapters(paths)
+        with pytest.raises(AdapterNotFound):
+            own.load_lora_adapters({"d": str(tmp_path / "nowhere")})
+        assert list(own.loaded_adapters()) == ["a", "b", "c", "e"], "the others came"
+
+
+def test_limits_change_at_run_time(bare: Any, files: Path) -> None:
+    with bare(lora_paths={"a": str(files / "a"), "b": str(files / "b")}) as llm:
+        expected = [llm.generate(TEXT, GREEDY, name).token_ids for name in "ab"]
+        assert llm.stats().slots_used == 2
+        llm.set_lora_limits(lora_device_bytes=None, max_loras_per_batch=1)
+        assert llm.stats().slots_used == llm.stats().slots_total == 1
+        assert [a.token_ids for a in llm.generate([TEXT] * 2, GREEDY, ["a", "b"])] == expected
+        assert llm.stats().slots_used == 1
+        with pytest.raises(ConfigError, match="--lora-device-bytes"):
+            llm.set_lora_limits(lora_device_bytes=1, max_loras_per_batch=None)
+        llm.set_lora_limits(lora_device_bytes=None, max_loras_per_batch=None)
+        assert [a.token_ids for a in llm.generate([TEXT] * 2, GREEDY, ["a", "b"])] == expected
+        assert llm.stats().slots_used == 2
 
 
 def test_more_adapters_than_fit_a_batch(bare: Any, files: Path, llm: LLM) -> None:

@@ -1,4 +1,4 @@
-"""Loading and unloading adapters while requests run: the four routes, in SGLang's and vLLM's shapes.
+"""Loading and unloading adapters while requests run: the five routes, in SGLang's and vLLM's shapes.
 
 `AdapterManager` drives the registry and the engine through one change; a change that has begun is carried through
 even if its client hangs up. The registry decides who gets which version; the engine does the work.
@@ -6,12 +6,15 @@ even if its client hangs up. The registry decides who gets which version; the en
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
+from multilora.adapters.spool import TENSOR_ROOT, Spool
 from multilora.config import LoraPath
 from multilora.engine.messages import AdapterInfo
 from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded, MultiloraError
@@ -20,29 +23,37 @@ from multilora.server.client import Client
 from multilora.server.errors import StrictRoute, error_response
 from multilora.server.metrics import Metrics
 from multilora.server.streaming import Json
+from multilora.server.tensors import BoundedRoute, LoadTensorsBody, write_weights
 from multilora.text.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
 
-NATIVE_PATHS = ("/load_lora_adapter", "/unload_lora_adapter")
+NATIVE_PATHS = ("/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter")
 MAX_LOADS = 8  # at a time, of --lora-paths
 
 T = TypeVar("T")
 
 
 class AdapterManager:
-    """One per server."""
+    """One per server. `spool`: where adapters that come as tensors are kept."""
 
-    def __init__(self, client: Client, registry: AdapterRegistry, metrics: Metrics):
+    def __init__(self, client: Client, registry: AdapterRegistry, metrics: Metrics, spool: Spool):
         self.registry = registry
         self._client = client
         self._metrics = metrics
+        self._spool = spool
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def load(self, name: str, path: str, *, pinned: bool | None = None, replace: bool = False) -> AdapterInfo:
         """Load `name` and let requests use it. With `replace` the name may be taken: requests in flight keep the
         old version, which is unloaded when they end. `pinned` None: as the replaced one, else no."""
         return await self._carry_through(self._load(name, path, pinned, replace))
+
+    async def load_tensors(
+        self, name: str, config: dict[str, Any], write: Callable[[Path], None], *, pinned: bool = False
+    ) -> AdapterInfo:
+        """Load an adapter whose adapter_config.json is `config` and whose .safetensors file `write(path)` writes."""
+        return await self._carry_through(self._load_tensors(name, config, write, pinned))
 
     async def unload(self, name: str) -> None:
         """Refuse new requests for `name`, wait for those it has, and free it."""
@@ -85,6 +96,25 @@ class AdapterManager:
             self._spawn(self._drop(replaced))
         return info
 
+    async def _load_tensors(
+        self, name: str, config: dict[str, Any], write: Callable[[Path], None], pinned: bool
+    ) -> AdapterInfo:
+        version = self.registry.begin_load(name, TENSOR_ROOT, pinned)
+        try:
+            path = str(await asyncio.to_thread(self._spool.add, version, config, write))
+            try:
+                info = await self._client.load_adapter(version, path, pinned)
+            except MultiloraError as e:
+                e.message = e.message.replace(path, TENSOR_ROOT)
+                raise
+        except BaseException:
+            self.registry.fail_load(version)
+            self._spool.remove(version)
+            raise
+        self.registry.commit_load(version, info)
+        _log_loaded(name, info)
+        return info
+
     async def _unload(self, name: str) -> None:
         version = self.registry.begin_unload(name)
         await self._drop(version)
@@ -100,6 +130,7 @@ class AdapterManager:
             await self._client.unload_adapter(version)
         finally:
             self.registry.finish_unload(version)
+            self._spool.remove(version)
 
     async def _carry_through(self, change: Coroutine[Any, Any, T]) -> T:
         return await asyncio.shield(self._spawn(change))
@@ -134,6 +165,13 @@ def native_result(registry: AdapterRegistry, error: str = "") -> dict[str, Any]:
 
 def router(manager: AdapterManager) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
+    _sglang_routes(routes, manager)
+    _vllm_routes(routes, manager)
+    routes.include_router(_tensor_routes(manager))
+    return routes
+
+
+def _sglang_routes(routes: APIRouter, manager: AdapterManager) -> None:
     registry = manager.registry
 
     @routes.post("/load_lora_adapter")
@@ -148,6 +186,21 @@ def router(manager: AdapterManager) -> APIRouter:
         await manager.unload(body.lora_name)
         return Json(native_result(registry))
 
+
+def _tensor_routes(manager: AdapterManager) -> APIRouter:
+    routes = APIRouter(route_class=BoundedRoute)
+
+    @routes.post("/load_lora_adapter_from_tensors")
+    async def load_from_tensors(body: LoadTensorsBody) -> Response:
+        """Load an adapter whose weights are in the request, as SGLang but without pickle."""
+        write = partial(write_weights, *body.weights())
+        await manager.load_tensors(body.lora_name, body.config_dict, write, pinned=bool(body.pinned))
+        return Json(native_result(manager.registry))
+
+    return routes
+
+
+def _vllm_routes(routes: APIRouter, manager: AdapterManager) -> None:
     @routes.post("/v1/load_lora_adapter")
     async def v1_load(body: V1LoadAdapterBody) -> Response:
         """Load an adapter or, with load_inplace, replace it; as vLLM."""
@@ -173,5 +226,3 @@ def router(manager: AdapterManager) -> APIRouter:
             e.message = f"The lora adapter '{body.lora_name}' cannot be found."
             return error_response(e, status=404)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-    return routes

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 
 import multilora
+from multilora.adapters.spool import Spool
 from multilora.config import Config
 from multilora.server import adapters, chat, completions, errors, native, openai, operations
 from multilora.server.auth import KeyCheck
@@ -25,12 +26,14 @@ def create_app(
     tokenizer: Tokenizer | None,
     registry: AdapterRegistry,
     sampling_defaults: dict[str, Any] | None = None,
+    spool: Spool | None = None,
 ) -> FastAPI:
     """`tokenizer` None: token ids only. `sampling_defaults`: sampling parameters from the model's generation_config,
-    for the OpenAI routes. The app's `state.adapters` is its `AdapterManager`."""
+    for the OpenAI routes. `spool`: the one that the engine was told of, else one of its own. The app's
+    `state.adapters` is its `AdapterManager`."""
     metrics = Metrics(registry, lambda: client.stats, config.max_loras_per_batch)
     front = Front(config, client, tokenizer, registry, metrics, sampling_defaults)
-    manager = adapters.AdapterManager(client, registry, metrics)
+    manager = adapters.AdapterManager(client, registry, metrics, spool or Spool())
     app = FastAPI(title="multilora", version=multilora.__version__)
     app.state.adapters = manager
     errors.install(app, dict.fromkeys(adapters.NATIVE_PATHS, lambda e: adapters.native_result(registry, e.message)))

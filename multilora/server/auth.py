@@ -17,6 +17,7 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics"})
 ADMIN_PATHS = frozenset(
     {
         "/load_lora_adapter",
+        "/load_lora_adapter_from_tensors",
         "/unload_lora_adapter",
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",

@@ -19,6 +19,7 @@ from typing import Any
 
 import uvicorn
 
+from multilora.adapters.spool import Spool
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.errors import ConfigError, MultiloraError
@@ -59,6 +60,7 @@ class _Server(uvicorn.Server):
 class _Process:
     def __init__(self, config: Config):
         self._config = config
+        self._spool = Spool()
         self._server: _Server | None = None
         self._main: asyncio.Task[Any] | None = None
 
@@ -72,7 +74,7 @@ class _Process:
         with bind(self._config.host, self._config.port) as listener:
             loading = asyncio.create_task(asyncio.to_thread(load_text, self._config))
             try:
-                client = await EngineClient.start(self._config)
+                client = await EngineClient.start(self._spool.admit(self._config))
             except BaseException:
                 await asyncio.gather(loading, return_exceptions=True)
                 raise
@@ -81,6 +83,7 @@ class _Process:
             finally:
                 alive = client.alive
                 await client.shutdown()
+                self._spool.close()
         logger.info("stopped")
         return 0 if alive else 1
 
@@ -89,7 +92,7 @@ class _Process:
     ) -> None:
         config = self._config
         registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
-        app = create_app(config, client, tokenizer, registry, defaults)
+        app = create_app(config, client, tokenizer, registry, defaults, self._spool)
         await app.state.adapters.load_all(config.lora_paths)
         self._server = _Server(
             uvicorn.Config(

@@ -1,0 +1,121 @@
+"""Adapters in the body of a request: `POST /load_lora_adapter_from_tensors`, SGLang's route without its pickle.
+
+Owns the route's body, its bound, and the way of the weights from base64 into a file. A pickle can run any code, so it
+is refused by name; the weights are the bytes of a .safetensors file. What is in them is checked by the loader.
+Used by `adapters.py`.
+"""
+
+import binascii
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from multilora.errors import BadRequest, PayloadTooLarge
+from multilora.server.bodies import Body, Texts
+from multilora.server.errors import StrictRequest
+
+MAX_BODY_BYTES = 1 << 30
+CHUNK = 1 << 20  # characters decoded at a time, a multiple of 4: each is short enough not to hold up other threads
+
+
+class LoadTensorsBody(Body):
+    """As SGLang's, whose newer form has a list with one copy for each tensor-parallel rank."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"rid", "http_worker_ipc", "lora_id"})
+    unserved: ClassVar[frozenset[str]] = frozenset({"added_tokens_config"})
+    lora_name: str
+    config_dict: dict[str, Any]
+    serialized_tensors: str | None = None
+    serialized_named_tensors: Texts | None = None
+    pinned: bool | None = None
+    load_format: str | None = None
+
+    def weights(self) -> tuple[str, str]:
+        """The base64 text and the name of its field. Raises BadRequest."""
+        if self.load_format not in (None, "safetensors"):
+            raise BadRequest(
+                f"load_format: {self.load_format!r:.100}: only 'safetensors' is read", param="load_format"
+            )
+        copies = self.serialized_named_tensors
+        if (self.serialized_tensors is None) == (copies is None):
+            raise BadRequest(
+                "serialized_tensors: exactly one of it and serialized_named_tensors is required",
+                param="serialized_tensors",
+            )
+        if self.serialized_tensors is not None:
+            return self.serialized_tensors, "serialized_tensors"
+        if not copies or any(copy != copies[0] for copy in copies):
+            raise BadRequest(
+                "serialized_named_tensors: a list of equal copies is expected", param="serialized_named_tensors"
+            )
+        return copies[0], "serialized_named_tensors"
+
+
+def write_weights(text: str, field: str, path: Path) -> None:
+    """Decode base64 `text` into a file. Raises BadRequest naming `field` for anything but a safetensors file."""
+    with path.open("wb") as file:
+        for start in range(0, max(1, len(text)), CHUNK):
+            last = start + CHUNK >= len(text)
+            data = _decoded(text[start : start + CHUNK], field, last)
+            if start == 0:
+                _check_format(data, field)
+            file.write(data)
+
+
+def _decoded(text: str, field: str, last: bool) -> bytes:
+    try:
+        data = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError as e:
+        raise BadRequest(f"{field}: not base64: {e}", param=field) from None
+    if not last and len(data) * 4 != len(text) * 3:
+        raise BadRequest(f"{field}: not base64: padding before the end", param=field)
+    return data
+
+
+def _check_format(start: bytes, field: str) -> None:
+    """Eight bytes of length and then JSON: that no pickle starts so is what tells them apart."""
+    if start[8:9] == b"{":
+        return
+    wanted = "send the bytes of a .safetensors file (safetensors.torch.save) as base64"
+    if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
+        raise BadRequest(f"{field}: pickles are refused, they can run code; {wanted}", param=field)
+    raise BadRequest(f"{field}: not a safetensors file; {wanted}", param=field)
+
+
+class _BoundedRequest(StrictRequest):
+    async def body(self) -> bytes:
+        """At most MAX_BODY_BYTES. Raises PayloadTooLarge as soon as it is known to be more."""
+        if not hasattr(self, "_body"):
+            declared = self.headers.get("content-length", "")
+            self._check(int(declared) if declared.isdecimal() else 0)
+            chunks: list[bytes] = []
+            size = 0
+            async for chunk in self.stream():
+                size += len(chunk)
+                self._check(size)
+                chunks.append(chunk)
+            self._body = b"".join(chunks)
+        return self._body
+
+    def _check(self, size: int) -> None:
+        if size > MAX_BODY_BYTES:
+            raise PayloadTooLarge(
+                f"the body has over {MAX_BODY_BYTES} bytes: save the adapter to a directory and load it by its path"
+            )
+
+
+class BoundedRoute(APIRoute):
+    """A StrictRoute that reads no longer body than that."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            own = _BoundedRequest(request.scope, request.receive, request._send)
+            await own.body()  # here its error keeps its type
+            return await handler(own)
+
+        return bounded
