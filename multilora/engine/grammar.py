@@ -105,11 +105,15 @@ class GrammarCache:
             raise BadRequest(f"the grammar cannot be used: {e}", param="grammar") from None
 
 
-def apply_masks(logits: Tensor, rows: Sequence[int], masks: Tensor) -> None:
-    """−inf in place where a bit is not set: logits [.., vocab], masks int32 [len(rows), words] on the host."""
+def apply_masks(logits: Tensor, rows: Sequence[int], masks: Tensor, vocab_size: int | None = None) -> None:
+    """−inf in place where a bit is not set: logits [.., vocab], masks int32 [len(rows), words] on the host.
+
+    vocab_size: tokens from this one on, which grammars do not know, are never allowed.
+    """
     masks = upload(masks, logits.device)
     bits = torch.arange(32, dtype=torch.int32, device=logits.device)
     allowed = ((masks[:, :, None] >> bits) & 1).flatten(1)[:, : logits.shape[1]].bool()  # [r, vocab]
+    allowed[:, logits.shape[1] if vocab_size is None else vocab_size :] = False
     index = upload(rows, logits.device)
     logits[index] = logits[index].masked_fill_(~allowed, float("-inf"))
 

@@ -84,7 +84,10 @@ class DeviceSampled:
 
 
 class Sampler:
-    """Chooses tokens. Stateless but for sizes: one per engine, on the device of the logits."""
+    """Chooses tokens. Stateless but for sizes: one per engine, on the device of the logits.
+
+    vocab_size: the base model's; rows of logits are longer in a step that has an adapter with more tokens.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device):
         self.vocab_size = vocab_size
@@ -93,7 +96,7 @@ class Sampler:
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> DeviceSampled:
         """One token for each row of `logits`, fp32 [rows, vocab], which is left as it is."""
-        assert logits.shape == (len(rows), self.vocab_size), (logits.shape, len(rows), self.vocab_size)
+        assert len(logits) == len(rows) and logits.shape[1] >= self.vocab_size, (logits.shape, len(rows))
         assert logits.dtype == torch.float32, logits.dtype
         edited = self._edit(logits, rows)
         tokens = _choose(edited, rows)
@@ -115,11 +118,11 @@ class Sampler:
         apply_penalties_and_bias(logits, [(i, edit, row.output_ids) for i, edit, row in edits])
         ends = {i: edit for i, edit, row in edits if edit.must_go_on(row.position)}
         if constrained:
-            masks = torch.empty(len(constrained), (self.vocab_size + 31) // 32, dtype=torch.int32)
+            masks = torch.empty(len(constrained), (logits.shape[1] + 31) // 32, dtype=torch.int32)
             for mask, (i, grammar) in zip(masks, constrained, strict=True):
                 edit = ends.pop(i, None)
                 grammar.fill_mask(mask, edit.end_ids if edit else ())
-            apply_masks(logits, [i for i, _ in constrained], masks)
+            apply_masks(logits, [i for i, _ in constrained], masks, self.vocab_size)
         if ends:
             forbid_ends(logits, list(ends.items()))
         return logits

@@ -7,7 +7,7 @@ from torch import nn
 from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import logits
 from multilora.lora.sites import MODEL_LEVEL, LoraSite
-from multilora.lora.whole import product
+from multilora.lora.whole import WholeModules, product
 
 
 class Embedding(nn.Module):
@@ -22,9 +22,10 @@ class Embedding(nn.Module):
 
     def forward(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """ids: int64 [tokens]. Returns [tokens, hidden]."""
-        y = F.embedding(ids, self.weight)
-        if ctx.whole is not None:
-            ctx.whole.embed(y, ids, MODEL_LEVEL, self.name)
+        if ctx.whole is None:
+            return F.embedding(ids, self.weight)
+        y = F.embedding(ids.clamp(max=len(self.weight) - 1), self.weight)  # an adapter may have more tokens
+        ctx.whole.embed(y, ids, MODEL_LEVEL, self.name)
         return y
 
 
@@ -50,12 +51,23 @@ class LMHead(nn.Module):
             self.weight = nn.Parameter(weight, requires_grad=False)  # [vocab, hidden]
 
     def forward(self, hidden: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """hidden: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab]."""
+        """hidden: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab].
+
+        Wider, -inf for everybody else, if an adapter of the step has more tokens than the base model.
+        """
         y = logits(hidden, self.weight)
         if ctx.whole is not None:
-            for rows, weights in ctx.whole.find(MODEL_LEVEL, self.site.name):
-                columns = slice(None) if weights.token_ids is None else weights.token_ids
-                y[rows, columns] = product(hidden[rows], weights).to(y.dtype)
+            y = self._replace(y, hidden, ctx.whole)
         if ctx.lora is not None:
             ctx.lora.apply(y, hidden, self.site.index)
+        return y
+
+    def _replace(self, y: torch.Tensor, hidden: torch.Tensor, whole: WholeModules) -> torch.Tensor:
+        """Where an adapter brings its own head, or rows of it."""
+        found = list(whole.find(MODEL_LEVEL, self.site.name))
+        width = max([y.shape[1], *(w.rows for _, w in found if w.token_ids is None)])
+        y = F.pad(y, (0, width - y.shape[1]), value=-torch.inf)
+        for rows, weights in found:
+            columns = slice(weights.rows) if weights.token_ids is None else weights.token_ids
+            y[rows, columns] = product(hidden[rows], weights).to(y.dtype)
         return y

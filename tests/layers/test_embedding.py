@@ -1,10 +1,15 @@
 """Embedding and head, tied and untied."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 
 from multilora.layers.embedding import Embedding, LMHead
 from multilora.layers.testing import BASE
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
+from multilora.lora.table import Piece, WholeWeights
+from multilora.lora.whole import WholeModules
 
 CPU = torch.device("cpu")
 SITE = LoraSite(0, MODEL_LEVEL, "lm_head", 4, (LoraSlice("lm_head", 0, 7),))
@@ -27,3 +32,37 @@ def test_logits_are_fp32_whatever_the_model() -> None:
     logits = head(rows, BASE)
     assert logits.dtype == torch.float32
     assert logits.shape == (2, 7)
+
+
+class Replaced(WholeModules):
+    """Rows [1, 3) have the weight `weight`."""
+
+    def __init__(self, weight: torch.Tensor, token_ids: torch.Tensor | None = None):
+        self.weights = WholeWeights(*weight.shape, (Piece(0, 0, weight[:2]), Piece(2, 0, weight[2:])), token_ids)
+
+    def find(self, layer: int, module: str) -> Iterator[tuple[slice, WholeWeights]]:
+        assert (layer, module) == (MODEL_LEVEL, "lm_head")
+        yield slice(1, 3), self.weights
+
+
+def replaced_logits(replaced: Replaced) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    head = LMHead(SITE, 7, 4, tied_to=None, device=CPU, dtype=torch.float32)
+    head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+    return head(hidden, replace(BASE, whole=replaced)), hidden, head(hidden, BASE)
+
+
+def test_an_adapter_with_more_tokens_widens_only_its_own_rows() -> None:
+    weight = torch.randn(9, 4)
+    logits, hidden, plain = replaced_logits(Replaced(weight))
+    assert logits.shape == (4, 9)
+    torch.testing.assert_close(logits[1:3], hidden[1:3] @ weight.T)
+    assert torch.equal(logits[[0, 3], :7], plain[[0, 3]])
+    assert bool((logits[[0, 3], 7:] == -torch.inf).all())
+
+
+def test_rows_of_the_head() -> None:
+    weight = torch.randn(3, 4)
+    logits, hidden, plain = replaced_logits(Replaced(weight, torch.tensor([0, 4, 6])))
+    plain[1:3, [0, 4, 6]] = hidden[1:3] @ weight.T
+    torch.testing.assert_close(logits, plain)
