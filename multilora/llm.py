@@ -150,7 +150,7 @@ class LLM:
                 rid=str(next(self._rids)),
                 input_ids=prompt,
                 sampling=sampling,
-                adapter=version,
+                adapters=() if version is None else ((version, 1.0),),
                 return_logprob=wants[0],
                 logprob_start_len=wants[1],
                 top_logprobs_num=wants[2],

@@ -11,6 +11,9 @@ import msgspec
 
 from multilora.errors import BadRequest
 
+Composition = tuple[tuple[int, float], ...]
+"""Which adapters act on a request, as (version, weight): () is the base model, ((v, 1.0),) plainly version v."""
+
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """How the next token of one request is chosen, and when the request ends.

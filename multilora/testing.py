@@ -148,7 +148,8 @@ class FakeEngineClient:
         self._running: dict[str, tuple[asyncio.Task[None], asyncio.Queue[Output]]] = {}
 
     def _deterministic(self, submit: Submit) -> list[int]:
-        start = sum(submit.input_ids) + 7 * (submit.adapter or 0) + (submit.sampling.sampling_seed or 0)
+        mix = sum(int(7 * version * weight) for version, weight in submit.adapters)
+        start = sum(submit.input_ids) + mix + (submit.sampling.sampling_seed or 0)
         limit = submit.sampling.max_new_tokens
         count = limit if limit is not None else 8
         return [3 + (start + i) % (self.ready.vocab_size - 3) for i in range(count)]

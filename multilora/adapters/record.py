@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from multilora.lora.panels import PanelLayout
+from multilora.lora.panels import Affine, PanelLayout
 
 
 @dataclass
@@ -29,3 +29,19 @@ class Record:
     @property
     def pages(self) -> int:
         return self.layout.num_pages if self.layout else 0
+
+    @property
+    def alone(self) -> str:
+        """Why it cannot be one of several adapters of a request, or act with a weight. Empty: it can."""
+        if self.invocation_tokens is not None:
+            return "it is an activated LoRA"
+        assert self.layout is not None
+        shape = self.layout.shape
+        kinds = {Affine(kind) for slices in shape.affine for kind in slices}
+        if any(Affine.DORA in kind for kind in kinds):
+            return "it uses DoRA"
+        if shape.affine:
+            return "it has trained biases"
+        if shape.whole:
+            return f"it replaces weights of {shape.whole[0].module}"
+        return ""

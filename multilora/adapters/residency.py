@@ -4,7 +4,7 @@ An adapter takes whole pages of the one arena at its true rank. `max_count` and 
 reserved. Idle, unpinned adapters compete with idle prefix pages for the pool (`memory/reclaim.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -44,10 +44,11 @@ class Resident:
     uses: int = 0
     refs: int = 0
     ready: bool = False
+    held: bool = False  # it waits for other components of a composition
 
     @property
     def idle(self) -> bool:
-        return self.ready and self.refs == 0 and not self.pinned
+        return self.ready and self.refs == 0 and not self.pinned and not self.held
 
 
 class Residency:
@@ -75,6 +76,7 @@ class Residency:
         self._on_evict = on_evict
         self._residents: dict[int, Resident] = {}
         self._copying: list[Resident] = []
+        self._held: list[Resident] = []
         self._pages = 0
         self._free_places: list[int] = []
         self._tick = 0
@@ -82,10 +84,11 @@ class Residency:
 
     # ------------------------------------------------------------------ bringing in
 
-    def room_for(self, num_pages: int, available: int) -> Room:
-        """`available`: pages that are free or could be reclaimed, adapters' idle ones included."""
+    def room_for(self, num_pages: int, available: int, count: int = 1) -> Room:
+        """For `count` adapters of `num_pages` together. `available`: pages that are free or could be reclaimed,
+        adapters' idle ones included."""
         idle = [r for r in self._residents.values() if r.idle]
-        if self.max_count is not None and len(self._residents) - len(idle) + 1 > self.max_count:
+        if self.max_count is not None and len(self._residents) - len(idle) + count > self.max_count:
             return Room.NO
         if self.max_pages is not None:
             held = self._pages - sum(len(r.pages) for r in idle)
@@ -153,6 +156,23 @@ class Residency:
         assert resident.refs > 0
         resident.refs -= 1
         self._touch(resident)
+
+    def hold(self, version: int) -> bool:
+        """Let it not give way until `end_holds`, though nobody runs on it. False: it is not resident, or held
+        already."""
+        resident = self._residents.get(version)
+        if resident is None or resident.held:
+            return False
+        resident.held = True
+        self._held.append(resident)
+        return True
+
+    def end_holds(self, versions: Iterable[int] | None = None) -> None:
+        """Of these versions; None: of all."""
+        ended = self._held if versions is None else [r for r in self._held if r.version in versions]
+        for resident in ended:
+            resident.held = False
+        self._held = [r for r in self._held if r.held]
 
     def _touch(self, resident: Resident) -> None:
         resident.last_used = self._next_tick()

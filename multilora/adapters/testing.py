@@ -18,6 +18,7 @@ from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.host_cache import HostCache
 from multilora.adapters.loader import Fetched, FetchJob
+from multilora.adapters.namespaces import Namespaces
 from multilora.adapters.residency import Residency
 from multilora.adapters.store import AdapterStore
 from multilora.errors import AdapterIncompatible, AdapterNotFound, MultiloraError
@@ -45,6 +46,7 @@ class FakeFile:
     rank: int = 8
     fingerprint: str = "as written"
     error: MultiloraError | None = None
+    invocation_tokens: tuple[int, ...] | None = None
 
 
 def write_adapter(path: Path, *, rank: int = 4, layers: int = 1, width: int = 16, seed: int = 0) -> str:
@@ -64,6 +66,8 @@ def write_adapter(path: Path, *, rank: int = 4, layers: int = 1, width: int = 16
 
 class FakeLoader:
     """Knows the adapters in `files`. A job is done `delay()` polls late; others may overtake it."""
+
+    working = False
 
     def __init__(self, files: dict[str, FakeFile], delay: Delay = lambda: 0):
         self.files = files
@@ -98,6 +102,7 @@ class FakeLoader:
             rank=file.rank,
             target_modules=["o_proj"],
             fingerprint=file.fingerprint,
+            invocation_tokens=file.invocation_tokens,
         )
         return fetched, weights.view(torch.uint8)
 
@@ -166,6 +171,7 @@ class FakeTiers:
         self.pool, self.clock = PagePool(total_pages), Clock()
         self.arena = torch.zeros(total_pages, PAGE_BYTES, dtype=torch.uint8)
         self.prefix = PrefixCache(self.pool, self.clock, page_size, enabled=prefix_cache)
+        self.namespaces = Namespaces(self.prefix)
         self.table = LoraTable(self.arena, TARGET.dtype, ((0,),))
         self.loader = FakeLoader(files, fetch_delay)
         self.copier = FakeCopier(self.arena, copy_delay)
@@ -190,7 +196,7 @@ class FakeTiers:
             page_bytes=PAGE_BYTES,
             total_pages=total_pages,
             context_pages=context_pages,
-            on_evict=lambda version: self.prefix.devalue_namespace(version + 1),
+            on_evict=self.namespaces.devalue,
         )
 
     def weights_are(self, version: int, place: int) -> bool:

@@ -16,6 +16,7 @@ from multilora.adapters.finish import FinishingLoader
 from multilora.adapters.host_cache import HostCache
 from multilora.adapters.loader import FetchContext, Loader
 from multilora.adapters.loader_process import ProcessLoader
+from multilora.adapters.namespaces import Namespaces
 from multilora.adapters.residency import Residency
 from multilora.adapters.ring_copier import RingCopier
 from multilora.adapters.store import AdapterStore
@@ -70,6 +71,7 @@ def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader, ahead:
     arena = torch.zeros(plan.num_pages, plan.page_bytes, dtype=torch.uint8, device=device)
     pool, clock = PagePool(plan.num_pages), Clock()
     prefix = PrefixCache(pool, clock, config.page_size, enabled=not config.disable_radix_cache)
+    namespaces = Namespaces(prefix)
     attention = make_attention(
         config.attention_backend,
         kv_views=layout.views(arena),
@@ -82,13 +84,16 @@ def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader, ahead:
     adapters: AdapterStore | None = None
     lora: RunnerLora | None = None
     if config.enable_lora:
-        adapters, lora, reclaimer = _build_lora(config, model, layout, arena, pool, clock, prefix, make_loader)
+        adapters, lora, reclaimer = _build_lora(
+            config, model, layout, arena, pool, clock, prefix, namespaces, make_loader
+        )
     else:
         reclaimer = Reclaimer(pool, clock, [prefix])
     backend = lora.backend if lora else None
     scheduler = Scheduler(
         KVPages(pool, prefix, reclaimer, plan.page_bytes),
         adapters,
+        namespaces,
         eos_token_ids=model_config.eos_token_ids,
         max_running=config.max_running_requests,
         chunk_tokens=config.chunked_prefill_size,
@@ -157,6 +162,7 @@ def _build_lora(
     pool: PagePool,
     clock: Clock,
     prefix: PrefixCache,
+    namespaces: Namespaces,
     make_loader: MakeLoader,
 ) -> tuple[AdapterStore, RunnerLora, Reclaimer]:
     sites = model.lora_sites()
@@ -189,7 +195,7 @@ def _build_lora(
         page_bytes=layout.page_bytes,
         total_pages=pool.total,
         context_pages=layout.pages_for(model.config.context_length),
-        on_evict=lambda version: prefix.devalue_namespace(version + 1),
+        on_evict=namespaces.devalue,
     )
     return store, RunnerLora(backend, table, sites), reclaimer
 

@@ -84,7 +84,7 @@ class EngineDriver:
     def submit(
         self,
         prompt: Sequence[int],
-        adapter: str | None = None,
+        adapter: str | Mapping[str, float] | None = None,
         *,
         rid: str | None = None,
         return_logprob: bool = False,
@@ -93,14 +93,16 @@ class EngineDriver:
         grammar: str | None = None,
         **sampling: Any,
     ) -> str:
-        """Greedy, 12 new tokens, unless `sampling` says otherwise. Returns the request's id."""
+        """Greedy, 12 new tokens, unless `sampling` says otherwise. adapter: a name, or name → weight. Returns the
+        request's id."""
         rid = rid or str(len(self.answers))
+        parts = {adapter: 1.0} if isinstance(adapter, str) else adapter or {}
         self.answers.setdefault(rid, Answer())
         message = Submit(
             rid=rid,
             input_ids=list(prompt),
             sampling=SamplingParams(**({"temperature": 0.0, "max_new_tokens": 12} | sampling)),
-            adapter=None if adapter is None else self.infos[adapter].version,
+            adapters=tuple((self.infos[name].version, weight) for name, weight in parts.items()),
             return_logprob=return_logprob,
             logprob_start_len=logprob_start_len,
             top_logprobs_num=top_logprobs_num,
@@ -136,7 +138,9 @@ class EngineDriver:
             self.step()
         self.check_at_rest()
 
-    def complete(self, prompt: Sequence[int], adapter: str | None = None, **kwargs: Any) -> Answer:
+    def complete(
+        self, prompt: Sequence[int], adapter: str | Mapping[str, float] | None = None, **kwargs: Any
+    ) -> Answer:
         """Submit and run."""
         rid = self.submit(prompt, adapter, **kwargs)
         self.run()
@@ -188,7 +192,7 @@ class EngineDriver:
         assert len(held) == pool.count(PageKind.KV), "KV pages that no request holds"
         assert scheduler.unfinished == len(scheduler.running) + len(scheduler.waiting)
         if engine.adapters is not None:
-            users = Counter(r.adapter for r in scheduler.running if r.adapter is not None)
+            users = Counter(version for r in scheduler.running for version in r.versions)
             residency = engine.adapters.residency
             residents = [r for v in engine.adapters.records() if (r := residency.get(v.version)) is not None]
             assert {r.version: r.refs for r in residents if r.refs} == users, "an adapter's users are miscounted"

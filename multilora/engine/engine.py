@@ -36,7 +36,8 @@ from multilora.engine.report import Report
 from multilora.engine.request import Request
 from multilora.engine.runner import Launched, Runner
 from multilora.engine.scheduler import Scheduler
-from multilora.errors import BadRequest, CannotFit, MultiloraError, QueueFull, UnknownAdapter
+from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, QueueFull, UnknownAdapter
+from multilora.params import Composition
 
 
 class Engine:
@@ -124,6 +125,12 @@ class Engine:
     def ready(self) -> Ready:
         return self._describe(self.report.stats())
 
+    def set_lora_limits(self, device_bytes: int | None, max_count: int | None) -> None:
+        """See `AdapterStore.set_limits`. Raises LoraNotEnabled, ConfigError."""
+        if self.adapters is None:
+            raise LoraNotEnabled("LoRA is not enabled: start with --enable-lora")
+        self.adapters.set_limits(device_bytes=device_bytes, max_count=max_count, fence=self.scheduler.launched)
+
     def check(self) -> None:
         """Raise AssertionError if any pool's books do not balance. For tests and for idle moments."""
         self.scheduler.kv.pool.check()
@@ -154,11 +161,14 @@ class Engine:
             raise BadRequest(f"request id {message.rid!r} is already in use", param="rid")
         if len(self.scheduler.waiting) >= self._max_queued:
             raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting already (--max-queued-requests)")
-        self._check_fit(message)
+        self._check_adapters(message.adapters)
+        tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
+        self.scheduler.components.check_fit([version for version, _ in message.adapters], tokens)
         seed = message.sampling.sampling_seed
         self._order += 1
         request = Request.of(
             message,
+            self._invocation_tokens(message.adapters),
             seed=self._seeds.getrandbits(63) if seed is None else seed,
             order=self._order,
             arrival=monotonic(),
@@ -171,23 +181,19 @@ class Engine:
             request.grammar = self._grammars.start(message.grammar, ends)
         return request
 
-    def _check_fit(self, message: Submit) -> None:
-        """Refuse what would not fit even alone (DESIGN §3)."""
-        kv = self.scheduler.kv
-        tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
-        need, room = kv.pages_for(tokens), kv.pool.total
-        if message.adapter is not None:
-            if self.adapters is None or not self.adapters.known(message.adapter):
-                raise UnknownAdapter(f"adapter version {message.adapter} has never been loaded, or was unloaded")
-            record = self.adapters.record(message.adapter)
-            need += 0 if record.pinned else record.pages
-        if self.adapters is not None:
-            room -= self.adapters.pinned_pages()
-        if need > room:
-            raise CannotFit(
-                f"prompt, max_new_tokens and adapter need {need} pages of {kv.page_size} tokens; {room} of "
-                f"{kv.pool.total} are not pinned: lower max_new_tokens, or start with a larger --arena-bytes"
-            )
+    def _check_adapters(self, composition: Composition) -> None:
+        """All known; several, or one with a weight, only if they are of low rank and nothing else."""
+        for version, weight in composition:
+            if self.adapters is None or not self.adapters.known(version):
+                raise UnknownAdapter(f"adapter version {version} has never been loaded, or was unloaded")
+            alone = self.adapters.record(version).alone
+            if alone and (len(composition) > 1 or weight != 1.0):
+                raise BadRequest(f"adapter version {version} cannot be composed: {alone}", param="lora_path")
+
+    def _invocation_tokens(self, composition: Composition) -> tuple[int, ...] | None:
+        if self.adapters is None or len(composition) != 1:
+            return None
+        return self.adapters.record(composition[0][0]).invocation_tokens
 
     def _load(self, message: LoadAdapter) -> None:
         if self.adapters is None:
@@ -201,7 +207,7 @@ class Engine:
         if self.adapters is None:
             raise UnknownAdapter("LoRA is not enabled: start with --enable-lora")
         self.adapters.unload(version, self.scheduler.launched)
-        self.scheduler.kv.prefix.drop_namespace(version + 1, self.scheduler.launched)
+        self.scheduler.namespaces.drop(version, self.scheduler.launched)
 
     def _answer(self, call: int, action: Callable[[], None]) -> None:
         try:
@@ -233,6 +239,7 @@ class Engine:
             target_modules=record.target_modules,
             nbytes=self.adapters.bytes_of(version),
             pages=record.pages,
+            alone=record.alone,
         )
 
     def _take_replies(self) -> list[FromEngine]:

@@ -4,7 +4,6 @@ Called by `engine/runner.py`. Knows requests only to read their ids and pages.
 """
 
 import bisect
-import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,14 +73,18 @@ def logit_positions(chunk: Chunk) -> list[int]:
 
 
 def lora_segments(plan: StepPlan) -> tuple[LoraSegment, ...]:
-    """Neighbouring rows of the same adapter; chunks come ordered by adapter."""
+    """Neighbouring rows of the same composition; chunks come ordered by it."""
     segments: list[LoraSegment] = []
     row = 0
-    for place, group in itertools.groupby(plan.chunks, key=lambda c: c.place):
-        end = row + sum(c.count for c in group)
-        if place is not None:
-            segments.append(LoraSegment(row, end, (place,), (1.0,)))
-        row = end
+    for chunk in plan.chunks:
+        start, row = row + chunk.skipped, row + chunk.count
+        if not chunk.places or start == row:
+            continue
+        last = segments[-1] if segments else None
+        if last and last.end == start and (last.places, last.weights) == (chunk.places, chunk.weights):
+            segments[-1] = replace(last, end=row)
+        else:
+            segments.append(LoraSegment(start, row, chunk.places, chunk.weights))
     return tuple(segments)
 
 

@@ -4,14 +4,14 @@ Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `Unload
 answered by one `Reply` with the same `call` number; `UseTokenizer` once, `Shutdown` at the end.
 Engine → front: `Ready` once, then `Outputs`, `Reply` and `Stats`.
 
-Adapters are *versions* here: integers that the front's registry hands out and never reuses. `None` is the base model.
+Adapters are *versions* here: integers that the front's registry hands out and never reuses.
 """
 
 from typing import Literal
 
 import msgspec
 
-from multilora.params import SamplingParams
+from multilora.params import Composition, SamplingParams
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -20,7 +20,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     rid: str
     input_ids: list[int]
     sampling: SamplingParams
-    adapter: int | None = None
+    adapters: Composition = ()
     return_logprob: bool = False
     logprob_start_len: int = -1  # first prompt position whose logprob is wanted; -1: none of the prompt
     top_logprobs_num: int = 0
@@ -116,6 +116,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     target_modules: list[str]
     nbytes: int  # in host memory, packed
     pages: int  # of the arena, when resident
+    alone: str = ""  # why it cannot be part of a composition; empty: it can
 
 
 class Reply(msgspec.Struct, tag=True, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,6 +1,7 @@
 """What the engine says of itself: statistics for the front, and log lines a person can read."""
 
 import logging
+from collections import Counter
 from time import monotonic
 
 from multilora.adapters.store import AdapterStore
@@ -89,11 +90,8 @@ class Report:
     def _adapter_stats(self) -> list[AdapterStats]:
         if self._adapters is None:
             return []
-        running: dict[int | None, int] = {}
-        waiting: dict[int | None, int] = {}
-        for counts, requests in ((running, self._scheduler.running), (waiting, self._scheduler.waiting)):
-            for request in requests:
-                counts[request.adapter] = counts.get(request.adapter, 0) + 1
+        running = Counter(v for request in self._scheduler.running for v in request.versions)
+        waiting = Counter(v for request in self._scheduler.waiting for v in request.versions)
         found = []
         for record in self._adapters.records():
             device = self._adapters.device_bytes_of(record.version)
@@ -104,8 +102,8 @@ class Report:
                     level="device" if device else "host" if host else "disk",
                     pinned=record.pinned,
                     rank=record.rank,
-                    running=running.get(record.version, 0),
-                    waiting=waiting.get(record.version, 0),
+                    running=running[record.version],
+                    waiting=waiting[record.version],
                     host_bytes=host,
                     device_bytes=device,
                     loads=record.loads,

@@ -5,6 +5,7 @@ computed    tokens whose KV is in pages and whose step has been committed
 planned     computed, plus those of steps launched but not yet committed
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -12,7 +13,21 @@ from multilora.engine.grammar import GrammarState
 from multilora.engine.logit_edits import LogitEdits
 from multilora.engine.messages import Finished, Submit, TopLogprobs
 from multilora.memory.page_table import PageTable
-from multilora.params import SamplingParams
+from multilora.params import Composition, SamplingParams
+
+
+@dataclass(frozen=True)
+class PageNamespaces:
+    """A request's namespaces of the prefix cache, by page: base, the page that activation falls into, the others."""
+
+    base_pages: int = 0
+    edge: int = 0
+    rest: int = 0
+
+    def of(self, page: int) -> int:
+        if page < self.base_pages:
+            return 0
+        return self.edge if page == self.base_pages else self.rest
 
 
 class State(Enum):
@@ -23,12 +38,13 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """`order` rises with arrival; `adapter` is a version, None the base model."""
+    """`order` rises with arrival. `adapters` act on the tokens from position `activation` on: on all but with
+    activated LoRA; their versions ascend."""
 
     rid: str
     prompt_ids: list[int]
     params: SamplingParams
-    adapter: int | None
+    adapters: Composition
     seed: int
     order: int
     arrival: float  # monotonic seconds
@@ -36,6 +52,7 @@ class Request:
     prompt_logprobs_from: int | None = None  # first prompt position whose logprob is wanted
     grammar: GrammarState | None = None
     edits: LogitEdits | None = None
+    activation: int = 0
 
     state: State = State.WAITING
     output_ids: list[int] = field(default_factory=list)
@@ -50,16 +67,22 @@ class Request:
     epoch: int = 0  # how often it was preempted
     looked_at: bool = False  # counted as a hit or miss of its adapter
     told: bool = False  # an Output has gone out
+    namespaces: PageNamespaces = field(default_factory=PageNamespaces)
 
     @classmethod
-    def of(cls, message: Submit, *, seed: int, order: int, arrival: float) -> "Request":
+    def of(
+        cls, message: Submit, invocation_tokens: tuple[int, ...] | None, *, seed: int, order: int, arrival: float
+    ) -> "Request":
+        """invocation_tokens: of its one adapter, if that is an activated LoRA."""
         wants = message.return_logprob
+        activation = 0 if invocation_tokens is None else last_occurrence(message.input_ids, invocation_tokens)
         start = message.logprob_start_len
         return cls(
             rid=message.rid,
             prompt_ids=message.input_ids,
             params=message.sampling,
-            adapter=message.adapter,
+            adapters=() if activation is None else tuple(sorted(message.adapters)),
+            activation=activation or 0,
             seed=seed,
             order=order,
             arrival=arrival,
@@ -107,9 +130,18 @@ class Request:
     def tokens(self) -> list[int]:
         return self.prompt_ids + self.output_ids
 
-    def namespace(self, page: int) -> int:
-        """Of the prefix cache: 0 is the base model, version v is v + 1."""
-        return 0 if self.adapter is None else self.adapter + 1
+    @property
+    def versions(self) -> list[int]:
+        return [version for version, _ in self.adapters]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple([weight for _, weight in self.adapters])
+
+    @property
+    def most_tokens(self) -> int:
+        """When it has ended, at most."""
+        return len(self.prompt_ids) + max(1, self.max_new_tokens)
 
     def prompt_logprob_positions(self, start: int, count: int) -> range:
         """Positions of [start, start + count) whose logits give a prompt logprob that is still missing.
@@ -145,3 +177,12 @@ class Request:
         if len(self.output_ids) >= self.max_new_tokens:
             return Finished(type="length")
         return None
+
+
+def last_occurrence(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Where `wanted`, one token or more, begins for the last time in `tokens`."""
+    first, wanted = wanted[0], list(wanted)
+    for start in range(len(tokens) - len(wanted), -1, -1):
+        if tokens[start] == first and tokens[start : start + len(wanted)] == wanted:
+            return start
+    return None

@@ -12,13 +12,16 @@ import bisect
 from collections.abc import Callable
 from time import monotonic
 
+from multilora.adapters.components import Components
+from multilora.adapters.namespaces import Namespaces
 from multilora.adapters.store import AdapterStore, Want
 from multilora.engine.messages import Finished, Output
 from multilora.engine.plan import Chunk, StepPlan, StepResult
 from multilora.engine.policy import POLICIES
-from multilora.engine.request import Request, State
-from multilora.errors import MultiloraError
+from multilora.engine.request import PageNamespaces, Request, State
+from multilora.errors import CannotFit, MultiloraError
 from multilora.memory.page_table import KVPages
+from multilora.params import Composition
 
 MAX_WAIT = 5.0  # seconds
 
@@ -30,6 +33,7 @@ class Scheduler:
         self,
         kv: KVPages,
         adapters: AdapterStore | None,
+        namespaces: Namespaces,
         *,
         eos_token_ids: tuple[int, ...],
         max_running: int,
@@ -40,6 +44,8 @@ class Scheduler:
     ):
         self.kv = kv
         self.adapters = adapters
+        self.namespaces = namespaces
+        self.components = Components(adapters, kv)
         self.waiting: list[Request] = []  # by order
         self.running: list[Request] = []  # by admission
         self.launched = 0  # number of the last plan
@@ -58,6 +64,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self._requests[request.rid] = request
+        base_pages, skipped = divmod(request.activation, self.kv.page_size)
+        edge, rest = (self.namespaces.acquire(request.adapters, n) for n in (skipped, 0))
+        request.namespaces = PageNamespaces(base_pages, edge, rest)
         self._enqueue(request)
 
     def get(self, rid: str) -> Request | None:
@@ -73,8 +82,8 @@ class Scheduler:
 
     def fail_waiting(self, version: int, error: MultiloraError) -> None:
         """The adapter could not be brought back: who waits for it ends with the error."""
-        for request in [r for r in self.waiting if r.adapter == version]:
-            self.end(request.rid, Finished(type="error", kind=error.kind, message=error.message))
+        for request in [r for r in self.waiting if version in r.versions]:
+            self._fail(request, error)
 
     @property
     def unfinished(self) -> int:
@@ -92,8 +101,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None if nothing can run now. Pages and adapters are taken; tokens are not known yet."""
-        if self.adapters:
-            self.adapters.begin_plan()
+        self.components.begin_plan()
         chunks: dict[Request, Chunk] = {}
         self._plan_decodes(chunks)
         budget = self._plan_prefills(chunks, self._chunk_tokens)
@@ -101,8 +109,7 @@ class Scheduler:
         if not chunks:
             return None
         self.launched += 1
-        ordered = sorted(chunks.values(), key=lambda c: -1 if c.request.adapter is None else c.request.adapter)
-        return StepPlan(self.launched, tuple(ordered))
+        return StepPlan(self.launched, tuple(sorted(chunks.values(), key=_neighbours)))
 
     def _plan_decodes(self, chunks: dict[Request, Chunk]) -> None:
         for request in list(self.running):
@@ -126,9 +133,12 @@ class Scheduler:
                 continue
             match self._want(request):
                 case Want.READY:
-                    if not self._start(request):
+                    if self._start(request):
+                        budget -= self._take(chunks, request, min(request.remaining, budget))
+                    elif not self._hopeless(request):
                         return
-                    budget -= self._take(chunks, request, min(request.remaining, budget))
+                case Want.BLOCKED if self._hopeless(request):
+                    continue
                 case _ if self._aged(request):
                     return  # nobody overtakes it any more
 
@@ -142,28 +152,32 @@ class Scheduler:
         return self._clock() - request.arrival > self._max_wait
 
     def _want(self, request: Request) -> Want:
-        if request.adapter is None:
-            return Want.READY
-        assert self.adapters is not None
         if not request.looked_at:
             request.looked_at = True
-            self.adapters.count_request(request.adapter)
-        return self.adapters.want(request.adapter, self.launched)
+            self.components.count_request(request.versions)
+        return self.components.want(request.versions, self.launched)
+
+    def _hopeless(self, request: Request) -> bool:
+        """Since it came, pins or lower limits may have left a composition too little room for ever: it ends here.
+        The store refuses what would do that to a single adapter."""
+        if len(request.adapters) > 1:
+            try:
+                self.components.check_fit(request.versions, request.most_tokens)
+            except CannotFit as error:
+                self._fail(request, error)
+                return True
+        return False
 
     def _start(self, request: Request) -> bool:
-        """Make a waiting request run, if the pages of all its tokens can be had. Its adapter is resident."""
-        if request.adapter is not None:
-            assert self.adapters is not None
-            self.adapters.acquire(request.adapter)
-        matched = self.kv.match(request.tokens(), request.namespace, request.match_limit)
+        """Make a waiting request run, if the pages of all its tokens can be had. Its adapters are resident."""
+        self.components.acquire(request.versions)
+        matched = self.kv.match(request.tokens(), request.namespaces.of, request.match_limit)
         table = self.kv.start(matched)
         spare = len(self.running)  # so that those who decode can go on for a while
         need = self.kv.pages_for(request.num_tokens + 1) - len(matched) + spare
         if self.kv.reclaimer.available() < need:
             self.kv.release(table, self.launched)
-            if request.adapter is not None:
-                assert self.adapters is not None
-                self.adapters.release(request.adapter)
+            self.components.release(request.versions)
             return False
         self.waiting.remove(request)
         self.running.append(request)
@@ -186,14 +200,19 @@ class Scheduler:
                 return 0
         start = request.planned
         sample = count == request.remaining and request.samples
-        place = None
-        if request.adapter is not None:
-            assert self.adapters is not None
-            place = self.adapters.place_of(request.adapter)
-        positions = request.prompt_logprob_positions(start, count)
-        known = start + count <= request.num_tokens
-        index = len(request.output_ids) + request.in_flight
-        chunks[request] = Chunk(request, request.epoch, start, count, sample, known, index, place, positions)
+        chunks[request] = Chunk(
+            request,
+            request.epoch,
+            start,
+            count,
+            sample,
+            known=start + count <= request.num_tokens,
+            answer_index=len(request.output_ids) + request.in_flight,
+            places=self.components.places(request.versions),
+            weights=request.weights,
+            skipped=min(count, max(0, request.activation - start)),
+            logprob_positions=request.prompt_logprob_positions(start, count),
+        )
         return count
 
     def _preempt(self, request: Request) -> None:
@@ -237,7 +256,7 @@ class Scheduler:
         self.prompt_tokens += max(0, min(chunk.start + chunk.count, len(request.prompt_ids)) - chunk.start)
         if request.state is State.RUNNING and request.epoch == chunk.epoch:
             request.computed += chunk.count
-            self.kv.commit(request.table, request.computed, request.tokens, request.namespace, self.launched)
+            self.kv.commit(request.table, request.computed, request.tokens, request.namespaces.of, self.launched)
 
     def _take_prompt_logprobs(self, chunk: Chunk, result: StepResult, index: int) -> None:
         request, positions = chunk.request, chunk.logprob_positions
@@ -301,18 +320,27 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         request.state = State.FINISHED
+        self.namespaces.release(request.adapters, request.activation % self.kv.page_size)
+        self.namespaces.release(request.adapters)
         del self._requests[request.rid]
 
     def _let_go(self, request: Request) -> None:
-        """Leave `running`; pages and adapter are fenced by the last step launched, which may still use them."""
+        """Leave `running`; pages and adapters are fenced by the last step launched, which may still use them."""
         self.running.remove(request)
         self.kv.release(request.table, self.launched)
-        if request.adapter is not None:
-            assert self.adapters is not None
-            self.adapters.release(request.adapter)
+        self.components.release(request.versions)
+
+    def _fail(self, request: Request, error: MultiloraError) -> None:
+        self.end(request.rid, Finished(type="error", kind=error.kind, message=error.message))
 
     def _enqueue(self, request: Request) -> None:
         bisect.insort(self.waiting, request, key=lambda r: r.order)
 
     def _matched_pages(self, request: Request) -> int:
-        return len(self.kv.match(request.tokens(), request.namespace, request.match_limit))
+        return len(self.kv.match(request.tokens(), request.namespaces.of, request.match_limit))
+
+
+def _neighbours(chunk: Chunk) -> tuple[Composition, int]:
+    """Equal compositions side by side, base first; among them first those that begin before activation."""
+    acts = chunk.skipped < chunk.count
+    return chunk.request.adapters if acts else (), -chunk.skipped

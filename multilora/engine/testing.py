@@ -18,17 +18,25 @@ from multilora.engine.plan import Chunk, StepPlan, StepResult
 from multilora.engine.request import Request, State
 from multilora.engine.scheduler import Scheduler
 from multilora.memory.page_table import KVPages
+from multilora.params import Composition
 
 VOCAB = 23
 EOS = 2
 HOLDS_KV = 0xCC  # what the first byte of a page says once it holds KV
 
 
-def after(state: int, token: int, adapter: int | None) -> int:
-    """The state that follows when `token` comes; 0 is the state of the empty sequence."""
-    mixed = (
-        state ^ (token + 1) * 0x9E3779B97F4A7C15 ^ (0 if adapter is None else adapter + 1) * 0xBF58476D1CE4E5B9
-    ) + 1
+def only(version: int | None) -> Composition:
+    """One adapter, plainly; None: the base model."""
+    return () if version is None else ((version, 1.0),)
+
+
+def after(state: int, token: int, adapters: Composition) -> int:
+    """The state that follows when `token` comes; 0 is the state of the empty sequence. The order of adapters is
+    without meaning."""
+    mixed = (state ^ (token + 1) * 0x9E3779B97F4A7C15) + 1
+    for version, weight in adapters:
+        numerator, denominator = weight.as_integer_ratio()
+        mixed ^= (version + 1) * 0xBF58476D1CE4E5B9 + numerator * 0x2545F4914F6CDD1D * denominator
     return (mixed * 0x94D049BB133111EB >> 7) & ((1 << 61) - 1)
 
 
@@ -50,18 +58,21 @@ class Answer:
     prompt_logprobs: list[float]
 
 
-def answer(prompt: Sequence[int], adapter: int | None, max_new_tokens: int, ignore_eos: bool = False) -> Answer:
+def answer(
+    prompt: Sequence[int], adapters: Composition, max_new_tokens: int, ignore_eos: bool = False, activation: int = 0
+) -> Answer:
+    """activation: the adapters act from this position on."""
     state, logprobs = 0, []
     for i, token in enumerate(prompt):
         if i:
             logprobs.append(prompt_logprob(state, token))
-        state = after(state, token, adapter)
+        state = after(state, token, adapters if i >= activation else ())
     tokens: list[int] = []
     while len(tokens) < max_new_tokens:
         tokens.append(token_of(state))
         if tokens[-1] == EOS and not ignore_eos:
             return Answer(tokens, "stop", logprobs)
-        state = after(state, tokens[-1], adapter)
+        state = after(state, tokens[-1], adapters)
     return Answer(tokens, "length", logprobs)
 
 
@@ -71,7 +82,7 @@ class _Row:
 
     chunk: Chunk
     pages: list[int]
-    weights: list[torch.Tensor]
+    weights: list[tuple[int, torch.Tensor]]  # adapter version, what its place shows
 
 
 @dataclass(frozen=True)
@@ -108,23 +119,25 @@ class FakeRunner:
                 self._sample(row.chunk, state, result)
         return result
 
-    def _weights(self, chunk: Chunk) -> list[torch.Tensor]:
-        if chunk.place is None:
-            return []
-        site = self._tiers.table.site(chunk.place, 0)
-        assert site is not None
-        return [piece.weight for piece in site.a + site.b[0].pieces]
+    def _weights(self, chunk: Chunk) -> list[tuple[int, torch.Tensor]]:
+        found = []
+        for place, version in zip(chunk.places, chunk.request.versions, strict=True):
+            site = self._tiers.table.site(place, 0)
+            assert site is not None
+            found += [(version, piece.weight) for piece in site.a + site.b[0].pieces]
+        return found
 
     def _compute(self, row: _Row) -> tuple[list[float | None], int]:
         chunk, request = row.chunk, row.chunk.request
-        for weight in row.weights:
-            own = torch.full_like(weight, request.adapter or 0)
-            assert torch.equal(weight, own), f"{request.rid}: not the weights of its adapter"
+        for version, weight in row.weights:
+            assert bool((weight == version).all()), f"{request.rid}: not the weights of version {version}"
+        adapters = tuple(zip(request.versions, chunk.weights, strict=True))
         tokens = request.prompt_ids + self._sampled.setdefault(request, [])
         logprobs: list[float | None] = []
         state = self._read(row.pages, chunk.start - 1) if chunk.start else 0
         for position in range(chunk.start, chunk.start + chunk.count):
-            state = after(state, tokens[position], request.adapter)
+            acts = position >= chunk.start + chunk.skipped
+            state = after(state, tokens[position], adapters if acts else ())
             self._write(row.pages, position, state)
             if position in chunk.logprob_positions:
                 logprobs.append(prompt_logprob(state, request.prompt_ids[position + 1]))
@@ -167,7 +180,13 @@ def make_engine(
     kv = KVPages(tiers.pool, tiers.prefix, tiers.reclaimer, PAGE_BYTES)
     return Engine(
         scheduler(
-            kv, tiers.store, eos_token_ids=(EOS,), max_running=max_running, chunk_tokens=chunk_tokens, **options
+            kv,
+            tiers.store,
+            tiers.namespaces,
+            eos_token_ids=(EOS,),
+            max_running=max_running,
+            chunk_tokens=chunk_tokens,
+            **options,
         ),
         FakeRunner(tiers),  # type: ignore[arg-type]
         tiers.store,

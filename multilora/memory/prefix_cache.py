@@ -126,6 +126,9 @@ class PrefixCache:
         self._remove(node, fence)
         return 1
 
+    def has_pages(self, namespace: int) -> bool:
+        return namespace in self._by_namespace
+
     def drop_namespace(self, namespace: int, fence: int) -> None:
         """Forget every page of a namespace that will never be asked for again (its pages must all be idle)."""
         self._remove_all(list(self._by_namespace.get(namespace, {}).values()), fence)

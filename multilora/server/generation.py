@@ -272,7 +272,7 @@ class Front:
             rid=key,
             input_ids=job.prompt_ids,
             sampling=params,
-            adapter=sequence.version,
+            adapters=() if sequence.version is None else ((sequence.version, 1.0),),
             return_logprob=job.return_logprob,
             logprob_start_len=job.logprob_start_len if job.return_logprob else -1,
             top_logprobs_num=job.top_logprobs_num if job.return_logprob else 0,

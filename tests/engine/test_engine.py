@@ -103,7 +103,7 @@ def test_a_request_id_in_use_is_refused(files: Path) -> None:
 def test_an_unknown_version_is_never_served_by_base(files: Path, enable_lora: bool) -> None:
     driver = drive(files, enable_lora=enable_lora)
     driver.answers["x"] = Answer()
-    driver.engine.handle(Submit(rid="x", input_ids=PROMPT, sampling=SamplingParams(), adapter=7))
+    driver.engine.handle(Submit(rid="x", input_ids=PROMPT, sampling=SamplingParams(), adapters=((7, 1.0),)))
     driver.run()
     assert error_of(driver.answers["x"]) == "UnknownAdapter"
 
@@ -282,6 +282,7 @@ def passed_by(files: Path, max_wait: float, steps: int) -> int:
     engine.scheduler = Scheduler(
         engine.scheduler.kv,
         engine.adapters,
+        engine.scheduler.namespaces,
         eos_token_ids=(EOS,),
         max_running=64,
         chunk_tokens=2048,

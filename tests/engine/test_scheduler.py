@@ -8,7 +8,7 @@ from multilora.adapters.testing import FakeFile, FakeTiers
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Abort, Finish, LoadAdapter, Output, Outputs, Submit
 from multilora.engine.plan import StepPlan, StepResult
-from multilora.engine.testing import EOS, VOCAB, FakeLaunched, answer, make_engine
+from multilora.engine.testing import EOS, VOCAB, FakeLaunched, answer, make_engine, only
 from multilora.errors import AdapterError
 from multilora.params import SamplingParams
 
@@ -39,8 +39,9 @@ class Driver:
         return plan
 
     def submit(self, rid: str, prompt: list[int], max_new_tokens: int = 4, adapter: int | None = None, **fields: Any):
+        adapters = fields.pop("adapters", only(adapter))
         sampling = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=fields.pop("ignore_eos", True))
-        self.engine.handle(Submit(rid=rid, input_ids=prompt, sampling=sampling, adapter=adapter, **fields))
+        self.engine.handle(Submit(rid=rid, input_ids=prompt, sampling=sampling, adapters=adapters, **fields))
         request = self.scheduler.get(rid)
         if request is not None:
             request.arrival = self.now
@@ -165,7 +166,7 @@ def test_any_chunking_gives_the_same_answer(chunk, length, ahead):
         driver.submit(f"{wanted}", prompt(length, seed=wanted), max_new_tokens=wanted)
     driver.run()
     for wanted in (0, 1, 5):
-        assert driver.tokens(f"{wanted}") == answer(prompt(length, seed=wanted), None, wanted, True).tokens
+        assert driver.tokens(f"{wanted}") == answer(prompt(length, seed=wanted), (), wanted, True).tokens
         assert driver.heard[f"{wanted}"][-1].finished.type == "length"
 
 
@@ -189,7 +190,7 @@ def test_more_adapters_than_the_batch_may_hold_are_served_in_rounds():
         assert len([rid for rid in plan if not rid.startswith("base")]) <= 2
     assert all(driver.first_planned(f"base {v}") <= driver.first_planned("1") for v in range(1, 6))
     for version in range(1, 6):
-        assert driver.tokens(f"{version}") == answer(prompt(5), version, 4, True).tokens
+        assert driver.tokens(f"{version}") == answer(prompt(5), only(version), 4, True).tokens
 
 
 def test_chunks_are_ordered_by_adapter_base_first():
@@ -216,7 +217,7 @@ def test_the_youngest_gives_way_and_the_oldest_goes_on():
     assert alone, "the young one was never set aside"
     assert all("old" in plan for plan in driver.plans[: alone[-1]])
     for rid, seed in (("old", 0), ("young", 1)):
-        assert driver.tokens(rid) == answer(prompt(8, seed=seed), None, 20, True).tokens
+        assert driver.tokens(rid) == answer(prompt(8, seed=seed), (), 20, True).tokens
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -227,7 +228,7 @@ def test_the_oldest_finishes_even_if_it_needs_every_page(ahead):
     for i in range(4):
         driver.submit(f"{i}", prompt(6, seed=i), max_new_tokens=6)
     driver.run()
-    assert driver.tokens("old") == answer(prompt(12), 1, 20, True).tokens
+    assert driver.tokens("old") == answer(prompt(12), only(1), 20, True).tokens
     assert len(driver.ended) == 5
 
 
@@ -242,7 +243,7 @@ def test_a_preempted_request_waits_for_its_token_in_flight():
     assert driver.plans[-1] == {}
     assert len(request.output_ids) == 2
     driver.run()
-    assert driver.tokens("a") == answer(prompt(6), None, 6, True).tokens
+    assert driver.tokens("a") == answer(prompt(6), (), 6, True).tokens
 
 
 def test_prompt_logprobs_survive_a_preemption_in_mid_prompt():
@@ -252,7 +253,7 @@ def test_prompt_logprobs_survive_a_preemption_in_mid_prompt():
     driver.scheduler._preempt(driver.scheduler.get("a"))
     driver.run()
     assert driver.plans[:2] == [{"a": 4}, {"a": 4}], "the same tokens again, before the first were committed"
-    assert driver.heard["a"][0].input_logprobs == [None, *answer(prompt(11), None, 0).prompt_logprobs]
+    assert driver.heard["a"][0].input_logprobs == [None, *answer(prompt(11), (), 0).prompt_logprobs]
 
 
 # ---------------------------------------------------------------------- one step ahead
@@ -260,11 +261,11 @@ def test_prompt_logprobs_survive_a_preemption_in_mid_prompt():
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_stop_one_step_ahead_wastes_one_row(ahead):
-    stops = next(p for p in (prompt(5, seed=s) for s in range(99)) if 2 <= len(answer(p, None, 30).tokens) < 20)
+    stops = next(p for p in (prompt(5, seed=s) for s in range(99)) if 2 <= len(answer(p, (), 30).tokens) < 20)
     driver = Driver(tiers(), ahead=ahead)
     driver.submit("a", stops, max_new_tokens=30, ignore_eos=False)
     driver.run()
-    assert driver.tokens("a") == answer(stops, None, 30).tokens
+    assert driver.tokens("a") == answer(stops, (), 30).tokens
     assert driver.tokens("a")[-1] == EOS
     assert driver.heard["a"][-1].finished.matched == EOS
     assert driver.engine.runner.rows_wasted == ahead
@@ -287,7 +288,7 @@ def test_a_request_id_can_be_used_again_while_its_last_row_is_still_in_flight():
     driver.heard.clear()
     driver.submit("a", prompt(7, seed=1))
     driver.run()
-    assert driver.tokens("a") == answer(prompt(7, seed=1), None, 4, True).tokens
+    assert driver.tokens("a") == answer(prompt(7, seed=1), (), 4, True).tokens
     assert driver.ended == ["a"]
 
 
@@ -355,7 +356,7 @@ def test_a_lost_adapter_ends_who_waits_for_it_and_nobody_else():
     files["/1"].error = None
     driver.submit("back", prompt(5), adapter=1)
     driver.run()
-    assert driver.tokens("back") == answer(prompt(5), 1, 4, True).tokens
+    assert driver.tokens("back") == answer(prompt(5), only(1), 4, True).tokens
 
 
 # ---------------------------------------------------------------------- prefix cache
@@ -370,7 +371,7 @@ def test_a_prompt_logprob_limits_what_comes_from_the_cache():
         driver.submit(rid, prompt(16), return_logprob=True, logprob_start_len=start)
         driver.run()
         assert driver.heard[rid][0].cached_tokens == cached
-        right = [None, *answer(prompt(16), None, 0).prompt_logprobs][start:] if start >= 0 else None
+        right = [None, *answer(prompt(16), (), 0).prompt_logprobs][start:] if start >= 0 else None
         assert driver.heard[rid][0].input_logprobs == right
 
 
@@ -381,4 +382,4 @@ def test_no_prefix_is_shared_between_adapters():
         driver.submit(rid, prompt(16), adapter=version)
         driver.run()
         assert driver.heard[rid][0].cached_tokens == (12 if rid == "one again" else 0)
-        assert driver.tokens(rid) == answer(prompt(16), version, 4, True).tokens
+        assert driver.tokens(rid) == answer(prompt(16), only(version), 4, True).tokens

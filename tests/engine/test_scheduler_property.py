@@ -26,13 +26,19 @@ from multilora.engine.messages import (
 from multilora.engine.plan import StepPlan
 from multilora.engine.request import Request, State
 from multilora.engine.scheduler import Scheduler
-from multilora.engine.testing import EOS, VOCAB, answer, make_engine
+from multilora.engine.testing import EOS, VOCAB, Answer, answer, make_engine, only
 from multilora.errors import AdapterError
 from multilora.memory.page_pool import PageKind
-from multilora.params import SamplingParams
+from multilora.params import Composition, SamplingParams
 
 OPERATIONS = 250
 CONTEXT = 40  # tokens
+INVOCATIONS = ((1, 1), (1,), (1, 1, 2))  # prompts are full of ones, so that activation falls anywhere in a page
+
+
+def acting(request: Request, start: int, end: int) -> tuple[Composition, ...]:
+    """Which adapters act on each of the tokens [start, end)."""
+    return tuple(request.adapters if position >= request.activation else () for position in range(start, end))
 
 
 class CheckedScheduler(Scheduler):
@@ -58,10 +64,11 @@ class CheckedScheduler(Scheduler):
             assert chunk.sample == (request.samples and chunk.count == request.remaining)
             assert chunk.known or (chunk.count == 1 and request.in_flight == 1 and request.edits is None)
             assert chunk.answer_index == len(request.output_ids) + request.in_flight
-            if request.adapter is None:
-                assert chunk.place is None
-            else:
-                assert chunk.place == self.adapters.place_of(request.adapter)
+            assert chunk.places == tuple(self.adapters.place_of(v) for v in request.versions)
+            assert len(chunk.weights) == len(chunk.places)
+            assert chunk.skipped == len(
+                [p for p in range(chunk.start, request.activation) if p < chunk.start + chunk.count]
+            )
             if request.epoch > old_epochs[request]:
                 assert request.in_flight == 0, "planned again while its token is being sampled"
         return plan
@@ -72,7 +79,7 @@ class CheckedScheduler(Scheduler):
         if plan:
             assert len(plan.chunks) <= running
             assert sum(c.count for c in plan.chunks if c.count > 1) <= tokens
-            used = {c.request.adapter for c in plan.chunks} - {None}
+            used = {version for c in plan.chunks for version in c.request.versions}
             assert adapters is None or len(used) <= adapters
 
 
@@ -98,7 +105,8 @@ class World:
 
     def __init__(self, seed: int, ahead: bool):
         self.rng = rng = random.Random(seed)
-        self.files = {f"/{i}": FakeFile(rank=rng.choice([4, 8, 8, 16, 24])) for i in range(8)}
+        self.files = {f"/{i}": FakeFile(rank=rng.choice([4, 8, 8, 16, 24])) for i in range(6)}
+        self.files |= {f"/a{i}": FakeFile(invocation_tokens=sequence) for i, sequence in enumerate(INVOCATIONS)}
         max_loras = rng.choice([None, 1, 2, 3])
         max_loaded = rng.choice([None, 1, 2, 4])
         if max_loras and max_loaded:
@@ -133,16 +141,17 @@ class World:
         self.live: dict[str, Client] = {}
         self.loading: dict[int, int] = {}  # call → version
         self.loaded: list[int] = []
+        self.path_of: dict[int, str] = {}
         self.unloading: set[int] = set()  # calls
         self.number = 0
-        self.stems = [[rng.randrange(VOCAB) for _ in range(20)] for _ in range(3)]
+        self.stems = [[1] * 20, *([rng.choice([1, rng.randrange(VOCAB)]) for _ in range(20)] for _ in range(2))]
 
     # ------------------------------------------------------------------ operations
 
     def submit(self) -> None:
         rng = self.rng
         stem = rng.choice(self.stems)[: rng.randrange(20)]
-        prompt = stem + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 6))]
+        prompt = stem + [rng.choice([1, rng.randrange(VOCAB)]) for _ in range(rng.randrange(1, 6))]
         logprobs = rng.random() < 0.3
         message = Submit(
             rid=f"r{self.next()}",
@@ -152,12 +161,27 @@ class World:
                 ignore_eos=rng.random() < 0.6,
                 presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]),  # the next step must see the last token
             ),
-            adapter=rng.choice([None, *self.loaded]),
+            adapters=self.some_adapters(),
             return_logprob=logprobs,
             logprob_start_len=rng.randrange(-1, len(prompt)) if logprobs else -1,
         )
         self.clients[message.rid] = self.live[message.rid] = Client(message)
         self.engine.handle(message)
+
+    def some_adapters(self) -> Composition:
+        rng = self.rng
+        plain = [v for v in self.loaded if not self.invocation_tokens(v)]
+        activated = [v for v in self.loaded if self.invocation_tokens(v)]
+        kind = rng.random()
+        if kind < 0.2 and activated:
+            return only(activated[0])  # often the same one, so that its pages are found again
+        if kind < 0.6 or len(plain) < 2:
+            return only(rng.choice([None, *self.loaded]))
+        chosen = rng.sample(plain, k=rng.choice([1, 2, 2, 3]) if len(plain) > 2 else 2)
+        return tuple((version, rng.choice([1.0, 0.5, -2.0])) for version in chosen)
+
+    def invocation_tokens(self, version: int) -> tuple[int, ...] | None:
+        return self.files[self.path_of[version]].invocation_tokens
 
     def step(self) -> None:
         self.now += self.rng.choice([0.0, 0.1, 1.0])
@@ -180,7 +204,8 @@ class World:
     def finish(self) -> None:
         if self.live:
             client = self.rng.choice(list(self.live.values()))
-            if not client.aborted:
+            refused = self.scheduler.get(client.submit.rid) is None  # its ending is on the way
+            if not client.aborted and not refused:
                 client.dropped = True
                 del self.live[client.submit.rid]
                 self.engine.handle(Finish(client.submit.rid))
@@ -188,12 +213,12 @@ class World:
     def load(self) -> None:
         call, version = self.next(), self.next()
         self.loading[call] = version
-        path = self.rng.choice([*self.files, "/missing"])
+        path = self.path_of[version] = self.rng.choice([*self.files, "/missing"])
         pinned = self.rng.random() < 0.2
         self.engine.handle(LoadAdapter(call=call, version=version, path=path, pinned=pinned))
 
     def unload(self) -> None:
-        used = {c.submit.adapter for c in self.live.values()}
+        used = {version for c in self.live.values() for version, _ in c.submit.adapters}
         idle = [v for v in self.loaded if v not in used]
         if idle:
             version, call = self.rng.choice(idle), self.next()
@@ -241,10 +266,19 @@ class World:
             del self.live[output.rid]
         self.check_client(client)
 
+    def right_answer(self, message: Submit) -> Answer:
+        adapters, activation = message.adapters, 0
+        sequence = self.invocation_tokens(adapters[0][0]) if len(adapters) == 1 else None
+        if sequence is not None:
+            prompt = message.input_ids
+            starts = [i for i in range(len(prompt)) if tuple(prompt[i : i + len(sequence)]) == sequence]
+            adapters, activation = (adapters, starts[-1]) if starts else ((), 0)
+        sampling = message.sampling
+        return answer(message.input_ids, adapters, sampling.max_new_tokens or 0, sampling.ignore_eos, activation)
+
     def check_client(self, client: Client) -> None:
         message, ended = client.submit, client.ended
-        sampling = message.sampling
-        right = answer(message.input_ids, message.adapter, sampling.max_new_tokens or 0, sampling.ignore_eos)
+        right = self.right_answer(message)
         assert client.tokens == right.tokens[: len(client.tokens)]
         start = message.logprob_start_len
         if message.return_logprob and start >= 0 and client.tokens:
@@ -257,7 +291,7 @@ class World:
         elif ended.type == "abort":
             assert client.aborted
         else:
-            assert message.adapter is not None or ended.kind == "CannotFit"
+            assert message.adapters or ended.kind == "CannotFit"
             assert ended.kind in ("AdapterError", "CannotFit")
 
     # ------------------------------------------------------------------ invariants
@@ -270,7 +304,7 @@ class World:
         assert all(not r.table.pages for r in waiting)
         assert [r.order for r in waiting] == sorted(r.order for r in waiting)
         self.check_pages(running)
-        users = Counter(r.adapter for r in running if r.adapter is not None)
+        users = Counter(version for r in running for version in r.versions)
         for version in [*self.loaded, *users]:
             resident = self.tiers.residency.get(version)
             assert users[version] == (resident.refs if resident else 0)
@@ -287,7 +321,8 @@ class World:
         for page, held in holders.items():
             if page in nodes:
                 assert nodes[page].refs == len(held)
-                assert len({(i, r.adapter) for r, i in held}) == 1
+                assert len({(i, acting(r, i * 4, i * 4 + 4)) for r, i in held}) == 1
+                assert len({tuple(acting(r, 0, i * 4)) for r, i in held}) == 1
                 assert all((i + 1) * 4 <= r.computed for r, i in held)
             else:
                 assert len(held) == 1

@@ -166,7 +166,7 @@ def test_finish_drops_a_request_silently(front: Front) -> None:
 
 
 def test_an_error_at_the_door_is_an_ending(front: Front) -> None:
-    tokens, finished = front.answer(front.submit(adapter=999))
+    tokens, finished = front.answer(front.submit(adapters=((999, 1.0),)))
     assert (tokens, finished.type, finished.kind) == ([], "error", "UnknownAdapter")
 
 
@@ -178,11 +178,11 @@ def test_load_use_and_unload(front: Front, files: Path) -> None:
     info = front.run(front.client.load_adapter(1, str(files / "adapter"), False))
     assert (info.version, info.rank, info.target_modules) == (1, 4, ["q_proj", "v_proj"])
     assert info.nbytes > 0 and info.pages > 0
-    adapted, finished = front.answer(front.submit(adapter=1))
+    adapted, finished = front.answer(front.submit(adapters=((1, 1.0),)))
     assert finished.type == "length" and adapted != base
     front.run(front.client.flush_cache())
     front.run(front.client.unload_adapter(1))
-    _, finished = front.answer(front.submit(adapter=1))
+    _, finished = front.answer(front.submit(adapters=((1, 1.0),)))
     assert finished.kind == "UnknownAdapter"
 
 

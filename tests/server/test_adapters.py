@@ -178,7 +178,7 @@ def test_load_inplace_swaps_and_requests_in_flight_finish_on_the_old_version():
         assert s.registry.loaded() == {"a": "/p/new"}
         new = s.connect("POST", "/generate", {"input_ids": [5], "lora_path": "a"})
         await until(lambda: len(s.client.submitted) == 2)
-        assert [m.adapter for m in s.client.submitted] == [1, 2]
+        assert [m.adapters for m in s.client.submitted] == [((1, 1.0),), ((2, 1.0),)]
         assert s.client.unloaded == []
         s.client.gate.set()
         assert [(await call.answer()).status for call in (old, new)] == [200, 200]

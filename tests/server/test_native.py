@@ -17,7 +17,7 @@ def ids(text: str) -> list[int]:
 
 def by_adapter(submit: Submit) -> list[int]:
     """The answer says which version made it."""
-    return [*ids(f"the end {submit.adapter or 0}"), EOS]
+    return [*ids(f"the end {submit.adapters[0][0] if submit.adapters else 0}"), EOS]
 
 
 def server(answer=by_adapter, tokenizer=TOKENIZER, **config):

@@ -10,7 +10,7 @@ TOKENIZER = byte_level_tokenizer()
 
 
 def answer_of(submit):
-    return TOKENIZER.encode(f"v{submit.adapter or 0}")[1:]
+    return TOKENIZER.encode(f"v{submit.adapters[0][0] if submit.adapters else 0}")[1:]
 
 
 def server(**config):
