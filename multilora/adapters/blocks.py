@@ -5,11 +5,14 @@ their place. What needs the base model's weights (norms of DoRA, differences of 
 Called in the loader process; knows neither files nor the device.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from multilora.adapters.adapter import Adapter, Full, LowRank, Rows, Vector, VectorKind
+from multilora.adapters.crew import ALONE, Crew
+from multilora.adapters.strips import PageNumbers, Strip
 from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.panels import (
     RANK_GRANULE,
@@ -21,6 +24,7 @@ from multilora.lora.panels import (
     PanelLayout,
     WholeShape,
     place_panels,
+    round_rank,
 )
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 
@@ -94,29 +98,47 @@ def _whole_shape(block: Full | Rows) -> WholeShape:
     return WholeShape(block.layer, block.module, rows, block.weight.shape[-1])
 
 
-def pack(blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Tensor) -> None:
+def pack(blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Tensor, crew: Crew = ALONE) -> None:
     """Write the adapter's pages into `out`, uint8 [layout.num_pages, page_bytes], which must be zero.
 
     An affine pair is written unfinished: the magnitude (or 1), and the trained bias plus the one of lora_B (or 0).
     Raises AdapterInvalid if a weight is not finite in the target dtype.
     """
+    strips: list[Strip] = []
     for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
         site = target.sites[matrix.site]
         if matrix.affine:
             _pack_affine(blocks.vectors[site.layer, site.slices[matrix.slice].module], chunks, target, out)
         else:
-            _pack_panels(_stacked_rows(blocks, site, matrix, target.dtype), chunks, target, out)
+            strips += _strips(blocks, site, matrix, chunks)
     for block, chunks in zip(blocks.whole, layout.whole, strict=True):
         _pack_whole(block, chunks, target, out)
+    _pack_strips(strips, PageNumbers(out, target.dtype), target, crew)
 
 
-def _pack_panels(
-    rows: list[tuple[torch.Tensor, int]], chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor
-) -> None:
-    for chunk in chunks:
-        weight, row = rows[chunk.row // RANK_GRANULE]
-        part = weight[row : row + RANK_GRANULE, chunk.col : chunk.col + chunk.columns]
-        place(out, target, chunk, RANK_GRANULE)[: len(part)] = part
+def _strips(blocks: Blocks, site: LoraSite, matrix: Matrix, chunks: tuple[Chunk, ...]) -> Iterator[Strip]:
+    """Of the B of a slice, or of the stacked A: one for each slice that has some."""
+    if matrix.slice >= 0:
+        module = site.slices[matrix.slice].module
+        block = blocks.low_rank[site.layer, module]
+        yield Strip(f"layer {site.layer} {module} lora_B", block.b, block.scaling, chunks)
+        return
+    cuts = len(chunks) * RANK_GRANULE // matrix.rank  # of one panel
+    at = 0
+    for part in site.slices:
+        if (site.layer, part.module) in blocks.low_rank:
+            a = blocks.low_rank[site.layer, part.module].a
+            end = at + round_rank(len(a)) // RANK_GRANULE * cuts
+            yield Strip(f"layer {site.layer} {part.module} lora_A", a, 1.0, chunks[at:end])
+            at = end
+
+
+def _pack_strips(strips: list[Strip], pages: PageNumbers, target: PackTarget, crew: Crew) -> None:
+    crew.each(pages.write, strips)
+    if not pages.all_finite(crew):  # or something else lies there that looks so: fp32 as bf16
+        for strip in strips:
+            if not pages.is_finite(strip):
+                raise AdapterInvalid(f"{strip.name}: a weight is not finite in {target.dtype}")
 
 
 def _pack_affine(
@@ -153,26 +175,6 @@ def affine_place(out: torch.Tensor, chunk: Chunk) -> torch.Tensor:
     """Where a chunk of an affine pair lies: fp32 [2, columns], scale and shift."""
     size = 8 * chunk.columns
     return out[chunk.page, chunk.offset : chunk.offset + size].view(torch.float32).view(2, chunk.columns)
-
-
-def _stacked_rows(
-    blocks: Blocks, site: LoraSite, matrix: Matrix, dtype: torch.dtype
-) -> list[tuple[torch.Tensor, int]]:
-    """For each panel of a matrix (of a slice, or the stacked A): its weight [rank, width] and first row."""
-    parts = site.slices if matrix.slice < 0 else site.slices[matrix.slice : matrix.slice + 1]
-    panels = []
-    for part in parts:
-        block = blocks.low_rank.get((site.layer, part.module))
-        if block is None:
-            continue
-        half = "lora_A" if matrix.slice < 0 else "lora_B"
-        weight = block.a if matrix.slice < 0 else block.b.float() * block.scaling
-        weight = weight.to(dtype)
-        # A sum of finite numbers is finite unless it overflows: the slower test runs only where it must.
-        if not weight.sum(dtype=torch.float32).isfinite() and not bool(weight.isfinite().all()):
-            raise AdapterInvalid(f"layer {site.layer} {part.module} {half}: a weight is not finite in {dtype}")
-        panels += [(weight, row) for row in range(0, block.rank, RANK_GRANULE)]
-    return panels
 
 
 def _check_finite(weight: torch.Tensor, target: PackTarget, what: str) -> None:

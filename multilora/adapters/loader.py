@@ -15,6 +15,7 @@ from multilora.adapters.adapter import Adapter, AdapterLimits
 from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import Blocks, PackTarget, pack
 from multilora.adapters.checkpoint import read_adapter
+from multilora.adapters.crew import ALONE, Crew
 from multilora.adapters.sources import resolve
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
 from multilora.lora.panels import AdapterShape
@@ -70,7 +71,7 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
-def read(job: FetchJob, context: FetchContext) -> Adapter:
+def read(job: FetchJob, context: FetchContext, crew: Crew = ALONE) -> Adapter:
     """The files, checked and with PEFT's rules applied."""
     directory = resolve(job.path, context.roots)
     adapter = read_adapter(directory, context.base, context.limits)
@@ -79,11 +80,13 @@ def read(job: FetchJob, context: FetchContext) -> Adapter:
     return adapter
 
 
-def fetch(job: FetchJob, context: FetchContext, allocate: "Allocate") -> tuple[Fetched, torch.Tensor | None]:
-    """Read, check and pack one adapter. Typed errors become part of the result."""
+def fetch(
+    job: FetchJob, context: FetchContext, allocate: "Allocate", crew: Crew = ALONE
+) -> tuple[Fetched, torch.Tensor | None]:
+    """Read, check and pack one adapter, on the threads of `crew`. Typed errors become part of the result."""
     target = context.target
     try:
-        adapter = read(job, context)
+        adapter = read(job, context, crew)
         blocks = Blocks.of(adapter)
         shape = blocks.shape(target.sites)
         layout = target.layout(shape)
@@ -94,7 +97,7 @@ def fetch(job: FetchJob, context: FetchContext, allocate: "Allocate") -> tuple[F
                 "the arena, --lora-host-bytes and --lora-device-bytes"
             )
         buffer = allocate(layout.num_pages, target.page_bytes)
-        pack(blocks, target, layout, buffer)
+        pack(blocks, target, layout, buffer, crew)
     except MultiloraError as e:
         return Fetched(version=job.version, kind=e.kind, message=e.message), None
     except (OSError, MemoryError) as e:

@@ -1,11 +1,13 @@
-"""Reads one safetensors file tensor by tensor, from a file that nobody has to trust.
+"""Reads one safetensors file, which nobody has to trust.
 
-Each tensor is read straight into its own memory; a file that is cut while it is read is an error and not a signal,
-which a memory map would give. Knows nothing of LoRA. Called by `checkpoint`.
+The header is checked at once. The data are read when they are first used, in slabs by several threads; a file that is
+cut while it is read is an error and not a signal, which a memory map would give. Knows nothing of LoRA.
+Called by `checkpoint`.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
 """
 
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -15,11 +17,14 @@ from typing import Any, TypeGuard
 
 import torch
 
+from multilora.adapters.crew import ALONE, Crew
 from multilora.adapters.files import open_regular, parse_json_object, show
 from multilora.errors import AdapterInvalid, AdapterUnsupported
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 MAX_DIMS = 8
+SLAB_BYTES = 2 << 20
+LARGE_BYTES = 64 << 20  # a table of the whole vocabulary, say: read alone, and only if it is asked for
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -36,9 +41,11 @@ class TensorInfo:
 class SafetensorsFile:
     """An open file. `tensors`: what its header declares, already checked against the file's size."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, crew: Crew = ALONE):
         """Raises AdapterNotFound, AdapterInvalid naming file and tensor, AdapterUnsupported for another dtype."""
         self.path = path
+        self._crew = crew
+        self._shared: dict[str, torch.Tensor] | None = None
         self._file = open_regular(path)
         try:
             self.tensors = self._read_header()
@@ -55,22 +62,57 @@ class SafetensorsFile:
         self._file.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype. Raises AdapterInvalid if the file has become shorter."""
-        info = self.tensors[name]
-        out = torch.empty(info.shape, dtype=info.dtype)
-        self._fill(out.view(-1).view(torch.uint8), info.start, name)
-        return out
+        """The tensor in its stored dtype. The first call reads all but the large ones, which share memory then.
 
-    def _fill(self, target: torch.Tensor, start: int, name: str) -> None:
-        """Read `target.numel()` bytes at `start` into `target`, which is uint8 and one-dimensional."""
-        view = target.numpy().data
-        self._file.seek(start)
-        done = 0
-        while done < len(view):
-            got = self._file.readinto(view[done:])  # type: ignore[attr-defined]
+        Raises AdapterInvalid if the file has become shorter.
+        """
+        info = self.tensors[name]
+        if info.nbytes > LARGE_BYTES:
+            return self.read_rows(name, 0, info.shape[0])
+        if self._shared is None:
+            self._shared = self._read_shared()
+        return _view(self._shared[name], info.dtype, info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor, in its stored dtype and in memory of their own. Raises as `read` does."""
+        info = self.tensors[name]
+        rows = (stop - start, *info.shape[1:])
+        row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+        data = self._read_bytes([(info.start + start * row_bytes, math.prod(rows) * info.dtype.itemsize)])
+        return _view(data, info.dtype, rows)
+
+    def _read_shared(self) -> dict[str, torch.Tensor]:
+        """Name → its bytes. In the order of the file, so that disks read ahead."""
+        names = sorted((n for n, i in self.tensors.items() if i.nbytes <= LARGE_BYTES), key=self._place)
+        data = self._read_bytes([self._place(name) for name in names])
+        ends = itertools.accumulate(self.tensors[name].nbytes for name in names)
+        return {name: data[end - self.tensors[name].nbytes : end] for name, end in zip(names, ends, strict=True)}
+
+    def _place(self, name: str) -> tuple[int, int]:
+        return self.tensors[name].start, self.tensors[name].nbytes
+
+    def _read_bytes(self, parts: list[tuple[int, int]]) -> torch.Tensor:
+        """Parts of the file, (start, bytes) each, behind each other."""
+        data = torch.empty(sum(nbytes for _, nbytes in parts), dtype=torch.uint8)
+        view = data.numpy().data
+        slabs: list[tuple[int, memoryview]] = []
+        at = 0
+        for start, nbytes in _joined(parts):
+            for first in range(0, nbytes, SLAB_BYTES):
+                size = min(SLAB_BYTES, nbytes - first)
+                slabs.append((start + first, view[at : at + size]))
+                at += size
+        self._crew.each(lambda slab: self._fill(*slab), slabs)
+        return data
+
+    def _fill(self, start: int, target: memoryview) -> None:
+        """Read all of `target` from `start` on."""
+        while target:
+            got = os.preadv(self._file.fileno(), [target], start)
             if not got:
+                name = next(n for n, info in self.tensors.items() if info.start <= start < info.start + info.nbytes)
                 raise AdapterInvalid(f"{self.path.name}: truncated: the data of {show(name)} ends early")
-            done += got
+            start, target = start + got, target[got:]
 
     def _read_header(self) -> dict[str, TensorInfo]:
         name = self.path.name
@@ -119,6 +161,22 @@ class SafetensorsFile:
             raise AdapterInvalid(f"{self.path.name}: truncated: {start} bytes are declared, the file has {size}")
         if start < size:
             raise AdapterInvalid(f"{self.path.name}: {size - start} bytes behind the last tensor")
+
+
+def _joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Parts that touch become one."""
+    joined: list[tuple[int, int]] = []
+    for start, nbytes in parts:
+        if joined and sum(joined[-1]) == start:
+            start, nbytes = joined[-1][0], joined.pop()[1] + nbytes
+        joined.append((start, nbytes))
+    return joined
+
+
+def _view(data: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    if data.storage_offset() % dtype.itemsize:  # behind a tensor of a narrower dtype
+        data = data.clone()
+    return data.view(dtype).view(shape)
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from multilora.adapters.safetensors_file import SafetensorsFile
+from multilora.adapters.crew import Crew
+from multilora.adapters.safetensors_file import SLAB_BYTES, SafetensorsFile
 from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -96,10 +97,29 @@ def test_a_file_cut_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({"a": torch.ones(4, 4), "b": torch.ones(4, 4)}, path)
     with SafetensorsFile(path) as file:
-        file.read("a")
         os.truncate(path, path.stat().st_size - 70)
         with pytest.raises(AdapterInvalid, match=r"w.safetensors: truncated: the data of '.'"):
-            [file.read(name) for name in ("a", "b")]
+            file.read("a")
+
+
+def test_a_file_of_many_slabs_read_by_a_crew(tmp_path: Path) -> None:
+    """Tensors lie across the borders of slabs."""
+    tensors = {str(i): torch.arange(i, i + 300_000, dtype=torch.float32) for i in range(9)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    with SafetensorsFile(tmp_path / "w.safetensors", Crew(3)) as file:
+        assert sum(info.nbytes for info in file.tensors.values()) > 5 * SLAB_BYTES
+        for name, tensor in tensors.items():
+            assert torch.equal(file.read(name), tensor)
+
+
+def test_a_wide_dtype_behind_a_narrow_one_need_not_be_aligned(tmp_path: Path) -> None:
+    header = {
+        "a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [2, 10]},
+    }
+    (tmp_path / "w.safetensors").write_bytes(pack(header, b"\0\0" + struct.pack("<2f", 1.5, -2.0)))
+    with SafetensorsFile(tmp_path / "w.safetensors") as file:
+        assert file.read("b").tolist() == [1.5, -2.0]
 
 
 @settings(
@@ -115,3 +135,24 @@ def test_damaged_bytes_never_end_in_another_error(tmp_path: Path, data: st.DataO
     with contextlib.suppress(AdapterError), SafetensorsFile(path) as file:
         for name in file.tensors:
             file.read(name)
+
+
+def test_rows_of_a_tensor_are_read_alone(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7, 2, 3, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    with SafetensorsFile(tmp_path / "w.safetensors") as file:
+        for start, stop in ((0, 7), (2, 5), (6, 7), (3, 3)):
+            assert torch.equal(file.read_rows("b", start, stop), tensors["b"][start:stop])
+        os.truncate(tmp_path / "w.safetensors", (tmp_path / "w.safetensors").stat().st_size - 1)
+        with pytest.raises(AdapterInvalid, match=r"w.safetensors: truncated: the data of '.' ends early"):
+            [file.read_rows(name, 0, len(tensors[name])) for name in tensors]
+
+
+def test_large_tensors_are_left_out_until_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multilora.adapters.safetensors_file.LARGE_BYTES", 100)
+    tensors = {"a": torch.randn(5), "b": torch.randn(26), "c": torch.randn(25), "d": torch.randn(2, 200)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    with SafetensorsFile(tmp_path / "w.safetensors", Crew(2)) as file:
+        assert file.read("a").untyped_storage().nbytes() == 4 * (5 + 25)
+        for name, tensor in tensors.items():
+            assert torch.equal(file.read(name), tensor)

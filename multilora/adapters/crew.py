@@ -1,0 +1,45 @@
+"""A few threads over one list of work, for what releases the GIL: reading, casting, copying.
+
+Owns its threads, nothing else. Called by the loader (files, packing) and by the copies to a GPU.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def spare_cores(at_most: int) -> int:
+    """How many threads may work beside the step loop and the front, of the cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(at_most, cores - 2))
+
+
+class Crew:
+    """`threads` 1: no thread is started, the caller works alone."""
+
+    def __init__(self, threads: int = 1):
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, "crew") if threads > 1 else None
+
+    def each(self, work: Callable[[T], None], items: Sequence[T]) -> None:
+        """`work(item)` for every item, in any order; the caller works too. Raises an error when all have stopped."""
+        left = iter(items)
+
+        def take() -> None:
+            for item in left:
+                work(item)
+
+        helpers = min(self._threads, len(items)) - 1
+        futures = [self._pool.submit(take) for _ in range(helpers)] if self._pool else []
+        try:
+            take()
+        finally:
+            wait(futures)
+        for future in futures:
+            future.result()
+
+
+ALONE = Crew()
