@@ -5,7 +5,7 @@ The front is the server's (tokenizer, text streams, adapter names); only HTTP is
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,7 @@ from multilora.adapters.spool import TENSOR_ROOT, Spool
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.engine.build import build_engine
+from multilora.engine.engine import Engine
 from multilora.engine.messages import (
     Abort,
     AdapterInfo,
@@ -226,6 +227,33 @@ class LLM:
         self._registry.commit_load(version, info)
         return info
 
+    def load_lora_adapters(self, lora_paths: Mapping[str, str]) -> dict[str, AdapterInfo]:
+        """Load several, name → path, side by side: faster than one after the other.
+
+        Raises the first one's error when all have ended; those without an error are loaded then.
+        """
+        versions: list[int] = []
+        errors: list[MultiloraError] = []
+        replies: dict[int, Reply] = {}
+        for name, path in lora_paths.items():
+            try:
+                versions.append(self._registry.begin_load(name, path))
+            except MultiloraError as e:
+                errors.append(e)
+            else:
+                self._engine.handle(LoadAdapter(call=versions[-1], version=versions[-1], path=path, pinned=False))
+        while len(replies) < len(versions):
+            replies |= {r.call: r for r in self._step() if isinstance(r, Reply)}
+        for version in versions:
+            if (info := replies[version].info) is not None:
+                self._registry.commit_load(version, info)
+            else:
+                self._registry.fail_load(version)
+                errors.append(from_wire(replies[version].kind, replies[version].message))
+        if errors:
+            raise errors[0]
+        return {name: info for name, v in zip(lora_paths, versions, strict=True) if (info := replies[v].info)}
+
     def load_lora_adapter_from_tensors(
         self, lora_name: str, tensors: dict[str, torch.Tensor], config: dict[str, Any], pinned: bool = False
     ) -> AdapterInfo:
@@ -266,6 +294,15 @@ class LLM:
                     return reply
 
     # ------------------------------------------------------------------ state and end
+
+    @property
+    def engine(self) -> Engine:
+        """The engine underneath, for those who step it themselves."""
+        return self._engine
+
+    def set_lora_limits(self, *, lora_device_bytes: int | None, max_loras_per_batch: int | None) -> None:
+        """Other limits from now on, None: none. Raises ConfigError if an adapter that is loaded could never run."""
+        self._engine.set_lora_limits(lora_device_bytes, max_loras_per_batch)
 
     def stats(self) -> Stats:
         """Queues, pages, counters and where each adapter is now."""

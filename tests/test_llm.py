@@ -338,6 +338,8 @@ def test_without_lora(bare: Any, files: Path) -> None:
             llm.generate(TEXT, GREEDY, "a")
         with pytest.raises(LoraNotEnabled):
             llm.load_lora_adapter("a", str(files / "a"))
+        with pytest.raises(LoraNotEnabled):
+            llm.set_lora_limits(lora_device_bytes=None, max_loras_per_batch=2)
         assert llm.generate(TEXT, GREEDY).finish_reason.type == "length"
 
 
