@@ -6,19 +6,33 @@ the base model's own can be found.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from multilora.lora.sites import LoraSite, module_shapes, num_layers
+from multilora.lora.sites import MODEL_LEVEL, LoraSite, module_shapes, num_layers
 
 if TYPE_CHECKING:  # it would bring transformers into the loader process
     from multilora.models.config import ModelConfig
 
 FINAL_NORM = "norm"
+EMBED, HEAD = "embed_tokens", "lm_head"
+TABLES = (EMBED, HEAD)  # [vocab, hidden]; in tied models the same one
+
+PARENTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "self_attn."),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp."),
+}
+
+
+class Place(NamedTuple):
+    """One module of the base model. layer: MODEL_LEVEL for embed_tokens, lm_head and the final norm."""
+
+    layer: int
+    module: str
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """One base model as adapters see it. Module names are PEFT's last component: "q_proj", "input_layernorm"."""
+    """One base model as adapters see it. Module names are the last component of PEFT's: "q_proj", "q_norm"."""
 
     sites: tuple[LoraSite, ...]
     vocab_size: int
@@ -49,3 +63,33 @@ class BaseModel:
     @cached_property
     def num_layers(self) -> int:
         return num_layers(self.sites)
+
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """Linear module → its position, as the sites have it."""
+        return {module: i for i, module in enumerate(self.shapes)}
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Every module that has parameters, by its name inside the base model: "model.layers.0.mlp.up_proj"."""
+        found: dict[str, Place] = {}
+        inside = [m for m in (*self.shapes, *self.norms) if m not in (*TABLES, FINAL_NORM)]
+        for layer in range(self.num_layers):
+            for module in inside:
+                found[f"model.layers.{layer}.{PARENTS.get(module, '')}{module}"] = Place(layer, module)
+        if EMBED in self.shapes:
+            found[f"model.{EMBED}"] = Place(MODEL_LEVEL, EMBED)
+        if FINAL_NORM in self.norms:
+            found[f"model.{FINAL_NORM}"] = Place(MODEL_LEVEL, FINAL_NORM)
+        if HEAD in self.shapes:
+            found[HEAD] = Place(MODEL_LEVEL, HEAD)
+        return found
+
+    def weight_shape(self, module: str) -> tuple[int, ...]:
+        """Of the module's own weight, as checkpoints store it."""
+        if module in self.norms:
+            return (self.norms[module],)
+        if module in TABLES:
+            return (self.vocab_size, self.hidden_size)
+        width_in, width_out = self.shapes[module]
+        return (width_out, width_in)

@@ -1,62 +1,34 @@
-"""`adapter_config.json` as PEFT writes it, checked, with PEFT's rules for rank, scaling and targets of a module.
+"""`adapter_config.json` as PEFT writes it, checked, with PEFT's rules for what a config means for a module.
 
-Owns the three lists of fields: used, harmless at inference, refused. A field in none of them is refused unless it is
-null, false or empty, so that nothing which changes the arithmetic is ever ignored. Knows nothing of tensors.
-Called by `checkpoint`.
+Which fields there may be is in `peft_fields`, how patterns match in `peft_match`. Knows nothing of tensors. Module
+names are those inside the base model: "model.layers.0.self_attn.q_proj". Called by `checkpoint` and its parts.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from multilora.adapters.base_model import EMBED, HEAD, TABLES, BaseModel
 from multilora.adapters.files import show
-from multilora.adapters.peft_match import PatternError, layer_index, matches_modules, pattern_key
-from multilora.errors import AdapterInvalid, AdapterUnsupported
-
-# fmt: off
-USED = frozenset((
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
-))
-HARMLESS = frozenset((
-    # who made it, from what
-    "auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type",
-    # training only; what they led to is in the weights and in rank_pattern
-    "inference_mode", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
-    # of PEFT at run time
-    "runtime_config", "ephemeral_gpu_offload", "merge_weights", "megatron_core",
-    # PEFT itself sets it to false for every nn.Linear; lora_A and lora_B are stored the same way
-    "fan_in_fan_out",
-    # means something only with use_qalora; only for embeddings, whose tensors are refused
-    "qalora_group_size", "ensure_weight_tying",
-))
-# fmt: on
-REFUSED = {
-    "use_dora": "DoRA",
-    "modules_to_save": "modules_to_save",
-    "lora_bias": "a bias on lora_B (lora_bias)",
-    "layer_replication": "layer_replication",
-    "trainable_token_indices": "trainable_token_indices",
-    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
-    "alora_invocation_string": "activated LoRA (alora_invocation_string)",
-    "target_parameters": "target_parameters",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
-    "arrow_config": "Arrow routing (arrow_config)",
-    "kasa_config": "KaSA (kasa_config)",
-    "monteclora_config": "MonteCLoRA (monteclora_config)",
-    "megatron_config": "Megatron layers (megatron_config)",
-    "enable_lora": "merged linear layers of old PEFT (enable_lora)",
-}
-# With these, PEFT changes the base weights whenever it loads the adapter; the file alone is not the difference.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
-KNOWN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+from multilora.adapters.peft_fields import Fields
+from multilora.adapters.peft_match import (
+    PatternError,
+    belongs_to,
+    is_part_of,
+    layer_index,
+    matches_modules,
+    pattern_key,
+)
+from multilora.errors import AdapterIncompatible, AdapterInvalid
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields that decide the arithmetic. Module names are those inside the base model."""
+    """The fields that decide the arithmetic."""
 
     file: str  # for messages
     r: int
@@ -68,6 +40,14 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
+    use_dora: bool
+    bias: str
+    lora_bias: bool
+    modules_to_save: tuple[str, ...]
+    token_indices: dict[str, tuple[int, ...]] | None
+    ensure_weight_tying: bool
+    invocation_tokens: tuple[int, ...] | None
+    velora: bool
 
     def rank(self, name: str) -> int:
         """The rank that PEFT would give module `name`."""
@@ -80,13 +60,19 @@ class PeftConfig:
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
-    def targets(self, name: str) -> bool:
-        """Whether PEFT would put LoRA on the linear module `name`, which is not the output layer."""
-        try:
+    def targets(self, name: str, base: BaseModel) -> bool:
+        """Whether PEFT would put LoRA on module `name`, which is a linear layer or the token embedding."""
+        if self._is_table(name) and self.ties_targets(base):
+            return True
+        with self._patterns("target_modules, exclude_modules, layers_pattern or modules_to_save"):
             if self.exclude_modules and matches_modules(self.exclude_modules, name):
                 return False
+            if any(is_part_of(entry, name) for entry in self.modules_to_save):
+                return False
             if isinstance(self.target_modules, str):
-                return self.target_modules.lower() == "all-linear" or matches_modules(self.target_modules, name)
+                if self.target_modules.lower() == "all-linear":
+                    return not self._is_table(name)
+                return matches_modules(self.target_modules, name)
             if name in self.target_modules:
                 return True
             if not matches_modules(self.target_modules, name):
@@ -94,19 +80,81 @@ class PeftConfig:
             return self.layers_to_transform is None or (
                 layer_index(self.layers_pattern, name) in self.layers_to_transform
             )
-        except PatternError as e:
-            raise AdapterInvalid(f"{self.file}: target_modules, exclude_modules or layers_pattern: {e}") from None
+
+    def saves(self, name: str, base: BaseModel) -> bool:
+        """Whether modules_to_save means module `name` or one that it is part of."""
+        if self._is_table(name) and self.ties_saved(base):
+            return True
+        return any(belongs_to(entry, name) for entry in self.modules_to_save)
+
+    def tokens(self, base: BaseModel) -> dict[str, tuple[int, ...]]:
+        """Of embed_tokens and lm_head, the token ids whose rows were trained, in the order of the file's rows.
+
+        Raises AdapterInvalid or AdapterIncompatible for what PEFT would not load.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for entry, ids in (self.token_indices or {}).items():
+            modules = [m for m, name in ((EMBED, f"model.{EMBED}"), (HEAD, HEAD)) if entry and name.endswith(entry)]
+            if len(modules) != 1:
+                what = f"{show(entry)} is neither {EMBED} nor {HEAD} of the base model"
+                raise AdapterIncompatible(f"{self.file}: trainable_token_indices: {what}")
+            if modules[0] in found:
+                raise AdapterInvalid(f"{self.file}: trainable_token_indices: {modules[0]} is given twice")
+            if ids and max(ids) >= base.vocab_size:
+                raise AdapterIncompatible(
+                    f"{self.file}: trainable_token_indices: token {max(ids)}, but the base model's vocabulary has "
+                    f"{base.vocab_size} rows: add the tokens to the base model, and serve that"
+                )
+            found[modules[0]] = ids
+        if self.ensure_weight_tying and base.tie_word_embeddings and len(set(found.values())) > 1:
+            raise AdapterInvalid(
+                f"{self.file}: trainable_token_indices: {EMBED} and {HEAD} differ, but ensure_weight_tying is true"
+            )
+        return found
+
+    def ties_tokens(self, base: BaseModel) -> bool:
+        """Whether the rows trained for embed_tokens act in lm_head too."""
+        found = self.tokens(base)
+        return base.tie_word_embeddings and EMBED in found and found.get(HEAD, found[EMBED]) == found[EMBED]
+
+    def ties_saved(self, base: BaseModel) -> bool:
+        """Whether PEFT saves embed_tokens and lm_head as one module."""
+        return self.ensure_weight_tying and base.tie_word_embeddings and self._saves_a_table
+
+    def ties_targets(self, base: BaseModel) -> bool:
+        """Whether PEFT puts LoRA on embed_tokens and, transposed, on lm_head."""
+        tied = self.ensure_weight_tying and base.tie_word_embeddings
+        return tied and not self._saves_a_table and self._targets_a_table
+
+    @cached_property
+    def _saves_a_table(self) -> bool:
+        return any(entry.rpartition(".")[2] in TABLES for entry in self.modules_to_save)
+
+    @cached_property
+    def _targets_a_table(self) -> bool:
+        if isinstance(self.target_modules, str):
+            with self._patterns("target_modules"):
+                return any(matches_modules(self.target_modules, table) for table in TABLES)
+        return any(entry.rpartition(".")[2] in TABLES for entry in self.target_modules)
+
+    def _is_table(self, name: str) -> bool:
+        return name.rpartition(".")[2] in TABLES
 
     def _pattern_key(self, field: str, name: str) -> str | None:
-        try:
+        with self._patterns(field):
             return pattern_key(getattr(self, field), name)
+
+    @contextmanager
+    def _patterns(self, fields: str) -> Iterator[None]:
+        try:
+            yield
         except PatternError as e:
-            raise AdapterInvalid(f"{self.file}: {field}: {e}") from None
+            raise AdapterInvalid(f"{self.file}: {fields}: {e}") from None
 
 
 def parse_config(raw: dict[str, Any], path: Path) -> PeftConfig:
     """Check every field. Raises AdapterInvalid naming file and field, AdapterUnsupported naming the feature."""
-    fields = _Fields(path.name, raw)
+    fields = Fields(path.name, raw)
     fields.check_known()
     fields.check_init()
     targets = fields.modules("target_modules", required=True)
@@ -116,7 +164,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> PeftConfig:
         raise fields.invalid("layers_to_transform", "cannot be used when target_modules is a string")
     if layers_pattern and layers is None:
         raise fields.invalid("layers_pattern", "needs layers_to_transform")
-    return PeftConfig(
+    config = PeftConfig(
         file=path.name,
         r=fields.rank("r", raw.get("r")),
         lora_alpha=fields.alpha("lora_alpha", raw.get("lora_alpha")),
@@ -133,86 +181,32 @@ def parse_config(raw: dict[str, Any], path: Path) -> PeftConfig:
         layers_pattern=(layers_pattern,)
         if isinstance(layers_pattern, str) and layers_pattern
         else tuple(layers_pattern),
+        use_dora=fields.flag("use_dora"),
+        bias=fields.bias(),
+        lora_bias=fields.flag("lora_bias"),
+        modules_to_save=fields.names("modules_to_save"),
+        token_indices=fields.token_indices(),
+        ensure_weight_tying=fields.flag("ensure_weight_tying"),
+        invocation_tokens=fields.integers("alora_invocation_tokens", raw.get("alora_invocation_tokens") or [])
+        or None,
+        velora=bool(raw.get("velora_config")),
     )
+    _check_combinations(config, fields)
+    return config
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """The raw object and the checks on single fields; every message names file and field."""
-
-    file: str
-    raw: dict[str, Any]
-
-    def invalid(self, field: str, what: str) -> AdapterInvalid:
-        return AdapterInvalid(f"{self.file}: {field}: {what}")
-
-    def check_known(self) -> None:
-        kind = self.raw.get("peft_type")
-        if not isinstance(kind, str):
-            raise self.invalid("peft_type", f"a string is expected, found {show(kind)}")
-        if kind != "LORA":
-            raise AdapterUnsupported(f"{self.file}: peft_type {show(kind)} is not supported; LORA is")
-        for field, value in self.raw.items():
-            if not value or field in USED or field in HARMLESS:
-                continue
-            if field in REFUSED:
-                raise AdapterUnsupported(f"{self.file}: {REFUSED[field]} is not supported ({field}={show(value)})")
-            raise AdapterUnsupported(f"{self.file}: field {show(field)} is not known, is {show(value)}")
-        bias = self.raw.get("bias", "none")
-        if bias not in ("none", None):
-            raise AdapterUnsupported(f"{self.file}: trained biases are not supported (bias={show(bias)})")
-
-    def check_init(self) -> None:
-        init = self.raw.get("init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-            raise AdapterUnsupported(
-                f"{self.file}: init_lora_weights={show(init)} is not supported: the adapter is relative to changed "
-                "base weights; save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
-            )
-        if not any(init is known or (isinstance(init, str) and init.lower() == known) for known in KNOWN_INITS):
-            raise AdapterUnsupported(f"{self.file}: init_lora_weights={show(init)} is not known")
-
-    def rank(self, field: str, value: Any) -> int:
-        if type(value) is not int or value < 1:
-            raise self.invalid(field, f"a positive integer is expected, found {show(value)}")
-        return value
-
-    def alpha(self, field: str, value: Any) -> float:
-        if type(value) not in (int, float) or abs(value) > 1e30 or value != value:
-            raise self.invalid(field, f"a finite number is expected, found {show(value)}")
-        return float(value)
-
-    def flag(self, field: str) -> bool:
-        value = self.raw.get(field)
-        if value not in (None, False, True) or not isinstance(value, bool | None):
-            raise self.invalid(field, f"true or false is expected, found {show(value)}")
-        return bool(value)
-
-    def mapping(self, field: str) -> dict[str, Any]:
-        value = self.raw.get(field)
-        if not isinstance(value, dict | None):
-            raise self.invalid(field, f"an object is expected, found {show(value)}")
-        return value or {}
-
-    def modules(self, field: str, required: bool = False) -> str | tuple[str, ...]:
-        value = self.raw.get(field)
-        if required and not value:
-            raise self.invalid(field, f"a list of names or a regular expression is expected, found {show(value)}")
-        if value is None:
-            return ()
-        if isinstance(value, str):
-            return value
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise self.invalid(field, f"a string or a list of strings is expected, found {show(value)}")
-        return tuple(value)
-
-    def layers(self) -> frozenset[int] | None:
-        value = self.raw.get("layers_to_transform")
-        if value is None or value == []:
-            return None
-        values = value if isinstance(value, list) else [value]
-        if not all(type(v) is int and v >= 0 for v in values):
-            raise self.invalid(
-                "layers_to_transform", f"an integer or a list of them is expected, found {show(value)}"
-            )
-        return frozenset(values)
+def _check_combinations(config: PeftConfig, fields: Fields) -> None:
+    """What PEFT itself does not load."""
+    if "" in config.modules_to_save:
+        raise fields.invalid("modules_to_save", "a name is empty")
+    variants = {
+        "use_dora": config.use_dora,
+        "alora_invocation_tokens": config.invocation_tokens,
+        "velora_config": config.velora,
+        "init_lora_weights 'mica'": fields.raw.get("init_lora_weights") == "mica",
+    }
+    used = [name for name, on in variants.items() if on]
+    if len(used) > 1:
+        raise fields.invalid(used[0], f"cannot be combined with {used[1]}")
+    if config.lora_bias and config.use_dora:
+        raise fields.invalid("lora_bias", "cannot be combined with use_dora")

@@ -69,3 +69,24 @@ def layer_index(layers_pattern: Sequence[str], name: str) -> int | None:
         if found:
             return int(found["idx"])
     return None
+
+
+def is_part_of(entry: str, name: str) -> bool:
+    """Whether an entry of modules_to_save keeps LoRA off `name`: a regex for it, or for a module that it lies in."""
+    if _cannot_match_part(entry, name):
+        return False
+    return _match(rf"(^|.*\.){entry}($|\..*)", name) is not None
+
+
+def _cannot_match_part(entry: str, name: str) -> bool:
+    return PLAIN_KEY.fullmatch(entry) is not None and entry.rpartition(".")[2] not in name
+
+
+def belongs_to(entry: str, name: str) -> bool:
+    """Whether an entry of modules_to_save means `name`, or a module that it lies in: their names end with it.
+
+    As PEFT has it: not at a dot, so that "norm" means "input_layernorm" too.
+    """
+    while name and not name.endswith(entry):
+        name = name.rpartition(".")[0]
+    return bool(name)

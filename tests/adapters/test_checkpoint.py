@@ -271,7 +271,7 @@ def test_every_field_of_the_installed_peft_is_in_one_list() -> None:
 
     from peft import LoraConfig
 
-    from multilora.adapters.peft_config import HARMLESS, REFUSED, USED
+    from multilora.adapters.peft_fields import HARMLESS, REFUSED, USED
 
     lists = [USED, HARMLESS, frozenset(REFUSED)]
     for name in [field.name for field in dataclasses.fields(LoraConfig)]:

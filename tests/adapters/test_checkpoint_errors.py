@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,26 @@ from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.base_model import BaseModel
 from multilora.adapters.checkpoint import read_adapter
 from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
-from multilora.lora.sites import LoraSite, LoraSlice
+from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 
 Tensors = dict[str, torch.Tensor]
-SITES = tuple(
-    site
-    for layer in range(2)
-    for site in (
-        LoraSite(2 * layer, layer, "qkv_proj", 8, (LoraSlice("q_proj", 0, 8), LoraSlice("v_proj", 8, 6))),
-        LoraSite(2 * layer + 1, layer, "down_proj", 10, (LoraSlice("down_proj", 0, 8),)),
-    )
+SITES = (
+    LoraSite(0, 0, "qkv_proj", 8, (LoraSlice("q_proj", 0, 8), LoraSlice("v_proj", 8, 6))),
+    LoraSite(1, 0, "down_proj", 10, (LoraSlice("down_proj", 0, 8),)),
+    LoraSite(2, 1, "qkv_proj", 8, (LoraSlice("q_proj", 0, 8), LoraSlice("v_proj", 8, 6))),
+    LoraSite(3, 1, "down_proj", 10, (LoraSlice("down_proj", 0, 8),)),
+    LoraSite(4, MODEL_LEVEL, "embed_tokens", 9, (LoraSlice("embed_tokens", 0, 8),)),
+    LoraSite(5, MODEL_LEVEL, "lm_head", 8, (LoraSlice("lm_head", 0, 9),)),
 )
-BASE = BaseModel(SITES, vocab_size=99, hidden_size=8, tie_word_embeddings=False, norms={}, biased=())
+BASE = BaseModel(
+    SITES,
+    vocab_size=9,
+    hidden_size=8,
+    tie_word_embeddings=False,
+    norms={"input_layernorm": 8, "norm": 8},
+    biased=("v_proj",),
+)
+TIED = replace(BASE, tie_word_embeddings=True)
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
     "r": 2,
@@ -54,7 +63,7 @@ def drop(name: str) -> Callable[[Tensors], Tensors]:
 
 WHOLE = torch.ones(8, 8)
 CASES: dict[str, tuple[Callable[[Tensors], Tensors], type[AdapterError], str]] = {
-    "no tensors": (lambda _: {}, AdapterInvalid, "no LoRA tensors"),
+    "no tensors": (lambda _: {}, AdapterInvalid, "holds no tensors"),
     "A without B": (drop(f"{Q0}.lora_B.weight"), AdapterInvalid, f"{Q0}.lora_A.weight': lora_A without its lora_B"),
     "B without A": (drop(f"{Q0}.lora_A.weight"), AdapterInvalid, f"{Q0}.lora_B.weight': lora_B without its lora_A"),
     "given twice": (add(pair("model.layers.0.self_attn.q_proj", 8, 8)), AdapterInvalid, "given twice"),
@@ -64,7 +73,7 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], type[AdapterError], str]] =
         "more than one adapter",
     ),
     "left over": (add({f"{Q0}.scale": WHOLE}), AdapterInvalid, f"{Q0}.scale': left over"),
-    "left over, like A": (add({f"{Q0}.lora_AB.weight": WHOLE}), AdapterInvalid, "left over"),
+    "left over, like A": (add({f"{Q0}.lora_AB.weight": WHOLE}), AdapterIncompatible, "no module"),
     "rank of the config": (add(pair(V0, 8, 6, 3)), AdapterInvalid, f"{V0}.lora_A.weight': rank 3"),
     "rank 0": (add(pair(V0, 8, 6, 0)), AdapterInvalid, f"{V0}.lora_A.weight': rank 0"),
     "ranks disagree": (add({f"{Q0}.lora_A.weight": torch.ones(3, 8)}), AdapterInvalid, "[3, 8] and [8, 2]"),
@@ -84,7 +93,7 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], type[AdapterError], str]] =
     "layer far out of range": (
         add(pair(f"{LAYER}.{'9' * 30}.self_attn.q_proj", 8, 8)),
         AdapterIncompatible,
-        "the base model has no LoRA module",
+        "the base model has no module",
     ),
     "no such module": (add(pair(f"{LAYER}.0.self_attn.o_proj", 8, 8)), AdapterIncompatible, "self_attn.o_proj"),
     "wrong parent": (add(pair(f"{LAYER}.0.cross_attn.q_proj", 8, 8)), AdapterIncompatible, "cross_attn.q_proj"),
@@ -94,32 +103,6 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], type[AdapterError], str]] =
         "vision.model.layers.0",
     ),
     "not targeted": (add(pair(f"{LAYER}.1.mlp.down_proj", 10, 8)), AdapterInvalid, "does not target module"),
-    "DoRA": (add({f"{Q0}.lora_magnitude_vector": torch.ones(8)}), AdapterUnsupported, "DoRA"),
-    "bias on B": (add({f"{Q0}.lora_B.bias": torch.ones(8)}), AdapterUnsupported, "lora_bias"),
-    "bias on B, named": (add({f"{Q0}.lora_B.default.bias": torch.ones(8)}), AdapterUnsupported, "lora_bias"),
-    "bias of the layer": (add({f"{Q0}.bias": torch.ones(8)}), AdapterUnsupported, "trained biases"),
-    "lm_head LoRA": (add(pair("base_model.model.lm_head", 8, 99)), AdapterUnsupported, "lm_head"),
-    "lm_head whole": (add({"base_model.model.lm_head.weight": WHOLE}), AdapterUnsupported, "lm_head"),
-    "embeddings whole": (
-        add({"base_model.model.model.embed_tokens.weight": WHOLE}),
-        AdapterUnsupported,
-        "embed_tokens",
-    ),
-    "embeddings LoRA": (
-        add({"base_model.model.model.embed_tokens.lora_embedding_A": WHOLE}),
-        AdapterUnsupported,
-        "LoRA on embeddings",
-    ),
-    "modules_to_save": (
-        add({"base_model.model.score.modules_to_save.weight": WHOLE}),
-        AdapterUnsupported,
-        "modules_to_save",
-    ),
-    "trained tokens": (
-        add({"base_model.model.model.embed_tokens.trainable_tokens_delta": WHOLE}),
-        AdapterUnsupported,
-        "trainable_token_indices",
-    ),
 }
 
 

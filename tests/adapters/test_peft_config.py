@@ -1,6 +1,7 @@
 """adapter_config.json: what is refused and how it is said; PEFT's matching rules against PEFT's own functions."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from multilora.adapters.base_model import BaseModel
 from multilora.adapters.peft_config import parse_config
 from multilora.adapters.peft_match import pattern_key
 from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
@@ -16,6 +18,8 @@ from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 PATH = Path("adapter_config.json")
 DROP = object()
+BASE = BaseModel((), vocab_size=10, hidden_size=8, tie_word_embeddings=False, norms={}, biased=())
+TIED = replace(BASE, tie_word_embeddings=True)
 
 INVALID = {
     "r missing": ({"r": DROP}, "r:"),
@@ -46,19 +50,29 @@ INVALID = {
     "layers negative": ({"layers_to_transform": -1}, "layers_to_transform:"),
     "layers with regex": ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "layers_to_transform:"),
     "pattern without layers": ({"layers_pattern": "layers"}, "layers_pattern:"),
+    "bias unknown": ({"bias": "some"}, "bias:"),
+    "bias a list": ({"bias": ["all"]}, "bias:"),
+    "saved a string": ({"modules_to_save": "lm_head"}, "modules_to_save:"),
+    "saved with an empty name": ({"modules_to_save": ["lm_head", ""]}, "modules_to_save:"),
+    "tokens strings": ({"trainable_token_indices": ["a"]}, "trainable_token_indices:"),
+    "tokens negative": ({"trainable_token_indices": [3, -1]}, "trainable_token_indices:"),
+    "tokens twice": ({"trainable_token_indices": {"lm_head": [3, 3]}}, "trainable_token_indices['lm_head']: a token"),
+    "tokens a number": ({"trainable_token_indices": {"lm_head": 3}}, "trainable_token_indices['lm_head']:"),
+    "invocation a string": ({"alora_invocation_tokens": "[1]"}, "alora_invocation_tokens:"),
+    "invocation with floats": ({"alora_invocation_tokens": [1.5]}, "alora_invocation_tokens:"),
+    "DoRA and lora_bias": ({"use_dora": True, "lora_bias": True}, "lora_bias: cannot be combined with use_dora"),
+    "DoRA and activated": (
+        {"use_dora": True, "alora_invocation_tokens": [1]},
+        "use_dora: cannot be combined with alora_invocation_tokens",
+    ),
+    "DoRA and MiCA": ({"use_dora": True, "init_lora_weights": "mica"}, "use_dora: cannot be combined with"),
 }
 UNSUPPORTED = {
-    "DoRA": ({"use_dora": True}, "DoRA"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias"),
-    "bias all": ({"bias": "all"}, "bias='all'"),
-    "bias lora_only": ({"bias": "lora_only"}, "bias='lora_only'"),
     "layer_replication": ({"layer_replication": [[0, 1]]}, "layer_replication"),
-    "trainable tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices"),
-    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
     "target_parameters": ({"target_parameters": ["experts.w1"]}, "target_parameters"),
     "QALoRA": ({"use_qalora": True}, "QALoRA"),
     "block diagonal": ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),
+    "activated by a string": ({"alora_invocation_string": "<x>"}, "alora_invocation_string"),
     "Arrow": ({"arrow_config": {"top_k": 3}}, "Arrow"),
     "KaSA": ({"kasa_config": {"beta": 1}}, "KaSA"),
     "MonteCLoRA": ({"monteclora_config": {"n": 1}}, "MonteCLoRA"),
@@ -106,7 +120,7 @@ def test_a_broken_regular_expression_names_its_field(field: str, pattern: str) -
     config = parse_config(changed({field: value}), PATH)
     name = "model.layers.0.self_attn.q_proj"
     with pytest.raises(AdapterInvalid, match=f"adapter_config.json: .*{field}"):
-        [config.targets(name), config.rank(name), config.scaling(name, rank=4)]
+        [config.targets(name, BASE), config.rank(name), config.scaling(name, rank=4)]
 
 
 def test_a_regular_expression_cannot_hold_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +184,7 @@ def test_targets_is_peft_s(rule: dict[str, Any]) -> None:
     for name in NAMES:
         theirs = check_target_module_exists(peft, name)
         excluded = type(theirs).__name__ == "_ExcludedModule"
-        assert config.targets(name) == (bool(theirs) and not excluded), name
+        assert config.targets(name, BASE) == (bool(theirs) and not excluded), name
 
 
 def test_errors_stay_short_and_encodable() -> None:

@@ -1,0 +1,45 @@
+"""The base model's own tensors, as its checkpoint holds them, for comparing with copies that an adapter brings.
+
+Unlike an adapter's, these files are trusted: the engine has just loaded them. Called by `checkpoint_whole`.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from multilora.errors import AdapterError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ROWS = 1 << 12  # of a table at a time
+
+
+def equals_base(weight: torch.Tensor, names: tuple[str, ...], directory: str) -> bool:
+    """Whether `weight` [rows, columns] is, number for number, the first of `names` that the base model has.
+
+    Raises AdapterError if the base model's files cannot be read any more.
+    """
+    try:
+        file, name = _find(names, Path(directory))
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            base = tensors.get_slice(name)
+            if tuple(base.get_shape()) != tuple(weight.shape):
+                return False
+            return all(
+                torch.equal(base[start : start + ROWS].float(), weight[start : start + ROWS].float())
+                for start in range(0, len(weight), ROWS)
+            )
+    except (OSError, SafetensorError, ValueError, KeyError) as e:
+        raise AdapterError(f"the base model in {directory} cannot be read for a comparison: {e}") from None
+
+
+def _find(names: tuple[str, ...], directory: Path) -> tuple[Path, str]:
+    index = directory / INDEX
+    if index.is_file():
+        files = json.loads(index.read_text())["weight_map"]
+        name = next(name for name in names if name in files)
+        return directory / files[name], name
+    with safe_open(directory / SINGLE, framework="pt", device="cpu") as tensors:
+        held = set(tensors.keys())
+    return directory / SINGLE, next(name for name in names if name in held)

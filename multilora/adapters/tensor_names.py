@@ -1,0 +1,86 @@
+"""What the name of a tensor in an adapter's file says: which module, which part of it, which adapter.
+
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight
+    └── PREFIX ─────┘└── module inside the base model ─┘└ mark┘└adapter┘└leaf┘   prefix and adapter may be missing
+
+Owns PEFT's spellings, old and new. Knows neither the base model nor the config. Called by `contents`.
+"""
+
+import enum
+from dataclasses import dataclass
+
+PREFIX = "base_model.model."
+TOKEN_ADAPTER = "token_adapter"
+
+
+class Part(enum.Enum):
+    """A tensor's role in its module; the values are for messages."""
+
+    LORA_A = "lora_A"
+    LORA_B = "lora_B"
+    LORA_BIAS = "the bias of lora_B"
+    EMBEDDING_A = "lora_embedding_A"
+    EMBEDDING_B = "lora_embedding_B"
+    MAGNITUDE = "lora_magnitude_vector"
+    VELORA = "lora_velora_embed"
+    TOKENS = "trainable_tokens_delta"
+    WEIGHT = "weight"
+    BIAS = "bias"
+    # the module that PEFT wraps: for LoRA, for trained tokens, for modules_to_save
+    BASE_WEIGHT = "base_layer.weight"
+    BASE_BIAS = "base_layer.bias"
+    TOKENS_BASE = "token_adapter.base_layer.weight"
+    ORIGINAL_WEIGHT = "original_module.weight"
+    ORIGINAL_BIAS = "original_module.bias"
+    # what modules_to_save trains, under the name it has in memory
+    SAVED_WEIGHT = "modules_to_save.weight"
+    SAVED_BIAS = "modules_to_save.bias"
+
+
+# mark → leaf ("" for none) → part
+MARKS: dict[str, dict[str, Part]] = {
+    "lora_A": {"weight": Part.LORA_A},
+    "lora_B": {"weight": Part.LORA_B, "bias": Part.LORA_BIAS},
+    "lora_embedding_A": {"": Part.EMBEDDING_A},
+    "lora_embedding_B": {"": Part.EMBEDDING_B},
+    "lora_magnitude_vector": {"": Part.MAGNITUDE, "weight": Part.MAGNITUDE},
+    "lora_velora_embed": {"": Part.VELORA},
+    "trainable_tokens_delta": {"": Part.TOKENS},
+    "modules_to_save": {"weight": Part.SAVED_WEIGHT, "bias": Part.SAVED_BIAS},
+    "base_layer": {"weight": Part.BASE_WEIGHT, "bias": Part.BASE_BIAS},
+    "original_module": {"weight": Part.ORIGINAL_WEIGHT, "bias": Part.ORIGINAL_BIAS},
+}
+UNNAMED = ("base_layer", "original_module")  # of the base model: no adapter's name follows
+PLAIN = {"weight": Part.WEIGHT, "bias": Part.BIAS}
+OF_ONE_ADAPTER = frozenset(part for mark in MARKS if mark not in UNNAMED for part in MARKS[mark].values())
+
+
+@dataclass(frozen=True)
+class TensorName:
+    """module: its name inside the base model as the file has it; adapter: None if the name does not say."""
+
+    module: str
+    part: Part
+    adapter: str | None = None
+
+
+def parse(name: str) -> TensorName | None:
+    """None if PEFT gives no tensor of a LoRA adapter such a name."""
+    words = name.removeprefix(PREFIX).split(".")
+    at = next((i for i, word in enumerate(words) if word in MARKS), None)
+    if at is None:
+        part = PLAIN.get(words[-1])
+        return TensorName(".".join(words[:-1]), part) if part and len(words) > 1 else None
+    mark, module, rest = words[at], words[:at], words[at + 1 :]
+    leaf = rest.pop() if rest and rest[-1] in MARKS[mark] else ""
+    part = MARKS[mark].get(leaf)
+    if part is None or len(rest) > (mark not in UNNAMED):
+        return None
+    if module and module[-1] == TOKEN_ADAPTER:
+        module.pop()
+        part = Part.TOKENS_BASE if part is Part.BASE_WEIGHT else part
+        if part not in (Part.TOKENS, Part.TOKENS_BASE):
+            return None
+    elif part is Part.TOKENS:
+        return None
+    return TensorName(".".join(module), part, rest[0] if rest else None) if module else None
