@@ -18,7 +18,7 @@ class Part(enum.Enum):
 
     LORA_A = "lora_A"
     LORA_B = "lora_B"
-    LORA_BIAS = "the bias of lora_B"
+    LORA_BIAS = "lora_B.bias"
     EMBEDDING_A = "lora_embedding_A"
     EMBEDDING_B = "lora_embedding_B"
     MAGNITUDE = "lora_magnitude_vector"

@@ -106,6 +106,303 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], type[AdapterError], str]] =
 }
 
 
+EMBED, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
+NORM0 = f"{LAYER}.0.input_layernorm"
+DOWN0 = f"{LAYER}.0.mlp.down_proj"
+Q, V = pair(Q0, 8, 8), pair(V0, 8, 6)
+V_BIAS = {f"{V0}.base_layer.bias": torch.ones(6)}
+ON_EMBED = {f"{EMBED}.lora_embedding_A": torch.ones(2, 9), f"{EMBED}.lora_embedding_B": torch.ones(8, 2)}
+ON_HEAD = pair(HEAD, 8, 9)
+DELTA = {f"{EMBED}.token_adapter.trainable_tokens_delta": torch.ones(2, 8)}
+TOKENS = {"trainable_token_indices": [3, 1]}
+MAGNITUDE = {f"{Q0}.lora_magnitude_vector": torch.ones(8)}
+TABLE = torch.ones(9, 8)
+
+# what is wrong → (config, tensors, base model, error, what it says)
+FEATURES: dict[str, tuple[dict[str, Any], Tensors, BaseModel, type[AdapterError], str]] = {
+    "magnitude without DoRA": ({}, Q | MAGNITUDE, BASE, AdapterInvalid, "left over: use_dora is not set"),
+    "DoRA without magnitude": (
+        {"use_dora": True},
+        Q,
+        BASE,
+        AdapterInvalid,
+        "has no lora_magnitude_vector, but use_dora",
+    ),
+    "magnitude of another size": (
+        {"use_dora": True},
+        Q | {f"{Q0}.lora_magnitude_vector": torch.ones(1, 8)},
+        BASE,
+        AdapterIncompatible,
+        "of 'model.layers.0.self_attn.q_proj' does not fit the base model: expected [8], found [1, 8]",
+    ),
+    "magnitude alone": ({"use_dora": True}, MAGNITUDE, BASE, AdapterInvalid, "left over: 'model.layers.0"),
+    "DoRA on embeddings": ({"use_dora": True}, ON_EMBED, BASE, AdapterUnsupported, "DoRA on the token embedding"),
+    "DoRA on a replaced head": (
+        {"use_dora": True},
+        ON_HEAD | {f"{HEAD}.lora_magnitude_vector": torch.ones(9), f"{HEAD}.base_layer.weight": TABLE},
+        BASE,
+        AdapterUnsupported,
+        "DoRA on 'lm_head', whose weight the adapter replaces",
+    ),
+    "bias of lora_B without lora_bias": (
+        {},
+        Q | {f"{Q0}.lora_B.bias": torch.ones(8)},
+        BASE,
+        AdapterInvalid,
+        "left over: lora_bias is not set",
+    ),
+    "lora_bias without bias": (
+        {"lora_bias": True},
+        Q,
+        BASE,
+        AdapterInvalid,
+        "has no lora_B.bias, but lora_bias",
+    ),
+    "lora_bias on embeddings": (
+        {"lora_bias": True},
+        ON_EMBED,
+        BASE,
+        AdapterInvalid,
+        "lora_bias: PEFT does not have it",
+    ),
+    "bias that the config does not train": ({}, V | V_BIAS, BASE, AdapterInvalid, "left over: bias in"),
+    "bias under its old name": (
+        {"bias": "lora_only"},
+        V | {f"{V0}.bias": torch.ones(6)},
+        BASE,
+        AdapterUnsupported,
+        "under a name that PEFT does not load",
+    ),
+    "bias of another module": (
+        {"bias": "lora_only"},
+        Q | {f"{V0}.bias": torch.ones(6)},
+        BASE,
+        AdapterInvalid,
+        "left over: modules_to_save or bias",
+    ),
+    "bias where there is none": (
+        {"bias": "lora_only"},
+        Q | {f"{Q0}.base_layer.bias": torch.ones(8)},
+        BASE,
+        AdapterIncompatible,
+        "'model.layers.0.self_attn.q_proj' has no bias",
+    ),
+    "bias of another size": (
+        {"bias": "lora_only"},
+        V | {f"{V0}.base_layer.bias": torch.ones(8)},
+        BASE,
+        AdapterIncompatible,
+        "expected [6], found [8]",
+    ),
+    "bias of a norm": (
+        {"bias": "all"},
+        Q | {f"{NORM0}.bias": torch.ones(8)},
+        BASE,
+        AdapterIncompatible,
+        "input_layernorm' has no bias",
+    ),
+    "weight that is not saved": (
+        {},
+        Q | {f"{NORM0}.weight": torch.ones(8)},
+        BASE,
+        AdapterInvalid,
+        "left over: modules_to",
+    ),
+    "base weight of a linear layer": (
+        {},
+        Q | {f"{Q0}.base_layer.weight": WHOLE},
+        BASE,
+        AdapterUnsupported,
+        "weights of the base model (base_layer.weight",
+    ),
+    "saved norm missing": (
+        {"modules_to_save": ["norm"]},
+        Q | {f"{NORM0}.weight": torch.ones(8)},
+        BASE,
+        AdapterInvalid,
+        "modules_to_save means 'model.layers.1.input_layernorm', whose weight is missing",
+    ),
+    "saved bias missing": (
+        {"modules_to_save": ["0.self_attn.v_proj"]},
+        Q | {f"{V0}.weight": torch.ones(6, 8)},
+        BASE,
+        AdapterInvalid,
+        "modules_to_save means 'model.layers.0.self_attn.v_proj', whose bias is missing",
+    ),
+    "saved weight of another shape": (
+        {"modules_to_save": ["0.mlp.down_proj"]},
+        Q | {f"{DOWN0}.weight": torch.ones(10, 8)},
+        BASE,
+        AdapterIncompatible,
+        "expected [8, 10], found [10, 8]",
+    ),
+    "saved and LoRA": (
+        {"modules_to_save": ["_proj"]},
+        Q,
+        BASE,
+        AdapterInvalid,
+        "has LoRA and is in modules_to_save",
+    ),
+    "LoRA inside a saved module": (
+        {"modules_to_save": ["self_attn"]},
+        Q,
+        BASE,
+        AdapterInvalid,
+        "does not target module",
+    ),
+    "LoRA on a norm": (
+        {"target_modules": ["input_layernorm"]},
+        pair(NORM0, 8, 8),
+        BASE,
+        AdapterInvalid,
+        "no linear layer",
+    ),
+    "lora_A on embeddings": (
+        {},
+        pair(EMBED, 9, 8),
+        BASE,
+        AdapterInvalid,
+        "left over: 'model.embed_tokens' has lora_embedding_A",
+    ),
+    "lora_embedding_A on a linear layer": (
+        {},
+        Q | {f"{Q0}.lora_embedding_A": torch.ones(2, 8)},
+        BASE,
+        AdapterInvalid,
+        "left over: 'model.layers.0.self_attn.q_proj' has lora_A",
+    ),
+    "embeddings of another vocabulary": (
+        {},
+        ON_EMBED | {f"{EMBED}.lora_embedding_A": torch.ones(2, 12)},
+        BASE,
+        AdapterIncompatible,
+        "embed_tokens has 12 rows in the adapter, 9 in the base model",
+    ),
+    "head of another vocabulary": (
+        {},
+        pair(HEAD, 8, 12),
+        BASE,
+        AdapterIncompatible,
+        "lm_head has 12 rows in the adapter, 9 in the base model",
+    ),
+    "resized embeddings": (
+        {},
+        Q | {f"{EMBED}.weight": torch.ones(12, 8), f"{HEAD}.weight": torch.ones(12, 8)},
+        BASE,
+        AdapterIncompatible,
+        "embed_tokens has 12 rows in the adapter, 9 in the base model",
+    ),
+    "saved head of another vocabulary": (
+        {"modules_to_save": ["lm_head"]},
+        Q | {f"{HEAD}.weight": torch.ones(7, 8)},
+        BASE,
+        AdapterIncompatible,
+        "lm_head has 7 rows in the adapter, 9 in the base model",
+    ),
+    "rows that the config does not know": ({}, Q | DELTA, BASE, AdapterInvalid, "left over: trainable_token_indices"),
+    "rows missing": (TOKENS, Q, BASE, AdapterInvalid, "trainable_token_indices means embed_tokens, whose rows are"),
+    "too many rows": (
+        {"trainable_token_indices": [3]},
+        Q | DELTA,
+        BASE,
+        AdapterIncompatible,
+        "expected [1, 8], found [2, 8]",
+    ),
+    "a token beyond the vocabulary": (
+        {"trainable_token_indices": [3, 9]},
+        Q | DELTA,
+        BASE,
+        AdapterIncompatible,
+        "token 9, but the base model's vocabulary has 9 rows",
+    ),
+    "rows of no table": (
+        {"trainable_token_indices": {"q_proj": [1]}},
+        Q,
+        BASE,
+        AdapterIncompatible,
+        "'q_proj' is neither embed_tokens nor lm_head",
+    ),
+    "rows and LoRA": (TOKENS, ON_EMBED | DELTA, BASE, AdapterInvalid, "PEFT does not load that"),
+    "rows of a saved module": (
+        TOKENS | {"modules_to_save": ["embed_tokens"]},
+        Q | DELTA | {f"{EMBED}.weight": TABLE},
+        BASE,
+        AdapterInvalid,
+        "PEFT does not load that",
+    ),
+    "tied rows and a saved head": (
+        TOKENS | {"modules_to_save": ["lm_head"]},
+        Q | DELTA | {f"{HEAD}.weight": TABLE},
+        TIED,
+        AdapterInvalid,
+        "PEFT does not load that",
+    ),
+    "tied rows that differ": (
+        {"trainable_token_indices": {"embed_tokens": [1, 3], "lm_head": [2]}, "ensure_weight_tying": True},
+        Q | DELTA,
+        TIED,
+        AdapterInvalid,
+        "differ, but ensure_weight_tying",
+    ),
+    "tied copies that differ": (
+        {},
+        Q | {f"{EMBED}.weight": TABLE, f"{HEAD}.weight": 2 * TABLE},
+        TIED,
+        AdapterInvalid,
+        "the word embeddings are tied",
+    ),
+    "tied saved tables that differ": (
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        Q | {f"{EMBED}.weight": TABLE, f"{HEAD}.weight": 2 * TABLE},
+        TIED,
+        AdapterInvalid,
+        "the word embeddings are tied",
+    ),
+    "tied LoRA on one table only": (
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        ON_EMBED,
+        TIED,
+        AdapterInvalid,
+        "only one of embed_tokens and lm_head has LoRA",
+    ),
+    "tied LoRA that differs": (
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        ON_EMBED | pair(HEAD, 8, 9) | {f"{HEAD}.lora_B.weight": torch.zeros(9, 2)},
+        TIED,
+        AdapterInvalid,
+        "lm_head and embed_tokens differ",
+    ),
+    "activated with a saved module": (
+        {"alora_invocation_tokens": [1], "modules_to_save": ["lm_head"]},
+        Q | {f"{HEAD}.weight": TABLE},
+        BASE,
+        AdapterUnsupported,
+        "activated LoRA (alora_invocation_tokens) with a trained lm_head",
+    ),
+    "activated with a bias": (
+        {"alora_invocation_tokens": [1], "bias": "lora_only"},
+        V | V_BIAS,
+        BASE,
+        AdapterUnsupported,
+        "with a trained v_proj",
+    ),
+    "activated on embeddings": (
+        {"alora_invocation_tokens": [1]},
+        ON_EMBED,
+        BASE,
+        AdapterInvalid,
+        "PEFT does not have it",
+    ),
+    "velora's tensor without velora": (
+        {},
+        Q | {f"{Q0}.lora_velora_embed": torch.ones(4)},
+        BASE,
+        AdapterInvalid,
+        "left over: velora_config is not set",
+    ),
+}
+
+
 def write(folder: Path, tensors: Tensors, **config: Any) -> Path:
     (folder / "adapter_config.json").write_text(
         json.dumps(CONFIG | {"exclude_modules": ["1.mlp.down_proj"]} | config)
@@ -124,6 +421,17 @@ def test_wrong_tensors(case: str, tmp_path: Path) -> None:
         read_adapter(tmp_path, BASE, AdapterLimits())
     assert type(caught.value) is error
     assert said in caught.value.message
+
+
+@pytest.mark.parametrize("case", FEATURES)
+def test_wrong_features(case: str, tmp_path: Path) -> None:
+    config, tensors, base, error, said = FEATURES[case]
+    write(tmp_path, tensors, **config)
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(tmp_path, base, AdapterLimits())
+    assert type(caught.value) is error, caught.value
+    assert said in caught.value.message
+    assert "adapter_model.safetensors" in caught.value.message or "adapter_config.json" in caught.value.message
 
 
 def test_layers_that_the_config_leaves_out(tmp_path: Path) -> None:
