@@ -1,4 +1,5 @@
-"""What every benchmark says about itself: hardware, commit, versions, and the bandwidth measured in the same run."""
+"""What every benchmark says about itself: hardware, commit, versions, the hardware's limits measured in the same run.
+And how it shows a row."""
 
 import json
 import os
@@ -6,6 +7,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,14 +34,62 @@ def environment(*packages: str) -> dict[str, Any]:
 def read_bandwidth(device: torch.device, nbytes: int = 1 << 29) -> float:
     """Bytes per second of summing a large array: the most that weights can be streamed at."""
     data = torch.ones(nbytes // 4, device=device)
+    return nbytes / _best_of_5(device, data.sum)
+
+
+def matmul_rate(device: torch.device, size: int = 8192) -> float:
+    """Floating-point operations per second of a large bf16 product of random matrices."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / _best_of_5(device, lambda: a @ b)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _best_of_5(device: torch.device, run: Callable[[], Any]) -> float:
     best = float("inf")
     for _ in range(5):
-        _sync(device)
+        synchronize(device)
         start = time.perf_counter()
-        data.sum()
-        _sync(device)
+        run()
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return nbytes / best
+    return best
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a benchmark, before it is measured. Of milliseconds and ratios less is better, else more."""
+
+    name: str
+    unit: str
+    target: float | None = None
+    best_peer: float | None = None
+
+    def show(self, value: float, limit: float | None = None, **more: Any) -> dict[str, Any]:
+        """Print the row beside its limit, target and best peer; returns it for the JSON."""
+        less = self.unit in ("ms", "ratio")
+        row: dict[str, Any] = {"row": self.name, "value": round(value, 4), "unit": self.unit}
+        text = f"{self.name:<58}{value:9.2f} {self.unit:<9}"
+        if limit:
+            row["limit"] = round(limit, 4)
+            text += f" limit {limit:8.2f} ({limit / value if less else value / limit:4.0%})"
+        if self.target is not None:
+            row |= {"target": self.target, "met": value <= self.target if less else value >= self.target}
+            text += f"  target {self.target:g} {'met' if row['met'] else 'MISSED'}"
+        if self.best_peer is not None:
+            row["best_peer"] = self.best_peer
+            text += f"  best peer {self.best_peer:g}"
+        say(text + "".join(f"  {name} {number:.4g}" for name, number in more.items() if isinstance(number, float)))
+        return row | {name: _rounded(v) for name, v in more.items()}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(v) for name, v in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def finish(result: dict[str, Any], out: str | None) -> None:
@@ -54,14 +105,9 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _module() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else sys.argv[0]
+    return spec.name.removesuffix(".__main__") if spec else sys.argv[0]
 
 
 def _git(*args: str) -> str:

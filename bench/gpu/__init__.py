@@ -1,0 +1,1 @@
+"""The GPU benchmark, `python -m bench.gpu`: see `__main__.py`."""

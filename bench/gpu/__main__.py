@@ -1,0 +1,126 @@
+"""Everything that is promised of one GPU, beside the hardware's limit, the target and the best peer.
+
+    python -m bench.gpu [--only decode streams …] [--out bench/results/gpu.json]
+
+Llama-3.1-8B's dimensions, random weights, bf16; adapters on all seven projections with truly distinct random weights;
+one engine for all rows (`base_only` starts a second one beside it, without LoRA). A row's limit comes from bandwidths
+and rates measured in the same run. Peers: the better of vLLM 0.26.0 and SGLang 0.5.17 on the same kind of machine.
+The last line is one JSON. `--dims tiny --device cpu` runs the same rows in seconds, to see that they run.
+"""
+
+import argparse
+import gc
+import json
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import environment, finish, say
+from bench.gpu.arrivals import cold_rows, streams_rows
+from bench.gpu.decode import base_only_rows, decode_rows
+from bench.gpu.hardware import copies_rows, kernels_rows, measure
+from bench.gpu.setup import Bench, scratch_parent
+from bench.gpu.sizes import SIZES, Adapters, write_model
+from bench.gpu.throughput import few_places_rows, many_rows, throughput_rows
+from multilora import LLM
+
+ARENA_FRACTION = 0.6  # leaves room for the second engine and for what is measured below the engine
+
+PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
+    "decode": decode_rows,
+    "base_only": base_only_rows,
+    "throughput": throughput_rows,
+    "few_places": few_places_rows,
+    "cold": cold_rows,
+    "streams": streams_rows,
+    "kernels": kernels_rows,
+    "copies": copies_rows,
+    "many": many_rows,
+}
+NEED_CUDA = ("kernels", "copies")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="ROWS", help=f"some of: {', '.join(PARTS)}")
+    parser.add_argument("--dims", choices=SIZES, default="llama-8b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--lora-backend", default="auto")
+    parser.add_argument("--disable-cuda-graph", action="store_true")
+    parser.add_argument("--out", help="also write the result to this file")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    parts = args.only or [part for part in PARTS if args.device == "cuda" or part not in NEED_CUDA]
+    directory = Path(tempfile.mkdtemp(prefix="multilora-bench-", dir=scratch_parent()))
+    try:
+        result = run(directory, args, parts)
+    finally:
+        shutil.rmtree(directory)
+    finish(result, args.out)
+    return 1 if result["failed"] else 0
+
+
+def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
+    """Start the engine and measure part after part. A part that fails does not take the others with it."""
+    started = time.perf_counter()
+    dims, work = SIZES[args.dims]
+    result: dict[str, Any] = environment("transformers", "triton")
+    machine = measure(torch.device(args.device))
+    result |= {
+        "read_bandwidth_tb_s": machine.read / 1e12,
+        "matmul_tflop_s": machine.matmul / 1e12,
+        "link_gb_s": machine.link and machine.link / 1e9,
+    }
+    say(json.dumps(result))
+    options: dict[str, Any] = {
+        "device": args.device,
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_running_requests": work.batch,
+        "disable_radix_cache": True,
+        "attention_backend": args.attention_backend,
+        "disable_cuda_graph": args.disable_cuda_graph,
+        "random_seed": 0,
+    }
+    model = write_model(directory / "model", dims)
+    result |= {"rows": [], "seconds": {}, "failed": {}}
+
+    def start_without() -> LLM:
+        return LLM(model, max_total_tokens=2 * work.batch * work.longest_decode, **options)
+
+    with LLM(
+        model, enable_lora=True, lora_backend=args.lora_backend, mem_fraction_static=ARENA_FRACTION, **options
+    ) as llm:
+        result["seconds"]["start"] = round(time.perf_counter() - started, 1)
+        bench = Bench(llm, start_without, dims, work, machine, Adapters(directory, dims, machine.device), args.dims)
+        for part in parts:
+            measure_part(bench, part, result)
+    result["seconds"]["all"] = round(time.perf_counter() - started, 1)
+    say(json.dumps(result["seconds"]))
+    return result
+
+
+def measure_part(bench: Bench, part: str, result: dict[str, Any]) -> None:
+    started = time.perf_counter()
+    try:
+        result["rows"].extend(PARTS[part](bench))
+    except Exception as error:
+        traceback.print_exc()
+        result["failed"][part] = repr(error)
+    result["seconds"][part] = round(time.perf_counter() - started, 1)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Adapters that nobody has loaded yet: the first token of one, and what their coming does to streams that run.
+
+Cold means as the peers were measured: the load call and everything after it counts, the file is in the page cache.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.gpu.setup import GREEDY, Bench
+from multilora.engine.engine import Engine
+from multilora.engine.messages import Abort, LoadAdapter, Outputs, Reply, Submit, UnloadAdapter
+from multilora.params import SamplingParams
+
+COLD = {16: (25, 110), 64: (80, 288)}  # rank → (target, best peer), ms over warm
+OWN_VERSIONS = 1 << 40  # far above those that the registry of `LLM` gives out
+
+
+def cold_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Load call and first token of an adapter never seen before, less the first token of the same when warm."""
+    for rank, aims in COLD.items():
+        cold, warm = [], []
+        prompts = bench.prompts(1, bench.work.decode_prompt)
+        for i in range(bench.work.cold_runs + 1):
+            name = f"cold-{rank}-{i}"
+            path = bench.adapters.write(name, rank)
+            start = time.perf_counter()
+            info = bench.llm.load_lora_adapter(name, path)
+            bench.llm.generate(prompts, GREEDY | {"max_new_tokens": 1}, lora_path=name)
+            cold.append((time.perf_counter() - start) * 1e3)
+            warm.append(bench.timed(prompts, [name], 1) * 1e3)
+            bench.llm.unload_lora_adapter(name)
+            shutil.rmtree(path)
+        link = bench.machine.link
+        row = bench.row(f"first token, rank {rank}, cold less warm", "ms", *aims)
+        cold_ms, warm_ms = median(cold[1:]), median(warm[1:])  # the first of all also warms up
+        limit = info.nbytes / link * 1e3 if link else None
+        yield row.show(cold_ms - warm_ms, limit, cold_ms=cold_ms, warm_ms=warm_ms)
+
+
+class Live:
+    """An engine stepped as its own process steps it, with the time of every token. times: request id → seconds."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.times: dict[str, list[float]] = {}
+        self.open: set[str] = set()
+        self.replies: list[Reply] = []
+
+    def submit(self, rid: str, prompt: list[int], version: int, tokens: int) -> None:
+        self.times[rid] = []
+        self.open.add(rid)
+        sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_new_tokens=tokens)
+        self.engine.handle(Submit(rid=rid, input_ids=prompt, sampling=sampling, adapters=((version, 1.0),)))
+
+    def step(self) -> None:
+        if not self.engine.running:
+            time.sleep(0.001)
+        messages = self.engine.step()
+        now = time.perf_counter()
+        for message in messages:
+            if isinstance(message, Reply):
+                self.replies.append(message)
+            elif isinstance(message, Outputs):
+                for output in message.items:
+                    self.times[output.rid] += [now] * len(output.token_ids)
+                    if output.finished is not None:
+                        self.open.discard(output.rid)
+
+    def call(self, message: LoadAdapter | UnloadAdapter) -> None:
+        """Without stepping: the reply comes later."""
+        self.engine.handle(message)
+
+
+def streams_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """99th-percentile gap between tokens of running streams while requests arrive: on adapters that are loaded as the
+    request arrives, against the same arrivals on the same adapters when they are on the device already."""
+    work = bench.work
+    live = Live(bench.llm.engine)
+    r16 = bench.load_group("r16")
+    prompts = bench.prompts(work.streams, work.decode_prompt)
+    for i, prompt in enumerate(prompts):
+        version = bench.infos[r16[i % len(r16)]].version
+        live.submit(f"stream-{i}", prompt, version, bench.dims.context - work.decode_prompt - 1)
+    while any(len(live.times[f"stream-{i}"]) < 3 for i in range(work.streams)):
+        live.step()
+    known = [bench.infos[name].version for name in r16]
+    _arrivals(bench, live, "warm-up", known[:4], paths=None)
+    paths = bench.adapters.write_all({f"arriving-{i}": 16 for i in range(work.arrivals)})
+    versions = [OWN_VERSIONS + i for i in range(work.arrivals)]
+    cold = _arrivals(bench, live, "cold", versions, list(paths.values()))
+    warm = _arrivals(bench, live, "warm", versions, paths=None)
+    if any(f"stream-{i}" not in live.open for i in range(work.streams)):
+        raise SystemExit("the streams ended before the last arrival: their context is too short for so many")
+    _end(live, versions)
+    for path in paths.values():
+        shutil.rmtree(path)
+    row = bench.row(f"gap of {work.streams} streams, 99th percentile: cold arrivals against warm", "ratio", 1.2)
+    yield row.show(
+        cold["gap_p99_ms"] / warm["gap_p99_ms"],
+        1.0,
+        cold=cold,
+        warm=warm,
+        cold_gap_ms=cold["gap_p99_ms"],
+        warm_gap_ms=warm["gap_p99_ms"],
+    )
+
+
+def _arrivals(bench: Bench, live: Live, phase: str, versions: list[int], paths: list[str] | None) -> dict[str, float]:
+    """Requests at random times, one for each version; with `paths` each loads its adapter first."""
+    work = bench.work
+    random = torch.Generator().manual_seed(0)
+    prompts = bench.prompts(len(versions), work.decode_prompt)
+    waits = torch.empty(len(versions)).exponential_(work.arrival_rate, generator=random)
+    start = time.perf_counter()
+    due = (start + waits.cumsum(0)).tolist()
+    rids = [f"{phase}-{i}" for i in range(len(versions))]
+    arrived, submitted = 0, 0
+    while submitted < len(rids) or not live.open.isdisjoint(rids):
+        ready = []
+        while arrived < len(rids) and time.perf_counter() >= due[arrived]:
+            if paths is None:
+                ready.append(arrived)
+            else:
+                live.call(LoadAdapter(call=arrived, version=versions[arrived], path=paths[arrived], pinned=False))
+            arrived += 1
+        for reply in live.replies:
+            if not reply.ok:
+                raise SystemExit(f"loading failed: {reply.message}")
+            ready.append(reply.call)
+        live.replies.clear()
+        for i in ready:
+            live.submit(rids[i], prompts[i], versions[i], work.arrival_answer)
+            submitted += 1
+        live.step()
+    first = [(live.times[rid][0] - at) * 1e3 for rid, at in zip(rids, due, strict=True)]
+    return _gaps(live, start) | {"first_token_ms": median(first), "first_token_p99_ms": _quantile(first, 0.99)}
+
+
+def _gaps(live: Live, since: float) -> dict[str, float]:
+    """Between neighbouring tokens of the streams."""
+    gaps: list[float] = []
+    for rid, times in live.times.items():
+        if rid.startswith("stream"):
+            gaps += [(b - a) * 1e3 for a, b in pairwise([t for t in times if t >= since])]
+    return {"gap_ms": median(gaps), "gap_p99_ms": _quantile(gaps, 0.99), "gap_max_ms": max(gaps)}
+
+
+def _quantile(values: list[float], q: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
+
+
+def _end(live: Live, versions: list[int]) -> None:
+    for rid in live.open:
+        live.engine.handle(Abort(rid))
+    while live.open:
+        live.step()
+    for version in versions:
+        live.call(UnloadAdapter(version, version))
+    while len(live.replies) < len(versions):
+        live.step()

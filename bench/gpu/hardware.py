@@ -1,0 +1,72 @@
+"""Below the engine, on a GPU only: copies of adapters to the device, and the LoRA kernels by themselves."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bench.common import matmul_rate, read_bandwidth, synchronize
+from bench.gpu.setup import Bench, Machine
+from multilora.adapters.ring_copier import RingCopier
+
+LINK_BYTES = 1 << 30
+COPIED = 16  # adapters
+
+
+def measure(device: torch.device) -> Machine:
+    if device.type != "cuda":
+        return Machine(device, read_bandwidth(device), matmul_rate(device, 1024), None)
+    return Machine(device, read_bandwidth(device, 1 << 32), matmul_rate(device), link_bandwidth(device))
+
+
+def link_bandwidth(device: torch.device) -> float:
+    """Bytes per second of one copy from pinned memory."""
+    host = torch.ones(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
+    best = float("inf")
+    for _ in range(3):
+        synchronize(device)
+        start = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return LINK_BYTES / best
+
+
+def copies_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Adapters in the host tier through the ring of pinned memory into scattered pages, against the link itself."""
+    assert bench.machine.link is not None and bench.llm.engine.adapters is not None
+    names = bench.load_group("r16")[:COPIED]
+    entries = [bench.llm.engine.adapters.host.peek(bench.infos[name].version) for name in names]
+    buffers = [entry.buffer for entry in entries if entry is not None]
+    count, page_bytes = buffers[0].shape
+    total = count * len(buffers)
+    arena = torch.empty(total, page_bytes, dtype=torch.uint8, device=bench.machine.device)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
+    copier = RingCopier(arena)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        copies = [copier.start(b, order[i * count : (i + 1) * count]) for i, b in enumerate(buffers)]
+        while not all(copy.done() for copy in copies):
+            time.sleep(0.0005)
+        best = min(best, time.perf_counter() - start)
+    assert torch.equal(arena[order[-count:]].cpu(), buffers[-1]), "the last adapter did not arrive"
+    link = bench.machine.link
+    row = bench.row("host to device, adapters through the ring", "GB/s", round(0.8 * link / 1e9, 1))
+    yield row.show(total * page_bytes / best / 1e9, link / 1e9)
+
+
+def kernels_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """`bench.lora_kernels`' first workload, in a graph."""
+    from bench.lora_kernels import WORKLOADS, World, graph_ms
+    from multilora.lora.triton_backend import TritonLora
+
+    work = WORKLOADS[0]
+    world = World(ranks=(16,) * len(work.adapters))
+    backend = TritonLora(world.table, world.sites)
+    backend.prepare(work.segments, work.rows)
+    ms = graph_ms(lambda: world.step(backend, work.rows))
+    row = bench.row(f"LoRA kernels alone, {work.name}, all layers", "ms", 1.8)
+    yield row.show(ms, world.limit_bytes(work) / bench.machine.read * 1e3)

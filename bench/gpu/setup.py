@@ -1,0 +1,87 @@
+"""What every row starts from: one engine, its adapters, and the limits of the machine as measured in this run."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench.common import Row, synchronize
+from bench.gpu.sizes import Adapters, Dims, Work
+from multilora import LLM
+from multilora.engine.messages import AdapterInfo
+
+GREEDY = {"temperature": 0, "ignore_eos": True}
+BLOCK = 32  # adapters that lie on disk at a time
+
+
+@dataclass(frozen=True)
+class Machine:
+    """In bytes and operations a second; the link is the one from pinned host memory."""
+
+    device: torch.device
+    read: float
+    matmul: float
+    link: float | None  # None: there is none
+
+
+@dataclass(frozen=True)
+class Bench:
+    """start_without: another engine, with LoRA switched off. sizes: the name of dims and work. infos: by name, of
+    every adapter that is loaded."""
+
+    llm: LLM
+    start_without: Callable[[], LLM]
+    dims: Dims
+    work: Work
+    machine: Machine
+    adapters: Adapters
+    sizes: str
+    infos: dict[str, AdapterInfo] = field(default_factory=dict)
+
+    def load(self, ranks: dict[str, int]) -> None:
+        """Write and load adapters, name → rank. One block is written while another is loaded; then its files go, for
+        the engine keeps what it has loaded in host memory."""
+        names = list(ranks)
+        blocks = [{name: ranks[name] for name in names[i : i + BLOCK]} for i in range(0, len(names), BLOCK)]
+        with ThreadPoolExecutor(1) as writer:
+            for paths in writer.map(self.adapters.write_all, blocks):
+                self.infos.update(self.llm.load_lora_adapters(paths))
+                for path in paths.values():
+                    shutil.rmtree(path)
+
+    def load_group(self, group: str) -> list[str]:
+        """Names of the group's adapters, loaded if they are not."""
+        ranks = {f"{group}-{i}": rank for i, rank in enumerate(self.work.ranks(group))}
+        self.load({name: rank for name, rank in ranks.items() if name not in self.infos})
+        return list(ranks)
+
+    def row(self, name: str, unit: str, target: float | None = None, best_peer: float | None = None) -> Row:
+        """Targets and peers are those of one model and workload."""
+        return Row(name, unit, target, best_peer) if self.sizes == "llama-8b" else Row(name, unit)
+
+    def prompts(self, count: int, length: int) -> list[list[int]]:
+        random = torch.Generator().manual_seed(count)
+        return torch.randint(2, self.dims.vocab, (count, length), generator=random).tolist()
+
+    def timed(
+        self, prompts: list[list[int]], names: Sequence[str | None], tokens: int, llm: LLM | None = None
+    ) -> float:
+        """Seconds of one closed batch with answers of so many tokens."""
+        synchronize(self.machine.device)
+        start = time.perf_counter()
+        (llm or self.llm).generate(prompts, GREEDY | {"max_new_tokens": tokens}, lora_path=names)
+        return time.perf_counter() - start
+
+    def adapter_loads(self) -> int:
+        """Copies to the device so far."""
+        return sum(a.loads for a in self.llm.stats().adapters)
+
+
+def scratch_parent(nbytes: int = 16 << 30) -> Path | None:
+    """Memory, if there is a file system of it with so much room: then no disk takes part. None: the usual place."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free > nbytes else None

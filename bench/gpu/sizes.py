@@ -1,0 +1,197 @@
+"""How large everything is: the model, its adapters, the workloads; and the files that stand for them.
+
+Weights of the model are never written (the engine makes random ones); those of an adapter are, each with random
+numbers of its own. Called by every other file of this package.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Of a Llama, in bf16."""
+
+    hidden: int
+    inter: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """Name → (in, out): all that adapters act on."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (self.hidden, q),
+            "self_attn.k_proj": (self.hidden, kv),
+            "self_attn.v_proj": (self.hidden, kv),
+            "self_attn.o_proj": (q, self.hidden),
+            "mlp.gate_proj": (self.hidden, self.inter),
+            "mlp.up_proj": (self.hidden, self.inter),
+            "mlp.down_proj": (self.inter, self.hidden),
+        }
+
+    @property
+    def parameters(self) -> int:
+        """In the matrices of all layers."""
+        return self.layers * sum(a * b for a, b in self.modules.values())
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token."""
+        return 2 * self.layers * 2 * self.kv_heads * self.head_dim
+
+    def adapter_bytes(self, rank: int) -> int:
+        return 2 * self.layers * rank * sum(a + b for a, b in self.modules.values())
+
+    def step_bytes(self, batch: int, context: float, ranks: list[int]) -> float:
+        """What a decode step must read: the matrices, the KV of `batch` requests, one adapter of each of `ranks`."""
+        matrices = 2 * (self.parameters + self.hidden * self.vocab)
+        return matrices + batch * context * self.kv_bytes + sum(map(self.adapter_bytes, ranks))
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much is measured. Prompts and answers in tokens."""
+
+    adapters: int = 64  # of each group
+    batches: tuple[int, ...] = (1, 8, 32, 64)
+    decode_prompt: int = 128
+    decode_steps: int = 64
+    repeats: int = 3
+    requests: int = 256
+    prompt: int = 512
+    answer: int = 128
+    places: int = 8  # adapters that the small device tier holds
+    many: int = 1000
+    many_device_bytes: int = 8 << 30
+    cold_runs: int = 5
+    streams: int = 32
+    arrivals: int = 100
+    arrival_rate: float = 10.0  # a second
+    arrival_answer: int = 32
+
+    @property
+    def batch(self) -> int:
+        """The largest: --max-running-requests."""
+        return self.batches[-1]
+
+    @property
+    def longest_decode(self) -> int:
+        """Tokens of the longest request in the decode rows, with room for a page that is not full."""
+        return self.decode_prompt + 2 * self.decode_steps + 32
+
+    def ranks(self, group: str) -> list[int]:
+        """Of the adapters of a group: `r16`, or `mixed`. Adapter i of it is named {group}-{i}."""
+        return ([16] * 4 if group == "r16" else [8, 16, 32, 64]) * (self.adapters // 4)
+
+
+SIZES = {
+    "llama-8b": (Dims(4096, 14336, 32, 32, 8, 128, 128256, 8192), Work()),
+    "tiny": (
+        Dims(64, 96, 2, 4, 2, 16, 101, 1024),
+        Work(
+            adapters=8,
+            batches=(1, 2, 4, 8),
+            decode_prompt=8,
+            decode_steps=4,
+            repeats=1,
+            requests=16,
+            prompt=24,
+            answer=4,
+            places=4,
+            many=20,
+            many_device_bytes=1 << 20,
+            cold_runs=2,
+            streams=4,
+            arrivals=8,
+            arrival_rate=50.0,
+            arrival_answer=3,
+        ),
+    ),
+}
+"""By --dims: Llama-3.1-8B's, for which there are targets, and what a test can run on a CPU."""
+
+
+def write_model(path: Path, dims: Dims) -> str:
+    """A configuration without weights."""
+    path.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": dims.hidden,
+        "intermediate_size": dims.inter,
+        "num_hidden_layers": dims.layers,
+        "num_attention_heads": dims.heads,
+        "num_key_value_heads": dims.kv_heads,
+        "head_dim": dims.head_dim,
+        "vocab_size": dims.vocab,
+        "max_position_embeddings": dims.context,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+class Adapters:
+    """Writes adapters as PEFT would, with all weights different, as fast as the disk takes them: random numbers come
+    from the device, a file is one block of them behind its header."""
+
+    def __init__(self, directory: Path, dims: Dims, device: torch.device):
+        self._directory = directory
+        self._dims = dims
+        self._device = device
+
+    def write_all(self, ranks: dict[str, int]) -> dict[str, str]:
+        """Name → rank in, name → path out."""
+        with ThreadPoolExecutor(4) as threads:
+            return dict(zip(ranks, threads.map(self.write, ranks, ranks.values()), strict=True))
+
+    def write(self, name: str, rank: int) -> str:
+        path = self._directory / name
+        path.mkdir()
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": [module.partition(".")[2] for module in self._dims.modules],
+            "bias": "none",
+        }
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        header = self._header(rank)
+        seed = int.from_bytes(name.encode()) % (1 << 62)
+        random = torch.Generator(self._device).manual_seed(seed)
+        count = self._dims.adapter_bytes(rank) // 2
+        weights = torch.randn(count, generator=random, device=self._device, dtype=torch.bfloat16) * 0.01
+        with (path / "adapter_model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(weights.view(torch.uint8).cpu().numpy().data)
+        return str(path)
+
+    def _header(self, rank: int) -> bytes:
+        """Of a safetensors file that holds one tensor after the other."""
+        tensors, offset = {}, 0
+        for layer in range(self._dims.layers):
+            for module, (width, out) in self._dims.modules.items():
+                for half, shape in (("lora_A", [rank, width]), ("lora_B", [out, rank])):
+                    end = offset + 2 * shape[0] * shape[1]
+                    name = f"base_model.model.model.layers.{layer}.{module}.{half}.weight"
+                    tensors[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+                    offset = end
+        text = json.dumps(tensors).encode()
+        return text + b" " * (-len(text) % 8)

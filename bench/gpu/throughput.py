@@ -1,0 +1,95 @@
+"""Throughput of closed batches through `LLM.generate`, in output tokens a second.
+
+The limit: all prompts at the matrix rate and all decode steps at the read bandwidth measured in the same run.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bench.common import say
+from bench.gpu.setup import Bench
+
+# (target, best peer), tokens/s
+BASE, ONE, DISTINCT, MIXED = (5150, 5150), (4800, 3344), (4300, 3153), (3900, 2430)
+FEW_PLACES, MANY = (3300, 2140), (4000, None)
+
+
+def throughput_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    count = bench.work.adapters
+    yield _row(bench, "LoRA unused", BASE, [None], [])
+    r16 = bench.load_group("r16")
+    yield _row(bench, "one rank-16 adapter", ONE, r16[:1], [16])
+    yield _row(bench, f"{count} distinct rank-16", DISTINCT, r16, [16] * count)
+    mixed = bench.load_group("mixed")
+    yield _row(bench, f"{count} distinct, ranks 8/16/32/64", MIXED, mixed, bench.work.ranks("mixed"))
+
+
+def few_places_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The adapters of r16 take turns in a device tier that holds a few of them."""
+    work = bench.work
+    r16 = bench.load_group("r16")
+    bench.llm.set_lora_limits(lora_device_bytes=work.places * bench.infos[r16[0]].nbytes, max_loras_per_batch=None)
+    try:
+        name = f"{work.adapters} distinct rank-16, --lora-device-bytes of {work.places}"
+        yield _row(bench, name, FEW_PLACES, r16, [16] * work.places, places=work.places)
+    finally:
+        bench.llm.set_lora_limits(lora_device_bytes=None, max_loras_per_batch=None)
+
+
+def _row(
+    bench: Bench, name: str, aims: tuple, adapters: Sequence[str | None], ranks: list[int], places: int | None = None
+) -> dict[str, Any]:
+    """Requests take the adapters in turn. ranks: of those that can be in one step."""
+    work = bench.work
+    prompts = bench.prompts(work.requests, work.prompt)
+    names = [adapters[i % len(adapters)] for i in range(work.requests)]
+    bench.timed(prompts[: work.batch], names[: work.batch], 4)
+    before = bench.adapter_loads()
+    seconds = bench.timed(prompts, names, work.answer)
+    together = work.batch
+    if places is not None:
+        together = min(together, places * work.requests // len(adapters))
+    limit = work.requests * work.answer / least_seconds(bench, work.requests, together, ranks[:together])
+    row = bench.row(f"throughput, {name}", "tokens/s", *aims)
+    loads = bench.adapter_loads() - before
+    return row.show(work.requests * work.answer / seconds, limit, adapter_loads=loads)
+
+
+def least_seconds(bench: Bench, requests: int, together: int, ranks: list[int]) -> float:
+    """Of a closed batch of which `together` run at a time, on adapters of these ranks."""
+    work, dims = bench.work, bench.dims
+    prompts = requests * work.prompt * 2 * dims.parameters / bench.machine.matmul
+    steps = requests * (work.answer - 1) / together
+    return prompts + steps * dims.step_bytes(together, work.prompt + work.answer / 2, ranks) / bench.machine.read
+
+
+def many_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """A request for each of very many rank-8 adapters, twice over. All are in host memory, some fit the device."""
+    work, llm = bench.work, bench.llm
+    names = [f"many-{i}" for i in range(work.many)]
+    start = time.perf_counter()
+    bench.load(dict.fromkeys(names, 8))
+    loading = time.perf_counter() - start
+    gib = sum(bench.infos[name].nbytes for name in names) / (1 << 30)
+    say(f"wrote and loaded {work.many} adapters, {gib:.1f} GiB, in {loading:.1f} s")
+    llm.set_lora_limits(lora_device_bytes=work.many_device_bytes, max_loras_per_batch=None)
+    try:
+        prompts = bench.prompts(work.many, work.prompt)
+        bench.timed(prompts[: work.batch], names[: work.batch], 4)
+        before = bench.adapter_loads()
+        times = [bench.timed(prompts, names, work.answer) for _ in range(2)]
+    finally:
+        llm.set_lora_limits(lora_device_bytes=None, max_loras_per_batch=None)
+    done = work.many * work.answer
+    limit = done / least_seconds(bench, work.many, work.batch, [8] * work.batch)
+    row = bench.row(f"throughput, {work.many} requests, as many rank-8 adapters, twice", "tokens/s", *MANY)
+    yield row.show(
+        2 * done / sum(times),
+        limit,
+        first_pass=done / times[0],
+        second_pass=done / times[1],
+        adapter_loads=bench.adapter_loads() - before,
+        host_gib=gib,
+        loading_seconds=loading,
+    )

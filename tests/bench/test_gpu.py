@@ -1,0 +1,67 @@
+"""`python -m bench.gpu` from end to end, with a tiny model on the CPU: all rows are there, all numbers are numbers."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROWS = {  # part → rows
+    "decode": 8,
+    "base_only": 2,
+    "throughput": 4,
+    "few_places": 1,
+    "cold": 2,
+    "streams": 1,
+    "many": 1,
+}
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error::ResourceWarning", "-m", "bench.gpu", "--dims", "tiny", *args]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("bench") / "results" / "gpu.json"
+    command = [sys.executable, "-m", "bench.gpu", "--dims", "tiny", "--device", "cpu", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last == json.loads(out.read_text())
+    return last
+
+
+def test_every_row_is_measured(result: dict[str, Any]) -> None:
+    assert result["failed"] == {}
+    assert len(result["rows"]) == sum(ROWS.values())
+    assert set(result["seconds"]) == {"start", *ROWS, "all"}
+    for row in result["rows"]:
+        assert math.isfinite(row["value"]) and (row["value"] > 0 or row["row"].startswith("first token"))
+        assert row["unit"] in ("ms", "ratio", "tokens/s")
+        assert "target" not in row, "targets are those of another model"
+
+
+def test_the_run_says_where_it_ran(result: dict[str, Any]) -> None:
+    assert result["command"].startswith("python -m bench.gpu --dims tiny")
+    assert result["cores"] >= 1 and result["commit"] and result["versions"]["torch"]
+    assert result["read_bandwidth_tb_s"] > 0
+
+
+def test_adapters_take_turns_where_the_device_holds_few(result: dict[str, Any]) -> None:
+    loads = {row["row"]: row["adapter_loads"] for row in result["rows"] if "adapter_loads" in row}
+    [few] = [n for name, n in loads.items() if "--lora-device-bytes" in name]
+    [many] = [n for name, n in loads.items() if "twice" in name]
+    assert few >= 8 and many >= 20
