@@ -1,5 +1,6 @@
 """Copies of packed adapters from host memory into pages of the arena."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -23,11 +24,25 @@ class _Finished:
 
 
 class DirectCopier:
-    """Copies at once, on the calling thread: for CPU, where both ends are the same memory."""
+    """Copies at once, on the calling thread and, on a GPU, the current stream: in order with the steps.
+
+    For CPU, where both ends are the same memory, and for a GPU when loading is not to overlap with steps.
+    """
 
     def __init__(self, arena: torch.Tensor):
         self._arena = arena
 
+    @torch.inference_mode()
     def start(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
-        self._arena[pages] = buffer.to(self._arena.device)
+        for at, page, count in runs(pages):
+            self._arena[page : page + count].copy_(buffer[at : at + count])
         return _Finished()
+
+
+def runs(pages: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Pages that follow each other: (index, page, how many)."""
+    at = 0
+    for i in range(1, len(pages) + 1):
+        if i == len(pages) or pages[i] != pages[i - 1] + 1:
+            yield at, pages[at], i - at
+            at = i

@@ -74,7 +74,7 @@ class Loader(Protocol):
 def read(job: FetchJob, context: FetchContext, crew: Crew = ALONE) -> Adapter:
     """The files, checked and with PEFT's rules applied."""
     directory = resolve(job.path, context.roots)
-    adapter = read_adapter(directory, context.base, context.limits)
+    adapter = read_adapter(directory, context.base, context.limits, crew)
     if not adapter.blocks:
         raise AdapterInvalid(f"{directory}: no LoRA weights")
     return adapter

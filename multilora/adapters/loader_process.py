@@ -6,13 +6,11 @@ Run by `ProcessLoader` as `python -m multilora.adapters.loader_process`.
 """
 
 import logging
-import mmap
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +21,18 @@ import torch
 from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import PackTarget
+from multilora.adapters.crew import Crew, spare_cores
 from multilora.adapters.loader import FetchContext, Fetched, FetchJob, fetch
+from multilora.adapters.page_files import PageFile, PageFiles
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE = 1 << 20
 PARALLEL_FETCHES = 4  # so that a slow download does not hold up a local directory
+MAX_THREADS = 12  # that read and pack, for all fetches together
+# glibc's malloc: memory that a file was read into is used again, as fresh pages cost more than reading. At most
+# 512 MiB stay with the process when nothing is to do.
+REUSE_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(512 << 20), "MALLOC_ARENA_MAX": "1"}
 
 
 class _Start(msgspec.Struct, frozen=True):
@@ -61,7 +65,8 @@ class ProcessLoader:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
         command = [sys.executable, "-m", "multilora.adapters.loader_process", str(theirs.fileno())]
         ours.sendall(msgspec.msgpack.encode(self._start))
-        process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
+        environment = REUSE_MEMORY | os.environ
+        process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment)
         theirs.close()
         return process, ours
 
@@ -155,45 +160,48 @@ def serve(connection: socket.socket) -> None:
     """Answer jobs until the engine closes its end."""
     start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=_Start)
     target = PackTarget(start.base.sites, getattr(torch, start.dtype), start.page_bytes)
-    context = FetchContext(start.base, target, start.limits, start.roots)
-    lock = threading.Lock()
+    server = _Server(connection, FetchContext(start.base, target, start.limits, start.roots))
     with ThreadPoolExecutor(PARALLEL_FETCHES) as threads:
         while data := connection.recv(MAX_MESSAGE):
-            job = msgspec.msgpack.decode(data, type=FetchJob)
-            threads.submit(_answer, job, context, connection, lock)
+            threads.submit(server.answer, msgspec.msgpack.decode(data, type=FetchJob))
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _answer(job: FetchJob, context: FetchContext, connection: socket.socket, lock: threading.Lock) -> None:
-    files: list[int] = []
+class _Server:
+    """What the fetches share."""
 
-    def allocate(num_pages: int, page_bytes: int) -> torch.Tensor:
-        fd = _anonymous_file()
-        files.append(fd)
-        os.ftruncate(fd, num_pages * page_bytes)
-        return torch.frombuffer(mmap.mmap(fd, 0), dtype=torch.uint8).view(num_pages, page_bytes)
+    def __init__(self, connection: socket.socket, context: FetchContext):
+        self._connection = connection
+        self._context = context
+        self._crew = Crew(spare_cores(MAX_THREADS))
+        self._files = PageFiles()
+        self._sending = threading.Lock()
 
-    try:
-        result, buffer = fetch(job, context, allocate)
-    except Exception as e:
-        logger.exception("reading adapter %s failed", job.path)
-        result, buffer = Fetched(version=job.version, kind="AdapterInvalid", message=f"{job.path}: {e!r}"), None
-    try:
-        with lock:
-            socket.send_fds(connection, [msgspec.msgpack.encode(result)], files[-1:] if buffer is not None else [])
-    except OSError:
-        logger.warning("the engine is gone; dropping adapter %s", job.path)
-    finally:
-        for fd in files:
-            os.close(fd)
+    def answer(self, job: FetchJob) -> None:
+        """Fetch one adapter and send it; then make memory ready for another one like it."""
+        files: list[PageFile] = []
 
+        def allocate(num_pages: int, page_bytes: int) -> torch.Tensor:
+            size = num_pages * page_bytes
+            files.append(self._files.take(size))
+            return torch.frombuffer(files[0].memory, dtype=torch.uint8, count=size).view(num_pages, page_bytes)
 
-def _anonymous_file() -> int:
-    """A file in memory that nobody else can open (Linux), or an unlinked temporary file."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("multilora-adapter")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+        try:
+            result, buffer = fetch(job, self._context, allocate, self._crew)
+        except Exception as e:
+            logger.exception("reading adapter %s failed", job.path)
+            result, buffer = Fetched(version=job.version, kind="AdapterInvalid", message=f"{job.path}: {e!r}"), None
+        try:
+            with self._sending:
+                fds = [files[0].fd] if buffer is not None else []
+                socket.send_fds(self._connection, [msgspec.msgpack.encode(result)], fds)
+        except OSError:
+            logger.warning("the engine is gone; dropping adapter %s", job.path)
+        finally:
+            for file in files:
+                file.close()
+        if buffer is not None:
+            self._files.prepare(buffer.numel())
 
 
 def main() -> None:

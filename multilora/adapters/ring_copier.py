@@ -1,84 +1,105 @@
 """Copies of adapters to a GPU while steps run: host memory → a small ring of pinned memory → pages, on a side stream.
 
-Pinned memory stays bounded however many adapters are loaded. A thread feeds the ring: filling one slot overlaps with
-copying another, and neither holds the GIL. The pages were free for every stream when they were taken (see the fence
-in memory/page_pool.py), so the side stream waits for nothing; whoever reads them first asks `done`.
+Pinned memory stays bounded however many adapters are loaded. A few threads feed the ring, as one core copies slower
+than the link; none of it holds the GIL. The pages were free for every stream when they were taken (see the fence in
+memory/page_pool.py), so the side stream waits for nothing; whoever reads them first asks `done`.
 """
 
+import itertools
 import queue
 import threading
-from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-SLOTS = 4
-SLOT_BYTES = 16 << 20
+from multilora.adapters.copier import runs
+from multilora.adapters.crew import spare_cores
+
+THREADS = 6
+SLOTS = 2  # of each thread: one is filled while the other is copied
+SLOT_BYTES = 4 << 20
 
 
-@dataclass(eq=False)
 class RingCopy:
-    """One copy. `error`: why it failed, raised by `done`."""
+    """One copy of buffer[i] to page pages[i]. buffer: uint8 [pages, page_bytes] in host memory."""
 
-    buffer: torch.Tensor  # uint8 [pages, page_bytes] in host memory
-    pages: list[int]
-    queued: threading.Event = field(default_factory=threading.Event)  # all of it is on the stream
-    finished: torch.cuda.Event | None = None
-    error: Exception | None = None
+    def __init__(self, buffer: torch.Tensor, pages: list[int], parts: int):
+        self.buffer = buffer
+        self.pages = pages
+        self._parts = parts  # not yet on the stream
+        self._lock = threading.Lock()
+        self._finished: torch.cuda.Event | None = None
+        self._error: Exception | None = None
 
     def done(self) -> bool:
-        if self.error is not None:
-            raise self.error
-        return self.queued.is_set() and self.finished is not None and self.finished.query()
+        """Raises what went wrong, if anything did."""
+        if self._error is not None:
+            raise self._error
+        return self._finished is not None and self._finished.query()
+
+    def part_queued(self, stream: torch.cuda.Stream) -> None:
+        """Another part of it is on the stream. After the last, an event marks the end."""
+        with self._lock:
+            self._parts -= 1
+            last = self._parts == 0
+        if last:
+            finished = torch.cuda.Event()
+            finished.record(stream)
+            self._finished = finished
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
 
 
-@dataclass
 class _Slot:
-    memory: torch.Tensor  # uint8 [slot pages, page_bytes], pinned
-    free: torch.cuda.Event
+    def __init__(self, pages: int, page_bytes: int):
+        self.memory = torch.empty(pages, page_bytes, dtype=torch.uint8, pin_memory=True)
+        self.numbers: np.ndarray = self.memory.numpy()
+        self.free = torch.cuda.Event()
 
 
 class RingCopier:
-    """Starts copies; a daemon thread moves them, in order."""
+    """Starts copies; daemon threads move them, in order as far as they can."""
 
-    def __init__(self, arena: torch.Tensor, slots: int = SLOTS, slot_bytes: int = SLOT_BYTES):
+    def __init__(
+        self,
+        arena: torch.Tensor,
+        threads: int | None = None,
+        slots: int = SLOTS,
+        slot_bytes: int = SLOT_BYTES,
+    ):
         page_bytes = arena.shape[1]
         self._arena = arena
         self._slot_pages = max(1, slot_bytes // page_bytes)
-        self._slots = [
-            _Slot(torch.empty(self._slot_pages, page_bytes, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
-            for _ in range(slots)
-        ]
-        self._next = 0
         self._stream = torch.cuda.Stream(arena.device)
-        self._jobs: queue.SimpleQueue[RingCopy] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="adapter-copies", daemon=True).start()
+        self._parts: queue.SimpleQueue[tuple[RingCopy, int]] = queue.SimpleQueue()
+        for _ in range(threads or spare_cores(THREADS)):
+            ring = [_Slot(self._slot_pages, page_bytes) for _ in range(slots)]
+            threading.Thread(target=self._work, args=(ring,), name="adapter-copies", daemon=True).start()
 
     def start(self, buffer: torch.Tensor, pages: list[int]) -> RingCopy:
-        job = RingCopy(buffer, pages)
-        self._jobs.put(job)
+        firsts = range(0, len(pages), self._slot_pages)
+        job = RingCopy(buffer, pages, len(firsts))
+        for first in firsts:
+            self._parts.put((job, first))
         return job
 
-    def _work(self) -> None:
+    def _work(self, ring: list[_Slot]) -> None:
         torch.cuda.set_device(self._arena.device)
-        while True:
-            job = self._jobs.get()
+        for slot in itertools.cycle(ring):
+            job, first = self._parts.get()
             try:
-                self._copy(job)
+                self._copy(job, first, slot)
             except Exception as e:
-                job.error = e
+                job.fail(e)
 
     @torch.inference_mode()
-    def _copy(self, job: RingCopy) -> None:
-        for first in range(0, len(job.pages), self._slot_pages):
-            pages = job.pages[first : first + self._slot_pages]
-            slot = self._slots[self._next]
-            self._next = (self._next + 1) % len(self._slots)
-            slot.free.synchronize()
-            slot.memory[: len(pages)].copy_(job.buffer[first : first + len(pages)])
-            with torch.cuda.stream(self._stream):
-                for i, page in enumerate(pages):
-                    self._arena[page].copy_(slot.memory[i], non_blocking=True)
-                slot.free.record(self._stream)
-        job.finished = torch.cuda.Event()
-        job.finished.record(self._stream)
-        job.queued.set()
+    def _copy(self, job: RingCopy, first: int, slot: _Slot) -> None:
+        pages = job.pages[first : first + self._slot_pages]
+        slot.free.synchronize()
+        np.copyto(slot.numbers[: len(pages)], job.buffer[first : first + len(pages)].numpy())
+        with torch.cuda.stream(self._stream):
+            for at, page, count in runs(pages):
+                self._arena[page : page + count].copy_(slot.memory[at : at + count], non_blocking=True)
+            slot.free.record(self._stream)
+        job.part_queued(self._stream)
