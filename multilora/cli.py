@@ -1,4 +1,4 @@
-"""The command line, made from the options that `Config` declares: arguments in, `Config` out.
+"""The command line: arguments in, `Config` out. The flags of `serve` are made from the options that it declares.
 
 Owns flags, `--help`, and which of SGLang's flags are let pass with a warning (`cli_compat.py`). Starts nothing;
 called by `__main__.py`.
@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from multilora import __version__, logs
+from multilora import __version__, cli_adapters, logs
+from multilora.cli_adapters import AdapterArgs
 from multilora.cli_compat import ALWAYS_ON, IGNORED, REFUSED
 from multilora.config import Config, LoraPath
 from multilora.errors import ConfigError
 from multilora.options import Option, options_of
+
+__all__ = ["AdapterArgs", "ServeArgs", "flags", "parse"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +45,16 @@ class ServeArgs:
         return Config.make(**self.options)
 
 
-def parse(argv: Sequence[str]) -> ServeArgs:
+def parse(argv: Sequence[str]) -> ServeArgs | AdapterArgs:
     """Raises ConfigError on what it does not understand, SystemExit(0) after `--help` and `--version`."""
     namespace, unknown = _parser().parse_known_args(argv)
+    options = vars(namespace)
+    if "command" in options:  # one of `adapters`
+        if unknown:
+            raise ConfigError(f"unknown argument {unknown[0]!r}; see multilora adapters {options['command']} --help")
+        return cli_adapters.parsed(namespace)
     if unknown:
         raise ConfigError(_unknown(unknown[0]))
-    options = vars(namespace)
     return ServeArgs(ignored=tuple(dict.fromkeys(options.pop(_IGNORED, ()))), options=options)
 
 
@@ -93,14 +100,19 @@ def _parser() -> argparse.ArgumentParser:
         usage="multilora serve [FLAGS]",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        formatter_class=_wide,
     )
+    cli_adapters.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
     groups: dict[str, Any] = {}
     for opt in options_of(Config):
         group = groups.get(opt.group) or groups.setdefault(opt.group, serve.add_argument_group(opt.group))
         group.add_argument(opt.flag, *opt.aliases, dest=opt.name, help=_help(opt), **_kind(opt))
     _add_sglang_flags(serve)
     return parser
+
+
+def _wide(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=34, width=110)
 
 
 def _add_sglang_flags(serve: argparse.ArgumentParser) -> None:

@@ -18,8 +18,9 @@ PACKAGE = Path(importlib.util.find_spec("multilora").submodule_search_locations[
 # except in the last row.
 LAYERS = [
     {"__main__"},
+    {"adapter_tools"},
     {"cli", "llm", "testing"},
-    {"cli_compat", "cluster"},
+    {"cli_adapters", "cli_compat", "cluster"},
     {"server"},
     {"text"},
     {"engine"},

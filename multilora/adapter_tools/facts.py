@@ -1,0 +1,147 @@
+"""What an adapter's files say of themselves: its method, and rank and scaling of each module.
+
+Reads the config leniently and of the weights only the headers, so that it can say something of adapters that are not
+served too. Whether one can be served is asked of `adapters/checkpoint.py`, not decided here. Called by `inspect`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from multilora.adapters.peft_config import PeftConfig
+from multilora.adapters.safetensors_file import TensorInfo
+from multilora.config import LORA_TARGETS
+from multilora.errors import MultiloraError
+
+PREFIX = "base_model.model."
+LORA = "LoRA"
+LORA_A = re.compile(r"\.lora_(?:embedding_)?A(?:\.|$)")
+LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?:.*\.)?(?P<leaf>[^.]+)$")
+# What else a tensor can be, by the end of its name with the adapter's own name taken out; the first that fits.
+KINDS = (
+    (LORA, r"\.lora_(?:A|B)(?:\.[^.]+)?\.weight|\.lora_embedding_(?:A|B)(?:\.[^.]+)?"),
+    ("DoRA magnitude", r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?"),
+    ("bias of lora_B", r"\.lora_B(?:\.[^.]+)?\.bias"),
+    ("trained tokens", r"(?:\.token_adapter)?\.trainable_tokens_(?:delta|original)(?:\.[^.]+)?"),
+    ("bias", r"(?:\.base_layer)?\.bias"),
+    ("whole weight", r"(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?)?\.weight"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Modules of which the file holds the same. layers: "0-15, 20"; "": they are in no layer."""
+
+    kind: str
+    modules: list[str]
+    layers: str
+    rank: int | None
+    scaling: float | None
+    parameters: int
+
+
+def method(raw: Mapping[str, Any]) -> str:
+    """`rsLoRA + DoRA`, from the config alone."""
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        return str(kind)[:100]
+    found = ["rsLoRA" if raw.get("use_rslora") is True else "LoRA"]
+    if raw.get("use_dora"):
+        found.append("DoRA")
+    if raw.get("alora_invocation_tokens"):
+        found.append("activated")
+    if raw.get("bias") in ("all", "lora_only"):
+        found.append(f"biases ({raw['bias']})")
+    for field in (
+        "lora_bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "layer_replication",
+        "target_parameters",
+    ):
+        if raw.get(field):
+            found.append(field)
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() != "gaussian":
+        found.append(f"initialised by {init[:40]}")
+    return " + ".join(found)
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What makes two modules the same in the table."""
+
+    kind: str
+    rank: int | None
+    scaling: float | None
+
+
+def rows(tensors: Mapping[str, TensorInfo], config: PeftConfig | None) -> list[Row]:
+    """The table: one row for modules of the same kind, rank and scaling that are in the same layers.
+
+    config None: it cannot be read, and no scaling is known.
+    """
+    ranks = _ranks(tensors)
+    layers: dict[tuple[_Key, str], set[int]] = {}  # by key and module
+    sizes: dict[tuple[_Key, str], int] = {}
+    for name, info in tensors.items():
+        kind, module = _kind(name)
+        rank = ranks.get(module) if kind == LORA else None
+        layer, leaf = _place(module)
+        entry = _Key(kind, rank, _scaling(config, module, rank)), leaf
+        layers.setdefault(entry, set()).update([] if layer is None else [layer])
+        sizes[entry] = sizes.get(entry, 0) + info.nbytes // info.dtype.itemsize
+    merged: dict[tuple[_Key, frozenset[int]], list[str]] = {}
+    for (key, leaf), at in layers.items():
+        merged.setdefault((key, frozenset(at)), []).append(leaf)
+    order = [kind for kind, _ in KINDS]
+    found = [
+        Row(k.kind, sorted(leaves, key=_order), ranges(at), k.rank, k.scaling, sum(sizes[k, leaf] for leaf in leaves))
+        for (k, at), leaves in merged.items()
+    ]
+    return sorted(found, key=lambda row: order.index(row.kind) if row.kind in order else len(order))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """ "0-3, 7" of {0, 1, 2, 3, 7}."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+
+
+def _ranks(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Module → rows of its A."""
+    return {_kind(name)[1]: info.shape[0] for name, info in tensors.items() if LORA_A.search(name) and info.shape}
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """What a tensor is, and of which module inside the base model."""
+    for kind, ending in KINDS:
+        if found := re.fullmatch(f"(.+?)(?:{ending})", name):
+            return kind, found[1].removeprefix(PREFIX)
+    return "unknown", name.removeprefix(PREFIX)
+
+
+def _place(module: str) -> tuple[int | None, str]:
+    """Layer and last component; the whole path of what is in no layer."""
+    found = LAYER.search(module)
+    return (int(found["layer"]), found["leaf"]) if found else (None, module.removeprefix("model."))
+
+
+def _order(leaf: str) -> tuple[int, str]:
+    """As the modules follow each other in a layer, then by name."""
+    return (LORA_TARGETS.index(leaf) if leaf in LORA_TARGETS else len(LORA_TARGETS), leaf)
+
+
+def _scaling(config: PeftConfig | None, module: str, rank: int | None) -> float | None:
+    if config is None or not rank:
+        return None
+    try:
+        return config.scaling(module, rank)
+    except MultiloraError:  # a broken pattern: reported when the adapter is read
+        return None

@@ -1,0 +1,103 @@
+"""The reports of `multilora adapters` as text for people. Owns columns and words; knows neither files nor models."""
+
+from collections.abc import Iterable, Sequence
+
+from multilora.adapter_tools.inspect import Report
+from multilora.adapter_tools.verify import Verdict
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+COLUMNS = ("", "modules", "layers", "rank", "scaling", "parameters")
+
+
+def inspection(report: Report) -> str:
+    facts = [
+        ("method", report.method),
+        ("base model", report.base_model_name_or_path),
+        ("saved by", report.peft_version and f"PEFT {report.peft_version}"),
+        ("on disk", _on_disk(report)),
+    ]
+    if report.served:
+        s = report.served
+        facts += [
+            ("model", f"{s.model_path}, {s.dtype}, pages of {_size(s.page_bytes)}"),
+            ("when served", f"{_count(s.pages, 'page')}, {_size(s.nbytes)}"),
+        ]
+    lines = [report.path, *_facts(facts)]
+    if report.modules:
+        table = [
+            (r.kind, " ".join(r.modules), r.layers, _number(r.rank), _number(r.scaling), f"{r.parameters:,}")
+            for r in report.modules
+        ]
+        lines += ["", *_table([COLUMNS, *table])]
+    lines += ["", _verdict(report)]
+    return "\n".join(_printable(line) for line in lines)
+
+
+def verification(verdict: Verdict) -> str:
+    head = ("prompt", "tokens", "adapter", "equal", "difference")
+    table = [
+        (c.prompt, str(c.length), "yes" if c.adapter else "base", f"{c.equal} of {c.tokens}", f"{c.difference:.2e}")
+        for c in verdict.checks
+    ]
+    word = "the same as" if verdict.ok else "NOT the same as"
+    lines = [
+        *_table([head, *table]),
+        "",
+        f"largest difference of a logprob: {verdict.difference:.2e}, {verdict.dtype}, allowed {verdict.tolerance:g}",
+        f"{verdict.path}: {word} PEFT {verdict.peft_version}",
+    ]
+    if verdict.ok is False and not verdict.base_ok:
+        lines.append("the base model alone differs too, so the adapter need not be the cause")
+    return "\n".join(_printable(line) for line in lines)
+
+
+def refusal(path: str, error: dict[str, str]) -> str:
+    return _printable(f"{path}: not served: {error['kind']}: {error['message']}")
+
+
+def _verdict(report: Report) -> str:
+    if report.error:
+        return f"not served: {report.error['kind']}: {report.error['message']}"
+    if report.compatible:
+        return "compatible: yes"
+    return "compatible: give --model-path to find out"
+
+
+def _on_disk(report: Report) -> str | None:
+    if report.bytes_on_disk is None:
+        return None
+    kinds = ", ".join(report.dtypes)
+    return (
+        f"{_size(report.bytes_on_disk)}, {_count(report.tensors, 'tensor')} of {report.parameters:,} numbers, {kinds}"
+    )
+
+
+def _facts(facts: Iterable[tuple[str, str | None]]) -> list[str]:
+    return [f"  {name:<12} {value}" for name, value in facts if value]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), 0
+    while size >= 1024 and unit + 1 < len(UNITS):
+        size, unit = size / 1024, unit + 1
+    return f"{size:.4g} {UNITS[unit]}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _printable(line: str) -> str:
+    """Names come from files nobody has to trust: control characters would reach the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
