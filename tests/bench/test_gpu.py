@@ -1,4 +1,4 @@
-"""`python -m bench.gpu` from end to end, with a tiny model on the CPU: all rows are there, all numbers are numbers."""
+"""`python -m bench.gpu` from end to end, with a tiny model on the CPU: every row is there and holds numbers."""
 
 import json
 import math
