@@ -35,9 +35,10 @@ from multilora.engine.messages import (
 )
 from multilora.errors import BadRequest, MultiloraError, from_wire
 from multilora.params import SamplingParams
+from multilora.text.choice import Choice, parse_choices, parse_composition
 from multilora.text.grammar import GrammarCompiler
 from multilora.text.prompt import check_prompt, engine_params
-from multilora.text.registry import AdapterRegistry
+from multilora.text.registry import AdapterRegistry, Held
 from multilora.text.stream import FinishReason, TextStream
 from multilora.text.tokenizer import Tokenizer
 
@@ -63,7 +64,7 @@ class Generation:
 class _Job:
     message: Submit
     stream: TextStream
-    version: int | None
+    held: Held
 
 
 class LLM:
@@ -105,7 +106,7 @@ class LLM:
         self,
         prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
         sampling_params: Params | Sequence[Params] = None,
-        lora_path: str | Sequence[str | None] | None = None,
+        lora_path: Any = None,
         *,
         return_logprob: bool = False,
         logprob_start_len: int = -1,
@@ -113,7 +114,8 @@ class LLM:
     ) -> Any:
         """Complete one prompt (text or token ids) or a list of them, all in one batch.
 
-        lora_path: an adapter's name for all prompts, or a list with one per prompt; None is the base model.
+        lora_path: an adapter's name or a composition, [{"name": …, "weight": …}, …], for all prompts, or a list with
+        one per prompt; None is the base model.
         Returns a `Generation` for one prompt and `n` = 1, else a list: the prompts' answers in order, and with
         `n` > 1 prompt i's samples at [i·n, (i + 1)·n). Raises BadRequest before anything runs.
         """
@@ -121,23 +123,24 @@ class LLM:
             raise BadRequest(f"top_logprobs_num must be 0 or more, is {top_logprobs_num}", param="top_logprobs_num")
         single, ids = self._prompt_ids(prompts)
         params = _spread(sampling_params, len(ids), "sampling_params")
-        names = _spread(lora_path, len(ids), "lora_path")
+        choices = parse_choices(lora_path, len(ids))
+        self._registry.check_request(choices)
         wants = (return_logprob, logprob_start_len, top_logprobs_num)
         jobs: list[_Job] = []
         try:
-            for prompt, raw, name in zip(ids, params, names, strict=True):
-                jobs += self._jobs(prompt, _params(raw), name, wants)
+            for prompt, raw, choice in zip(ids, params, choices, strict=True):
+                jobs += self._jobs(prompt, _params(raw), choice, wants)
             self._run(jobs)
         finally:
             for job in jobs:
                 if job.stream.finished is None:
                     self._engine.handle(Abort(job.message.rid))
-                self._registry.release(job.version)
+                self._registry.release(job.held)
         answers = [_generation(job.stream) for job in jobs]
         return answers[0] if single and len(answers) == 1 else answers
 
     def _jobs(
-        self, prompt: list[int], params: SamplingParams, name: str | None, wants: tuple[bool, int, int]
+        self, prompt: list[int], params: SamplingParams, choice: Choice, wants: tuple[bool, int, int]
     ) -> list[_Job]:
         ready = self._ready
         check_prompt(prompt, ready.context_length, ready.vocab_size)
@@ -146,18 +149,18 @@ class LLM:
         for sample in range(params.n):
             sampling = engine_params(params, len(prompt), ready.context_length, ready.vocab_size, sample=sample)
             stream = TextStream(self.tokenizer, params, prompt, ready.eos_token_ids)
-            version = self._registry.acquire(name)
+            held = self._registry.acquire(choice)
             message = Submit(
                 rid=str(next(self._rids)),
                 input_ids=prompt,
                 sampling=sampling,
-                adapters=() if version is None else ((version, 1.0),),
+                adapters=held.composition,
                 return_logprob=wants[0],
                 logprob_start_len=wants[1],
                 top_logprobs_num=wants[2],
                 grammar=grammar,
             )
-            jobs.append(_Job(message, stream, version))
+            jobs.append(_Job(message, stream, held))
         return jobs
 
     def _run(self, jobs: list[_Job]) -> None:
@@ -273,10 +276,15 @@ class LLM:
         self._registry.commit_load(version, info)
         return info
 
+    def compose_lora_adapters(self, lora_name: str, parts: Sequence[dict[str, Any]]) -> None:
+        """Let a name stand for a composition of loaded adapters, each a {"name": …, "weight": …}."""
+        self._registry.compose(lora_name, parse_composition(list(parts)))
+
     def unload_lora_adapter(self, lora_name: str) -> None:
-        """Forget an adapter and free its memory. Raises AdapterNotLoaded."""
+        """Forget an adapter and free its memory, or forget a composition. Raises AdapterNotLoaded."""
         version = self._registry.begin_unload(lora_name)
-        self._call(UnloadAdapter(version, version))
+        if not self._registry.is_composition(version):
+            self._call(UnloadAdapter(version, version))
         self._registry.finish_unload(version)
         self._spool.remove(version)
 

@@ -138,6 +138,7 @@ class FakeEngineClient:
         self.gate = asyncio.Event()
         self.gate.set()
         self.load_errors: dict[str, MultiloraError] = {}
+        self.alone: dict[str, str] = {}  # path → why it cannot be composed
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.finished: list[str] = []
@@ -242,7 +243,9 @@ class FakeEngineClient:
         if path in self.load_errors:
             raise self.load_errors[path]
         self.loaded[version] = path
-        return AdapterInfo(version=version, path=path, rank=8, target_modules=["q_proj"], nbytes=1024, pages=1)
+        why = self.alone.get(path, "")
+        size = {"nbytes": 1024, "pages": 1}
+        return AdapterInfo(version=version, path=path, rank=8, target_modules=["q_proj"], **size, alone=why)
 
     async def unload_adapter(self, version: int) -> None:
         await asyncio.sleep(0)

@@ -178,7 +178,7 @@ def test_grammars(llm: LLM) -> None:
         ([TEXT, [5] * 256], None, None, PromptTooLong, "256"),
         ([TEXT, TEXT], {"temperature": "hot"}, None, BadRequest, "temperature"),
         ([TEXT, TEXT], [GREEDY], None, BadRequest, "1 entries for 2 prompts"),
-        ([TEXT, TEXT], None, ["a"], BadRequest, "1 entries for 2 prompts"),
+        ([TEXT, TEXT], None, ["a"], BadRequest, "1 entries for 2 inputs"),
         ([TEXT, TEXT], None, ["a", "nobody"], UnknownAdapter, "nobody"),
         ([TEXT, TEXT], [GREEDY, {"regex": "("}], "a", BadRequest, "regex"),
         ([TEXT, TEXT], [GREEDY, {"stop_token_ids": [5000]}], "a", BadRequest, "5000"),

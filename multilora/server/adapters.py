@@ -17,13 +17,14 @@ from fastapi.responses import PlainTextResponse
 from multilora.adapters.spool import TENSOR_ROOT, Spool
 from multilora.config import LoraPath
 from multilora.engine.messages import AdapterInfo
-from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded, MultiloraError
+from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded, BadRequest, MultiloraError
 from multilora.server.bodies import LoadAdapterBody, UnloadAdapterBody, V1LoadAdapterBody, V1UnloadAdapterBody
 from multilora.server.client import Client
 from multilora.server.errors import StrictRoute, error_response
 from multilora.server.metrics import Metrics
 from multilora.server.streaming import Json
 from multilora.server.tensors import BoundedRoute, LoadTensorsBody, write_weights
+from multilora.text.choice import parse_composition, show
 from multilora.text.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,16 @@ class AdapterManager:
     ) -> AdapterInfo:
         """Load an adapter whose adapter_config.json is `config` and whose .safetensors file `write(path)` writes."""
         return await self._carry_through(self._load_tensors(name, config, write, pinned))
+
+    def compose(self, name: str, parts: list[Any], *, pinned: bool | None = None, replace: bool = False) -> None:
+        """Let `name` stand for a composition of loaded adapters, each a {name, weight}."""
+        if pinned:
+            raise BadRequest("pinned: a composition has no weights of its own; pin its parts", param="pinned")
+        choice = parse_composition(parts)
+        replaced = self.registry.compose(name, choice, replace=replace)
+        logger.info("adapter %r is now %s", name, show(choice))
+        if replaced is not None:
+            self._spawn(self._drop(replaced))
 
     async def unload(self, name: str) -> None:
         """Refuse new requests for `name`, wait for those it has, and free it."""
@@ -127,7 +138,8 @@ class AdapterManager:
         self.registry.when_idle(version, idle.set)
         await idle.wait()
         try:
-            await self._client.unload_adapter(version)
+            if not self.registry.is_composition(version):
+                await self._client.unload_adapter(version)
         finally:
             self.registry.finish_unload(version)
             self._spool.remove(version)
@@ -176,8 +188,11 @@ def _sglang_routes(routes: APIRouter, manager: AdapterManager) -> None:
 
     @routes.post("/load_lora_adapter")
     async def load(body: LoadAdapterBody) -> Response:
-        """Load an adapter, as SGLang."""
-        await manager.load(body.lora_name, body.lora_path, pinned=bool(body.pinned))
+        """Load an adapter, as SGLang; or name a composition of loaded ones."""
+        if isinstance(body.lora_path, list):
+            manager.compose(body.lora_name, body.lora_path, pinned=body.pinned)
+        else:
+            await manager.load(body.lora_name, body.lora_path, pinned=bool(body.pinned))
         return Json(native_result(registry))
 
     @routes.post("/unload_lora_adapter")
@@ -206,7 +221,10 @@ def _vllm_routes(routes: APIRouter, manager: AdapterManager) -> None:
         """Load an adapter or, with load_inplace, replace it; as vLLM."""
         name = body.lora_name
         try:
-            await manager.load(name, body.lora_path, pinned=body.pinned, replace=body.load_inplace)
+            if isinstance(body.lora_path, list):
+                manager.compose(name, body.lora_path, pinned=body.pinned, replace=body.load_inplace)
+            else:
+                await manager.load(name, body.lora_path, pinned=body.pinned, replace=body.load_inplace)
         except AdapterNotFound as e:
             return error_response(e, status=404)
         except AdapterAlreadyLoaded as e:

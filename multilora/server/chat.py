@@ -35,7 +35,7 @@ class Choices:
         if body.top_logprobs is not None and not body.logprobs:
             raise BadRequest("top_logprobs: only together with logprobs", param="top_logprobs")
         top = check_top_logprobs(body.top_logprobs or 0, "top_logprobs")
-        adapter = adapters_of(front.registry, body, 1)[0]
+        adapters = adapters_of(front.registry, body, 1)[0]
         sampling = body.sampling(front.sampling_defaults, _limit(body))
         prompt = self._tokenizer.encode_chat(
             [message.plain() for message in body.messages],
@@ -48,7 +48,7 @@ class Choices:
             Job(
                 prompt_ids=prompt,
                 sampling=sampling,
-                adapter=adapter,
+                adapters=adapters,
                 sample=j,
                 return_logprob=self._with_logprobs,
                 top_logprobs_num=top,

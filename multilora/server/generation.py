@@ -1,6 +1,6 @@
 """The one road from a checked body to tokens, used by every route that generates.
 
-A `Flight` is one HTTP request on its way: one or more sequences, each with its adapter held from before it is
+A `Flight` is one HTTP request on its way: one or more sequences, each with its adapters held from before it is
 submitted until its one ending (stop, length, abort or error). `Front.start` checks everything at the door before
 anything is submitted; `Flight.events` yields what is new; `Flight.close` aborts what has not ended, always.
 Knows no wire format. Called by `native.py`, `completions.py` and `chat.py`.
@@ -23,8 +23,9 @@ from multilora.errors import BadRequest, EngineDead, MultiloraError, QueueFull, 
 from multilora.params import SamplingParams
 from multilora.server.client import Client
 from multilora.server.metrics import Metrics
+from multilora.text.choice import BASE, Choice
 from multilora.text.prompt import check_prompt, engine_params
-from multilora.text.registry import AdapterRegistry
+from multilora.text.registry import AdapterRegistry, Held
 from multilora.text.stream import Delta, FinishReason, TextStream
 from multilora.text.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ class Job:
 
     prompt_ids: list[int]
     sampling: SamplingParams
-    adapter: str | None = None
+    adapters: Choice = BASE
     sample: int = 0
     return_logprob: bool = False
     logprob_start_len: int = -1
@@ -54,14 +55,14 @@ class Sequence:
     key: str
     job: Job
     stream: TextStream
-    version: int | None
+    held: Held
     queue: "asyncio.Queue[Output]" = field(default_factory=asyncio.Queue)
     seconds: float = 0.0  # from start to the last delta
     queue_seconds: float = 0.0
     submitted: bool = False
     abort_message: str | None = None  # aborted before it was submitted
     started: bool = False  # its first output is here
-    open: bool = True  # holds its adapter
+    open: bool = True  # holds its adapters
 
 
 class Flight:
@@ -123,7 +124,7 @@ class Flight:
         if not sequence.started:
             sequence.started = True
             sequence.queue_seconds = output.queue_seconds
-            metrics.first_output(sequence.job.adapter, sequence.seconds, output.queue_seconds)
+            metrics.first_output(sequence.job.adapters, sequence.seconds, output.queue_seconds)
         delta = sequence.stream.push(output)
         if delta.drop:
             self._front.client.finish(sequence.key)
@@ -202,7 +203,7 @@ class Front:
         rids = rids or [uuid.uuid4().hex for _ in jobs]
         if len(set(rids)) < len(rids) or any(not rid or rid in self._open for rid in rids):
             raise BadRequest("rid: each must be unique, not empty and not in use", param="rid")
-        self.registry.check_request(job.adapter for job in jobs)
+        self.registry.check_request(job.adapters for job in jobs)
         flight = Flight(self, [])
         try:
             submits = [self._board(flight, job, rid) for job, rid in zip(jobs, rids, strict=True)]
@@ -210,7 +211,7 @@ class Front:
             for sequence, submit in zip(flight.sequences, submits, strict=True):
                 sequence.queue = self.client.submit(submit)
                 sequence.submitted = True
-                self.metrics.submitted(sequence.job.adapter)
+                self.metrics.submitted(sequence.job.adapters)
                 if sequence.abort_message is not None:
                     self.client.abort(sequence.key, sequence.abort_message)
         except BaseException:
@@ -226,8 +227,8 @@ class Front:
         if sequence.submitted:
             reason = sequence.stream.finished.type if sequence.stream.finished else "abort"
             tokens = (len(sequence.job.prompt_ids), sequence.stream.completion_tokens)
-            self.metrics.ended(sequence.job.adapter, *tokens, reason)
-        self.registry.release(sequence.version)
+            self.metrics.ended(sequence.job.adapters, *tokens, reason)
+        self.registry.release(sequence.held)
 
     def abort(self, rid: str | None, message: str) -> None:
         """Abort the request `rid`, all of its sequences; None: every request. They end with `abort`."""
@@ -265,14 +266,14 @@ class Front:
             self.need_tokenizer("a stop string", "stop")
         stream = TextStream(self.tokenizer, sampling, job.prompt_ids, ready.eos_token_ids)
         key = f"{rid}@{next(self._serial)}"
-        sequence = Sequence(rid, key, job, stream, self.registry.acquire(job.adapter))
+        sequence = Sequence(rid, key, job, stream, self.registry.acquire(job.adapters))
         self._open[rid] = sequence
         flight.sequences.append(sequence)
         return Submit(
             rid=key,
             input_ids=job.prompt_ids,
             sampling=params,
-            adapters=() if sequence.version is None else ((sequence.version, 1.0),),
+            adapters=sequence.held.composition,
             return_logprob=job.return_logprob,
             logprob_start_len=job.logprob_start_len if job.return_logprob else -1,
             top_logprobs_num=job.top_logprobs_num if job.return_logprob else 0,

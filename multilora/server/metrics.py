@@ -1,8 +1,9 @@
 """Prometheus metrics at /metrics: what the front counts itself, and the engine's latest `Stats` when asked.
 
 Names that other tools read keep the prefix of the peer they come from (`sglang:`, `vllm:`); ours is `multilora:`.
-Label `adapter_name` is the adapter's name, the base model's name for requests without one. An adapter that is gone
-leaves no label behind. Each `Metrics` has its own CollectorRegistry, so that several servers fit one process.
+Label `adapter_name` is the adapter's name, the base model's name for requests without one; a composition counts for
+each of its adapters, what the front counts of a named one for that name. An adapter that is gone leaves no label
+behind. Each `Metrics` has its own CollectorRegistry, so that several servers fit one process.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from multilora.engine.messages import AdapterStats, Stats
+from multilora.text.choice import Choice
 from multilora.text.registry import AdapterRegistry
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -45,20 +47,26 @@ class Metrics:
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"multilora:{name}", text, _PER_ADAPTER, registry=self._registry, buckets=_SECONDS)
 
-    def submitted(self, adapter: str | None) -> None:
-        self._seen.setdefault(adapter or self._base, set())
-        self._started.labels(adapter or self._base).inc()
+    def submitted(self, adapters: Choice) -> None:
+        for name in self._names(adapters):
+            self._seen.setdefault(name, set())
+            self._started.labels(name).inc()
 
-    def first_output(self, adapter: str | None, seconds: float, queue_seconds: float) -> None:
-        self._first.labels(adapter or self._base).observe(seconds)
-        self._queued.labels(adapter or self._base).observe(queue_seconds)
+    def first_output(self, adapters: Choice, seconds: float, queue_seconds: float) -> None:
+        for name in self._names(adapters):
+            self._first.labels(name).observe(seconds)
+            self._queued.labels(name).observe(queue_seconds)
 
-    def ended(self, adapter: str | None, prompt_tokens: int, generated: int, reason: str) -> None:
-        name = adapter or self._base
-        self._seen.setdefault(name, set()).add(reason)
-        self._requests.labels(name, reason).inc()
-        self._tokens_in.labels(name).inc(prompt_tokens)
-        self._tokens_out.labels(name).inc(generated)
+    def ended(self, adapters: Choice, prompt_tokens: int, generated: int, reason: str) -> None:
+        for name in self._names(adapters):
+            self._seen.setdefault(name, set()).add(reason)
+            self._requests.labels(name, reason).inc()
+            self._tokens_in.labels(name).inc(prompt_tokens)
+            self._tokens_out.labels(name).inc(generated)
+
+    def _names(self, adapters: Choice) -> list[str]:
+        """A request counts under each name that the client used."""
+        return [name for name, _ in adapters] or [self._base]
 
     def forget(self, adapter: str) -> None:
         """The adapter was unloaded: its labels go."""

@@ -16,6 +16,7 @@ from multilora.server.bodies import GenerateBody
 from multilora.server.errors import StrictRoute
 from multilora.server.generation import Flight, Front, Job, Sequence
 from multilora.server.streaming import EventStream, Json, frame, while_connected
+from multilora.text.choice import parse_choices
 
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
 
@@ -59,7 +60,7 @@ def make_plan(front: Front, body: GenerateBody) -> Plan:
     samples = sampling[0].n
     if any(params.n != samples for params in sampling):
         raise BadRequest("sampling_params.n must be the same for every item of a batch", param="n")
-    adapters = _spread(body.lora_path, count, "lora_path")
+    adapters = parse_choices(body.lora_path, count)
     logprob = _spread(body.return_logprob, count, "return_logprob")
     start = _spread(body.logprob_start_len, count, "logprob_start_len")
     top = _spread(body.top_logprobs_num, count, "top_logprobs_num")
@@ -67,7 +68,7 @@ def make_plan(front: Front, body: GenerateBody) -> Plan:
         Job(
             prompt_ids=prompts[i],
             sampling=sampling[i],
-            adapter=adapters[i],
+            adapters=adapters[i],
             sample=j,
             return_logprob=bool(logprob[i]),
             logprob_start_len=-1 if start[i] is None else start[i],

@@ -15,6 +15,7 @@ from multilora.server.errors import StrictRoute
 from multilora.server.generation import Flight, Front, Job, Sequence
 from multilora.server.openai_models import OpenAIBody
 from multilora.server.streaming import EventStream, Json, frame, while_connected
+from multilora.text.choice import Choice, parse_choices
 from multilora.text.registry import AdapterRegistry
 
 MAX_TOP_LOGPROBS = 20
@@ -83,12 +84,9 @@ class Reply:
         return await EventStream.begin(request.receive, frames(flight), flight.close)
 
 
-def adapters_of(registry: AdapterRegistry, body: OpenAIBody, prompts: int) -> list[str | None]:
-    """The adapter of each prompt, by `model` and `lora_path`. Raises UnknownModel, UnknownAdapter, BadRequest."""
-    given = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path] * prompts
-    if len(given) != prompts:
-        raise BadRequest(f"lora_path has {len(given)} entries for {prompts} prompts", param="lora_path")
-    return [registry.resolve_model(body.model, lora_path) for lora_path in given]
+def adapters_of(registry: AdapterRegistry, body: OpenAIBody, prompts: int) -> list[Choice]:
+    """The adapters of each prompt, by `model` and `lora_path`. Raises UnknownModel, UnknownAdapter, BadRequest."""
+    return [registry.resolve_model(body.model, choice) for choice in parse_choices(body.lora_path, prompts)]
 
 
 def check_top_logprobs(count: int, field: str) -> int:

@@ -63,7 +63,7 @@ class OpenAIBody(Body):
     ignored: ClassVar[frozenset[str]] = _IGNORED
     unserved: ClassVar[frozenset[str]] = _UNSERVED
     model: str
-    lora_path: str | list[str | None] | None = None
+    lora_path: Any = None  # see text/choice.py
     rid: str | None = None
     n: int | None = None
     max_tokens: int | None = None

@@ -101,6 +101,7 @@ def _running(front: Front) -> dict[str, Any]:
                 "target_modules": e.info.target_modules if e.info else None,
                 "active_requests": e.active,
             }
+            | ({"parts": [{"name": name, "weight": weight} for name, weight in e.parts]} if e.parts else {})
             for e in registry.entries()
         ],
         "internal_states": [front.client.stats],

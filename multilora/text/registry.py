@@ -1,10 +1,12 @@
 """Adapter names and their versions: the single writer.
 
-A name points to at most one *current* version; a reload makes a new one, and requests in flight stay on theirs.
+A name points to at most one *current* version; a reload makes a new one, and requests in flight stay on theirs. A
+named composition is an entry too, without weights of its own: its parts are resolved anew for every request.
 Owns names, states and the count of requests per version. Knows nothing of weights, memory or the engine, and is used
 from one thread only. Called by the server's adapter routes, by every request (acquire, release) and by `LLM`.
 
     begin_load → LOADING ─ commit_load → LOADED ─ begin_unload → UNLOADING ─ finish_unload → gone
+                                  compose ─┘
                     └─ fail_load → gone      └─ commit_load of its successor → REPLACED ─ finish_unload → gone
 """
 
@@ -23,6 +25,8 @@ from multilora.errors import (
     UnknownAdapter,
     UnknownModel,
 )
+from multilora.params import Composition
+from multilora.text.choice import BASE, Choice, show
 
 MAX_NAME = 256  # characters
 
@@ -36,7 +40,7 @@ class State(enum.Enum):
 
 @dataclass
 class Entry:
-    """One version of one adapter. `active`: requests that hold it."""
+    """One version of one adapter, or a named composition. `active`: requests that hold it."""
 
     name: str
     path: str
@@ -44,8 +48,17 @@ class Entry:
     pinned: bool
     state: State = State.LOADING
     info: AdapterInfo | None = None  # once loaded
+    parts: Choice = ()  # of a composition: plain adapters, by name
     active: int = 0
     idle_callbacks: list[Callable[[], None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one request runs on until it is released. `composition` is the engine's word for it."""
+
+    composition: Composition = ()
+    entries: tuple[Entry, ...] = ()
 
 
 class AdapterRegistry:
@@ -75,19 +88,25 @@ class AdapterRegistry:
 
     def begin_load(self, name: str, path: str, pinned: bool = False, *, replace: bool = False) -> int:
         """A new version of `name`, invisible until commit_load. With `replace` the name may be loaded already."""
-        self._check_enabled()
-        self.check_name(name, path)
-        if name in self._loading:
-            raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded or being loaded")
-        current = self._current.get(name)
-        if current is not None and current.state is State.UNLOADING:
-            raise AdapterUnloading(f"adapter {name!r} is being unloaded")
-        if current is not None and not replace:
-            raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded; unload it first")
-        entry = Entry(name, path, self._next_version, pinned)
-        self._next_version += 1
-        self._versions[entry.version] = self._loading[name] = entry
+        entry = self._new_entry(name, path, pinned, replace)
+        self._loading[name] = entry
         return entry.version
+
+    def compose(self, name: str, parts: Choice, *, replace: bool = False) -> int | None:
+        """`name` is a composition of loaded adapters from now on. Returns what it replaced, as commit_load does."""
+        self._check_enabled(name)
+        self.check_request([parts])
+        for part, _ in parts:
+            entry = self._current_part(part)
+            if entry.parts:
+                raise BadRequest(f"adapter {part!r} is a composition itself: name its parts", param="lora_path")
+            if part == name:
+                raise BadRequest(f"composition {name!r}: is one of its own parts", param="lora_path")
+            self._check_alone(entry, _is_sum(parts))
+        self._check_unused(name)
+        entry = self._new_entry(name, show(parts), False, replace)
+        entry.parts = parts
+        return self._make_current(entry)
 
     def commit_load(self, version: int, info: AdapterInfo) -> int | None:
         """Requests get this version from now on. Returns the version it replaced, if any: the caller unloads that
@@ -95,12 +114,8 @@ class AdapterRegistry:
         entry = self._versions[version]
         assert entry.state is State.LOADING
         del self._loading[entry.name]
-        replaced = self._current.get(entry.name)
-        if replaced is not None:
-            replaced.state = State.REPLACED
-        entry.state, entry.info = State.LOADED, info
-        self._current[entry.name] = entry
-        return replaced.version if replaced else None
+        entry.info = info
+        return self._make_current(entry)
 
     def fail_load(self, version: int) -> None:
         """The load failed: as if it had never begun."""
@@ -119,6 +134,7 @@ class AdapterRegistry:
             raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_name")
         if name in self._loading:
             raise AdapterError(f"adapter {name!r} is being replaced; unload it when that is done", param="lora_name")
+        self._check_unused(name)
         current.state = State.UNLOADING
         return current.version
 
@@ -133,26 +149,31 @@ class AdapterRegistry:
 
     # requests
 
-    def acquire(self, name: str | None) -> int | None:
-        """The version that a new request for `name` runs on, counted until `release`. None is the base model."""
-        if name is None:
-            return None
-        entry = self._find(name)
-        if entry.state is State.UNLOADING:
-            raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_path")
-        entry.active += 1
-        return entry.version
+    def acquire(self, choice: Choice) -> Held:
+        """What a new request for `choice` runs on, counted until `release`."""
+        names = [self._current_part(name) for name, _ in choice]
+        parts = self._expand(choice)
+        entries = [self._current_part(name) for name, _ in parts]
+        for entry in entries:
+            self._check_alone(entry, _is_sum(parts))
+        composition = [(e.version, weight) for e, (_, weight) in zip(entries, parts, strict=True) if weight]
+        held = Held(tuple(composition), tuple({e.version: e for e in (*names, *entries)}.values()))
+        for entry in held.entries:
+            entry.active += 1
+        return held
 
-    def release(self, version: int | None) -> None:
-        if version is None:
-            return
-        entry = self._versions[version]
-        assert entry.active > 0
-        entry.active -= 1
-        if entry.active == 0:
-            callbacks, entry.idle_callbacks = entry.idle_callbacks, []
-            for callback in callbacks:
-                callback()
+    def release(self, held: Held) -> None:
+        for entry in held.entries:
+            assert entry.active > 0
+            entry.active -= 1
+            if entry.active == 0:
+                callbacks, entry.idle_callbacks = entry.idle_callbacks, []
+                for callback in callbacks:
+                    callback()
+
+    def is_composition(self, version: int) -> bool:
+        """It has no weights of its own: the engine does not know it."""
+        return bool(self._versions[version].parts)
 
     def active(self, version: int) -> int:
         return self._versions[version].active
@@ -165,25 +186,27 @@ class AdapterRegistry:
         else:
             entry.idle_callbacks.append(callback)
 
-    def check_request(self, names: Iterable[str | None]) -> None:
+    def check_request(self, choices: Iterable[Choice]) -> None:
         """Raise BadRequest if one request names more different adapters than `max_loaded`."""
-        unique = {n for n in names if n is not None}
+        unique = {name for choice in choices for name, _ in self._expand(choice)}
         if self.max_loaded is not None and len(unique) > self.max_loaded:
             raise BadRequest(
                 f"the request names {len(unique)} adapters; --max-loaded-loras is {self.max_loaded}",
                 param="lora_path",
             )
 
-    def resolve_model(self, model: str, lora_path: str | None = None) -> str | None:
-        """The adapter name that an OpenAI request means, None for base: by `model` ("base", "base:", "base:adapter",
-        "adapter") and the body's `lora_path`. Raises UnknownModel, UnknownAdapter, LoraNotEnabled, BadRequest."""
-        by_model = self._resolve_name(model)
-        if lora_path is None:
+    def resolve_model(self, model: str, lora_path: Choice = BASE) -> Choice:
+        """What an OpenAI request means: by `model` ("base", "base:", "base:adapter", "adapter") and the body's
+        `lora_path`. Raises UnknownModel, UnknownAdapter, LoraNotEnabled, BadRequest."""
+        name = self._resolve_name(model)
+        by_model: Choice = BASE if name is None else ((name, 1.0),)
+        if not lora_path:
             return by_model
-        self._find(lora_path)
-        if by_model not in (None, lora_path):
+        for part, _ in lora_path:
+            self._find(part)
+        if by_model not in (BASE, lora_path):
             raise BadRequest(
-                f"model {model!r} and lora_path {lora_path!r} name different adapters", param="lora_path"
+                f"model {model!r} and lora_path {show(lora_path)!r} name different adapters", param="lora_path"
             )
         return lora_path
 
@@ -202,6 +225,59 @@ class AdapterRegistry:
             return None
         self._find(adapter, param="model")
         return adapter
+
+    def _new_entry(self, name: str, path: str, pinned: bool, replace: bool) -> Entry:
+        self._check_enabled()
+        self.check_name(name, path)
+        if name in self._loading:
+            raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded or being loaded")
+        current = self._current.get(name)
+        if current is not None and current.state is State.UNLOADING:
+            raise AdapterUnloading(f"adapter {name!r} is being unloaded")
+        if current is not None and not replace:
+            raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded; unload it first")
+        entry = Entry(name, path, self._next_version, pinned)
+        self._next_version += 1
+        self._versions[entry.version] = entry
+        return entry
+
+    def _make_current(self, entry: Entry) -> int | None:
+        replaced = self._current.get(entry.name)
+        if replaced is not None:
+            replaced.state = State.REPLACED
+        entry.state = State.LOADED
+        self._current[entry.name] = entry
+        return replaced.version if replaced else None
+
+    def _expand(self, choice: Choice) -> Choice:
+        """The name of a composition, alone and of weight 1, stands for its parts."""
+        entries = [self._current.get(name) for name, _ in choice]
+        for entry in entries:
+            if entry is not None and entry.parts:
+                if len(choice) == 1 and choice[0][1] == 1.0:
+                    return entry.parts
+                raise BadRequest(f"adapter {entry.name!r} is a composition itself: name its parts", param="lora_path")
+        return choice
+
+    def _current_part(self, name: str) -> Entry:
+        """The entry of `name`, which takes requests."""
+        entry = self._find(name)
+        if entry.state is State.UNLOADING:
+            raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_path")
+        return entry
+
+    @staticmethod
+    def _check_alone(entry: Entry, composed: bool) -> None:
+        if composed and entry.info is not None and entry.info.alone:
+            raise BadRequest(f"adapter {entry.name!r} cannot be composed: {entry.info.alone}", param="lora_path")
+
+    def _check_unused(self, name: str) -> None:
+        users = [e.name for e in self.entries() if name in dict(e.parts)]
+        if users:
+            raise AdapterError(
+                f"adapter {name!r} is part of composition {', '.join(map(repr, users))}: unload that first",
+                param="lora_name",
+            )
 
     def _find(self, name: str, *, param: str = "lora_path") -> Entry:
         """The current entry of `name`, perhaps being unloaded."""
@@ -230,3 +306,8 @@ class AdapterRegistry:
         """The name of a version that is not gone yet; None for base and for versions that are gone."""
         entry = None if version is None else self._versions.get(version)
         return entry.name if entry else None
+
+
+def _is_sum(choice: Choice) -> bool:
+    """More than one adapter, just as it is."""
+    return len(choice) > 1 or any(weight != 1.0 for _, weight in choice)

@@ -37,7 +37,7 @@ LIKELY = {
     "model": st.sampled_from(["base", "a", "base:a"]),
     "messages": MESSAGES,
     "sampling_params": SAMPLING | st.lists(SAMPLING, max_size=2),
-    "lora_path": st.sampled_from(["a", ["a", None], None]),
+    "lora_path": st.sampled_from(["a", ["a", None], [{"name": "a", "weight": 0.5}], [[{"name": "a"}], "a"], None]),
     "response_format": st.sampled_from([{"type": "json_object"}, {"type": "json_schema"}]),
     "max_tokens": st.integers(0, 9),
     "n": st.integers(1, 3),

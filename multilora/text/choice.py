@@ -1,0 +1,81 @@
+"""What `lora_path` may say: which adapters, by name, act on each item of a request.
+
+    null                                              the base model
+    "a"                                               adapter or named composition a
+    [{"name": "a", "weight": 0.7}, {"name": "b"}]     a composition: the weighted sum; a weight left out is 1
+
+One of these is for all items; a list of them has one for each. So a list of nothing but objects is one composition
+for all items, and where items differ each composition is a list of its own.
+Knows no adapter. Called by the routes and by `LLM`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from multilora.errors import BadRequest
+
+Choice = tuple[tuple[str, float], ...]
+"""(name, weight) of each adapter; () is the base model, (("a", 1.0),) plainly a."""
+
+BASE: Choice = ()
+MAX_WEIGHT = 3.4028234663852886e38  # weights are fp32 in the end
+
+
+def parse_choices(value: Any, count: int) -> list[Choice]:
+    """The choice of each of `count` items. Raises BadRequest."""
+    if not isinstance(value, list | tuple) or _is_composition(value):
+        return [parse_choice(value)] * count
+    if len(value) != count:
+        raise BadRequest(f"lora_path has {len(value)} entries for {count} inputs", param="lora_path")
+    return [parse_choice(entry, f"lora_path[{i}]") for i, entry in enumerate(value)]
+
+
+def parse_choice(value: Any, what: str = "lora_path") -> Choice:
+    """`what`: the field, for messages."""
+    if value is None:
+        return BASE
+    if isinstance(value, str):
+        return ((value, 1.0),)
+    if isinstance(value, Mapping):
+        raise _bad(f"{what}: a composition is a list of objects; put this one into a list of its own")
+    if not isinstance(value, list | tuple):
+        raise _bad(f"{what} = {value!r:.60}: must be a name, null, or a list of {{name, weight}}")
+    return parse_composition(value, what)
+
+
+def parse_composition(parts: list[Any] | tuple[Any, ...], what: str = "lora_path") -> Choice:
+    """A list of {name, weight}, each name once. Weights are finite, of any sign; 0 leaves the adapter out."""
+    if not parts:
+        raise _bad(f"{what}: an empty composition; null is the base model")
+    choice = tuple([_part(part, f"{what}[{i}]") for i, part in enumerate(parts)])
+    name, count = Counter(name for name, _ in choice).most_common(1)[0]
+    if count > 1:
+        raise _bad(f"{what}: adapter {name!r} comes twice; add its weights")
+    return choice
+
+
+def show(choice: Choice) -> str:
+    """For people: "0.7 * a + b"."""
+    return " + ".join(name if weight == 1.0 else f"{weight:g} * {name}" for name, weight in choice)
+
+
+def _is_composition(value: list[Any] | tuple[Any, ...]) -> bool:
+    return bool(value) and all(isinstance(entry, Mapping) for entry in value)
+
+
+def _part(part: Any, what: str) -> tuple[str, float]:
+    if not isinstance(part, Mapping) or not part.keys() <= {"name", "weight"} or "name" not in part:
+        raise _bad(f"{what} = {part!r:.60}: each part of a composition is {{name, weight}}")
+    name, weight = part["name"], part.get("weight", 1.0)
+    if not isinstance(name, str):
+        raise _bad(f"{what}.name = {name!r:.60}: must be the name of an adapter; the base model is always there")
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise _bad(f"{what}.weight = {weight!r:.60}: must be a number")
+    if not abs(weight) <= MAX_WEIGHT:  # which NaN is not either
+        raise _bad(f"{what}.weight = {weight!r:.60}: must be a finite number (fp32)")
+    return name, float(weight)
+
+
+def _bad(message: str) -> BadRequest:
+    return BadRequest(message, param="lora_path")
