@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from multilora.lora.panels import Affine, PanelLayout
+from multilora.lora.panels import AdapterShape, Affine, PanelLayout
 
 
 @dataclass
@@ -29,6 +29,18 @@ class Record:
     @property
     def pages(self) -> int:
         return self.layout.num_pages if self.layout else 0
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many tokens it has, where it brings its own head; None: as many as the base model."""
+        whole = self.layout.shape.whole if self.layout else ()
+        return next((w.rows for w in whole if w.module == "lm_head" and not w.token_ids), None)
+
+    @property
+    def trains_tokens(self) -> bool:
+        """Whether it changes token embeddings, so that it may have tokens the base model's tokenizer does not know."""
+        shape = self.layout.shape if self.layout else AdapterShape(())
+        return bool(shape.whole) and any(w.module == "embed_tokens" for w in shape.whole)
 
     @property
     def alone(self) -> str:

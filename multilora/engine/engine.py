@@ -174,7 +174,8 @@ class Engine:
             arrival=monotonic(),
         )
         ends = self.scheduler.eos_token_ids
-        request.edits = LogitEdits.make(request.params, request.prompt_ids, ends, self._vocab_size, self._device)
+        vocab_size = self._vocab_size_of(message.adapters)
+        request.edits = LogitEdits.make(request.params, request.prompt_ids, ends, vocab_size, self._device)
         if message.grammar is not None:
             if self._grammars is None:
                 raise BadRequest("grammars need a tokenizer; this server runs without one", param="json_schema")
@@ -194,6 +195,11 @@ class Engine:
         if self.adapters is None or len(composition) != 1:
             return None
         return self.adapters.record(composition[0][0]).invocation_tokens
+
+    def _vocab_size_of(self, composition: Composition) -> int:
+        """An adapter with its own head may have another one than the base model."""
+        own = [self.adapters.record(v).vocab_size for v, _ in composition] if self.adapters else []
+        return own[0] if own and own[0] is not None else self._vocab_size
 
     def _load(self, message: LoadAdapter) -> None:
         if self.adapters is None:
@@ -240,6 +246,8 @@ class Engine:
             nbytes=self.adapters.bytes_of(version),
             pages=record.pages,
             alone=record.alone,
+            vocab_size=record.vocab_size,
+            trains_tokens=record.trains_tokens,
         )
 
     def _take_replies(self) -> list[FromEngine]:

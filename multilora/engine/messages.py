@@ -117,6 +117,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int  # in host memory, packed
     pages: int  # of the arena, when resident
     alone: str = ""  # why it cannot be part of a composition; empty: it can
+    vocab_size: int | None = None  # of its own head; None: the base model's
+    trains_tokens: bool = False  # it may have tokens that the base model's tokenizer does not know
 
 
 class Reply(msgspec.Struct, tag=True, frozen=True, kw_only=True, omit_defaults=True):

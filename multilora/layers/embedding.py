@@ -53,7 +53,8 @@ class LMHead(nn.Module):
     def forward(self, hidden: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """hidden: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab].
 
-        Wider, -inf for everybody else, if an adapter of the step has more tokens than the base model.
+        An adapter with its own head may have more or fewer tokens than the base model: then there are more columns,
+        and -inf where a row's vocabulary ends.
         """
         y = logits(hidden, self.weight)
         if ctx.whole is not None:
@@ -68,6 +69,8 @@ class LMHead(nn.Module):
         width = max([y.shape[1], *(w.rows for _, w in found if w.token_ids is None)])
         y = F.pad(y, (0, width - y.shape[1]), value=-torch.inf)
         for rows, weights in found:
+            if weights.token_ids is None:
+                y[rows, weights.rows :] = -torch.inf
             columns = slice(weights.rows) if weights.token_ids is None else weights.token_ids
             y[rows, columns] = product(hidden[rows], weights).to(y.dtype)
         return y

@@ -61,6 +61,15 @@ def test_an_adapter_with_more_tokens_widens_only_its_own_rows() -> None:
     assert bool((logits[[0, 3], 7:] == -torch.inf).all())
 
 
+def test_an_adapter_with_fewer_tokens_ends_earlier() -> None:
+    weight = torch.randn(5, 4)
+    logits, hidden, plain = replaced_logits(Replaced(weight))
+    assert logits.shape == (4, 7)
+    torch.testing.assert_close(logits[1:3, :5], hidden[1:3] @ weight.T)
+    assert bool((logits[1:3, 5:] == -torch.inf).all())
+    assert torch.equal(logits[[0, 3]], plain[[0, 3]])
+
+
 def test_rows_of_the_head() -> None:
     weight = torch.randn(3, 4)
     logits, hidden, plain = replaced_logits(Replaced(weight, torch.tensor([0, 4, 6])))
