@@ -7,7 +7,7 @@ Used by this package's tests and by anyone who tests against it. Imports torch a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +75,21 @@ def make_tiny_model(
 
 
 def make_adapter(
-    path: str | Path, model_path: str | Path, *, seed: int = 0, dtype: str = "float32", **config: Any
+    path: str | Path,
+    model_path: str | Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    prepare: Callable[[PreTrainedModel], None] | None = None,
+    save: Mapping[str, Any] | None = None,
+    **config: Any,
 ) -> PeftModel:
     """Write a random LoRA adapter for the model in `model_path` to directory `path`, saved by PEFT itself.
 
-    `config` are the fields of PEFT's LoraConfig; lora_A and lora_B are random, so the adapter changes the output.
-    Returns PEFT's model with the adapter on it, in eval mode and fp32; `dtype` is what the file holds, and the
-    returned weights have the values rounded to it.
+    `config` are the fields of PEFT's LoraConfig, `save` the arguments of its save_pretrained; `prepare` may change the
+    base model before. Everything that PEFT would train is random, so the adapter changes the output. Returns PEFT's
+    model with the adapter on it, in eval mode and fp32; `dtype` is what the file holds, and the returned weights have
+    the values rounded to it.
     """
     import warnings
 
@@ -93,13 +101,31 @@ def make_adapter(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's own, about transformers' deprecations and unusual configs
         torch.manual_seed(seed)
+        if prepare is not None:
+            prepare(base)
         model = get_peft_model(base, LoraConfig(**config), autocast_adapter_dtype=False)
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.data = torch.randn_like(weight, dtype=torch.float32).mul_(0.3).to(getattr(torch, dtype))
-        model.save_pretrained(str(path))
+        train_randomly(model, dtype)
+        model.save_pretrained(str(path), **(save or {}))
     model.float().eval()
     return model
+
+
+def train_randomly(model: PeftModel, dtype: str = "float32") -> None:
+    """Random numbers for lora_A and lora_B; whatever else PEFT would train goes astray a little. In place."""
+    import torch
+
+    for name, weight in model.named_parameters():
+        if "lora_" not in name and not weight.requires_grad:
+            continue
+        noise = torch.randn_like(weight, dtype=torch.float32)
+        if "lora_" in name and "magnitude" not in name:
+            value = noise.mul_(0.3)
+        else:
+            value = weight.detach() + noise.mul_(0.1)
+        if dtype == "float32":
+            weight.data.copy_(value)  # tied ones stay tied
+        else:
+            weight.data = value.to(getattr(torch, dtype))
 
 
 class FakeEngineClient:
@@ -244,8 +270,9 @@ class FakeEngineClient:
             raise self.load_errors[path]
         self.loaded[version] = path
         why = self.alone.get(path, "")
-        size = {"nbytes": 1024, "pages": 1}
-        return AdapterInfo(version=version, path=path, rank=8, target_modules=["q_proj"], **size, alone=why)
+        return AdapterInfo(
+            version=version, path=path, rank=8, target_modules=["q_proj"], nbytes=1024, pages=1, alone=why
+        )
 
     async def unload_adapter(self, version: int) -> None:
         await asyncio.sleep(0)

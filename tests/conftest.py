@@ -1,8 +1,24 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter: it has to be chosen before anything imports Triton."""
+"""Without a GPU, Triton kernels run in Triton's interpreter: it has to be chosen before anything imports Triton.
+
+And what several packages' tests share.
+"""
 
 import os
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
+
+if TYPE_CHECKING:
+    from peft_rows import Lab
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> "Lab":
+    """One small adapter for each thing that PEFT can save, made when it is asked for (`tests/support`)."""
+    from peft_rows import Lab
+
+    return Lab(tmp_path_factory.mktemp("peft"))
