@@ -1,0 +1,169 @@
+"""The parity table: whatever PEFT can save is served exactly as PEFT computes it, or refused by name.
+
+Per row one small model and one adapter that PEFT saved; the engine's greedy tokens equal PEFT's and every logprob of
+every position agrees to 1e-4, alone and in a batch that mixes the adapter with a plain one and with the base model.
+All in fp32. The table at the end of docs/adapters.md lists these rows; with PARITY_RESULTS set, the results are
+written there for `scripts/parity_table.py`.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_rows import INVOCATION, MODELS, ROWS, Lab, Row
+from transformers import AutoModelForCausalLM
+
+from multilora.engine.driver import Answer, EngineDriver
+from multilora.errors import AdapterError
+from multilora.testing import TINY_SIZES
+
+NEW_TOKENS = 8
+CLOSE = 1e-4  # largest difference of a logprob
+CLEAR = 1e-3  # least gap between the reference's two best logits
+VOCAB = TINY_SIZES["vocab_size"]
+PLAIN = Row("plain", {"r": 8, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj", "o_proj"]})
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PEFT says to a prompt. logprobs: [positions, vocab], of every token after the first."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: torch.Tensor
+
+
+def reference(model: Any, prompt: list[int]) -> Reference | None:
+    """None if a choice on the way is not clear: there rounding could decide."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        whole = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+        logits = model(input_ids=whole).logits[0]
+    best = logits[len(prompt) - 1 : -1].topk(2).values
+    if (best[:, 0] - best[:, 1]).min() < CLEAR:
+        return None
+    return Reference(prompt, whole[0, len(prompt) :].tolist(), logits.log_softmax(-1))
+
+
+def references(model: Any, row: Row, count: int = 2) -> list[Reference]:
+    found = (answer for prompt in row.prompts(40) if (answer := reference(model, prompt)) is not None)
+    return [next(found) for _ in range(count)]
+
+
+@dataclass
+class Bench:
+    """One engine per model, with a plain adapter, and what base and plain adapter answer."""
+
+    driver: EngineDriver
+    base: list[Reference]
+    plain: list[Reference]
+
+
+class Benches:
+    def __init__(self, lab: Lab):
+        self._lab = lab
+        self._made: dict[str, Bench] = {}
+
+    def get(self, model: str) -> Bench:
+        if model not in self._made:
+            row = Row(f"plain {model}", PLAIN.config, model)
+            path = self._lab.model(model)
+            base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            self._made[model] = Bench(
+                EngineDriver(path, {"plain": self._lab.adapter(row)}, page_size=4),
+                references(base, row),
+                references(self._lab.reference(row), row),
+            )
+        return self._made[model]
+
+
+@pytest.fixture(scope="module")
+def benches(lab: Lab) -> Iterator[Benches]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Benches(lab)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[dict[str, dict[str, Any]]]:
+    """Feature → what came out, for the table."""
+    found: dict[str, dict[str, Any]] = {}
+    yield found
+    if path := os.environ.get("PARITY_RESULTS"):
+        Path(path).write_text(json.dumps(found))
+
+
+def submit(driver: EngineDriver, expected: Reference, adapter: str | None) -> str:
+    return driver.submit(
+        expected.prompt,
+        adapter,
+        max_new_tokens=NEW_TOKENS,
+        return_logprob=True,
+        logprob_start_len=0,
+        top_logprobs_num=VOCAB,
+    )
+
+
+def difference(answer: Answer, expected: Reference) -> float:
+    """The largest of all logprobs of all positions. The tokens are equal."""
+    assert answer.tokens == expected.tokens
+    tops = (answer.input_top_logprobs or [])[1:] + answer.top_logprobs
+    found = torch.empty(len(tops), VOCAB)
+    for row, top in zip(found, tops, strict=True):
+        values, ids = zip(*top, strict=True)
+        row[torch.tensor(ids)] = torch.tensor(values)
+    return float((found - expected.logprobs[: len(tops)]).abs().max())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.feature for row in ROWS])
+def test_parity(row: Row, lab: Lab, benches: Benches, results: dict[str, dict[str, Any]]) -> None:
+    bench = benches.get(row.model)
+    if row.refused is not None:
+        check_refused(row, bench.driver, lab)
+        results[row.feature] = {"model": row.model, "refused": row.refused}
+        return
+    expected = references(lab.reference(row), row)
+    assert expected[0].tokens != bench.base[0].tokens, "the adapter does nothing"
+    bench.driver.load("row", lab.adapter(row))
+    worst = 0.0
+    for answer in expected:  # alone
+        rid = submit(bench.driver, answer, "row")
+        bench.driver.run()
+        worst = max(worst, difference(bench.driver.answers[rid], answer))
+    jobs = [("row", answer) for answer in expected]
+    jobs += [("plain", answer) for answer in bench.plain] + [(None, answer) for answer in bench.base]
+    order = [jobs[i] for i in (4, 0, 2, 5, 1, 3)]
+    rids = [submit(bench.driver, answer, name) for name, answer in order]
+    bench.driver.run()
+    for rid, (_, answer) in zip(rids, order, strict=True):
+        worst = max(worst, difference(bench.driver.answers[rid], answer))
+    bench.driver.unload("row")
+    assert worst < CLOSE
+    results[row.feature] = {"model": row.model, "difference": worst}
+
+
+def check_refused(row: Row, driver: EngineDriver, lab: Lab) -> None:
+    """The engine says why, and goes on."""
+    free = driver.stats.free_pages
+    with pytest.raises(AdapterError) as caught:
+        driver.load("row", lab.adapter(row))
+    assert row.refused is not None and row.refused in caught.value.message
+    assert driver.stats.free_pages == free
+
+
+def test_every_model_is_used() -> None:
+    assert {row.model for row in ROWS} == set(MODELS)
+
+
+def test_activated_prompts_hold_the_invocation() -> None:
+    for row in ROWS:
+        if "alora_invocation_tokens" in row.config and row.refused is None:
+            assert tuple(INVOCATION) == row.prompt[-len(INVOCATION) :]
