@@ -25,7 +25,8 @@ PICKLE_NAMES = (
     "pytorch_model.bin",
 )
 
-MAX_JSON_BYTES = 16 << 20  # a real adapter_config.json has 1 KB, a real index some 100 KB
+MAX_CONFIG_BYTES = 1 << 20  # a real one has 1 KB, or 100 KB when it names the rank of each module
+MAX_JSON_BYTES = 16 << 20  # a real index has some 100 KB
 
 
 def show(value: object, limit: int = 200) -> str:
@@ -85,7 +86,8 @@ def fingerprint(directory: Path) -> str:
         with open_regular(path) as file:
             info = os.fstat(file.fileno())
             digest.update(f"{path.name}\0{info.st_size}\0{info.st_mtime_ns}\0{info.st_ino}\0".encode())
-            digest.update(file.read(_header_bytes(file, info.st_size) if path.suffix == ".safetensors" else -1))
+            whole = path.suffix != ".safetensors"
+            digest.update(file.read(MAX_JSON_BYTES if whole else _header_bytes(file, info.st_size)))
     return digest.hexdigest()
 
 
@@ -104,10 +106,11 @@ def open_regular(path: Path) -> BinaryIO:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises AdapterInvalid naming the file when it is anything else."""
+    limit = MAX_CONFIG_BYTES if path.name == CONFIG_NAME else MAX_JSON_BYTES
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON_BYTES:
-            raise AdapterInvalid(f"{path.name}: {size} bytes, at most {MAX_JSON_BYTES} are read")
+        if size > limit:
+            raise AdapterInvalid(f"{path.name}: {size} bytes, at most {limit} are read")
         data = file.read()
     return parse_json_object(data, path.name)
 

@@ -6,6 +6,7 @@
 
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -16,6 +17,8 @@ from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import Blocks, PackTarget, pack
 from multilora.adapters.checkpoint import read_adapter
 from multilora.adapters.crew import ALONE, Crew
+from multilora.adapters.files import find_files
+from multilora.adapters.safetensors_file import MAX_HEADER_BYTES
 from multilora.adapters.sources import resolve
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
 from multilora.lora.panels import AdapterShape
@@ -74,10 +77,26 @@ class Loader(Protocol):
 def read(job: FetchJob, context: FetchContext, crew: Crew = ALONE) -> Adapter:
     """The files, checked and with PEFT's rules applied."""
     directory = resolve(job.path, context.roots)
+    _check_file_size(directory, job, context)
     adapter = read_adapter(directory, context.base, context.limits, crew)
     if not adapter.blocks:
         raise AdapterInvalid(f"{directory}: no LoRA weights")
     return adapter
+
+
+def _check_file_size(directory: Path, job: FetchJob, context: FetchContext) -> None:
+    """Refuse a file that is too large whatever is in it, before its size is asked of the system's memory.
+
+    Of a file's numbers, in fp32 at most, all are packed but for copies of the base model's two tables.
+    """
+    if job.max_bytes is None:
+        return
+    base, itemsize = context.base, context.target.dtype.itemsize
+    numbers = job.max_bytes // itemsize + 2 * base.vocab_size * base.hidden_size
+    limit = 4 * numbers + MAX_HEADER_BYTES
+    size = sum(file.stat().st_size for file in find_files(directory).weights)
+    if size > limit:
+        raise AdapterIncompatible(f"incompatible: the weights of {job.path} have {size} bytes, over {limit}")
 
 
 def fetch(
@@ -97,11 +116,16 @@ def fetch(
                 "the arena, --lora-host-bytes and --lora-device-bytes"
             )
         buffer = allocate(layout.num_pages, target.page_bytes)
-        pack(blocks, target, layout, buffer, crew)
+        try:
+            pack(blocks, target, layout, buffer, crew)
+        except AdapterInvalid as e:
+            raise AdapterInvalid(f"{job.path}: {e.message}") from None
     except MultiloraError as e:
         return Fetched(version=job.version, kind=e.kind, message=e.message), None
     except (OSError, MemoryError) as e:
-        return Fetched(version=job.version, kind="AdapterError", message=f"{job.path}: {e}"), None
+        return Fetched(
+            version=job.version, kind="AdapterError", message=f"{job.path}: {str(e) or 'out of memory'}"
+        ), None
     result = Fetched(
         version=job.version,
         shape=shape,

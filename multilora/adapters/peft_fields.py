@@ -81,7 +81,7 @@ class Fields:
             raise AdapterUnsupported(f"{self.file}: init_lora_weights={show(init)} is not known")
 
     def rank(self, field: str, value: Any) -> int:
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value < 1 << 31:
             raise self.invalid(field, f"a positive integer is expected, found {show(value)}")
         return value
 

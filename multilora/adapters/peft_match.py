@@ -1,17 +1,22 @@
 """PEFT's rules for which names a pattern means, as PEFT 0.21 applies them.
 
 Module names are those inside the base model: "model.layers.0.self_attn.q_proj".
-Patterns come from a file nobody has to trust, so each match has a time limit. Called by `peft_config`.
+Patterns come from a file nobody has to trust, so their size is bounded, and each match has a time limit. Called by
+`peft_config`.
 """
 
 import functools
+import math
 import re
 from collections.abc import Iterable, Sequence
 
 import regex
 
 MATCH_SECONDS = 1.0  # a real pattern takes microseconds; one that backtracks for ever must not hold the loader
-
+MAX_PATTERN = 1 << 16  # characters, compiled in some 0.3 s; naming each of 500 modules takes 17,000
+MAX_COPIES = 1 << 16  # "a{n}" is compiled to n copies of a, "(a{n}){m}" to n·m
+MAX_KEYS = 1000  # regular expressions among the keys of rank_pattern or alpha_pattern; plain names are not counted
+COUNT = re.compile(r"\{([0-9]+)(?:,[0-9]*)?\}")
 
 PLAIN_KEY = re.compile(r"[A-Za-z0-9_.]+")
 
@@ -22,6 +27,11 @@ class PatternError(ValueError):
 
 @functools.lru_cache(maxsize=4096)
 def _compile(pattern: str) -> "regex.Pattern[str]":
+    if len(pattern) > MAX_PATTERN:
+        raise PatternError(f"a regular expression of {len(pattern)} characters, at most {MAX_PATTERN} are allowed")
+    counts = COUNT.findall(pattern)
+    if any(len(n) > 9 for n in counts) or math.prod(int(n) or 1 for n in counts) > MAX_COPIES:
+        raise PatternError("the regular expression repeats something too often")
     try:
         re.compile(pattern)  # what PEFT would accept
         return regex.compile(pattern)
@@ -39,9 +49,13 @@ def _match(pattern: str, name: str, whole: bool = False) -> "regex.Match[str] | 
 
 def pattern_key(patterns: Iterable[str], name: str) -> str | None:
     """The first key of rank_pattern or alpha_pattern that means `name`: a regex for it or for a dotted tail of it."""
+    tried = 0
     for key in patterns:
         if _cannot_match(key, name):
             continue
+        tried += 1
+        if tried > MAX_KEYS:
+            raise PatternError(f"over {MAX_KEYS} regular expressions")
         if _match(rf"(.*\.)?({key})$", name):
             return key
     return None
