@@ -1,5 +1,6 @@
 """The LoRA-serving documentation, end to end: real server, real HTTP, the bundled model and its adapters."""
 
+import base64
 import itertools
 import json
 import os
@@ -212,6 +213,27 @@ def test_openai_client_package(server):
         client.completions.create(model="nope", prompt=PROMPT)
     with pytest.raises(openai.BadRequestError, match="never been loaded"):
         client.completions.create(model=f"{base}:nope", prompt=PROMPT)
+
+
+def test_an_adapter_from_tensors(server):
+    """The real files, sent instead of named; the OpenAI client asks it."""
+    folder = Path(PATHS["sql"])
+    body = {
+        "lora_name": "fresh",
+        "config_dict": json.loads((folder / "adapter_config.json").read_text()),
+        "serialized_tensors": base64.b64encode((folder / "adapter_model.safetensors").read_bytes()).decode(),
+    }
+    response = server.http.post("/load_lora_adapter_from_tensors", json=body)
+    assert response.status_code == 200, response.text
+    assert response.json()["loaded_adapters"]["fresh"] == "__tensor__"
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    done = client.completions.create(model="fresh", prompt=PROMPT, temperature=0, max_tokens=64)
+    assert done.choices[0].text.strip() == ANSWERS["sql"]
+    assert server.unload("fresh").status_code == 200
+    body["config_dict"]["r"] += 1
+    response = server.http.post("/load_lora_adapter_from_tensors", json=body)
+    assert response.status_code == 400
+    assert "adapter_config.json" in response.json()["error_message"]
 
 
 def test_streams_agree_with_the_whole_answer(server):

@@ -1,6 +1,7 @@
 """The process: its port, its signals, its exit code. The engine is a fake; the port and the signals are real."""
 
 import asyncio
+import base64
 import contextlib
 import http.client
 import json
@@ -51,6 +52,7 @@ class Process:
 
     async def _start(self, config):
         self.client = FakeEngineClient()
+        self.engine_config = config
         self.loop = asyncio.get_running_loop()
         original = self.client.shutdown
 
@@ -123,6 +125,25 @@ def test_it_serves_until_a_signal(monkeypatch, number):
 
     assert process.run(visitor) == 0
     assert process.shut_down == [True]
+
+
+def test_adapters_that_came_as_tensors_leave_no_files(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    process = Process(monkeypatch, enable_lora=True, lora_root=["/elsewhere"])
+    header = b"{}      "
+    weights = base64.b64encode(len(header).to_bytes(8, "little") + header).decode()
+    body = {"lora_name": "a", "config_dict": {}, "serialized_tensors": weights}
+
+    def visitor(p):
+        with p.request("POST", "/load_lora_adapter_from_tensors", body) as connection:
+            assert connection.getresponse().status == 200
+        [folder] = tmp_path.iterdir()
+        assert p.client.loaded == {1: f"{folder}/1"}
+        assert p.engine_config.lora_root == ("/elsewhere", str(folder))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert process.run(visitor) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_running_requests_finish_after_the_signal_and_new_ones_are_refused(monkeypatch):
