@@ -5,14 +5,13 @@ their place. What needs the base model's weights (norms of DoRA, differences of 
 Called in the loader process; knows neither files nor the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from multilora.adapters.adapter import Adapter, Full, LowRank, Rows, Vector, VectorKind
-from multilora.adapters.crew import ALONE, Crew
-from multilora.adapters.strips import PageNumbers, Strip
+from multilora.adapters.strips import Strip, runs_of, write_strips
 from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.panels import (
     RANK_GRANULE,
@@ -98,7 +97,12 @@ def _whole_shape(block: Full | Rows) -> WholeShape:
     return WholeShape(block.layer, block.module, rows, block.weight.shape[-1])
 
 
-def pack(blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Tensor, crew: Crew = ALONE) -> None:
+WriteStrips = Callable[[list[Strip], torch.dtype, torch.Tensor], None]
+
+
+def pack(
+    blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Tensor, write: WriteStrips = write_strips
+) -> None:
     """Write the adapter's pages into `out`, uint8 [layout.num_pages, page_bytes], which must be zero.
 
     An affine pair is written unfinished: the magnitude (or 1), and the trained bias plus the one of lora_B (or 0).
@@ -110,35 +114,33 @@ def pack(blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Ten
         if matrix.affine:
             _pack_affine(blocks.vectors[site.layer, site.slices[matrix.slice].module], chunks, target, out)
         else:
-            strips += _strips(blocks, site, matrix, chunks)
+            strips += _strips(blocks, site, matrix, chunks, target)
     for block, chunks in zip(blocks.whole, layout.whole, strict=True):
         _pack_whole(block, chunks, target, out)
-    _pack_strips(strips, PageNumbers(out, target.dtype), target, crew)
+    write(strips, target.dtype, out)
 
 
-def _strips(blocks: Blocks, site: LoraSite, matrix: Matrix, chunks: tuple[Chunk, ...]) -> Iterator[Strip]:
+def _strips(
+    blocks: Blocks, site: LoraSite, matrix: Matrix, chunks: tuple[Chunk, ...], target: PackTarget
+) -> Iterator[Strip]:
     """Of the B of a slice, or of the stacked A: one for each slice that has some."""
+
+    def strip(block: LowRank, weight: torch.Tensor, half: str, scaling: float, chunks: tuple[Chunk, ...]) -> Strip:
+        runs = runs_of(block.rank, chunks, target.page_bytes, target.dtype.itemsize)
+        return Strip(f"layer {site.layer} {block.module} {half}", weight, scaling, runs)
+
     if matrix.slice >= 0:
-        module = site.slices[matrix.slice].module
-        block = blocks.low_rank[site.layer, module]
-        yield Strip(f"layer {site.layer} {module} lora_B", block.b, block.scaling, chunks)
+        block = blocks.low_rank[site.layer, site.slices[matrix.slice].module]
+        yield strip(block, block.b, "lora_B", block.scaling, chunks)
         return
     cuts = len(chunks) * RANK_GRANULE // matrix.rank  # of one panel
     at = 0
     for part in site.slices:
         if (site.layer, part.module) in blocks.low_rank:
-            a = blocks.low_rank[site.layer, part.module].a
-            end = at + round_rank(len(a)) // RANK_GRANULE * cuts
-            yield Strip(f"layer {site.layer} {part.module} lora_A", a, 1.0, chunks[at:end])
+            block = blocks.low_rank[site.layer, part.module]
+            end = at + round_rank(block.rank) // RANK_GRANULE * cuts
+            yield strip(block, block.a, "lora_A", 1.0, chunks[at:end])
             at = end
-
-
-def _pack_strips(strips: list[Strip], pages: PageNumbers, target: PackTarget, crew: Crew) -> None:
-    crew.each(pages.write, strips)
-    if not pages.all_finite(crew):  # or something else lies there that looks so: fp32 as bf16
-        for strip in strips:
-            if not pages.is_finite(strip):
-                raise AdapterInvalid(f"{strip.name}: a weight is not finite in {target.dtype}")
 
 
 def _pack_affine(

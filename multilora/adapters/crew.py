@@ -5,8 +5,10 @@ Owns its threads, nothing else. Called by the loader (files, packing) and by the
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -17,10 +19,16 @@ def spare_cores(at_most: int) -> int:
     return max(1, min(at_most, cores - 2))
 
 
-class Crew:
-    """`threads` 1: no thread is started, the caller works alone."""
+def private_memory(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes]."""
+    return torch.empty(nbytes, dtype=torch.uint8)
 
-    def __init__(self, threads: int = 1):
+
+class Crew:
+    """`threads` 1: no thread is started, the caller works alone. memory: where the crew's results are to lie."""
+
+    def __init__(self, threads: int = 1, memory: Callable[[int], torch.Tensor] = private_memory):
+        self.memory = memory
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "crew") if threads > 1 else None
 
@@ -37,9 +45,25 @@ class Crew:
         try:
             take()
         finally:
-            wait(futures)
+            wait([future for future in futures if not future.cancel()])
         for future in futures:
-            future.result()
+            if not future.cancelled():
+                future.result()
+
+    @property
+    def alone(self) -> bool:
+        return self._pool is None
+
+    def start(self, work: Callable[[], T]) -> Future[T]:
+        """`work()` on another thread; without one, at once."""
+        if self._pool is not None:
+            return self._pool.submit(work)
+        future: Future[T] = Future()
+        try:
+            future.set_result(work())
+        except Exception as e:
+            future.set_exception(e)
+        return future
 
 
 ALONE = Crew()

@@ -14,12 +14,13 @@ import torch
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
 from multilora.adapters.base_model import BaseModel
-from multilora.adapters.blocks import Blocks, PackTarget, pack
+from multilora.adapters.blocks import Blocks, PackTarget, WriteStrips, pack
 from multilora.adapters.checkpoint import read_adapter
 from multilora.adapters.crew import ALONE, Crew
 from multilora.adapters.files import find_files
 from multilora.adapters.safetensors_file import MAX_HEADER_BYTES
 from multilora.adapters.sources import resolve
+from multilora.adapters.strips import write_strips
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
 from multilora.lora.panels import AdapterShape
 
@@ -100,9 +101,13 @@ def _check_file_size(directory: Path, job: FetchJob, context: FetchContext) -> N
 
 
 def fetch(
-    job: FetchJob, context: FetchContext, allocate: "Allocate", crew: Crew = ALONE
+    job: FetchJob,
+    context: FetchContext,
+    allocate: "Allocate",
+    crew: Crew = ALONE,
+    write: WriteStrips = write_strips,
 ) -> tuple[Fetched, torch.Tensor | None]:
-    """Read, check and pack one adapter, on the threads of `crew`. Typed errors become part of the result."""
+    """Read, check and pack one adapter. crew: reads; write: packs. Typed errors become part of the result."""
     target = context.target
     try:
         adapter = read(job, context, crew)
@@ -117,7 +122,7 @@ def fetch(
             )
         buffer = allocate(layout.num_pages, target.page_bytes)
         try:
-            pack(blocks, target, layout, buffer, crew)
+            pack(blocks, target, layout, buffer, write)
         except AdapterInvalid as e:
             raise AdapterInvalid(f"{job.path}: {e.message}") from None
     except MultiloraError as e:

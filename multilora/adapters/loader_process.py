@@ -23,13 +23,16 @@ from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.crew import Crew, spare_cores
 from multilora.adapters.loader import FetchContext, Fetched, FetchJob, fetch
+from multilora.adapters.packers import Packers
 from multilora.adapters.page_files import PageFile, PageFiles
+from multilora.adapters.strips import Strip
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE = 1 << 20
 PARALLEL_FETCHES = 4  # so that a slow download does not hold up a local directory
-MAX_THREADS = 12  # that read and pack, for all fetches together
+MAX_READERS = 8  # threads, for all fetches together
+MAX_PACKERS = 8  # processes
 # glibc's malloc: memory that a file was read into is used again, as fresh pages cost more than reading. At most
 # 512 MiB stay with the process when nothing is to do.
 REUSE_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(512 << 20), "MALLOC_ARENA_MAX": "1"}
@@ -160,20 +163,25 @@ def serve(connection: socket.socket) -> None:
     """Answer jobs until the engine closes its end."""
     start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=_Start)
     target = PackTarget(start.base.sites, getattr(torch, start.dtype), start.page_bytes)
-    server = _Server(connection, FetchContext(start.base, target, start.limits, start.roots))
+    context = FetchContext(start.base, target, start.limits, start.roots)
+    cores = spare_cores(MAX_PACKERS)
+    packers = Packers(cores if cores > 1 else 0, connection)
+    server = _Server(connection, context, packers)
     with ThreadPoolExecutor(PARALLEL_FETCHES) as threads:
         while data := connection.recv(MAX_MESSAGE):
             threads.submit(server.answer, msgspec.msgpack.decode(data, type=FetchJob))
         threads.shutdown(wait=False, cancel_futures=True)
+    packers.close()
 
 
 class _Server:
     """What the fetches share."""
 
-    def __init__(self, connection: socket.socket, context: FetchContext):
+    def __init__(self, connection: socket.socket, context: FetchContext, packers: Packers):
         self._connection = connection
         self._context = context
-        self._crew = Crew(spare_cores(MAX_THREADS))
+        self._packers = packers
+        self._crew = Crew(spare_cores(MAX_READERS), packers.memory)
         self._files = PageFiles()
         self._sending = threading.Lock()
 
@@ -186,8 +194,11 @@ class _Server:
             files.append(self._files.take(size))
             return torch.frombuffer(files[0].memory, dtype=torch.uint8, count=size).view(num_pages, page_bytes)
 
+        def write(strips: list[Strip], dtype: torch.dtype, out: torch.Tensor) -> None:
+            self._packers.write(strips, dtype, out, files[0].fd)
+
         try:
-            result, buffer = fetch(job, self._context, allocate, self._crew)
+            result, buffer = fetch(job, self._context, allocate, self._crew, write)
         except Exception as e:
             logger.exception("reading adapter %s failed", job.path)
             result, buffer = Fetched(version=job.version, kind="AdapterInvalid", message=f"{job.path}: {e!r}"), None

@@ -1,8 +1,8 @@
 """Reads one safetensors file, which nobody has to trust.
 
-The header is checked at once. The data are read when they are first used, in slabs by several threads; a file that is
-cut while it is read is an error and not a signal, which a memory map would give. Knows nothing of LoRA.
-Called by `checkpoint`.
+The header is checked at once. Several threads read the data while the caller looks at the header; without threads
+they are read when they are first used. A file that is cut meanwhile is an error and not a signal, which a memory map
+would give. Knows nothing of LoRA. Called by `contents`.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
 """
@@ -10,6 +10,7 @@ The format: 8 bytes little-endian header length, a JSON header {name: {dtype, sh
 import itertools
 import math
 import os
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,13 +46,15 @@ class SafetensorsFile:
         """Raises AdapterNotFound, AdapterInvalid naming file and tensor, AdapterUnsupported for another dtype."""
         self.path = path
         self._crew = crew
-        self._shared: dict[str, torch.Tensor] | None = None
+        self._shared: Future[dict[str, torch.Tensor]] | None = None
         self._file = open_regular(path)
         try:
             self.tensors = self._read_header()
         except BaseException:
             self._file.close()
             raise
+        if not crew.alone:
+            self.read_ahead()
 
     def __enter__(self) -> "SafetensorsFile":
         return self
@@ -59,6 +62,8 @@ class SafetensorsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        if self._shared is not None and not self._shared.cancel():
+            wait([self._shared])
         self._file.close()
 
     def read(self, name: str) -> torch.Tensor:
@@ -69,9 +74,14 @@ class SafetensorsFile:
         info = self.tensors[name]
         if info.nbytes > LARGE_BYTES:
             return self.read_rows(name, 0, info.shape[0])
+        self.read_ahead()
+        assert self._shared is not None
+        return _view(self._shared.result()[name], info.dtype, info.shape)
+
+    def read_ahead(self) -> None:
+        """Start to read what the first call of `read` would, on another thread if the crew has one."""
         if self._shared is None:
-            self._shared = self._read_shared()
-        return _view(self._shared[name], info.dtype, info.shape)
+            self._shared = self._crew.start(self._read_shared)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor, in its stored dtype and in memory of their own. Raises as `read` does."""
@@ -93,7 +103,7 @@ class SafetensorsFile:
 
     def _read_bytes(self, parts: list[tuple[int, int]]) -> torch.Tensor:
         """Parts of the file, (start, bytes) each, behind each other."""
-        data = torch.empty(sum(nbytes for _, nbytes in parts), dtype=torch.uint8)
+        data = self._crew.memory(sum(nbytes for _, nbytes in parts))
         view = data.numpy().data
         slabs: list[tuple[int, memoryview]] = []
         at = 0

@@ -1,96 +1,92 @@
-"""Packing of low-rank weights: panels that lie back to back are written in one go.
+"""Packing of low-rank weights: brought into the model's dtype and order, checked, written where their panels lie.
 
-A weight stays in the file's dtype until it is written: scaled in fp32, rounded once, moved as integers, B transposed
-in tiles that fit a core's first cache. That takes about ten calls a weight, and nearly all of the time goes into code
-that releases the GIL. Called by `blocks.pack`, on several threads; knows neither sites nor blocks.
+A weight stays in the dtype of the file until then: scaled in fp32, rounded once, transposed, checked while it is in the
+cache. Called by `blocks.pack` or by the processes of `packers`; knows neither sites nor blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from multilora.adapters.crew import Crew
+from multilora.errors import AdapterInvalid
 from multilora.lora.panels import RANK_GRANULE, Chunk
 
-TILE_BYTES = 32 << 10
+TILE = 128  # columns of a weight that are transposed together
+FEW_ROWS = 16  # so few are transposed as fast in one go
 SIGNED = {2: torch.int16, 4: torch.int32}
 UNSIGNED = {2: np.uint16, 4: np.uint32}
 
 
 @dataclass(frozen=True)
+class Run:
+    """Rows and columns of a weight that lie together, from byte `at` of the pages on."""
+
+    row: int
+    rows: int
+    col: int
+    columns: int
+    at: int
+
+
+@dataclass(frozen=True)
 class Strip:
-    """One weight and its panels. weight: [rank, width], transposed or not; chunks: as in `PanelLayout`."""
+    """One weight and where it goes. weight: [rank, width], transposed or not."""
 
     name: str  # for errors: "layer 3 q_proj lora_A"
     weight: torch.Tensor
     scaling: float
-    chunks: tuple[Chunk, ...]
+    runs: tuple[Run, ...]
 
 
-class PageNumbers:
-    """The pages of one adapter as one row of integers of the dtype's size. out: uint8 [pages, page_bytes]."""
-
-    def __init__(self, out: torch.Tensor, dtype: torch.dtype):
-        self._dtype = dtype
-        self._page = out.shape[1] // dtype.itemsize
-        self.numbers = out.view(-1).view(SIGNED[dtype.itemsize]).numpy()
-        infinite = torch.tensor([torch.inf, -torch.inf], dtype=dtype).view(SIGNED[dtype.itemsize]).numpy()
-        self._inf, self._minus_inf = int(infinite[0]), int(infinite.view(UNSIGNED[dtype.itemsize])[1])
-
-    def write(self, strip: Strip) -> None:
-        weight = _cast(strip.weight, strip.scaling, self._dtype)
-        source = weight.view(SIGNED[self._dtype.itemsize]).numpy()  # [rank, width]
-        tile = source.shape[1]
-        if not weight.is_contiguous():
-            tile = max(1, TILE_BYTES // (source.shape[0] * self._dtype.itemsize))
-        for row, col, target in self._runs(strip):
-            rows, columns = target.shape
-            for first in range(0, columns, tile):
-                last = min(first + tile, columns)
-                np.copyto(target[:, first:last], source[row : row + rows, col + first : col + last])
-
-    def all_finite(self, crew: Crew) -> bool:
-        """Every number of every page, whatever it is."""
-        found: list[bool] = []
-        crew.each(lambda page: found.append(self.finite(page)), list(self.numbers.reshape(-1, self._page)))
-        return all(found)
-
-    def is_finite(self, strip: Strip) -> bool:
-        """What `write` has written."""
-        return all(self.finite(target) for _, _, target in self._runs(strip))
-
-    def finite(self, numbers: np.ndarray) -> bool:
-        """As bits, an infinity lies above all finite numbers of its sign and below every NaN."""
-        unsigned = numbers.view(UNSIGNED[self._dtype.itemsize])
-        return bool(numbers.max() < self._inf and unsigned.max() < self._minus_inf)
-
-    def _runs(self, strip: Strip) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Panels, or parts of them, that lie back to back: row and column of the weight, [rows, columns] of pages."""
-        rank, chunks = strip.weight.shape[0], strip.chunks
-        top, itemsize = chunks[0].row, self._dtype.itemsize
-        first = 0
-        while first < len(chunks):
-            chunk = chunks[first]
-            size = RANK_GRANULE * chunk.columns * itemsize
-            count = 1
-            while first + count < len(chunks) and _follows(chunk, chunks[first + count], count, size):
-                count += 1
-            row = chunk.row - top
-            rows = min(RANK_GRANULE * count, rank - row)
-            at = chunk.page * self._page + chunk.offset // itemsize
-            yield row, chunk.col, self.numbers[at : at + rows * chunk.columns].reshape(rows, chunk.columns)
-            first += count
+Put = Callable[[int, np.ndarray], None]
+"""Write a contiguous array from that byte of the pages on."""
 
 
-def _follows(first: Chunk, other: Chunk, count: int, size: int) -> bool:
+def write_strips(strips: list[Strip], dtype: torch.dtype, out: torch.Tensor) -> None:
+    """One after the other, into out: uint8 [pages, page_bytes]. Raises AdapterInvalid for what is not finite."""
+    pages = out.view(-1).numpy()
+
+    def put(at: int, part: np.ndarray) -> None:
+        pages[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
+
+    for strip in strips:
+        write_strip(strip, dtype, put)
+
+
+def write_strip(strip: Strip, dtype: torch.dtype, put: Put) -> None:
+    rows = _in_order(_cast(strip.weight, strip.scaling, dtype))
+    if not _finite(rows, dtype):
+        raise AdapterInvalid(f"{strip.name}: a weight is not finite in {dtype}")
+    for run in strip.runs:
+        part = rows[run.row : run.row + run.rows, run.col : run.col + run.columns]
+        put(run.at, np.ascontiguousarray(part))
+
+
+def runs_of(rank: int, chunks: tuple[Chunk, ...], page_bytes: int, itemsize: int) -> tuple[Run, ...]:
+    """Where a weight of this rank goes, whose panels are `chunks`: those that lie back to back as one."""
+    runs = []
+    top, first = chunks[0].row, 0
+    while first < len(chunks):
+        chunk, count = chunks[first], 1
+        while first + count < len(chunks) and _follows(chunk, chunks[first + count], count, itemsize):
+            count += 1
+        row = chunk.row - top
+        rows = min(RANK_GRANULE * count, rank - row)  # rows beyond the rank stay zero
+        runs.append(Run(row, rows, chunk.col, chunk.columns, chunk.page * page_bytes + chunk.offset))
+        first += count
+    return tuple(runs)
+
+
+def _follows(first: Chunk, other: Chunk, count: int, itemsize: int) -> bool:
     """Is `other` where the panel number `count` behind `first` would be, without a gap?"""
+    rows = count * RANK_GRANULE
     return (other.page, other.offset, other.col, other.row) == (
         first.page,
-        first.offset + count * size,
+        first.offset + rows * first.columns * itemsize,
         first.col,
-        first.row + count * RANK_GRANULE,
+        first.row + rows,
     )
 
 
@@ -100,3 +96,23 @@ def _cast(weight: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Ten
         return weight.to(dtype)
     exact = weight if weight.dtype in (dtype, torch.float32) else weight.float()
     return torch.mul(exact, scaling, out=torch.empty_like(exact, dtype=dtype))
+
+
+def _in_order(weight: torch.Tensor) -> np.ndarray:
+    """As integers of its size, contiguous [rank, width]."""
+    source = weight.view(SIGNED[weight.itemsize]).numpy()
+    rank, width = source.shape
+    if weight.is_contiguous() or rank <= FEW_ROWS or width % TILE:
+        return np.ascontiguousarray(source)
+    # turned tile by tile, each in a core's first cache, and then laid out row by row
+    tiles = source.T.reshape(-1, TILE, rank).transpose(0, 2, 1).copy()  # [tiles, rank, TILE]
+    return tiles.transpose(1, 0, 2).reshape(rank, width)
+
+
+def _finite(numbers: np.ndarray, dtype: torch.dtype) -> bool:
+    """As bits, an infinity lies above all finite numbers of its sign and below every NaN."""
+    if numbers.size == 0:
+        return True
+    unsigned = UNSIGNED[dtype.itemsize]
+    infinite = torch.tensor([torch.inf, -torch.inf], dtype=dtype).view(SIGNED[dtype.itemsize]).numpy()
+    return bool(numbers.max() < infinite[0] and numbers.view(unsigned).max() < infinite.view(unsigned)[1])

@@ -165,3 +165,21 @@ def test_a_scaling_that_overflows_is_refused():
     items.low_rank[key] = LowRank(0, "o_proj", items.low_rank[key].a, items.low_rank[key].b, scaling=3e38)
     with pytest.raises(AdapterInvalid, match="layer 0 o_proj lora_B"):
         packed(items, target(torch.float32))
+
+
+WIDE = (LoraSite(0, 0, "o_proj", 640, (LoraSlice("o_proj", 0, 384),)),)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 17, 40, 200])
+@pytest.mark.parametrize("page_bytes", [2048, 6144, 20_000, 1 << 20])
+def test_wide_weights_are_transposed_in_tiles(rank, page_bytes):
+    """Pages of 2048 bytes cut panels by columns, those of 20,000 divide the runs of panels."""
+    where = PackTarget(WIDE, torch.bfloat16, page_bytes)
+    a, b = torch.randn(rank, 640).bfloat16(), torch.randn(384, rank).bfloat16()
+    items = Blocks.of(Adapter((LowRank(0, "o_proj", a, b.T, 0.3),), "fingerprint"))
+    layout = where.layout(items.shape(WIDE))
+    out = torch.zeros(layout.num_pages, page_bytes, dtype=torch.uint8)
+    pack(items, where, layout, out)
+    found = unpacked(layout, out, torch.bfloat16)
+    assert torch.equal(found[0], padded(a, torch.bfloat16))
+    assert torch.equal(found[1], padded(b.T.float() * 0.3, torch.bfloat16))

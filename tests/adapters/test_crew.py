@@ -36,6 +36,21 @@ def test_an_error_comes_out(threads: int, bad: int) -> None:
     assert len(done) == 8, "and it works on"
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_start_answers_with_the_result_or_the_error(threads: int) -> None:
+    crew = Crew(threads)
+    assert crew.alone == (threads == 1)
+    assert crew.start(lambda: 7).result(10) == 7
+    assert isinstance(crew.start(lambda: 1 // 0).exception(10), ZeroDivisionError)
+
+
+def test_work_started_may_use_the_crew_though_it_holds_the_only_thread() -> None:
+    crew = Crew(2)
+    done: list[int] = []
+    crew.start(lambda: crew.each(done.append, range(50))).result(10)
+    assert sorted(done) == list(range(50))
+
+
 def test_several_callers_share_one_crew() -> None:
     crew = Crew(3)
     done: list[int] = []

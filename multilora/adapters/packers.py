@@ -1,0 +1,231 @@
+"""Processes that pack weights for the loader, side by side: Python's threads would wait for each other's GIL.
+
+They are forked when the loader starts and share one region of memory with it, into which files are read; an order
+names places in it, and comes with the descriptor of the file of pages to write. They end with the loader.
+Called by the loader process.
+"""
+
+import ctypes
+import logging
+import mmap
+import os
+import socket
+import threading
+import weakref
+from collections import deque
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+
+from multilora.adapters.strips import Run, Strip, write_strip, write_strips
+from multilora.errors import AdapterInvalid
+
+logger = logging.getLogger(__name__)
+
+REGION_BYTES = 1 << 30  # of address space; what was used once stays with the loader
+ALIGN = 4096
+LENGTH_BYTES = 8
+
+
+class _Place(msgspec.Struct, array_like=True, frozen=True):
+    """A strip whose weight lies in the region. start: byte; shape and strides: in elements."""
+
+    name: str
+    start: int
+    dtype: str
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    scaling: float
+    runs: tuple[Run, ...]
+
+
+class _Order(msgspec.Struct, array_like=True, frozen=True):
+    dtype: str
+    places: list[_Place]
+
+
+class Region:
+    """Memory that is shared with processes forked later. Given out by first fit, taken back when nobody uses it."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self.memory = mmap.mmap(-1, size)
+        self._start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self._used: dict[int, int] = {}  # start → size
+        self._freed: deque[int] = deque()  # starts, from finalizers, which may run at any moment
+        self._lock = threading.Lock()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes], of the region if it has room."""
+        with self._lock:
+            while self._freed:
+                del self._used[self._freed.popleft()]
+            start = self._find(nbytes) if nbytes else None
+            if start is None:
+                return torch.empty(nbytes, dtype=torch.uint8)
+            self._used[start] = nbytes
+        memory = (ctypes.c_ubyte * nbytes).from_buffer(self.memory, start)
+        weakref.finalize(memory, self._freed.append, start)
+        return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps `memory` as long as any view of it lives
+
+    def place_of(self, tensor: torch.Tensor) -> int | None:
+        """Byte of the region at which it begins; None: it lies elsewhere."""
+        start = tensor.data_ptr() - self._start
+        return start if 0 <= start < self._size else None
+
+    def at(self, start: int, dtype: torch.dtype, shape: tuple[int, int], strides: tuple[int, int]) -> torch.Tensor:
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        flat = torch.frombuffer(self.memory, dtype=dtype, count=extent, offset=start)
+        return flat.as_strided(shape, strides)
+
+    def _find(self, nbytes: int) -> int | None:
+        at = 0
+        for start, size in sorted(self._used.items()):
+            if start - at >= nbytes:
+                return at
+            at = -(-(start + size) // ALIGN) * ALIGN
+        return at if self._size - at >= nbytes else None
+
+
+@dataclass(frozen=True)
+class _Packer:
+    """One process, seen from the loader."""
+
+    pid: int
+    connection: socket.socket
+
+
+class Packers:
+    """`count` processes; with 0, or when one of them has died, everything is packed here.
+
+    Made before any thread is. inherited: a socket that the processes are not to keep open.
+    """
+
+    def __init__(self, count: int, inherited: socket.socket | None = None, region_bytes: int = REGION_BYTES):
+        self._region = Region(region_bytes) if count else None
+        self._packers: list[_Packer] = []
+        self._lock = threading.Lock()
+        for _ in range(count):
+            self._packers.append(self._fork(inherited))
+
+    def memory(self, nbytes: int) -> torch.Tensor:
+        """Where to read weights to, so that the processes see them."""
+        return self._region.allocate(nbytes) if self._region else torch.empty(nbytes, dtype=torch.uint8)
+
+    def write(self, strips: list[Strip], dtype: torch.dtype, out: torch.Tensor, fd: int) -> None:
+        """Write all strips into the pages `out`, which lie in file `fd`. Raises AdapterInvalid."""
+        places: list[_Place] = []
+        here: list[Strip] = []
+        for strip in strips:
+            start = self._region.place_of(strip.weight) if self._region and self._packers else None
+            if start is None:
+                here.append(strip)
+            else:
+                places.append(_describe(strip, start))
+        if places:
+            try:
+                with self._lock:
+                    self._order(places, str(dtype).removeprefix("torch."), fd)
+            except OSError:
+                logger.exception("a packing process has died; packing without them from now on")
+                self.close()
+                here = strips
+        write_strips(here, dtype, out)
+
+    def close(self) -> None:
+        for packer in self._packers:
+            packer.connection.close()
+            os.waitpid(packer.pid, 0)
+        self._packers = []
+
+    def _order(self, places: list[_Place], dtype: str, fd: int) -> None:
+        """Shared out evenly by size. Raises OSError if a process is gone."""
+        shares: list[list[_Place]] = [[] for _ in self._packers]
+        places.sort(key=lambda place: -place.shape[0] * place.shape[1])
+        for i, place in enumerate(places):
+            turn, at = divmod(i, len(shares))
+            shares[at if turn % 2 == 0 else len(shares) - 1 - at].append(place)
+        for packer, share in zip(self._packers, shares, strict=True):
+            data = msgspec.msgpack.encode(_Order(dtype, share))
+            socket.send_fds(packer.connection, [len(data).to_bytes(LENGTH_BYTES, "little")], [fd])
+            packer.connection.sendall(data)
+        errors = [_receive(packer.connection).decode() for packer in self._packers]
+        for error in filter(None, errors):
+            raise AdapterInvalid(error)
+
+    def _fork(self, inherited: socket.socket | None) -> _Packer:
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            for end in (ours, inherited, *(packer.connection for packer in self._packers)):
+                if end is not None:
+                    end.close()
+            try:
+                self._serve(theirs)
+            except Exception:
+                logger.exception("a packing process failed")
+            finally:
+                os._exit(0)
+        theirs.close()
+        return _Packer(pid, ours)
+
+    # ------------------------------------------------------------------ in the forked process
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Until the loader has closed its end."""
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        while True:
+            header, fds, _, _ = socket.recv_fds(connection, LENGTH_BYTES, 1)
+            if not header:
+                return
+            order = msgspec.msgpack.decode(_exactly(connection, int.from_bytes(header, "little")), type=_Order)
+            message = ""
+            try:
+                self._pack(order, fds[0])
+            except AdapterInvalid as e:
+                message = e.message
+            finally:
+                os.close(fds[0])
+            _send(connection, message.encode())
+
+    def _pack(self, order: _Order, fd: int) -> None:
+        assert self._region is not None
+
+        def put(at: int, part: np.ndarray) -> None:
+            data = part.data.cast("B")
+            while data:
+                done = os.pwrite(fd, data, at)
+                data, at = data[done:], at + done
+
+        for place in order.places:
+            weight = self._region.at(place.start, getattr(torch, place.dtype), place.shape, place.strides)
+            write_strip(Strip(place.name, weight, place.scaling, place.runs), getattr(torch, order.dtype), put)
+
+
+def _describe(strip: Strip, start: int) -> _Place:
+    weight = strip.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    shape, strides = (weight.shape[0], weight.shape[1]), weight.stride()
+    return _Place(strip.name, start, dtype, shape, (strides[0], strides[1]), strip.scaling, strip.runs)
+
+
+def _send(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+
+
+def _receive(connection: socket.socket) -> bytes:
+    return _exactly(connection, int.from_bytes(_exactly(connection, LENGTH_BYTES), "little"))
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    """Raises OSError if the other end closes before."""
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        got = connection.recv_into(view)
+        if not got:
+            raise ConnectionResetError("the other end is gone")
+        view = view[got:]
+    return bytes(data)

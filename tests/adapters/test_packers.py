@@ -1,0 +1,131 @@
+"""Processes that pack: the same bytes as in one process, errors by name, and nothing lost when one of them dies."""
+
+import gc
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from multilora.adapters.adapter import Adapter, LowRank
+from multilora.adapters.blocks import Blocks, PackTarget, pack
+from multilora.adapters.packers import Packers, Region
+from multilora.adapters.page_files import PageFile
+from multilora.adapters.strips import Strip
+from multilora.errors import AdapterInvalid
+from multilora.lora.sites import LoraSite, LoraSlice
+
+# on Python 3.12 and later; the loader itself forks before it has threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+SITES = tuple(
+    LoraSite(i, i, "o_proj", width, (LoraSlice("o_proj", 0, out),))
+    for i, (width, out) in enumerate([(128, 384), (256, 128), (64, 48), (384, 256), (100, 640)])
+)
+PAGE = 1 << 14
+REGION = 1 << 20
+
+
+@pytest.fixture
+def packers() -> Iterator[Packers]:
+    made = Packers(3, region_bytes=REGION)
+    yield made
+    made.close()
+
+
+def blocks_in(packers: Packers | None, stored: torch.dtype, rank: int = 40) -> Blocks:
+    """Their weights lie where `packers` wants them."""
+
+    def placed(weight: torch.Tensor) -> torch.Tensor:
+        if packers is None:
+            return weight
+        return packers.memory(weight.nbytes).view(stored).view(weight.shape).copy_(weight)
+
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for site in SITES:
+        a = torch.randn(rank - site.index, site.in_features, generator=random).to(stored)
+        b = torch.randn(site.slices[0].out_features, rank - site.index, generator=random).to(stored)
+        found.append(LowRank(site.layer, "o_proj", placed(a), placed(b).T, scaling=1.7))
+    return Blocks.of(Adapter(tuple(found), ""))
+
+
+def packed(packers: Packers, blocks: Blocks, target: PackTarget) -> torch.Tensor:
+    layout = target.layout(blocks.shape(SITES))
+    file = PageFile(layout.num_pages * PAGE)
+    out = torch.frombuffer(file.memory, dtype=torch.uint8).view(-1, PAGE)
+
+    def write(strips: list[Strip], dtype: torch.dtype, out: torch.Tensor) -> None:
+        packers.write(strips, dtype, out, file.fd)
+
+    try:
+        pack(blocks, target, layout, out, write)
+    finally:
+        file.close()
+    return out
+
+
+def packed_here(stored: torch.dtype, target: PackTarget) -> torch.Tensor:
+    return packed(Packers(0), blocks_in(None, stored), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_same_bytes_as_in_one_process(packers: Packers, stored: torch.dtype, dtype: torch.dtype) -> None:
+    target = PackTarget(SITES, dtype, PAGE)
+    for _ in range(2):
+        assert torch.equal(packed(packers, blocks_in(packers, stored), target), packed_here(stored, target))
+    assert len(packers._packers) == 3, "and all of them are alive"
+
+
+def test_a_weight_that_is_not_finite_is_named(packers: Packers) -> None:
+    target = PackTarget(SITES, torch.float16, PAGE)
+    blocks = blocks_in(packers, torch.float32)
+    blocks.low_rank[3, "o_proj"].b[2, 7] = 1e6
+    with pytest.raises(AdapterInvalid, match=r"layer 3 o_proj lora_B: a weight is not finite in torch\.float16"):
+        packed(packers, blocks, target)
+    good = packed(packers, blocks_in(packers, torch.float32), target)
+    assert torch.equal(good, packed_here(torch.float32, target)), "and the next adapter is packed"
+
+
+def test_what_lies_elsewhere_is_packed_here(packers: Packers) -> None:
+    target = PackTarget(SITES, torch.bfloat16, PAGE)
+    mixed, private = blocks_in(packers, torch.bfloat16), blocks_in(None, torch.bfloat16)
+    mixed.low_rank[1, "o_proj"] = private.low_rank[1, "o_proj"]
+    assert torch.equal(packed(packers, mixed, target), packed_here(torch.bfloat16, target))
+
+
+def test_when_a_process_dies_the_adapter_is_packed_all_the_same(packers: Packers, caplog) -> None:
+    target = PackTarget(SITES, torch.bfloat16, PAGE)
+    os.kill(packers._packers[1].pid, signal.SIGKILL)
+    for _ in range(2):
+        found = packed(packers, blocks_in(packers, torch.bfloat16), target)
+        assert torch.equal(found, packed_here(torch.bfloat16, target))
+    assert "a packing process has died" in caplog.text
+
+
+def test_close_ends_them() -> None:
+    packers = Packers(2, region_bytes=REGION)
+    pids = [packer.pid for packer in packers._packers]
+    packers.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_the_region_takes_memory_back_when_its_last_view_is_gone() -> None:
+    region = Region(10_000)
+    first, second = region.allocate(4000), region.allocate(4000)
+    assert [region.place_of(first), region.place_of(second)] == [0, 4096]
+    assert region.place_of(region.allocate(4000)) is None, "full: private memory"
+    view = first[100:200].view(torch.float32)
+    del first
+    gc.collect()
+    assert region.place_of(region.allocate(4000)) is None, "a view is still in use"
+    assert region.place_of(view) == 100
+    del view
+    gc.collect()
+    assert region.place_of(region.allocate(4000)) == 0
+    assert region.place_of(torch.empty(3)) is None
+    assert region.allocate(0).numel() == 0
