@@ -204,8 +204,7 @@ def main() -> None:
         world = World()
     variants = {
         "csgmv": TritonLora(world.table, world.sites, tuning=best),
-        "csgmv, chunk 32": TritonLora(world.table, world.sites, tuning=best, chunk_rows=32),
-        "csgmv, chunk 64": TritonLora(world.table, world.sites, tuning=best, chunk_rows=64),
+        "csgmv, chunk 16": TritonLora(world.table, world.sites, tuning=best, chunk_rows=16),
         "csgmv, no overlap": TritonLora(world.table, world.sites, tuning=best),
         "triton": TritonLora(world.table, world.sites, name="triton"),
     }

@@ -30,17 +30,18 @@ SMALL: Options = {
     ],
 }
 LARGE: Options = {
-    "narrow_shrink": [
-        ShrinkBlocks(k=k, warps=4, tile_k=128, tile_r=r) for k, r in [(512, 16), (512, 64), (1024, 64), (256, 16)]
+    "narrow_shrink": [ShrinkBlocks(k=k, warps=4, tile_r=64) for k in (512, 1024, 2048)],
+    "wide_shrink": [ShrinkBlocks(k=k, warps=4, tile_r=64) for k in (1024, 2048)],
+    "narrow_expand": [
+        ExpandBlocks(n=n, warps=4, tile_r=r, registers=128) for n, r in [(1024, 32), (1024, 16), (512, 32)]
     ],
-    "wide_shrink": [ShrinkBlocks(k=k, warps=4, tile_k=128, tile_r=r) for k, r in [(512, 16), (1024, 16), (2048, 32)]],
-    "narrow_expand": [ExpandBlocks(n=n, warps=4, tile_n=t) for n, t in [(256, 256), (128, 128), (512, 128)]],
-    "wide_expand": [ExpandBlocks(n=n, warps=4, tile_n=t) for n, t in [(256, 256), (512, 128), (1024, 128)]],
+    "wide_expand": [
+        ExpandBlocks(n=n, warps=4, tile_r=r, registers=128) for n, r in [(1024, 32), (1024, 16), (512, 32)]
+    ],
 }
 PHASES: dict[str, tuple[Options, int, bool]] = {  # field of Tuning → options, chunk rows, decode
     "small": (SMALL, 16, True),
-    "large": (LARGE, 16, False),
-    "tall": (LARGE, 32, False),
+    "large": (LARGE, 32, False),
 }
 
 
@@ -60,7 +61,7 @@ def compile_share(share: int, of: int) -> None:
         expands = options["narrow_expand"] + options["wide_expand"]
         jobs += [(Phase(s, s, e, e), chunk, 16 if decode else 300) for s, e in itertools.product(shrinks, expands)]
     for phase, chunk, rows in jobs[share::of]:
-        backend = TritonLora(world.table, world.sites, tuning=Tuning(phase, phase, phase), chunk_rows=chunk)
+        backend = TritonLora(world.table, world.sites, tuning=Tuning(phase, phase), chunk_rows=chunk)
         backend.prepare((LoraSegment(0, rows, (0,), (1.0,)),), rows)
         for site in world.sites[:4]:
             backend.apply(world.out[site.out_features][:rows], world.rows[site.in_features][:rows], site.index)

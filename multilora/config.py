@@ -99,7 +99,7 @@ class Config:
     )
     lora_eviction_policy: Literal["lru", "fifo", "cost"] = _adapters("lru", "which idle adapter gives way first")
     lora_backend: Literal["auto", "torch", "triton", "csgmv"] = _adapters("auto", "kernels of the LoRA arithmetic")
-    max_lora_chunk_size: Literal[16, 32, 64, 128] = _adapters(16, "rows per chunk of the csgmv backend")
+    max_lora_chunk_size: Literal[16, 32, 64, 128] = _adapters(32, "most rows per chunk of the csgmv backend")
     enable_lora_overlap_loading: bool = _adapters(
         True, "copy adapters to a GPU while others compute; off: a copy holds up the step"
     )

@@ -15,18 +15,29 @@ order with the kernels that read, so that a captured graph sees every change and
 Capacity is what the arena can hold, so nothing is ever reallocated: a place per page, an address per smallest panel.
 """
 
+from collections.abc import Collection
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from multilora.lora.panels import RANK_GRANULE, PanelGeometry, PanelLayout
+from multilora.lora.panels import AFFINE_BYTES, RANK_GRANULE, PanelGeometry, PanelLayout
 from multilora.lora.sites import LoraSite
 from multilora.lora.table import LoraTable
 
 AFFINE_BIT = 1 << 15
 
 
+@dataclass(frozen=True)
+class _Placed:
+    first: int  # address
+    count: int  # of addresses
+    sites: np.ndarray  # int32 [3, sites]: stacked rank, largest rank of a slice, 1 if touched at all
+    stacked: int  # the largest stacked rank
+
+
 class DeviceTable:
-    """`records` and `addresses` of everything installed in `table`."""
+    """`records` and `addresses` of everything installed in `table`, and what the host must know of it."""
 
     def __init__(self, table: LoraTable, sites: tuple[LoraSite, ...]):
         self.sites = sites
@@ -41,36 +52,39 @@ class DeviceTable:
         shape = (table.num_pages, len(sites), self.record_words)
         self.records = torch.zeros(shape, dtype=torch.int32, device=device)
         self.addresses = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self._ranges: dict[int, tuple[int, int]] = {}  # place → (first address, how many)
-        self._stacked: dict[int, int] = {}
+        self._placed: dict[int, _Placed] = {}
         table.subscribe(self)
 
     def stacked_rank(self, place: int) -> int:
         """The largest stacked rank of the adapter at any site: what one of its rows needs of the intermediate."""
-        return self._stacked[place]
+        return self._placed[place].stacked
+
+    def used_sites(self, places: Collection[int]) -> np.ndarray:
+        """Of these adapters together, int32 [3, sites]: largest stacked rank, largest rank of a slice, whether one
+        of them touches the site at all."""
+        return np.max([self._placed[place].sites for place in places], axis=0)
 
     def installed(self, place: int, layout: PanelLayout, pages: list[int]) -> None:
-        count = len(layout.places)
-        first = self._find(count)
+        first = self._find(len(layout.places))
         if first is None:
             first = self._compact()
         self._write(place, first, layout, pages)
-        self._stacked[place] = max((m.rank for m in layout.matrices if m.slice < 0), default=0)
 
     def removed(self, place: int) -> None:
         """Nothing to write: no step names the place until another adapter is installed there."""
-        del self._ranges[place], self._stacked[place]
+        del self._placed[place]
 
     # ------------------------------------------------------------------ addresses
 
     def _smallest_panel(self) -> int:
         widths = {site.in_features for site in self.sites} | {s.out_features for t in self.sites for s in t.slices}
-        return min(self.geometry.chunk_columns(w) for w in widths) * RANK_GRANULE * self._itemsize
+        column = min(RANK_GRANULE * self._itemsize, AFFINE_BYTES)
+        return min(self.geometry.chunk_columns(w) for w in widths) * column
 
     def _find(self, count: int) -> int | None:
         """The first gap of `count` addresses."""
         at = 0
-        for first, size in sorted(self._ranges.values()):
+        for first, size in sorted((placed.first, placed.count) for placed in self._placed.values()):
             if first - at >= count:
                 return at
             at = first + size
@@ -79,9 +93,9 @@ class DeviceTable:
     def _compact(self) -> int:
         """Close all gaps; returns where free space begins. Rare: the gaps have to add up first."""
         at = 0
-        for place, (_, count) in sorted(self._ranges.items(), key=lambda item: item[1]):
+        for place, placed in sorted(self._placed.items(), key=lambda item: item[1].first):
             self._write(place, at, *self.table.placed(place))
-            at += count
+            at += placed.count
         return at
 
     def _write(self, place: int, first: int, layout: PanelLayout, pages: list[int]) -> None:
@@ -91,7 +105,16 @@ class DeviceTable:
         addresses = np.array(pages, np.int64)[page] * self.table.page_elements + offset // self._itemsize
         upload(addresses, self.addresses[first : first + count])
         upload(self._records(first, layout), self.records[place])
-        self._ranges[place] = (first, count)
+        sites = self._site_use(layout)
+        self._placed[place] = _Placed(first, count, sites, int(sites[0].max()))
+
+    def _site_use(self, layout: PanelLayout) -> np.ndarray:
+        use = np.zeros((3, len(self.sites)), np.int32)
+        for matrix in layout.matrices:
+            row = 0 if matrix.slice < 0 else 1
+            use[row, matrix.site] = max(use[row, matrix.site], matrix.rank)
+            use[2, matrix.site] = 1
+        return use
 
     def _records(self, first: int, layout: PanelLayout) -> np.ndarray:
         records = np.zeros((len(self.sites), self.record_words), np.int32)

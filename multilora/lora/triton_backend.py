@@ -2,7 +2,7 @@
 
 Host side only: tiles of the step to the device, then two launches a site. Owns the intermediate and the tables of the
 step; for up to GRAPH_ROWS rows both are fixed, so a captured graph over N rows serves every later step of N rows:
-prepare(), then replay. Larger steps take the tile path for everything.
+prepare(), then replay. In larger steps single rows shrink as tiles do, and nothing starts early.
 """
 
 import math
@@ -25,11 +25,11 @@ H_BYTES = 64 << 20
 
 H_ALIGN = 16
 
-MIN_TILE_ROWS = 16
-"""The least that `tl.dot` takes, and the most of a tile in a small step."""
+MIN_TILE = 16
+"""The least rows and rank rows that `tl.dot` takes; the rows of a tile in a small step."""
 
-MAX_TILE_ROWS = 64
-"""Tiles of 128 rows need more registers than there are: three to seven times slower on an H200."""
+MAX_TILE_ROWS = 32
+"""Tiles of 64 rows need more registers than there are: 8 to 50 % slower on an H200."""
 
 MAX_PARTS = 8
 """How many programs share a tile of several rows where the grid has room for them."""
@@ -37,19 +37,34 @@ MAX_PARTS = 8
 FURTHER = 256
 """Further adapters of composed rows that the fixed tables hold."""
 
+MAX_RANK = 1 << 15
+
 
 @dataclass(frozen=True)
 class Step:
-    """What the launches of one step need. h: fp32, flat."""
+    """What the launches of one step need. h: fp32, flat. use: see `DeviceTable.used_sites`; None: any adapters may
+    come, the launches are being captured."""
 
+    small: bool
     grid: int  # programs along the tiles
-    vector: bool  # single rows take the vector path
     overlap: bool
+    use: np.ndarray | None
     tile_rows: int
     blocks: Phase
     tiles: torch.Tensor
     entries: torch.Tensor
     h: torch.Tensor
+
+    def rank(self, site: int, stacked: bool) -> int:
+        """The largest rank at a site, stacked or of a slice; MAX_RANK if anything may come."""
+        return MAX_RANK if self.use is None else int(self.use[0 if stacked else 1, site])
+
+    def touches(self, site: int) -> bool:
+        return self.use is None or bool(self.use[2, site])
+
+    def tile_r(self, most: int, rank: int) -> int:
+        """Rank rows of one `tl.dot`. In a small step always `most`: its graph serves every rank."""
+        return most if self.small else max(MIN_TILE, min(most, triton.next_power_of_2(rank)))
 
     def options(self, blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int | bool]:
         options: dict[str, int | bool] = {"num_warps": blocks.warps, "num_stages": blocks.stages}
@@ -69,7 +84,7 @@ class TritonLora:
         sites: tuple[LoraSite, ...],
         *,
         name: str = "csgmv",
-        chunk_rows: int = 16,
+        chunk_rows: int = MAX_TILE_ROWS,
         tuning: Tuning | None = None,
         graph_rows: int = GRAPH_ROWS,
     ):
@@ -77,6 +92,7 @@ class TritonLora:
         self.tuning = tuning or (CSGMV if name == "csgmv" else TRITON)
         self._vector = name == "csgmv"
         self._table = DeviceTable(table, sites)
+        self._applied = [site for site in sites if site.name != "embed_tokens"]  # that one's input is no matrix
         self._device = table.weights.device
         self._chunk_rows = min(chunk_rows, MAX_TILE_ROWS)
         self._graph_rows = graph_rows
@@ -93,11 +109,11 @@ class TritonLora:
 
     def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
         small = num_rows <= self._graph_rows
-        tile_rows = MIN_TILE_ROWS if small else self._chunk_rows
+        tile_rows = MIN_TILE if small else self._chunk_rows
         tiles = make_tiles(segments, tile_rows, self._table.stacked_rank, MAX_PARTS if small else 1)
-        blocks = self.tuning.phase(small, tile_rows)
+        blocks = self.tuning.small if small else self.tuning.large
         h = self._fixed_h
-        need = max(self._h_split(tiles.h_size) * self._splits(blocks, site) for site in self._table.sites)
+        need = self._h_split(tiles.h_size) * max(self._splits(blocks, site) for site in self._applied)
         fits = need <= len(h)
         if not fits:
             h = torch.empty(need, dtype=torch.float32, device=self._device)
@@ -112,8 +128,9 @@ class TritonLora:
             self._fixed if self.replayable else torch.empty(len(words), dtype=torch.int32, device=self._device)
         )
         upload(words, on_device[: len(words)])
-        vector, overlap = self._vector and small, self.overlap and small
-        self._step = Step(grid, vector, overlap, tile_rows, blocks, on_device[at:], on_device[:at], h)
+        use = self._table.used_sites({place for s in segments for place in s.places}) if segments else None
+        overlap = self.overlap and small
+        self._step = Step(small, grid, overlap, use, tile_rows, blocks, on_device[at:], on_device[:at], h)
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         self.shrink(x, site)
@@ -123,6 +140,9 @@ class TritonLora:
         """The first half: reads x, writes the intermediate, so it may run beside the layer's own matmul."""
         assert self._step is not None and x.is_contiguous()
         step, table, shape = self._step, self._table, self._table.sites[site]
+        rank = step.rank(site, stacked=True)
+        if not rank:
+            return
         blocks, splits = step.blocks.shrink(shape.in_features), self._splits(step.blocks, shape)
         chunk = table.geometry.chunk_columns(shape.in_features)
         shrink_kernel[(step.grid, splits)](
@@ -141,11 +161,11 @@ class TritonLora:
             RECORD=table.record_words,
             WHOLE=chunk == shape.in_features,
             ALIGN=self._align,
-            VECTOR=step.vector,
+            VECTOR=self._vector and step.small,
             BLOCK_K=blocks.k,
             TILE_M=step.tile_rows,
             TILE_K=min(blocks.tile_k, blocks.k),
-            TILE_R=blocks.tile_r,
+            TILE_R=step.tile_r(blocks.tile_r, rank),
             PDL=step.overlap,
             **step.options(blocks),
         )
@@ -154,6 +174,8 @@ class TritonLora:
         """The second half: adds what shrink() of the same site prepared."""
         assert self._step is not None and y.is_contiguous()
         step, table, shape = self._step, self._table, self._table.sites[site]
+        if not step.touches(site):
+            return
         blocks, splits = step.blocks.expand(shape.out_features), self._splits(step.blocks, shape)
         columns = self._blocks_of(shape, blocks.n)
         widths = [s.out_features for s in shape.slices]
@@ -175,12 +197,12 @@ class TritonLora:
             WHOLE=all(table.geometry.chunks(w) == 1 for w in widths),
             ALIGN=self._align,
             ALIGN_N=math.gcd(16, *widths, *(s.offset for s in shape.slices)),
-            VECTOR=step.vector,
+            VECTOR=self._vector,
             BLOCK_N=blocks.n,
             BLOCK_S=triton.next_power_of_2(splits),
             TILE_M=step.tile_rows,
             TILE_N=min(blocks.tile_n, blocks.n),
-            TILE_R=blocks.tile_r,
+            TILE_R=step.tile_r(blocks.tile_r, step.rank(site, stacked=False)),
             PDL=step.overlap,
             **step.options(blocks),
         )

@@ -6,10 +6,10 @@ and `triton_steps.py` (tiles). Two launches a site serve all its slices and ever
     shrink   program (tile, split)     x [rows, a share of the columns] · A [stacked rank, the same columns]
                                        -> h[split], fp32: the partial sums of one split
     expand   program (tile, block)     h summed over the splits, always in the same order; B [rank, block of columns]
-                                       -> y [rows, block], added once
+                                       -> y [rows, block], added once; then the slice's affine pair, if it has one
 
-    h of a tile: [column, row of the tile], contiguous; the stacked ranks of its adapters follow each other
-        tile of 3 rows, composed of q:8 v:8 and q:8   ->   columns  q q q q q q q q v v v v v v v v q q q q q q q q
+    h of a tile: [row of the tile, column]; the stacked ranks of its adapters follow each other in a row
+        composed of q:8 v:8 and q:8   ->   columns  q q q q q q q q v v v v v v v v q q q q q q q q
 
 A tile is some rows of one segment. One row of one adapter takes the vector functions if VECTOR: products and sums in
 fp32, the weights read once, the next panels under way while one is summed. Everything else takes `tl.dot`; such a
@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-TILE_WORDS = 8  # row, rows, h_start, entries, first further entry, place, weight (fp32 bits), parts << 16 | part
+TILE_WORDS = 8  # row, entries << 16 | rows, h_start, h_stride, further, place, weight (fp32 bits), parts << 16 | part
 ENTRY_WORDS = 2  # place, weight (fp32 bits)
 BLOCK_WORDS = 8  # slice, first column, width, offset in y, chunk, -
 
@@ -36,6 +36,7 @@ _TILE_WORDS = tl.constexpr(TILE_WORDS)
 _ENTRY_WORDS = tl.constexpr(ENTRY_WORDS)
 _BLOCK_WORDS = tl.constexpr(BLOCK_WORDS)
 _GRANULE = tl.constexpr(8)
+_LINE = tl.constexpr(64)  # columns of a cache line, 2 bytes each
 
 
 @triton.jit
@@ -45,19 +46,65 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
+def lookup(at):
+    """A word of a table. Tables are small, read by every layer, and should outlive the weights in the L2 cache."""
+    return tl.load(at, eviction_policy="evict_last")
+
+
+@triton.jit
+def load_tile(tile):
+    """Everything but its first adapter. Ranks are multiples of 8, and so is h_stride."""
+    rows, parts = lookup(tile + 1), lookup(tile + 7)
+    h_start, h_stride = tl.multiple_of(lookup(tile + 2), _GRANULE), tl.multiple_of(lookup(tile + 3), _GRANULE)
+    return (lookup(tile).to(tl.int64), h_start, h_stride, rows & 0xFFFF, rows >> 16, lookup(tile + 4),
+            parts & 0xFFFF, parts >> 16)  # fmt: skip
+
+
+@triton.jit
 def load_entry(tile, entries, further, e):
     """Place and weight of a tile's e-th adapter. The first lies in the tile itself: one read less on the way."""
     at = tile + 5
     if e > 0:
         at = entries + (further + e - 1) * _ENTRY_WORDS
-    return tl.load(at).to(tl.int64), tl.load(at + 1).to(tl.float32, bitcast=True)
+    return lookup(at).to(tl.int64), lookup(at + 1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def load_slice(record, index):
-    """Of one adapter and slice: stacked rank of the site, first column of the slice in h, rank, start of B."""
-    word = tl.load(record + 2 + 2 * index)
-    return tl.load(record + 1), word >> 16, word & 0xFFFF, tl.load(record + 3 + 2 * index)
+    """Of one adapter and slice: stacked rank of the site, first column of the slice in h, rank, 1 if there is an
+    affine pair, start of B."""
+    word = lookup(record + 2 + 2 * index)
+    stacked, first = tl.multiple_of(lookup(record + 1), _GRANULE), tl.multiple_of(word >> 16, _GRANULE)
+    return stacked, first, tl.multiple_of(word & 0x7FFF, _GRANULE), (word >> 15) & 1, lookup(record + 3 + 2 * index)
+
+
+@triton.jit
+def load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE: tl.constexpr):
+    """Scales and shifts of columns `col`, fp32. They lie behind the `rank` rows of B that begin at addresses[start],
+    cut as those are: of each chunk the scales, then the shifts."""
+    mask = col < width
+    if WHOLE:
+        at = lookup(addresses + start + rank // _GRANULE)
+        columns, i = width, col
+    else:
+        chunks, c = (width + chunk - 1) // chunk, col // chunk
+        at = tl.load(addresses + start + rank // _GRANULE * chunks + c, mask=mask, other=0)
+        columns, i = tl.minimum(chunk, width - c * chunk), col % chunk
+    pair = (weights + at).to(tl.pointer_type(tl.float32), bitcast=True)
+    return tl.load(pair + i, mask=mask, other=0.0), tl.load(pair + columns + i, mask=mask, other=0.0)
+
+
+@triton.jit
+def prefetch_rows(weights, addresses, start, rank, col0, width, COLUMNS: tl.constexpr):
+    """Ask for COLUMNS columns of `rank` rank rows (whole panels): nothing waits, but they are on their way to the L2
+    cache."""
+    line = col0 + tl.arange(0, COLUMNS // _LINE) * _LINE
+    r = tl.arange(0, _GRANULE)
+    for row in range(0, rank, _GRANULE):
+        at = lookup(addresses + start + row // _GRANULE)
+        lines = weights + at + (r * width)[:, None] + tl.minimum(line, width - 1)[None, :]
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
+                                  dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 @triton.jit
@@ -69,7 +116,8 @@ def load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE: tl.
     inside = r < rank
     mask = inside[:, None] & (col < width)[None, :]
     if WHOLE:
-        at = tl.multiple_of(tl.load(addresses + start + r // _GRANULE, mask=inside, other=0), ALIGN)
+        at = tl.load(addresses + start + r // _GRANULE, mask=inside, other=0, eviction_policy="evict_last")
+        at = tl.multiple_of(at, ALIGN)
         offset = (at + (r % _GRANULE) * width)[:, None] + col[None, :]
     else:
         chunks = (width + chunk - 1) // chunk
@@ -83,8 +131,9 @@ def load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE: tl.
 @triton.jit
 def panel_address(addresses, start, p, panels, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
     """Where panel p of `panels` begins; asked for one step before the panel is, so that nobody waits for it."""
-    if WHOLE:  # noqa: SIM108
-        at = tl.multiple_of(tl.load(addresses + start + p, mask=p < panels, other=0), ALIGN)
+    if WHOLE:
+        at = tl.load(addresses + start + p, mask=p < panels, other=0, eviction_policy="evict_last")
+        at = tl.multiple_of(at, ALIGN)
     else:  # several addresses a panel: load_panel() reads them itself
         at = 0
     return at
@@ -106,17 +155,17 @@ def load_panel(weights, addresses, at, start, p, panels, col, width, chunk, WHOL
 
 
 @triton.jit
-def shrink_row(x, h, weights, addresses, start, rank, k, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
-               PDL: tl.constexpr):  # fmt: skip
-    """One row, one adapter, columns k: h[r] = Σ x[k] A[r, k]. Two panels are under way at a time."""
-    r, panels = tl.arange(0, _GRANULE), rank // _GRANULE
+def shrink_row(x, h, weights, addresses, start, rank, k0, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+               BLOCK_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One row, one adapter, BLOCK_K columns: h[r] = Σ x[k] A[r, k]. Two panels are under way at a time."""
+    r, panels, k = tl.arange(0, _GRANULE), rank // _GRANULE, k0 + tl.arange(0, BLOCK_K)
     at0 = panel_address(addresses, start, 0, panels, WHOLE, ALIGN)
     at1 = panel_address(addresses, start, 1, panels, WHOLE, ALIGN)
     at2 = panel_address(addresses, start, 2, panels, WHOLE, ALIGN)
     now = load_panel(weights, addresses, at0, start, 0, panels, k, width, chunk, WHOLE, ALIGN)
     next = load_panel(weights, addresses, at1, start, 1, panels, k, width, chunk, WHOLE, ALIGN)
     wait_for_previous(PDL)
-    xs = tl.load(x + k, mask=k < width, other=0.0).to(tl.float32)
+    xs = tl.load(x + k, mask=k < tl.where(rank > 0, width, 0), other=0.0).to(tl.float32)
     for p in range(panels):
         tl.store(h + p * _GRANULE + r, tl.sum(now.to(tl.float32) * xs[None, :], 1))
         now = next
@@ -125,20 +174,21 @@ def shrink_row(x, h, weights, addresses, start, rank, k, width, chunk, WHOLE: tl
 
 
 @triton.jit
-def shrink_rows(x, x_stride, rows, h, part, parts, weights, addresses, start, rank, k0, k_end, width, chunk,
+def shrink_rows(x, x_stride, rows, h, h_stride, part, parts, weights, addresses, start, rank, k0, k_end, width, chunk,
                 WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr,
-                TILE_K: tl.constexpr):  # fmt: skip
-    """Several rows, one adapter, columns [k0, k_end), one part of the rank rows: h[r, m] = Σ x[m, k] A[r, k]."""
+                TILE_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Several rows, one adapter, columns [k0, k_end), one part of the rank rows: h[m, r] = Σ x[m, k] A[r, k]."""
     m, r, k = tl.arange(0, TILE_M), tl.arange(0, TILE_R), tl.arange(0, TILE_K)
     for r0 in range(part * TILE_R, rank, parts * TILE_R):
         total = tl.zeros([TILE_M, TILE_R], tl.float32)
         for k1 in range(k0, k_end, TILE_K):
             col = k1 + k
+            a = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
+            wait_for_previous(PDL)
             xs = tl.load(x + m[:, None] * x_stride + col[None, :], mask=(m < rows)[:, None] & (col < width)[None, :],
                          other=0.0)  # fmt: skip
-            a = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
             total = tl.dot(xs, tl.trans(a), total, input_precision="ieee")
-        at = h + (r0 + r)[None, :] * rows + m[:, None]
+        at = h + m[:, None] * h_stride + (r0 + r)[None, :]
         tl.store(at, total, mask=(m < rows)[:, None] & (r0 + r < rank)[None, :])
 
 
@@ -151,9 +201,7 @@ def shrink_kernel(x, h, weights, addresses, records, tiles, entries, site, sites
     if PDL:
         gdc_launch_dependents()
     tile = tiles + tl.program_id(0) * _TILE_WORDS
-    row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
-    h_start, count, further = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
-    part, parts = tl.load(tile + 7) & 0xFFFF, tl.load(tile + 7) >> 16
+    row, h_start, h_stride, rows, count, further, part, parts = load_tile(tile)
     split = tl.program_id(1)
     k0 = split * BLOCK_K
     x += row * width
@@ -161,17 +209,17 @@ def shrink_kernel(x, h, weights, addresses, records, tiles, entries, site, sites
     if VECTOR and rows * count == 1:
         place, _ = load_entry(tile, entries, further, 0)
         record = records + (place * sites + site) * RECORD
-        shrink_row(x, h, weights, addresses, tl.load(record), tl.load(record + 1), k0 + tl.arange(0, BLOCK_K), width,
-                   chunk, WHOLE, ALIGN, PDL)  # fmt: skip
+        shrink_row(x, h, weights, addresses, lookup(record), lookup(record + 1), k0, width, chunk, WHOLE, ALIGN,
+                   BLOCK_K, PDL)  # fmt: skip
     else:
-        wait_for_previous(PDL)
         for e in range(count):
             place, _ = load_entry(tile, entries, further, e)
             record = records + (place * sites + site) * RECORD
-            start, rank = tl.load(record), tl.load(record + 1)
-            shrink_rows(x, width, rows, h, part, parts, weights, addresses, start, rank, k0, k0 + BLOCK_K, width,
-                        chunk, WHOLE, ALIGN, TILE_M, TILE_R, TILE_K)  # fmt: skip
-            h += rank * rows
+            start, rank = lookup(record), tl.multiple_of(lookup(record + 1), _GRANULE)
+            shrink_rows(x, width, rows, h, h_stride, part, parts, weights, addresses, start, rank, k0, k0 + BLOCK_K,
+                        width, chunk, WHOLE, ALIGN, TILE_M, TILE_R, TILE_K, PDL)  # fmt: skip
+            h += rank
+        wait_for_previous(PDL)
 
 
 @triton.jit
@@ -183,17 +231,18 @@ def load_h(h, h_split, splits, p, panels, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, col, width, chunk, WHOLE: tl.constexpr,
-               ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One row, one adapter, columns `col`: y[n] += w Σ h[r] B[r, n]. Two panels are under way at a time."""
-    panels = rank // _GRANULE
+def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, affine, n0, width, chunk,
+               WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+               PDL: tl.constexpr):  # fmt: skip
+    """One row, one adapter, BLOCK_N columns: y[n] += w Σ h[r] B[r, n]. Two panels are under way at a time."""
+    panels, col = rank // _GRANULE, n0 + tl.arange(0, BLOCK_N)
     at0 = panel_address(addresses, start, 0, panels, WHOLE, ALIGN)
     at1 = panel_address(addresses, start, 1, panels, WHOLE, ALIGN)
     at2 = panel_address(addresses, start, 2, panels, WHOLE, ALIGN)
     now = load_panel(weights, addresses, at0, start, 0, panels, col, width, chunk, WHOLE, ALIGN)
     next = load_panel(weights, addresses, at1, start, 1, panels, col, width, chunk, WHOLE, ALIGN)
     wait_for_previous(PDL)
-    if rank > 0:
+    if rank + affine > 0:
         before = tl.load(y + col, mask=col < width, other=0.0)
         h_now = load_h(h, h_split, splits, 0, panels, BLOCK_S)
         h_next = load_h(h, h_split, splits, 1, panels, BLOCK_S)
@@ -204,38 +253,57 @@ def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, c
             next = load_panel(weights, addresses, at2, start, p + 2, panels, col, width, chunk, WHOLE, ALIGN)
             at2 = panel_address(addresses, start, p + 3, panels, WHOLE, ALIGN)
             h_next = load_h(h, h_split, splits, p + 2, panels, BLOCK_S)
-        tl.store(y + col, (before.to(tl.float32) + total).to(before.dtype), mask=col < width)
+        after = before.to(tl.float32) + total
+        if affine > 0:
+            scale, shift = load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE)
+            after = scale * after + shift
+        tl.store(y + col, after.to(before.dtype), mask=col < width)
 
 
 @triton.jit
-def expand_rows(y, y_stride, rows, h, h_split, splits, weights, addresses, records, tile, entries, further, count,
-                site, sites, index, col, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
-                TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
-    """Several rows, every adapter, columns `col`: y[m, n] += Σ w Σ h[r, m] B[r, n]; h is rounded to B's type."""
-    m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
-    AHEAD: tl.constexpr = 4 if TILE_M <= 16 else 1
+def sum_h(h, h_stride, h_split, splits, r, rank, rows, TILE_M: tl.constexpr, TILE_R: tl.constexpr):
+    """Columns r of a tile's intermediate, summed over the splits in order: [rows, r]; zero from `rank` on."""
+    AHEAD: tl.constexpr = 16 if TILE_M * TILE_R <= 256 else 4 if TILE_M * TILE_R <= 1024 else 2
+    m = tl.arange(0, TILE_M)
+    at = h + m[:, None] * h_stride + r[None, :]
+    mask = (m < rows)[:, None] & (r < rank)[None, :]
+    total = tl.zeros([TILE_M, TILE_R], tl.float32)
+    for s in range(0, splits, AHEAD):  # several at once, masked: a plain loop would wait for each
+        for i in tl.static_range(AHEAD):
+            total += tl.load(at + i * h_split, mask=mask & (m < (splits - s - i) * TILE_M)[:, None], other=0.0)
+        at += AHEAD * h_split
+    return total
+
+
+@triton.jit
+def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
+                count, site, sites, index, n, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr,
+                ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
+    """Several rows, every adapter, TILE_N columns: y[m, n] += Σ w Σ h[m, r] B[r, n]; h is rounded to B's type."""
+    m, r, col = tl.arange(0, TILE_M), tl.arange(0, TILE_R), n + tl.arange(0, TILE_N)
+    to = y + m[:, None] * y_stride + col[None, :]
+    inside = (m < rows)[:, None] & (col < width)[None, :]
+    before = tl.load(to, mask=inside, other=0.0)
     total = tl.zeros([TILE_M, TILE_N], tl.float32)
     touched = 0
     for e in range(count):
         place, weight = load_entry(tile, entries, further, e)
-        stacked, first, rank, start = load_slice(records + (place * sites + site) * RECORD, index)
+        stacked, first, rank, affine, start = load_slice(records + (place * sites + site) * RECORD, index)
         for r0 in range(0, rank, TILE_R):
-            at = h + (first + r0 + r)[None, :] * rows + m[:, None]
-            mask = (m < rows)[:, None] & (r0 + r < rank)[None, :]
-            hs = tl.zeros([TILE_M, TILE_R], tl.float32)
-            for s in range(0, splits, AHEAD):  # several at once, masked: a plain loop would wait for each
-                for i in tl.static_range(AHEAD):
-                    hs += tl.load(at + i * h_split, mask=mask & (m < (splits - s - i) * TILE_M)[:, None], other=0.0)
-                at += AHEAD * h_split
+            hs = sum_h(h + first, h_stride, h_split, splits, r0 + r, rank, rows, TILE_M, TILE_R) * weight
             b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
-            total = tl.dot((hs * weight).to(b.dtype), b, total, input_precision="ieee")
-        h += stacked * rows
-        touched += rank
+            total = tl.dot(hs.to(b.dtype), b, total, input_precision="ieee")
+        h += stacked
+        touched += rank + affine
     if touched > 0:
-        to = y + m[:, None] * y_stride + col[None, :]
-        inside = (m < rows)[:, None] & (col < width)[None, :]
-        before = tl.load(to, mask=inside, other=0.0)
-        tl.store(to, (before.to(tl.float32) + total).to(before.dtype), mask=inside)
+        after = before.to(tl.float32) + total
+        if count == 1:
+            place, _ = load_entry(tile, entries, further, 0)
+            _, _, rank, affine, start = load_slice(records + (place * sites + site) * RECORD, index)
+            if affine > 0:
+                scale, shift = load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE)
+                after = scale[None, :] * after + shift[None, :]
+        tl.store(to, after.to(before.dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["site", "splits"])
@@ -248,9 +316,7 @@ def expand_kernel(y, h, weights, addresses, records, tiles, entries, blocks, sit
     if PDL:
         gdc_launch_dependents()
     tile = tiles + tl.program_id(0) * _TILE_WORDS
-    row, rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
-    h_start, count, further = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
-    part, parts = tl.load(tile + 7) & 0xFFFF, tl.load(tile + 7) >> 16
+    row, h_start, h_stride, rows, count, further, part, parts = load_tile(tile)
     block = blocks + tl.program_id(1) * _BLOCK_WORDS
     index, chunk = tl.load(block), tl.load(block + 4)
     n0 = tl.multiple_of(tl.load(block + 1), BLOCK_N)
@@ -259,13 +325,18 @@ def expand_kernel(y, h, weights, addresses, records, tiles, entries, blocks, sit
     h += h_start
     if VECTOR and rows * count == 1:
         place, weight = load_entry(tile, entries, further, 0)
-        _, first, rank, start = load_slice(records + (place * sites + site) * RECORD, index)
-        expand_row(y, h + first, h_split, splits, weight, weights, addresses, start, rank, n0 + tl.arange(0, BLOCK_N),
+        _, first, rank, affine, start = load_slice(records + (place * sites + site) * RECORD, index)
+        expand_row(y, h + first, h_split, splits, weight, weights, addresses, start, rank, affine, n0,
                    width, chunk, WHOLE, ALIGN, BLOCK_S, BLOCK_N, PDL)  # fmt: skip
     else:
+        n1 = n0 + part * TILE_N
+        if PDL and WHOLE and count > 0:
+            place, _ = load_entry(tile, entries, further, 0)
+            _, _, rank, _, start = load_slice(records + (place * sites + site) * RECORD, index)
+            prefetch_rows(weights, addresses, start, rank, n1, width, TILE_N)
         wait_for_previous(PDL)
         if count > 0:
-            for n in range(n0 + part * TILE_N, tl.minimum(n0 + BLOCK_N, width), parts * TILE_N):
-                expand_rows(y, y_stride, rows, h, h_split, splits, weights, addresses, records, tile, entries,
-                            further, count, site, sites, index, n + tl.arange(0, TILE_N), width, chunk, RECORD,
-                            WHOLE, ALIGN, TILE_M, TILE_R, TILE_N)  # fmt: skip
+            for n in range(n1, tl.minimum(n0 + BLOCK_N, width), parts * TILE_N):
+                expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile,
+                            entries, further, count, site, sites, index, n, width, chunk, RECORD, WHOLE, ALIGN,
+                            TILE_M, TILE_R, TILE_N)  # fmt: skip

@@ -3,7 +3,8 @@
 A tile is at most `tile_rows` rows of one segment. A tile of several rows leaves slots of a fixed grid free: there it
 is listed again, as further parts of itself, which share the work. Tiles with the most work come first.
 
-    tiles    int32 [tiles, 8]      row, rows, h_start, entries, further, place, weight (fp32 bits), parts << 16 | part
+    tiles    int32 [tiles, 8]      row, adapters << 16 | rows, h_start, h_stride, further, place, weight (fp32 bits),
+                                   parts << 16 | part
     entries  int32 [further, 2]    place, weight: the second adapter of a composed row and those after it
 """
 
@@ -52,8 +53,9 @@ def make_tiles(
     whole = np.repeat(np.arange(len(found)), parts)  # [listed] the tile of each
     first = np.cumsum(parts) - parts
     tiles = np.zeros((len(whole), 8), np.int32)
-    tiles[:, 0:2] = table[whole, 1:3]
-    tiles[:, 2] = (ends - sizes)[whole]
-    tiles[:, 3:7] = table[whole, 3:7]
+    rank, row, rows, count, further, place, weight = table[whole].T
+    tiles[:, 0], tiles[:, 1] = row, count << 16 | rows
+    tiles[:, 2], tiles[:, 3] = (ends - sizes)[whole], rank
+    tiles[:, 4], tiles[:, 5], tiles[:, 6] = further, place, weight
     tiles[:, 7] = parts[whole] << 16 | (np.arange(len(whole)) - first[whole])
     return StepTiles(tiles, np.array(entries, np.int32).reshape(-1, 2), int(ends[-1]) if len(ends) else 0)

@@ -51,39 +51,26 @@ class Phase:
 
 @dataclass(frozen=True)
 class Tuning:
-    """small: steps of up to GRAPH_ROWS rows; large: longer ones in chunks of 16 rows; tall: in larger chunks."""
+    """small: steps of up to GRAPH_ROWS rows; large: longer ones."""
 
     small: Phase
     large: Phase
-    tall: Phase
-
-    def phase(self, small: bool, tile_rows: int) -> Phase:
-        if small:
-            return self.small
-        return self.large if tile_rows <= 16 else self.tall
 
 
 LARGE = Phase(
     narrow_shrink=ShrinkBlocks(k=1024, warps=4, tile_r=64),
-    wide_shrink=ShrinkBlocks(k=2048, warps=4, tile_r=32),
-    narrow_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
-    wide_expand=ExpandBlocks(n=1024, warps=4),
-)
-TALL = Phase(
-    narrow_shrink=ShrinkBlocks(k=1024, warps=4, tile_r=64),
-    wide_shrink=ShrinkBlocks(k=2048, warps=4, tile_r=32),
-    narrow_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
-    wide_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
+    wide_shrink=ShrinkBlocks(k=2048, warps=4, tile_r=64),
+    narrow_expand=ExpandBlocks(n=1024, warps=4, tile_r=32, registers=128),
+    wide_expand=ExpandBlocks(n=1024, warps=4, tile_r=32, registers=128),
 )
 CSGMV = Tuning(
     small=Phase(
         narrow_shrink=ShrinkBlocks(k=256, warps=4, registers=64),
         wide_shrink=ShrinkBlocks(k=512, warps=4),
         narrow_expand=ExpandBlocks(n=1024, warps=4, registers=128),
-        wide_expand=ExpandBlocks(n=1024, warps=4, registers=128, tile_n=256),
+        wide_expand=ExpandBlocks(n=1024, warps=4, registers=128),
     ),
     large=LARGE,
-    tall=TALL,
 )
 TRITON = Tuning(
     small=Phase(
@@ -93,5 +80,4 @@ TRITON = Tuning(
         wide_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
     ),
     large=LARGE,
-    tall=TALL,
 )

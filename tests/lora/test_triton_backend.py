@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 from multilora.batch import LoraSegment
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
-from multilora.lora.panels import AdapterShape, PanelGeometry, place_panels
+from multilora.lora.panels import AdapterShape, Affine, PanelGeometry, place_panels
 from multilora.lora.reference import ReferenceLora
-from multilora.lora.sites import LoraSite, LoraSlice
+from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
 from multilora.lora.triton_backend import TritonLora
 from multilora.lora.tuning import ExpandBlocks, Phase, ShrinkBlocks, Tuning
@@ -31,7 +31,7 @@ SMALL = Phase(
     narrow_expand=ExpandBlocks(n=32, warps=4, tile_n=16),
     wide_expand=ExpandBlocks(n=32, warps=4, tile_n=16),
 )
-BLOCKS = Tuning(SMALL, SMALL, SMALL)  # small, so that small sites have several splits and blocks
+BLOCKS = Tuning(SMALL, SMALL)  # small, so that small sites have several splits and blocks
 
 
 def make_sites(hidden: int, q: int, kv: int, inter: int) -> tuple[LoraSite, ...]:
@@ -48,10 +48,12 @@ ROUND, ODD = (64, 48, 32, 96), (40, 42, 24, 104)
 class World:
     """Adapters of these ranks (per site, per slice) with random weights in scattered pages of an arena."""
 
-    def __init__(self, sites, ranks, *, dtype=torch.float32, page_bytes=65536, spare_pages=3):
+    def __init__(self, sites, ranks, *, affine=None, dtype=torch.float32, page_bytes=65536, spare_pages=3):
+        """affine: per adapter, which slices of which sites have a pair, as `ranks`; () for none at all."""
         self.sites, self.dtype = sites, dtype
         self.geometry = PanelGeometry(page_bytes, dtype.itemsize)
-        self.layouts = [place_panels(sites, AdapterShape(r), self.geometry) for r in ranks]
+        shapes = [AdapterShape(*parts) for parts in zip(ranks, affine or [()] * len(ranks), strict=True)]
+        self.layouts = [place_panels(sites, shape, self.geometry) for shape in shapes]
         total = sum(layout.num_pages for layout in self.layouts) + spare_pages
         g = torch.Generator().manual_seed(0)
         self.free = torch.randperm(total, generator=g).tolist()
@@ -63,11 +65,16 @@ class World:
     def install(self, place, which=None):
         layout = self.layouts[place if which is None else which]
         self.table.install(place, layout, [self.free.pop() for _ in range(layout.num_pages)])
+        g = torch.Generator().manual_seed(place)
+        weights = [self.table.site(place, site.index) for site in self.sites]
+        for piece in (piece for site in weights if site for part in site.b for piece in part.affine):
+            scale = torch.rand(piece.weight.shape[1], generator=g) + 0.5
+            piece.weight.copy_(torch.stack((scale, torch.randn(len(scale), generator=g))))
 
     def backend(self, name="csgmv", **options):
         return TritonLora(self.table, self.sites, name=name, tuning=BLOCKS, **options)
 
-    def check(self, backend, segments, num_rows, seed=0):
+    def check(self, backend, segments, num_rows, seed=0, y_dtype=None):
         """Both from the same random rows; the answers of the backend."""
         g = torch.Generator().manual_seed(seed)
         for lora in (backend, self.reference):
@@ -75,7 +82,7 @@ class World:
         answers = []
         for site in self.sites:
             x = torch.randn(num_rows, site.in_features, generator=g).to(DEVICE, self.dtype)
-            y = torch.randn(num_rows, site.out_features, generator=g).to(DEVICE, self.dtype)
+            y = torch.randn(num_rows, site.out_features, generator=g).to(DEVICE, y_dtype or self.dtype)
             got, want = y.clone(), y.to(torch.float32)
             backend.apply(got, x, site.index)
             self.reference.apply(want, x.to(torch.float32), site.index)
@@ -154,6 +161,77 @@ def test_segments_longer_than_a_tile_and_large_steps():
     world.check(world.backend("csgmv", graph_rows=16, chunk_rows=32), segments_of((0, 1, 1), (1, 36, 0)), 40)
 
 
+PAIR = int(Affine.DORA | Affine.BIAS)
+
+
+@pytest.mark.parametrize("name", ["triton", "csgmv"])
+@pytest.mark.parametrize("page_bytes", [2048, 65536], ids=["cut panels", "whole panels"])
+@pytest.mark.parametrize("graph_rows", [16, 8], ids=["small step", "large step"])
+def test_affine_pairs(name, page_bytes, graph_rows):
+    """With a rank and without, beside plain adapters and base rows, for one row and for several."""
+    sites = make_sites(*ODD)
+    ranks = [((8, 0, 20), (4,)), ((0, 0, 0), (0,)), same_rank(sites, 16), ((0, 0, 8), (0,))]
+    affine = [((PAIR, 0, PAIR), (0,)), ((PAIR, PAIR, 0), (PAIR,)), (), ((0, PAIR, 0), (PAIR,))]
+    world = World(sites, ranks, affine=affine, page_bytes=page_bytes)
+    for place in range(4):
+        world.install(place)
+    singles = [(i, i + 1, i) for i in range(4)]
+    backend = world.backend(name, graph_rows=graph_rows)
+    world.check(backend, segments_of(*singles, (4, 7, 0), (7, 9, 1), (10, 11, 3)), 12)
+
+
+def test_logits_are_fp32_whatever_the_weights_are():
+    head = LoraSite(0, MODEL_LEVEL, "lm_head", 64, (LoraSlice("lm_head", 0, 200),))
+    world = World((head,), [((8,),), ((0,),)], affine=[(), ((PAIR,),)], dtype=torch.float16, page_bytes=2048)
+    for place in range(2):
+        world.install(place)
+    got = world.check(world.backend(), segments_of((0, 1, 0), (1, 4, 0), (4, 5, 1)), 6, y_dtype=torch.float32)
+    assert got[0].dtype == torch.float32
+
+
+def test_the_vocabulary_as_an_input_needs_no_room():
+    """LoRA on token embeddings does not pass through a backend: its width must not cost any intermediate."""
+    embed = LoraSite(2, MODEL_LEVEL, "embed_tokens", 1 << 24, (LoraSlice("embed_tokens", 0, 32),))
+    sites = (*make_sites(*ROUND), embed)
+    world = World(sites, [((64, 64, 64), (64,), (0,))])
+    world.install(0)
+    backend = world.backend()
+    backend.prepare(segments_of((0, 200, 0)), 200)
+    assert backend.replayable
+
+
+def test_sites_that_nobody_touches_are_not_launched(monkeypatch):
+    sites = make_sites(*ROUND)
+    world = World(sites, [((0, 8, 0), (0,)), ((0, 0, 0), (0,))], affine=[(), ((0, PAIR, 0), (0,))])
+    for place in range(2):
+        world.install(place)
+    backend, launched = world.backend(), []
+    for kernel in ("shrink_kernel", "expand_kernel"):
+        monkeypatch.setattr(f"multilora.lora.triton_backend.{kernel}", Recorder(kernel, launched))
+    x, y = torch.zeros(2, 96), torch.zeros(2, 112)
+
+    def launches(segments):
+        launched.clear()
+        backend.prepare(segments, 2)
+        backend.apply(y[:, :112].contiguous(), x[:, :64].contiguous(), 0)
+        backend.apply(y[:, :64].contiguous(), x, 1)
+        return list(launched)
+
+    assert launches(segments_of((0, 1, 0))) == ["shrink_kernel", "expand_kernel"]
+    assert launches(segments_of((0, 1, 1))) == ["expand_kernel"]
+    assert launches(()) == ["shrink_kernel", "expand_kernel"] * 2  # to be captured
+
+
+class Recorder:
+    """Takes the place of a kernel."""
+
+    def __init__(self, name, launched):
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launched.append(self.name)
+
+
 def test_an_intermediate_too_large_for_the_fixed_buffer(monkeypatch):
     monkeypatch.setattr("multilora.lora.triton_backend.H_BYTES", 1024)
     sites = make_sites(*ROUND)
@@ -225,7 +303,7 @@ def test_a_graph_serves_other_adapters_and_other_ranks():
             y[site.index].zero_()
             backend.apply(y[site.index], x[site.index], site.index)
 
-    backend.prepare(segments_of((0, 8, 0)), 8)
+    backend.prepare((), 8)
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
