@@ -15,9 +15,9 @@ import torch
 from multilora.adapters.copier import runs
 from multilora.adapters.crew import spare_cores
 
-THREADS = 6
+THREADS = 4
 SLOTS = 2  # of each thread: one is filled while the other is copied
-SLOT_BYTES = 4 << 20
+SLOT_BYTES = 8 << 20
 
 
 class RingCopy:

@@ -1,7 +1,7 @@
 """Packing of low-rank weights: brought into the model's dtype and order, checked, written where their panels lie.
 
-A weight stays in the dtype of the file until then: scaled in fp32, rounded once, transposed, checked while it is in the
-cache. Called by `blocks.pack` or by the processes of `packers`; knows neither sites nor blocks.
+A weight stays in the dtype of the file until then: scaled in fp32, rounded once, transposed, checked while still in
+the cache. Called by `blocks.pack` or by the processes of `packers`; knows neither sites nor blocks.
 """
 
 from collections.abc import Callable
