@@ -84,12 +84,3 @@ class BaseModel:
         if HEAD in self.shapes:
             found[HEAD] = Place(MODEL_LEVEL, HEAD)
         return found
-
-    def weight_shape(self, module: str) -> tuple[int, ...]:
-        """Of the module's own weight, as checkpoints store it."""
-        if module in self.norms:
-            return (self.norms[module],)
-        if module in TABLES:
-            return (self.vocab_size, self.hidden_size)
-        width_in, width_out = self.shapes[module]
-        return (width_out, width_in)

@@ -15,23 +15,22 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ROWS = 1 << 12  # of a table at a time
 
 
-def equals_base(weight: torch.Tensor, names: tuple[str, ...], directory: str) -> bool:
-    """Whether `weight` [rows, columns] is, number for number, the first of `names` that the base model has.
+def differing_rows(weight: torch.Tensor, names: tuple[str, ...], directory: str) -> list[int]:
+    """In which rows `weight` [rows, columns] is another than the first of `names` that the base model has.
 
     Raises AdapterError if the base model's files cannot be read any more.
     """
+    found: list[int] = []
     try:
         file, name = _find(names, Path(directory))
         with safe_open(file, framework="pt", device="cpu") as tensors:
             base = tensors.get_slice(name)
-            if tuple(base.get_shape()) != tuple(weight.shape):
-                return False
-            return all(
-                torch.equal(base[start : start + ROWS].float(), weight[start : start + ROWS].float())
-                for start in range(0, len(weight), ROWS)
-            )
+            for start in range(0, len(weight), ROWS):
+                other = base[start : start + ROWS].float() != weight[start : start + ROWS].float()
+                found += (other.any(dim=1).nonzero()[:, 0] + start).tolist()
     except (OSError, SafetensorError, ValueError, KeyError) as e:
         raise AdapterError(f"the base model in {directory} cannot be read for a comparison: {e}") from None
+    return found
 
 
 def _find(names: tuple[str, ...], directory: Path) -> tuple[Path, str]:

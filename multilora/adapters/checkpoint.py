@@ -12,7 +12,7 @@ from pathlib import Path
 from multilora.adapters import checkpoint_lora as lora
 from multilora.adapters import checkpoint_whole as whole
 from multilora.adapters.adapter import Adapter, AdapterLimits, Block, LowRank, Vector, VectorKind
-from multilora.adapters.base_model import BaseModel
+from multilora.adapters.base_model import TABLES, BaseModel
 from multilora.adapters.contents import open_tensors, sort_tensors
 from multilora.adapters.crew import ALONE, Crew
 from multilora.adapters.files import find_files, fingerprint, read_json_object, show
@@ -37,8 +37,10 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, crew: 
         others = whole.plan(contents)
         _check_rank((lora.rank_of(module, contents) for module in with_lora), limits)
         _check_modules({module.place.module for module in with_lora} | others.modules, base, limits)
-        blocks = [block for module in with_lora for block in lora.read(module, contents)]
-        blocks += whole.read(others, contents)
+        merged = {m.place.module: m for m in with_lora if contents.resized and m.place.module in TABLES}
+        blocks = [b for m in with_lora if m.place.module not in merged for b in lora.read(m, contents)]
+        deltas = {table: lora.table_delta(module, contents) for table, module in merged.items()}
+        blocks += whole.read(others, contents, deltas)
     _check_modules({block.module for block in blocks}, base, limits)
     _check_activated(blocks, config)
     if fingerprint(directory) != mark:

@@ -66,7 +66,7 @@ def _check_pair(module: Module, contents: Contents) -> None:
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         what = f"shapes {list(a)} and {list(b)} of {part_a.value} and {part_b.value} disagree"
         raise contents.error(AdapterInvalid, module, part_a, what)
-    width_in, width_out = base.shapes[module.place.module]
+    width_in, width_out = contents.widths(module.place.module)
     if (a[1], b[0]) != (width_in, width_out):
         raise contents.error(AdapterIncompatible, module, part_b, _misfit(module, contents, a, b))
     rank = config.rank(module.name)
@@ -76,11 +76,11 @@ def _check_pair(module: Module, contents: Contents) -> None:
 
 
 def _misfit(module: Module, contents: Contents, a: tuple[int, ...], b: tuple[int, ...]) -> str:
-    width_in, width_out = contents.base.shapes[module.place.module]
+    width_in, width_out = contents.widths(module.place.module)
     if module.place.module == EMBED and b[0] == width_out:
-        return other_vocabulary(module, a[1], width_in)
+        return other_vocabulary(EMBED, a[1], contents.base.vocab_size)
     if module.place.module == HEAD and a[1] == width_in:
-        return other_vocabulary(module, b[0], width_out)
+        return other_vocabulary(HEAD, b[0], contents.base.vocab_size)
     return (
         f"module {show(module.name)} does not fit the base model: expected lora_A [{a[0]}, {width_in}] and lora_B "
         f"[{width_out}, {a[0]}], found {list(a)} and {list(b)}"
@@ -98,7 +98,7 @@ def _check_vectors(module: Module, contents: Contents) -> None:
             field = "lora_bias" if config.lora_bias else "alora_invocation_tokens"
             what = f"{config.file}: {field}: PEFT does not have it on the token embedding"
             raise contents.error(AdapterInvalid, module, part_a, what)
-    width_out = contents.base.shapes[module.place.module][1]
+    width_out = contents.widths(module.place.module)[1]
     for part, wanted, field in (
         (Part.MAGNITUDE, config.use_dora, "use_dora"),
         (Part.LORA_BIAS, config.lora_bias, "lora_bias"),
@@ -114,10 +114,30 @@ def _check_vectors(module: Module, contents: Contents) -> None:
             raise contents.error(AdapterInvalid, module, part_b, what)
         if wanted:
             contents.check_shape(module, part, (width_out,))
+            if contents.resized and module.place.module == HEAD:
+                what = f"{field} on a {HEAD} with another vocabulary than the base model's is not supported"
+                raise contents.error(AdapterUnsupported, module, part, what)
 
 
 def read(module: Module, contents: Contents) -> Iterator[Block]:
     """The module's blocks: tensors as they are stored, and the scaling."""
+    tensors = contents.tensors
+    yield (low_rank := _low_rank(module, contents))
+    if Part.MAGNITUDE in module.tensors:
+        yield Vector(*module.place, VectorKind.MAGNITUDE, tensors.read(module.tensors[Part.MAGNITUDE]))
+    if Part.LORA_BIAS in module.tensors:
+        bias = tensors.read(module.tensors[Part.LORA_BIAS])
+        yield Vector(*module.place, VectorKind.LORA_BIAS, bias, low_rank.scaling)
+
+
+def table_delta(module: Module, contents: Contents) -> torch.Tensor:
+    """scaling · BA of a table, fp32 [vocab, hidden]: for tables that have no site of their size."""
+    block = _low_rank(module, contents)
+    left, right = (block.a, block.b) if module.place.module == EMBED else (block.b, block.a)
+    return block.scaling * (left.float().T @ right.float())
+
+
+def _low_rank(module: Module, contents: Contents) -> LowRank:
     tensors = contents.tensors
     part_a, part_b = pair_of(module)
     a = tensors.read(module.tensors[part_a])  # [rank, in]; of the embedding [rank, vocab]
@@ -129,8 +149,4 @@ def read(module: Module, contents: Contents) -> Iterator[Block]:
             what = f"{contents.config.file}: ensure_weight_tying is true, but {HEAD} and {EMBED} differ"
             raise contents.error(AdapterInvalid, module, part_a, what)
     scaling = contents.config.scaling(module.name, rank=a.shape[0])
-    yield LowRank(*module.place, a, b.T, scaling)
-    if Part.MAGNITUDE in module.tensors:
-        yield Vector(*module.place, VectorKind.MAGNITUDE, tensors.read(module.tensors[Part.MAGNITUDE]))
-    if Part.LORA_BIAS in module.tensors:
-        yield Vector(*module.place, VectorKind.LORA_BIAS, tensors.read(module.tensors[Part.LORA_BIAS]), scaling)
+    return LowRank(*module.place, a, b.T, scaling)

@@ -5,22 +5,24 @@ PEFT knows four roads for these, and each gives the tensor another name (`tensor
     modules_to_save            q_proj.weight, q_proj.bias, norm.weight         → Full, and Vector for a bias
     bias "lora_only", "all"    q_proj.base_layer.bias, k_proj.bias             → Vector
     trainable_token_indices    embed_tokens.token_adapter.…_delta              → Rows
-    save_embedding_layers      embed_tokens.weight or ….base_layer.weight      → dropped if equal to the base model's,
-                               (of the model the adapter was trained on)         else Full
+    save_embedding_layers      embed_tokens.weight or ….base_layer.weight      → Full (the table of the model that the
+                                                                                 adapter was trained on)
 
+Of a table, however it came, only the rows that differ from the base model's are handed on, if these are few; none, if
+all are equal. With added tokens both tables are there, larger than the base model's, and LoRA on them is added in.
 `plan` looks at headers only, `read` is for what has passed it. Called by `checkpoint`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from multilora.adapters.adapter import Block, Full, Rows, Vector, VectorKind
 from multilora.adapters.base_model import EMBED, HEAD, TABLES, Place
-from multilora.adapters.base_weights import equals_base
+from multilora.adapters.base_weights import differing_rows
 from multilora.adapters.checkpoint_lora import PARTS as LORA_PARTS
-from multilora.adapters.contents import Contents, Module
+from multilora.adapters.contents import Contents, Module, other_vocabulary
 from multilora.adapters.files import show
 from multilora.adapters.tensor_names import Part
 from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
@@ -30,6 +32,7 @@ SAVED = frozenset((Part.WEIGHT, Part.BIAS, Part.SAVED_WEIGHT, Part.SAVED_BIAS))
 ORIGINAL = frozenset((Part.ORIGINAL_WEIGHT, Part.ORIGINAL_BIAS))
 COPIES = (Part.WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
 EMBED_PLACE, HEAD_PLACE = Place(MODEL_LEVEL, EMBED), Place(MODEL_LEVEL, HEAD)
+FEW_ROWS = 0.5  # of a table; then the rest of it is the base model's
 CHECKPOINT_NAMES = {EMBED: (f"model.{EMBED}.weight",), HEAD: ("lm_head.weight", f"model.{EMBED}.weight")}
 
 
@@ -63,6 +66,7 @@ def plan(contents: Contents) -> WholePlan:
         _plan_module(module, place in saved, found, contents)
     for place in (*found.full, *(Place(MODEL_LEVEL, table) for table in found.rows)):
         _check_dora(place, contents)
+    _check_resized(found, contents)
     return found
 
 
@@ -70,7 +74,7 @@ def _plan_module(module: Module, saved: bool, found: WholePlan, contents: Conten
     base, tensors = contents.base, module.tensors
     if saved:
         part = Part.WEIGHT if Part.WEIGHT in tensors else Part.SAVED_WEIGHT
-        contents.check_shape(module, part, base.weight_shape(module.place.module))
+        contents.check_shape(module, part, contents.weight_shape(module.place.module))
         found.full[module.place] = tensors[part]
     for part in (Part.BIAS, Part.BASE_BIAS) if not saved else (Part.BIAS, Part.SAVED_BIAS):
         if part in tensors and module.place not in found.bias:
@@ -155,6 +159,12 @@ def _rows(
             raise AdapterInvalid(f"{config.file}: {what}: PEFT does not load that")
         contents.check_shape(module, Part.TOKENS, (len(ids), base.hidden_size))
         if ids:
+            if max(ids) >= contents.vocab_size:
+                what = (
+                    f"token {max(ids)}, but the base model has {contents.vocab_size}, and the adapter does not hold"
+                )
+                what = f"{what} all of {EMBED} and {HEAD} (save_embedding_layers)"
+                raise AdapterIncompatible(f"{config.file}: trainable_token_indices: {what}")
             found[table] = ids, module.tensors[Part.TOKENS]
     return found
 
@@ -169,11 +179,20 @@ def _copies(saved: set[Place], contents: Contents) -> dict[str, tuple[str, ...]]
         part = next((p for p in COPIES if p in module.tensors and not (p is Part.WEIGHT and place in saved)), None)
         if part is None:
             continue
-        contents.check_shape(module, part, contents.base.weight_shape(place.module))
+        contents.check_shape(module, part, contents.weight_shape(place.module))
         for table in TABLES if contents.base.tie_word_embeddings else (place.module,):
             if Place(MODEL_LEVEL, table) not in saved:
                 found[table] = (*found.get(table, ()), module.tensors[part])
     return found
+
+
+def _check_resized(found: WholePlan, contents: Contents) -> None:
+    """Added tokens need a row in both tables."""
+    tables = {place.module for place in found.full} | set(found.copies)
+    if contents.resized and not tables.issuperset(TABLES):
+        held, missing = (EMBED, HEAD) if EMBED in tables else (HEAD, EMBED)
+        what = other_vocabulary(held, contents.vocab_size, contents.base.vocab_size)
+        raise AdapterIncompatible(f"{contents.config.file}: {missing} is missing, and the adapter {what}")
 
 
 def _check_dora(place: Place, contents: Contents) -> None:
@@ -184,48 +203,59 @@ def _check_dora(place: Place, contents: Contents) -> None:
         raise contents.error(AdapterUnsupported, module, Part.MAGNITUDE, what)
 
 
-def read(found: WholePlan, contents: Contents) -> Iterator[Block]:
-    """Whole modules, biases and rows. A table and its rows become one block.
+def read(found: WholePlan, contents: Contents, deltas: Mapping[str, torch.Tensor]) -> Iterator[Block]:
+    """Whole modules, biases and rows. deltas: table → what LoRA adds to it, fp32 [vocab, hidden].
 
     Raises AdapterInvalid if tensors that PEFT loads into one table differ, AdapterError if the base model is gone.
     """
     tensors = contents.tensors
+    tables: dict[str, torch.Tensor] = {}
+    for table, (name, *others) in found.copies.items():
+        for other in others:
+            _check_equal(name, other, contents)
+        tables[table] = tensors.read(name)
     if contents.config.ties_saved(contents.base):
         _check_equal(found.full[EMBED_PLACE], found.full[HEAD_PLACE], contents)
-    tables = {table: tensors.read(name) for table, name in _differing(found, contents).items()}
     for place, name in found.full.items():
-        weight = tensors.read(name)
-        if place.layer == MODEL_LEVEL and place.module in TABLES:
-            tables[place.module] = weight
+        if place in (EMBED_PLACE, HEAD_PLACE):
+            tables[place.module] = tensors.read(name)
         else:
-            yield Full(*place, weight)
+            yield Full(*place, tensors.read(name))
     for place, name in found.bias.items():
         yield Vector(*place, VectorKind.BIAS, tensors.read(name))
     for table in TABLES:
-        rows = found.rows.get(table)
+        ids, name = found.rows.get(table, ((), ""))
+        rows = tensors.read(name) if ids else None  # [len(ids), hidden]
         if table in tables:
-            weight = tables[table]
-            if rows is not None:
-                weight = weight.clone()
-                weight[list(rows[0])] = tensors.read(rows[1]).to(weight.dtype)
-            yield Full(MODEL_LEVEL, table, weight)
+            yield from _table(table, _with_changes(tables[table], ids, rows, deltas.get(table)), contents)
         elif rows is not None:
-            order = sorted(range(len(rows[0])), key=lambda i: rows[0][i])
-            yield Rows(table, tuple(rows[0][i] for i in order), tensors.read(rows[1])[order])
+            order = sorted(range(len(ids)), key=ids.__getitem__)
+            yield Rows(table, tuple(ids[i] for i in order), rows[order])
 
 
-def _differing(found: WholePlan, contents: Contents) -> dict[str, str]:
-    """The tables, and the tensors with them, that are not the base model's own."""
-    tensors, base = contents.tensors, contents.base
-    left = {}
-    for table, names in found.copies.items():
-        for other in names[1:]:
-            _check_equal(names[0], other, contents)
-        weight = tensors.read(names[0])
-        if base.weights_dir is None or not equals_base(weight, CHECKPOINT_NAMES[table], base.weights_dir):
-            _check_dora(Place(MODEL_LEVEL, table), contents)
-            left[table] = names[0]
-    return left
+def _with_changes(
+    weight: torch.Tensor, ids: tuple[int, ...], rows: torch.Tensor | None, delta: torch.Tensor | None
+) -> torch.Tensor:
+    """A table [vocab, hidden] with other rows at `ids`, then `delta` added."""
+    if rows is not None:
+        weight = weight.to(torch.promote_types(weight.dtype, rows.dtype), copy=True)
+        weight[list(ids)] = rows.to(weight.dtype)
+    return weight if delta is None else weight.float() + delta
+
+
+def _table(table: str, weight: torch.Tensor, contents: Contents) -> Iterator[Block]:
+    """What of a table is not the base model's: nothing, some rows, or all."""
+    base = contents.base
+    if base.weights_dir is not None and not contents.resized:
+        ids = differing_rows(weight, CHECKPOINT_NAMES[table], base.weights_dir)
+        if not ids:
+            return
+        _check_dora(Place(MODEL_LEVEL, table), contents)
+        if len(ids) <= FEW_ROWS * len(weight):
+            yield Rows(table, tuple(ids), weight[ids])
+            return
+    _check_dora(Place(MODEL_LEVEL, table), contents)
+    yield Full(MODEL_LEVEL, table, weight)
 
 
 def _check_equal(name: str, other: str, contents: Contents) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from multilora.adapters.base_model import PARENTS, BaseModel, Place
+from multilora.adapters.base_model import EMBED, HEAD, PARENTS, TABLES, BaseModel, Place
 from multilora.adapters.crew import ALONE, Crew
 from multilora.adapters.files import INDEX_NAME, AdapterFiles, show
 from multilora.adapters.peft_config import PeftConfig
@@ -19,6 +19,7 @@ from multilora.adapters.safetensors_file import SafetensorsFile, TensorInfo
 from multilora.adapters.tensor_names import OF_ONE_ADAPTER, Part, parse
 from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid
 
+TABLE_PARTS = (Part.WEIGHT, Part.SAVED_WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
 LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>[\w.]+)")
 
 
@@ -71,33 +72,59 @@ class Module:
 
 @dataclass(frozen=True)
 class Contents:
-    """One adapter as it lies in its files, and what it is to be held against."""
+    """One adapter as it lies in its files, and what it is to be held against.
+
+    vocab_size: the base model's, unless the adapter brings whole tables with more or fewer rows.
+    """
 
     tensors: Tensors
     config: PeftConfig
     base: BaseModel
     modules: dict[Place, Module]  # by layer, then as in the model's sites
+    vocab_size: int
+
+    @property
+    def resized(self) -> bool:
+        return self.vocab_size != self.base.vocab_size
+
+    def widths(self, module: str) -> tuple[int, int]:
+        """in_features and out_features of a linear module or a table, for this adapter."""
+        width_in, width_out = self.base.shapes[module]
+        if module == EMBED:
+            return self.vocab_size, width_out
+        return width_in, self.vocab_size if module == HEAD else width_out
+
+    def weight_shape(self, module: str) -> tuple[int, ...]:
+        """Of the module's own weight, as checkpoints store it."""
+        if module in self.base.norms:
+            return (self.base.norms[module],)
+        if module in TABLES:
+            return (self.vocab_size, self.base.hidden_size)
+        width_in, width_out = self.base.shapes[module]
+        return (width_out, width_in)
 
     def error(self, kind: type[AdapterError], module: Module, part: Part, what: str) -> AdapterError:
         """About one tensor."""
         return kind(f"{self.tensors.where(module.tensors[part])}: {what}")
 
     def check_shape(self, module: Module, part: Part, expected: tuple[int, ...]) -> None:
-        """Raises AdapterIncompatible; for a table of another vocabulary it says what to do."""
+        """Raises AdapterIncompatible."""
         found = self.tensors.shape(module.tensors[part])
         if found == expected:
             return
-        rows = self.base.vocab_size
-        if expected[0] == rows and len(found) == len(expected) and found[0] != rows and found[1:] == expected[1:]:
-            raise self.error(AdapterIncompatible, module, part, other_vocabulary(module, found[0], rows))
+        if part in TABLE_PARTS and module.place.module in TABLES and len(found) == 2 and found[1] == expected[1]:
+            what = other_vocabulary(module.place.module, found[0], self.base.vocab_size)
+            raise self.error(AdapterIncompatible, module, part, what)
         what = f"does not fit the base model: expected {list(expected)}, found {list(found)}"
         raise self.error(AdapterIncompatible, module, part, f"{part.value} of {show(module.name)} {what}")
 
 
-def other_vocabulary(module: Module, found: int, rows: int) -> str:
+def other_vocabulary(table: str, found: int, rows: int) -> str:
+    """Why tables of another size are not served: the adapter must bring both."""
     return (
-        f"does not fit the base model: {module.place.module} has {found} rows in the adapter, {rows} in the base "
-        "model: serve a base model with the same vocabulary (resized and saved as it was for training)"
+        f"does not fit the base model: {table} has {found} rows in the adapter, {rows} in the base model. Either the "
+        f"adapter holds all of {EMBED} and {HEAD}, equally large (save_embedding_layers), or the base model is one "
+        "with the same vocabulary"
     )
 
 
@@ -123,7 +150,20 @@ def sort_tensors(tensors: Tensors, config: PeftConfig, base: BaseModel) -> Conte
     if not modules:
         raise AdapterInvalid("the adapter holds no tensors")
     in_order = sorted(modules, key=lambda place: (place.layer, base.order.get(place.module, len(base.order))))
-    return Contents(tensors, config, base, {place: modules[place] for place in in_order})
+    modules = {place: modules[place] for place in in_order}
+    return Contents(tensors, config, base, modules, _vocab_size(modules, tensors, base))
+
+
+def _vocab_size(modules: dict[Place, Module], tensors: Tensors, base: BaseModel) -> int:
+    """Rows of the whole tables in the files; the base model's if there are none, or if they contradict each other."""
+    found = {
+        shape[0]
+        for place, module in modules.items()
+        if place.module in TABLES
+        for part in TABLE_PARTS
+        if part in module.tensors and len(shape := tensors.shape(module.tensors[part])) == 2
+    }
+    return found.pop() if len(found) == 1 and 0 not in found else base.vocab_size
 
 
 def _no_place(module: str, where: str, base: BaseModel) -> AdapterIncompatible:

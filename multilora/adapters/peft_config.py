@@ -100,11 +100,6 @@ class PeftConfig:
                 raise AdapterIncompatible(f"{self.file}: trainable_token_indices: {what}")
             if modules[0] in found:
                 raise AdapterInvalid(f"{self.file}: trainable_token_indices: {modules[0]} is given twice")
-            if ids and max(ids) >= base.vocab_size:
-                raise AdapterIncompatible(
-                    f"{self.file}: trainable_token_indices: token {max(ids)}, but the base model's vocabulary has "
-                    f"{base.vocab_size} rows: add the tokens to the base model, and serve that"
-                )
             found[modules[0]] = ids
         if self.ensure_weight_tying and base.tie_word_embeddings and len(set(found.values())) > 1:
             raise AdapterInvalid(

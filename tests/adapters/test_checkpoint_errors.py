@@ -285,12 +285,49 @@ FEATURES: dict[str, tuple[dict[str, Any], Tensors, BaseModel, type[AdapterError]
         AdapterIncompatible,
         "lm_head has 12 rows in the adapter, 9 in the base model",
     ),
-    "resized embeddings": (
+    "resized embeddings without head": (
         {},
-        Q | {f"{EMBED}.weight": torch.ones(12, 8), f"{HEAD}.weight": torch.ones(12, 8)},
+        Q | {f"{EMBED}.weight": torch.ones(12, 8)},
+        BASE,
+        AdapterIncompatible,
+        "lm_head is missing, and the adapter does not fit the base model: embed_tokens has 12 rows",
+    ),
+    "tables of two sizes": (
+        {},
+        Q | {f"{EMBED}.weight": torch.ones(12, 8), f"{HEAD}.weight": TABLE},
         BASE,
         AdapterIncompatible,
         "embed_tokens has 12 rows in the adapter, 9 in the base model",
+    ),
+    "tables without rows": (
+        {},
+        Q | {f"{EMBED}.weight": torch.ones(0, 8), f"{HEAD}.weight": torch.ones(0, 8)},
+        BASE,
+        AdapterIncompatible,
+        "embed_tokens has 0 rows in the adapter, 9 in the base model",
+    ),
+    "LoRA on a table that was resized otherwise": (
+        {},
+        pair(HEAD, 8, 12) | {f"{EMBED}.weight": torch.ones(13, 8), f"{HEAD}.base_layer.weight": torch.ones(13, 8)},
+        BASE,
+        AdapterIncompatible,
+        "lm_head has 12 rows in the adapter, 9 in the base model",
+    ),
+    "lora_bias on a resized head": (
+        {"lora_bias": True},
+        pair(HEAD, 8, 12)
+        | {f"{HEAD}.lora_B.bias": torch.ones(12), f"{HEAD}.base_layer.weight": torch.ones(12, 8)}
+        | {f"{EMBED}.weight": torch.ones(12, 8)},
+        BASE,
+        AdapterUnsupported,
+        "lora_bias on a lm_head with another vocabulary",
+    ),
+    "tables of another width": (
+        {},
+        Q | {f"{EMBED}.weight": torch.ones(12, 7), f"{HEAD}.weight": torch.ones(12, 7)},
+        BASE,
+        AdapterIncompatible,
+        "expected [12, 8], found [12, 7]",
     ),
     "saved head of another vocabulary": (
         {"modules_to_save": ["lm_head"]},
@@ -313,7 +350,7 @@ FEATURES: dict[str, tuple[dict[str, Any], Tensors, BaseModel, type[AdapterError]
         Q | DELTA,
         BASE,
         AdapterIncompatible,
-        "token 9, but the base model's vocabulary has 9 rows",
+        "token 9, but the base model has 9, and the adapter does not hold all",
     ),
     "rows of no table": (
         {"trainable_token_indices": {"q_proj": [1]}},

@@ -24,6 +24,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 SEVEN = ATTENTION + MLP
 INVOCATION = [17, 23, 5]
+ADDED = (101, 103, 102)
 
 # name → family of `multilora.testing`, changes of its sizes
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,6 +58,7 @@ class Row:
     convert: bool = False
     refused: str | None = None
     prompt: tuple[int, ...] = ()  # how the prompts begin
+    added: int = 0  # tokens, to the base model's
 
     def make(self, path: Path, model_path: Path) -> None:
         """Let PEFT write the adapter to directory `path`."""
@@ -66,7 +68,12 @@ class Row:
         elif self.kind != "LoraConfig":
             make_other(path, model_path, self.kind, self.config)
         else:
-            make_adapter(path, model_path, seed=3, dtype=self.dtype, prepare=self.prepare, save=self.save, **config)
+            make_adapter(path, model_path, seed=3, dtype=self.dtype, prepare=self._prepare, save=self.save, **config)
+
+    def _prepare(self, model: Any) -> None:
+        add_tokens(model, self.added)
+        if self.prepare is not None:
+            self.prepare(model)
 
     def alter(self, path: Path) -> None:
         """Make the directory what is to be served; PEFT itself may not be able to load it any more."""
@@ -79,6 +86,7 @@ class Row:
     def loaded(self, path: Path, model_path: Path) -> Any:
         """PEFT's model with the adapter loaded from its directory."""
         base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        add_tokens(base, self.added)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return peft.PeftModel.from_pretrained(base, str(path)).float().eval()
@@ -165,8 +173,9 @@ def stray_tables(model: Any) -> None:
         model.get_output_embeddings().weight.data += 0.1 * torch.randn_like(model.get_output_embeddings().weight)
 
 
-def add_tokens(model: Any) -> None:
-    model.resize_token_embeddings(TINY_SIZES["vocab_size"] + 3, mean_resizing=False)
+def add_tokens(model: Any, count: int) -> None:
+    if count:
+        model.resize_token_embeddings(TINY_SIZES["vocab_size"] + count, mean_resizing=False)
 
 
 def shard(path: Path) -> None:
@@ -299,17 +308,49 @@ ROWS = [
         save={"save_embedding_layers": True},
         prepare=stray_tables,
     ),
+    Row("added tokens", prompt=ADDED, added=3),
+    Row("added tokens, tied", {}, TIED, prompt=ADDED, added=3),
     Row(
-        "added tokens: tables with more rows than the base model's",
-        {},
-        prepare=add_tokens,
+        "added tokens, `modules_to_save`",
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        prompt=ADDED,
+        added=3,
+    ),
+    Row(
+        "added tokens, `modules_to_save`: `embed_tokens`, tied",
+        {"modules_to_save": ["embed_tokens"]},
+        TIED,
+        prompt=ADDED,
+        added=3,
+    ),
+    Row(
+        "added tokens, `trainable_token_indices`", {"trainable_token_indices": [103, 7]}, prompt=(7, *ADDED), added=3
+    ),
+    Row(
+        "added tokens, `trainable_token_indices`, tied",
+        {"trainable_token_indices": [103, 7]},
+        TIED,
+        prompt=(7, *ADDED),
+        added=3,
+    ),
+    Row(
+        "added tokens, LoRA on `embed_tokens` and `lm_head`",
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+        prompt=ADDED,
+        added=3,
+    ),
+    Row(
+        "added tokens, LoRA on `embed_tokens`, `lm_head` not saved",
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        added=3,
         refused="embed_tokens has 104 rows in the adapter, 101 in the base model",
     ),
     Row(
-        "`trainable_token_indices` of added tokens",
+        "added tokens, `trainable_token_indices`, tables not saved",
         {"trainable_token_indices": [7, 102]},
-        prepare=add_tokens,
-        refused="token 102, but the base model's vocabulary has 101 rows",
+        save={"save_embedding_layers": False},
+        added=3,
+        refused="token 102, but the base model has 101",
     ),
     Row("PiSSA, converted when saved", {"init_lora_weights": "pissa"}, convert=True),
     Row("PiSSA by `pissa_niter_4`, converted when saved", {"init_lora_weights": "pissa_niter_4"}, convert=True),
