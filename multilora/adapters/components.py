@@ -37,16 +37,40 @@ class Components:
         for version in versions:
             self._store.count_request(version)
 
-    def want(self, versions: Versions, fence: int) -> Want:
-        """Are all resident? If not, do the next thing that brings them nearer."""
+    def enqueue(self, versions: Versions) -> None:
+        """A request that will ask for them waits from now on."""
+        for version in versions:
+            self._store.residency.awaited[version] += 1
+
+    def dequeue(self, versions: Versions) -> None:
+        for version in versions:
+            awaited = self._store.residency.awaited
+            awaited[version] -= 1
+            if not awaited[version]:
+                del awaited[version]
+
+    def ready(self, versions: Versions) -> bool:
+        """Are all resident? Changes nothing."""
+        residents = [self._store.residency.get(v) for v in versions]
+        return all(r is not None and r.ready for r in residents)
+
+    def seconds_left(self, versions: Versions) -> float | None:
+        """Until all are there, if what is missing is on its way to the device and that can be judged."""
+        missing = [v for v in versions if not self.ready((v,))]
+        left = [self._store.residency.forecast.seconds_left(v) for v in missing]
+        known = [seconds for seconds in left if seconds is not None]
+        return max(known, default=0.0) if len(known) == len(missing) else None
+
+    def want(self, versions: Versions, fence: int, *, urgent: bool = False, spare: int = 0) -> Want:
+        """Are all resident? If not, do the next thing that brings them nearer. urgent, spare: see the store."""
         if not versions:
             return Want.READY
         if len(versions) == 1:
-            return self._store.want(versions[0], fence)
+            return self._store.want(versions[0], fence, urgent=urgent, spare=spare)
         residency = self._store.residency
         held = [v for v in versions if residency.hold(v)]
         missing = [v for v in versions if residency.get(v) is None]
-        if missing and not self._room_for(missing):
+        if missing and not self._room_for(missing, urgent, spare):
             residency.end_holds(held)
             for version in missing:
                 if not self._store.host_bytes_of(version):
@@ -54,14 +78,14 @@ class Components:
             return Want.BLOCKED
         found = set()
         for version in versions:
-            found.add(self._store.want(version, fence))
+            found.add(self._store.want(version, fence, urgent=urgent, spare=spare))
             residency.hold(version)
         return next(w for w in (Want.BLOCKED, Want.COMING, Want.READY) if w in found)
 
-    def _room_for(self, versions: Versions) -> bool:
+    def _room_for(self, versions: Versions, urgent: bool, spare: int) -> bool:
         pages = sum(self._store.pages_of(v) for v in versions)
-        residency = self._store.residency
-        return residency.room_for(pages, self._kv.reclaimer.available(), len(versions)) is not Room.NO
+        available = self._kv.reclaimer.available() - spare
+        return self._store.residency.room_for(pages, available, len(versions), urgent=urgent) is not Room.NO
 
     def acquire(self, versions: Versions) -> None:
         """A request runs on them. All are ready."""

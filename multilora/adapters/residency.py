@@ -4,19 +4,25 @@ An adapter takes whole pages of the one arena at its true rank. `max_count` and 
 reserved. Idle, unpinned adapters compete with idle prefix pages for the pool (`memory/reclaim.py`).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from time import monotonic
 
 import torch
 
 from multilora.adapters.copier import Copier, Copy
 from multilora.adapters.eviction import EVICTION_POLICIES
+from multilora.adapters.forecast import CopyForecast
 from multilora.adapters.host_cache import HostEntry
 from multilora.lora.panels import PanelLayout
 from multilora.lora.table import LoraTable
 from multilora.memory.page_pool import PagePool
 from multilora.memory.reclaim import ADAPTER_PAGE_COST, Clock
+
+AWAITED_SCORE = 64 * ADAPTER_PAGE_COST
+"""On top, for an adapter that a waiting request will ask for: as if it had been used as often as counts at all."""
 
 
 class Room(Enum):
@@ -65,11 +71,14 @@ class Residency:
         max_count: int | None = None,
         max_pages: int | None = None,
         on_evict: Callable[[int], None] = lambda version: None,
+        now: Callable[[], float] = monotonic,
     ):
         self.pool = pool
         self.clock = clock
         self.max_count = max_count
         self.max_pages = max_pages
+        self.awaited: Counter[int] = Counter()  # version → waiting requests that will ask for it
+        self.forecast = CopyForecast(now)
         self._table = table
         self._copier = copier
         self._key = EVICTION_POLICIES[policy]
@@ -84,10 +93,13 @@ class Residency:
 
     # ------------------------------------------------------------------ bringing in
 
-    def room_for(self, num_pages: int, available: int, count: int = 1) -> Room:
+    def room_for(self, num_pages: int, available: int, count: int = 1, *, urgent: bool = False) -> Room:
         """For `count` adapters of `num_pages` together. `available`: pages that are free or could be reclaimed,
-        adapters' idle ones included."""
+        adapters' idle ones included. Those that waiting requests will ask for stay, unless it is urgent."""
         idle = [r for r in self._residents.values() if r.idle]
+        if not urgent:
+            available -= sum(len(r.pages) for r in idle if self.awaited[r.version])
+            idle = [r for r in idle if not self.awaited[r.version]]
         if self.max_count is not None and len(self._residents) - len(idle) + count > self.max_count:
             return Room.NO
         if self.max_pages is not None:
@@ -124,6 +136,7 @@ class Residency:
         resident = Resident(version, place, pages, entry.layout, pinned, copy, entry.buffer, tick, tick, score)
         self._residents[version] = resident
         self._copying.append(resident)
+        self.forecast.started(version, entry.nbytes)
         self._pages += len(pages)
         return resident
 
@@ -135,7 +148,9 @@ class Residency:
             self._table.install(resident.place, resident.layout, resident.pages)
             resident.buffer = None
             resident.ready = True
-        return [r.version for r in finished]
+        versions = [r.version for r in finished]
+        self.forecast.finished(versions)
+        return versions
 
     # ------------------------------------------------------------------ use
 
@@ -198,7 +213,9 @@ class Residency:
 
     def cheapest(self) -> float | None:
         victim = self._victim()
-        return victim.score if victim else None
+        if victim is None:
+            return None
+        return victim.score + (AWAITED_SCORE if self.awaited[victim.version] else 0.0)
 
     def give_way(self, fence: int) -> int:
         victim = self._victim()
@@ -214,7 +231,9 @@ class Residency:
         )
 
     def _victim(self) -> Resident | None:
-        return min((r for r in self._residents.values() if r.idle), key=self._key, default=None)
+        """Whom nobody waits for; else whom somebody does."""
+        idle = (r for r in self._residents.values() if r.idle)
+        return min(idle, key=lambda r: (self.awaited[r.version] > 0, self._key(r)), default=None)
 
     # ------------------------------------------------------------------ books
 

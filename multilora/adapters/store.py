@@ -115,7 +115,7 @@ class AdapterStore:
         events = [e for result, buffer in self.loader.poll() if (e := self._arrived(result, buffer, fence))]
         for version in list(self._pinned):
             if self.residency.get(version) is None:
-                self.want(version, fence)
+                self.want(version, fence, urgent=True)
         return events + self._start_fetches(fence)
 
     def set_limits(self, *, device_bytes: int | None, max_count: int | None, fence: int) -> None:
@@ -139,8 +139,11 @@ class AdapterStore:
             if resident is None or resident.ready:  # else a copy still reads it
                 self._unlock(version)
 
-    def want(self, version: int, fence: int) -> Want:
-        """Is the version resident? If not, do the next thing that brings it nearer."""
+    def want(self, version: int, fence: int, *, urgent: bool = False, spare: int = 0) -> Want:
+        """Is the version resident? If not, do the next thing that brings it nearer.
+
+        urgent: adapters that other waiting requests will ask for may give way. spare: pages to leave for others.
+        """
         record = self._records[version]
         resident = self.residency.get(version)
         if resident is not None:
@@ -149,13 +152,13 @@ class AdapterStore:
         if entry is None:
             self._ask(record)
             return Want.COMING
-        entry.locked = True
-        self._locked.add(version)
         if record.asked_at is None:
             record.asked_at = monotonic()
         pages = entry.layout.num_pages
-        if self.residency.room_for(pages, self._reclaimer.available()) is Room.NO:
-            return Want.BLOCKED
+        if self.residency.room_for(pages, self._reclaimer.available() - spare, urgent=urgent) is Room.NO:
+            return Want.BLOCKED  # not locked: who knows how long it would keep others out of host memory
+        entry.locked = True
+        self._locked.add(version)
         self.residency.make_room(pages, fence)
         self._reclaimer.ensure(pages, fence)
         if self.residency.pool.ready < pages:

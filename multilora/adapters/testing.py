@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import torch
 from safetensors.torch import save_file
@@ -149,6 +150,32 @@ class FakeCopier:
         return FakeCopy(self._arena, buffer, pages, self.delay())
 
 
+class TimedCopier:
+    """Copies take `seconds` each by the clock `now`, one after the other: one link."""
+
+    def __init__(self, arena: torch.Tensor, now: Callable[[], float], seconds: float):
+        self.started = 0
+        self.seconds = seconds
+        self._arena = arena
+        self._now = now
+        self._free_at = 0.0
+
+    def start(self, buffer: torch.Tensor, pages: list[int]) -> "TimedCopy":
+        self.started += 1
+        self._free_at = max(self._free_at, self._now()) + self.seconds
+        return TimedCopy(FakeCopy(self._arena, buffer, pages, 0), self._free_at, self._now)
+
+
+@dataclass
+class TimedCopy:
+    copy: FakeCopy
+    at: float
+    now: Callable[[], float]
+
+    def done(self) -> bool:
+        return self.now() >= self.at and self.copy.done()
+
+
 class FakeTiers:
     """The real tiers over the fakes. Limits as in `Config`, in adapters and in pages."""
 
@@ -167,14 +194,19 @@ class FakeTiers:
         prefix_cache: bool = True,
         fetch_delay: Delay = lambda: 0,
         copy_delay: Delay = lambda: 0,
+        copy_seconds: float | None = None,
+        now: Callable[[], float] = monotonic,
     ):
+        """copy_delay: in polls; copy_seconds, if given, by the clock `now` instead."""
         self.pool, self.clock = PagePool(total_pages), Clock()
         self.arena = torch.zeros(total_pages, PAGE_BYTES, dtype=torch.uint8)
         self.prefix = PrefixCache(self.pool, self.clock, page_size, enabled=prefix_cache)
         self.namespaces = Namespaces(self.prefix)
         self.table = LoraTable(self.arena, TARGET.dtype, ((0,),))
         self.loader = FakeLoader(files, fetch_delay)
-        self.copier = FakeCopier(self.arena, copy_delay)
+        self.copier: FakeCopier | TimedCopier = FakeCopier(self.arena, copy_delay)
+        if copy_seconds is not None:
+            self.copier = TimedCopier(self.arena, now, copy_seconds)
         self.host = HostCache(max_loaded_loras, None if max_host_pages is None else max_host_pages * PAGE_BYTES)
         self.residency = Residency(
             self.pool,
@@ -185,6 +217,7 @@ class FakeTiers:
             max_count=max_loras_per_batch,
             max_pages=max_device_pages,
             on_evict=lambda version: self.store.evicted(version),
+            now=now,
         )
         self.reclaimer = Reclaimer(self.pool, self.clock, [self.prefix, self.residency])
         self.store = AdapterStore(

@@ -100,6 +100,11 @@ class Engine:
         """Something is unfinished: requests, answers, adapters on their way."""
         return self.running or bool(self.scheduler.unfinished or (self.adapters and self.adapters.busy))
 
+    @property
+    def copying(self) -> bool:
+        """Adapters are on their way to the device, which nothing but the next step notices."""
+        return self.adapters is not None and self.adapters.residency.forecast.copying
+
     # ------------------------------------------------------------------ messages
 
     def handle(self, message: ToEngine) -> None:

@@ -21,6 +21,11 @@ class Chunk:
     skipped: int  # so many of its first tokens come before activation: no adapter acts on them
     logprob_positions: range  # prompt positions whose logits are wanted
 
+    @property
+    def decodes(self) -> bool:
+        """It is the one new token of an answer, not a piece of a prompt."""
+        return self.count == 1 and self.request.decoding_chunk(self.start)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -34,8 +39,8 @@ class StepPlan:
         return sum(c.count for c in self.chunks)
 
     @property
-    def prefill_tokens(self) -> int:
-        return sum(c.count for c in self.chunks if c.count > 1 or not c.request.output_ids)
+    def prompt_tokens(self) -> int:
+        return sum(c.count for c in self.chunks if not c.decodes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,8 @@
 `plan` and `commit` are separate, so that step N + 1 can be planned before the tokens of step N are known; on CPU they
 follow each other. Owns the queues and the requests' states; memory and adapters are asked, not known.
 
-Rules: decoding requests always go on, oldest first; prompts share `chunked_prefill_size` new tokens a step; a waiting
-request whose adapter is not there yet is passed by, until it has waited `MAX_WAIT` seconds: then nobody younger is
-admitted before it. When pages run out the youngest running request is preempted.
+Rules: decoding requests always go on, oldest first; prompts share `chunked_prefill_size` new tokens a step; which
+waiting requests start is `admission.py`'s choice. When pages run out the youngest running request is preempted.
 """
 
 import bisect
@@ -15,15 +14,15 @@ from time import monotonic
 from multilora.adapters.components import Components
 from multilora.adapters.namespaces import Namespaces
 from multilora.adapters.store import AdapterStore, Want
+from multilora.engine.admission import MAX_WAIT, Admission
 from multilora.engine.messages import Finished, Output
 from multilora.engine.plan import Chunk, StepPlan, StepResult
 from multilora.engine.policy import POLICIES
 from multilora.engine.request import PageNamespaces, Request, State
+from multilora.engine.step_cost import StepCost
 from multilora.errors import CannotFit, MultiloraError
 from multilora.memory.page_table import KVPages
 from multilora.params import Composition
-
-MAX_WAIT = 5.0  # seconds
 
 
 class Scheduler:
@@ -54,9 +53,14 @@ class Scheduler:
         self.eos_token_ids = eos_token_ids
         self._max_running = max_running
         self._chunk_tokens = chunk_tokens
-        self._order = POLICIES[policy]
-        self._max_wait = max_wait
         self._clock = clock
+        self._cost = StepCost()
+        self._admission = Admission(
+            POLICIES[policy], self.components, self._cost, want=self._want, matched=self._matched_pages,
+            max_wait=max_wait, clock=clock,
+        )  # fmt: skip
+        self._launched_at: dict[int, float] = {}  # step → when, while it is on its way
+        self._committed_at = 0.0
         self._requests: dict[str, Request] = {}
         self._outbox: list[Output] = []  # endings that no step brings
 
@@ -124,38 +128,33 @@ class Scheduler:
         return budget
 
     def _admit(self, chunks: dict[Request, Chunk], budget: int) -> None:
-        if len(self.running) >= self._max_running or budget == 0:
-            return  # with thousands waiting, not even looking at them counts
-        for request in self._candidates():
-            if len(self.running) >= self._max_running or budget == 0:
+        if not self.waiting:
+            return
+        slots = self._max_running - len(self.running)
+        for request in self._admission.choose(self.waiting, list(chunks.values()), slots, budget):
+            if budget == 0:
                 return
-            if request.in_flight:  # preempted while its token was being sampled: wait for that
-                continue
-            match self._want(request):
-                case Want.READY:
-                    if self._start(request):
-                        budget -= self._take(chunks, request, min(request.remaining, budget))
-                    elif not self._hopeless(request):
-                        return
-                case Want.BLOCKED if self._hopeless(request):
-                    continue
-                case _ if self._aged(request):
-                    return  # nobody overtakes it any more
+            if not self.components.ready(request.versions):
+                continue  # they have given way to pages of one that started before
+            self._look_at(request)
+            if self._start(request):
+                budget -= self._take(chunks, request, min(request.remaining, budget))
+            elif not self._hopeless(request):
+                return
 
-    def _candidates(self) -> list[Request]:
-        """Who has waited too long comes first, whatever the policy. The queue is in order of arrival."""
-        now = self._clock()
-        aged = bisect.bisect_left(self.waiting, True, key=lambda r: now - r.arrival <= self._max_wait)
-        return self.waiting[:aged] + self._order(self.waiting[aged:], self._matched_pages)
+    def _want(self, request: Request, urgent: bool) -> Want:
+        """An adapter comes only if the request could start then, and those that run go on for a while."""
+        self._look_at(request)
+        spare = self.kv.pages_for(request.num_tokens + 1) + len(self.running)
+        found = self.components.want(request.versions, self.launched, urgent=urgent, spare=spare)
+        if found is Want.BLOCKED:
+            self._hopeless(request)
+        return found
 
-    def _aged(self, request: Request) -> bool:
-        return self._clock() - request.arrival > self._max_wait
-
-    def _want(self, request: Request) -> Want:
+    def _look_at(self, request: Request) -> None:
         if not request.looked_at:
             request.looked_at = True
             self.components.count_request(request.versions)
-        return self.components.want(request.versions, self.launched)
 
     def _hopeless(self, request: Request) -> bool:
         """Since it came, pins or lower limits may have left a composition too little room for ever: it ends here.
@@ -179,7 +178,7 @@ class Scheduler:
             self.kv.release(table, self.launched)
             self.components.release(request.versions)
             return False
-        self.waiting.remove(request)
+        self._dequeue(request)
         self.running.append(request)
         request.state = State.RUNNING
         request.table = table
@@ -228,6 +227,7 @@ class Scheduler:
 
     def launch(self, plan: StepPlan) -> None:
         """The plan is on its way: its tokens count as planned."""
+        self._launched_at[plan.number] = self._clock()
         for chunk in plan.chunks:
             chunk.request.planned += chunk.count
             chunk.request.in_flight += chunk.sample
@@ -235,6 +235,9 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[Output]:
         """The step has finished. Take in its tokens; returns what the front should hear."""
         self.kv.pool.complete(plan.number)
+        begun = max(self._launched_at.pop(plan.number), self._committed_at)
+        self._committed_at = self._clock()
+        self._cost.observe(plan.prompt_tokens, self._committed_at - begun)
         outputs = []
         sampled = 0
         for i, chunk in enumerate(plan.chunks):
@@ -318,7 +321,7 @@ class Scheduler:
         if request.state is State.RUNNING:
             self._let_go(request)
         else:
-            self.waiting.remove(request)
+            self._dequeue(request)
         request.state = State.FINISHED
         self.namespaces.release(request.adapters, request.activation % self.kv.page_size)
         self.namespaces.release(request.adapters)
@@ -335,6 +338,11 @@ class Scheduler:
 
     def _enqueue(self, request: Request) -> None:
         bisect.insort(self.waiting, request, key=lambda r: r.order)
+        self.components.enqueue(request.versions)
+
+    def _dequeue(self, request: Request) -> None:
+        self.waiting.remove(request)
+        self.components.dequeue(request.versions)
 
     def _matched_pages(self, request: Request) -> int:
         return len(self.kv.match(request.tokens(), request.namespaces.of, request.match_limit))

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 STATS_SECONDS = 1.0
 PARENT_CHECK_MS = 1000
+BUSY_CHECK_MS = 10
+COPY_CHECK_MS = 1
 
 
 class Worker:
@@ -57,7 +59,8 @@ class Worker:
         if not self._engine.running:
             if not self._engine.busy:
                 self._idle()
-            self._poller.poll(10 if self._engine.busy else PARENT_CHECK_MS)
+            wait_ms = COPY_CHECK_MS if self._engine.copying else BUSY_CHECK_MS
+            self._poller.poll(wait_ms if self._engine.busy else PARENT_CHECK_MS)
         while True:
             try:
                 message = decode_to_engine(self._socket.recv(zmq.NOBLOCK))

@@ -296,6 +296,9 @@ def passed_by(files: Path, max_wait: float, steps: int) -> int:
     younger = []
     while not driver.answers[blocked].tokens and late < steps:
         younger.append(driver.submit(PROMPT, "a", ignore_eos=True))
+        request = engine.scheduler.get(younger[-1])
+        assert request is not None
+        request.arrival += late
         driver.step()
         late += 1.0
     passed = sum(bool(driver.answers[rid].tokens) for rid in younger)
