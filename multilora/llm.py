@@ -37,6 +37,7 @@ from multilora.errors import BadRequest, MultiloraError, from_wire
 from multilora.params import SamplingParams
 from multilora.text.choice import Choice, parse_choices, parse_composition
 from multilora.text.grammar import GrammarCompiler
+from multilora.text.own_tokens import Vocabularies
 from multilora.text.prompt import check_prompt, engine_params
 from multilora.text.registry import AdapterRegistry, Held
 from multilora.text.stream import FinishReason, TextStream
@@ -93,6 +94,7 @@ class LLM:
                 )
             self._grammars: GrammarCompiler | None = None
             self._registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
+            self._vocabularies = Vocabularies(self.tokenizer, self._ready, self._registry, config.lora_root)
             self._rids = itertools.count()
             for entry in config.lora_paths:
                 self.load_lora_adapter(entry.lora_name, entry.lora_path, pinned=entry.pinned)
@@ -121,10 +123,11 @@ class LLM:
         """
         if top_logprobs_num < 0:
             raise BadRequest(f"top_logprobs_num must be 0 or more, is {top_logprobs_num}", param="top_logprobs_num")
-        single, ids = self._prompt_ids(prompts)
-        params = _spread(sampling_params, len(ids), "sampling_params")
-        choices = parse_choices(lora_path, len(ids))
+        single, given = _prompts(prompts)
+        params = _spread(sampling_params, len(given), "sampling_params")
+        choices = parse_choices(lora_path, len(given))
         self._registry.check_request(choices)
+        ids = [self._vocabularies.encode(*pair, "prompts")[0] for pair in zip(given, choices, strict=True)]
         wants = (return_logprob, logprob_start_len, top_logprobs_num)
         jobs: list[_Job] = []
         try:
@@ -142,13 +145,15 @@ class LLM:
     def _jobs(
         self, prompt: list[int], params: SamplingParams, choice: Choice, wants: tuple[bool, int, int]
     ) -> list[_Job]:
-        ready = self._ready
-        check_prompt(prompt, ready.context_length, ready.vocab_size)
+        ready, vocabulary = self._ready, self._vocabularies.of(choice)
+        check_prompt(prompt, ready.context_length, vocabulary.size)
+        vocabulary.check_grammar(params)
         grammar = self._grammar(params)
+        limits = (len(prompt), ready.context_length, vocabulary.size)
         jobs = []
         for sample in range(params.n):
-            sampling = engine_params(params, len(prompt), ready.context_length, ready.vocab_size, sample=sample)
-            stream = TextStream(self.tokenizer, params, prompt, ready.eos_token_ids)
+            sampling = engine_params(params, *limits, sample=sample, ends=vocabulary.ends)
+            stream = TextStream(vocabulary.tokenizer, params, prompt, ready.eos_token_ids)
             held = self._registry.acquire(choice)
             message = Submit(
                 rid=str(next(self._rids)),
@@ -190,29 +195,12 @@ class LLM:
     def _outputs(messages: list[FromEngine]) -> list[Output]:
         return [output for m in messages if isinstance(m, Outputs) for output in m.items]
 
-    def _prompt_ids(self, prompts: Any) -> tuple[bool, list[list[int]]]:
-        """(one prompt?, token ids of each)"""
-        if isinstance(prompts, str):
-            return True, [self._encode(prompts)]
-        items = list(prompts)
-        if items and all(isinstance(item, int) for item in items):
-            return True, [items]
-        if not items:
-            raise BadRequest("no prompts", param="prompts")
-        return False, [self._encode(item) if isinstance(item, str) else _token_ids(item) for item in items]
-
-    def _encode(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise BadRequest("text prompts need a tokenizer (skip_tokenizer_init is set)", param="prompts")
-        return self.tokenizer.encode(text)
-
     def _grammar(self, params: SamplingParams) -> str | None:
         if params.json_schema is None and params.regex is None and params.ebnf is None:
             return None
-        if self.tokenizer is None:
-            raise BadRequest("grammars need a tokenizer (skip_tokenizer_init is set)", param="json_schema")
+        tokenizer = self._vocabularies.base.reader("a grammar", "json_schema")
         if self._grammars is None:
-            self._grammars = GrammarCompiler(self.tokenizer, self._ready.vocab_size)
+            self._grammars = GrammarCompiler(tokenizer, self._ready.vocab_size)
             self._engine.handle(UseTokenizer(self._grammars.tokenizer_info_json()))
         return self._grammars.compile(params)
 
@@ -223,39 +211,55 @@ class LLM:
         version = self._registry.begin_load(lora_name, lora_path, pinned)
         try:
             info = self._call(LoadAdapter(call=version, version=version, path=lora_path, pinned=pinned)).info
+            assert info is not None
+            self._add_tokens(info, lora_path)
         except MultiloraError:
             self._registry.fail_load(version)
             raise
-        assert info is not None
         self._registry.commit_load(version, info)
         return info
+
+    def _add_tokens(self, info: AdapterInfo, path: str | None) -> None:
+        """The last step of a load that went well so far: if it fails, the engine forgets the adapter."""
+        try:
+            if self._vocabularies.concerns(info):
+                self._vocabularies.add(info, path)
+        except MultiloraError:
+            self._call(UnloadAdapter(info.version, info.version))
+            raise
 
     def load_lora_adapters(self, lora_paths: Mapping[str, str]) -> dict[str, AdapterInfo]:
         """Load several, name → path, side by side: faster than one after the other.
 
         Raises the first one's error when all have ended; those without an error are loaded then.
         """
-        versions: list[int] = []
+        paths: dict[int, str] = {}  # by version
         errors: list[MultiloraError] = []
         replies: dict[int, Reply] = {}
         for name, path in lora_paths.items():
             try:
-                versions.append(self._registry.begin_load(name, path))
+                version = self._registry.begin_load(name, path)
             except MultiloraError as e:
                 errors.append(e)
             else:
-                self._engine.handle(LoadAdapter(call=versions[-1], version=versions[-1], path=path, pinned=False))
-        while len(replies) < len(versions):
+                paths[version] = path
+                self._engine.handle(LoadAdapter(call=version, version=version, path=path, pinned=False))
+        while len(replies) < len(paths):
             replies |= {r.call: r for r in self._step() if isinstance(r, Reply)}
-        for version in versions:
-            if (info := replies[version].info) is not None:
-                self._registry.commit_load(version, info)
-            else:
+        for version in paths:
+            reply = replies[version]
+            try:
+                if reply.info is None:
+                    raise from_wire(reply.kind, reply.message)
+                self._add_tokens(reply.info, paths[version])
+            except MultiloraError as e:
                 self._registry.fail_load(version)
-                errors.append(from_wire(replies[version].kind, replies[version].message))
+                errors.append(e)
+            else:
+                self._registry.commit_load(version, reply.info)
         if errors:
             raise errors[0]
-        return {name: info for name, v in zip(lora_paths, versions, strict=True) if (info := replies[v].info)}
+        return {name: info for name, v in zip(lora_paths, paths, strict=True) if (info := replies[v].info)}
 
     def load_lora_adapter_from_tensors(
         self, lora_name: str, tensors: dict[str, torch.Tensor], config: dict[str, Any], pinned: bool = False
@@ -268,11 +272,12 @@ class LLM:
         try:
             path = str(self._spool.add(version, config, lambda path: _save(tensors, path)))
             info = self._call(LoadAdapter(call=version, version=version, path=path, pinned=pinned)).info
+            assert info is not None
+            self._add_tokens(info, None)
         except BaseException:
             self._registry.fail_load(version)
             self._spool.remove(version)
             raise
-        assert info is not None
         self._registry.commit_load(version, info)
         return info
 
@@ -287,6 +292,7 @@ class LLM:
             self._call(UnloadAdapter(version, version))
         self._registry.finish_unload(version)
         self._spool.remove(version)
+        self._vocabularies.remove(version)
 
     def loaded_adapters(self) -> dict[str, str]:
         """Name → path ("__tensor__": loaded from tensors)."""
@@ -341,6 +347,18 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     except (AttributeError, TypeError, ValueError, RuntimeError) as e:  # no tensor, or one that is sparse, meta, …
         raise BadRequest(f"tensors: cannot be written as a .safetensors file: {e}", param="tensors") from e
     path.write_bytes(data)
+
+
+def _prompts(prompts: Any) -> tuple[bool, list[Any]]:
+    """(one prompt?, text or token ids of each)"""
+    if isinstance(prompts, str):
+        return True, [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, int) for item in items):
+        return True, [items]
+    if not items:
+        raise BadRequest("no prompts", param="prompts")
+    return False, [item if isinstance(item, str) else _token_ids(item) for item in items]
 
 
 def _token_ids(prompt: Any) -> list[int]:

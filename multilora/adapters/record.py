@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from multilora.lora.panels import AdapterShape, Affine, PanelLayout
+from multilora.lora.panels import Affine, PanelLayout
 
 
 @dataclass
@@ -38,9 +38,8 @@ class Record:
 
     @property
     def trains_tokens(self) -> bool:
-        """Whether it changes token embeddings, so that it may have tokens the base model's tokenizer does not know."""
-        shape = self.layout.shape if self.layout else AdapterShape(())
-        return bool(shape.whole) and any(w.module == "embed_tokens" for w in shape.whole)
+        """Whether it changes token embeddings: it may have tokens that the base model's tokenizer does not know."""
+        return "embed_tokens" in self.target_modules
 
     @property
     def alone(self) -> str:

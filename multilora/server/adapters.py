@@ -25,6 +25,7 @@ from multilora.server.metrics import Metrics
 from multilora.server.streaming import Json
 from multilora.server.tensors import BoundedRoute, LoadTensorsBody, write_weights
 from multilora.text.choice import parse_composition, show
+from multilora.text.own_tokens import Vocabularies
 from multilora.text.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,21 @@ T = TypeVar("T")
 
 
 class AdapterManager:
-    """One per server. `spool`: where adapters that come as tensors are kept."""
+    """One per server. `spool`: where adapters that come as tensors are kept; `vocabularies`: told of each adapter."""
 
-    def __init__(self, client: Client, registry: AdapterRegistry, metrics: Metrics, spool: Spool):
+    def __init__(
+        self,
+        client: Client,
+        registry: AdapterRegistry,
+        metrics: Metrics,
+        spool: Spool,
+        vocabularies: Vocabularies,
+    ):
         self.registry = registry
         self._client = client
         self._metrics = metrics
         self._spool = spool
+        self._vocabularies = vocabularies
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def load(self, name: str, path: str, *, pinned: bool | None = None, replace: bool = False) -> AdapterInfo:
@@ -76,7 +85,7 @@ class AdapterManager:
 
         async def fetch(version: int, entry: LoraPath) -> AdapterInfo:
             async with limit:
-                return await self._client.load_adapter(version, entry.lora_path, entry.pinned)
+                return await self._fetch(version, entry.lora_path, entry.pinned)
 
         versions = [self.registry.begin_load(p.lora_name, p.lora_path, p.pinned) for p in paths]
         tasks = [asyncio.create_task(fetch(v, p)) for v, p in zip(versions, paths, strict=True)]
@@ -97,7 +106,7 @@ class AdapterManager:
             pinned = any(e.name == name and e.pinned for e in self.registry.entries())
         version = self.registry.begin_load(name, path, pinned, replace=replace)
         try:
-            info = await self._client.load_adapter(version, path, pinned)
+            info = await self._fetch(version, path, pinned)
         except BaseException:
             self.registry.fail_load(version)
             raise
@@ -107,6 +116,17 @@ class AdapterManager:
             self._spawn(self._drop(replaced))
         return info
 
+    async def _fetch(self, version: int, path: str, pinned: bool, *, with_files: bool = True) -> AdapterInfo:
+        """Into the engine, and its tokens to the front. with_files: a tokenizer may lie beside its weights."""
+        info = await self._client.load_adapter(version, path, pinned)
+        if self._vocabularies.concerns(info):
+            try:
+                await asyncio.to_thread(self._vocabularies.add, info, path if with_files else None)
+            except BaseException:
+                await self._client.unload_adapter(version)
+                raise
+        return info
+
     async def _load_tensors(
         self, name: str, config: dict[str, Any], write: Callable[[Path], None], pinned: bool
     ) -> AdapterInfo:
@@ -114,7 +134,7 @@ class AdapterManager:
         try:
             path = str(await asyncio.to_thread(self._spool.add, version, config, write))
             try:
-                info = await self._client.load_adapter(version, path, pinned)
+                info = await self._fetch(version, path, pinned, with_files=False)
             except MultiloraError as e:
                 e.message = e.message.replace(path, TENSOR_ROOT)
                 raise
@@ -143,6 +163,7 @@ class AdapterManager:
         finally:
             self.registry.finish_unload(version)
             self._spool.remove(version)
+            self._vocabularies.remove(version)
 
     async def _carry_through(self, change: Coroutine[Any, Any, T]) -> T:
         return await asyncio.shield(self._spawn(change))

@@ -16,6 +16,7 @@ from multilora.server.auth import KeyCheck
 from multilora.server.client import Client
 from multilora.server.generation import Front
 from multilora.server.metrics import Metrics
+from multilora.text.own_tokens import Vocabularies
 from multilora.text.registry import AdapterRegistry
 from multilora.text.tokenizer import Tokenizer
 
@@ -32,8 +33,9 @@ def create_app(
     for the OpenAI routes. `spool`: the one that the engine was told of, else one of its own. The app's
     `state.adapters` is its `AdapterManager`."""
     metrics = Metrics(registry, lambda: client.stats, config.max_loras_per_batch)
-    front = Front(config, client, tokenizer, registry, metrics, sampling_defaults)
-    manager = adapters.AdapterManager(client, registry, metrics, spool or Spool())
+    vocabularies = Vocabularies(tokenizer, client.ready, registry, config.lora_root)
+    front = Front(config, client, vocabularies, registry, metrics, sampling_defaults)
+    manager = adapters.AdapterManager(client, registry, metrics, spool or Spool(), vocabularies)
     app = FastAPI(title="multilora", version=multilora.__version__)
     app.state.adapters = manager
     errors.install(app, dict.fromkeys(adapters.NATIVE_PATHS, lambda e: adapters.native_result(registry, e.message)))

@@ -30,13 +30,14 @@ class Choices:
     """The jobs of one request, and its sequences as choices."""
 
     def __init__(self, front: Front, body: ChatBody):
-        self._tokenizer = front.need_tokenizer("chat", "messages")
         self._with_logprobs = bool(body.logprobs)
         if body.top_logprobs is not None and not body.logprobs:
             raise BadRequest("top_logprobs: only together with logprobs", param="top_logprobs")
         top = check_top_logprobs(body.top_logprobs or 0, "top_logprobs")
         adapters = adapters_of(front.registry, body, 1)[0]
         sampling = body.sampling(front.sampling_defaults, _limit(body))
+        vocabulary = front.vocabularies.of(adapters)
+        self._tokenizer = vocabulary.writer("chat", "messages")
         prompt = self._tokenizer.encode_chat(
             [message.plain() for message in body.messages],
             tools=_tools(body),
@@ -49,6 +50,7 @@ class Choices:
                 prompt_ids=prompt,
                 sampling=sampling,
                 adapters=adapters,
+                vocabulary=vocabulary,
                 sample=j,
                 return_logprob=self._with_logprobs,
                 top_logprobs_num=top,

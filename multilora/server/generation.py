@@ -24,10 +24,10 @@ from multilora.params import SamplingParams
 from multilora.server.client import Client
 from multilora.server.metrics import Metrics
 from multilora.text.choice import BASE, Choice
+from multilora.text.own_tokens import Vocabularies, Vocabulary
 from multilora.text.prompt import check_prompt, engine_params
 from multilora.text.registry import AdapterRegistry, Held
 from multilora.text.stream import Delta, FinishReason, TextStream
-from multilora.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from multilora.text.grammar import GrammarCompiler
@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One sequence to generate. `sample`: which of the `n` answers to the same prompt."""
+    """One sequence to generate. `vocabulary`: whose tokens `prompt_ids` are if they were text, None: ids were given.
+    `sample`: which of the `n` answers to the same prompt."""
 
     prompt_ids: list[int]
     sampling: SamplingParams
     adapters: Choice = BASE
+    vocabulary: Vocabulary | None = None
     sample: int = 0
     return_logprob: bool = False
     logprob_start_len: int = -1
@@ -56,6 +58,7 @@ class Sequence:
     job: Job
     stream: TextStream
     held: Held
+    vocabulary: Vocabulary
     queue: "asyncio.Queue[Output]" = field(default_factory=asyncio.Queue)
     seconds: float = 0.0  # from start to the last delta
     queue_seconds: float = 0.0
@@ -140,20 +143,20 @@ class Flight:
 
 
 class Front:
-    """What all generating routes share: the engine's client, the tokenizer, the names, the flights in the air."""
+    """What all generating routes share: the engine's client, the tokenizers, the names, the flights in the air."""
 
     def __init__(
         self,
         config: Config,
         client: Client,
-        tokenizer: Tokenizer | None,
+        vocabularies: Vocabularies,
         registry: AdapterRegistry,
         metrics: Metrics,
         sampling_defaults: dict[str, Any] | None = None,
     ):
         self.config = config
         self.client = client
-        self.tokenizer = tokenizer
+        self.vocabularies = vocabularies
         self.registry = registry
         self.metrics = metrics
         self.sampling_defaults = dict(sampling_defaults or {}) if config.sampling_defaults == "model" else {}
@@ -163,12 +166,7 @@ class Front:
         self._tokenizer_info: str | None = None  # for the engine, once there are grammars and until it is sent
         self._compiling = ThreadPoolExecutor(1, "grammar")
 
-    # text
-
-    def need_tokenizer(self, what: str, param: str | None = None) -> Tokenizer:
-        if self.tokenizer is None:
-            raise BadRequest(f"{what} needs a tokenizer; this server runs with --skip-tokenizer-init", param=param)
-        return self.tokenizer
+    # grammars
 
     async def _with_grammars(self, submits: list[Submit], jobs: list[Job]) -> list[Submit]:
         """Add the compiled grammars: each distinct one compiled once, off the event loop."""
@@ -190,7 +188,8 @@ class Front:
             from multilora.text.grammar import GrammarCompiler  # heavy, and most servers never need it
 
             ready = self.client.ready
-            self._grammars = GrammarCompiler(self.need_tokenizer("a grammar"), ready.vocab_size, ready.eos_token_ids)
+            tokenizer = self.vocabularies.base.reader("a grammar")
+            self._grammars = GrammarCompiler(tokenizer, ready.vocab_size, ready.eos_token_ids)
             self._tokenizer_info = self._grammars.tokenizer_info_json()
         return self._grammars.compile(sampling)
 
@@ -248,25 +247,29 @@ class Front:
             raise QueueFull(f"the queue is full: {len(self._open)} requests run or wait; try again later")
 
     def _board(self, flight: Flight, job: Job, rid: str) -> Submit:
-        ready, sampling = self.client.ready, job.sampling
-        check_prompt(job.prompt_ids, ready.context_length, ready.vocab_size)
-        length = len(job.prompt_ids)
-        params = engine_params(sampling, length, ready.context_length, ready.vocab_size, sample=job.sample)
+        ready, sampling, length = self.client.ready, job.sampling, len(job.prompt_ids)
+        vocabulary = self.vocabularies.of(job.adapters)
+        if job.vocabulary not in (None, vocabulary):
+            raise BadRequest("the adapter was replaced while its prompt was tokenized: send the request again")
+        check_prompt(job.prompt_ids, ready.context_length, vocabulary.size)
+        limits = (length, ready.context_length, vocabulary.size)
+        params = engine_params(sampling, *limits, sample=job.sample, ends=vocabulary.ends)
+        vocabulary.check_grammar(sampling)
         if not -1 <= job.logprob_start_len <= length:
             raise BadRequest(
                 f"logprob_start_len = {job.logprob_start_len}: the prompt has {length} tokens",
                 param="logprob_start_len",
             )
-        if not 0 <= job.top_logprobs_num <= ready.vocab_size:
+        if not 0 <= job.top_logprobs_num <= vocabulary.size:
             raise BadRequest(
-                f"top_logprobs_num = {job.top_logprobs_num}: must be 0 to {ready.vocab_size}",
+                f"top_logprobs_num = {job.top_logprobs_num}: must be 0 to {vocabulary.size}",
                 param="top_logprobs_num",
             )
         if sampling.stop_strings or sampling.stop_regexes:
-            self.need_tokenizer("a stop string", "stop")
-        stream = TextStream(self.tokenizer, sampling, job.prompt_ids, ready.eos_token_ids)
+            vocabulary.reader("a stop string", "stop")
+        stream = TextStream(vocabulary.tokenizer, sampling, job.prompt_ids, ready.eos_token_ids)
         key = f"{rid}@{next(self._serial)}"
-        sequence = Sequence(rid, key, job, stream, self.registry.acquire(job.adapters))
+        sequence = Sequence(rid, key, job, stream, self.registry.acquire(job.adapters), vocabulary)
         self._open[rid] = sequence
         flight.sequences.append(sequence)
         return Submit(

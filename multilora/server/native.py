@@ -3,7 +3,7 @@
 Knows the native wire format; the generating is `generation.Front`'s.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from multilora.server.errors import StrictRoute
 from multilora.server.generation import Flight, Front, Job, Sequence
 from multilora.server.streaming import EventStream, Json, frame, while_connected
 from multilora.text.choice import parse_choices
+from multilora.text.tokenizer import Tokenizer
 
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
 
@@ -54,21 +55,23 @@ class Plan:
 
 def make_plan(front: Front, body: GenerateBody) -> Plan:
     """Raises BadRequest naming the field."""
-    prompts, batch = _prompts(front, body)
+    prompts, batch = _prompts(body)
     count = len(prompts)
     sampling = [SamplingParams.parse(p) for p in _spread(body.sampling_params, count, "sampling_params")]
     samples = sampling[0].n
     if any(params.n != samples for params in sampling):
         raise BadRequest("sampling_params.n must be the same for every item of a batch", param="n")
     adapters = parse_choices(body.lora_path, count)
+    encoded = [front.vocabularies.encode(*pair, "text") for pair in zip(prompts, adapters, strict=True)]
     logprob = _spread(body.return_logprob, count, "return_logprob")
     start = _spread(body.logprob_start_len, count, "logprob_start_len")
     top = _spread(body.top_logprobs_num, count, "top_logprobs_num")
     jobs = [
         Job(
-            prompt_ids=prompts[i],
+            prompt_ids=encoded[i][0],
             sampling=sampling[i],
             adapters=adapters[i],
+            vocabulary=encoded[i][1],
             sample=j,
             return_logprob=bool(logprob[i]),
             logprob_start_len=-1 if start[i] is None else start[i],
@@ -81,14 +84,13 @@ def make_plan(front: Front, body: GenerateBody) -> Plan:
     return Plan(jobs, _rids(body.rid, count, samples, batch), batch)
 
 
-def _prompts(front: Front, body: GenerateBody) -> tuple[list[list[int]], bool]:
-    """Token ids of each prompt, and whether a list was given."""
+def _prompts(body: GenerateBody) -> tuple[list[Any], bool]:
+    """Text or token ids of each prompt, and whether a list was given."""
     if (body.text is None) == (body.input_ids is None):
         raise BadRequest("exactly one of text and input_ids must be given", param="text")
     if body.text is not None:
-        tokenizer = front.need_tokenizer("text", "text")
-        texts = [body.text] if isinstance(body.text, str) else body.text
-        prompts, batch = [tokenizer.encode(text) for text in texts], isinstance(body.text, list)
+        batch = isinstance(body.text, list)
+        prompts: list[Any] = body.text if isinstance(body.text, list) else [body.text]
     else:
         given: list[Any] = body.input_ids or []
         batch = bool(given) and isinstance(given[0], list)
@@ -120,10 +122,9 @@ class Answers:
     """Sequences as the objects of the native wire format."""
 
     def __init__(self, front: Front, body: GenerateBody):
-        self._tokenizer = front.tokenizer
         self._with_text = bool(body.return_text_in_logprobs)
         if self._with_text:
-            front.need_tokenizer("return_text_in_logprobs", "return_text_in_logprobs")
+            front.vocabularies.base.reader("return_text_in_logprobs", "return_text_in_logprobs")
 
     async def frames(self, flight: Flight, batch: bool) -> AsyncGenerator[bytes, None]:
         async for index, _ in flight.events():
@@ -149,21 +150,21 @@ class Answers:
 
     def _logprobs(self, sequence: Sequence) -> dict[str, Any]:
         stream, job = sequence.stream, sequence.job
+        tokenizer = sequence.vocabulary.tokenizer if self._with_text else None
         prompt = job.prompt_ids[job.logprob_start_len :] if job.logprob_start_len >= 0 else []
         found: dict[str, Any] = {
-            "input_token_logprobs": self._triples(stream.input_logprobs or [], prompt),
-            "output_token_logprobs": self._triples(stream.logprobs or [], stream.token_ids),
+            "input_token_logprobs": _triples(zip(stream.input_logprobs or [], prompt, strict=False), tokenizer),
+            "output_token_logprobs": _triples(zip(stream.logprobs or [], stream.token_ids, strict=False), tokenizer),
         }
         if job.top_logprobs_num:
-            found["input_top_logprobs"] = [self._top(top) for top in stream.input_top_logprobs or []]
-            found["output_top_logprobs"] = [self._top(top) for top in stream.top_logprobs or []]
+            found["input_top_logprobs"] = [_top(top, tokenizer) for top in stream.input_top_logprobs or []]
+            found["output_top_logprobs"] = [_top(top, tokenizer) for top in stream.top_logprobs or []]
         return found
 
-    def _triples(self, logprobs: list[Any], tokens: list[int]) -> list[Triple]:
-        return [(logprob, token, self._text(token)) for logprob, token in zip(logprobs, tokens, strict=False)]
 
-    def _top(self, top: TopLogprobs | None) -> list[Triple] | None:
-        return None if top is None else [(logprob, token, self._text(token)) for logprob, token in top]
+def _top(top: TopLogprobs | None, tokenizer: Tokenizer | None) -> list[Triple] | None:
+    return None if top is None else _triples(top, tokenizer)
 
-    def _text(self, token: int) -> str | None:
-        return self._tokenizer.token_text(token) if self._with_text and self._tokenizer else None
+
+def _triples(pairs: Iterable[tuple[float | None, int]], tokenizer: Tokenizer | None) -> list[Triple]:
+    return [(logprob, token, tokenizer.token_text(token) if tokenizer else None) for logprob, token in pairs]

@@ -26,10 +26,17 @@ def check_prompt(ids: Sequence[int], context_length: int, vocab_size: int, *, pa
 
 
 def engine_params(
-    params: SamplingParams, prompt_tokens: int, context_length: int, vocab_size: int, *, sample: int = 0
+    params: SamplingParams,
+    prompt_tokens: int,
+    context_length: int,
+    vocab_size: int,
+    *,
+    sample: int = 0,
+    ends: Sequence[int] = (),
 ) -> SamplingParams:
     """What the engine needs of `params` for one sample (number `sample` of `n`): limits clamped to the context,
-    text (stop strings, grammar source) left out, as it stays in the front. Raises BadRequest."""
+    text (stop strings, grammar source) left out, as it stays in the front. ends: ids that end this answer as the
+    model's EOS does. Raises BadRequest."""
     for token in itertools.chain(params.stop_token_ids or (), map(int, params.logit_bias or ())):
         if token >= vocab_size:
             name = "stop_token_ids" if token in (params.stop_token_ids or ()) else "logit_bias"
@@ -40,12 +47,16 @@ def engine_params(
     room = context_length - prompt_tokens
     limit = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
     seed = params.sampling_seed
+    stops = params.stop_token_ids
+    if ends and not params.ignore_eos:
+        stops = [*(stops or ()), *ends]
     return msgspec.structs.replace(
         params,
         max_new_tokens=limit,
         min_new_tokens=min(params.min_new_tokens, limit),
         sampling_seed=None if seed is None else _wrap_int64(seed + sample),
         n=1,
+        stop_token_ids=stops,
         stop=None,
         stop_regex=None,
         json_schema=None,

@@ -195,6 +195,12 @@ class AdapterRegistry:
                 param="lora_path",
             )
 
+    def sole_version(self, choice: Choice) -> int | None:
+        """Of the one adapter that acts, just as it is; None: the base model, a sum, or an adapter not loaded."""
+        parts = self._expand(choice)
+        entry = self._current.get(parts[0][0]) if parts and not _is_sum(parts) else None
+        return None if entry is None else entry.version
+
     def resolve_model(self, model: str, lora_path: Choice = BASE) -> Choice:
         """What an OpenAI request means: by `model` ("base", "base:", "base:adapter", "adapter") and the body's
         `lora_path`. Raises UnknownModel, UnknownAdapter, LoraNotEnabled, BadRequest."""

@@ -16,13 +16,17 @@ from multilora.errors import AdapterForbidden, AdapterNotFound
 __all__ = ["AdapterSource", "DirectorySource", "HubSource", "resolve"]
 
 
-def resolve(path: str, roots: tuple[str, ...] = (), hub: AdapterSource | None = None) -> Path:
+def resolve(
+    path: str, roots: tuple[str, ...] = (), hub: AdapterSource | None = None, extra: tuple[str, ...] = ()
+) -> Path:
     """The local directory with the files of adapter `path`; `hub` replaces the default hub. May download.
+
+    extra: names of other files that the caller will read if they are there.
 
     Raises AdapterNotFound, AdapterForbidden, AdapterInvalid, or AdapterError when the hub cannot be reached.
     """
     if path.startswith(("/", ".", "~")) or not is_encodable(path) or os.path.isdir(path):
-        return DirectorySource(roots).fetch(path)
+        return DirectorySource(roots, extra).fetch(path)
     if not is_hub_id(path):
         raise AdapterNotFound(
             f"adapter {show(path)}: no such directory, and not a hub repository (org/name[@revision])"
@@ -31,4 +35,4 @@ def resolve(path: str, roots: tuple[str, ...] = (), hub: AdapterSource | None = 
         raise AdapterForbidden(
             f"adapter {show(path)}: no such directory, and hub repositories are not served while --lora-root is set"
         )
-    return (hub or HubSource()).fetch(path)
+    return (hub or HubSource(extra=extra)).fetch(path)

@@ -21,10 +21,11 @@ def is_encodable(path: str) -> bool:
 
 
 class DirectorySource:
-    """Local directories, below `roots` when any is given."""
+    """Local directories, below `roots` when any is given. extra: names of files beside an adapter's own."""
 
-    def __init__(self, roots: Sequence[str] = ()):
+    def __init__(self, roots: Sequence[str] = (), extra: Sequence[str] = ()):
         self._roots = tuple(Path(os.path.realpath(Path(root).expanduser())) for root in roots)
+        self._names = (CONFIG_NAME, INDEX_NAME, *extra)
 
     def fetch(self, path: str) -> Path:
         """The real path of directory `path`.
@@ -43,12 +44,12 @@ class DirectorySource:
         return real
 
     def _files(self, directory: Path, path: str) -> list[Path]:
-        """Everything in the directory that `checkpoint` might open."""
+        """Everything in the directory that `checkpoint` or our caller might open."""
         try:
             names = sorted(os.listdir(directory))
         except OSError as e:
             raise AdapterInvalid(f"adapter directory {show(path)}: cannot be read: {e.strerror}") from None
-        return [directory / n for n in names if n in (CONFIG_NAME, INDEX_NAME) or n.endswith(".safetensors")]
+        return [directory / n for n in names if n in self._names or n.endswith(".safetensors")]
 
     def _check_inside(self, real: Path, path: str, file: str | None = None) -> None:
         if self._roots and not any(real.is_relative_to(root) for root in self._roots):

@@ -7,6 +7,7 @@ HF_HOME and HF_HUB_OFFLINE work as everywhere else. Called by `resolve`, in the 
 import logging
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,15 @@ def is_hub_id(path: str) -> bool:
 
 
 class HubSource:
-    """The hub at `endpoint` (None: HF_ENDPOINT, or the public one), cached in `cache_dir` (None: HF_HUB_CACHE)."""
+    """The hub at `endpoint` (None: HF_ENDPOINT, or the public one), cached in `cache_dir` (None: HF_HUB_CACHE).
 
-    def __init__(self, endpoint: str | None = None, cache_dir: Path | None = None):
+    extra: names of files beside an adapter's own, fetched where a repository has them.
+    """
+
+    def __init__(self, endpoint: str | None = None, cache_dir: Path | None = None, extra: Sequence[str] = ()):
         self._endpoint = endpoint
         self._cache_dir = cache_dir
+        self._patterns = [*FILES, *extra]
 
     def fetch(self, path: str) -> Path:
         """The cached snapshot of `org/name[@revision]`.
@@ -62,7 +67,7 @@ class HubSource:
                 revision=revision,
                 endpoint=self._endpoint,
                 cache_dir=self._cache_dir,
-                allow_patterns=FILES,
+                allow_patterns=self._patterns,
                 tqdm_class=Silent,
             )
         except Exception as e:  # huggingface_hub's own errors, those of its HTTP library (httpx or httpx2), OSError
