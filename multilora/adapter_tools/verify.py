@@ -5,6 +5,7 @@ sequences, and each token must be PEFT's choice and each logprob PEFT's. Owns pr
 comes from `reference`. Called by `commands`.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,7 +150,8 @@ def _compare(prompt: _Prompt, adapter: bool, answer: Generation, expected: torch
     for position, top in enumerate(tops):
         ids = torch.tensor([token for _, token in top or []])
         ours = torch.tensor([logprob for logprob, _ in top or []])
-        difference = max(difference, float((ours - expected[position, ids]).abs().max()))
+        apart = (ours - expected[position, ids]).abs().nan_to_num(nan=math.inf)
+        difference = max(difference, float(apart.max()))
     equal = 0
     for i, token in enumerate(answer.token_ids):
         row = expected[start - 1 + i]

@@ -1,19 +1,24 @@
 """`verify`: adapters saved by PEFT pass; one whose files say something else than PEFT loads does not."""
 
 import importlib.util
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from multilora.adapter_tools import verify as module
-from multilora.adapter_tools.verify import verify
+from multilora.adapter_tools.verify import _compare, _Prompt, verify
 from multilora.adapters.loader import InlineLoader
 from multilora.engine.build import build_engine
 from multilora.errors import AdapterIncompatible, ConfigError
-from multilora.llm import LLM
+from multilora.llm import LLM, Generation
 from multilora.testing import make_adapter, make_tiny_model
+from multilora.text.stream import FinishReason
 from multilora.text.testing import byte_level_tokenizer
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -66,6 +71,32 @@ def test_prompts_of_ones_own_and_no_tokenizer(files):
     assert verdict.ok and len(verdict.checks) == 8
     with pytest.raises(ConfigError, match="tokenizer"):
         verify(str(files / "for-bare"), str(files / "bare"), prompts=["text"], device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT, about transformers and about saving
+def test_an_adapter_with_more_tokens_than_the_model(files, tmp_path):
+    """PEFT needs a base model made larger first; `verify` does that."""
+    base = AutoModelForCausalLM.from_pretrained(files / "bare", dtype=torch.float32)
+    base.resize_token_embeddings(104, mean_resizing=False)
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+    )
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    model.save_pretrained(tmp_path)
+    verdict = verify(str(tmp_path), str(files / "bare"), device="cpu")
+    assert verdict.ok and verdict.base_ok and verdict.difference > 0
+
+
+def test_a_difference_that_is_no_number_is_the_largest():
+    check = _compare(_Prompt("x", [1]), True, answer(tokens=[2], logprob=math.nan), torch.zeros(2, 4), tolerance=1.0)
+    assert check.difference == math.inf and not check.within(1.0)
+
+
+def answer(tokens: list[int], logprob: float) -> Generation:
+    tops = [[(logprob, token)] for token in tokens]
+    return Generation("", tokens, FinishReason("length"), 1, 0, top_logprobs=tops, input_top_logprobs=[None])
 
 
 def test_other_weights_fail(files, monkeypatch):
