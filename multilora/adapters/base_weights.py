@@ -36,9 +36,11 @@ def differing_rows(weight: torch.Tensor, names: tuple[str, ...], directory: str)
 def _find(names: tuple[str, ...], directory: Path) -> tuple[Path, str]:
     index = directory / INDEX
     if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
-        name = next(name for name in names if name in files)
-        return directory / files[name], name
-    with safe_open(directory / SINGLE, framework="pt", device="cpu") as tensors:
-        held = set(tensors.keys())
-    return directory / SINGLE, next(name for name in names if name in held)
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    else:
+        with safe_open(directory / SINGLE, framework="pt", device="cpu") as tensors:
+            files = dict.fromkeys(tensors.keys(), SINGLE)
+    for name in names:
+        if name in files:
+            return directory / files[name], name
+    raise KeyError(names[0])

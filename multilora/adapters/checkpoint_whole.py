@@ -158,13 +158,12 @@ def _rows(
             what = f"{table} has LoRA or is in modules_to_save, and has trainable_token_indices"
             raise AdapterInvalid(f"{config.file}: {what}: PEFT does not load that")
         contents.check_shape(module, Part.TOKENS, (len(ids), base.hidden_size))
+        if ids and max(ids) >= contents.vocab_size:
+            raise AdapterIncompatible(
+                f"{config.file}: trainable_token_indices: token {max(ids)} is beyond the vocabulary of "
+                f"{contents.vocab_size}: added tokens need all of {EMBED} and {HEAD} (save_embedding_layers)"
+            )
         if ids:
-            if max(ids) >= contents.vocab_size:
-                what = (
-                    f"token {max(ids)}, but the base model has {contents.vocab_size}, and the adapter does not hold"
-                )
-                what = f"{what} all of {EMBED} and {HEAD} (save_embedding_layers)"
-                raise AdapterIncompatible(f"{config.file}: trainable_token_indices: {what}")
             found[table] = ids, module.tensors[Part.TOKENS]
     return found
 
@@ -214,7 +213,7 @@ def read(found: WholePlan, contents: Contents, deltas: Mapping[str, torch.Tensor
         for other in others:
             _check_equal(name, other, contents)
         tables[table] = tensors.read(name)
-    if contents.config.ties_saved(contents.base):
+    if contents.config.ties_saved(contents.base) and {EMBED_PLACE, HEAD_PLACE} <= found.full.keys():
         _check_equal(found.full[EMBED_PLACE], found.full[HEAD_PLACE], contents)
     for place, name in found.full.items():
         if place in (EMBED_PLACE, HEAD_PLACE):

@@ -350,7 +350,7 @@ FEATURES: dict[str, tuple[dict[str, Any], Tensors, BaseModel, type[AdapterError]
         Q | DELTA,
         BASE,
         AdapterIncompatible,
-        "token 9, but the base model has 9, and the adapter does not hold all",
+        "token 9 is beyond the vocabulary of 9",
     ),
     "rows of no table": (
         {"trainable_token_indices": {"q_proj": [1]}},

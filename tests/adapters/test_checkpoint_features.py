@@ -1,12 +1,14 @@
 """Every row of the parity table, block by block: put into a plain model's weights, they give PEFT's logits."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft_rows import INVOCATION, ROWS, TIED, Lab, Row
+from peft_rows import INVOCATION, ROWS, TIED, Lab, Row, renamed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from multilora.adapters.adapter import Adapter, AdapterLimits, Full, LowRank, Rows, Vector, VectorKind
@@ -15,6 +17,7 @@ from multilora.adapters.checkpoint import read_adapter
 from multilora.errors import AdapterError, AdapterIncompatible
 from multilora.models.load import read_config
 from multilora.models.sites import decoder_sites
+from multilora.testing import make_adapter
 
 SERVED = [row for row in ROWS if row.refused is None]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -170,3 +173,50 @@ def test_norms_are_no_target_modules(lab: Lab) -> None:
 def test_the_rank_limit_counts_embeddings(lab: Lab) -> None:
     with pytest.raises(AdapterIncompatible, match="rank 4 is over --max-lora-rank 3"):
         read(lab, row_of("LoRA on `embed_tokens`"), AdapterLimits(max_rank=3))
+
+
+def retrained(lab: Lab, tmp_path: Path, rows: list[int]) -> Adapter:
+    """modules_to_save with embed_tokens, of which training changed only these rows."""
+    path = lab.model("Llama")
+    model = make_adapter(tmp_path, path, r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    table = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).get_input_embeddings().weight.data
+    table[rows] += 1
+    model.get_input_embeddings().modules_to_save["default"].weight.data.copy_(table)
+    model.save_pretrained(str(tmp_path))
+    return read_adapter(tmp_path, base_of(path), AdapterLimits())
+
+
+def test_of_a_table_only_the_rows_that_differ(lab: Lab, tmp_path: Path) -> None:
+    found = [block for block in retrained(lab, tmp_path, [90, 4, 17]).blocks if not isinstance(block, LowRank)]
+    (rows,) = found
+    assert isinstance(rows, Rows) and rows.token_ids == (4, 17, 90) and rows.weight.shape == (3, 64)
+    assert ("Full", "embed_tokens") in kinds(retrained(lab, tmp_path, list(range(60))))
+    assert kinds(retrained(lab, tmp_path, [])) == {("LowRank", "q_proj")}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("k_proj.weight", "k_proj.modules_to_save.weight"),
+        (
+            ("k_proj.", "lora_A.", "lora_B."),
+            ("k_proj.modules_to_save.default.", "lora_A.default.", "lora_B.default."),
+        ),
+        ("base_model.model.model.", "base_model.model."),  # trained on the model without its head
+    ],
+)
+def test_other_spellings_of_saved_modules(old: Any, new: Any, lab: Lab, tmp_path: Path) -> None:
+    row = row_of("`modules_to_save`: a linear layer with its bias")
+    expected = read(lab, row)
+    shutil.copytree(lab.adapter(row), tmp_path / "a")
+    changes = [(old, new)] if isinstance(old, str) else zip(old, new, strict=True)
+    renamed(*changes)(tmp_path / "a")
+    found = read_adapter(tmp_path / "a", base_of(lab.model(row.model)), AdapterLimits())
+    assert kinds(found) == kinds(expected) and len(found.blocks) == len(expected.blocks)
+
+
+def test_a_base_model_whose_files_are_gone(lab: Lab, tmp_path: Path) -> None:
+    row = row_of("`save_embedding_layers`, tables as in the base model")
+    base = replace(base_of(lab.model(row.model)), weights_dir=str(tmp_path))
+    with pytest.raises(AdapterError, match="cannot be read for a comparison"):
+        read_adapter(lab.adapter(row), base, AdapterLimits())

@@ -1,5 +1,6 @@
 """adapter_config.json: what is refused and how it is said; PEFT's matching rules against PEFT's own functions."""
 
+import copy
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, _set_trainable, get_pattern_key
 
 from multilora.adapters.base_model import BaseModel
 from multilora.adapters.peft_config import parse_config
 from multilora.adapters.peft_match import pattern_key
 from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
+from multilora.testing import make_tiny_model
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 PATH = Path("adapter_config.json")
@@ -192,3 +195,73 @@ def test_errors_stay_short_and_encodable() -> None:
         with pytest.raises(AdapterError) as caught:
             parse_config(changed(config), PATH)
         assert len(caught.value.message.encode()) < 1000
+
+
+@pytest.mark.parametrize(
+    "entries", [["norm"], ["lm_head"], ["head"], ["layers.1"], ["mlp", "q_proj"], ["model.embed_tokens"]]
+)
+def test_saves_is_peft_s(entries: list[str], saved_model: torch.nn.Module) -> None:
+    """PEFT wraps whatever ends so; here the wrapped modules are asked for by every parameter's module."""
+    model = copy.deepcopy(saved_model)
+    names = [name.rpartition(".")[0] for name, _ in model.named_parameters()]
+    _set_trainable(model, "default", module_names=entries, inference_mode=True)
+    wrapped = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    config = parse_config(changed({"modules_to_save": entries}), PATH)
+    for name in names:
+        theirs = any(name == n or name.startswith(f"{n}.") for n in wrapped)
+        assert config.saves(name, BASE) == theirs, name
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+@pytest.mark.parametrize("entries", [["lm_head"], ["mlp"], ["q_proj", "layers.1"], ["o.*"], ["proj"]])
+def test_saved_modules_take_no_lora(entries: list[str]) -> None:
+    rule = {"target_modules": ["q_proj", "k_proj", "gate_proj", "lm_head"], "modules_to_save": entries}
+    config = parse_config(changed(rule), PATH)
+    nothing = {
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "target_parameters": None,
+    }
+    peft = SimpleNamespace(**nothing | rule)
+    for name in [*NAMES, "lm_head"]:
+        theirs = check_target_module_exists(peft, name)
+        excluded = type(theirs).__name__ == "_ExcludedModule"
+        assert config.targets(name, BASE) == (bool(theirs) and not excluded), name
+
+
+def test_all_linear_leaves_the_tables_out() -> None:
+    config = parse_config(changed({"target_modules": "all-linear"}), PATH)
+    assert config.targets("model.layers.0.mlp.up_proj", BASE)
+    assert not config.targets("lm_head", BASE)
+    assert not config.targets("model.embed_tokens", BASE)
+
+
+def test_ensured_ties_need_a_tied_model() -> None:
+    saved = parse_config(changed({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}), PATH)
+    assert saved.saves("model.embed_tokens", TIED) and not saved.saves("model.embed_tokens", BASE)
+    for targets in (["embed_tokens", "q_proj"], ".*(lm_head|q_proj)"):
+        lora = parse_config(changed({"target_modules": targets, "ensure_weight_tying": True}), PATH)
+        assert lora.targets("lm_head", TIED) and lora.targets("model.embed_tokens", TIED)
+        assert lora.targets("lm_head", BASE) != lora.targets("model.embed_tokens", BASE)
+    other = parse_config(changed({"target_modules": ["q_proj"], "ensure_weight_tying": True}), PATH)
+    assert not other.targets("lm_head", TIED)
+
+
+def test_tokens_by_module() -> None:
+    config = parse_config(changed({"trainable_token_indices": [5, 2]}), PATH)
+    assert config.tokens(BASE) == {"embed_tokens": (5, 2)}
+    assert config.ties_tokens(TIED) and not config.ties_tokens(BASE)
+    both = {"model.embed_tokens": [5, 2], "lm_head": [5, 2]}
+    assert parse_config(changed({"trainable_token_indices": both}), PATH).ties_tokens(TIED)
+    both["lm_head"] = [2]
+    config = parse_config(changed({"trainable_token_indices": both}), PATH)
+    assert config.tokens(TIED) == {"embed_tokens": (5, 2), "lm_head": (2,)} and not config.ties_tokens(TIED)
+    assert not parse_config(changed({"trainable_token_indices": {"lm_head": [2]}}), PATH).ties_tokens(TIED)
+    twice = parse_config(changed({"trainable_token_indices": {"embed_tokens": [1], "model.embed_tokens": [2]}}), PATH)
+    with pytest.raises(AdapterInvalid, match="embed_tokens is given twice"):
+        twice.tokens(BASE)

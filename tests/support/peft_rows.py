@@ -350,7 +350,7 @@ ROWS = [
         {"trainable_token_indices": [7, 102]},
         save={"save_embedding_layers": False},
         added=3,
-        refused="token 102, but the base model has 101",
+        refused="token 102 is beyond the vocabulary of 101",
     ),
     Row("PiSSA, converted when saved", {"init_lora_weights": "pissa"}, convert=True),
     Row("PiSSA by `pissa_niter_4`, converted when saved", {"init_lora_weights": "pissa_niter_4"}, convert=True),
