@@ -32,6 +32,7 @@ SAVED = frozenset((Part.WEIGHT, Part.BIAS, Part.SAVED_WEIGHT, Part.SAVED_BIAS))
 ORIGINAL = frozenset((Part.ORIGINAL_WEIGHT, Part.ORIGINAL_BIAS))
 COPIES = (Part.WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
 EMBED_PLACE, HEAD_PLACE = Place(MODEL_LEVEL, EMBED), Place(MODEL_LEVEL, HEAD)
+MAX_ADDED = 1 << 17  # rows of a table: every logit of a step is as wide as the widest adapter's
 FEW_ROWS = 0.5  # of a table; then the rest of it is the base model's
 CHECKPOINT_NAMES = {EMBED: (f"model.{EMBED}.weight",), HEAD: ("lm_head.weight", f"model.{EMBED}.weight")}
 
@@ -192,6 +193,9 @@ def _check_resized(found: WholePlan, contents: Contents) -> None:
         held, missing = (EMBED, HEAD) if EMBED in tables else (HEAD, EMBED)
         what = other_vocabulary(held, contents.vocab_size, contents.base.vocab_size)
         raise AdapterIncompatible(f"{contents.config.file}: {missing} is missing, and the adapter {what}")
+    if contents.vocab_size > contents.base.vocab_size + MAX_ADDED:
+        what = f"{contents.vocab_size} rows in the adapter, {contents.base.vocab_size} in the base model"
+        raise AdapterIncompatible(f"{contents.config.file}: {EMBED} has {what}: at most {MAX_ADDED} may be added")
 
 
 def _check_dora(place: Place, contents: Contents) -> None:

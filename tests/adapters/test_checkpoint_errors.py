@@ -53,6 +53,10 @@ def pair(module: str, width_in: int, width_out: int, rank: int = 2) -> Tensors:
     }
 
 
+def tables(rows: int) -> Tensors:
+    return {f"{name}.weight": torch.ones(rows, 8, dtype=torch.float16) for name in ("model.embed_tokens", "lm_head")}
+
+
 def add(extra: Tensors) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | extra
 
@@ -74,6 +78,11 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], type[AdapterError], str]] =
     ),
     "left over": (add({f"{Q0}.scale": WHOLE}), AdapterInvalid, f"{Q0}.scale': left over"),
     "left over, like A": (add({f"{Q0}.lora_AB.weight": WHOLE}), AdapterIncompatible, "no module"),
+    "tables without end": (
+        lambda tensors: tensors | tables(9 + (1 << 17) + 1),
+        AdapterIncompatible,
+        "embed_tokens has 131082 rows in the adapter, 9 in the base model: at most 131072 may be added",
+    ),
     "rank of the config": (add(pair(V0, 8, 6, 3)), AdapterInvalid, f"{V0}.lora_A.weight': rank 3"),
     "rank 0": (add(pair(V0, 8, 6, 0)), AdapterInvalid, f"{V0}.lora_A.weight': rank 0"),
     "ranks disagree": (add({f"{Q0}.lora_A.weight": torch.ones(3, 8)}), AdapterInvalid, "[3, 8] and [8, 2]"),

@@ -99,7 +99,8 @@ def test_blocks_are_what_peft_computes(row: Row, lab: Lab) -> None:
             ids.clamp(max=100)
         ).logits
         torch.testing.assert_close(merged(adapter, lab.model(row.model))(ids).logits, expected, **CLOSE)
-    assert (expected[..., :101] - base).abs().max() > 0.05, "the adapter does nothing"
+    shared = min(expected.shape[-1], base.shape[-1])
+    assert (expected[..., :shared] - base[..., :shared]).abs().max() > 0.05, "the adapter does nothing"
 
 
 @by_feature([row for row in ROWS if row.refused is not None])

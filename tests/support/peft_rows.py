@@ -58,7 +58,7 @@ class Row:
     convert: bool = False
     refused: str | None = None
     prompt: tuple[int, ...] = ()  # how the prompts begin
-    added: int = 0  # tokens, to the base model's
+    added: int = 0  # tokens, to the base model's; below 0: taken away
 
     def make(self, path: Path, model_path: Path) -> None:
         """Let PEFT write the adapter to directory `path`."""
@@ -93,7 +93,8 @@ class Row:
 
     def prompts(self, count: int, length: int = 9) -> list[list[int]]:
         rng = random.Random(len(self.feature))
-        tails = [[rng.randrange(3, TINY_SIZES["vocab_size"]) for _ in range(length)] for _ in range(count)]
+        vocab = TINY_SIZES["vocab_size"] + min(0, self.added)
+        tails = [[rng.randrange(3, vocab) for _ in range(length)] for _ in range(count)]
         return [[*self.prompt, *tail] for tail in tails]
 
 
@@ -317,6 +318,16 @@ ROWS = [
         added=3,
     ),
     Row(
+        "added tokens, `modules_to_save` and nothing else, tied",
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        TIED,
+        save={"save_embedding_layers": False},
+        prompt=ADDED,
+        added=3,
+    ),
+    Row("fewer tokens", added=-11),
+    Row("fewer tokens, tied", {}, TIED, added=-11),
+    Row(
         "added tokens, `modules_to_save`: `embed_tokens`, tied",
         {"modules_to_save": ["embed_tokens"]},
         TIED,
@@ -342,6 +353,14 @@ ROWS = [
     Row(
         "added tokens, LoRA on `embed_tokens`, `lm_head` not saved",
         {"target_modules": ["embed_tokens", "q_proj"]},
+        added=3,
+        refused="embed_tokens has 104 rows in the adapter, 101 in the base model",
+    ),
+    Row(
+        "added tokens, `modules_to_save`: `embed_tokens`, tied, `lm_head` not saved",
+        {"modules_to_save": ["embed_tokens"]},
+        TIED,
+        save={"save_embedding_layers": False},
         added=3,
         refused="embed_tokens has 104 rows in the adapter, 101 in the base model",
     ),
@@ -385,16 +404,36 @@ ROWS = [
     Row(
         "activated LoRA with `modules_to_save`",
         {"alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM", "modules_to_save": ["norm"]},
-        refused="activated LoRA (alora_invocation_tokens) with a trained",
+        refused="activated LoRA (alora_invocation_tokens) with a trained input_layernorm beside LoRA",
     ),
-    Row("`layer_replication`", {"layer_replication": [[0, 2], [1, 2]]}, refused="layer_replication"),
-    Row("`target_parameters`", edit={"target_parameters": ["mlp.up_proj.weight"]}, refused="target_parameters"),
+    Row(
+        "`layer_replication`",
+        {"layer_replication": [[0, 2], [1, 2]]},
+        refused="layer_replication (a model with repeated layers) is not supported",
+    ),
+    Row(
+        "`target_parameters`",
+        edit={"target_parameters": ["mlp.up_proj.weight"]},
+        refused="target_parameters is not supported",
+    ),
     Row("QALoRA", edit={"use_qalora": True}, refused="QALoRA is not supported"),
-    Row("block-diagonal LoRA", edit={"use_bdlora": {"nblocks": 2}}, refused="block-diagonal LoRA"),
-    Row("Arrow", edit={"arrow_config": {"top_k": 2}}, refused="Arrow routing"),
-    Row("KaSA", {"kasa_config": {"beta": 1e-4}}, refused="KaSA"),
-    Row("MonteCLoRA", edit={"monteclora_config": {"num_samples": 2}}, refused="MonteCLoRA"),
-    Row("Megatron layers", edit={"megatron_config": {"a": 1}}, refused="Megatron layers"),
+    Row(
+        "block-diagonal LoRA",
+        edit={"use_bdlora": {"nblocks": 2}},
+        refused="block-diagonal LoRA (use_bdlora) is not supported",
+    ),
+    Row("Arrow", edit={"arrow_config": {"top_k": 2}}, refused="Arrow routing (arrow_config) is not supported"),
+    Row("KaSA", {"kasa_config": {"beta": 1e-4}}, refused="KaSA (kasa_config) is not supported"),
+    Row(
+        "MonteCLoRA",
+        edit={"monteclora_config": {"num_samples": 2}},
+        refused="MonteCLoRA (monteclora_config) is not supported",
+    ),
+    Row(
+        "Megatron layers",
+        edit={"megatron_config": {"a": 1}},
+        refused="Megatron layers (megatron_config) is not supported",
+    ),
     Row(
         "VeRA",
         {"r": 4, "target_modules": ["q_proj"]},
