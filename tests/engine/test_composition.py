@@ -16,7 +16,6 @@ import torch
 from peft import PeftModel
 
 from multilora.engine.driver import Answer, EngineDriver
-from multilora.errors import CannotFit, from_wire
 from multilora.testing import TINY_SIZES, make_adapter, make_tiny_model
 
 NEW_TOKENS = 12  # as the driver asks for
@@ -216,27 +215,6 @@ def test_what_could_never_run_is_refused(world: World) -> None:
     assert answer.finished is not None and answer.finished.kind == "CannotFit"
     assert "leave room for 3" in answer.finished.message
     assert driver.complete(world.prompts[0], dict(list(four.items())[:3])).finished.type == "length"
-
-
-def test_a_pin_that_comes_later_ends_a_composition_that_waits(world: World) -> None:
-    """Two of three places are needed; a pin takes one while another request runs, and later one more."""
-    driver = EngineDriver(
-        world.path / "model", {n: world.path / n for n in ("qv", "all", "rslora")}, max_loras_per_batch=3
-    )
-    running = driver.submit(world.prompts[0], "rslora", max_new_tokens=40, ignore_eos=True)
-    driver.step()
-    waiting = driver.submit(world.prompts[0], {"qv": 0.5, "all": 0.5, "rslora": 1.0})
-    driver.step()
-    assert driver.answers[waiting].tokens, "three places are enough for three"
-    second = driver.submit(world.prompts[1], {"qv": 0.25, "all": 0.5, "rslora": 1.0})
-    driver.load("pinned", world.path / "layer1", pinned=True)
-    driver.run()
-    assert driver.answers[running].finished.type == "length"
-    finished = driver.answers[second].finished
-    assert finished.type == "length" or finished.kind == "CannotFit"
-    late = driver.complete(world.prompts[1], {"qv": 0.25, "all": 0.5, "rslora": 1.0})
-    assert late.finished.kind == "CannotFit"
-    assert isinstance(from_wire(late.finished.kind, ""), CannotFit)
 
 
 def test_what_is_not_plain_is_refused(world: World, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the scheduler promises, one promise a test. Fakes as in `multilora/engine/testing.py`."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -383,3 +384,111 @@ def test_no_prefix_is_shared_between_adapters():
         driver.run()
         assert driver.heard[rid][0].cached_tokens == (12 if rid == "one again" else 0)
         assert driver.tokens(rid) == answer(prompt(16), only(version), 4, True).tokens
+
+
+# ---------------------------------------------------------------------- several adapters
+
+MIX = ((1, 0.5), (2, 1.0), (3, -1.0))
+
+
+def few(count: int = 5, **options: Any) -> FakeTiers:
+    return tiers(files={f"/{i}": FakeFile() for i in range(1, count + 1)}, **options)
+
+
+def finished(driver: Driver, rid: str) -> Any:
+    return driver.heard[rid][-1].finished
+
+
+def test_equal_compositions_are_neighbours_and_base_comes_first():
+    driver = Driver(few())
+    driver.load(1, 2, 3)
+    plans: list[list[str]] = []
+    runner = driver.engine.runner
+    launch = runner.launch
+    runner.launch = lambda plan: (plans.append([c.request.rid for c in plan.chunks]), launch(plan))[1]
+    wanted = [MIX, (), only(1), MIX[:2], MIX, only(1), ((1, 0.5),), (), MIX[:2]]
+    for i, adapters in enumerate(wanted):
+        driver.submit(str(i), prompt(3, seed=i), adapters=adapters)
+    driver.run()
+    for plan in plans:
+        kinds = [wanted[int(rid)] for rid in plan]
+        assert [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]] == sorted(set(kinds))
+        assert sum(a != b for a, b in itertools.pairwise(kinds)) == len(set(kinds)) - 1
+    for i, adapters in enumerate(wanted):
+        assert driver.tokens(str(i)) == answer(prompt(3, seed=i), adapters, 4, True).tokens
+
+
+@pytest.mark.parametrize("policy", ["lru", "fifo", "cost"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_compositions_that_need_each_others_places_all_end(policy, ahead):
+    driver = Driver(
+        few(max_loras_per_batch=3, policy=policy, copy_delay=lambda: 3, fetch_delay=lambda: 2), ahead=ahead
+    )
+    driver.load(1, 2, 3, 4, 5)
+    mixes = [((a, 0.5), (b, 0.5), (c, 1.0)) for a, b, c in [(1, 2, 3), (3, 4, 5), (1, 4, 5), (2, 3, 4)]]
+    jobs = [*mixes, only(1), only(5), *mixes]
+    for i, adapters in enumerate(jobs):
+        driver.submit(str(i), prompt(5, seed=i), adapters=adapters)
+    driver.run()
+    for i, adapters in enumerate(jobs):
+        assert driver.tokens(str(i)) == answer(prompt(5, seed=i), adapters, 4, True).tokens
+
+
+def test_a_composition_is_not_overtaken_for_ever():
+    """Single places come free all the time, three at once never, unless those who came later wait."""
+    driver = Driver(few(max_loras_per_batch=3), max_running=16, max_wait=5.0)
+    driver.load(1, 2, 3, 4, 5)
+    driver.submit("first", prompt(3), max_new_tokens=10, adapter=4)
+    driver.step()
+    driver.submit("mix", prompt(3), adapters=MIX)
+    for i in range(60):
+        driver.submit(f"{i}", prompt(3), max_new_tokens=10, adapter=4 + i % 2)
+        driver.now += 0.5
+        driver.step()
+        if "mix" in driver.ended:
+            break
+    assert "mix" in driver.ended
+    assert driver.now < 20
+    driver.run()
+
+
+def test_a_pin_that_comes_later_may_end_a_composition_that_waits():
+    driver = Driver(few(max_loras_per_batch=3))
+    driver.load(1, 2, 3, 4)
+    driver.submit("running", prompt(3), max_new_tokens=20, adapter=4)
+    driver.step()
+    driver.submit("mix", prompt(3), adapters=MIX)
+    driver.step(3)
+    assert "mix" not in driver.heard
+    driver.engine.handle(LoadAdapter(call=5, version=5, path="/5", pinned=True))
+    driver.run()
+    assert driver.tokens("running") == answer(prompt(3), only(4), 20, True).tokens
+    assert finished(driver, "mix").kind == "CannotFit"
+    assert "leave room for 2 that are not pinned" in finished(driver, "mix").message
+    driver.submit("late", prompt(3), adapters=MIX)
+    driver.submit("pair", prompt(3), adapters=MIX[:2])
+    driver.run()
+    assert finished(driver, "late").kind == "CannotFit"
+    assert driver.tokens("pair") == answer(prompt(3), MIX[:2], 4, True).tokens
+
+
+def test_the_error_of_one_part_ends_who_waits_for_the_whole():
+    files = {f"/{i}": FakeFile() for i in range(1, 4)}
+    driver = Driver(tiers(files=files, max_loras_per_batch=3, max_loaded_loras=1))
+    driver.load(1, 2, 3)
+    files["/2"].error = AdapterError("the disk is gone")
+    driver.submit("mix", prompt(3), adapters=MIX)
+    driver.submit("other", prompt(3), adapter=3)
+    driver.run()
+    assert (finished(driver, "mix").type, finished(driver, "mix").message) == ("error", "the disk is gone")
+    assert driver.tokens("other") == answer(prompt(3), only(3), 4, True).tokens
+
+
+def test_hits_and_misses_are_counted_per_part():
+    driver = Driver(few())
+    driver.load(1, 2, 3)
+    for rid, adapters in (("a", MIX[:2]), ("b", MIX[1:]), ("c", only(1))):
+        driver.submit(rid, prompt(3), adapters=adapters)
+        driver.run()
+    records = [driver.tiers.store.record(version) for version in (1, 2, 3)]
+    assert [(r.hits, r.misses) for r in records] == [(1, 1), (1, 1), (0, 1)]
