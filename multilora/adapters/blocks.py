@@ -7,11 +7,12 @@ Called in the loader process; knows neither files nor the device.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from multilora.adapters.adapter import Adapter, Full, LowRank, Rows, Vector, VectorKind
-from multilora.adapters.strips import Strip, runs_of, write_strips
+from multilora.adapters.strips import Run, Strip, runs_of, write_strips
 from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.panels import (
     RANK_GRANULE,
@@ -108,39 +109,55 @@ def pack(
     An affine pair is written unfinished: the magnitude (or 1), and the trained bias plus the one of lora_B (or 0).
     Raises AdapterInvalid if a weight is not finite in the target dtype.
     """
-    strips: list[Strip] = []
     for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
-        site = target.sites[matrix.site]
         if matrix.affine:
+            site = target.sites[matrix.site]
             _pack_affine(blocks.vectors[site.layer, site.slices[matrix.slice].module], chunks, target, out)
-        else:
-            strips += _strips(blocks, site, matrix, chunks, target)
-    for block, chunks in zip(blocks.whole, layout.whole, strict=True):
-        _pack_whole(block, chunks, target, out)
+    for whole, chunks in zip(blocks.whole, layout.whole, strict=True):
+        _pack_whole(whole, chunks, target, out)
+    strips = []
+    for plan in _strip_plans(target.sites, layout.shape, target.geometry):
+        block = blocks.low_rank[plan.key]
+        weight, scaling = (block.b, block.scaling) if plan.is_b else (block.a, 1.0)
+        strips.append(Strip(plan.name, weight, scaling, plan.runs))
     write(strips, target.dtype, out)
 
 
-def _strips(
-    blocks: Blocks, site: LoraSite, matrix: Matrix, chunks: tuple[Chunk, ...], target: PackTarget
-) -> Iterator[Strip]:
+@dataclass(frozen=True)
+class _StripPlan:
+    """Where one weight goes, whatever its numbers are."""
+
+    key: Key
+    is_b: bool
+    name: str
+    runs: tuple[Run, ...]
+
+
+@lru_cache(maxsize=16)
+def _strip_plans(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry) -> tuple[_StripPlan, ...]:
+    layout = place_panels(sites, shape, geometry)
+    plans: list[_StripPlan] = []
+    for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+        if not matrix.affine:
+            plans += _plans_of(matrix, chunks, sites[matrix.site], shape, geometry)
+    return tuple(plans)
+
+
+def _plans_of(
+    matrix: Matrix, chunks: tuple[Chunk, ...], site: LoraSite, shape: AdapterShape, geometry: PanelGeometry
+) -> Iterator[_StripPlan]:
     """Of the B of a slice, or of the stacked A: one for each slice that has some."""
-
-    def strip(block: LowRank, weight: torch.Tensor, half: str, scaling: float, chunks: tuple[Chunk, ...]) -> Strip:
-        runs = runs_of(block.rank, chunks, target.page_bytes, target.dtype.itemsize)
-        return Strip(f"layer {site.layer} {block.module} {half}", weight, scaling, runs)
-
-    if matrix.slice >= 0:
-        block = blocks.low_rank[site.layer, site.slices[matrix.slice].module]
-        yield strip(block, block.b, "lora_B", block.scaling, chunks)
-        return
     cuts = len(chunks) * RANK_GRANULE // matrix.rank  # of one panel
-    at = 0
-    for part in site.slices:
-        if (site.layer, part.module) in blocks.low_rank:
-            block = blocks.low_rank[site.layer, part.module]
-            end = at + round_rank(block.rank) // RANK_GRANULE * cuts
-            yield strip(block, block.a, "lora_A", 1.0, chunks[at:end])
-            at = end
+    is_b, at = matrix.slice >= 0, 0
+    for i, part in enumerate(site.slices):
+        rank = shape.ranks[site.index][i]
+        if rank == 0 or (is_b and i != matrix.slice):
+            continue
+        end = at + round_rank(rank) // RANK_GRANULE * cuts
+        runs = runs_of(rank, chunks[at:end], geometry.page_bytes, geometry.itemsize)
+        name = f"layer {site.layer} {part.module} lora_{'B' if is_b else 'A'}"
+        yield _StripPlan((site.layer, part.module), is_b, name, runs)
+        at = end
 
 
 def _pack_affine(

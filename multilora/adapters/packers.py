@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import torch
 
+from multilora.adapters.page_files import populate
 from multilora.adapters.strips import Run, Strip, write_strip, write_strips
 from multilora.errors import AdapterInvalid
 
@@ -181,23 +182,23 @@ class Packers:
             if not header:
                 return
             order = msgspec.msgpack.decode(_exactly(connection, int.from_bytes(header, "little")), type=_Order)
+            pages = mmap.mmap(fds[0], 0)
+            os.close(fds[0])
             message = ""
             try:
-                self._pack(order, fds[0])
+                self._pack(order, pages)
             except AdapterInvalid as e:
                 message = e.message
-            finally:
-                os.close(fds[0])
             _send(connection, message.encode())
 
-    def _pack(self, order: _Order, fd: int) -> None:
+    def _pack(self, order: _Order, pages: mmap.mmap) -> None:
+        """The file is mapped, as writes to one file wait for each other."""
         assert self._region is not None
+        target = np.frombuffer(pages, np.uint8)
 
         def put(at: int, part: np.ndarray) -> None:
-            data = part.data.cast("B")
-            while data:
-                done = os.pwrite(fd, data, at)
-                data, at = data[done:], at + done
+            populate(pages, at, part.nbytes)
+            target[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
 
         for place in order.places:
             weight = self._region.at(place.start, getattr(torch, place.dtype), place.shape, place.strides)

@@ -57,17 +57,23 @@ class PageFiles:
             if self._spare is not None or size > MAX_SPARE_BYTES:
                 return
             spare = self._spare = PageFile(size)
-        with contextlib.suppress(OSError):  # an older kernel: pages come when they are touched
-            for start in range(0, size, POPULATE_BYTES):
-                if self._spare is not spare:
-                    return
-                spare.memory.madvise(POPULATE_WRITE, start, min(POPULATE_BYTES, size - start))
+        for start in range(0, size, POPULATE_BYTES):
+            if self._spare is not spare:
+                return
+            populate(spare.memory, start, min(POPULATE_BYTES, size - start))
 
     def close(self) -> None:
         with self._lock:
             if self._spare is not None:
                 self._spare.close()
                 self._spare = None
+
+
+def populate(memory: mmap.mmap, start: int, size: int) -> None:
+    """Bring in the pages of this part in one go, for writing. Its bytes stay as they are."""
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    with contextlib.suppress(OSError):  # an older kernel: pages come when they are touched
+        memory.madvise(POPULATE_WRITE, first, start + size - first)
 
 
 def _anonymous_file() -> int:

@@ -4,10 +4,12 @@ import os
 import resource
 import select
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -137,6 +139,44 @@ def test_a_large_adapter(tmp_path: Path) -> None:
     expected, expected_pages = fetch(FetchJob(1, path), context, allocate_private)
     assert result == expected
     assert torch.equal(pages, expected_pages), "and it outlives the loader"
+
+
+SERVE_ON_MANY_CORES = """
+from multilora.adapters import loader_process
+loader_process.spare_cores = lambda at_most: 3
+loader_process.main()
+"""
+
+
+def test_with_packing_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with more cores than two: the same bytes, and they end with the loader however it ends."""
+    start = subprocess.Popen
+
+    def popen(command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
+        return start([command[0], "-c", SERVE_ON_MANY_CORES, command[-1]], **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    paths = [write_adapter(tmp_path / str(i), rank=20 + i, seed=i) for i in range(6)]
+    loader = ProcessLoader(CONTEXT)
+    try:
+        for end in (signal.SIGKILL, None):
+            for version, path in enumerate(paths):
+                loader.submit(FetchJob(version, path))
+            answers = wait_for(loader, *range(6))
+            for version, path in enumerate(paths):
+                expected, expected_pages = fetch(FetchJob(version, path), CONTEXT, allocate_private)
+                assert answers[version][0] == expected
+                assert torch.equal(answers[version][1], expected_pages)
+            packers = psutil.Process(loader._process.pid).children()
+            assert len(packers) == 3
+            if end is not None:
+                loader._process.send_signal(end)
+                assert not psutil.wait_procs(packers, SECONDS)[1], "they outlive the loader"
+                select.select([loader.fileno()], [], [], SECONDS)
+                assert loader.poll() == [], "and another loader has been started"
+    finally:
+        loader.close()
+    assert not psutil.wait_procs(packers, SECONDS)[1]
 
 
 def test_when_the_process_dies_what_was_pending_fails_and_the_next_job_works(
