@@ -368,3 +368,25 @@ def test_a_bad_start_leaves_nothing_behind(bare: Any, files: Path, monkeypatch: 
     with bare(enable_lora=True):
         pass
     assert len(closed) == 2
+
+
+def test_compositions(llm: LLM) -> None:
+    mix = [{"name": "a", "weight": 0.5}, {"name": "b", "weight": -1}]
+
+    def text(lora_path: Any) -> str:
+        return llm.generate(TEXT, GREEDY, lora_path).text
+
+    assert len({text(choice) for choice in (None, "a", "b", mix, [mix[0]])}) == 5
+    assert text(mix[::-1]) == text(mix)
+    answers = llm.generate([TEXT] * 3, GREEDY, [mix, "a", None])
+    assert [answer.text for answer in answers] == [text(mix), text("a"), text(None)]
+    llm.compose_lora_adapters("mix", mix)
+    assert llm.loaded_adapters()["mix"] == "0.5 * a + -1 * b"
+    assert text("mix") == text(mix)
+    with pytest.raises(AdapterError, match="part of composition 'mix'"):
+        llm.unload_lora_adapter("a")
+    llm.unload_lora_adapter("mix")
+    with pytest.raises(UnknownAdapter):
+        text("mix")
+    with pytest.raises(UnknownAdapter, match="'nope'"):
+        text([{"name": "a"}, {"name": "nope", "weight": 0}])

@@ -8,6 +8,7 @@ planned     computed, plus those of steps launched but not yet committed
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 from multilora.engine.grammar import GrammarState
 from multilora.engine.logit_edits import LogitEdits
@@ -130,11 +131,11 @@ class Request:
     def tokens(self) -> list[int]:
         return self.prompt_ids + self.output_ids
 
-    @property
-    def versions(self) -> list[int]:
-        return [version for version, _ in self.adapters]
+    @cached_property
+    def versions(self) -> tuple[int, ...]:
+        return tuple([version for version, _ in self.adapters])
 
-    @property
+    @cached_property
     def weights(self) -> tuple[float, ...]:
         return tuple([weight for _, weight in self.adapters])
 

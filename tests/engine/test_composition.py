@@ -28,6 +28,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"},
     "rslora": {"r": 24, "lora_alpha": 6, "target_modules": ["o_proj", "down_proj", "v_proj"], "use_rslora": True},
     "layer1": {"r": 8, "lora_alpha": 16, "target_modules": ["k_proj", "up_proj"], "layers_to_transform": [1]},
+    "tables": {"r": 4, "lora_alpha": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
 }
 Mix = tuple[tuple[str, float], ...]
 MIXES: list[Mix] = [
@@ -37,6 +38,7 @@ MIXES: list[Mix] = [
     (("qv", 0.7), ("all", 0.3)),
     (("qv", 0.3), ("all", 0.7)),
     (("all", -0.4), ("rslora", 2.0)),
+    (("qv", 0.5), ("tables", -1.5)),
     (("qv", 1.0), ("all", 0.25), ("rslora", -0.5), ("layer1", 1.5)),
 ]
 

@@ -40,7 +40,7 @@ def make(prompt, adapters, invocation=None) -> Request:
 def test_the_order_of_adapters_is_without_meaning():
     request = make([1], ((9, 0.5), (3, 2.0)))
     assert request.adapters == ((3, 2.0), (9, 0.5))
-    assert (request.versions, request.weights) == ([3, 9], (2.0, 0.5))
+    assert (request.versions, request.weights) == ((3, 9), (2.0, 0.5))
 
 
 def test_activation():
