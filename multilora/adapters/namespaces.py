@@ -1,6 +1,6 @@
 """Namespaces of the prefix cache: which KV pages may serve whom. Two that could differ never share one.
 
-    0           the base model
+    0           the base model, and adapters that leave its keys and values alone
     v + 1       version v, plainly
     -1, -2, …   every other composition, and the page in which an activated adapter begins to act: its KV depends on
                 where in the page that is. Given out when first asked for, never again.
@@ -29,6 +29,7 @@ class _Number:
 class Namespaces:
     def __init__(self, prefix: PrefixCache):
         self._prefix = prefix
+        self._like_base: set[int] = set()  # versions
         self._numbers: dict[Key, _Number] = {}
         self._of_version: dict[int, set[Key]] = {}
         self._last = BASE
@@ -37,7 +38,7 @@ class Namespaces:
     def acquire(self, composition: Composition, skipped: int = 0) -> int:
         """For the pages of a request, until `release`. skipped: the composition does not act on as many tokens at
         the beginning of the page."""
-        if (plain := _plain(composition, skipped)) is not None:
+        if (plain := self._plain(composition, skipped)) is not None:
             return plain
         key = (composition, skipped)
         if key not in self._numbers:
@@ -46,11 +47,16 @@ class Namespaces:
         return self._numbers[key].value
 
     def release(self, composition: Composition, skipped: int = 0) -> None:
-        if _plain(composition, skipped) is None:
+        if self._plain(composition, skipped) is None:
             self._numbers[composition, skipped].holders -= 1
+
+    def share_with_base(self, version: int) -> None:
+        """The version, new, leaves every key and value as the base model has it (`kv_effect.py`)."""
+        self._like_base.add(version)
 
     def drop(self, version: int, fence: int) -> None:
         """The version is unloaded and no request holds it: forget every page that it had a part in."""
+        self._like_base.discard(version)
         self._prefix.drop_namespace(version + 1, fence)
         for key in list(self._of_version.get(version, ())):
             self._prefix.drop_namespace(self._numbers[key].value, fence)
@@ -89,9 +95,8 @@ class Namespaces:
             if not keys:
                 del self._of_version[version]
 
-
-def _plain(composition: Composition, skipped: int) -> int | None:
-    if not composition:
-        return BASE
-    [(version, weight), *others] = composition
-    return version + 1 if not others and weight == 1.0 and skipped == 0 else None
+    def _plain(self, composition: Composition, skipped: int) -> int | None:
+        if all(version in self._like_base for version, _ in composition):
+            return BASE
+        [(version, weight), *others] = composition
+        return version + 1 if not others and weight == 1.0 and skipped == 0 else None

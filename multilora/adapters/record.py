@@ -17,6 +17,7 @@ class Record:
     target_modules: list[str] = field(default_factory=list)
     fingerprint: str = ""
     invocation_tokens: tuple[int, ...] | None = None  # see Adapter
+    leaves_kv: bool = False  # its keys and values are the base model's
     fetching: bool = False
     loads: int = 0
     evictions: int = 0

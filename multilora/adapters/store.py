@@ -70,6 +70,7 @@ class AdapterStore:
         reclaimer: Reclaimer,
         *,
         layout_of: Callable[[AdapterShape], PanelLayout],
+        leaves_kv: Callable[[AdapterShape], bool] = lambda shape: False,
         page_bytes: int,
         total_pages: int,
         context_pages: int,
@@ -80,6 +81,7 @@ class AdapterStore:
         self.residency = residency
         self._reclaimer = reclaimer
         self._layout_of = layout_of
+        self._leaves_kv = leaves_kv
         self._page_bytes = page_bytes
         self._limits = Limits(
             host, residency, page_bytes=page_bytes, total_pages=total_pages, context_pages=context_pages
@@ -306,6 +308,7 @@ class AdapterStore:
         self.host.put(record.version, HostEntry(layout, buffer, pinned=record.pinned))
         record.layout, record.rank, record.target_modules = layout, result.rank, result.target_modules
         record.fingerprint, record.invocation_tokens = result.fingerprint, result.invocation_tokens
+        record.leaves_kv = self._leaves_kv(result.shape)
         if record.pinned:
             self._pinned.add(record.version)
 

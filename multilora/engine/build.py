@@ -14,17 +14,19 @@ from multilora.adapters.blocks import PackTarget
 from multilora.adapters.copier import Copier, DirectCopier
 from multilora.adapters.finish import FinishingLoader
 from multilora.adapters.host_cache import HostCache
+from multilora.adapters.kv_effect import leaves_kv
 from multilora.adapters.loader import FetchContext, Loader
 from multilora.adapters.loader_process import ProcessLoader
 from multilora.adapters.namespaces import Namespaces
 from multilora.adapters.residency import Residency
 from multilora.adapters.ring_copier import RingCopier
 from multilora.adapters.store import AdapterStore
-from multilora.attention import make_attention
+from multilora.attention import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
 from multilora.config import Config
 from multilora.engine.cuda_graph import DecodeGraphs, graph_sizes
 from multilora.engine.engine import Engine
+from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
 from multilora.engine.messages import Ready, Stats
 from multilora.engine.runner import Runner, RunnerLora
 from multilora.engine.scheduler import Scheduler
@@ -35,7 +37,7 @@ from multilora.lora.table import LoraTable
 from multilora.memory.kv_layout import KVLayout
 from multilora.memory.page_pool import PagePool
 from multilora.memory.page_table import KVPages
-from multilora.memory.plan import MemoryPlan, plan_memory
+from multilora.memory.plan import DeviceMemory, MemoryPlan, format_bytes, plan_memory
 from multilora.memory.prefix_cache import PrefixCache
 from multilora.memory.reclaim import Clock, Reclaimer
 from multilora.models.config import ModelConfig
@@ -55,32 +57,27 @@ def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader, ahead:
     """
     started = monotonic()
     device = choose_device(config.device)
-    model, model_config = load_model(
-        config.model_path or str(demo.base_model_path()),
-        dtype=config.dtype,
-        device=device,
-        load_format=config.load_format,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        context_length=config.context_length,
-        seed=config.random_seed or 0,
-    )
+    with asking_for("the weights of the base model", "take a smaller model, or a GPU with more memory"):
+        model, model_config = load_model(
+            config.model_path or str(demo.base_model_path()),
+            dtype=config.dtype,
+            device=device,
+            load_format=config.load_format,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            context_length=config.context_length,
+            seed=config.random_seed or 0,
+        )
     layout = model.kv_layout(config.page_size)
-    plan = _plan(config, model, model_config, layout)
+    over_arena = _attention_maker(config, model_config, device)
+    plan = _plan(config, model, layout, over_arena)
     logger.info("memory: %s", plan)
-    arena = torch.zeros(plan.num_pages, plan.page_bytes, dtype=torch.uint8, device=device)
+    with asking_for(f"an arena of {format_bytes(plan.arena_bytes)}", "lower --mem-fraction-static or --arena-bytes"):
+        arena = torch.zeros(plan.num_pages, plan.page_bytes, dtype=torch.uint8, device=device)
     pool, clock = PagePool(plan.num_pages), Clock()
     prefix = PrefixCache(pool, clock, config.page_size, enabled=not config.disable_radix_cache)
     namespaces = Namespaces(prefix)
-    attention = make_attention(
-        config.attention_backend,
-        kv_views=layout.views(arena),
-        num_heads=model_config.num_heads,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        scale=model_config.head_dim**-0.5,
-        sliding_window=model_config.sliding_window,
-    )
+    attention = over_arena(layout.views(arena))
     adapters: AdapterStore | None = None
     lora: RunnerLora | None = None
     if config.enable_lora:
@@ -99,7 +96,9 @@ def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader, ahead:
         chunk_tokens=config.chunked_prefill_size,
         policy=config.schedule_policy,
     )
-    runner = Runner(model, attention, lora, config.page_size, device, _capture(config, model, attention, backend))
+    with asking_for("decode graphs", "lower --cuda-graph-max-bs or --mem-fraction-static"):
+        graphs = _capture(config, model, attention, backend)
+    runner = Runner(model, attention, lora, config.page_size, device, graphs)
     logger.info("engine ready in %.1f s on %s, %s", monotonic() - started, device, model_config.dtype)
     return Engine(
         scheduler,
@@ -125,10 +124,9 @@ def _capture(
     config: Config, model: LlamaForCausalLM, attention: AttentionBackend, lora: LoraBackend | None
 ) -> DecodeGraphs | None:
     """Decode graphs, where device and attention backend have them. Nothing runs yet, so page 0 is free to write."""
-    if model.device.type != "cuda" or config.disable_cuda_graph:
+    found = {size: attention.for_graph(size) for size in _graph_sizes(config, model.device)}
+    if not found:
         return None
-    largest = min(config.cuda_graph_max_bs or 256, config.max_running_requests)
-    found = {size: attention.for_graph(size) for size in graph_sizes(largest)}
     twins = {size: twin for size, twin in found.items() if twin is not None}
     if not twins:
         logger.info("decode graphs: none, the %s attention backend cannot be captured", attention.name)
@@ -138,20 +136,49 @@ def _capture(
     return graphs
 
 
-def _plan(config: Config, model: LlamaForCausalLM, model_config: ModelConfig, layout: KVLayout) -> MemoryPlan:
-    available = None
-    if model.device.type == "cuda":
-        available = torch.cuda.mem_get_info(model.device)[0]
+def _graph_sizes(config: Config, device: torch.device) -> list[int]:
+    """Batches whose decode steps are captured; none on CPU."""
+    if device.type != "cuda" or config.disable_cuda_graph:
+        return []
+    return graph_sizes(min(config.cuda_graph_max_bs or 256, config.max_running_requests))
+
+
+def _attention_maker(config: Config, model: ModelConfig, device: torch.device) -> MakeAttention:
+    """Of the backend that was chosen, over any arena."""
+    name = choose_attention(config.attention_backend, device, model.dtype, model.head_dim)
+    return lambda kv_views: make_attention(
+        name,
+        kv_views=kv_views,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        scale=model.head_dim**-0.5,
+        sliding_window=model.sliding_window,
+    )
+
+
+def _plan(config: Config, model: LlamaForCausalLM, layout: KVLayout, over_arena: MakeAttention) -> MemoryPlan:
     return plan_memory(
         layout,
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        context_length=model_config.context_length,
+        context_length=model.config.context_length,
         max_running_requests=config.max_running_requests,
         arena_bytes=config.arena_bytes,
         max_total_tokens=config.max_total_tokens,
-        available_bytes=available,
+        device=_device_memory(config, model, layout, over_arena) if model.device.type == "cuda" else None,
         mem_fraction_static=config.mem_fraction_static,
     )
+
+
+def _device_memory(
+    config: Config, model: LlamaForCausalLM, layout: KVLayout, over_arena: MakeAttention
+) -> DeviceMemory:
+    """Measured by running the largest step."""
+    tokens, requests = config.chunked_prefill_size, config.max_running_requests
+    with asking_for(f"a step of {tokens} tokens", "lower --chunked-prefill-size or --max-running-requests"):
+        step = measure_step(model, layout, over_arena, tokens, requests)
+    graphs = graph_bytes(_graph_sizes(config, model.device), model.config.vocab_size, 1 + config.enable_lora)
+    return DeviceMemory(torch.cuda.mem_get_info(model.device)[0], step, graphs)
 
 
 def _build_lora(
@@ -192,6 +219,7 @@ def _build_lora(
         residency,
         reclaimer,
         layout_of=target.layout,
+        leaves_kv=lambda shape: leaves_kv(shape, sites),
         page_bytes=layout.page_bytes,
         total_pages=pool.total,
         context_pages=layout.pages_for(model.config.context_length),

@@ -235,6 +235,8 @@ class Engine:
                 case Lost(version, error):
                     self.scheduler.fail_waiting(version, error)
                 case Loaded(version, None):
+                    if self.adapters.record(version).leaves_kv:
+                        self.scheduler.namespaces.share_with_base(version)
                     self._replies.append(Reply(call=self._calls.pop(version), info=self._info(version)))
                 case Loaded(version, MultiloraError() as error):
                     call = self._calls.pop(version)
