@@ -12,6 +12,7 @@ import math
 import os
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
@@ -25,6 +26,7 @@ from multilora.errors import AdapterInvalid, AdapterUnsupported
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 MAX_DIMS = 8
 SLAB_BYTES = 2 << 20
+KNOWN_HEADER_BYTES = 1 << 20  # larger ones are not kept
 LARGE_BYTES = 64 << 20  # a table of the whole vocabulary, say: read alone, and only if it is asked for
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -135,42 +137,52 @@ class SafetensorsFile:
                 f"{name}: truncated, or not a safetensors file: a header of {length} bytes is declared"
             )
         data = self._file.read(length)
-        if data[:1] != b"{":
-            raise AdapterInvalid(f"{name}: not a safetensors file")
-        header = parse_json_object(data, f"{name}: header")
-        header.pop("__metadata__", None)
-        tensors = {key: self._entry(key, value, 8 + length) for key, value in header.items()}
-        self._check_layout(tensors, 8 + length, size)
-        return tensors
+        known = _known_header if length <= KNOWN_HEADER_BYTES else _known_header.__wrapped__
+        return known(data, size, name)
 
-    def _entry(self, key: str, value: Any, data_start: int) -> TensorInfo:
-        where = f"{self.path.name}: tensor {show(key)}"
-        if not isinstance(value, dict):
-            raise AdapterInvalid(f"{where}: an object is expected in the header")
-        dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
-        if not isinstance(dtype, str):
-            raise AdapterInvalid(f"{where}: dtype: a string is expected, found {show(dtype)}")
-        if dtype not in DTYPES:
-            raise AdapterUnsupported(f"{where}: dtype {show(dtype)} is not served; known: {', '.join(DTYPES)}")
-        if not _is_sizes(shape) or len(shape) > MAX_DIMS:
-            raise AdapterInvalid(f"{where}: shape: a list of sizes is expected, found {show(shape)}")
-        if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise AdapterInvalid(f"{where}: data_offsets: [begin, end] is expected, found {show(offsets)}")
-        nbytes = offsets[1] - offsets[0]
-        if math.prod(shape) * DTYPES[dtype].itemsize != nbytes:
-            raise AdapterInvalid(f"{where}: shape {show(shape)} in {dtype} does not fill its {nbytes} bytes")
-        return TensorInfo(DTYPES[dtype], tuple(shape), data_start + offsets[0], nbytes)
 
-    def _check_layout(self, tensors: dict[str, TensorInfo], start: int, size: int) -> None:
-        """As the format says: tensors follow each other without holes or overlaps and fill the file."""
-        for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-            if info.start != start:
-                raise AdapterInvalid(f"{self.path.name}: tensor {show(key)}: data_offsets leave a hole or overlap")
-            start += info.nbytes
-        if start > size:
-            raise AdapterInvalid(f"{self.path.name}: truncated: {start} bytes are declared, the file has {size}")
-        if start < size:
-            raise AdapterInvalid(f"{self.path.name}: {size - start} bytes behind the last tensor")
+@lru_cache(maxsize=16)
+def _known_header(data: bytes, size: int, name: str) -> dict[str, TensorInfo]:
+    """What a file of `size` bytes with this header holds; adapters made alike have the same. Not to be changed."""
+    if data[:1] != b"{":
+        raise AdapterInvalid(f"{name}: not a safetensors file")
+    header = parse_json_object(data, f"{name}: header")
+    header.pop("__metadata__", None)
+    start = 8 + len(data)
+    tensors = {key: _entry(key, value, start, name) for key, value in header.items()}
+    _check_layout(tensors, start, size, name)
+    return tensors
+
+
+def _entry(key: str, value: Any, data_start: int, file: str) -> TensorInfo:
+    where = f"{file}: tensor {show(key)}"
+    if not isinstance(value, dict):
+        raise AdapterInvalid(f"{where}: an object is expected in the header")
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if not isinstance(dtype, str):
+        raise AdapterInvalid(f"{where}: dtype: a string is expected, found {show(dtype)}")
+    if dtype not in DTYPES:
+        raise AdapterUnsupported(f"{where}: dtype {show(dtype)} is not served; known: {', '.join(DTYPES)}")
+    if not _is_sizes(shape) or len(shape) > MAX_DIMS:
+        raise AdapterInvalid(f"{where}: shape: a list of sizes is expected, found {show(shape)}")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise AdapterInvalid(f"{where}: data_offsets: [begin, end] is expected, found {show(offsets)}")
+    nbytes = offsets[1] - offsets[0]
+    if math.prod(shape) * DTYPES[dtype].itemsize != nbytes:
+        raise AdapterInvalid(f"{where}: shape {show(shape)} in {dtype} does not fill its {nbytes} bytes")
+    return TensorInfo(DTYPES[dtype], tuple(shape), data_start + offsets[0], nbytes)
+
+
+def _check_layout(tensors: dict[str, TensorInfo], start: int, size: int, file: str) -> None:
+    """As the format says: tensors follow each other without holes or overlaps and fill the file."""
+    for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start != start:
+            raise AdapterInvalid(f"{file}: tensor {show(key)}: data_offsets leave a hole or overlap")
+        start += info.nbytes
+    if start > size:
+        raise AdapterInvalid(f"{file}: truncated: {start} bytes are declared, the file has {size}")
+    if start < size:
+        raise AdapterInvalid(f"{file}: {size - start} bytes behind the last tensor")
 
 
 def _joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:

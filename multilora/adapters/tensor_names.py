@@ -8,6 +8,7 @@ Owns PEFT's spellings, old and new. Knows neither the base model nor the config.
 
 import enum
 from dataclasses import dataclass
+from functools import lru_cache
 
 PREFIX = "base_model.model."
 TOKEN_ADAPTER = "token_adapter"
@@ -64,6 +65,7 @@ class TensorName:
     adapter: str | None = None
 
 
+@lru_cache(maxsize=1 << 14)
 def parse(name: str) -> TensorName | None:
     """None if PEFT gives no tensor of a LoRA adapter such a name."""
     words = name.removeprefix(PREFIX).split(".")
