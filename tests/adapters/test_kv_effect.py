@@ -81,11 +81,9 @@ def test_a_cached_prefix_of_base_serves_the_adapter_exactly(tmp_path: Path) -> N
         driver.run()
         return driver.answers[rid].tokens, driver.answers[rid].cached_tokens
 
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected = {}
-    for name, model in (
-        (None, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)),
-        ("behind", reference),
-    ):
+    for name, model in ((None, plain), ("behind", reference)):
         with torch.no_grad():
             out = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
         expected[name] = out[0, len(prompt) :].tolist()
