@@ -165,6 +165,7 @@ class FakeEngineClient:
         self.gate.set()
         self.load_errors: dict[str, MultiloraError] = {}
         self.alone: dict[str, str] = {}  # path → why it cannot be composed
+        self.tokens: dict[str, int] = {}  # path → rows of its own embeddings and head
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.finished: list[str] = []
@@ -269,9 +270,16 @@ class FakeEngineClient:
         if path in self.load_errors:
             raise self.load_errors[path]
         self.loaded[version] = path
-        why = self.alone.get(path, "")
         return AdapterInfo(
-            version=version, path=path, rank=8, target_modules=["q_proj"], nbytes=1024, pages=1, alone=why
+            version=version,
+            path=path,
+            rank=8,
+            target_modules=["q_proj"],
+            nbytes=1024,
+            pages=1,
+            alone=self.alone.get(path, ""),
+            vocab_size=self.tokens.get(path),
+            trains_tokens=path in self.tokens,
         )
 
     async def unload_adapter(self, version: int) -> None:

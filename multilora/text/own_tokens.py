@@ -33,6 +33,7 @@ BESIDE = (
     "chat_template.jinja",
 )
 MAX_BYTES = 64 << 20  # of one file; the largest in use, of 260,000 tokens, has 33 MB
+TRIAL = "a B 1.\n日本"
 NO_TOKENIZER = (
     "the adapter has another vocabulary than the base model and came without a tokenizer: send input_ids, "
     "or save the tokenizer beside the adapter and load it again"
@@ -147,8 +148,12 @@ def load_tokenizer(path: str, roots: tuple[str, ...] = ()) -> Tokenizer | None:
         for name in found:
             _copy(directory / name, Path(copy) / name)
         try:
-            return Tokenizer.load(copy)
-        except Exception as e:  # transformers and tokenizers raise of every kind over a broken file
+            tokenizer = Tokenizer.load(copy)
+            tokenizer.decode(tokenizer.encode(TRIAL))  # some mistakes show only then
+            return tokenizer
+        except BaseException as e:  # over a broken file libraries raise whatever comes; a panic is no Exception
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
             reason = e.message if isinstance(e, ConfigError) else f"{type(e).__name__}: {e}"
             reason = reason.replace(copy, str(directory))
             raise AdapterInvalid(f"the tokenizer of the adapter cannot be loaded: {reason:.500}") from e

@@ -3,6 +3,8 @@
 Made in a moment, nothing is downloaded. Used by this package's tests and by anyone who tests against it.
 """
 
+import copy
+
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -52,4 +54,13 @@ def _wrap(backend: Backend) -> Tokenizer:
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<|im|>"]
     )
     hf.chat_template = CHAT_TEMPLATE
+    return Tokenizer(hf)
+
+
+def with_added_tokens(tokenizer: Tokenizer, *tokens: str, eos: str | None = None) -> Tokenizer:
+    """A copy with more tokens behind the others, as PEFT's users add them; the last of them may be another EOS."""
+    hf = copy.deepcopy(tokenizer.hf)
+    hf.add_tokens(list(tokens))
+    if eos is not None:
+        hf.add_special_tokens({"eos_token": eos})
     return Tokenizer(hf)
