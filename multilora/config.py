@@ -18,7 +18,17 @@ from multilora.options import option, options_of, parse_size
 
 logger = logging.getLogger(__name__)
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "embed_tokens",
+    "lm_head",
+)
 
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
@@ -111,7 +121,7 @@ class Config:
 
     arena_bytes: int | None = _memory(None, "size of the arena that KV cache and adapters share", size=True)
     max_total_tokens: int | None = _memory(None, "size of the arena, counted in tokens of KV cache")
-    mem_fraction_static: float = _memory(0.9, "CUDA: arena's share of what is free once the weights are in")
+    mem_fraction_static: float = _memory(0.9, "CUDA: arena's share of what weights and steps leave free")
     page_size: int = _memory(16, "tokens in one page")
     max_running_requests: int = _memory(64, "most requests in one step")
     max_queued_requests: int = _memory(4096, "most requests waiting; beyond it, 503")

@@ -6,6 +6,7 @@ All in fp32. The table at the end of docs/adapters.md lists these rows; with PAR
 written there for `scripts/parity_table.py`.
 """
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -165,3 +166,17 @@ def test_activated_prompts_hold_the_invocation() -> None:
     for row in ROWS:
         if "alora_invocation_tokens" in row.config and row.refused is None:
             assert tuple(INVOCATION) == row.prompt[-len(INVOCATION) :]
+
+
+def test_the_documentation_lists_exactly_these_rows() -> None:
+    """If not: python scripts/parity_table.py"""
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("parity_table", root / "scripts" / "parity_table.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    found = [line.strip("|").split(" | ") for line in script.written((root / "docs" / "adapters.md").read_text())]
+    told = [(feature.strip(), model, result.strip()) for feature, model, result in found[2:]]
+    assert [line[:2] for line in told] == [(row.feature, row.model) for row in ROWS]
+    for (_, _, result), row in zip(told, ROWS, strict=True):
+        assert result.startswith("the same, to " if row.refused is None else f"refused: {row.refused}")

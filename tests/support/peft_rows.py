@@ -398,13 +398,13 @@ ROWS = [
     Row("VeLoRA", {"velora_config": {"num_groups": 4}}),
     Row(
         "activated LoRA (`alora_invocation_tokens`)",
-        {"alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM", "target_modules": SEVEN},
+        {"alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"},
         prompt=(9, 30, *INVOCATION),
     ),
     Row(
         "activated LoRA with `modules_to_save`",
         {"alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM", "modules_to_save": ["norm"]},
-        refused="activated LoRA (alora_invocation_tokens) with a trained input_layernorm beside LoRA",
+        refused="activated LoRA (alora_invocation_tokens) with a trained norm beside LoRA",
     ),
     Row(
         "`layer_replication`",
