@@ -25,31 +25,36 @@ def make_attention(
     scale: float,
     sliding_window: int | None,
 ) -> AttentionBackend:
-    """The backend of --attention-backend `name` (auto, flashinfer, torch) over `KVLayout.views(arena)`.
+    """The backend `name`, flashinfer or torch, over `KVLayout.views(arena)`."""
+    shape = (kv_views, num_heads, num_kv_heads, head_dim, scale, sliding_window)
+    if name == "torch":
+        return TorchAttention(*shape)
+    from multilora.attention.flashinfer import FlashInferAttention
+
+    return FlashInferAttention(*shape)
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Which backend --attention-backend `name` (auto, flashinfer, torch) means for a model; logged.
 
     Raises ConfigError when a backend asked for by name cannot run here; the message says what is missing.
     """
     if name not in ("auto", "flashinfer", "torch"):
         raise ConfigError(f"--attention-backend must be one of auto, flashinfer, torch, is {name!r}")
-    shape = (kv_views, num_heads, num_kv_heads, head_dim, scale, sliding_window)
-    obstacle = None if name == "torch" else flashinfer_obstacle(kv_views[0][0], head_dim)
-    if name == "torch" or (name == "auto" and obstacle):
-        logger.info("attention backend: torch%s", f" (not flashinfer: {obstacle})" if obstacle else "")
-        return TorchAttention(*shape)
-    if obstacle:
+    obstacle = None if name == "torch" else flashinfer_obstacle(device, dtype, head_dim)
+    if name == "flashinfer" and obstacle:
         raise ConfigError(f"--attention-backend flashinfer: {obstacle}")
-    from multilora.attention.flashinfer import FlashInferAttention
+    chosen = "torch" if name == "torch" or obstacle else "flashinfer"
+    logger.info("attention backend: %s%s", chosen, f" (not flashinfer: {obstacle})" if obstacle else "")
+    return chosen
 
-    logger.info("attention backend: flashinfer")
-    return FlashInferAttention(*shape)
 
-
-def flashinfer_obstacle(pages: torch.Tensor, head_dim: int) -> str | None:
-    """The first thing that keeps FlashInfer from serving these KV pages; None: nothing does."""
-    if pages.device.type != "cuda":
-        return f"it needs a CUDA device, the model is on {pages.device.type}"
-    if pages.dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, the model is {pages.dtype}"
+def flashinfer_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The first thing that keeps FlashInfer from serving a model; None: nothing does."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, the model is on {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, the model is {dtype}"
     if head_dim not in (64, 128, 256):
         return f"it takes head_dim 64, 128 and 256, the model has {head_dim}"
     if importlib.util.find_spec("flashinfer") is None:

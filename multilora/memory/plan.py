@@ -11,13 +11,14 @@ CPU_ARENA_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`num_pages` pages of `page_bytes`; `reason` says which rule decided."""
+    """`num_pages` pages of `page_bytes`; `reason` says which rule decided. beside: what was left for what else."""
 
     num_pages: int
     page_bytes: int
     page_size: int
     weight_bytes: int
     reason: str
+    beside: str = ""
 
     @property
     def arena_bytes(self) -> int:
@@ -25,10 +26,27 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         return (
-            f"weights {format_bytes(self.weight_bytes)}, arena {format_bytes(self.arena_bytes)}: "
+            f"weights {format_bytes(self.weight_bytes)}{self.beside}, arena {format_bytes(self.arena_bytes)}: "
             f"{self.num_pages} pages of {self.page_size} tokens ({format_bytes(self.page_bytes)}), "
             f"{self.num_pages * self.page_size} tokens of KV if no adapter is resident; sized by {self.reason}"
         )
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Of a GPU with the weights in it: what is free, and what steps and decode graphs will take of that."""
+
+    free: int
+    step_bytes: int
+    graph_bytes: int
+
+    @property
+    def available(self) -> int:
+        """What the arena can have at most."""
+        return max(0, self.free - self.step_bytes - self.graph_bytes)
+
+    def __str__(self) -> str:
+        return f", a step {format_bytes(self.step_bytes)}, decode graphs {format_bytes(self.graph_bytes)}"
 
 
 def plan_memory(
@@ -39,37 +57,38 @@ def plan_memory(
     max_running_requests: int,
     arena_bytes: int | None,
     max_total_tokens: int | None,
-    available_bytes: int | None,
+    device: DeviceMemory | None,
     mem_fraction_static: float,
 ) -> MemoryPlan:
     """Choose the number of pages.
 
-    available_bytes: free device memory after the weights and a profiled peak (CUDA); None on CPU, where the arena
-    holds what `max_running_requests` full contexts need, doubled so that adapters find room, at most 1 GiB.
-    Raises OutOfMemory when not one full page of context fits what was asked for.
+    device: None on CPU, where the arena holds what `max_running_requests` full contexts need, doubled so that
+    adapters find room, at most 1 GiB. Raises OutOfMemory when what was asked for does not fit, or is next to nothing.
     """
     page = layout.page_bytes
     if arena_bytes is not None:
         pages, reason = arena_bytes // page, "--arena-bytes"
     elif max_total_tokens is not None:
         pages, reason = layout.pages_for(max_total_tokens), "--max-total-tokens"
-    elif available_bytes is not None:
-        pages = int(available_bytes * mem_fraction_static) // page
-        reason = f"--mem-fraction-static {mem_fraction_static} of {format_bytes(available_bytes)}"
+    elif device is not None:
+        pages = int(device.available * mem_fraction_static) // page
+        reason = f"--mem-fraction-static {mem_fraction_static} of {format_bytes(device.available)}"
     else:
         wanted = 2 * max_running_requests * layout.pages_for(context_length)
         pages, reason = min(wanted, CPU_ARENA_BYTES // page), "--max-running-requests x context, at most 1 GiB"
+    if device is not None and (device.available < 2 * page or pages * page > device.available):
+        raise OutOfMemory(
+            f"the arena asks for {format_bytes(max(2, pages) * page)} ({reason}); beside the weights "
+            f"({format_bytes(weight_bytes)}) {format_bytes(device.free)} are free, of which a step takes "
+            f"{format_bytes(device.step_bytes)} and decode graphs {format_bytes(device.graph_bytes)}: lower "
+            "--arena-bytes or --max-total-tokens if given, --chunked-prefill-size, or --cuda-graph-max-bs"
+        )
     if pages < 2:
         raise OutOfMemory(
             f"the arena would hold {pages} pages of {format_bytes(page)} (sized by {reason}; weights took "
             f"{format_bytes(weight_bytes)}): raise --arena-bytes or lower --page-size (now {layout.page_size})"
         )
-    if available_bytes is not None and pages * page > available_bytes:
-        raise OutOfMemory(
-            f"the arena asks for {format_bytes(pages * page)} ({reason}) but only {format_bytes(available_bytes)} "
-            f"are free beside the weights ({format_bytes(weight_bytes)}): lower --arena-bytes or --max-total-tokens"
-        )
-    return MemoryPlan(pages, page, layout.page_size, weight_bytes, reason)
+    return MemoryPlan(pages, page, layout.page_size, weight_bytes, reason, str(device) if device else "")
 
 
 def format_bytes(n: int) -> str:

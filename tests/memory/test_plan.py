@@ -3,7 +3,7 @@ import torch
 
 from multilora.errors import OutOfMemory
 from multilora.memory.kv_layout import KVLayout
-from multilora.memory.plan import format_bytes, plan_memory
+from multilora.memory.plan import DeviceMemory, format_bytes, plan_memory
 
 LLAMA_8B = KVLayout(num_layers=32, page_size=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
 
@@ -15,7 +15,7 @@ def plan(**fields):
         max_running_requests=64,
         arena_bytes=None,
         max_total_tokens=None,
-        available_bytes=None,
+        device=None,
         mem_fraction_static=0.9,
     )
     return plan_memory(LLAMA_8B, **defaults | fields)
@@ -30,7 +30,9 @@ def test_llama_8b_page_is_two_mebibytes():
     [
         ({"arena_bytes": 8 << 30}, 4096),
         ({"max_total_tokens": 100}, 7),
-        ({"available_bytes": 100 << 30, "mem_fraction_static": 0.5}, 25600),
+        ({"device": DeviceMemory(100 << 30, 0, 0), "mem_fraction_static": 0.5}, 25600),
+        ({"device": DeviceMemory(100 << 30, 15 << 30, 5 << 30), "mem_fraction_static": 0.5}, 20480),
+        ({"device": DeviceMemory(100 << 30, 15 << 30, 5 << 30), "arena_bytes": 80 << 30}, 40960),
         ({}, 512),  # CPU: at most 1 GiB
         ({"context_length": 64, "max_running_requests": 2}, 16),
     ],
@@ -43,7 +45,28 @@ def test_too_small_or_too_large_is_refused_with_the_flag():
     with pytest.raises(OutOfMemory, match="--arena-bytes"):
         plan(arena_bytes=1 << 20)
     with pytest.raises(OutOfMemory, match="--max-total-tokens"):
-        plan(max_total_tokens=10**6, available_bytes=1 << 30)
+        plan(max_total_tokens=10**6, device=DeviceMemory(1 << 30, 0, 0))
+
+
+def test_out_of_memory_says_what_asked_for_how_much():
+    device = DeviceMemory(free=10 << 30, step_bytes=3 << 30, graph_bytes=2 << 30)
+    with pytest.raises(OutOfMemory) as caught:
+        plan(device=device, weight_bytes=15 << 30, arena_bytes=6 << 30)
+    message = caught.value.message
+    for said in ("arena asks for 6.0 GiB (--arena-bytes)", "15.0 GiB", "10.0 GiB are free", "3.0 GiB", "2.0 GiB"):
+        assert said in message
+    assert (
+        "lower --arena-bytes" in message and "--chunked-prefill-size" in message and "--cuda-graph-max-bs" in message
+    )
+    with pytest.raises(OutOfMemory, match=r"a step takes 11\.0 GiB"):
+        plan(device=DeviceMemory(10 << 30, 11 << 30, 0))
+
+
+def test_the_plan_in_words():
+    text = str(plan(device=DeviceMemory(10 << 30, 3 << 30, 2 << 30), weight_bytes=15 << 30, mem_fraction_static=0.8))
+    assert text.startswith("weights 15.0 GiB, a step 3.0 GiB, decode graphs 2.0 GiB, arena 4.0 GiB: 2048 pages of 16")
+    assert "sized by --mem-fraction-static 0.8 of 5.0 GiB" in text
+    assert str(plan()).startswith("weights 0 B, arena 1.0 GiB: 512 pages of 16 tokens")
 
 
 def test_views_are_strided_windows_on_the_arena():

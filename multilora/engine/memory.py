@@ -1,0 +1,92 @@
+"""What a GPU must hold beside weights and arena, measured before the arena is there; and who asked for too much.
+
+Runs the largest step once over a few pages of its own. Called by `build.py`, at start.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from multilora.attention.base import AttentionBackend
+from multilora.attention.torch_sdpa import KVViews
+from multilora.batch import AttentionMeta, ForwardBatch
+from multilora.engine.sampler import Sampler, SampleRow
+from multilora.errors import OutOfMemory
+from multilora.layers.context import ForwardContext
+from multilora.memory.kv_layout import KVLayout
+from multilora.memory.plan import format_bytes
+from multilora.models.llama import LlamaForCausalLM
+from multilora.params import SamplingParams
+
+MakeAttention = Callable[[KVViews], AttentionBackend]
+
+GRAPH_BYTES = 4 << 20
+"""Of one decode graph, beside its logits: its nodes, and its plan in the attention backend."""
+
+
+@contextmanager
+def asking_for(what: str, lower: str) -> Iterator[None]:
+    """Out of memory inside means that this was too much. Raises OutOfMemory, which says how to ask for less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+        raise OutOfMemory(
+            f"{what}: not enough GPU memory ({format_bytes(free)} of {format_bytes(total)} were left); {lower}"
+        ) from e
+
+
+def measure_step(
+    model: LlamaForCausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int
+) -> int:
+    """Bytes that the largest step takes at its peak, the attention backend's workspace included. CUDA only."""
+    device = model.device
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    arena_bytes = largest_step(model, layout, make_attention, tokens, requests)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak - arena_bytes
+
+
+@torch.inference_mode()
+def largest_step(
+    model: LlamaForCausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int
+) -> int:
+    """`tokens` new prompt tokens, the logits of every one of them (prompt logprobs), `requests` random tokens drawn
+    from those. Returns the bytes of its own little arena."""
+    context = model.config.context_length
+    lens = [min(context, tokens - at) for at in range(0, tokens, context)]
+    pages = [layout.pages_for(n) for n in lens]
+    arena = torch.zeros(sum(pages), layout.page_bytes, dtype=torch.uint8, device=model.device)
+    attention = make_attention(layout.views(arena))
+    meta = _fresh_prompts(lens, pages, layout.page_size, model.device)
+    positions = torch.cat([torch.arange(n) for n in lens]).to(model.device)
+    batch = ForwardBatch(torch.zeros_like(positions), positions, meta, (), positions)
+    attention.prepare(meta)
+    ctx = ForwardContext(attention, None)
+    logits = model.logits(model(batch, ctx), ctx)
+    row = SampleRow(SamplingParams(temperature=1.0, top_p=0.9, top_k=50), seed=0, position=0)
+    Sampler(model.config.vocab_size, model.device).sample(logits[:requests], [row] * min(requests, tokens))
+    return arena.numel()
+
+
+def _fresh_prompts(lens: list[int], pages: list[int], page_size: int, device: torch.device) -> AttentionMeta:
+    """Of requests that have nothing cached, one page after the other."""
+    table = torch.zeros(len(lens), max(pages), dtype=torch.int64)
+    first, token_pages = 0, []
+    for row, count, length in zip(table, pages, lens, strict=True):
+        row[:count] = torch.arange(first, first + count)
+        token_pages.append(row.repeat_interleave(page_size)[:length])
+        first += count
+    slots = torch.cat([torch.arange(n) % page_size for n in lens])
+    sizes = tuple(lens)
+    return AttentionMeta(sizes, sizes, table.to(device), torch.cat(token_pages).to(device), slots.to(device))
+
+
+def graph_bytes(sizes: list[int], vocab_size: int, variants: int) -> int:
+    """Of decode graphs of these batch sizes, `variants` of each: every graph keeps fp32 logits of its own."""
+    return variants * sum(GRAPH_BYTES + 4 * vocab_size * size for size in sizes)
