@@ -3,11 +3,13 @@
 import torch
 
 from multilora.adapters.host_cache import HostCache, HostEntry
-from multilora.lora.panels import PanelLayout
+from multilora.lora.panels import AdapterShape, PanelLayout
 
 
 def entry(nbytes: int = 10, **flags: bool) -> HostEntry:
-    return HostEntry(PanelLayout(1, (), (), nbytes), torch.zeros(1, nbytes, dtype=torch.uint8), **flags)
+    return HostEntry(
+        PanelLayout(1, AdapterShape(()), (), (), (), nbytes), torch.zeros(1, nbytes, dtype=torch.uint8), **flags
+    )
 
 
 def filled(max_count: int | None = None, max_bytes: int | None = None, **entries: HostEntry) -> HostCache:
