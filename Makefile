@@ -5,7 +5,7 @@
 #   make serve       the server, until Ctrl-C;          ARGS="--port 8000 --lora-paths …"
 #   make check       format, lint, types, layer order
 #   make test        the tests (CPU, minutes);          ARGS="-k scheduler"
-#   make test-gpu    those that need a CUDA device
+#   make test-gpu    those that need a CUDA device, and on it those that compare with PEFT
 #   make bench       benchmarks;                        ARGS="--help"
 #
 # PYTHON       the interpreter that .venv is made with, 3.11 or newer
@@ -52,6 +52,8 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/pytest -q -m gpu $(ARGS)
+	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q tests/engine/test_peft_parity.py tests/engine/test_parity.py \
+		tests/engine/test_composition.py tests/engine/test_activation.py
 
 bench: $(READY)
 	$(BIN)/python -m bench.cpu $(ARGS)

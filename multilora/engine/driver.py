@@ -4,6 +4,7 @@ Owns what came out of the engine, request by request, and checks that each has e
 package's tests and by anyone who tests against it.
 """
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ class Answer:
         self.finished = output.finished
 
 
+DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
+"""Where tests of the engine run: `make test-gpu` runs those that compare with PEFT on the GPU too, in fp32."""
+
+
 class EngineDriver:
     """Keyword arguments are fields of `Config`; adapters: name → directory, loaded at once.
 
@@ -69,7 +74,7 @@ class EngineDriver:
         ahead: int | None = None,
         **options: Any,
     ):
-        config = Config.make(**({"model_path": str(model_path), "device": "cpu", "enable_lora": True} | options))
+        config = Config.make(**({"model_path": str(model_path), "device": DEVICE, "enable_lora": True} | options))
         self.engine = build_engine(config, make_loader=InlineLoader, ahead=ahead)
         self.answers: dict[str, Answer] = {}
         self.infos: dict[str, AdapterInfo] = {}
