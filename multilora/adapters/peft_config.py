@@ -136,8 +136,11 @@ class PeftConfig:
         return name.rpartition(".")[2] in TABLES
 
     def _pattern_key(self, field: str, name: str) -> str | None:
+        patterns = getattr(self, field)
+        if not patterns:
+            return None
         with self._patterns(field):
-            return pattern_key(getattr(self, field), name)
+            return pattern_key(patterns, name)
 
     @contextmanager
     def _patterns(self, fields: str) -> Iterator[None]:
