@@ -36,6 +36,14 @@ def test_min_new_tokens_is_clamped_too():
     assert effective(max_new_tokens=200, min_new_tokens=150).min_new_tokens == 90
 
 
+def test_other_ends_stop_as_eos_does():
+    def stops(**params):
+        return engine_params(SamplingParams(**params), 10, 100, 50, ends=[48]).stop_token_ids
+
+    assert (stops(), stops(stop_token_ids=[7])) == ([48], [7, 48])
+    assert (stops(ignore_eos=True), stops(stop_token_ids=[7], ignore_eos=True)) == (None, [7])
+
+
 def test_text_and_n_stay_in_the_front():
     params = effective(
         n=3, stop=["x"], stop_regex="y", json_schema="{}", max_new_tokens=None, temperature=0.5, stop_token_ids=[3]
