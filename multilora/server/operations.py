@@ -99,6 +99,7 @@ def _running(front: Front) -> dict[str, Any]:
                 "pinned": e.pinned,
                 "rank": e.info.rank if e.info else None,
                 "target_modules": e.info.target_modules if e.info else None,
+                "vocab_size": front.vocabularies.of(((e.name, 1.0),)).size,
                 "active_requests": e.active,
             }
             | ({"parts": [{"name": name, "weight": weight} for name, weight in e.parts]} if e.parts else {})

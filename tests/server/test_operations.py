@@ -54,6 +54,7 @@ def test_server_info_shows_arguments_and_adapters_but_no_keys(path):
         "pinned": False,
         "rank": 8,
         "target_modules": ["q_proj"],
+        "vocab_size": 101,
         "active_requests": 0,
     }
 

@@ -234,6 +234,13 @@ def test_outside_the_roots(make, path, tmp_path):
     assert answer.status == 400 and "outside every --lora-root" in answer.json()["error_message"]
 
 
+def test_server_info(make):
+    s = make()
+    s.load("plain")
+    found = s.get("/server_info").json()["loaded_adapters"]
+    assert {a["lora_name"]: a["vocab_size"] for a in found} == {"own": SIZE + 2, "plain": SIZE}
+
+
 def test_at_start(make, path):
     s = make()
     run(s.app.state.adapters.load_all([LoraPath("first", str(path)), LoraPath("second", "/adapters/plain")]))

@@ -69,6 +69,11 @@ def test_fetches_only_what_is_read(source: HubSource, capfd: pytest.CaptureFixtu
     assert capfd.readouterr() == ("", "")
 
 
+def test_fetches_other_files_on_demand(server: "hub_server.HubServer", tmp_path: Path) -> None:
+    source = HubSource(server.url, tmp_path / "cache", extra=("README.md", "not_there.json"))
+    assert names(source.fetch("org/adapter")) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
 def test_revision(source: HubSource) -> None:
     assert names(source.fetch("org/adapter@v2")) == set(SHARDED)
     assert source.fetch(f"org/adapter@{hub_server.commit_of(SHARDED)}") == source.fetch("org/adapter@v2")
