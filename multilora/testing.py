@@ -86,10 +86,10 @@ def make_adapter(
 ) -> PeftModel:
     """Write a random LoRA adapter for the model in `model_path` to directory `path`, saved by PEFT itself.
 
-    `config` are the fields of PEFT's LoraConfig, `save` the arguments of its save_pretrained; `prepare` may change the
-    base model before. Everything that PEFT would train is random, so the adapter changes the output. Returns PEFT's
-    model with the adapter on it, in eval mode and fp32; `dtype` is what the file holds, and the returned weights have
-    the values rounded to it.
+    `config` are the fields of PEFT's LoraConfig, `save` the arguments of its save_pretrained; `prepare` may change
+    the base model before. Everything that PEFT would train is random, so the adapter changes the output. Returns
+    PEFT's model with the adapter on it, in eval mode and fp32; `dtype` is what the file holds, and the returned
+    weights have the values rounded to it.
     """
     import warnings
 
@@ -118,10 +118,8 @@ def train_randomly(model: PeftModel, dtype: str = "float32") -> None:
         if "lora_" not in name and not weight.requires_grad:
             continue
         noise = torch.randn_like(weight, dtype=torch.float32)
-        if "lora_" in name and "magnitude" not in name:
-            value = noise.mul_(0.3)
-        else:
-            value = weight.detach() + noise.mul_(0.1)
+        factor = "lora_" in name and "magnitude" not in name
+        value = noise.mul_(0.3) if factor else weight.detach() + noise.mul_(0.1)
         if dtype == "float32":
             weight.data.copy_(value)  # tied ones stay tied
         else:
