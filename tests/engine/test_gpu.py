@@ -1,0 +1,242 @@
+"""The whole engine on a GPU, in bf16, with FlashInfer, Triton kernels, decode graphs and copies beside the steps.
+
+In bf16 nobody promises equal tokens across batch sizes. So logprobs are judged: against transformers + PEFT
+in fp32 they may be off by no more than transformers + PEFT in bf16; two runs of the engine may part only where
+the two best tokens are as good as equal.
+"""
+
+import copy
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from multilora.attention import make_attention
+from multilora.engine.driver import Answer, EngineDriver
+from multilora.engine.memory import measure_step
+from multilora.errors import OutOfMemory
+from multilora.testing import make_adapter, make_tiny_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+DEVICE, DTYPE = "cuda", "bfloat16"
+SIZES = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 128, "num_key_value_heads": 1},
+    "qwen2": {"num_key_value_heads": 1},
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 2},
+    "mistral": {"head_dim": 64, "num_attention_heads": 6, "num_key_value_heads": 2},  # with a window
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "qv": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "seven": {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"},
+    "rslora": {"r": 64, "lora_alpha": 8, "target_modules": "all-linear", "use_rslora": True},
+    "gate": {"r": 3, "lora_alpha": 12, "target_modules": ["gate_proj"]},
+}
+NEW_TOKENS = 16
+LENGTHS = (1, 5, 17, 64, 130)
+SLACK = 1.25  # of two equally good ways to round, one may err by so much more than the other
+NEAR = 0.25  # tokens whose logprobs differ by less are as good as equal: logits of 16 have a last bit of 0.06
+LOGPROB_TOLERANCE = 0.4
+
+
+@dataclass(frozen=True)
+class Family:
+    path: Path
+    prompts: list[list[int]]
+    models: dict[str | None, Any]  # transformers and PEFT, fp32
+
+    def driver(self, names: Any = ADAPTERS, **options: Any) -> EngineDriver:
+        paths = {name: self.path / name for name in names}
+        defaults = {"device": DEVICE, "dtype": DTYPE, "arena_bytes": 64 << 20, "max_running_requests": 8}
+        return EngineDriver(self.path / "model", paths, **(defaults | options))
+
+    def jobs(self) -> list[tuple[str | None, int]]:
+        return [(name, prompt) for prompt in range(len(self.prompts)) for name in (None, *ADAPTERS)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    path = tmp_path_factory.mktemp(request.param)
+    return make_family(path, request.param, ADAPTERS)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """With twelve adapters of ranks 8 to 64."""
+    configs = {f"{i}": ADAPTERS["seven"] | {"r": (8, 16, 32, 64)[i % 4]} for i in range(12)}
+    return make_family(tmp_path_factory.mktemp("llama"), "llama", configs)
+
+
+def make_family(path: Path, name: str, adapters: dict[str, dict[str, Any]]) -> Family:
+    models: dict[str | None, Any] = {None: make_tiny_model(path / "model", name, seed=3, **(SIZES | FAMILIES[name]))}
+    for seed, (adapter, config) in enumerate(adapters.items()):
+        models[adapter] = make_adapter(path / adapter, path / "model", seed=seed, dtype=DTYPE, **config)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3, SIZES["vocab_size"]) for _ in range(n)] for n in LENGTHS]
+    prompts.append(prompts[-1][:100] + prompts[0])
+    return Family(path, prompts, models)
+
+
+def submit_all(driver: EngineDriver, family: Family, jobs: list[tuple[str | None, int]]) -> dict[str, tuple]:
+    return {
+        driver.submit(
+            family.prompts[prompt],
+            name,
+            max_new_tokens=NEW_TOKENS,
+            ignore_eos=True,
+            return_logprob=True,
+            top_logprobs_num=2,
+        ): (name, prompt)
+        for name, prompt in jobs
+    }
+
+
+def run(driver: EngineDriver, family: Family, jobs: list[tuple[str | None, int]]) -> dict[tuple, Answer]:
+    rids = submit_all(driver, family, jobs)
+    driver.run()
+    return {job: driver.answers[rid] for rid, job in rids.items()}
+
+
+def reference(model: Any, sequences: list[list[int]]) -> torch.Tensor:
+    """Logprobs [sequences, NEW_TOKENS] of the last tokens of each."""
+    model.to(DEVICE)
+    logprobs = []
+    with torch.inference_mode():
+        for sequence in sequences:
+            ids = torch.tensor([sequence], device=DEVICE)
+            found = model(input_ids=ids).logits[0].float().log_softmax(-1)
+            logprobs.append(found[-NEW_TOKENS - 1 : -1].gather(1, ids[0, -NEW_TOKENS:, None])[:, 0])
+    return torch.stack(logprobs).cpu()
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).square().mean().sqrt())
+
+
+def same(found: Answer, expected: Answer) -> bool:
+    """Token for token, up to where the two best were as good as equal."""
+    for i, (a, b) in enumerate(zip(found.tokens, expected.tokens, strict=True)):
+        if abs(found.logprobs[i] - expected.logprobs[i]) > LOGPROB_TOLERANCE:
+            return False
+        if a != b:
+            best, second = (logprob for logprob, _ in expected.top_logprobs[i])
+            return best - second < NEAR
+    return True
+
+
+# ---------------------------------------------------------------------- against transformers + PEFT
+
+
+@pytest.mark.parametrize("options", [{}, {"chunked_prefill_size": 48}, {"disable_cuda_graph": True}], ids=str)
+def test_no_less_exact_than_transformers_and_peft_in_bf16(family: Family, options: dict[str, Any]) -> None:
+    """Mixed adapters, prefix cache on; the second round finds its prompts in the cache."""
+    driver = family.driver(**options)
+    for cached in (False, True):
+        answers = run(driver, family, family.jobs())
+        assert (sum(a.cached_tokens for a in answers.values()) > 0) >= cached
+        found, exact, rounded = [], [], []
+        for name, model in family.models.items():
+            mine = [(family.prompts[p] + a.tokens, a.logprobs) for (n, p), a in answers.items() if n == name]
+            sequences = [tokens for tokens, _ in mine]
+            found.append(torch.tensor([logprobs for _, logprobs in mine]))
+            exact.append(reference(model, sequences))
+            rounded.append(reference(copy.deepcopy(model).to(getattr(torch, DTYPE)), sequences))
+        theirs = error(torch.cat(rounded), torch.cat(exact))
+        assert 0 < error(torch.cat(found), torch.cat(exact)) <= SLACK * theirs
+    driver.close()
+
+
+# ---------------------------------------------------------------------- against itself
+
+
+def test_graphs_replay_what_eager_steps_compute(llama: Family) -> None:
+    """Batches of a captured size and of sizes between, all ranks, base and adapters in one step or only base."""
+    names = list(llama.models)
+    for count in (1, 3, 8):
+        for mix in ([None], names):
+            jobs = [(mix[i % len(mix)], i % len(llama.prompts)) for i in range(count)]
+            answers = []
+            for eager in (False, True):
+                driver = llama.driver(list(llama.models)[1:], disable_cuda_graph=eager)
+                answers.append(run(driver, llama, jobs))
+                driver.close()
+            for job in jobs:
+                assert same(answers[0][job], answers[1][job]), job
+
+
+def test_eviction_and_reload_under_load(llama: Family) -> None:
+    """Twelve adapters take turns in room for the largest and little more, while requests keep coming."""
+    names = list(llama.models)[1:]
+    rng = random.Random(0)
+    jobs = [(name, prompt) for name in (None, *names) for prompt in range(len(llama.prompts))]
+    roomy = llama.driver(names)
+    expected = run(roomy, llama, jobs)
+    assert roomy.evictions == 0
+    most = max(info.nbytes for info in roomy.infos.values())
+    roomy.close()
+    small = llama.driver(names, lora_device_bytes=int(1.5 * most), chunked_prefill_size=96)
+    for _ in range(2):
+        rng.shuffle(jobs)
+        rids: dict[str, tuple] = {}
+        for i in range(0, len(jobs), 6):
+            rids |= submit_all(small, llama, jobs[i : i + 6])
+            for _ in range(rng.randrange(4)):
+                small.step()
+        small.run()
+        for rid, job in rids.items():
+            assert same(small.answers[rid], expected[job]), job
+    assert small.evictions > len(names)
+    small.close()
+
+
+def test_adapters_arrive_while_others_decode(llama: Family) -> None:
+    """Streams are not disturbed, and what arrived is right from its first token on."""
+    names = list(llama.models)[1:]
+    streams = [(name, prompt) for prompt, name in enumerate((None, *names[:3]))]
+    late = [(name, prompt) for prompt, name in enumerate(names[4:10], start=1) if prompt < len(llama.prompts)]
+    quiet = llama.driver(names)
+    expected = run(quiet, llama, streams) | run(quiet, llama, late)
+    quiet.close()
+    driver = llama.driver(names[:3])
+    rids = submit_all(driver, llama, streams)
+    for name, prompt in late:
+        driver.step()
+        driver.load(name, llama.path / name)  # steps on until it is there
+        rids |= submit_all(driver, llama, [(name, prompt)])
+    driver.run()
+    for rid, job in rids.items():
+        assert same(driver.answers[rid], expected[job]), job
+    driver.close()
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_the_largest_step_is_measured(llama: Family, caplog: pytest.LogCaptureFixture) -> None:
+    """A step takes at least the logits of its tokens; the arena gets what is left of the rest."""
+    with caplog.at_level("INFO", "multilora.engine.build"):
+        driver = llama.driver([], chunked_prefill_size=256)
+    [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("memory:")]
+    assert "a step" in line and "decode graphs" in line
+    device = torch.device(DEVICE)
+    model, layout = driver.engine.runner._model, driver.engine.runner._model.kv_layout(16)
+
+    def over_arena(kv_views: Any) -> Any:
+        return make_attention(
+            "torch", kv_views=kv_views, num_heads=2, num_kv_heads=1, head_dim=128, scale=1.0, sliding_window=None
+        )
+
+    sizes = [measure_step(model, layout, over_arena, tokens, 8) for tokens in (64, 256)]
+    assert sizes[0] >= 64 * SIZES["vocab_size"] * 4
+    assert sizes[1] > 2 * sizes[0]
+    assert torch.cuda.memory_allocated(device) > 0
+    driver.close()
+
+
+def test_an_arena_that_does_not_fit_says_what_asked_for_how_much(llama: Family) -> None:
+    with pytest.raises(OutOfMemory, match=r"arena asks for 1024.0 GiB \(--arena-bytes\).*lower --arena-bytes"):
+        llama.driver([], arena_bytes=1 << 40)
