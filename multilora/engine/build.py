@@ -33,6 +33,8 @@ from multilora.engine.scheduler import Scheduler
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
 from multilora.lora.base import LoraBackend
+from multilora.lora.device_table import table_bytes_per_page
+from multilora.lora.panels import PanelGeometry
 from multilora.lora.table import LoraTable
 from multilora.memory.kv_layout import KVLayout
 from multilora.memory.page_pool import PagePool
@@ -178,7 +180,10 @@ def _device_memory(
     with asking_for(f"a step of {tokens} tokens", "lower --chunked-prefill-size or --max-running-requests"):
         step = measure_step(model, layout, over_arena, tokens, requests)
     graphs = graph_bytes(_graph_sizes(config, model.device), model.config.vocab_size, 1 + config.enable_lora)
-    return DeviceMemory(torch.cuda.mem_get_info(model.device)[0], step, graphs)
+    tables = 0
+    if config.enable_lora:
+        tables = table_bytes_per_page(model.lora_sites(), PanelGeometry(layout.page_bytes, layout.dtype.itemsize))
+    return DeviceMemory(torch.cuda.mem_get_info(model.device)[0], step, graphs, tables)
 
 
 def _build_lora(

@@ -74,7 +74,10 @@ class EngineDriver:
         ahead: int | None = None,
         **options: Any,
     ):
-        config = Config.make(**({"model_path": str(model_path), "device": DEVICE, "enable_lora": True} | options))
+        defaults: dict[str, Any] = {"model_path": str(model_path), "device": DEVICE, "enable_lora": True}
+        if DEVICE == "cuda" and "max_total_tokens" not in options:
+            defaults["arena_bytes"] = 1 << 28  # several engines share the device
+        config = Config.make(**(defaults | options))
         self.engine = build_engine(config, make_loader=InlineLoader, ahead=ahead)
         self.answers: dict[str, Answer] = {}
         self.infos: dict[str, AdapterInfo] = {}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from multilora.lora.panels import AFFINE_BYTES, RANK_GRANULE, PanelGeometry, PanelLayout
+from multilora.lora.panels import AFFINE_BYTES, PanelGeometry, PanelLayout
 from multilora.lora.sites import LoraSite
 from multilora.lora.table import LoraTable
 
@@ -43,15 +43,13 @@ class DeviceTable:
         self.sites = sites
         self.table = table
         self.weights = table.weights
-        self.max_slices = max(len(site.slices) for site in sites)
-        self.record_words = _power_of_two(2 + 2 * self.max_slices)
         self._itemsize = self.weights.itemsize
         self.geometry = PanelGeometry(table.page_elements * self._itemsize, self._itemsize)
-        capacity = table.num_pages * (self.geometry.page_bytes // self._smallest_panel())
+        self.record_words, addresses = _per_page(sites, self.geometry)
         device = self.weights.device
         shape = (table.num_pages, len(sites), self.record_words)
         self.records = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.addresses = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.addresses = torch.zeros(table.num_pages * addresses, dtype=torch.int64, device=device)
         self._placed: dict[int, _Placed] = {}
         table.subscribe(self)
 
@@ -75,11 +73,6 @@ class DeviceTable:
         del self._placed[place]
 
     # ------------------------------------------------------------------ addresses
-
-    def _smallest_panel(self) -> int:
-        widths = {site.in_features for site in self.sites} | {s.out_features for t in self.sites for s in t.slices}
-        column = min(RANK_GRANULE * self._itemsize, AFFINE_BYTES)
-        return min(self.geometry.chunk_columns(w) for w in widths) * column
 
     def _find(self, count: int) -> int | None:
         """The first gap of `count` addresses."""
@@ -134,6 +127,20 @@ class DeviceTable:
                 above += matrix.rank
             at += len(chunks)
         return records
+
+
+def _per_page(sites: tuple[LoraSite, ...], geometry: PanelGeometry) -> tuple[int, int]:
+    """Words of a record, and as many addresses as chunks can lie in a page: an affine pair is the smallest."""
+    words = _power_of_two(2 + 2 * max(len(site.slices) for site in sites))
+    widths = {site.in_features for site in sites} | {s.out_features for site in sites for s in site.slices}
+    smallest = min(geometry.chunk_columns(w) for w in widths) * AFFINE_BYTES
+    return words, geometry.page_bytes // smallest
+
+
+def table_bytes_per_page(sites: tuple[LoraSite, ...], geometry: PanelGeometry) -> int:
+    """What the tables of a `DeviceTable` take for each page of the arena."""
+    words, addresses = _per_page(sites, geometry)
+    return 4 * words * len(sites) + 8 * addresses
 
 
 def upload(values: np.ndarray, to: torch.Tensor) -> None:

@@ -34,11 +34,15 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Of a GPU with the weights in it: what is free, and what steps and decode graphs will take of that."""
+    """Of a GPU with the weights in it: what is free, and what steps and decode graphs will take of that.
+
+    table_bytes: of adapter tables, for each page.
+    """
 
     free: int
     step_bytes: int
     graph_bytes: int
+    table_bytes: int = 0
 
     @property
     def available(self) -> int:
@@ -71,14 +75,15 @@ def plan_memory(
     elif max_total_tokens is not None:
         pages, reason = layout.pages_for(max_total_tokens), "--max-total-tokens"
     elif device is not None:
-        pages = int(device.available * mem_fraction_static) // page
+        pages = int(device.available * mem_fraction_static) // (page + device.table_bytes)
         reason = f"--mem-fraction-static {mem_fraction_static} of {format_bytes(device.available)}"
     else:
         wanted = 2 * max_running_requests * layout.pages_for(context_length)
         pages, reason = min(wanted, CPU_ARENA_BYTES // page), "--max-running-requests x context, at most 1 GiB"
-    if device is not None and (device.available < 2 * page or pages * page > device.available):
+    need = max(2, pages) * (page + (device.table_bytes if device else 0))
+    if device is not None and need > device.available:
         raise OutOfMemory(
-            f"the arena asks for {format_bytes(max(2, pages) * page)} ({reason}); beside the weights "
+            f"the arena asks for {format_bytes(need)} ({reason}); beside the weights "
             f"({format_bytes(weight_bytes)}) {format_bytes(device.free)} are free, of which a step takes "
             f"{format_bytes(device.step_bytes)} and decode graphs {format_bytes(device.graph_bytes)}: lower "
             "--arena-bytes or --max-total-tokens if given, --chunked-prefill-size, or --cuda-graph-max-bs"

@@ -32,6 +32,7 @@ def test_llama_8b_page_is_two_mebibytes():
         ({"max_total_tokens": 100}, 7),
         ({"device": DeviceMemory(100 << 30, 0, 0), "mem_fraction_static": 0.5}, 25600),
         ({"device": DeviceMemory(100 << 30, 15 << 30, 5 << 30), "mem_fraction_static": 0.5}, 20480),
+        ({"device": DeviceMemory(100 << 30, 0, 0, table_bytes=2 << 20), "mem_fraction_static": 0.5}, 12800),
         ({"device": DeviceMemory(100 << 30, 15 << 30, 5 << 30), "arena_bytes": 80 << 30}, 40960),
         ({}, 512),  # CPU: at most 1 GiB
         ({"context_length": 64, "max_running_requests": 2}, 16),
