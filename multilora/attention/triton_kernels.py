@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora.attention.early_launch import early_launch, wait_for_previous
+from multilora.triton_launch import can_launch_early, launch, wait_for_previous
 
 PAGE_BLOCK = 256  # pages that one iteration of `_list_pages` copies
 
@@ -94,13 +94,19 @@ def rotate_and_write(
     kv_heads = k.shape[1]
     cos, sin = rope
     out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
-    _rotate_and_write[(tokens, kv_heads)](
+    early = can_launch_early(q.device)
+    args = (
         q, k, v, cos, sin, out, out_row, k_pages, v_pages, token_page, token_slot,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), heads // kv_heads,
-        HALF=head_dim // 2, GROUP=triton.next_power_of_2(heads // kv_heads), MOVE_ROWS=out_row is not None,
-        num_warps=1, **early_launch(q.device),
     )  # fmt: skip
+    constants = {
+        "HALF": head_dim // 2,
+        "GROUP": triton.next_power_of_2(heads // kv_heads),
+        "MOVE_ROWS": out_row is not None,
+        "PDL": early,
+    }
+    launch(_rotate_and_write, (tokens, kv_heads), args, constants, early=early, num_warps=1)
     return out
 
 
@@ -117,7 +123,5 @@ def list_pages(
     """
     token_page, token_slot = last_token or (None, None)
     count = requests.shape[1]
-    _list_pages[(count,)](
-        page_table, requests, out, token_page, token_slot, page_table.stride(0), count,
-        BLOCK=PAGE_BLOCK, LAST_TOKEN=last_token is not None,
-    )  # fmt: skip
+    args = (page_table, requests, out, token_page, token_slot, page_table.stride(0), count)
+    launch(_list_pages, (count,), args, {"BLOCK": PAGE_BLOCK, "LAST_TOKEN": last_token is not None})

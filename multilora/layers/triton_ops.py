@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora.attention.early_launch import early_launch, wait_for_previous
+from multilora.triton_launch import can_launch_early, launch, wait_for_previous
 
 SILU_BLOCK = 1024  # columns of one program
 MATVEC_ELEMENTS, MATVEC_COLUMNS = 4096, 2048  # of the weight, at a time in one program
@@ -101,20 +101,19 @@ def _launch_norm(
     size = x.shape[-1]
     heads = x.shape[1] if x.dim() == 3 else 1
     block = triton.next_power_of_2(size)
-    _add_rms_norm[(x.shape[0], heads)](
-        x, residual, weight, out, total, eps, x.stride(0), x.stride(1), size,
-        BLOCK=block, ADD=residual is not None, num_warps=min(16, max(1, block // 512)),
-        **early_launch(x.device),
-    )  # fmt: skip
+    early = can_launch_early(x.device)
+    args = (x, residual, weight, out, total, eps, x.stride(0), x.stride(1), size)
+    constants = {"BLOCK": block, "ADD": residual is not None, "PDL": early}
+    launch(_add_rms_norm, (x.shape[0], heads), args, constants, early=early, num_warps=min(16, max(1, block // 512)))
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up: [tokens, 2 · width], contiguous. Returns [tokens, width]."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_and_mul[(tokens, triton.cdiv(width, SILU_BLOCK))](
-        gate_up, out, width, BLOCK=SILU_BLOCK, **early_launch(gate_up.device),
-    )  # fmt: skip
+    early = can_launch_early(gate_up.device)
+    grid = tokens, triton.cdiv(width, SILU_BLOCK)
+    launch(_silu_and_mul, grid, (gate_up, out, width), {"BLOCK": SILU_BLOCK, "PDL": early}, early=early)
     return out
 
 
@@ -128,10 +127,9 @@ def matvec(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dty
     """x: [1, in], contiguous; weight: [out, in], one that `matvec_fits`. Returns x Wᵀ + b, [1, out], as `dtype`."""
     out = torch.empty(1, weight.shape[0], dtype=dtype, device=x.device)
     rows, columns = _matvec_blocks(weight)
-    _matvec[(weight.shape[0] // rows,)](
-        x, weight, bias, out, weight.shape[1], ROWS=rows, COLUMNS=columns, BIAS=bias is not None, num_warps=8,
-        **early_launch(x.device),
-    )  # fmt: skip
+    early = can_launch_early(x.device)
+    constants = {"size": weight.shape[1], "ROWS": rows, "COLUMNS": columns, "BIAS": bias is not None, "PDL": early}
+    launch(_matvec, (weight.shape[0] // rows,), (x, weight, bias, out), constants, early=early, num_warps=8)
     return out
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import triton
 
 from multilora.batch import LoraSegment
 from multilora.lora.device_table import DeviceTable, upload
@@ -19,6 +18,7 @@ from multilora.lora.table import LoraTable
 from multilora.lora.triton_kernels import BLOCK_WORDS, ENTRY_WORDS, TILE_WORDS, expand_kernel, shrink_kernel
 from multilora.lora.triton_steps import make_tiles
 from multilora.lora.tuning import CSGMV, GRAPH_ROWS, TRITON, ExpandBlocks, Phase, ShrinkBlocks, Tuning
+from multilora.triton_launch import can_launch_early, launch
 
 H_BYTES = 64 << 20
 """The fixed intermediate: room for 64 rows of stacked rank 9,000, in 28 splits."""
@@ -48,7 +48,7 @@ class Step:
     small: bool
     grid: int  # programs along the tiles
     overlap: bool
-    use: np.ndarray | None
+    use: list[list[int]] | None
     tile_rows: int
     blocks: Phase
     tiles: torch.Tensor
@@ -57,22 +57,28 @@ class Step:
 
     def rank(self, site: int, stacked: bool) -> int:
         """The largest rank at a site, stacked or of a slice; MAX_RANK if anything may come."""
-        return MAX_RANK if self.use is None else int(self.use[0 if stacked else 1, site])
+        return MAX_RANK if self.use is None else self.use[0 if stacked else 1][site]
 
     def touches(self, site: int) -> bool:
-        return self.use is None or bool(self.use[2, site])
+        return self.use is None or bool(self.use[2][site])
 
     def tile_r(self, most: int, rank: int) -> int:
         """Rank rows of one `tl.dot`. In a small step always `most`: its graph serves every rank."""
-        return most if self.small else max(MIN_TILE, min(most, triton.next_power_of_2(rank)))
+        return most if self.small else max(MIN_TILE, min(most, power_of_two(rank)))
 
-    def options(self, blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int | bool]:
-        options: dict[str, int | bool] = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-        if self.overlap:
-            options["launch_pdl"] = True
-        if blocks.registers is not None:
-            options["maxnreg"] = blocks.registers
-        return options
+    def options(self, blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int]:
+        options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+        return options if blocks.registers is None else options | {"maxnreg": blocks.registers}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the output columns of a site are shared out. table: int32 [blocks, 8], see `expand_kernel`; whole: no panel
+    is cut; align: of all widths and offsets, in columns."""
+
+    table: torch.Tensor
+    whole: bool
+    align: int
 
 
 class TritonLora:
@@ -96,10 +102,10 @@ class TritonLora:
         self._device = table.weights.device
         self._chunk_rows = min(chunk_rows, MAX_TILE_ROWS)
         self._graph_rows = graph_rows
-        self.overlap = self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= (9, 0)
+        self.overlap = can_launch_early(self._device)
         """Programmatic dependent launch, in small steps: a kernel starts while the one before it ends."""
         self._align = math.gcd(table.page_elements, 8)
-        self._column_blocks: dict[tuple[int, int], torch.Tensor] = {}
+        self._columns: dict[tuple[int, int], Columns] = {}
         words = FURTHER * ENTRY_WORDS + graph_rows * TILE_WORDS
         self._fixed = torch.zeros(words, dtype=torch.int32, device=self._device)
         self._fixed_h = torch.zeros(H_BYTES // 4, dtype=torch.float32, device=self._device)
@@ -119,7 +125,7 @@ class TritonLora:
             h = torch.empty(need, dtype=torch.float32, device=self._device)
         self.replayable = small and fits and len(tiles.entries) <= FURTHER
         grid = num_rows if small else len(tiles.tiles)
-        further = FURTHER if self.replayable else triton.cdiv(len(tiles.entries), 2) * 2  # tiles stay 16-byte aligned
+        further = FURTHER if self.replayable else cdiv(len(tiles.entries), 2) * 2  # tiles stay 16-byte aligned
         at = further * ENTRY_WORDS
         words = np.zeros(at + grid * TILE_WORDS, np.int32)
         words[: tiles.entries.size] = tiles.entries.ravel()
@@ -128,7 +134,8 @@ class TritonLora:
             self._fixed if self.replayable else torch.empty(len(words), dtype=torch.int32, device=self._device)
         )
         upload(words, on_device[: len(words)])
-        use = self._table.used_sites({place for s in segments for place in s.places}) if segments else None
+        places = {place for s in segments for place in s.places}
+        use = self._table.used_sites(places).tolist() if places else None
         overlap = self.overlap and small
         self._step = Step(small, grid, overlap, use, tile_rows, blocks, on_device[at:], on_device[:at], h)
 
@@ -145,30 +152,20 @@ class TritonLora:
             return
         blocks, splits = step.blocks.shrink(shape.in_features), self._splits(step.blocks, shape)
         chunk = table.geometry.chunk_columns(shape.in_features)
-        shrink_kernel[(step.grid, splits)](
-            x,
-            step.h,
-            table.weights,
-            table.addresses,
-            table.records,
-            step.tiles,
-            step.entries,
-            site,
-            len(table.sites),
-            shape.in_features,
-            chunk,
-            len(step.h) // splits // H_ALIGN * H_ALIGN,
-            RECORD=table.record_words,
-            WHOLE=chunk == shape.in_features,
-            ALIGN=self._align,
-            VECTOR=self._vector and step.small,
-            BLOCK_K=blocks.k,
-            TILE_M=step.tile_rows,
-            TILE_K=min(blocks.tile_k, blocks.k),
-            TILE_R=step.tile_r(blocks.tile_r, rank),
-            PDL=step.overlap,
-            **step.options(blocks),
-        )
+        tables = table.weights, table.addresses, table.records, step.tiles, step.entries
+        args = (x, step.h, *tables, site, len(table.sites), shape.in_features, chunk, self._h_stride(splits))
+        constants = {
+            "RECORD": table.record_words,
+            "WHOLE": chunk == shape.in_features,
+            "ALIGN": self._align,
+            "VECTOR": self._vector and step.small,
+            "BLOCK_K": blocks.k,
+            "TILE_M": step.tile_rows,
+            "TILE_K": min(blocks.tile_k, blocks.k),
+            "TILE_R": step.tile_r(blocks.tile_r, rank),
+            "PDL": step.overlap,
+        }
+        launch(shrink_kernel, (step.grid, splits), args, constants, early=step.overlap, **step.options(blocks))
 
     def expand(self, y: torch.Tensor, site: int) -> None:
         """The second half: adds what shrink() of the same site prepared."""
@@ -177,53 +174,61 @@ class TritonLora:
         if not step.touches(site):
             return
         blocks, splits = step.blocks.expand(shape.out_features), self._splits(step.blocks, shape)
-        columns = self._blocks_of(shape, blocks.n)
-        widths = [s.out_features for s in shape.slices]
-        expand_kernel[(step.grid, len(columns))](
-            y,
-            step.h,
-            table.weights,
-            table.addresses,
-            table.records,
-            step.tiles,
-            step.entries,
-            columns,
-            site,
-            len(table.sites),
-            y.shape[1],
-            len(step.h) // splits // H_ALIGN * H_ALIGN,
-            splits,
-            RECORD=table.record_words,
-            WHOLE=all(table.geometry.chunks(w) == 1 for w in widths),
-            ALIGN=self._align,
-            ALIGN_N=math.gcd(16, *widths, *(s.offset for s in shape.slices)),
-            VECTOR=self._vector,
-            BLOCK_N=blocks.n,
-            BLOCK_S=triton.next_power_of_2(splits),
-            TILE_M=step.tile_rows,
-            TILE_N=min(blocks.tile_n, blocks.n),
-            TILE_R=step.tile_r(blocks.tile_r, step.rank(site, stacked=False)),
-            PDL=step.overlap,
-            **step.options(blocks),
-        )
+        columns = self._columns_of(shape, blocks.n)
+        tables = table.weights, table.addresses, table.records, step.tiles, step.entries, columns.table
+        args = (y, step.h, *tables, site, len(table.sites), y.shape[1], self._h_stride(splits), splits)
+        constants = {
+            "RECORD": table.record_words,
+            "WHOLE": columns.whole,
+            "ALIGN": self._align,
+            "ALIGN_N": columns.align,
+            "VECTOR": self._vector,
+            "BLOCK_N": blocks.n,
+            "BLOCK_S": power_of_two(splits),
+            "TILE_M": step.tile_rows,
+            "TILE_N": min(blocks.tile_n, blocks.n),
+            "TILE_R": step.tile_r(blocks.tile_r, step.rank(site, stacked=False)),
+            "PDL": step.overlap,
+        }
+        grid = step.grid, columns.table.shape[0]
+        launch(expand_kernel, grid, args, constants, early=step.overlap, **step.options(blocks))
+
+    def _h_stride(self, splits: int) -> int:
+        """From one split of the intermediate to the next."""
+        assert self._step is not None
+        return self._step.h.shape[0] // splits // H_ALIGN * H_ALIGN
 
     @staticmethod
     def _splits(blocks: Phase, site: LoraSite) -> int:
-        return triton.cdiv(site.in_features, blocks.shrink(site.in_features).k)
+        return cdiv(site.in_features, blocks.shrink(site.in_features).k)
 
     @staticmethod
     def _h_split(size: int) -> int:
-        return triton.cdiv(size, H_ALIGN) * H_ALIGN
+        return cdiv(size, H_ALIGN) * H_ALIGN
 
-    def _blocks_of(self, site: LoraSite, block_n: int) -> torch.Tensor:
-        """int32 [blocks, 8]: how the output columns of a site are shared out (see `expand_kernel`)."""
+    def _columns_of(self, site: LoraSite, block_n: int) -> Columns:
         key = site.index, block_n
-        if key not in self._column_blocks:
+        if key not in self._columns:
+            geometry, widths = self._table.geometry, [s.out_features for s in site.slices]
             rows = [
-                (i, col, s.out_features, s.offset, self._table.geometry.chunk_columns(s.out_features), 0, 0, 0)
+                (i, col, s.out_features, s.offset, geometry.chunk_columns(s.out_features), 0, 0, 0)
                 for i, s in enumerate(site.slices)
                 for col in range(0, s.out_features, block_n)
             ]
             assert len(rows[0]) == BLOCK_WORDS
-            self._column_blocks[key] = torch.tensor(rows, dtype=torch.int32, device=self._device)
-        return self._column_blocks[key]
+            self._columns[key] = Columns(
+                torch.tensor(rows, dtype=torch.int32, device=self._device),
+                whole=all(geometry.chunks(w) == 1 for w in widths),
+                align=math.gcd(16, *widths, *(s.offset for s in site.slices)),
+            )
+        return self._columns[key]
+
+
+def cdiv(a: int, b: int) -> int:
+    """Rounded up. (Triton's own takes ten times as long on the host.)"""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The next one, 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()

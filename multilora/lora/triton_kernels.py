@@ -46,17 +46,11 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def lookup(at):
-    """A word of a table. Tables are small, read by every layer, and should outlive the weights in the L2 cache."""
-    return tl.load(at, eviction_policy="evict_last")
-
-
-@triton.jit
 def load_tile(tile):
     """Everything but its first adapter. Ranks are multiples of 8, and so is h_stride."""
-    rows, parts = lookup(tile + 1), lookup(tile + 7)
-    h_start, h_stride = tl.multiple_of(lookup(tile + 2), _GRANULE), tl.multiple_of(lookup(tile + 3), _GRANULE)
-    return (lookup(tile).to(tl.int64), h_start, h_stride, rows & 0xFFFF, rows >> 16, lookup(tile + 4),
+    rows, parts = tl.load(tile + 1), tl.load(tile + 7)
+    h_start, h_stride = tl.multiple_of(tl.load(tile + 2), _GRANULE), tl.multiple_of(tl.load(tile + 3), _GRANULE)
+    return (tl.load(tile).to(tl.int64), h_start, h_stride, rows & 0xFFFF, rows >> 16, tl.load(tile + 4),
             parts & 0xFFFF, parts >> 16)  # fmt: skip
 
 
@@ -66,16 +60,16 @@ def load_entry(tile, entries, further, e):
     at = tile + 5
     if e > 0:
         at = entries + (further + e - 1) * _ENTRY_WORDS
-    return lookup(at).to(tl.int64), lookup(at + 1).to(tl.float32, bitcast=True)
+    return tl.load(at).to(tl.int64), tl.load(at + 1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def load_slice(record, index):
     """Of one adapter and slice: stacked rank of the site, first column of the slice in h, rank, 1 if there is an
     affine pair, start of B."""
-    word = lookup(record + 2 + 2 * index)
-    stacked, first = tl.multiple_of(lookup(record + 1), _GRANULE), tl.multiple_of(word >> 16, _GRANULE)
-    return stacked, first, tl.multiple_of(word & 0x7FFF, _GRANULE), (word >> 15) & 1, lookup(record + 3 + 2 * index)
+    word = tl.load(record + 2 + 2 * index)
+    stacked, first = tl.multiple_of(tl.load(record + 1), _GRANULE), tl.multiple_of(word >> 16, _GRANULE)
+    return stacked, first, tl.multiple_of(word & 0x7FFF, _GRANULE), (word >> 15) & 1, tl.load(record + 3 + 2 * index)
 
 
 @triton.jit
@@ -84,7 +78,7 @@ def load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE: tl.co
     cut as those are: of each chunk the scales, then the shifts."""
     mask = col < width
     if WHOLE:
-        at = lookup(addresses + start + rank // _GRANULE)
+        at = tl.load(addresses + start + rank // _GRANULE)
         columns, i = width, col
     else:
         chunks, c = (width + chunk - 1) // chunk, col // chunk
@@ -101,7 +95,7 @@ def prefetch_rows(weights, addresses, start, rank, col0, width, COLUMNS: tl.cons
     line = col0 + tl.arange(0, COLUMNS // _LINE) * _LINE
     r = tl.arange(0, _GRANULE)
     for row in range(0, rank, _GRANULE):
-        at = lookup(addresses + start + row // _GRANULE)
+        at = tl.load(addresses + start + row // _GRANULE)
         lines = weights + at + (r * width)[:, None] + tl.minimum(line, width - 1)[None, :]
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
                                   dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
@@ -116,7 +110,7 @@ def load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE: tl.
     inside = r < rank
     mask = inside[:, None] & (col < width)[None, :]
     if WHOLE:
-        at = tl.load(addresses + start + r // _GRANULE, mask=inside, other=0, eviction_policy="evict_last")
+        at = tl.load(addresses + start + r // _GRANULE, mask=inside, other=0)
         at = tl.multiple_of(at, ALIGN)
         offset = (at + (r % _GRANULE) * width)[:, None] + col[None, :]
     else:
@@ -132,7 +126,7 @@ def load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE: tl.
 def panel_address(addresses, start, p, panels, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
     """Where panel p of `panels` begins; asked for one step before the panel is, so that nobody waits for it."""
     if WHOLE:
-        at = tl.load(addresses + start + p, mask=p < panels, other=0, eviction_policy="evict_last")
+        at = tl.load(addresses + start + p, mask=p < panels, other=0)
         at = tl.multiple_of(at, ALIGN)
     else:  # several addresses a panel: load_panel() reads them itself
         at = 0
@@ -209,13 +203,13 @@ def shrink_kernel(x, h, weights, addresses, records, tiles, entries, site, sites
     if VECTOR and rows * count == 1:
         place, _ = load_entry(tile, entries, further, 0)
         record = records + (place * sites + site) * RECORD
-        shrink_row(x, h, weights, addresses, lookup(record), lookup(record + 1), k0, width, chunk, WHOLE, ALIGN,
+        shrink_row(x, h, weights, addresses, tl.load(record), tl.load(record + 1), k0, width, chunk, WHOLE, ALIGN,
                    BLOCK_K, PDL)  # fmt: skip
     else:
         for e in range(count):
             place, _ = load_entry(tile, entries, further, e)
             record = records + (place * sites + site) * RECORD
-            start, rank = lookup(record), tl.multiple_of(lookup(record + 1), _GRANULE)
+            start, rank = tl.load(record), tl.multiple_of(tl.load(record + 1), _GRANULE)
             shrink_rows(x, width, rows, h, h_stride, part, parts, weights, addresses, start, rank, k0, k0 + BLOCK_K,
                         width, chunk, WHOLE, ALIGN, TILE_M, TILE_R, TILE_K, PDL)  # fmt: skip
             h += rank
