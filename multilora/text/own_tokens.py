@@ -8,10 +8,12 @@ Plain adapters are never looked at. Called by the server and by `LLM`.
 
 import logging
 import os
-import shutil
 import tempfile
+import threading
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from multilora.adapters.files import open_regular
 from multilora.adapters.sources import resolve
@@ -83,6 +85,8 @@ class Vocabularies:
         self._registry = registry
         self._roots = roots
         self._own: dict[int, Vocabulary] = {}
+        self._tokenizers: WeakValueDictionary[bytes, Tokenizer] = WeakValueDictionary()  # by what is in their files
+        self._loading = threading.Lock()
 
     def of(self, choice: Choice) -> Vocabulary:
         """A composition has the base model's, and what is not loaded too: it will be refused elsewhere."""
@@ -109,22 +113,35 @@ class Vocabularies:
         then.
         """
         base, size = self.base.tokenizer, self._size(info)
-        own = None if base is None or path is None else load_tokenizer(path, self._roots)
-        vocabulary = self.base
-        if base is not None and own is not None:
-            if own.hf.get_vocab() != base.hf.get_vocab():
-                vocabulary = Vocabulary(_adopt(own, base), size, own=True, ends=self._ends(own, size))
-                logger.info("%s has a tokenizer of its own: %d tokens, %d rows", path, own.vocab_size, size)
-            elif size != self.base.size:
-                vocabulary = Vocabulary(base, size)
+        files = {} if base is None or path is None else read_files(path, self._roots)
+        if base is None or not files:
+            if size != self.base.size:
+                self._own[info.version] = Vocabulary(base, size, own=True, no_text=NO_TOKENIZER)
+            return
+        own = self._tokenizer(files, base)
+        if own is not base:
+            self._own[info.version] = Vocabulary(own, size, own=True, ends=self._ends(own, size))
+            logger.info("%s has a tokenizer of its own: %d tokens, %d rows", path, own.vocab_size, size)
         elif size != self.base.size:
-            vocabulary = Vocabulary(base, size, own=True, no_text=NO_TOKENIZER)
-        if vocabulary is not self.base:
-            self._own[info.version] = vocabulary
+            self._own[info.version] = Vocabulary(base, size)
 
     def remove(self, version: int) -> None:
         """Requests that run keep theirs. Nothing happens if the version has none."""
         self._own.pop(version, None)
+
+    def _tokenizer(self, files: dict[str, bytes], base: Tokenizer) -> Tokenizer:
+        """The base model's if it has the same tokens. Adapters with equal files share one: it may have 100 MB."""
+        digest = sha256(repr(sorted((name, sha256(data).digest()) for name, data in files.items())).encode()).digest()
+        with self._loading:
+            tokenizer = self._tokenizers.get(digest)
+            if tokenizer is None:
+                tokenizer = load_tokenizer(files)
+                if tokenizer.hf.get_vocab() == base.hf.get_vocab():
+                    tokenizer = base
+                elif base.hf.chat_template:
+                    tokenizer.hf.chat_template = base.hf.chat_template
+                self._tokenizers[digest] = tokenizer
+            return tokenizer
 
     def _size(self, info: AdapterInfo) -> int:
         return self.base.size if info.vocab_size is None else info.vocab_size
@@ -134,41 +151,37 @@ class Vocabularies:
         return () if eos is None or eos >= size or eos in self._eos_token_ids else (eos,)
 
 
-def load_tokenizer(path: str, roots: tuple[str, ...] = ()) -> Tokenizer | None:
-    """The tokenizer beside the adapter at `path`, a directory or hub repository; None: there is none.
+def read_files(path: str, roots: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """The files of the tokenizer beside the adapter at `path`, a directory or hub repository; empty: there is none.
 
-    Nothing but its own files is looked at, none of them is code, and each is bounded. Raises AdapterError.
+    Raises AdapterError.
     """
     names = (*TOKENS, *BESIDE)
     directory = resolve(path, roots, extra=names)
     found = [name for name in names if (directory / name).exists()]
-    if not set(found) & set(TOKENS):
-        return None
-    with tempfile.TemporaryDirectory(prefix="multilora-tokenizer-") as copy:
-        for name in found:
-            _copy(directory / name, Path(copy) / name)
+    return {name: _read(directory / name) for name in found} if set(found) & set(TOKENS) else {}
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise AdapterInvalid(f"{path.name}: {size} bytes, at most {MAX_BYTES} are read")
+        return file.read()
+
+
+def load_tokenizer(files: dict[str, bytes]) -> Tokenizer:
+    """From a directory of their own, so that nothing else is looked at. Raises AdapterInvalid."""
+    with tempfile.TemporaryDirectory(prefix="multilora-tokenizer-") as directory:
+        for name, data in files.items():
+            (Path(directory) / name).write_bytes(data)
         try:
-            tokenizer = Tokenizer.load(copy)
+            tokenizer = Tokenizer.load(directory)
             tokenizer.decode(tokenizer.encode(TRIAL))  # some mistakes show only then
             return tokenizer
         except BaseException as e:  # over a broken file libraries raise whatever comes; a panic is no Exception
             if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
                 raise
             reason = e.message if isinstance(e, ConfigError) else f"{type(e).__name__}: {e}"
-            reason = reason.replace(copy, str(directory))
+            reason = reason.replace(directory, "its directory")
             raise AdapterInvalid(f"the tokenizer of the adapter cannot be loaded: {reason:.500}") from e
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open_regular(source) as file, target.open("wb") as out:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_BYTES:
-            raise AdapterInvalid(f"{source.name}: {size} bytes, at most {MAX_BYTES} are read")
-        shutil.copyfileobj(file, out)
-
-
-def _adopt(own: Tokenizer, base: Tokenizer) -> Tokenizer:
-    """With the base model's chat template, if it has one."""
-    if base.hf.chat_template:
-        own.hf.chat_template = base.hf.chat_template
-    return own

@@ -14,7 +14,7 @@ from multilora.errors import AdapterError, AdapterForbidden, AdapterInvalid, Bad
 from multilora.params import SamplingParams
 from multilora.testing import FakeEngineClient
 from multilora.text import own_tokens
-from multilora.text.own_tokens import Vocabularies, load_tokenizer
+from multilora.text.own_tokens import Vocabularies, load_tokenizer, read_files
 from multilora.text.registry import AdapterRegistry
 from multilora.text.testing import byte_level_tokenizer, with_added_tokens
 
@@ -77,6 +77,21 @@ def test_the_adapter_s_tokenizer(directory: Path) -> None:
     assert ids[-1] == END and CALL in ids
     assert own.reader("text").decode(ids, skip_special_tokens=True) == "the cat<|call|>x"
     assert loaded.vocabularies.base.writer("text").encode("<|call|>") == BASE.encode("<|call|>") != [0, CALL]
+
+
+def test_equal_files_are_loaded_once(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(own_tokens, "load_tokenizer", lambda files: calls.append(files) or load_tokenizer(files))
+    loaded = Loaded()
+    versions = [loaded.load(name, path) for name, path in (("a", directory), ("b", directory))]
+    loaded.load("c", adapter_at(tmp_path / "same", BASE))
+    loaded.load("d", tmp_path / "same")
+    assert len(calls) == 2
+    assert loaded.of(("a", 1.0)).tokenizer is loaded.of(("b", 1.0)).tokenizer is not BASE
+    for version in versions:
+        loaded.vocabularies.remove(version)
+    loaded.load("e", directory)
+    assert len(calls) == 3, "what nobody uses is not kept"
 
 
 def test_who_has_the_base_model_s(directory: Path, tmp_path: Path) -> None:
@@ -210,22 +225,22 @@ def test_code_beside_an_adapter_never_runs(directory: Path, tmp_path: Path) -> N
     (directory / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
     configured(auto_map={"AutoTokenizer": ["evil.Tok", "evil.Tok"]})(directory)
     with contextlib.suppress(AdapterError):
-        load_tokenizer(str(directory))
+        load_tokenizer(read_files(str(directory)))
     assert not mark.exists()
 
 
 def test_no_tokenizer_file_is_no_tokenizer(directory: Path) -> None:
     (directory / "tokenizer.json").unlink()
-    assert load_tokenizer(str(directory)) is None
+    assert read_files(str(directory)) == {}
 
 
 def test_nothing_outside_the_roots(directory: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     (tmp_path / "own").rename(root / "own")
-    assert load_tokenizer(str(root / "own"), (str(root),)) is not None
+    assert read_files(str(root / "own"), (str(root),))
     (root / "own" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (root / "own" / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
-    assert load_tokenizer(str(root / "own")) is not None
+    assert read_files(str(root / "own"))
     with pytest.raises(AdapterForbidden, match=r"'tokenizer\.json' in adapter path"):
-        load_tokenizer(str(root / "own"), (str(root),))
+        read_files(str(root / "own"), (str(root),))
