@@ -278,6 +278,23 @@ def test_when_the_engine_is_killed_everyone_hears_at_once(files: Path) -> None:
     assert not gone(loaders, SECONDS), "the loader outlives its engine"
 
 
+def test_when_a_step_fails_everyone_hears_and_the_log_says_why(files: Path, capfd: pytest.CaptureFixture) -> None:
+    """As a CUDA error would: a token that the front would never let in makes the forward pass raise."""
+    front = Front(config(files))
+    queues = [front.submit(max_new_tokens=LONG) for i in range(3)]
+    front.run(queues[0].get())
+    queues.append(front.submit(input_ids=[10**6]))
+    for queue in queues:
+        _, finished = front.answer(queue)
+        assert (finished.type, finished.kind) == ("error", "EngineDead")
+    assert not front.client.alive, "what /health looks at"
+    assert front.client._process.returncode == 1
+    front.close()
+    log = capfd.readouterr().err
+    assert "a step failed; the engine ends" in log
+    assert "IndexError" in log, "why"
+
+
 def test_shutdown_drains(front: Front) -> None:
     """The last test of the shared engine. Whatever it said before it ended is heard, however busy the front is."""
     directory, process = front.client._directory, front.engine()
