@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from multilora.attention import make_attention
+from multilora.attention import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
 from multilora.attention.rotate import CosSin
 from multilora.attention.torch_sdpa import KVViews, TorchAttention
@@ -301,10 +301,20 @@ def test_the_host_may_run_ahead() -> None:
 
 
 def test_auto_takes_it_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    case = make_case([(1, 4)], LLAMA)
     with caplog.at_level(logging.INFO, "multilora.attention"):
-        backend = make_attention(
-            "auto", kv_views=case.views(), num_heads=8, num_kv_heads=2, head_dim=128, scale=0.1, sliding_window=None
-        )
-    assert backend.name == "flashinfer"
+        assert choose_attention("auto", DEVICE, KIND, 128) == "flashinfer"
     assert "attention backend: flashinfer" in caplog.text
+
+
+def test_the_first_compilation_is_announced(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from multilora.attention import flashinfer as module
+
+    case = make_case([(1, 4)], LLAMA)
+    for compiled in (True, False):
+        caplog.clear()
+        monkeypatch.setattr(module, "_is_compiled", lambda shape, compiled=compiled: compiled)
+        with caplog.at_level(logging.INFO, "multilora.attention"):
+            flashinfer(case, None)
+        assert ("compiling attention kernels, once" in caplog.text) != compiled
