@@ -52,7 +52,6 @@ def measure_step(
     return peak - arena_bytes
 
 
-@torch.inference_mode()
 def largest_step(
     model: LlamaForCausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int
 ) -> int:
@@ -66,11 +65,12 @@ def largest_step(
     meta = _fresh_prompts(lens, pages, layout.page_size, model.device)
     positions = torch.cat([torch.arange(n) for n in lens]).to(model.device)
     batch = ForwardBatch(torch.zeros_like(positions), positions, meta, (), positions)
-    attention.prepare(meta)
     ctx = ForwardContext(attention, None)
-    logits = model.logits(model(batch, ctx), ctx)
     row = SampleRow(SamplingParams(temperature=1.0, top_p=0.9, top_k=50), seed=0, position=0)
-    Sampler(model.config.vocab_size, model.device).sample(logits[:requests], [row] * min(requests, tokens))
+    with torch.inference_mode():
+        attention.prepare(meta)
+        logits = model.logits(model(batch, ctx), ctx)
+        Sampler(model.config.vocab_size, model.device).sample(logits[:requests], [row] * min(requests, tokens))
     return arena.numel()
 
 
