@@ -4,7 +4,7 @@ The front is the server's (tokenizer, text streams, adapter names); only HTTP is
 """
 
 import itertools
-import time
+import select
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,9 +187,18 @@ class LLM:
                     raise from_wire(delta.finished.kind, delta.finished.message)
 
     def _step(self) -> list[FromEngine]:
-        if not self._engine.running:
-            time.sleep(0.001)  # something is on its way from the loader
-        return self._engine.step()
+        messages = self._engine.step()
+        if not messages and not self._engine.running:
+            self._wait(ms=1)  # something is on its way from the loader, or to the device
+        return messages
+
+    def _wait(self, ms: int) -> None:
+        """Less if the loader says something."""
+        poller = select.poll()
+        loader = self._engine.adapters.loader.fileno() if self._engine.adapters else None
+        if loader is not None:
+            poller.register(loader, select.POLLIN)
+        poller.poll(ms)
 
     @staticmethod
     def _outputs(messages: list[FromEngine]) -> list[Output]:

@@ -1,10 +1,13 @@
 """The loader as a process of its own, so that reading, checking and packing never hold the step loop's GIL.
 
 The two ends share a Unix socket: jobs go one way, results come back with the file descriptor of an anonymous memory
-file that holds the packed pages. Nothing has a name, so nothing is left behind when a process dies.
+file that holds the packed pages. A file is used once, so two adapters never share one. The file that the next adapter
+will come in is announced, so that the engine can map it ahead. Nothing has a name, so nothing is left behind when a
+process dies.
 Run by `ProcessLoader` as `python -m multilora.adapters.loader_process`.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -23,6 +26,7 @@ from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.crew import Crew, spare_cores
 from multilora.adapters.loader import FetchContext, Fetched, FetchJob, fetch
+from multilora.adapters.mapping import map_file, populate
 from multilora.adapters.packers import Packers
 from multilora.adapters.page_files import PageFile, PageFiles
 from multilora.adapters.strips import Strip
@@ -48,6 +52,16 @@ class _Start(msgspec.Struct, frozen=True):
     roots: tuple[str, ...]
 
 
+class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """From the loader, with the descriptor of a file. nbytes: how much of it, from its start on."""
+
+    nbytes: int
+    result: Fetched | None = None  # None: nothing is in the file yet, the next adapter may come in it
+
+
+FileId = tuple[int, int]  # device, inode
+
+
 class ProcessLoader:
     """The engine's end. Starts the process at once; starts it again if it died. `fileno` stays the same."""
 
@@ -60,6 +74,7 @@ class ProcessLoader:
         self._pending: dict[int, FetchJob] = {}
         self._lost: list[tuple[Fetched, torch.Tensor | None]] = []  # failures to report at the next poll
         self._page_bytes = target.page_bytes
+        self._spare: tuple[FileId, torch.Tensor] | None = None  # mapped ahead
         self._process, self._socket = self._spawn()
 
     def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -96,9 +111,16 @@ class ProcessLoader:
                 data, fds = b"", []
             if not data:
                 return done + self._died()
-            result = msgspec.msgpack.decode(data, type=Fetched)
-            self._pending.pop(result.version, None)
-            done.append(self._with_pages(result, fds))
+            message = msgspec.msgpack.decode(data, type=_Message)
+            try:
+                if message.result is None:
+                    self._map_ahead(message.nbytes, fds)
+                else:
+                    self._pending.pop(message.result.version, None)
+                    done.append(self._with_pages(message.result, message.nbytes, fds))
+            finally:
+                for fd in fds:
+                    os.close(fd)
 
     def fileno(self) -> int | None:
         return self._socket.fileno()
@@ -111,28 +133,34 @@ class ProcessLoader:
             self._process.kill()
             self._process.wait()
 
-    def _with_pages(self, result: Fetched, fds: list[int]) -> tuple[Fetched, torch.Tensor | None]:
-        """The packed pages, shared with nobody any more: the loader has closed its end.
+    def _map_ahead(self, nbytes: int, fds: list[int]) -> None:
+        self._spare = None
+        if fds and os.fstat(fds[0]).st_size == nbytes:  # else it is in use already
+            with contextlib.suppress(OSError, RuntimeError):  # it will be mapped when an adapter is in it
+                memory = map_file(fds[0], nbytes)
+                self._spare = _file_id(fds[0]), memory
+                threading.Thread(target=populate, args=(memory,), name="adapter-mapping", daemon=True).start()
 
-        (A Python mmap would keep a descriptor for as long as it lives; this one does not.)
-        """
+    def _with_pages(self, result: Fetched, nbytes: int, fds: list[int]) -> tuple[Fetched, torch.Tensor | None]:
+        """The packed pages, shared with nobody any more: the loader has closed its end."""
         if result.kind:
             return result, None
         if not fds:
             return _failed(result.version, "no file descriptor is left to receive its pages with"), None
-        try:
-            size = os.fstat(fds[0]).st_size
-            pages = torch.from_file(f"/dev/fd/{fds[0]}", shared=True, size=size, dtype=torch.uint8)
-        except (OSError, RuntimeError) as e:
-            return _failed(result.version, f"its pages cannot be mapped: {e}"), None
-        finally:
-            os.close(fds[0])
+        if self._spare is not None and self._spare[0] == _file_id(fds[0]):
+            pages, self._spare = self._spare[1][:nbytes], None
+        else:
+            try:
+                pages = map_file(fds[0], nbytes)
+            except (OSError, RuntimeError) as e:
+                return _failed(result.version, f"its pages cannot be mapped: {e}"), None
         return result, pages.view(-1, self._page_bytes)
 
     def _died(self) -> list[tuple[Fetched, torch.Tensor | None]]:
         failed = [_failed(v, f"{job.path}: the loader process ended; try again") for v, job in self._pending.items()]
         logger.error("the loader process ended with code %s; starting another", self._process.wait())
         self._pending.clear()
+        self._spare = None
         self._process, ours = self._spawn()
         with ours:
             os.dup2(ours.fileno(), self._socket.fileno(), inheritable=False)  # who polls it knows it by its number
@@ -141,6 +169,12 @@ class ProcessLoader:
 
 def _failed(version: int, message: str) -> Fetched:
     return Fetched(version=version, kind="AdapterError", message=message)
+
+
+def _file_id(fd: int) -> FileId:
+    """No other file has it for as long as this one is open or mapped."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
@@ -168,10 +202,18 @@ def serve(connection: socket.socket) -> None:
     packers = Packers(cores if cores > 1 else 0, connection)
     server = _Server(connection, context, packers)
     with ThreadPoolExecutor(PARALLEL_FETCHES) as threads:
-        while data := connection.recv(MAX_MESSAGE):
+        while data := _next_job(connection):
             threads.submit(server.answer, msgspec.msgpack.decode(data, type=FetchJob))
         threads.shutdown(wait=False, cancel_futures=True)
     packers.close()
+
+
+def _next_job(connection: socket.socket) -> bytes:
+    """Empty when the engine has closed its end, whether or not it had read everything."""
+    try:
+        return connection.recv(MAX_MESSAGE)
+    except ConnectionResetError:
+        return b""
 
 
 class _Server:
@@ -202,17 +244,25 @@ class _Server:
         except Exception as e:
             logger.exception("reading adapter %s failed", job.path)
             result, buffer = Fetched(version=job.version, kind="AdapterInvalid", message=f"{job.path}: {e!r}"), None
+        nbytes = buffer.numel() if buffer is not None else 0
         try:
-            with self._sending:
-                fds = [files[0].fd] if buffer is not None else []
-                socket.send_fds(self._connection, [msgspec.msgpack.encode(result)], fds)
+            self._send(_Message(nbytes, result), files if nbytes else [])
         except OSError:
             logger.warning("the engine is gone; dropping adapter %s", job.path)
         finally:
             for file in files:
+                file.shrink(nbytes)
                 file.close()
-        if buffer is not None:
-            self._files.prepare(buffer.numel())
+        if nbytes:
+            self._files.prepare(nbytes, self._announce)
+
+    def _announce(self, spare: PageFile) -> None:
+        with contextlib.suppress(OSError):  # the engine is gone
+            self._send(_Message(len(spare.memory)), [spare])
+
+    def _send(self, message: _Message, files: list[PageFile]) -> None:
+        with self._sending:
+            socket.send_fds(self._connection, [msgspec.msgpack.encode(message)], [file.fd for file in files])
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import mmap
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 
 MAX_SPARE_BYTES = 1 << 30
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python's mmap does not name it
@@ -24,7 +25,7 @@ class PageFile:
         self.memory = mmap.mmap(self.fd, size)
 
     def shrink(self, size: int) -> None:
-        """The mapping keeps its length; nobody may touch what is beyond `size`."""
+        """Give back what is beyond `size`. The mapping keeps its length; nobody may touch the rest."""
         if size < len(self.memory):
             os.ftruncate(self.fd, size)
 
@@ -41,18 +42,18 @@ class PageFiles:
         self._lock = threading.Lock()
 
     def take(self, size: int) -> PageFile:
-        """A file of `size` zero bytes; the spare one if it is large enough."""
+        """A file of `size` zero bytes or more; the spare one if it is large enough."""
         with self._lock:
             spare, self._spare = self._spare, None
         if spare is not None and size <= len(spare.memory):
-            spare.shrink(size)
             return spare
         if spare is not None:
             spare.close()
         return PageFile(size)
 
-    def prepare(self, size: int) -> None:
-        """Make a spare file of `size` bytes ready, unless there is one. It may be taken meanwhile."""
+    def prepare(self, size: int, announce: Callable[[PageFile], None] = lambda spare: None) -> None:
+        """Make a spare file of `size` bytes ready, unless there is one. It may be taken meanwhile; else `announce`
+        is told of it before it can be."""
         with self._lock:
             if self._spare is not None or size > MAX_SPARE_BYTES:
                 return
@@ -61,6 +62,9 @@ class PageFiles:
             if self._spare is not spare:
                 return
             populate(spare.memory, start, min(POPULATE_BYTES, size - start))
+        with self._lock:
+            if self._spare is spare:
+                announce(spare)
 
     def close(self) -> None:
         with self._lock:

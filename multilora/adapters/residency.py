@@ -42,8 +42,8 @@ class Resident:
     pages: list[int]
     layout: PanelLayout
     pinned: bool
-    copy: Copy
-    buffer: torch.Tensor | None  # what the copy reads, until it is done: the host tier may have let go of it
+    copy: Copy | None  # until it is done
+    buffer: torch.Tensor | None  # what the copy reads, likewise: the host tier may have let go of it
     loaded_at: int
     last_used: int
     score: float
@@ -142,11 +142,11 @@ class Residency:
 
     def poll(self) -> list[int]:
         """Versions whose copy has just finished; they can be used from the next plan on."""
-        finished = [r for r in self._copying if r.copy.done()]
+        finished = [r for r in self._copying if r.copy is not None and r.copy.done()]
         for resident in finished:
             self._copying.remove(resident)
             self._table.install(resident.place, resident.layout, resident.pages)
-            resident.buffer = None
+            resident.copy = resident.buffer = None
             resident.ready = True
         versions = [r.version for r in finished]
         self.forecast.finished(versions)

@@ -5,7 +5,6 @@ than the link; none of it holds the GIL. The pages were free for every stream wh
 memory/page_pool.py), so the side stream waits for nothing; whoever reads them first asks `done`.
 """
 
-import ctypes
 import itertools
 import queue
 import threading
@@ -15,11 +14,11 @@ import torch
 
 from multilora.adapters.copier import runs
 from multilora.adapters.crew import spare_cores
+from multilora.adapters.mapping import populate
 
 THREADS = 4
 SLOTS = 2  # of each thread: one is filled while the other is copied
 SLOT_BYTES = 8 << 20
-POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: map pages that the loader filled, at once instead of by faults
 
 
 class RingCopy:
@@ -74,8 +73,6 @@ class RingCopier:
         self._arena = arena
         self._slot_pages = max(1, slot_bytes // page_bytes)
         self._stream = torch.cuda.Stream(arena.device)
-        self._madvise = ctypes.CDLL(None).madvise
-        self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         self._parts: queue.SimpleQueue[tuple[RingCopy, int]] = queue.SimpleQueue()
         for _ in range(threads or spare_cores(THREADS)):
             ring = [_Slot(self._slot_pages, page_bytes) for _ in range(slots)]
@@ -101,9 +98,9 @@ class RingCopier:
     def _copy(self, job: RingCopy, first: int, slot: _Slot) -> None:
         pages = job.pages[first : first + self._slot_pages]
         slot.free.synchronize()
-        part = job.buffer[first : first + len(pages)].numpy()
-        self._madvise(part.ctypes.data, part.nbytes, POPULATE_READ)  # what it answers does not matter
-        np.copyto(slot.numbers[: len(pages)], part)
+        part = job.buffer[first : first + len(pages)]
+        populate(part)
+        np.copyto(slot.numbers[: len(pages)], part.numpy())
         with torch.cuda.stream(self._stream):
             for at, page, count in runs(pages):
                 self._arena[page : page + count].copy_(slot.memory[at : at + count], non_blocking=True)

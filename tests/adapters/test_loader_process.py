@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.blocks import PackTarget
@@ -107,14 +108,83 @@ def test_adapters_in_memory_hold_no_descriptors(shared: ProcessLoader, tmp_path:
     assert held[1].count_nonzero() > 0
 
 
+def wait_for_spare(loader: ProcessLoader) -> torch.Tensor:
+    """The memory that has been mapped ahead."""
+    end = time.monotonic() + SECONDS
+    while loader._spare is None:
+        assert time.monotonic() < end, "no file is announced"
+        select.select([loader.fileno()], [], [], 0.05)
+        assert loader.poll() == []
+    return loader._spare[1]
+
+
+def test_the_next_adapter_comes_in_the_memory_that_was_mapped_ahead(own: ProcessLoader, tmp_path: Path) -> None:
+    """Every file is used once: no two adapters share one, whatever their sizes."""
+    held = []
+    spare: torch.Tensor | None = None
+    before = open_files()
+    for version, (rank, fits) in enumerate([(30, False), (20, True), (8, True), (30, False), (8, True)]):
+        path = write_adapter(tmp_path / str(version), rank=rank, seed=version)
+        own.submit(FetchJob(version, path))
+        pages = wait_for(own, version)[version][1]
+        held.append((path, pages))
+        assert (spare is not None and pages.data_ptr() == spare.data_ptr()) == fits
+        spare = wait_for_spare(own)
+    assert open_files() == before
+    assert len({pages.data_ptr() for _, pages in held}) == len(held)
+    for path, pages in held:
+        assert torch.equal(pages, fetch(FetchJob(0, path), CONTEXT, allocate_private)[1])
+
+
+def test_two_jobs_never_get_the_same_memory(own: ProcessLoader, tmp_path: Path) -> None:
+    paths = [write_adapter(tmp_path / str(i), rank=20, seed=i) for i in range(8)]
+    own.submit(FetchJob(100, paths[0]))
+    wait_for(own, 100)
+    wait_for_spare(own)
+    for version, path in enumerate(paths):
+        own.submit(FetchJob(version, path))
+    for version, (_, pages) in wait_for(own, *range(8)).items():
+        assert torch.equal(pages, fetch(FetchJob(0, paths[version]), CONTEXT, allocate_private)[1])
+
+
+def test_a_failed_load_leaves_its_memory_to_nobody(own: ProcessLoader, tmp_path: Path) -> None:
+    """It had been written to when the adapter turned out to be invalid."""
+    path = write_adapter(tmp_path / "a", rank=20)
+    own.submit(FetchJob(1, path))
+    wait_for(own, 1)
+    spare = wait_for_spare(own)
+    broken = Path(write_adapter(tmp_path / "broken", rank=20))
+    tensors = load_file(broken / "adapter_model.safetensors")
+    tensors[max(tensors)][-1, -1] = torch.nan
+    save_file(tensors, broken / "adapter_model.safetensors")
+    own.submit(FetchJob(2, str(broken)))
+    assert wait_for(own, 2)[2][0].kind == "AdapterInvalid"
+    own.submit(FetchJob(3, path))
+    pages = wait_for(own, 3)[3][1]
+    assert pages.data_ptr() != spare.data_ptr()
+    assert torch.equal(pages, fetch(FetchJob(0, path), CONTEXT, allocate_private)[1])
+
+
+def test_the_memory_of_a_dead_loader_is_not_used(own: ProcessLoader, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a", rank=20)
+    own.submit(FetchJob(1, path))
+    wait_for(own, 1)
+    spare = wait_for_spare(own)
+    own._process.kill()
+    own._process.wait()
+    own.submit(FetchJob(2, path))
+    pages = wait_for(own, 2)[2][1]
+    assert pages.data_ptr() != spare.data_ptr()
+    assert torch.equal(pages, fetch(FetchJob(0, path), CONTEXT, allocate_private)[1])
+
+
 def test_without_descriptors_a_job_fails_and_later_ones_work(shared: ProcessLoader, tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a")
     shared.submit(FetchJob(1, path))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    select.select([shared.fileno()], [], [], SECONDS)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-        ((result, pages),) = shared.poll()
+        ((result, pages),) = wait_for(shared, 1).values()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert (result.kind, pages) == ("AdapterError", None)

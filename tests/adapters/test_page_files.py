@@ -31,7 +31,9 @@ def test_the_spare_file_is_used_where_it_is_large_enough(wanted: int) -> None:
     files.prepare(SIZE)
     assert files._spare is spare, "one is enough"
     file = files.take(wanted)
-    assert file is spare and zero(file, wanted)
+    assert file is spare and zero(file, SIZE)
+    file.shrink(wanted)
+    assert zero(file, wanted)
     other = files.take(wanted)
     assert other is not file and zero(other, wanted)
     file.close()
@@ -91,3 +93,27 @@ def test_no_spare_file_beyond_the_bound(monkeypatch: pytest.MonkeyPatch) -> None
     files = PageFiles()
     files.prepare(SIZE + 1)
     assert files._spare is None
+
+
+def test_a_spare_file_is_announced_before_anybody_can_take_it() -> None:
+    files = PageFiles()
+    told: list[PageFile] = []
+
+    def announce(spare: PageFile) -> None:
+        assert files._spare is spare and files._lock.locked()
+        told.append(spare)
+
+    files.prepare(SIZE, announce)
+    assert told == [files._spare]
+    files.prepare(SIZE, announce)
+    assert len(told) == 1
+    files.take(SIZE).close()
+
+
+def test_one_that_is_taken_while_it_is_filled_is_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = PageFiles()
+    taken: list[PageFile] = []
+    monkeypatch.setattr(page_files, "populate", lambda *_: taken.append(files.take(SIZE)))
+    files.prepare(SIZE, lambda spare: pytest.fail("an adapter is in it"))
+    assert len(taken) == 1
+    taken[0].close()

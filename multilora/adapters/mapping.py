@@ -1,0 +1,24 @@
+"""Files of packed pages mapped into this process as tensors. Called by the loader's engine end and by the ring."""
+
+import ctypes
+
+import torch
+
+POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: map pages that are there already, at once instead of by faults
+POPULATE_BYTES = 4 << 20  # at a time, as whoever maps something else in this process waits meanwhile
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def map_file(fd: int, nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes]. (A Python mmap would keep a descriptor for as long as it lives; this does not.)"""
+    return torch.from_file(f"/dev/fd/{fd}", shared=True, size=nbytes, dtype=torch.uint8)
+
+
+def populate(memory: torch.Tensor) -> None:
+    """Bring in the pages of a contiguous tensor that begins with one, for reading. Holds no GIL. An older kernel does
+    nothing: pages come when they are touched."""
+    start, nbytes = memory.data_ptr(), memory.nbytes
+    for at in range(0, nbytes, POPULATE_BYTES):
+        _madvise(start + at, min(POPULATE_BYTES, nbytes - at), POPULATE_READ)
