@@ -190,6 +190,7 @@ class Packers:
             except AdapterInvalid as e:
                 message = e.message
             _send(connection, message.encode())
+            del pages  # now: who unmaps a file last frees its memory, and nobody waits for this process at the moment
 
     def _pack(self, order: _Order, pages: mmap.mmap) -> None:
         """The file is mapped, as writes to one file wait for each other."""

@@ -3,7 +3,9 @@
 import gc
 import os
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +105,17 @@ def test_when_a_process_dies_the_adapter_is_packed_all_the_same(packers: Packers
         found = packed(packers, blocks_in(packers, torch.bfloat16), target)
         assert torch.equal(found, packed_here(torch.bfloat16, target))
     assert "a packing process has died" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="files have no name to look for")
+def test_they_keep_no_file(packers: Packers) -> None:
+    """Else an adapter's memory would stay until the next one comes, and that one would wait while it is freed."""
+    packed(packers, blocks_in(packers, torch.float32), PackTarget(SITES, torch.float32, PAGE))
+    end = time.monotonic() + 10
+    for packer in packers._packers:
+        while "multilora-adapter" in Path(f"/proc/{packer.pid}/maps").read_text():
+            assert time.monotonic() < end
+            time.sleep(0.001)
 
 
 def test_close_ends_them() -> None:

@@ -1,5 +1,6 @@
 """The device tier by itself: who leaves first, places in the table, limits."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -110,6 +111,17 @@ def test_evictions_are_told_and_free_the_pages():
     put(residency, 2)
     residency.remove(2, 0)
     assert told == [1], "an unload is no eviction"
+
+
+def test_a_finished_copy_keeps_no_host_memory():
+    """Else what the host tier has let go of would stay for as long as the adapter is resident."""
+    residency, owned = make().residency, entry(1)
+    kept = weakref.ref(owned.buffer)
+    residency.start(1, owned, pinned=False)
+    del owned
+    assert kept() is not None
+    assert residency.poll() == [1]
+    assert kept() is None
 
 
 def test_places_are_reused_and_show_the_new_weights():
