@@ -55,10 +55,10 @@ def launch(
         if isinstance(arg, torch.Tensor):
             address = arg.data_ptr()
             bound.append(address)
-            kinds += arg.dtype, address % 16
+            kinds += arg.dtype, address % 16 == 0
         else:
             bound.append(arg)
-            kinds += (arg == 1, arg % 16, arg.bit_length() > 31) if isinstance(arg, int) else (type(arg),)
+            kinds += (arg == 1, arg % 16 == 0, arg.bit_length() > 31) if isinstance(arg, int) else (type(arg),)
     key = (*kinds, *constants.values(), *options.values())
     found = _compiled.get(key)
     if found is not None:

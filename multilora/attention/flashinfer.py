@@ -1,32 +1,32 @@
-"""Attention by FlashInfer's paged kernels, for CUDA; RoPE and the page write are one kernel of ours before it.
+"""Attention for CUDA: FlashInfer's paged prefill, our own paged decode; RoPE and the page write come before both.
 
-Owns FlashInfer's wrappers and workspace, and the page lists of a step. Requests with one new token go through the
-decode wrapper, the others through the prefill wrapper; one plan a step serves all layers. When both kinds meet, the
-rotation writes the queries of the decodes first, and one gather brings the results back to the rows' order.
+Owns FlashInfer's wrapper and workspace, and the page lists of a step. Requests with one new token go through
+`triton_decode.py`, the others through the prefill wrapper; one plan a step serves all layers. When both kinds meet,
+the rotation writes the queries of the decodes first, and one gather brings the results back to the rows' order.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
+from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.jit import env as jit_env
 from flashinfer.jit import get_batch_prefill_uri
 
 from multilora.attention.base import AttentionBackend
 from multilora.attention.rotate import CosSin
 from multilora.attention.torch_sdpa import KVViews
+from multilora.attention.triton_decode import PIECE_WORDS, budget, cut, decode
 from multilora.attention.triton_kernels import list_pages, rotate_and_write
 from multilora.batch import AttentionMeta
 
 logger = logging.getLogger(__name__)
 
-WORKSPACE_BYTES = 256 << 20  # partial results of split requests, shared by all wrappers: they run one after another
-GRAPH_INT_BYTES = 1 << 20  # a graph's plan: a few words per request
+WORKSPACE_BYTES = 256 << 20  # of FlashInfer
+REQUEST_WORDS = 5  # see `list_pages`
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,40 +51,17 @@ class _Shape:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _PageLists:
-    """The pages of R requests: request r's are indices[indptr[r] : indptr[r + 1]]."""
-
-    indptr: torch.Tensor  # int32 [R + 1], pinned host memory
-    last_page_len: torch.Tensor  # int32 [R], pinned host memory, tokens in the last page
-    requests: torch.Tensor  # int32 [5, R] on the device, see `list_pages`
-
-    @property
-    def num_pages(self) -> int:
-        return int(self.indptr[-1])
-
-
-def _page_lists(shape: _Shape, meta: AttentionMeta, rows: np.ndarray, padded_to: int = 0) -> _PageLists:
-    """Of the requests `rows`, then of padding requests that read one token of page 0. Pages before a window are left
-    out: positions count from a request's end."""
+def _requests(shape: _Shape, meta: AttentionMeta, rows: np.ndarray, padded_to: int = 0) -> np.ndarray:
+    """int32 [5, requests] as `list_pages` takes them: the requests `rows`, then padding without pages. Pages before a
+    window are left out: positions count from a request's end."""
     kv, q = np.array(meta.kv_lens)[rows], np.array(meta.q_lens)[rows]
     first = np.zeros_like(kv) if shape.window is None else np.maximum(kv - q - shape.window + 1, 0) // shape.page_size
-    requests = np.zeros((5, max(len(rows), padded_to)), dtype=np.int32)
+    last = kv - 1
+    requests = np.zeros((REQUEST_WORDS, max(len(rows), padded_to)), dtype=np.int32)
     requests[0] = -1
-    requests[3] = 1
-    requests[:, : len(rows)] = (
-        rows,
-        first,
-        rows,
-        (kv - 1) // shape.page_size + 1 - first,
-        (kv - 1) % shape.page_size,
-    )
-    indptr = np.zeros(requests.shape[1] + 1, dtype=np.int32)
-    np.cumsum(requests[3], out=indptr[1:])
-    requests[2] = indptr[:-1]
-    return _PageLists(
-        _pinned(indptr), _pinned(requests[4] + 1), _pinned(requests).to(shape.device, non_blocking=True)
-    )
+    requests[[0, 1, 3, 4], : len(rows)] = rows, first, last // shape.page_size + 1 - first, last % shape.page_size
+    requests[2] = np.cumsum(requests[3]) - requests[3]
+    return requests
 
 
 def _pinned(values: np.ndarray) -> torch.Tensor:
@@ -93,36 +70,55 @@ def _pinned(values: np.ndarray) -> torch.Tensor:
 
 
 class _Decode:
-    """FlashInfer's decode wrapper: requests of one new token each. Tensor cores take grouped queries as one tile."""
+    """Requests of one new token each. Of a step: int32 words on the device, views of which are its tables."""
 
-    def __init__(self, shape: _Shape, workspace: torch.Tensor, **graph_buffers: torch.Tensor):
-        self._shape = shape
-        self._wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            workspace,
-            "NHD",
-            use_tensor_cores=True,
-            backend="fa2",
-            use_cuda_graph=bool(graph_buffers),
-            **graph_buffers,
-        )
-        if graph_buffers:
-            small = torch.empty(GRAPH_INT_BYTES, dtype=torch.uint8, device=shape.device)
-            self._wrapper.reset_workspace_buffer(workspace, small)
-        self._planned = torch.cuda.Event()
+    def __init__(self, shape: _Shape, size: int):
+        """size: how many requests."""
+        self._shape, self._size = shape, size
+        self._pieces = budget(size, shape.num_kv_heads)
+        self.num_words = (REQUEST_WORDS + 2) * size + PIECE_WORDS * self._pieces
 
-    def plan(self, pages: _PageLists, indices: torch.Tensor) -> None:
-        """indices: int32 [pages.num_pages] on the device."""
-        s = self._shape
-        self._planned.synchronize()  # the last plan has left the wrapper's one pinned buffer
-        self._wrapper.plan(
-            pages.indptr, indices, pages.last_page_len, s.num_heads, s.num_kv_heads, s.head_dim, s.page_size,
-            **s.plan_options,
-        )  # fmt: skip
-        self._planned.record()
+    def words(self, meta: AttentionMeta, rows: np.ndarray) -> tuple[np.ndarray, int]:
+        """The tables of a step on the host: requests, spans, pieces (see `triton_decode`); and how many pages."""
+        shape = self._shape
+        requests = _requests(shape, meta, rows, self._size)
+        pages = requests[3]
+        tokens = np.where(pages > 0, (pages - 1) * shape.page_size + requests[4] + 1, 0)
+        skip = np.zeros_like(tokens) if shape.window is None else np.maximum(tokens - shape.window, 0)
+        plan = cut(pages, tokens, skip, shape.page_size, self._pieces)
+        return np.concatenate((requests.ravel(), plan.spans.ravel(), plan.pieces.ravel())), int(pages.sum())
 
-    def run(self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor) -> None:
-        """q, out: [R, heads, head_dim]."""
-        self._wrapper.run(q, kv, out=out)
+    def scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partial results of requests that are split."""
+        shape = (self._pieces, self._shape.num_heads)
+        partial = torch.empty(*shape, self._shape.head_dim, dtype=torch.float32, device=self._shape.device)
+        return partial, torch.empty(shape, dtype=torch.float32, device=self._shape.device)
+
+    def requests(self, words: torch.Tensor) -> torch.Tensor:
+        return words[: REQUEST_WORDS * self._size].view(REQUEST_WORDS, self._size)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        words: torch.Tensor,
+        indices: torch.Tensor,
+        scratch: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor,
+    ) -> None:
+        """q, out: [size, heads, head_dim]."""
+        spans, pieces = words[REQUEST_WORDS * self._size :].split((2 * self._size, PIECE_WORDS * self._pieces))
+        decode(q, kv, indices, pieces.view(-1, PIECE_WORDS), spans, *scratch, out, self._shape.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeStep:
+    """The decodes of one eager step."""
+
+    decode: _Decode
+    words: torch.Tensor
+    indices: torch.Tensor
+    scratch: tuple[torch.Tensor, torch.Tensor]
 
 
 class _Prefill:
@@ -133,13 +129,14 @@ class _Prefill:
         self._wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
         self._planned = torch.cuda.Event()
 
-    def plan(self, q_lens: Sequence[int], pages: _PageLists, indices: torch.Tensor) -> None:
-        """indices: int32 [pages.num_pages] on the device."""
+    def plan(self, q_lens: Sequence[int], requests: np.ndarray, indices: torch.Tensor) -> None:
+        """requests: see `_requests`; indices: int32 [all pages] on the device."""
         s = self._shape
         q_indptr = _pinned(np.cumsum([0, *q_lens], dtype=np.int32))
-        self._planned.synchronize()
+        indptr = _pinned(np.cumsum([0, *requests[3]], dtype=np.int32))
+        self._planned.synchronize()  # the last plan has left the wrapper's one pinned buffer
         self._wrapper.plan(
-            q_indptr, pages.indptr, indices, pages.last_page_len, s.num_heads, s.num_kv_heads, s.head_dim,
+            q_indptr, indptr, indices, _pinned(requests[4] + 1), s.num_heads, s.num_kv_heads, s.head_dim,
             s.page_size, causal=True, **s.plan_options,
         )  # fmt: skip
         self._planned.record()
@@ -172,12 +169,12 @@ class FlashInferAttention:
             num_heads, num_kv_heads, head_dim, pages.shape[1], pages.shape[0], scale, sliding_window, pages.dtype,
             pages.device,
         )  # fmt: skip
-        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=pages.device)
-        self._decode = _Decode(self._shape, self._workspace)
-        self._prefill = _Prefill(self._shape, self._workspace)
+        self._graph_scratch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._prefill = _Prefill(self._shape, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device))
         self._meta: AttentionMeta | None = None
-        self._decodes = 0  # rows that go through the decode wrapper
+        self._step: _DecodeStep | None = None
+        self._decodes = 0  # rows that go through it
         self._rows: torch.Tensor | None = None  # int64 [T], where a row of the batch stands among the queries; mixed
         self._compile()
 
@@ -186,12 +183,12 @@ class FlashInferAttention:
         q_lens = np.array(meta.q_lens)
         single = np.flatnonzero(q_lens == 1)
         several = np.flatnonzero(q_lens > 1)
-        if len(single):
-            pages = _page_lists(self._shape, meta, single)
-            self._decode.plan(pages, self._indices(meta, pages))
+        self._step = self._decode_step(meta, single) if len(single) else None
         if len(several):
-            pages = _page_lists(self._shape, meta, several)
-            self._prefill.plan(q_lens[several].tolist(), pages, self._indices(meta, pages))
+            requests = _requests(self._shape, meta, several)
+            on_device = _pinned(requests).to(self._shape.device, non_blocking=True)
+            indices = self._list_pages(meta, on_device, int(requests[3].sum()))
+            self._prefill.plan(q_lens[several].tolist(), requests, indices)
         self._rows = None
         if len(single) and len(several):
             order = np.argsort(np.repeat(q_lens > 1, q_lens), kind="stable")  # rows, decodes first
@@ -204,47 +201,43 @@ class FlashInferAttention:
         assert meta is not None, "prepare() comes first"
         q = rotate_and_write(q, k, v, rope, *kv, meta.token_page, meta.token_slot, self._rows)
         out = torch.empty_like(q)
-        if n:
-            self._decode.run(q[:n], kv, out[:n])
+        if self._step is not None:
+            step = self._step
+            step.decode.run(q[:n], kv, step.words, step.indices, step.scratch, out[:n])
         if n < len(q):
             self._prefill.run(q[n:], kv, out[n:])
         return out if self._rows is None else out.index_select(0, self._rows)
 
     def for_graph(self, batch_size: int) -> AttentionBackend | None:
-        """See `AttentionBackend`. Twins share workspace and page list, so ask for the largest first."""
+        """See `AttentionBackend`. Twins share their scratch and page list, so ask for the largest first."""
         most = batch_size * self._shape.num_pages
-        if len(self._graph_indices) < most:
-            self._graph_indices = torch.empty(most, dtype=torch.int32, device=self._shape.device)
-        return _GraphAttention(self._shape, self._kv_views, self._workspace, self._graph_indices, batch_size)
+        twin = _Decode(self._shape, batch_size)
+        if self._graph_scratch is None or len(self._graph_indices) < most:
+            self._graph_indices = torch.zeros(most, dtype=torch.int32, device=self._shape.device)
+            self._graph_scratch = twin.scratch()
+        return _GraphAttention(
+            self._shape, self._kv_views, twin, batch_size, self._graph_indices, self._graph_scratch
+        )
 
-    def _indices(self, meta: AttentionMeta, pages: _PageLists) -> torch.Tensor:
-        indices = torch.empty(pages.num_pages, dtype=torch.int32, device=self._shape.device)
-        list_pages(meta.page_table, pages.requests, indices)
+    def _decode_step(self, meta: AttentionMeta, rows: np.ndarray) -> _DecodeStep:
+        step = _Decode(self._shape, len(rows))
+        words, num_pages = step.words(meta, rows)
+        on_device = _pinned(words).to(self._shape.device, non_blocking=True)
+        indices = self._list_pages(meta, step.requests(on_device), num_pages)
+        return _DecodeStep(step, on_device, indices, step.scratch())
+
+    def _list_pages(self, meta: AttentionMeta, requests: torch.Tensor, num_pages: int) -> torch.Tensor:
+        indices = torch.empty(num_pages, dtype=torch.int32, device=self._shape.device)
+        list_pages(meta.page_table, requests, indices)
         return indices
 
     def _compile(self) -> None:
-        """Make both wrappers load their kernels, which compiles them where this machine has not done so yet."""
+        """Make FlashInfer load its kernels, which compiles them where this machine has not done so yet."""
         if not _is_compiled(self._shape):
             logger.info("compiling attention kernels, once (one to three minutes)")
-        device = self._shape.device
-        page = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        none = torch.full((2,), -1, dtype=torch.int64, device=device)
-        lists = [
-            _page_lists(self._shape, AttentionMeta((n,), (n,), page, none[:n], none[:n]), np.zeros(1, dtype=np.int64))
-            for n in (1, 2)
-        ]
-        indices = torch.zeros(2, dtype=torch.int32, device=device)
-
-        def load(plan: Callable[..., None], *args: Any) -> None:
-            with torch.cuda.device(device):  # a new thread begins on the first one
-                plan(*args)
-
-        with ThreadPoolExecutor(2) as pool:
-            for done in [
-                pool.submit(load, self._decode.plan, lists[0], indices[: lists[0].num_pages]),
-                pool.submit(load, self._prefill.plan, [2], lists[1], indices[: lists[1].num_pages]),
-            ]:
-                done.result()
+        requests = np.array([[0], [0], [0], [-(-2 // self._shape.page_size)], [1 % self._shape.page_size]], np.int32)
+        indices = torch.zeros(int(requests[3, 0]), dtype=torch.int32, device=self._shape.device)
+        self._prefill.plan([2], requests, indices)
 
 
 class _GraphAttention:
@@ -253,32 +246,34 @@ class _GraphAttention:
     name = "flashinfer"
 
     def __init__(
-        self, shape: _Shape, kv_views: KVViews, workspace: torch.Tensor, indices: torch.Tensor, batch_size: int
+        self,
+        shape: _Shape,
+        kv_views: KVViews,
+        decode: _Decode,
+        batch_size: int,
+        indices: torch.Tensor,
+        scratch: tuple[torch.Tensor, torch.Tensor],
     ):
-        self._shape, self._kv_views, self._batch_size, self._indices = shape, kv_views, batch_size, indices
+        self._kv_views, self._decode, self._batch_size = kv_views, decode, batch_size
+        self._indices, self._scratch = indices, scratch
+        self._words = torch.zeros(decode.num_words, dtype=torch.int32, device=shape.device)
         self._token_page = torch.full((batch_size,), -1, dtype=torch.int64, device=shape.device)
         self._token_slot = torch.zeros(batch_size, dtype=torch.int64, device=shape.device)
-        self._decode = _Decode(
-            shape,
-            workspace,
-            paged_kv_indptr_buffer=torch.zeros(batch_size + 1, dtype=torch.int32, device=shape.device),
-            paged_kv_indices_buffer=indices,
-            paged_kv_last_page_len_buffer=torch.ones(batch_size, dtype=torch.int32, device=shape.device),
-        )
 
     def prepare(self, meta: AttentionMeta) -> None:
         """See `AttentionBackend`. Reads kv_lens and page_table; where the new tokens go follows from them."""
         assert len(meta.q_lens) <= self._batch_size and max(meta.q_lens) == 1
-        pages = _page_lists(self._shape, meta, np.arange(len(meta.q_lens)), self._batch_size)
-        list_pages(meta.page_table, pages.requests, self._indices, (self._token_page, self._token_slot))
-        self._decode.plan(pages, self._indices[: pages.num_pages])
+        words, _ = self._decode.words(meta, np.arange(len(meta.q_lens)))
+        self._words.copy_(_pinned(words), non_blocking=True)
+        requests = self._decode.requests(self._words)
+        list_pages(meta.page_table, requests, self._indices, (self._token_page, self._token_slot))
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
         """See `AttentionBackend`. Every tensor has `batch_size` rows."""
         kv = self._kv_views[layer]
         q = rotate_and_write(q, k, v, rope, *kv, self._token_page, self._token_slot)
         out = torch.empty_like(q)
-        self._decode.run(q, kv, out)
+        self._decode.run(q, kv, self._words, self._indices, self._scratch, out)
         return out
 
     def for_graph(self, batch_size: int) -> AttentionBackend | None:
@@ -288,7 +283,10 @@ class _GraphAttention:
 
 def _is_compiled(shape: _Shape) -> bool:
     kind, dim = shape.dtype, shape.head_dim
-    name = get_batch_prefill_uri(
-        "fa2", kind, kind, kind, torch.int32, dim, dim, 0, shape.window is not None, False, False
-    )
-    return any(jit_env.FLASHINFER_JIT_DIR.glob(f"{name}*/*.so"))
+    names = [
+        get_batch_prefill_uri(
+            backend, kind, kind, kind, torch.int32, dim, dim, 0, shape.window is not None, False, False
+        )
+        for backend in ("fa2", "fa3")
+    ]
+    return any(any(jit_env.FLASHINFER_JIT_DIR.glob(f"{name}*/*.so")) for name in names)

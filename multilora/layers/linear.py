@@ -26,6 +26,8 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, in_features], contiguous. Returns [tokens, out_features]."""
+        if ctx.lora is not None:
+            ctx.lora.begin()
         y = linear(x, self.weight, self.bias)
         if ctx.whole is not None:
             self._replace(y, x, ctx.whole)

@@ -19,6 +19,11 @@ class LoraBackend(Protocol):
     def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
         """Take this step's segments over `num_rows` rows. None of them: only before a graph is captured."""
 
+    def begin(self) -> None:
+        """What `apply` will be given as x is there (or queued): called before the layer's own product, so that a part
+        of the work may run beside it. Not calling it costs only that.
+        """
+
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         """In place, for every segment and each of its adapters of weight w: y[rows] += w · (x[rows] Aᵀ) B; then, if
         its one adapter has an affine pair at the site, y[rows] = scale · y[rows] + shift.

@@ -22,6 +22,8 @@ class ReferenceLora:
     def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
         self._segments = segments
 
+    def begin(self) -> None: ...
+
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         for segment in self._segments:
             rows = slice(segment.start, segment.end)

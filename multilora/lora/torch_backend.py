@@ -23,6 +23,8 @@ class TorchLora:
     def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
         self._segments = segments
 
+    def begin(self) -> None: ...
+
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         for segment in self._segments:
             x_rows, y_rows = x[segment.start : segment.end], y[segment.start : segment.end]

@@ -17,7 +17,7 @@ from multilora.lora.sites import LoraSite
 from multilora.lora.table import LoraTable
 from multilora.lora.triton_kernels import BLOCK_WORDS, ENTRY_WORDS, TILE_WORDS, expand_kernel, shrink_kernel
 from multilora.lora.triton_steps import make_tiles
-from multilora.lora.tuning import CSGMV, GRAPH_ROWS, TRITON, ExpandBlocks, Phase, ShrinkBlocks, Tuning
+from multilora.lora.tuning import BESIDE_ROWS, CSGMV, GRAPH_ROWS, TRITON, ExpandBlocks, Phase, ShrinkBlocks, Tuning
 from multilora.triton_launch import can_launch_early, launch
 
 H_BYTES = 64 << 20
@@ -47,7 +47,8 @@ class Step:
 
     small: bool
     grid: int  # programs along the tiles
-    overlap: bool
+    overlap: bool  # kernels start early
+    beside: bool  # shrink runs beside the layer's own product
     use: list[list[int]] | None
     tile_rows: int
     blocks: Phase
@@ -110,6 +111,8 @@ class TritonLora:
         self._fixed = torch.zeros(words, dtype=torch.int32, device=self._device)
         self._fixed_h = torch.zeros(H_BYTES // 4, dtype=torch.float32, device=self._device)
         self._step: Step | None = None
+        self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._begun = False
         self.replayable = False
         """Whether a graph captured over as many rows may be replayed for the step last prepared."""
 
@@ -136,15 +139,28 @@ class TritonLora:
         upload(words, on_device[: len(words)])
         places = {place for s in segments for place in s.places}
         use = self._table.used_sites(places).tolist() if places else None
-        overlap = self.overlap and small
-        self._step = Step(small, grid, overlap, use, tile_rows, blocks, on_device[at:], on_device[:at], h)
+        beside = self._side is not None and use is None and small and num_rows > BESIDE_ROWS
+        overlap = self.overlap and small and not beside
+        self._step = Step(small, grid, overlap, beside, use, tile_rows, blocks, on_device[at:], on_device[:at], h)
+
+    def begin(self) -> None:
+        assert self._step is not None
+        if self._step.beside and self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+            self._begun = True
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
-        self.shrink(x, site)
+        if self._begun and self._side is not None:
+            self._begun = False
+            with torch.cuda.stream(self._side):
+                self.shrink(x, site)
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
+        else:
+            self.shrink(x, site)
         self.expand(y, site)
 
     def shrink(self, x: torch.Tensor, site: int) -> None:
-        """The first half: reads x, writes the intermediate, so it may run beside the layer's own matmul."""
+        """The first half: reads x, writes the intermediate."""
         assert self._step is not None and x.is_contiguous()
         step, table, shape = self._step, self._table, self._table.sites[site]
         rank = step.rank(site, stacked=True)

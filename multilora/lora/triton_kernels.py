@@ -270,6 +270,36 @@ def sum_h(h, h_stride, h_split, splits, r, rank, rows, TILE_M: tl.constexpr, TIL
 
 
 @triton.jit
+def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
+                site, sites, index, n0, n_end, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr,
+                ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
+    """expand_rows() for one adapter and columns [n0, n_end): the first TILE_R columns of h are summed only once."""
+    m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
+    kind: tl.constexpr = weights.dtype.element_ty
+    place, weight = load_entry(tile, entries, further, 0)
+    _, first, rank, affine, start = load_slice(records + (place * sites + site) * RECORD, index)
+    h += first
+    if rank + affine > 0:
+        hs = (sum_h(h, h_stride, h_split, splits, r, rank, rows, TILE_M, TILE_R) * weight).to(kind)
+        for n in range(n0, n_end, TILE_N):
+            col = n + tl.arange(0, TILE_N)
+            to = y + m[:, None] * y_stride + col[None, :]
+            inside = (m < rows)[:, None] & (col < width)[None, :]
+            before = tl.load(to, mask=inside, other=0.0)
+            b = load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE, ALIGN)
+            total = tl.dot(hs, b, input_precision="ieee")
+            for r0 in range(TILE_R, rank, TILE_R):
+                more = sum_h(h, h_stride, h_split, splits, r0 + r, rank, rows, TILE_M, TILE_R) * weight
+                b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
+                total = tl.dot(more.to(kind), b, total, input_precision="ieee")
+            after = before.to(tl.float32) + total
+            if affine > 0:
+                scale, shift = load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE)
+                after = scale[None, :] * after + shift[None, :]
+            tl.store(to, after.to(before.dtype), mask=inside)
+
+
+@triton.jit
 def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
                 count, site, sites, index, n, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr,
                 ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
@@ -329,7 +359,11 @@ def expand_kernel(y, h, weights, addresses, records, tiles, entries, blocks, sit
             _, _, rank, _, start = load_slice(records + (place * sites + site) * RECORD, index)
             prefetch_rows(weights, addresses, start, rank, n1, width, TILE_N)
         wait_for_previous(PDL)
-        if count > 0:
+        if (not PDL) and count == 1 and parts == 1:
+            expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries,
+                        further, site, sites, index, n1, tl.minimum(n0 + BLOCK_N, width), width, chunk, RECORD, WHOLE,
+                        ALIGN, TILE_M, TILE_R, TILE_N)  # fmt: skip
+        elif count > 0:
             for n in range(n1, tl.minimum(n0 + BLOCK_N, width), parts * TILE_N):
                 expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile,
                             entries, further, count, site, sites, index, n, width, chunk, RECORD, WHOLE, ALIGN,

@@ -122,9 +122,9 @@ def forward(attention: AttentionBackend, case: Case) -> list[torch.Tensor]:
     return [attention.forward(layer, *case.qkv[layer].split(case.heads, dim=1), case.rope) for layer in range(LAYERS)]
 
 
-def check(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+def check(got: list[torch.Tensor], want: list[torch.Tensor], dtype: torch.dtype = KIND) -> None:
     for g, w in zip(got, want, strict=True):
-        assert g.dtype == KIND and g.shape == w.shape
+        assert g.dtype == dtype and g.shape == w.shape
         assert torch.isfinite(g).all()
         for row, wanted in zip(g.float().flatten(1), w.flatten(1), strict=True):  # no row hides behind the others
             error = (row - wanted).norm() / wanted.norm()
@@ -165,6 +165,14 @@ def test_torch_on_cuda_is_torch_on_cpu(batch: str, window: int | None) -> None:
 @pytest.mark.parametrize("heads", [(32, 8), (4, 4), (14, 2), (16, 1), (3, 1)])
 def test_groups_and_page_sizes(heads: tuple[int, int], page_size: int) -> None:
     run(make_case(BATCHES["mixed"], (*heads, 128), page_size=page_size), None)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 128), (KIND, 256)])
+def test_other_types_and_head_sizes(dtype: torch.dtype, head_dim: int) -> None:
+    """Each is a compilation of FlashInfer's, one to three minutes where it has not been done yet."""
+    case = make_case(BATCHES["mixed"], (8, 2, head_dim), dtype=dtype)
+    want = expected(case, None)
+    check(forward_once(case), want, dtype)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -23,6 +23,9 @@ class Recorder:
 
     def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None: ...
 
+    def begin(self) -> None:
+        assert len(self.calls) == 0, "begin comes before apply"
+
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         self.calls.append((y, x, site))
         y += 1

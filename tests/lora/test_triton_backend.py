@@ -279,21 +279,23 @@ def test_without_a_gpu_the_backend_is_refused_by_name(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_graph_serves_other_adapters_and_other_ranks():
+@pytest.mark.parametrize("rows", [8, 48], ids=["starting early", "beside the product"])
+def test_a_graph_serves_other_adapters_and_other_ranks(rows):
     sites = make_sites(1024, 1024, 256, 4096)
     ranks = [same_rank(sites, rank) for rank in (8, 16, 64, 32)]
     world = World(sites, ranks, dtype=torch.bfloat16, page_bytes=1 << 20)
     world.install(0)
     backend = TritonLora(world.table, sites)
-    x = [torch.randn(8, site.in_features, device=DEVICE, dtype=torch.bfloat16) for site in sites]
-    y = [torch.zeros(8, site.out_features, device=DEVICE, dtype=torch.bfloat16) for site in sites]
+    x = [torch.randn(rows, site.in_features, device=DEVICE, dtype=torch.bfloat16) for site in sites]
+    y = [torch.zeros(rows, site.out_features, device=DEVICE, dtype=torch.bfloat16) for site in sites]
 
     def step():
         for site in sites:
-            y[site.index].zero_()
+            backend.begin()
+            y[site.index].zero_()  # the layer's own product
             backend.apply(y[site.index], x[site.index], site.index)
 
-    backend.prepare((), 8)
+    backend.prepare((), rows)
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -301,14 +303,42 @@ def test_a_graph_serves_other_adapters_and_other_ranks():
     for place in (1, 2, 3):
         world.install(place)
     for segments in (segments_of((0, 1, 1), (1, 2, 2), (2, 7, 3)), segments_of((5, 6, 2))):
-        backend.prepare(segments, 8)
+        backend.prepare(segments, rows)
         assert backend.replayable
         graph.replay()
         replayed = [t.clone() for t in y]
         step()
-        world.reference.prepare(segments, 8)
+        world.reference.prepare(segments, rows)
         for site in sites:
-            want = torch.zeros(8, site.out_features, device=DEVICE)
+            want = torch.zeros(rows, site.out_features, device=DEVICE)
             world.reference.apply(want, x[site.index].float(), site.index)
             assert torch.equal(replayed[site.index], y[site.index])
             assert (y[site.index].float() - want).norm() / want.norm() < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_pages_at_the_end_of_a_large_arena():
+    """Elements beyond 2^35, bytes beyond 90 GB."""
+    sites, page_bytes = make_sites(1024, 1024, 256, 4096), 1 << 20
+    count = (torch.cuda.mem_get_info()[0] - (8 << 30)) // page_bytes
+    if count * page_bytes < 90e9:
+        pytest.skip(f"needs 90 GB of free device memory, here are {count * page_bytes / 1e9:.0f}")
+    arena = torch.empty(count, page_bytes, dtype=torch.uint8, device=DEVICE)
+    table = LoraTable(arena, torch.bfloat16, tuple(tuple(s.offset for s in site.slices) for site in sites))
+    layout = place_panels(sites, AdapterShape(same_rank(sites, 16)), PanelGeometry(page_bytes, 2))
+    arena[-layout.num_pages :].view(torch.bfloat16).normal_(std=0.1)
+    table.install(count - 1, layout, list(range(count - layout.num_pages, count)))  # the last place, too
+    backend, reference = TritonLora(table, sites, graph_rows=16), ReferenceLora(table)
+    for segments, rows in (
+        (segments_of((0, 1, count - 1), (1, 9, count - 1)), 9),
+        (segments_of((2, 40, count - 1)), 40),
+    ):
+        for lora in (backend, reference):
+            lora.prepare(segments, rows)
+        for site in sites:
+            x = torch.randn(rows, site.in_features, device=DEVICE, dtype=torch.bfloat16)
+            got = torch.zeros(rows, site.out_features, device=DEVICE, dtype=torch.bfloat16)
+            want = got.float()
+            backend.apply(got, x, site.index)
+            reference.apply(want, x.float(), site.index)
+            assert want.any() and (got.float() - want).norm() / want.norm() < TOLERANCE[torch.bfloat16]

@@ -1,0 +1,193 @@
+"""Paged attention of requests with one new token each: one launch for all of them, a second where a request is split.
+
+Called by `flashinfer.py`, after rotation and page write; also run in Triton's interpreter by the tests. Knows page
+lists, not page tables. Requests are cut into pieces of equal length, so that few long ones fill the GPU as well as
+many short ones; a grid of fixed size, as a CUDA graph needs, has idle programs at its end.
+
+    pieces   int32 [budget, 5]     row, first entry in the page list, tokens, tokens before a window, slot
+                                   slot -1: the piece is its whole request and writes the output itself
+    spans    int32 [rows, 2]       first slot of a split request, its pieces (0: not split)
+    program  (piece, KV head): the queries of the head's group, padded to one tile of `tl.dot`, against the piece
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from multilora.triton_launch import can_launch_early, launch, wait_for_previous
+
+PIECE_WORDS = 5
+MIN_PIECE = 64
+"""Tokens: less is not worth a program."""
+
+PROGRAMS = 264
+"""Programs that fill a GPU: two for each of Hopper's multiprocessors."""
+
+BLOCK, WARPS, STAGES = 64, 4, 2
+"""Tokens of one step of the loop, warps of a program, and how many steps are under way: see docs/log.md."""
+
+MERGE_ELEMENTS = 4096
+"""Of partial results that a program holds at a time."""
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _attend(q_ptr, k_pages, v_pages, indices, pieces, out_ptr, partial_ptr, lse_ptr, page_stride, slot_stride,
+            head_stride, group, scale, PAGE: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
+            BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Online softmax over the tokens of one piece. q, out: [rows, heads, DIM]; partial: fp32 [slots, heads, DIM];
+    lse: fp32 [slots, heads], base 2."""
+    piece, kv_head = pieces + tl.program_id(0) * 5, tl.program_id(1)
+    row, start, tokens = tl.load(piece).to(tl.int64), tl.load(piece + 1), tl.load(piece + 2)
+    skip, slot = tl.load(piece + 3), tl.load(piece + 4)
+    wait_for_previous(PDL)
+    if tokens > 0:
+        member, d = tl.arange(0, GROUP), tl.arange(0, DIM)
+        head = kv_head * group + member
+        heads = tl.num_programs(1) * group
+        mask = (member < group)[:, None]
+        q = tl.load(q_ptr + (row * heads + head)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        best = tl.full([GROUP], float("-inf"), tl.float32)
+        norm = tl.zeros([GROUP], tl.float32)
+        total = tl.zeros([GROUP, DIM], tl.float32)
+        k_pages += kv_head * head_stride
+        v_pages += kv_head * head_stride
+        t = skip // BLOCK * BLOCK + tl.arange(0, BLOCK)
+        page = tl.load(indices + start + t // PAGE, mask=t < tokens, other=0)
+        for _ in range(skip // BLOCK * BLOCK, tokens, BLOCK):
+            inside = (t >= skip) & (t < tokens)
+            at = (page.to(tl.int64) * page_stride + (t % PAGE) * slot_stride)[:, None] + d[None, :]
+            t += BLOCK
+            page = tl.load(indices + start + t // PAGE, mask=t < tokens, other=0)
+            k = tl.load(k_pages + at, mask=inside[:, None], other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
+            score = tl.where(inside[None, :], score, float("-inf"))
+            new = tl.maximum(best, tl.max(score, 1))
+            p, fade = tl.exp2(score - new[:, None]), tl.exp2(best - new)
+            v = tl.load(v_pages + at, mask=inside[:, None], other=0.0)
+            total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
+            norm = norm * fade + tl.sum(p, 1)
+            best = new
+        total = total / norm[:, None]
+        if slot < 0:
+            to = out_ptr + (row * heads + head)[:, None] * DIM + d[None, :]
+            tl.store(to, total.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            at = slot.to(tl.int64) * heads + head
+            tl.store(partial_ptr + at[:, None] * DIM + d[None, :], total, mask=mask)
+            tl.store(lse_ptr + at, best + tl.log2(norm), mask=member < group)
+
+
+@triton.jit
+def _merge(partial_ptr, lse_ptr, spans, out_ptr, group, DIM: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
+    """One program per (row, KV head) puts a split request's pieces together, SLOTS at a time, in their order."""
+    row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot, count = tl.load(spans + 2 * row).to(tl.int64), tl.load(spans + 2 * row + 1)
+    wait_for_previous(PDL)
+    if count > 0:
+        s, member, d = tl.arange(0, SLOTS), tl.arange(0, GROUP), tl.arange(0, DIM)
+        head = kv_head * group + member
+        heads = tl.num_programs(1) * group
+        best = tl.full([GROUP], float("-inf"), tl.float32)
+        norm = tl.zeros([GROUP], tl.float32)
+        total = tl.zeros([GROUP, DIM], tl.float32)
+        for i in range(0, count, SLOTS):
+            at = (slot + i + s)[:, None] * heads + head[None, :]  # [SLOTS, GROUP]
+            inside = (i + s < count)[:, None] & (member < group)[None, :]
+            lse = tl.load(lse_ptr + at, mask=inside, other=float("-inf"))
+            part = tl.load(partial_ptr + at[:, :, None] * DIM + d[None, None, :], mask=inside[:, :, None], other=0.0)
+            new = tl.maximum(tl.maximum(best, tl.max(lse, 0)), -1e30)  # finite for members that are padding
+            fade, weight = tl.exp2(best - new), tl.exp2(lse - new[None, :])
+            total = total * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
+            norm = norm * fade + tl.sum(weight, 0)
+            best = new
+        norm = tl.where(member < group, norm, 1.0)
+        to = out_ptr + (row * heads + head)[:, None] * DIM + d[None, :]
+        tl.store(to, (total / norm[:, None]).to(out_ptr.dtype.element_ty), mask=(member < group)[:, None])
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """pieces: int32 [budget, 5], unused ones empty; spans: int32 [rows, 2]; slots: of the partial results."""
+
+    pieces: np.ndarray
+    spans: np.ndarray
+
+
+def budget(rows: int, kv_heads: int) -> int:
+    """The most pieces that so many requests are cut into."""
+    return rows + max(rows // 2, PROGRAMS // kv_heads)
+
+
+def cut(pages: np.ndarray, tokens: np.ndarray, skip: np.ndarray, page_size: int, most: int) -> Pieces:
+    """Cut requests into at most `most` pieces of equal length, the longest first.
+
+    pages, tokens, skip: of each request, how many pages of the list it has (they follow each other), how many tokens
+    those hold (0: padding), and how many of them lie before its window.
+    """
+    rows = len(pages)
+    assert rows <= most
+    low, high = max(1, MIN_PIECE // page_size), max(1, int(pages.max()))
+    while low < high:  # the shortest pieces that are not too many
+        middle = (low + high) // 2
+        if int(-(-pages // middle).sum()) > most:
+            low = middle + 1
+        else:
+            high = middle
+    each = -(-pages // np.maximum(-(-pages // low), 1))  # pages of a piece, nearly the same for all of a request
+    counts = -(-pages // np.maximum(each, 1))
+    row = np.repeat(np.arange(rows), counts)
+    first = np.cumsum(counts) - counts  # slot of a request's first piece
+    index = np.arange(len(row)) - first[row]
+    done = index * each[row] * page_size
+    table = np.zeros((most, PIECE_WORDS), np.int32)
+    table[: len(row), 0] = row
+    table[: len(row), 1] = (np.cumsum(pages) - pages)[row] + index * each[row]
+    table[: len(row), 2] = np.minimum(each[row] * page_size, tokens[row] - done)
+    table[: len(row), 3] = np.where(index == 0, skip[row], 0)
+    table[: len(row), 4] = np.where(counts[row] > 1, np.arange(len(row)), -1)
+    spans = np.stack((first, np.where(counts > 1, counts, 0)), axis=1).astype(np.int32)
+    return Pieces(table[np.argsort(-table[:, 2], kind="stable")], spans)
+
+
+def decode(
+    q: torch.Tensor,
+    kv: tuple[torch.Tensor, torch.Tensor],
+    indices: torch.Tensor,
+    pieces: torch.Tensor,
+    spans: torch.Tensor,
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+) -> None:
+    """q, out: [rows, heads, head_dim], contiguous; kv: k and v pages, [num_pages, page_size, kv_heads, head_dim] of
+    equal strides, the last dimension contiguous; indices: int32, the page lists; pieces, spans: see `cut`, on the
+    device; partial: fp32 [budget, heads, head_dim], lse: fp32 [budget, heads], scratch.
+    """
+    k_pages, v_pages = kv
+    heads, dim = q.shape[1:]
+    kv_heads = k_pages.shape[2]
+    group, early = heads // kv_heads, can_launch_early(q.device)
+    args = (
+        q, k_pages, v_pages, indices, pieces, out, partial, lse,
+        k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), group, scale,
+    )  # fmt: skip
+    constants = {"PAGE": k_pages.shape[1], "DIM": dim, "GROUP": max(16, _power_of_two(group))}
+    options = {"num_warps": WARPS, "num_stages": STAGES}
+    blocks = constants | {"BLOCK": BLOCK, "PDL": early}
+    launch(_attend, (pieces.shape[0], kv_heads), args, blocks, early=early, **options)
+    padded = _power_of_two(group)
+    constants = {"DIM": dim, "GROUP": padded, "SLOTS": max(1, MERGE_ELEMENTS // (padded * dim)), "PDL": early}
+    launch(_merge, (q.shape[0], kv_heads), (partial, lse, spans, out, group), constants, early=early, num_warps=4)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,101 @@
+"""Decode attention against a dense loop in fp32: in Triton's interpreter, and on a GPU if there is one."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from multilora.attention import triton_decode
+from multilora.attention.triton_decode import budget, cut, decode
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16]
+if DEVICE.type == "cuda":  # the interpreter rounds bfloat16 towards zero
+    DTYPES.append(torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+PAGE = 4
+
+
+def on_device(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values).to(DEVICE)
+
+
+def check(lens: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window: int = 0, most: int = 0):
+    """A step of requests with so many tokens (0: padding), their pages dealt at random. Returns the pieces."""
+    g = torch.Generator().manual_seed(sum(lens) + dim)
+    tokens = np.array(lens)
+    first = np.maximum(tokens - window, 0) // PAGE if window else np.zeros_like(tokens)
+    pages = np.where(tokens > 0, -(-tokens // PAGE) - first, 0)
+    listed = np.where(tokens > 0, tokens - first * PAGE, 0)
+    skip = np.maximum(listed - window, 0) if window else np.zeros_like(listed)
+    arena = torch.randn(int(pages.sum()) + 3, PAGE, 2, kv_heads, dim, generator=g).to(DEVICE, dtype)
+    kv = arena[:, :, 0], arena[:, :, 1]
+    indices = torch.randperm(len(arena), generator=g)[: int(pages.sum())].to(DEVICE, torch.int32)
+    q = torch.randn(len(lens), heads, dim, generator=g).to(DEVICE, dtype)
+    plan = cut(pages, listed, skip, PAGE, most or budget(len(lens), kv_heads))
+    slots = len(plan.pieces)
+    out = torch.full_like(q, 7.0)
+    partial = torch.full((slots, heads, dim), float("nan"), device=DEVICE)
+    lse = torch.full((slots, heads), float("nan"), device=DEVICE)
+    decode(q, kv, indices, on_device(plan.pieces), on_device(plan.spans), partial, lse, out, dim**-0.5)
+    at = 0
+    for r, count in enumerate(pages):
+        mine = indices[at : at + count].long()
+        at += count
+        if count == 0:
+            assert (out[r] == 7.0).all(), "padding writes nothing"
+            continue
+        k, v = (t[mine].flatten(0, 1)[skip[r] : listed[r]].float() for t in kv)  # [tokens, kv_heads, dim]
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        weights = torch.einsum("hd,thd->ht", q[r].float(), k).mul(dim**-0.5).softmax(-1)
+        want = torch.einsum("ht,thd->hd", weights, v)
+        assert (out[r].float() - want).norm() / want.norm() < TOLERANCE[dtype]
+    return plan
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 1, 64), (2, 2, 32), (6, 2, 16), (8, 2, 128), (32, 1, 256)]
+)
+def test_against_a_dense_loop(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    plan = check([1, 31, 32, 33, 4, 70], heads, kv_heads, dim, dtype, most=7)
+    assert plan.spans[:, 1].max() == 2  # somebody is split
+
+
+def test_a_long_request_among_short_ones_is_split() -> None:
+    plan = check([5, 900, 0, 3], 4, 2, 16, torch.float32, most=12)
+    split = plan.spans[1]
+    assert split[1] > 3 and not plan.spans[[0, 2, 3], 1].any()
+    assert (np.diff(plan.pieces[:, 2]) <= 0).all(), "the longest first"
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 1000])
+def test_windows(window: int) -> None:
+    check([1, 9, 40, 260], 2, 1, 16, torch.float32, window=window, most=9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_cover_every_page_once(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pages = rng.integers(0, 200, rng.integers(1, 40)) * rng.integers(0, 2, 1) + 1
+    tokens = pages * 16 - rng.integers(0, 16, len(pages))
+    most = budget(len(pages), 8)
+    plan = cut(pages, tokens, np.zeros_like(pages), 16, most)
+    used = plan.pieces[plan.pieces[:, 2] > 0]
+    starts = np.cumsum(pages) - pages
+    for r in range(len(pages)):
+        own = used[used[:, 0] == r]
+        own = own[np.argsort(own[:, 1])]
+        assert own[0, 1] == starts[r] and own[:, 2].sum() == tokens[r]
+        assert (own[1:, 1] == own[:-1, 1] + own[:-1, 2] // 16).all()
+        first, count = plan.spans[r]
+        assert count == (len(own) if len(own) > 1 else 0)
+        assert own[:, 4].tolist() == (list(range(first, first + count)) if count else [-1])
+
+
+def test_few_requests_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_decode, "PROGRAMS", 264)
+    plan = cut(np.array([500]), np.array([8000]), np.array([0]), 16, budget(1, 8))
+    assert plan.spans[0, 1] > 30
