@@ -139,7 +139,7 @@ class TritonLora:
         upload(words, on_device[: len(words)])
         places = {place for s in segments for place in s.places}
         use = self._table.used_sites(places).tolist() if places else None
-        beside = self._side is not None and use is None and small and num_rows > BESIDE_ROWS
+        beside = self._side is not None and use is None and small and num_rows >= BESIDE_ROWS
         overlap = self.overlap and small and not beside
         self._step = Step(small, grid, overlap, beside, use, tile_rows, blocks, on_device[at:], on_device[:at], h)
 

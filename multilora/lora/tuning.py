@@ -6,9 +6,9 @@ GRAPH_ROWS = 256
 """Steps of up to so many rows take grids that depend on nothing but their number of rows, and fixed buffers: they can
 be captured in a CUDA graph. Larger ones (prefill) take exact grids."""
 
-BESIDE_ROWS = 32
-"""Captured steps of more rows shrink beside the layer's own product, on a stream of their own. In smaller ones it is
-faster to start early."""
+BESIDE_ROWS = 8
+"""Captured steps of so many rows or more shrink beside the layer's own product, on a stream of their own. In smaller
+ones it is faster to start early."""
 
 WIDE = 8192
 
