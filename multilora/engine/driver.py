@@ -5,6 +5,7 @@ package's tests and by anyone who tests against it.
 """
 
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,6 +144,8 @@ class EngineDriver:
         while self.engine.busy:
             assert max_steps > 0, "the engine does not come to an end"
             max_steps -= 1
+            if DEVICE == "cuda" and not self.engine.running:
+                time.sleep(0.001)  # a copy is on its way
             self.step()
         self.check_at_rest()
 
