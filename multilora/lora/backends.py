@@ -29,8 +29,10 @@ def _triton(name: str, table: LoraTable, sites: Sites, chunk_rows: int) -> LoraB
     device = table.weights.device
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(f"--lora-backend {name} needs a CUDA device, this is {device.type}; torch runs anywhere")
-    from multilora.lora.triton_backend import TritonLora
+    from multilora.lora.triton_backend import MAX_TILE_ROWS, TritonLora
 
+    if chunk_rows > MAX_TILE_ROWS:
+        logger.warning("--max-lora-chunk-size %d: %d is used, larger chunks are slower", chunk_rows, MAX_TILE_ROWS)
     return TritonLora(table, sites, name=name, chunk_rows=chunk_rows)
 
 
@@ -42,7 +44,7 @@ BACKENDS: dict[str, Callable[[LoraTable, Sites, int], LoraBackend]] = {
 
 
 def make_lora_backend(
-    name: str, table: LoraTable, device: torch.device, *, sites: Sites, chunk_rows: int = 16
+    name: str, table: LoraTable, device: torch.device, *, sites: Sites, chunk_rows: int = 32
 ) -> LoraBackend:
     """`auto` takes the best that this device can run and logs its choice. chunk_rows: --max-lora-chunk-size.
     Raises ConfigError by name.

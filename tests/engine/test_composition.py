@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from clear_answers import clear_answer
 from peft import PeftModel
 
 from multilora.engine.driver import Answer, EngineDriver
@@ -20,7 +21,6 @@ from multilora.testing import TINY_SIZES, make_adapter, make_tiny_model
 
 NEW_TOKENS = 12  # as the driver asks for
 CLOSE = 1e-4  # largest difference of a logprob
-CLEAR = 1e-3  # least gap between the reference's two best logits
 LENGTHS = (1, 9, 33)
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -78,17 +78,7 @@ def compose(model: PeftModel, index: int) -> None:
 
 
 def ask(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor] | None:
-    """None if any choice on the way is not clear."""
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        whole = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-        logits = model(input_ids=whole).logits[0]
-    best = logits[len(prompt) - 1 : -1].topk(2).values
-    if (best[:, 0] - best[:, 1]).min() < CLEAR:
-        return None
-    return whole[0, len(prompt) :].tolist(), logits.log_softmax(-1)
+    return clear_answer(model, prompt, NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from clear_answers import clear_answer
 
 from multilora.engine.driver import Answer, EngineDriver
 from multilora.engine.messages import Stats
@@ -21,7 +22,6 @@ from multilora.testing import FAMILIES, TINY_SIZES, make_adapter, make_tiny_mode
 
 NEW_TOKENS = 12
 CLOSE = 1e-4  # largest difference of a logprob
-CLEAR = 1e-3  # least gap between the reference's two best logits
 LENGTHS = (1, 4, 21, 38)  # of prompts; Mistral's window is 12, Llama 3's original context 32
 LONGEST = LENGTHS[-1] + NEW_TOKENS
 SHARED = 16  # the last prompt begins like the longest
@@ -76,16 +76,8 @@ class Family:
 
 def reference(model: Any, prompt: list[int]) -> Reference | None:
     """None if any choice on the way is not clear."""
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        whole = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-        logits = model(input_ids=whole).logits[0]
-    best = logits[len(prompt) - 1 : -1].topk(2).values
-    if (best[:, 0] - best[:, 1]).min() < CLEAR:
-        return None
-    return Reference(whole[0, len(prompt) :].tolist(), logits.log_softmax(-1))
+    answer = clear_answer(model, prompt, NEW_TOKENS)
+    return Reference(*answer) if answer else None
 
 
 def make_family(family: str, path: Path) -> Family:

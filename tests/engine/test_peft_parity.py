@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from clear_answers import clear_answer
 from peft_rows import INVOCATION, MODELS, ROWS, Lab, Row
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,6 @@ from multilora.errors import AdapterError
 
 NEW_TOKENS = 8
 CLOSE = 1e-4  # largest difference of a logprob
-CLEAR = 1e-3  # least gap between the reference's two best logits
 PLAIN = Row("plain", {"r": 8, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj", "o_proj"]})
 
 
@@ -39,16 +39,8 @@ class Reference:
 
 def reference(model: Any, prompt: list[int]) -> Reference | None:
     """None if a choice on the way is not clear: there rounding could decide."""
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        whole = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-        logits = model(input_ids=whole).logits[0]
-    best = logits[len(prompt) - 1 : -1].topk(2).values
-    if (best[:, 0] - best[:, 1]).min() < CLEAR:
-        return None
-    return Reference(prompt, whole[0, len(prompt) :].tolist(), logits.log_softmax(-1))
+    answer = clear_answer(model, prompt, NEW_TOKENS)
+    return Reference(prompt, *answer) if answer else None
 
 
 def references(model: Any, row: Row, count: int = 2) -> list[Reference]:
