@@ -1,11 +1,11 @@
 """The LoRA kernels alone on one GPU: all layers of a step in a CUDA graph.
 
-    python -m bench.lora_kernels [--sweep] [--out bench/results/lora_kernels.json]
+    python -m bench.lora_kernels [--out bench/results/lora_kernels.json]
 
 Llama-3.1-8B's dimensions, seven modules, bf16, truly distinct random adapters in scattered pages of one arena. First
 every workload is held against the reference, then timed: median of graph replays, y and x resident. The limit of a
 decode step is the bytes of the adapters in it over the read bandwidth measured in the same run; of a prefill step,
-those and the rows of x and y. `--sweep` tries block sizes first (`bench/lora_sweep.py`) and uses the best.
+those and the rows of x and y. `bench/lora_sweep.py` measures the same with the best block sizes that it finds.
 """
 
 import argparse
@@ -182,26 +182,8 @@ def time_all(world: World, backend: TritonLora, bandwidth: float) -> list[dict[s
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="try block sizes first")
-    parser.add_argument("--out", help="also write the result to this file")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
-    result: dict[str, Any] = environment("triton")
-    bandwidth = read_bandwidth(torch.device("cuda"), 1 << 32)
-    result["read_bandwidth_tb_s"] = bandwidth / 1e12
-    say(f"read bandwidth {bandwidth / 1e12:.2f} TB/s")
-    best: Tuning | None = None
-    if args.sweep:
-        from bench.lora_sweep import compile_all, sweep
-
-        compile_all()
-        world = World()
-        best, result["sweep"] = sweep(world)
-    else:
-        world = World()
+def measure(out: str | None, result: dict[str, Any], world: World, bandwidth: float, best: Tuning | None) -> None:
+    """Hold every variant against the reference, time it, and finish `result`. best: instead of what is committed."""
     variants = {
         "csgmv": TritonLora(world.table, world.sites, tuning=best),
         "csgmv, chunk 16": TritonLora(world.table, world.sites, tuning=best, chunk_rows=16),
@@ -216,7 +198,26 @@ def main() -> None:
         result["errors"][name] = check(world, backend)
         say(f"{name}: largest relative error {max(result['errors'][name].values()):.1e}")
         result["times"][name] = time_all(world, backend, bandwidth)
-    finish(result, args.out)
+    finish(result, out)
+
+
+def begin(parser: argparse.ArgumentParser) -> tuple[dict[str, Any], float]:
+    """What every result says of where it was measured, and the read bandwidth in bytes/s."""
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    result: dict[str, Any] = environment("triton")
+    bandwidth = read_bandwidth(torch.device("cuda"), 1 << 32)
+    result["read_bandwidth_tb_s"] = bandwidth / 1e12
+    say(f"read bandwidth {bandwidth / 1e12:.2f} TB/s")
+    return result, bandwidth
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="also write the result to this file")
+    args = parser.parse_args()
+    result, bandwidth = begin(parser)
+    measure(args.out, result, World(), bandwidth, None)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Finds block sizes of the LoRA kernels: one of the four kinds after the other, by the time of the whole step.
 
-Called by `bench/lora_kernels.py --sweep`. Kernels are compiled first, by one process per core, into Triton's cache:
+    python -m bench.lora_sweep [--out bench/results/lora_kernels_sweep.json]
 
-    python -m bench.lora_sweep SHARE OF
+Then measures as `bench/lora_kernels.py` does, with the best. Kernels are compiled first, by one process per core
+(`--compile SHARE OF`), into Triton's cache.
 """
 
+import argparse
 import itertools
 import os
 import subprocess
@@ -13,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from bench.common import say
-from bench.lora_kernels import WORKLOADS, Workload, World, graph_ms, llama_sites
+from bench.lora_kernels import WORKLOADS, Workload, World, begin, graph_ms, llama_sites, measure
 from multilora.batch import LoraSegment
 from multilora.lora.triton_backend import TritonLora
 from multilora.lora.tuning import CSGMV, ExpandBlocks, Phase, ShrinkBlocks, Tuning
@@ -47,7 +49,8 @@ PHASES: dict[str, tuple[Options, int, bool]] = {  # field of Tuning → options,
 
 def compile_all() -> None:
     cores = len(os.sched_getaffinity(0))
-    workers = [subprocess.Popen([sys.executable, "-m", "bench.lora_sweep", str(i), str(cores)]) for i in range(cores)]
+    command = [sys.executable, "-m", "bench.lora_sweep", "--compile"]
+    workers = [subprocess.Popen([*command, str(i), str(cores)]) for i in range(cores)]
     failed = sum(worker.wait() != 0 for worker in workers)
     say(f"compiled on {cores} cores, {failed} workers failed")
 
@@ -105,5 +108,20 @@ def best_of(times: list[list[float]]) -> int:
     return scores.index(min(scores))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="also write the result to this file")
+    parser.add_argument("--compile", nargs=2, type=int, metavar=("SHARE", "OF"), help="only compile this share")
+    args = parser.parse_args()
+    if args.compile is not None:
+        compile_share(*args.compile)
+        return
+    result, bandwidth = begin(parser)
+    compile_all()
+    world = World()
+    best, result["sweep"] = sweep(world)
+    measure(args.out, result, world, bandwidth, best)
+
+
 if __name__ == "__main__":
-    compile_share(int(sys.argv[1]), int(sys.argv[2]))
+    main()
