@@ -131,7 +131,7 @@ class FakeCopy:
                 return False
             buffer = self._buffer()
             assert buffer is not None, "the buffer was freed before its copy was done"
-            self._arena[self._pages] = buffer
+            self._arena[self._pages] = buffer.to(self._arena.device)
             self._done = True
         return True
 

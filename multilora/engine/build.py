@@ -50,12 +50,20 @@ from multilora.models.weights import checkpoint_files
 logger = logging.getLogger(__name__)
 
 MakeLoader = Callable[[FetchContext], Loader]
+MakeCopier = Callable[[torch.Tensor], Copier]
+"""Over an arena."""
 
 
-def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader, ahead: int | None = None) -> Engine:
+def build_engine(
+    config: Config,
+    make_loader: MakeLoader = ProcessLoader,
+    make_copier: MakeCopier | None = None,
+    ahead: int | None = None,
+) -> Engine:
     """Load the model and set up everything else. Raises ConfigError, ModelUnsupported, OutOfMemory.
 
-    ahead: see Engine; None: 1 on CUDA, 0 on CPU, where there is nothing to overlap with.
+    make_copier: None: what suits the device. ahead: see Engine; None: 1 on CUDA, 0 on CPU, where there is nothing to
+    overlap with.
     """
     started = monotonic()
     device = choose_device(config.device)
@@ -84,7 +92,16 @@ def build_engine(config: Config, make_loader: MakeLoader = ProcessLoader, ahead:
     lora: RunnerLora | None = None
     if config.enable_lora:
         adapters, lora, reclaimer = _build_lora(
-            config, model, layout, arena, pool, clock, prefix, namespaces, make_loader
+            config,
+            model,
+            layout,
+            arena,
+            pool,
+            clock,
+            prefix,
+            namespaces,
+            make_loader,
+            make_copier or partial(_copier, config),
         )
     else:
         reclaimer = Reclaimer(pool, clock, [prefix])
@@ -196,6 +213,7 @@ def _build_lora(
     prefix: PrefixCache,
     namespaces: Namespaces,
     make_loader: MakeLoader,
+    make_copier: MakeCopier,
 ) -> tuple[AdapterStore, RunnerLora, Reclaimer]:
     sites = model.lora_sites()
     target = PackTarget(sites, layout.dtype, layout.page_bytes)
@@ -208,7 +226,7 @@ def _build_lora(
         pool,
         clock,
         table,
-        _copier(config, arena),
+        make_copier(arena),
         policy=config.lora_eviction_policy,
         max_count=config.max_loras_per_batch,
         max_pages=None if limit is None else limit // layout.page_bytes,

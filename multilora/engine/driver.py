@@ -9,10 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from multilora.adapters.loader import InlineLoader
+from multilora.adapters.testing import FakeCopier
 from multilora.config import Config
 from multilora.engine.build import build_engine
 from multilora.engine.messages import (
@@ -63,7 +65,8 @@ DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
 
 
 class EngineDriver:
-    """Keyword arguments are fields of `Config`; adapters: name → directory, loaded at once.
+    """Keyword arguments are fields of `Config`; adapters: name → directory, loaded at once. late: copies of adapters
+    to the device are found done so many steps after their start; None: as they are.
 
     `answers`: rid → Answer; `infos`: name → AdapterInfo.
     """
@@ -73,13 +76,15 @@ class EngineDriver:
         model_path: str | Path,
         adapters: Mapping[str, str | Path] | None = None,
         ahead: int | None = None,
+        late: int | None = None,
         **options: Any,
     ):
         defaults: dict[str, Any] = {"model_path": str(model_path), "device": DEVICE, "enable_lora": True}
         if DEVICE == "cuda" and "max_total_tokens" not in options:
             defaults["arena_bytes"] = 1 << 28  # several engines share the device
         config = Config.make(**(defaults | options))
-        self.engine = build_engine(config, make_loader=InlineLoader, ahead=ahead)
+        make_copier = None if late is None else partial(FakeCopier, delay=lambda: late)
+        self.engine = build_engine(config, InlineLoader, make_copier, ahead)
         self.answers: dict[str, Answer] = {}
         self.infos: dict[str, AdapterInfo] = {}
         self._dropped: set[str] = set()
