@@ -17,6 +17,9 @@ class Copier(Protocol):
         """Begin to copy buffer[i] (uint8 [page_bytes]) to arena page pages[i]. The buffer must live until done."""
         ...
 
+    def close(self) -> None:
+        """No more copies."""
+
 
 class _Finished:
     def done(self) -> bool:
@@ -37,6 +40,8 @@ class DirectCopier:
         for at, page, count in runs(pages):
             self._arena[page : page + count].copy_(buffer[at : at + count])
         return _Finished()
+
+    def close(self) -> None: ...
 
 
 def runs(pages: list[int]) -> Iterator[tuple[int, int, int]]:

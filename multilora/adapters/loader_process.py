@@ -1,14 +1,15 @@
 """The loader as a process of its own, so that reading, checking and packing never hold the step loop's GIL.
 
-The two ends share a Unix socket: jobs go one way, results come back with the file descriptor of an anonymous memory
-file that holds the packed pages. A file is used once, so two adapters never share one. The file that the next adapter
-will come in is announced, so that the engine can map it ahead. Nothing has a name, so nothing is left behind when a
-process dies.
+The two ends share a Unix socket, and on a GPU the staging memory: jobs go one way, results come back with the place
+of the packed pages in that memory, or with the descriptor of an anonymous memory file that holds them. A file is used
+once, a place again when the engine has said that it is done with it. Nothing has a name, so nothing is left behind
+when a process dies.
 Run by `ProcessLoader` as `python -m multilora.adapters.loader_process`.
 """
 
 import contextlib
 import logging
+import mmap
 import os
 import signal
 import socket
@@ -26,9 +27,10 @@ from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.crew import Crew, spare_cores
 from multilora.adapters.loader import FetchContext, Fetched, FetchJob, fetch
-from multilora.adapters.mapping import map_file, populate
+from multilora.adapters.mapping import map_file
 from multilora.adapters.packers import Packers
-from multilora.adapters.page_files import PageFile, PageFiles
+from multilora.adapters.page_files import PagePlace, PagePlaces
+from multilora.adapters.staging import Staging
 from multilora.adapters.strips import Strip
 
 logger = logging.getLogger(__name__)
@@ -43,38 +45,48 @@ REUSE_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(512 << 20
 
 
 class _Start(msgspec.Struct, frozen=True):
-    """The first message: a FetchContext in plain types."""
+    """The first message: a FetchContext in plain types. staging: descriptor of that memory, if there is any."""
 
     base: BaseModel
     dtype: str
     page_bytes: int
     limits: AdapterLimits
     roots: tuple[str, ...]
+    staging: int | None
+
+
+class _Order(msgspec.Struct, frozen=True, omit_defaults=True):
+    """To the loader. done_with: where a part of the staging memory begins that nobody reads any more."""
+
+    job: FetchJob | None = None
+    done_with: int | None = None
 
 
 class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """From the loader, with the descriptor of a file. nbytes: how much of it, from its start on."""
+    """From the loader. nbytes: of the pages. start: where they begin in the staging memory; None: they are the file
+    whose descriptor comes along."""
 
-    nbytes: int
-    result: Fetched | None = None  # None: nothing is in the file yet, the next adapter may come in it
-
-
-FileId = tuple[int, int]  # device, inode
+    result: Fetched
+    nbytes: int = 0
+    start: int | None = None
 
 
 class ProcessLoader:
-    """The engine's end. Starts the process at once; starts it again if it died. `fileno` stays the same."""
+    """The engine's end. Starts the process at once; starts it again if it died. `fileno` stays the same.
+
+    staging: belongs to the loader from now on. After the process has died it is not used any more, as the processes
+    that pack for it may still write there.
+    """
 
     working = False
 
-    def __init__(self, context: FetchContext):
-        target = context.target
-        dtype = str(target.dtype).removeprefix("torch.")
-        self._start = _Start(context.base, dtype, target.page_bytes, context.limits, context.roots)
+    def __init__(self, context: FetchContext, staging: Staging | None = None):
+        self._context = context
+        self._staging = staging
+        self._shares_staging = staging is not None
         self._pending: dict[int, FetchJob] = {}
         self._lost: list[tuple[Fetched, torch.Tensor | None]] = []  # failures to report at the next poll
-        self._page_bytes = target.page_bytes
-        self._spare: tuple[FileId, torch.Tensor] | None = None  # mapped ahead
+        self._page_bytes = context.target.page_bytes
         self._process, self._socket = self._spawn()
 
     def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -82,9 +94,14 @@ class ProcessLoader:
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
         command = [sys.executable, "-m", "multilora.adapters.loader_process", str(theirs.fileno())]
-        ours.sendall(msgspec.msgpack.encode(self._start))
+        context = self._context
+        staging = self._staging.fd if self._staging is not None and self._shares_staging else None
+        dtype = str(context.target.dtype).removeprefix("torch.")
+        start = _Start(context.base, dtype, self._page_bytes, context.limits, context.roots, staging)
+        ours.sendall(msgspec.msgpack.encode(start))
         environment = REUSE_MEMORY | os.environ
-        process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment)
+        fds = [theirs.fileno()] if staging is None else [theirs.fileno(), staging]
+        process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
         theirs.close()
         return process, ours
 
@@ -93,7 +110,7 @@ class ProcessLoader:
             self._lost += self._died()
         self._pending[job.version] = job
         try:
-            self._socket.sendall(msgspec.msgpack.encode(job))
+            self._socket.sendall(msgspec.msgpack.encode(_Order(job)))
         except (BrokenPipeError, ConnectionResetError):
             pass  # it is just dying: the next poll notices
         except OSError as e:  # longer than a message can be
@@ -113,11 +130,8 @@ class ProcessLoader:
                 return done + self._died()
             message = msgspec.msgpack.decode(data, type=_Message)
             try:
-                if message.result is None:
-                    self._map_ahead(message.nbytes, fds)
-                else:
-                    self._pending.pop(message.result.version, None)
-                    done.append(self._with_pages(message.result, message.nbytes, fds))
+                self._pending.pop(message.result.version, None)
+                done.append(self._with_pages(message, fds))
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -132,35 +146,36 @@ class ProcessLoader:
         except subprocess.TimeoutExpired:  # in the middle of a download
             self._process.kill()
             self._process.wait()
+        if self._staging is not None:
+            self._staging.close()
 
-    def _map_ahead(self, nbytes: int, fds: list[int]) -> None:
-        self._spare = None
-        if fds and os.fstat(fds[0]).st_size == nbytes:  # else it is in use already
-            with contextlib.suppress(OSError, RuntimeError):  # it will be mapped when an adapter is in it
-                memory = map_file(fds[0], nbytes)
-                self._spare = _file_id(fds[0]), memory
-                threading.Thread(target=populate, args=(memory,), name="adapter-mapping", daemon=True).start()
-
-    def _with_pages(self, result: Fetched, nbytes: int, fds: list[int]) -> tuple[Fetched, torch.Tensor | None]:
-        """The packed pages, shared with nobody any more: the loader has closed its end."""
+    def _with_pages(self, message: _Message, fds: list[int]) -> tuple[Fetched, torch.Tensor | None]:
+        """The packed pages, which nobody else writes to."""
+        result = message.result
         if result.kind:
             return result, None
-        if not fds:
+        if message.start is not None:
+            assert self._staging is not None
+            pages = self._staging.view(message.start, message.nbytes, self._done_with)
+        elif not fds:
             return _failed(result.version, "no file descriptor is left to receive its pages with"), None
-        if self._spare is not None and self._spare[0] == _file_id(fds[0]):
-            pages, self._spare = self._spare[1][:nbytes], None
         else:
             try:
-                pages = map_file(fds[0], nbytes)
+                pages = map_file(fds[0], message.nbytes)
             except (OSError, RuntimeError) as e:
                 return _failed(result.version, f"its pages cannot be mapped: {e}"), None
         return result, pages.view(-1, self._page_bytes)
+
+    def _done_with(self, start: int) -> None:
+        """On any thread. A loader that has been started anew takes no notice."""
+        with contextlib.suppress(OSError):  # it has died, or is closed
+            self._socket.sendall(msgspec.msgpack.encode(_Order(done_with=start)))
 
     def _died(self) -> list[tuple[Fetched, torch.Tensor | None]]:
         failed = [_failed(v, f"{job.path}: the loader process ended; try again") for v, job in self._pending.items()]
         logger.error("the loader process ended with code %s; starting another", self._process.wait())
         self._pending.clear()
-        self._spare = None
+        self._shares_staging = False
         self._process, ours = self._spawn()
         with ours:
             os.dup2(ours.fileno(), self._socket.fileno(), inheritable=False)  # who polls it knows it by its number
@@ -169,12 +184,6 @@ class ProcessLoader:
 
 def _failed(version: int, message: str) -> Fetched:
     return Fetched(version=version, kind="AdapterError", message=message)
-
-
-def _file_id(fd: int) -> FileId:
-    """No other file has it for as long as this one is open or mapped."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
 
 
 def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
@@ -199,16 +208,22 @@ def serve(connection: socket.socket) -> None:
     target = PackTarget(start.base.sites, getattr(torch, start.dtype), start.page_bytes)
     context = FetchContext(start.base, target, start.limits, start.roots)
     cores = spare_cores(MAX_PACKERS)
-    packers = Packers(cores if cores > 1 else 0, connection)
-    server = _Server(connection, context, packers)
+    staging = mmap.mmap(start.staging, 0) if start.staging is not None else None
+    packers = Packers(cores if cores > 1 else 0, connection, staging)
+    places = PagePlaces(staging)
+    server = _Server(connection, context, packers, places)
     with ThreadPoolExecutor(PARALLEL_FETCHES) as threads:
-        while data := _next_job(connection):
-            threads.submit(server.answer, msgspec.msgpack.decode(data, type=FetchJob))
+        while data := _next_order(connection):
+            order = msgspec.msgpack.decode(data, type=_Order)
+            if order.job is not None:
+                threads.submit(server.answer, order.job)
+            if order.done_with is not None:
+                places.give_back(order.done_with)
         threads.shutdown(wait=False, cancel_futures=True)
     packers.close()
 
 
-def _next_job(connection: socket.socket) -> bytes:
+def _next_order(connection: socket.socket) -> bytes:
     """Empty when the engine has closed its end, whether or not it had read everything."""
     try:
         return connection.recv(MAX_MESSAGE)
@@ -219,50 +234,48 @@ def _next_job(connection: socket.socket) -> bytes:
 class _Server:
     """What the fetches share."""
 
-    def __init__(self, connection: socket.socket, context: FetchContext, packers: Packers):
+    def __init__(self, connection: socket.socket, context: FetchContext, packers: Packers, places: PagePlaces):
         self._connection = connection
         self._context = context
         self._packers = packers
+        self._places = places
         self._crew = Crew(spare_cores(MAX_READERS), packers.memory)
-        self._files = PageFiles()
         self._sending = threading.Lock()
 
     def answer(self, job: FetchJob) -> None:
-        """Fetch one adapter and send it; then make memory ready for another one like it."""
-        files: list[PageFile] = []
+        """Fetch one adapter and send it."""
+        taken: list[PagePlace] = []  # one at most
 
         def allocate(num_pages: int, page_bytes: int) -> torch.Tensor:
-            size = num_pages * page_bytes
-            files.append(self._files.take(size))
-            return torch.frombuffer(files[0].memory, dtype=torch.uint8, count=size).view(num_pages, page_bytes)
+            taken.append(self._places.take(num_pages * page_bytes))
+            return taken[0].tensor().view(num_pages, page_bytes)
 
         def write(strips: list[Strip], dtype: torch.dtype, out: torch.Tensor) -> None:
-            self._packers.write(strips, dtype, out, files[0].fd)
+            self._packers.write(strips, dtype, out, taken[0])
 
         try:
             result, buffer = fetch(job, self._context, allocate, self._crew, write)
         except Exception as e:
             logger.exception("reading adapter %s failed", job.path)
             result, buffer = Fetched(version=job.version, kind="AdapterInvalid", message=f"{job.path}: {e!r}"), None
-        nbytes = buffer.numel() if buffer is not None else 0
+        place = taken[0] if taken else None
         try:
-            self._send(_Message(nbytes, result), files if nbytes else [])
+            self._send(result, place if buffer is not None else None)
         except OSError:
             logger.warning("the engine is gone; dropping adapter %s", job.path)
-        finally:
-            for file in files:
-                file.shrink(nbytes)
-                file.close()
-        if nbytes:
-            self._files.prepare(nbytes, self._announce)
+        if place is not None and buffer is not None:
+            self._places.sent(place)
+        elif place is not None:
+            self._places.drop(place)
 
-    def _announce(self, spare: PageFile) -> None:
-        with contextlib.suppress(OSError):  # the engine is gone
-            self._send(_Message(len(spare.memory)), [spare])
-
-    def _send(self, message: _Message, files: list[PageFile]) -> None:
+    def _send(self, result: Fetched, place: PagePlace | None) -> None:
+        message, fds = _Message(result), []
+        if place is not None and place.fd is not None:
+            message, fds = _Message(result, place.size), [place.fd]
+        elif place is not None:
+            message = _Message(result, place.size, place.start)
         with self._sending:
-            socket.send_fds(self._connection, [msgspec.msgpack.encode(message)], [file.fd for file in files])
+            socket.send_fds(self._connection, [msgspec.msgpack.encode(message)], fds)
 
 
 def main() -> None:

@@ -1,6 +1,10 @@
-"""Files of packed pages mapped into this process as tensors. Called by the loader's engine end and by the ring."""
+"""Memory of packed pages as tensors: mapped files, and pages of our own.
 
+Called by the loader's engine end, the staging memory and the ring."""
+
+import contextlib
 import ctypes
+import mmap
 
 import torch
 
@@ -22,3 +26,11 @@ def populate(memory: torch.Tensor) -> None:
     start, nbytes = memory.data_ptr(), memory.nbytes
     for at in range(0, nbytes, POPULATE_BYTES):
         _madvise(start + at, min(POPULATE_BYTES, nbytes - at), POPULATE_READ)
+
+
+def own_memory(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes], zero; in huge pages if the system has some to give: fewer to bring in and to give back."""
+    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

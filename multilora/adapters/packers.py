@@ -1,7 +1,8 @@
 """Processes that pack weights for the loader, side by side: Python's threads would wait for each other's GIL.
 
-They are forked when the loader starts and share one region of memory with it, into which files are read; an order
-names places in it, and comes with the descriptor of the file of pages to write. They end with the loader.
+They are forked when the loader starts and share one region of memory with it, into which files are read, and the
+staging memory. An order names places in the region, and where the pages are: in the staging memory, or in a file
+whose descriptor comes along. They end with the loader.
 Called by the loader process.
 """
 
@@ -19,7 +20,8 @@ import msgspec
 import numpy as np
 import torch
 
-from multilora.adapters.page_files import populate
+from multilora.adapters.first_fit import FirstFit
+from multilora.adapters.page_files import PagePlace, populate
 from multilora.adapters.strips import Run, Strip, write_strip, write_strips
 from multilora.errors import AdapterInvalid
 
@@ -43,8 +45,11 @@ class _Place(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Order(msgspec.Struct, array_like=True, frozen=True):
+    """start: byte of the staging memory at which the pages begin; None: they are the file that comes along."""
+
     dtype: str
     places: list[_Place]
+    start: int | None
 
 
 class Region:
@@ -54,7 +59,7 @@ class Region:
         self._size = size
         self.memory = mmap.mmap(-1, size)
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        self._used: dict[int, int] = {}  # start → size
+        self._parts = FirstFit(size, ALIGN)
         self._freed: deque[int] = deque()  # starts, from finalizers, which may run at any moment
         self._lock = threading.Lock()
 
@@ -62,11 +67,10 @@ class Region:
         """uint8 [nbytes], of the region if it has room."""
         with self._lock:
             while self._freed:
-                del self._used[self._freed.popleft()]
-            start = self._find(nbytes) if nbytes else None
+                self._parts.give_back(self._freed.popleft())
+            start = self._parts.take(nbytes) if nbytes else None
             if start is None:
                 return torch.empty(nbytes, dtype=torch.uint8)
-            self._used[start] = nbytes
         memory = (ctypes.c_ubyte * nbytes).from_buffer(self.memory, start)
         weakref.finalize(memory, self._freed.append, start)
         return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps `memory` as long as any view of it lives
@@ -81,14 +85,6 @@ class Region:
         flat = torch.frombuffer(self.memory, dtype=dtype, count=extent, offset=start)
         return flat.as_strided(shape, strides)
 
-    def _find(self, nbytes: int) -> int | None:
-        at = 0
-        for start, size in sorted(self._used.items()):
-            if start - at >= nbytes:
-                return at
-            at = -(-(start + size) // ALIGN) * ALIGN
-        return at if self._size - at >= nbytes else None
-
 
 @dataclass(frozen=True)
 class _Packer:
@@ -101,11 +97,19 @@ class _Packer:
 class Packers:
     """`count` processes; with 0, or when one of them has died, everything is packed here.
 
-    Made before any thread is. inherited: a socket that the processes are not to keep open.
+    Made before any thread is. inherited: a socket that the processes are not to keep open. staging: memory that is
+    shared with the engine.
     """
 
-    def __init__(self, count: int, inherited: socket.socket | None = None, region_bytes: int = REGION_BYTES):
+    def __init__(
+        self,
+        count: int,
+        inherited: socket.socket | None = None,
+        staging: mmap.mmap | None = None,
+        region_bytes: int = REGION_BYTES,
+    ):
         self._region = Region(region_bytes) if count else None
+        self._staging = staging
         self._packers: list[_Packer] = []
         self._lock = threading.Lock()
         for _ in range(count):
@@ -115,8 +119,8 @@ class Packers:
         """Where to read weights to, so that the processes see them."""
         return self._region.allocate(nbytes) if self._region else torch.empty(nbytes, dtype=torch.uint8)
 
-    def write(self, strips: list[Strip], dtype: torch.dtype, out: torch.Tensor, fd: int) -> None:
-        """Write all strips into the pages `out`, which lie in file `fd`. Raises AdapterInvalid."""
+    def write(self, strips: list[Strip], dtype: torch.dtype, out: torch.Tensor, where: PagePlace) -> None:
+        """Write all strips into the pages `out`, which lie there. Raises AdapterInvalid."""
         places: list[_Place] = []
         here: list[Strip] = []
         for strip in strips:
@@ -128,7 +132,7 @@ class Packers:
         if places:
             try:
                 with self._lock:
-                    self._order(places, str(dtype).removeprefix("torch."), fd)
+                    self._order(places, str(dtype).removeprefix("torch."), where)
             except OSError:
                 logger.exception("a packing process has died; packing without them from now on")
                 self.close()
@@ -141,7 +145,7 @@ class Packers:
             os.waitpid(packer.pid, 0)
         self._packers = []
 
-    def _order(self, places: list[_Place], dtype: str, fd: int) -> None:
+    def _order(self, places: list[_Place], dtype: str, where: PagePlace) -> None:
         """Shared out evenly by size. Raises OSError if a process is gone."""
         shares: list[list[_Place]] = [[] for _ in self._packers]
         places.sort(key=lambda place: -place.shape[0] * place.shape[1])
@@ -149,8 +153,9 @@ class Packers:
             turn, at = divmod(i, len(shares))
             shares[at if turn % 2 == 0 else len(shares) - 1 - at].append(place)
         for packer, share in zip(self._packers, shares, strict=True):
-            data = msgspec.msgpack.encode(_Order(dtype, share))
-            socket.send_fds(packer.connection, [len(data).to_bytes(LENGTH_BYTES, "little")], [fd])
+            data = msgspec.msgpack.encode(_Order(dtype, share, where.start if where.fd is None else None))
+            fds = [] if where.fd is None else [where.fd]
+            socket.send_fds(packer.connection, [len(data).to_bytes(LENGTH_BYTES, "little")], fds)
             packer.connection.sendall(data)
         errors = [_receive(packer.connection).decode() for packer in self._packers]
         for error in filter(None, errors):
@@ -177,28 +182,42 @@ class Packers:
     def _serve(self, connection: socket.socket) -> None:
         """Until the loader has closed its end."""
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        if self._staging is not None:
+            populate(self._staging, 0, len(self._staging))
         while True:
             header, fds, _, _ = socket.recv_fds(connection, LENGTH_BYTES, 1)
             if not header:
                 return
             order = msgspec.msgpack.decode(_exactly(connection, int.from_bytes(header, "little")), type=_Order)
-            pages = mmap.mmap(fds[0], 0)
-            os.close(fds[0])
             message = ""
             try:
-                self._pack(order, pages)
+                self._pack(order, fds)
             except AdapterInvalid as e:
                 message = e.message
             _send(connection, message.encode())
-            del pages  # now: who unmaps a file last frees its memory, and nobody waits for this process at the moment
 
-    def _pack(self, order: _Order, pages: mmap.mmap) -> None:
-        """The file is mapped, as writes to one file wait for each other."""
+    def _pack(self, order: _Order, fds: list[int]) -> None:
+        """Into the staging memory, or into the file: mapped, as writes to one file wait for each other, and unmapped
+        at once, as who unmaps a file last frees its memory."""
+        if order.start is not None:
+            assert self._staging is not None
+            self._pack_into(np.frombuffer(self._staging, np.uint8, offset=order.start), order)
+            return
+        with mmap.mmap(fds[0], 0) as pages:
+            os.close(fds[0])
+            target = np.frombuffer(pages, np.uint8)
+            try:
+                self._pack_into(target, order, pages)
+            finally:
+                del target
+
+    def _pack_into(self, target: np.ndarray, order: _Order, fresh: mmap.mmap | None = None) -> None:
+        """fresh: what `target` maps, if its pages are not there yet."""
         assert self._region is not None
-        target = np.frombuffer(pages, np.uint8)
 
         def put(at: int, part: np.ndarray) -> None:
-            populate(pages, at, part.nbytes)
+            if fresh is not None:
+                populate(fresh, at, part.nbytes)
             target[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
 
         for place in order.places:

@@ -1,76 +1,81 @@
-"""Anonymous memory files for packed pages, so that the loader process can hand them to the engine.
+"""Where the loader puts packed pages so that the engine can read them: a part of the staging memory, or a file.
 
-A fresh page of memory costs more than copying into it, so one spare file is kept whose pages are there already: about
-as large as the last adapter, filled while nothing else is to do. Called by the loader process.
+Staging memory is one region that both share, made once (its engine's end is `staging.py`). Where there is none, or no
+room in it, an adapter comes in an anonymous memory file of its own. Called by the loader process.
 """
 
 import contextlib
+import ctypes
 import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
-MAX_SPARE_BYTES = 1 << 30
+import torch
+
+from multilora.adapters.first_fit import FirstFit
+
+STAGING_ALIGN = 4096
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python's mmap does not name it
-POPULATE_BYTES = 2 << 20  # at a time: Python holds the GIL meanwhile
 
 
-class PageFile:
-    """`size` zero bytes, mapped; whoever gets the descriptor too shares them."""
+@dataclass(frozen=True)
+class PagePlace:
+    """`size` zero bytes from `start` on. fd: of a file that is not mapped anywhere else; None: the staging memory."""
 
-    def __init__(self, size: int):
-        self.fd = _anonymous_file()
-        os.ftruncate(self.fd, size)
-        self.memory = mmap.mmap(self.fd, size)
+    memory: mmap.mmap
+    start: int
+    size: int
+    fd: int | None
 
-    def shrink(self, size: int) -> None:
-        """Give back what is beyond `size`. The mapping keeps its length; nobody may touch the rest."""
-        if size < len(self.memory):
-            os.ftruncate(self.fd, size)
-
-    def close(self) -> None:
-        """The descriptor. The memory goes with its last user."""
-        os.close(self.fd)
+    def tensor(self) -> torch.Tensor:
+        """uint8 [size]."""
+        return torch.frombuffer(self.memory, dtype=torch.uint8, count=self.size, offset=self.start)
 
 
-class PageFiles:
-    """Makes files. Any thread may call."""
+class PagePlaces:
+    """Gives places out. Any thread may call. staging: shared with the engine, zero."""
 
-    def __init__(self) -> None:
-        self._spare: PageFile | None = None
+    def __init__(self, staging: mmap.mmap | None = None):
+        self._staging = staging
+        self._parts = FirstFit(len(staging) if staging is not None else 0, STAGING_ALIGN)
         self._lock = threading.Lock()
+        self._zeroing = ThreadPoolExecutor(1, "zeroing")
 
-    def take(self, size: int) -> PageFile:
-        """A file of `size` zero bytes or more; the spare one if it is large enough."""
-        with self._lock:
-            spare, self._spare = self._spare, None
-        if spare is not None and size <= len(spare.memory):
-            return spare
-        if spare is not None:
-            spare.close()
-        return PageFile(size)
+    def take(self, size: int) -> PagePlace:
+        if self._staging is not None:
+            with self._lock:
+                start = self._parts.take(size)
+            if start is not None:
+                return PagePlace(self._staging, start, size, None)
+        fd = anonymous_file(size)
+        return PagePlace(mmap.mmap(fd, size), 0, size, fd)
 
-    def prepare(self, size: int, announce: Callable[[PageFile], None] = lambda spare: None) -> None:
-        """Make a spare file of `size` bytes ready, unless there is one. It may be taken meanwhile; else `announce`
-        is told of it before it can be."""
-        with self._lock:
-            if self._spare is not None or size > MAX_SPARE_BYTES:
-                return
-            spare = self._spare = PageFile(size)
-        for start in range(0, size, POPULATE_BYTES):
-            if self._spare is not spare:
-                return
-            populate(spare.memory, start, min(POPULATE_BYTES, size - start))
-        with self._lock:
-            if self._spare is spare:
-                announce(spare)
+    def sent(self, place: PagePlace) -> None:
+        """The engine has it now. Of a file the memory goes with its last user."""
+        if place.fd is not None:
+            os.close(place.fd)
 
-    def close(self) -> None:
+    def drop(self, place: PagePlace) -> None:
+        """Nobody got it."""
+        self.sent(place)
+        if place.fd is None:
+            self.give_back(place.start)
+
+    def give_back(self, start: int) -> None:
+        """Nobody reads that part of the staging memory any more: free as soon as it is zero again."""
+        self._zeroing.submit(self._free, start)
+
+    def _free(self, start: int) -> None:
         with self._lock:
-            if self._spare is not None:
-                self._spare.close()
-                self._spare = None
+            size = self._parts.size_of(start)
+        if size is None or self._staging is None:
+            return  # of a loader before this one
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self._staging, start)), 0, size)
+        with self._lock:
+            self._parts.give_back(start)
 
 
 def populate(memory: mmap.mmap, start: int, size: int) -> None:
@@ -80,9 +85,12 @@ def populate(memory: mmap.mmap, start: int, size: int) -> None:
         memory.madvise(POPULATE_WRITE, first, start + size - first)
 
 
-def _anonymous_file() -> int:
-    """A file in memory that nobody else can open (Linux), or an unlinked temporary file."""
+def anonymous_file(size: int) -> int:
+    """Descriptor of `size` zero bytes in memory that nobody else can open, or of an unlinked temporary file."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("multilora-adapter")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+        fd = os.memfd_create("multilora-adapter")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size)
+    return fd

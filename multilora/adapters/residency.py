@@ -152,6 +152,9 @@ class Residency:
         self.forecast.finished(versions)
         return versions
 
+    def close(self) -> None:
+        self._copier.close()
+
     # ------------------------------------------------------------------ use
 
     def get(self, version: int) -> Resident | None:

@@ -59,7 +59,8 @@ class Lost:
 class AdapterStore:
     """versions → Record, over a host cache, a device tier and a loader.
 
-    total_pages: of the arena; context_pages: what one full-context request takes (for the starvation rule).
+    total_pages: of the arena; context_pages: what one full-context request takes (for the starvation rule). settle:
+    is told of every adapter that has come to the host tier, and may change where in host memory it lies.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class AdapterStore:
         *,
         layout_of: Callable[[AdapterShape], PanelLayout],
         leaves_kv: Callable[[AdapterShape], bool] = lambda shape: False,
+        settle: Callable[[HostEntry], None] = lambda entry: None,
         page_bytes: int,
         total_pages: int,
         context_pages: int,
@@ -82,6 +84,7 @@ class AdapterStore:
         self._reclaimer = reclaimer
         self._layout_of = layout_of
         self._leaves_kv = leaves_kv
+        self._settle = settle
         self._page_bytes = page_bytes
         self._limits = Limits(
             host, residency, page_bytes=page_bytes, total_pages=total_pages, context_pages=context_pages
@@ -238,6 +241,7 @@ class AdapterStore:
 
     def close(self) -> None:
         self.loader.close()
+        self.residency.close()
 
     # ------------------------------------------------------------------ inside
 
@@ -305,7 +309,9 @@ class AdapterStore:
                 self._limits.check_pin(record.path, layout.num_pages, self.records())
         if not self.host.has_room_for(1, buffer.numel(), ever=True):
             raise AdapterIncompatible(f"{record.path}: pinned adapters leave it no room in --lora-host-bytes")
-        self.host.put(record.version, HostEntry(layout, buffer, pinned=record.pinned))
+        entry = HostEntry(layout, buffer, pinned=record.pinned)
+        self.host.put(record.version, entry)
+        self._settle(entry)
         record.layout, record.rank, record.target_modules = layout, result.rank, result.target_modules
         record.fingerprint, record.invocation_tokens = result.fingerprint, result.invocation_tokens
         record.leaves_kv = self._leaves_kv(result.shape)

@@ -149,6 +149,8 @@ class FakeCopier:
         self._arena[pages] = BEING_COPIED
         return FakeCopy(self._arena, buffer, pages, self.delay())
 
+    def close(self) -> None: ...
+
 
 class TimedCopier:
     """Copies take `seconds` each by the clock `now`, one after the other: one link."""
@@ -164,6 +166,8 @@ class TimedCopier:
         self.started += 1
         self._free_at = max(self._free_at, self._now()) + self.seconds
         return TimedCopy(FakeCopy(self._arena, buffer, pages, 0), self._free_at, self._now)
+
+    def close(self) -> None: ...
 
 
 @dataclass

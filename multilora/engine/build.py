@@ -20,6 +20,7 @@ from multilora.adapters.loader_process import ProcessLoader
 from multilora.adapters.namespaces import Namespaces
 from multilora.adapters.residency import Residency
 from multilora.adapters.ring_copier import RingCopier
+from multilora.adapters.staging import Staging
 from multilora.adapters.store import AdapterStore
 from multilora.attention import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
@@ -56,14 +57,14 @@ MakeCopier = Callable[[torch.Tensor], Copier]
 
 def build_engine(
     config: Config,
-    make_loader: MakeLoader = ProcessLoader,
+    make_loader: MakeLoader | None = None,
     make_copier: MakeCopier | None = None,
     ahead: int | None = None,
 ) -> Engine:
     """Load the model and set up everything else. Raises ConfigError, ModelUnsupported, OutOfMemory.
 
-    make_copier: None: what suits the device. ahead: see Engine; None: 1 on CUDA, 0 on CPU, where there is nothing to
-    overlap with.
+    make_loader: None: a process of its own. make_copier: None: what suits the device. ahead: see Engine; None: 1 on
+    CUDA, 0 on CPU, where there is nothing to overlap with.
     """
     started = monotonic()
     device = choose_device(config.device)
@@ -212,7 +213,7 @@ def _build_lora(
     clock: Clock,
     prefix: PrefixCache,
     namespaces: Namespaces,
-    make_loader: MakeLoader,
+    make_loader: MakeLoader | None,
     make_copier: MakeCopier,
 ) -> tuple[AdapterStore, RunnerLora, Reclaimer]:
     sites = model.lora_sites()
@@ -236,8 +237,10 @@ def _build_lora(
     targets = None if config.lora_target_modules in (None, ("all",)) else config.lora_target_modules
     base = BaseModel.of(model.config, sites, _weights_dir(config))
     context = FetchContext(base, target, AdapterLimits(config.max_lora_rank, targets), config.lora_root)
+    staging = _staging(arena.device) if make_loader is None else None
+    loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
     store = AdapterStore(
-        FinishingLoader(make_loader(context), target, model.linear),
+        FinishingLoader(loader, target, model.linear),
         HostCache(config.max_loaded_loras, config.lora_host_bytes),
         residency,
         reclaimer,
@@ -247,8 +250,18 @@ def _build_lora(
         total_pages=pool.total,
         context_pages=layout.pages_for(model.config.context_length),
         on_evict=namespaces.devalue,
+        settle=staging.settle if staging is not None else lambda entry: None,
     )
     return store, RunnerLora(backend, table, sites), reclaimer
+
+
+def _staging(device: torch.device) -> Staging | None:
+    """Only a GPU copies faster from pinned memory."""
+    if device.type != "cuda":
+        return None
+    staging = Staging()
+    staging.pin()
+    return staging
 
 
 def _weights_dir(config: Config) -> str | None:

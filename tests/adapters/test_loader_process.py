@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.loader import FetchContext, Fetched, FetchJob, allocate_private, fetch
 from multilora.adapters.loader_process import ProcessLoader
+from multilora.adapters.staging import Staging
 from multilora.adapters.testing import BASE, PAGE_BYTES, TARGET, write_adapter
 from multilora.lora.sites import LoraSite, LoraSlice
 
@@ -108,74 +110,100 @@ def test_adapters_in_memory_hold_no_descriptors(shared: ProcessLoader, tmp_path:
     assert held[1].count_nonzero() > 0
 
 
-def wait_for_spare(loader: ProcessLoader) -> torch.Tensor:
-    """The memory that has been mapped ahead."""
-    end = time.monotonic() + SECONDS
-    while loader._spare is None:
-        assert time.monotonic() < end, "no file is announced"
-        select.select([loader.fileno()], [], [], 0.05)
-        assert loader.poll() == []
-    return loader._spare[1]
+STAGING = 64 * PAGE_BYTES
 
 
-def test_the_next_adapter_comes_in_the_memory_that_was_mapped_ahead(own: ProcessLoader, tmp_path: Path) -> None:
-    """Every file is used once: no two adapters share one, whatever their sizes."""
-    held = []
-    spare: torch.Tensor | None = None
-    before = open_files()
-    for version, (rank, fits) in enumerate([(30, False), (20, True), (8, True), (30, False), (8, True)]):
-        path = write_adapter(tmp_path / str(version), rank=rank, seed=version)
-        own.submit(FetchJob(version, path))
-        pages = wait_for(own, version)[version][1]
-        held.append((path, pages))
-        assert (spare is not None and pages.data_ptr() == spare.data_ptr()) == fits
-        spare = wait_for_spare(own)
+@pytest.fixture
+def staged() -> Iterator[ProcessLoader]:
+    """With staging memory, as on a GPU, but not pinned."""
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    yield loader
+    loader.close()
+
+
+def in_staging(loader: ProcessLoader, pages: torch.Tensor) -> bool:
+    return 0 <= pages.data_ptr() - loader._staging._address < STAGING
+
+
+def test_adapters_come_in_the_staging_memory(staged: ProcessLoader, tmp_path: Path) -> None:
+    """No two share a part of it, whatever their sizes, and parts are used again when nobody holds them any more."""
+    held: dict[int, torch.Tensor] = {}
+    paths = [write_adapter(tmp_path / str(i), rank=rank, seed=i) for i, rank in enumerate((30, 20, 8, 60))]
+    expected = [fetch(FetchJob(0, path), CONTEXT, allocate_private)[1] for path in paths]
+    before, random = open_files(), Random(0)
+    used = 0
+    for version in range(100):
+        staged.submit(FetchJob(version, paths[version % 4]))
+        held[version] = wait_for(staged, version)[version][1]
+        used += in_staging(staged, held[version])
+        if len(held) > 5:
+            del held[random.choice(list(held))]
+        for v, pages in held.items():
+            assert torch.equal(pages, expected[v % 4])
     assert open_files() == before
-    assert len({pages.data_ptr() for _, pages in held}) == len(held)
-    for path, pages in held:
-        assert torch.equal(pages, fetch(FetchJob(0, path), CONTEXT, allocate_private)[1])
+    assert used > 50, "parts of it have been used again and again"
 
 
-def test_two_jobs_never_get_the_same_memory(own: ProcessLoader, tmp_path: Path) -> None:
-    paths = [write_adapter(tmp_path / str(i), rank=20, seed=i) for i in range(8)]
-    own.submit(FetchJob(100, paths[0]))
-    wait_for(own, 100)
-    wait_for_spare(own)
-    for version, path in enumerate(paths):
-        own.submit(FetchJob(version, path))
-    for version, (_, pages) in wait_for(own, *range(8)).items():
-        assert torch.equal(pages, fetch(FetchJob(0, paths[version]), CONTEXT, allocate_private)[1])
+def test_what_has_no_room_in_it_comes_in_a_file(staged: ProcessLoader, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a", rank=30)
+    held = []
+    for version in range(30):
+        staged.submit(FetchJob(version, path))
+        held.append(wait_for(staged, version)[version][1])
+    fits = STAGING // held[0].nbytes
+    assert 0 < fits < 30
+    assert [in_staging(staged, pages) for pages in held] == [True] * fits + [False] * (30 - fits)
+    expected = fetch(FetchJob(0, path), CONTEXT, allocate_private)[1]
+    assert all(torch.equal(pages, expected) for pages in held)
 
 
-def test_a_failed_load_leaves_its_memory_to_nobody(own: ProcessLoader, tmp_path: Path) -> None:
+def test_a_failed_load_leaves_the_staging_memory_zero(staged: ProcessLoader, tmp_path: Path) -> None:
     """It had been written to when the adapter turned out to be invalid."""
     path = write_adapter(tmp_path / "a", rank=20)
-    own.submit(FetchJob(1, path))
-    wait_for(own, 1)
-    spare = wait_for_spare(own)
-    broken = Path(write_adapter(tmp_path / "broken", rank=20))
+    broken = Path(write_adapter(tmp_path / "broken", rank=30))
     tensors = load_file(broken / "adapter_model.safetensors")
     tensors[max(tensors)][-1, -1] = torch.nan
     save_file(tensors, broken / "adapter_model.safetensors")
-    own.submit(FetchJob(2, str(broken)))
-    assert wait_for(own, 2)[2][0].kind == "AdapterInvalid"
-    own.submit(FetchJob(3, path))
-    pages = wait_for(own, 3)[3][1]
-    assert pages.data_ptr() != spare.data_ptr()
-    assert torch.equal(pages, fetch(FetchJob(0, path), CONTEXT, allocate_private)[1])
+    expected = fetch(FetchJob(0, path), CONTEXT, allocate_private)[1]
+    for version in range(0, 60, 2):
+        staged.submit(FetchJob(version, str(broken)))
+        staged.submit(FetchJob(version + 1, path))
+        answers = wait_for(staged, version, version + 1)
+        assert answers[version][0].kind == "AdapterInvalid"
+        pages = answers[version + 1][1]
+        assert torch.equal(pages, expected)
+    assert in_staging(staged, pages), "and none of it is lost"
 
 
-def test_the_memory_of_a_dead_loader_is_not_used(own: ProcessLoader, tmp_path: Path) -> None:
+def test_a_loader_that_took_the_place_of_another_leaves_the_staging_memory_alone(
+    staged: ProcessLoader, tmp_path: Path
+) -> None:
+    """Processes of the dead one may still write there."""
     path = write_adapter(tmp_path / "a", rank=20)
-    own.submit(FetchJob(1, path))
-    wait_for(own, 1)
-    spare = wait_for_spare(own)
-    own._process.kill()
-    own._process.wait()
-    own.submit(FetchJob(2, path))
-    pages = wait_for(own, 2)[2][1]
-    assert pages.data_ptr() != spare.data_ptr()
+    staged.submit(FetchJob(1, path))
+    first = wait_for(staged, 1)[1][1]
+    assert in_staging(staged, first)
+    staged._process.kill()
+    staged._process.wait()
+    staged.submit(FetchJob(2, path))
+    second = wait_for(staged, 2)[2][1]
+    assert not in_staging(staged, second)
+    assert torch.equal(first, second)
+    del first  # the new one is told of a part that it does not know
+    staged.submit(FetchJob(3, path))
+    assert torch.equal(wait_for(staged, 3)[3][1], second)
+
+
+def test_the_staging_memory_outlives_the_loader(tmp_path: Path) -> None:
+    before = open_files()
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    path = write_adapter(tmp_path / "a", rank=20)
+    loader.submit(FetchJob(1, path))
+    pages = wait_for(loader, 1)[1][1]
+    loader.close()
     assert torch.equal(pages, fetch(FetchJob(0, path), CONTEXT, allocate_private)[1])
+    del pages, loader
+    assert open_files() == before
 
 
 def test_without_descriptors_a_job_fails_and_later_ones_work(shared: ProcessLoader, tmp_path: Path) -> None:
@@ -218,7 +246,8 @@ loader_process.main()
 """
 
 
-def test_with_packing_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("staging", [0, STAGING])
+def test_with_packing_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staging: int) -> None:
     """As on a machine with more cores than two: the same bytes, and they end with the loader however it ends."""
     start = subprocess.Popen
 
@@ -227,7 +256,7 @@ def test_with_packing_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     paths = [write_adapter(tmp_path / str(i), rank=20 + i, seed=i) for i in range(6)]
-    loader = ProcessLoader(CONTEXT)
+    loader = ProcessLoader(CONTEXT, Staging(staging) if staging else None)
     try:
         for end in (signal.SIGKILL, None):
             for version, path in enumerate(paths):

@@ -1,6 +1,7 @@
 """Processes that pack: the same bytes as in one process, errors by name, and nothing lost when one of them dies."""
 
 import gc
+import mmap
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ import torch
 from multilora.adapters.adapter import Adapter, LowRank
 from multilora.adapters.blocks import Blocks, PackTarget, pack
 from multilora.adapters.packers import Packers, Region
-from multilora.adapters.page_files import PageFile
+from multilora.adapters.page_files import PagePlaces
 from multilora.adapters.strips import Strip
 from multilora.errors import AdapterInvalid
 from multilora.lora.sites import LoraSite, LoraSlice
@@ -29,9 +30,14 @@ PAGE = 1 << 14
 REGION = 1 << 20
 
 
+@pytest.fixture(params=["files", "staging"])
+def staging(request: pytest.FixtureRequest) -> mmap.mmap | None:
+    return mmap.mmap(-1, REGION) if request.param == "staging" else None
+
+
 @pytest.fixture
-def packers() -> Iterator[Packers]:
-    made = Packers(3, region_bytes=REGION)
+def packers(staging: mmap.mmap | None) -> Iterator[Packers]:
+    made = Packers(3, staging=staging, region_bytes=REGION)
     yield made
     made.close()
 
@@ -54,17 +60,23 @@ def blocks_in(packers: Packers | None, stored: torch.dtype, rank: int = 40) -> B
 
 
 def packed(packers: Packers, blocks: Blocks, target: PackTarget) -> torch.Tensor:
+    """In memory that others lie in, too, where it is shared."""
     layout = target.layout(blocks.shape(SITES))
-    file = PageFile(layout.num_pages * PAGE)
-    out = torch.frombuffer(file.memory, dtype=torch.uint8).view(-1, PAGE)
+    places = PagePlaces(packers._staging)
+    before = places.take(5000)
+    place = places.take(layout.num_pages * PAGE)
+    out = place.tensor().view(-1, PAGE)
+    out.zero_()  # others have been packed there
 
     def write(strips: list[Strip], dtype: torch.dtype, out: torch.Tensor) -> None:
-        packers.write(strips, dtype, out, file.fd)
+        packers.write(strips, dtype, out, place)
 
     try:
         pack(blocks, target, layout, out, write)
     finally:
-        file.close()
+        places.sent(place)
+        places.sent(before)
+    assert not before.tensor().any()
     return out
 
 
@@ -108,14 +120,16 @@ def test_when_a_process_dies_the_adapter_is_packed_all_the_same(packers: Packers
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="files have no name to look for")
-def test_they_keep_no_file(packers: Packers) -> None:
+def test_they_keep_no_file() -> None:
     """Else an adapter's memory would stay until the next one comes, and that one would wait while it is freed."""
+    packers = Packers(3, region_bytes=REGION)
     packed(packers, blocks_in(packers, torch.float32), PackTarget(SITES, torch.float32, PAGE))
     end = time.monotonic() + 10
     for packer in packers._packers:
         while "multilora-adapter" in Path(f"/proc/{packer.pid}/maps").read_text():
             assert time.monotonic() < end
             time.sleep(0.001)
+    packers.close()
 
 
 def test_close_ends_them() -> None:

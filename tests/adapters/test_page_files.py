@@ -1,119 +1,104 @@
-"""Memory files: zero, of the right size, shared by descriptor, and the spare one used where it fits."""
+"""Places for pages: zero when given out, apart from each other, shared by descriptor or in the staging memory."""
 
 import mmap
 import os
+import random
+import time
 
 import pytest
 
-from multilora.adapters import page_files
-from multilora.adapters.page_files import PageFile, PageFiles
+from multilora.adapters.page_files import PagePlace, PagePlaces
 
 SIZE = 4 * mmap.PAGESIZE
+STAGING = 4 * SIZE
 
 
-def zero(file: PageFile, size: int) -> bool:
-    return os.fstat(file.fd).st_size == size and file.memory[:size] == bytes(size)
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def until_free(places: PagePlaces, size: int) -> PagePlace:
+    """Zeroing takes its time, on another thread."""
+    end = time.monotonic() + 10
+    while (place := places.take(size)).fd is not None:
+        places.drop(place)
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    return place
 
 
 def test_a_file_is_zero_and_shared_by_its_descriptor() -> None:
-    file = PageFiles().take(SIZE)
-    assert zero(file, SIZE)
-    file.memory[SIZE - 1] = 7
-    assert os.pread(file.fd, 1, SIZE - 1) == b"\7"
-    file.close()
+    before = descriptors()
+    places = PagePlaces()
+    place = places.take(SIZE)
+    assert (place.start, place.size, os.fstat(place.fd).st_size) == (0, SIZE, SIZE)
+    assert not place.tensor().any() and place.tensor().numel() == SIZE
+    place.memory[SIZE - 1] = 7
+    assert os.pread(place.fd, 1, SIZE - 1) == b"\7"
+    places.sent(place)
+    assert place.tensor()[-1] == 7, "its memory outlives its descriptor"
+    del place
+    assert descriptors() == before
 
 
-@pytest.mark.parametrize("wanted", [SIZE, SIZE - mmap.PAGESIZE, 1])
-def test_the_spare_file_is_used_where_it_is_large_enough(wanted: int) -> None:
-    files = PageFiles()
-    files.prepare(SIZE)
-    spare = files._spare
-    files.prepare(SIZE)
-    assert files._spare is spare, "one is enough"
-    file = files.take(wanted)
-    assert file is spare and zero(file, SIZE)
-    file.shrink(wanted)
-    assert zero(file, wanted)
-    other = files.take(wanted)
-    assert other is not file and zero(other, wanted)
-    file.close()
-    other.close()
+def test_staging_memory_first_then_files() -> None:
+    staging = mmap.mmap(-1, STAGING)
+    places = PagePlaces(staging)
+    first, second, third = places.take(SIZE), places.take(2 * SIZE + 1), places.take(SIZE)
+    assert [place.fd is None for place in (first, second, third)] == [True, True, False]
+    assert (first.start, second.start) == (0, SIZE)
+    second.tensor().fill_(5)
+    assert staging[SIZE : 3 * SIZE + 1] == b"\5" * (2 * SIZE + 1)
+    assert not first.tensor().any() and not third.tensor().any()
+    places.drop(third)
 
 
-def test_a_spare_file_that_is_too_small_goes() -> None:
-    files = PageFiles()
-    files.prepare(SIZE)
-    descriptor = files._spare.fd
-    file = files.take(SIZE + 1)
-    assert zero(file, SIZE + 1) and files._spare is None
-    assert file.fd == descriptor or not os.path.exists(f"/proc/self/fd/{descriptor}")
-    file.close()
+def test_what_is_given_back_is_zero_again() -> None:
+    places = PagePlaces(mmap.mmap(-1, STAGING))
+    place = places.take(STAGING)
+    place.tensor().fill_(255)
+    places.sent(place)
+    assert places.take(SIZE).fd is not None, "it is in use until somebody says otherwise"
+    places.give_back(place.start)
+    again = until_free(places, STAGING)
+    assert not again.tensor().any()
 
 
-def test_its_pages_are_there_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_files, "POPULATE_BYTES", mmap.PAGESIZE)
-    files = PageFiles()
-    files.prepare(SIZE)
-    if os.fstat(files._spare.fd).st_blocks == 0:
-        pytest.skip("this kernel cannot fill pages ahead")
-    assert os.fstat(files._spare.fd).st_blocks * 512 == SIZE
-    files.close()
-    assert files._spare is None
+def test_what_nobody_got_is_free_again() -> None:
+    places = PagePlaces(mmap.mmap(-1, STAGING))
+    places.drop(places.take(STAGING))
+    until_free(places, STAGING)
 
 
-def test_filling_stops_when_the_file_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_files, "POPULATE_BYTES", mmap.PAGESIZE)
-    files = PageFiles()
-    taken: list[PageFile] = []
-
-    class Memory:
-        def __init__(self, memory: mmap.mmap):
-            self._memory = memory
-
-        def __len__(self) -> int:
-            return len(self._memory)
-
-        def madvise(self, *_: int) -> None:
-            assert not taken, "it is somebody else's now"
-            taken.append(files.take(SIZE))
-
-    def make(size: int) -> PageFile:
-        file = PageFile(size)
-        file.memory = Memory(file.memory)
-        return file
-
-    monkeypatch.setattr(page_files, "PageFile", make)
-    files.prepare(SIZE)
-    assert len(taken) == 1 and files._spare is None
-    taken[0].close()
+@pytest.mark.parametrize("staging", [None, STAGING])
+def test_a_place_of_which_nobody_knows_is_given_back(staging: int | None) -> None:
+    """As a loader is told whose predecessor gave it out."""
+    places = PagePlaces(mmap.mmap(-1, staging) if staging else None)
+    taken = places.take(SIZE)
+    places._free(SIZE)
+    assert places.take(SIZE).start == (SIZE if staging else 0)
+    places.sent(taken)
 
 
-def test_no_spare_file_beyond_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_files, "MAX_SPARE_BYTES", SIZE)
-    files = PageFiles()
-    files.prepare(SIZE + 1)
-    assert files._spare is None
-
-
-def test_a_spare_file_is_announced_before_anybody_can_take_it() -> None:
-    files = PageFiles()
-    told: list[PageFile] = []
-
-    def announce(spare: PageFile) -> None:
-        assert files._spare is spare and files._lock.locked()
-        told.append(spare)
-
-    files.prepare(SIZE, announce)
-    assert told == [files._spare]
-    files.prepare(SIZE, announce)
-    assert len(told) == 1
-    files.take(SIZE).close()
-
-
-def test_one_that_is_taken_while_it_is_filled_is_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = PageFiles()
-    taken: list[PageFile] = []
-    monkeypatch.setattr(page_files, "populate", lambda *_: taken.append(files.take(SIZE)))
-    files.prepare(SIZE, lambda spare: pytest.fail("an adapter is in it"))
-    assert len(taken) == 1
-    taken[0].close()
+def test_in_any_order_no_two_places_overlap() -> None:
+    rng = random.Random(0)
+    places = PagePlaces(mmap.mmap(-1, STAGING))
+    held: list[PagePlace] = []
+    staged = 0
+    for value in range(300):
+        if held and rng.random() < 0.5:
+            place = held.pop(rng.randrange(len(held)))
+            places.sent(place)
+            if place.fd is None:
+                places._free(place.start)
+        else:
+            place = places.take(rng.randrange(1, SIZE))
+            assert not place.tensor().any()
+            place.tensor().fill_(value % 255 + 1)
+            held.append(place)
+            staged += place.fd is None
+        for place in held:
+            assert bool((place.tensor() == place.tensor()[0]).all())
+    assert staged > 50
+    for place in held:
+        places.sent(place)
