@@ -106,9 +106,10 @@ def run(driver: EngineDriver, family: Family, jobs: list[tuple[str | None, int]]
 
 def judged(family: Family, answers: Iterable[tuple[tuple, Answer]]) -> Judged:
     """answers: with the (adapter or None, prompt) that they answer."""
-    found: dict[str | None, list[tuple[list[int], list[float]]]] = {}
+    found: dict[str | None, list[tuple[list[int], torch.Tensor]]] = {}
     for (name, prompt), answer in answers:
-        found.setdefault(name, []).append((family.prompts[prompt] + answer.tokens, answer.logprobs))
+        whole = family.prompts[prompt] + answer.tokens
+        found.setdefault(name, []).append((whole, torch.tensor(answer.logprobs)))
     return judge(family.models, found, DEVICE, getattr(torch, DTYPE))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from clear_answers import clear_answer
+from exactness import ask_for_all, told
 from peft_rows import INVOCATION, MODELS, ROWS, Lab, Row
 from transformers import AutoModelForCausalLM
 
@@ -93,25 +94,14 @@ def results() -> Iterator[dict[str, dict[str, Any]]]:
 
 
 def submit(driver: EngineDriver, expected: Reference, adapter: str | None) -> str:
-    return driver.submit(
-        expected.prompt,
-        adapter,
-        max_new_tokens=NEW_TOKENS,
-        return_logprob=True,
-        logprob_start_len=0,
-        top_logprobs_num=expected.logprobs.shape[1],
-    )
+    return ask_for_all(driver, expected.prompt, adapter, vocab=expected.logprobs.shape[1], max_new_tokens=NEW_TOKENS)
 
 
 def difference(answer: Answer, expected: Reference) -> float:
     """The largest of all logprobs of all positions. The tokens are equal."""
     assert answer.tokens == expected.tokens
-    tops = (answer.input_top_logprobs or [])[1:] + answer.top_logprobs
-    found = torch.empty(len(tops), expected.logprobs.shape[1])
-    for row, top in zip(found, tops, strict=True):
-        values, ids = zip(*top, strict=True)
-        row[torch.tensor(ids)] = torch.tensor(values)
-    return float((found - expected.logprobs[: len(tops)]).abs().max())
+    found = told(answer, expected.logprobs.shape[1])
+    return float((found - expected.logprobs[: len(found)]).abs().max())
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.feature for row in ROWS])

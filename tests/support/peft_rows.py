@@ -99,17 +99,18 @@ class Row:
 
 
 class Lab:
-    """Models and adapters made in `root` when they are first asked for."""
+    """Models and adapters made in `root` when they are first asked for. sizes: fields of every model's config."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, **sizes: Any):
         self._root = root
+        self._sizes = sizes
         self._adapters: dict[str, tuple[Path, Any]] = {}
 
     def model(self, name: str) -> Path:
         path = self._root / name
         if not path.exists():
             family, sizes = MODELS[name]
-            make_tiny_model(path, family, seed=11, **sizes)
+            make_tiny_model(path, family, seed=11, **(self._sizes | sizes))
         return path
 
     def adapter(self, row: Row) -> Path:
