@@ -1,8 +1,8 @@
 """The rows of the parity table in bf16 on a GPU, with FlashInfer and Triton kernels.
 
 Per row, alone and in a batch with a plain adapter and the base model, all logprobs of all positions may be off from
-transformers + PEFT in fp32 by hardly more than transformers + PEFT in bf16 are. What is refused, and that tokens are the same
-in fp32, is test_peft_parity.py's. MULTILORA_TEST_DEVICE=cpu tries it out without a GPU.
+transformers + PEFT in fp32 by hardly more than transformers + PEFT in bf16 are. What is refused, and that tokens are
+the same in fp32, is test_peft_parity.py's. MULTILORA_TEST_DEVICE=cpu tries it out without a GPU.
 """
 
 import os
