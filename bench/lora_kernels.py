@@ -1,6 +1,6 @@
 """The LoRA kernels alone on one GPU: all layers of a step in a CUDA graph.
 
-    python -m bench.lora_kernels [--out bench/results/lora_kernels.json]
+    python -m bench.lora_kernels [--only small|large] [--out bench/results/lora_kernels.json]
 
 Llama-3.1-8B's dimensions, seven modules, bf16, truly distinct random adapters in scattered pages of one arena. First
 every workload is held against the reference, then timed: median of graph replays, y and x resident. The limit of a
@@ -9,26 +9,29 @@ those and the rows of x and y. `bench/lora_sweep.py` measures the same with the 
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
 
 from bench.common import environment, finish, read_bandwidth, say
 from multilora.batch import LoraSegment
+from multilora.layers.triton_ops import silu_and_mul
 from multilora.lora.panels import AdapterShape, PanelGeometry, place_panels
 from multilora.lora.reference import ReferenceLora
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
 from multilora.lora.triton_backend import TritonLora
-from multilora.lora.tuning import Tuning
+from multilora.lora.tuning import CSGMV, GRAPH_ROWS, Tuning
 
 HIDDEN, KV, INTER, LAYERS = 4096, 1024, 14336, 32
 PAGE_BYTES = 2 << 20
 DTYPE = torch.bfloat16
 ACCURACY = 1e-2
+GATED = "gate_up_proj"
 
 
 def llama_sites(layers: int = LAYERS) -> tuple[LoraSite, ...]:
@@ -49,20 +52,24 @@ def llama_sites(layers: int = LAYERS) -> tuple[LoraSite, ...]:
 
 @dataclass(frozen=True)
 class Workload:
-    """adapters: the place of each segment, or None; `rows` are shared out evenly."""
+    """singles: places of single rows, which come first; adapters: places that share the other rows out evenly."""
 
     name: str
     rows: int
     adapters: tuple[int, ...]
+    singles: tuple[int, ...] = ()
 
     @property
     def segments(self) -> tuple[LoraSegment, ...]:
-        each = self.rows // len(self.adapters)
-        return tuple(LoraSegment(i * each, (i + 1) * each, (p,), (1.0,)) for i, p in enumerate(self.adapters))
+        first = len(self.singles)
+        each = (self.rows - first) // len(self.adapters)
+        ranges = [(i, i + 1, p) for i, p in enumerate(self.singles)]
+        ranges += [(first + i * each, first + (i + 1) * each, p) for i, p in enumerate(self.adapters)]
+        return tuple(LoraSegment(start, end, (p,), (1.0,)) for start, end, p in ranges)
 
     @property
     def decode(self) -> bool:
-        return self.rows <= 256
+        return self.rows <= GRAPH_ROWS
 
 
 R16, MIXED = tuple(range(64)), tuple(range(64, 128))
@@ -78,6 +85,8 @@ WORKLOADS = (
     Workload("prefill 2048 rows, one rank-16", 2048, R16[:1]),
     Workload("prefill 2048 rows, 4 rank-16", 2048, R16[:4]),
     Workload("prefill 2048 rows, 64 rank-16", 2048, R16),
+    Workload("mixed 2108 rows, 60 + 4 rank-16", 2108, R16[60:], R16[:60]),
+    Workload("mixed 2108 rows, 60 + 4, ranks 8/16/32/64", 2108, MIXED[60:], MIXED[:60]),
 )
 
 
@@ -87,7 +96,7 @@ class World:
 
     ranks: tuple[int, ...] = RANKS
     sites: tuple[LoraSite, ...] = field(default_factory=llama_sites)
-    max_rows: int = 2048
+    max_rows: int = 2108
 
     def __post_init__(self) -> None:
         geometry = PanelGeometry(PAGE_BYTES, DTYPE.itemsize)
@@ -107,13 +116,26 @@ class World:
         self.out = {w: torch.zeros(self.max_rows, w, device="cuda", dtype=DTYPE) for w in widths}
 
     def limit_bytes(self, work: Workload) -> int:
-        adapters = sum(self.layouts[place].used_bytes for place in set(work.adapters))
-        moved = sum(s.in_features + 2 * s.out_features for s in self.sites) * work.rows * DTYPE.itemsize
-        return adapters if work.decode else adapters + moved
+        adapters = sum(self.layouts[place].used_bytes for place in {*work.adapters, *work.singles})
+        if work.decode:
+            return adapters
+        columns = sum(s.in_features + (1.5 if s.name == GATED else 2) * s.out_features for s in self.sites)
+        return adapters + int(columns * work.rows * DTYPE.itemsize)
 
     def step(self, backend: TritonLora, rows: int) -> None:
+        """All sites once; of large steps with the activation of gate and up, which LoRA may be part of."""
         for site in self.sites:
-            backend.apply(self.out[site.out_features][:rows], self.rows[site.in_features][:rows], site.index)
+            y, x = self.out[site.out_features][:rows], self.rows[site.in_features][:rows]
+            if site.name == GATED and rows > GRAPH_ROWS:
+                backend.apply_gated(y, x, site.index, silu_and_mul)
+            else:
+                backend.apply(y, x, site.index)
+
+    def activate(self, rows: int) -> None:
+        """What the base model does of that."""
+        for site in self.sites:
+            if site.name == GATED:
+                silu_and_mul(self.out[site.out_features][:rows])
 
     def error(self, backend: TritonLora, segments: tuple[LoraSegment, ...], rows: int) -> float:
         """The largest relative error at the first and last layer's sites; NaN counts as infinite."""
@@ -126,6 +148,10 @@ class World:
             got, want = y.clone(), y.float()
             backend.apply(got, x, site.index)
             reference.apply(want, x, site.index)
+            if site.name == GATED and not torch.equal(
+                backend.apply_gated(y.clone(), x, site.index, silu_and_mul), silu_and_mul(got)
+            ):
+                return float("inf")
             error = float((got.float() - want).norm() / (want - y.float()).norm())
             worst = max(worst, error if error == error else float("inf"))
         return worst
@@ -155,15 +181,28 @@ def events_ms(run: Callable[[], None], repeats: int) -> float:
     return median(times)
 
 
-def check(world: World, backend: TritonLora) -> dict[str, float]:
-    """Every workload, and one with base rows, a composed row and a long segment, against the reference."""
+def host_ms(run: Callable[[], None], repeats: int = 5) -> float:
+    """Median milliseconds until the host has launched it all."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = perf_counter()
+        run()
+        times.append((perf_counter() - start) * 1e3)
+    return median(times)
+
+
+def check(world: World, backend: TritonLora, works: Sequence[Workload]) -> dict[str, float]:
+    """Every workload, and two with base rows, a composed row and a long segment, against the reference."""
     odd = (
         LoraSegment(1, 2, (0, 70, 65), (0.5, -1.0, 2.0)),
         LoraSegment(3, 4, (127,), (1.0,)),
         LoraSegment(4, 40, (66,), (0.25,)),
         LoraSegment(41, 60, (1, 2), (1.0, 1.0)),
     )
-    cases = {w.name: (w.segments, w.rows) for w in WORKLOADS} | {"base rows, composed rows": (odd, 64)}
+    cases = {w.name: (w.segments, w.rows) for w in works} | {
+        f"base rows, composed rows, {n}": (odd, n) for n in (64, 300)
+    }
     errors = {name: world.error(backend, *case) for name, case in cases.items()}
     for name, error in errors.items():
         if error > ACCURACY:
@@ -171,33 +210,54 @@ def check(world: World, backend: TritonLora) -> dict[str, float]:
     return errors
 
 
-def time_all(world: World, backend: TritonLora, bandwidth: float) -> list[dict[str, Any]]:
+def time_all(world: World, backend: TritonLora, bandwidth: float, works: Sequence[Workload]) -> list[dict[str, Any]]:
     rows = []
-    for work in WORKLOADS:
+    for work in works:
         backend.prepare(work.segments, work.rows)
         ms = graph_ms(lambda work=work: world.step(backend, work.rows))
         limit = world.limit_bytes(work) / bandwidth * 1e3
-        rows.append({"workload": work.name, "ms": round(ms, 3), "limit_ms": round(limit, 3)})
-        say(f"  {work.name:<44}{ms:8.3f} ms   limit {limit:6.3f}   of limit {limit / ms:4.0%}")
+        row = {"workload": work.name, "ms": round(ms, 3), "limit_ms": round(limit, 3)}
+        line = f"  {work.name:<44}{ms:8.3f} ms   limit {limit:6.3f}   of limit {limit / ms:4.0%}"
+        if not work.decode:
+            activation = graph_ms(lambda work=work: world.activate(work.rows))
+            host = host_ms(lambda work=work: world.step(backend, work.rows))
+            row |= {"activation_ms": round(activation, 3), "host_ms": round(host, 3)}
+            line += f"   activation alone {activation:6.3f}   host, eager {host:6.3f}"
+        rows.append(row)
+        say(line)
     return rows
 
 
-def measure(out: str | None, result: dict[str, Any], world: World, bandwidth: float, best: Tuning | None) -> None:
+def measure(
+    out: str | None,
+    result: dict[str, Any],
+    world: World,
+    bandwidth: float,
+    best: Tuning | None = None,
+    works: Sequence[Workload] = WORKLOADS,
+) -> None:
     """Hold every variant against the reference, time it, and finish `result`. best: instead of what is committed."""
+    tuning, small, large = best or CSGMV, [w for w in works if w.decode], [w for w in works if not w.decode]
+    plain = replace(tuning, large=replace(tuning.large, gated=None))
     variants = {
-        "csgmv": TritonLora(world.table, world.sites, tuning=best),
-        "csgmv, chunk 16": TritonLora(world.table, world.sites, tuning=best, chunk_rows=16),
-        "csgmv, no overlap": TritonLora(world.table, world.sites, tuning=best),
-        "triton": TritonLora(world.table, world.sites, name="triton"),
+        "csgmv": (TritonLora(world.table, world.sites, tuning=tuning), works),
+        "csgmv, no early launch": (TritonLora(world.table, world.sites, tuning=tuning), small),
+        "csgmv, expand, then the activation": (TritonLora(world.table, world.sites, tuning=plain), large),
+        "csgmv, single rows as tiles": (
+            TritonLora(world.table, world.sites, tuning=replace(tuning, singles_apart=False)),
+            large,
+        ),
+        "triton": (TritonLora(world.table, world.sites, name="triton"), works),
     }
-    variants["csgmv, no overlap"].overlap = False
+    variants["csgmv, no early launch"][0].overlap = False
     if best is not None:
-        variants["csgmv, as committed"] = TritonLora(world.table, world.sites)
+        variants["csgmv, as committed"] = TritonLora(world.table, world.sites), works
     result["errors"], result["times"] = {}, {}
-    for name, backend in variants.items():
-        result["errors"][name] = check(world, backend)
-        say(f"{name}: largest relative error {max(result['errors'][name].values()):.1e}")
-        result["times"][name] = time_all(world, backend, bandwidth)
+    for name, (backend, own) in variants.items():
+        if own:
+            result["errors"][name] = check(world, backend, own)
+            say(f"{name}: largest relative error {max(result['errors'][name].values()):.1e}")
+            result["times"][name] = time_all(world, backend, bandwidth, own)
     finish(result, out)
 
 
@@ -215,9 +275,11 @@ def begin(parser: argparse.ArgumentParser) -> tuple[dict[str, Any], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="also write the result to this file")
+    parser.add_argument("--only", choices=("small", "large"), help="steps of up to 256 rows, or larger ones")
     args = parser.parse_args()
     result, bandwidth = begin(parser)
-    measure(args.out, result, World(), bandwidth, None)
+    works = [w for w in WORKLOADS if args.only is None or w.decode == (args.only == "small")]
+    measure(args.out, result, World(), bandwidth, works=works)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finds block sizes of the LoRA kernels: one of the four kinds after the other, by the time of the whole step.
+"""Finds block sizes of the LoRA kernels: one kind after the other, by the time of the whole step.
 
     python -m bench.lora_sweep [--out bench/results/lora_kernels_sweep.json]
 
@@ -40,6 +40,10 @@ LARGE: Options = {
     "wide_expand": [
         ExpandBlocks(n=n, warps=4, tile_r=r, registers=128) for n, r in [(1024, 32), (1024, 16), (512, 32)]
     ],
+    "gated": [
+        ExpandBlocks(n=n, warps=4, tile_n=t, tile_r=32, registers=r)
+        for n, t, r in [(512, 64, 128), (1024, 64, 128), (2048, 64, 128), (1024, 64, 96), (1024, 128, 128)]
+    ],
 }
 PHASES: dict[str, tuple[Options, int, bool]] = {  # field of Tuning → options, chunk rows, decode
     "small": (SMALL, 16, True),
@@ -62,12 +66,13 @@ def compile_share(share: int, of: int) -> None:
     for options, chunk, decode in PHASES.values():
         shrinks = options["narrow_shrink"] + options["wide_shrink"]
         expands = options["narrow_expand"] + options["wide_expand"]
-        jobs += [(Phase(s, s, e, e), chunk, 16 if decode else 300) for s, e in itertools.product(shrinks, expands)]
+        phases = [Phase(s, s, e, e) for s, e in itertools.product(shrinks, expands)]
+        phases += [replace(phases[0], gated=blocks) for blocks in options.get("gated", [])]
+        jobs += [(phase, chunk, 16 if decode else 300) for phase in phases]
     for phase, chunk, rows in jobs[share::of]:
         backend = TritonLora(world.table, world.sites, tuning=Tuning(phase, phase), chunk_rows=chunk)
         backend.prepare((LoraSegment(0, rows, (0,), (1.0,)),), rows)
-        for site in world.sites[:4]:
-            backend.apply(world.out[site.out_features][:rows], world.rows[site.in_features][:rows], site.index)
+        world.step(backend, rows)
 
 
 def sweep(world: World) -> tuple[Tuning, list[dict[str, Any]]]:

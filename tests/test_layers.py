@@ -29,7 +29,7 @@ LAYERS = [
     {"layers"},
     {"attention", "lora"},
     {"memory", "distributed"},
-    {"__init__", "batch", "config", "demo", "errors", "logs", "options", "params", "triton_launch"},
+    {"__init__", "batch", "config", "demo", "errors", "logs", "options", "params", "triton_launch", "triton_math"},
 ]
 LEVEL = {unit: len(LAYERS) - i for i, row in enumerate(LAYERS) for unit in row}
 BASE = LAYERS[-1]

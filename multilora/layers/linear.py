@@ -1,11 +1,13 @@
 """The linear layer of every model, one matrix even where PEFT sees several (q, k and v; gate and up).
 
 The ONE place where LoRA enters. It knows its site, not who uses it: the backend, prepared for this step, does.
+Gate and up come out activated, since a backend may add LoRA on the way through the activation.
 """
 
 import torch
 from torch import nn
 
+from multilora.layers.activation import SiluAndMul
 from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import linear
 from multilora.lora.sites import LoraSite
@@ -26,13 +28,18 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, in_features], contiguous. Returns [tokens, out_features]."""
+        y = self._product(x, ctx)
+        if ctx.lora is not None:
+            ctx.lora.apply(y, x, self.site.index)
+        return y
+
+    def _product(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """What LoRA is added to."""
         if ctx.lora is not None:
             ctx.lora.begin()
         y = linear(x, self.weight, self.bias)
         if ctx.whole is not None:
             self._replace(y, x, ctx.whole)
-        if ctx.lora is not None:
-            ctx.lora.apply(y, x, self.site.index)
         return y
 
     def _replace(self, y: torch.Tensor, x: torch.Tensor, whole: WholeModules) -> None:
@@ -51,3 +58,18 @@ class Linear(nn.Module):
             rows = slice(s.offset, s.offset + s.out_features)
             found[s.module] = {name: param[rows] for name, param in self.named_parameters()}
         return found
+
+
+class GateUp(Linear):
+    """silu(gate) · up, where [gate, up] = x Wᵀ + b, then the step's adapters."""
+
+    def __init__(self, site: LoraSite, *, bias: bool, device: torch.device, dtype: torch.dtype):
+        super().__init__(site, bias=bias, device=device, dtype=dtype)
+        self.silu_and_mul = SiluAndMul(device)
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """x: [tokens, in_features], contiguous. Returns [tokens, out_features / 2]."""
+        y = self._product(x, ctx)
+        if ctx.lora is None:
+            return self.silu_and_mul(y)
+        return ctx.lora.apply_gated(y, x, self.site.index, self.silu_and_mul)

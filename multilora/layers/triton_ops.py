@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from multilora.triton_launch import can_launch_early, launch, wait_for_previous
+from multilora.triton_math import fast_silu, silu_times
 
 SILU_BLOCK = 1024  # columns of one program
 MATVEC_ELEMENTS, MATVEC_COLUMNS = 4096, 2048  # of the weight, at a time in one program
@@ -39,17 +40,15 @@ def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, eps, x_ro
 
 
 @triton.jit
-def _silu_and_mul(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_and_mul(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr):
     """One program per (row, block of columns)."""
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < width
-    gate = tl.load(gate_up_ptr + row * 2 * width + i, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * width + width + i, mask=mask, other=0.0).to(tl.float32)
-    kind = out_ptr.dtype.element_ty
-    silu = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32)
-    tl.store(out_ptr + row * width + i, (silu * up).to(kind), mask=mask)
+    gate = tl.load(gate_up_ptr + row * 2 * width + i, mask=mask, other=0.0)
+    up = tl.load(gate_up_ptr + row * 2 * width + width + i, mask=mask, other=0.0)
+    tl.store(out_ptr + row * width + i, silu_times(gate, up, FAST), mask=mask)
 
 
 @triton.jit
@@ -113,7 +112,8 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
     early = can_launch_early(gate_up.device)
     grid = tokens, triton.cdiv(width, SILU_BLOCK)
-    launch(_silu_and_mul, grid, (gate_up, out, width), {"BLOCK": SILU_BLOCK, "PDL": early}, early=early)
+    constants = {"BLOCK": SILU_BLOCK, "FAST": fast_silu(gate_up), "PDL": early}
+    launch(_silu_and_mul, grid, (gate_up, out, width), constants, early=early)
     return out
 
 

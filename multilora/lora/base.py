@@ -1,14 +1,17 @@
 """The contract of a LoRA backend.
 
-Called by `engine/runner.py` (prepare, once a step) and `layers/linear.py` (apply, once a site).
+Called by `engine/runner.py` (prepare, once a step) and `layers/linear.py` (apply or apply_gated, once a site).
 Whatever the backend, the answer is that of `reference.py`.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from multilora.batch import LoraSegment
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LoraBackend(Protocol):
@@ -30,4 +33,11 @@ class LoraBackend(Protocol):
 
         x: [rows, in_features], y: [rows, out_features] of that site, both contiguous, in the model's dtype; y may be
         fp32 (logits). Adapters with affine pairs are never composed.
+        """
+
+    def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:
+        """apply(y, x, site), then silu_and_mul(y): silu(gate) · up of y's two halves, the site's two slices. A
+        backend may do both in one pass, to the same bits; y is worth nothing afterwards.
+
+        Returns [rows, out_features / 2].
         """

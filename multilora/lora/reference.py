@@ -6,6 +6,7 @@ Slow on purpose: one segment, one adapter, one slice at a time, in float32 (floa
 import torch
 
 from multilora.batch import LoraSegment
+from multilora.lora.base import Activation
 from multilora.lora.table import LoraTable, Piece
 
 
@@ -42,6 +43,10 @@ class ReferenceLora:
                         scale, shift = gather(part.affine, 2, part.width, a)
                         total = scale * total + shift
                     y[rows, columns] = total.to(y.dtype)
+
+    def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:
+        self.apply(y, x, site)
+        return silu_and_mul(y)
 
 
 def gather(pieces: tuple[Piece, ...], rank: int, width: int, like: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ the products are added in place to slices of y.
 import torch
 
 from multilora.batch import LoraSegment
+from multilora.lora.base import Activation
 from multilora.lora.table import LoraTable, SiteWeights
 
 
@@ -32,6 +33,10 @@ class TorchLora:
                 weights = self._table.site(place, site)
                 if weights is not None:
                     expand(y_rows, shrink(x_rows, weights), weights, weight)
+
+    def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:
+        self.apply(y, x, site)
+        return silu_and_mul(y)
 
 
 def shrink(x: torch.Tensor, weights: SiteWeights) -> torch.Tensor:

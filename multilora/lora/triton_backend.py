@@ -2,7 +2,15 @@
 
 Host side only: tiles of the step to the device, then two launches a site. Owns the intermediate and the tables of the
 step; for up to GRAPH_ROWS rows both are fixed, so a captured graph over N rows serves every later step of N rows:
-prepare(), then replay. In larger steps single rows shrink as tiles do, and nothing starts early.
+prepare(), then replay.
+
+    words of the step    entries | tiles                                 up to GRAPH_ROWS rows
+                         entries | tiles | base rows | single rows       larger steps
+                                   `----- gated ----'
+
+In larger steps grids are exact and nothing starts early. With csgmv, single rows (decodes among prompts) are a group
+of their own there, launched with the blocks of small steps, and gate and up are expanded inside their activation. To
+that kernel single rows are base rows: their adapters have been added to y before.
 """
 
 import math
@@ -11,22 +19,33 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from multilora.batch import LoraSegment
+from multilora.lora.base import Activation
 from multilora.lora.device_table import DeviceTable, upload
 from multilora.lora.sites import LoraSite
 from multilora.lora.table import LoraTable
-from multilora.lora.triton_kernels import BLOCK_WORDS, ENTRY_WORDS, TILE_WORDS, expand_kernel, shrink_kernel
-from multilora.lora.triton_steps import make_tiles
+from multilora.lora.triton_gated import gated_kernel
+from multilora.lora.triton_kernels import BLOCK_WORDS, expand_kernel, shrink_kernel
+from multilora.lora.triton_panels import ENTRY_WORDS, TILE_WORDS
+from multilora.lora.triton_steps import (
+    H_ALIGN,
+    MIN_TILE,
+    Group,
+    Segments,
+    Step,
+    StepTiles,
+    base_tiles,
+    cdiv,
+    make_tiles,
+    power_of_two,
+    split_singles,
+    splits_of,
+)
 from multilora.lora.tuning import BESIDE_ROWS, CSGMV, GRAPH_ROWS, TRITON, ExpandBlocks, Phase, ShrinkBlocks, Tuning
 from multilora.triton_launch import can_launch_early, launch
+from multilora.triton_math import fast_silu
 
 H_BYTES = 64 << 20
 """The fixed intermediate: room for 64 rows of stacked rank 9,000, in 28 splits."""
-
-H_ALIGN = 16
-
-MIN_TILE = 16
-"""The least rows and rank rows that `tl.dot` takes; the rows of a tile in a small step."""
 
 MAX_TILE_ROWS = 32
 """Tiles of 64 rows need more registers than there are: 8 to 50 % slower on an H200."""
@@ -36,40 +55,6 @@ MAX_PARTS = 8
 
 FURTHER = 256
 """Further adapters of composed rows that the fixed tables hold."""
-
-MAX_RANK = 1 << 15
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the launches of one step need. h: fp32, flat. use: see `DeviceTable.used_sites`; None: any adapters may
-    come, the launches are being captured."""
-
-    small: bool
-    grid: int  # programs along the tiles
-    overlap: bool  # kernels start early
-    beside: bool  # shrink runs beside the layer's own product
-    use: list[list[int]] | None
-    tile_rows: int
-    blocks: Phase
-    tiles: torch.Tensor
-    entries: torch.Tensor
-    h: torch.Tensor
-
-    def rank(self, site: int, stacked: bool) -> int:
-        """The largest rank at a site, stacked or of a slice; MAX_RANK if anything may come."""
-        return MAX_RANK if self.use is None else self.use[0 if stacked else 1][site]
-
-    def touches(self, site: int) -> bool:
-        return self.use is None or bool(self.use[2][site])
-
-    def tile_r(self, most: int, rank: int) -> int:
-        """Rank rows of one `tl.dot`. In a small step always `most`: its graph serves every rank."""
-        return most if self.small else max(MIN_TILE, min(most, power_of_two(rank)))
-
-    def options(self, blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int]:
-        options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-        return options if blocks.registers is None else options | {"maxnreg": blocks.registers}
 
 
 @dataclass(frozen=True)
@@ -116,32 +101,73 @@ class TritonLora:
         self.replayable = False
         """Whether a graph captured over as many rows may be replayed for the step last prepared."""
 
-    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
-        small = num_rows <= self._graph_rows
-        tile_rows = MIN_TILE if small else self._chunk_rows
-        tiles = make_tiles(segments, tile_rows, self._table.stacked_rank, MAX_PARTS if small else 1)
-        blocks = self.tuning.small if small else self.tuning.large
-        h = self._fixed_h
-        need = self._h_split(tiles.h_size) * max(self._splits(blocks, site) for site in self._applied)
-        fits = need <= len(h)
-        if not fits:
-            h = torch.empty(need, dtype=torch.float32, device=self._device)
-        self.replayable = small and fits and len(tiles.entries) <= FURTHER
-        grid = num_rows if small else len(tiles.tiles)
-        further = FURTHER if self.replayable else cdiv(len(tiles.entries), 2) * 2  # tiles stay 16-byte aligned
+    def prepare(self, segments: Segments, num_rows: int) -> None:
+        if num_rows <= self._graph_rows:
+            self._step = self._small_step(segments, num_rows)
+        else:
+            self._step = self._large_step(segments, num_rows)
+
+    def _small_step(self, segments: Segments, num_rows: int) -> Step:
+        """The same launches for every step of as many rows."""
+        found = make_tiles(segments, MIN_TILE, self._table.stacked_rank, MAX_PARTS)
+        need = self._h_need(found, self.tuning.small)
+        self.replayable = need <= len(self._fixed_h) and len(found.entries) <= FURTHER
+        further = FURTHER if self.replayable else cdiv(len(found.entries), 2) * 2  # tiles stay 16-byte aligned
+        words = np.zeros((further * ENTRY_WORDS + num_rows * TILE_WORDS,), np.int32)
+        words[: found.entries.size] = found.entries.ravel()
         at = further * ENTRY_WORDS
-        words = np.zeros(at + grid * TILE_WORDS, np.int32)
-        words[: tiles.entries.size] = tiles.entries.ravel()
-        words[at : at + tiles.tiles.size] = tiles.tiles.ravel()
-        on_device = (
-            self._fixed if self.replayable else torch.empty(len(words), dtype=torch.int32, device=self._device)
-        )
-        upload(words, on_device[: len(words)])
+        words[at : at + found.tiles.size] = found.tiles.ravel()
+        on_device = self._on_device(words, self._fixed if self.replayable else None)
+        use = self._use(segments)
+        beside = self._side is not None and use is None and num_rows >= BESIDE_ROWS
+        h, blocks = self._room(need), self.tuning.small
+        group = Group(on_device[at:], num_rows, h, use, blocks, self._vector, MIN_TILE, any_rank=True)
+        return Step((group,), on_device[:at], 0, self.overlap and not beside, beside)
+
+    def _large_step(self, segments: Segments, num_rows: int) -> Step:
+        """Exact grids."""
+        self.replayable = False
+        small, large, rows = self.tuning.small, self.tuning.large, self._chunk_rows
+        apart = self._vector and self.tuning.singles_apart
+        many, single = split_singles(segments) if apart else (segments, ())
+        tiles, singles = (make_tiles(part, rows, self._table.stacked_rank) for part in (many, single))
+        gated = large.gated is not None and len(many) > 0
+        base = base_tiles(many, num_rows, rows) if gated else tiles.tiles[:0]
+        padding = np.zeros(len(tiles.entries) % 2 * ENTRY_WORDS, np.int32)  # tiles stay 16-byte aligned
+        parts = tiles.entries, padding, tiles.tiles, base, singles.tiles
+        on_device = self._on_device(np.concatenate([part.ravel() for part in parts]), None)
+        at, singles_at = tiles.entries.size + padding.size, len(on_device) - singles.tiles.size
+        need = self._h_need(tiles, large)
+        h = self._room(need + self._h_need(singles, small))
+        groups = []
+        if many:
+            use, grid = self._use(many), len(tiles.tiles)
+            groups.append(Group(on_device[at:], grid, h[:need], use, large, False, rows, any_rank=False))
+        if single:
+            use, grid = self._use(single), len(singles.tiles)
+            groups.append(Group(on_device[singles_at:], grid, h[need:], use, small, True, MIN_TILE, any_rank=True))
+        gated_tiles = len(tiles.tiles) + len(base) if gated else 0
+        return Step(tuple(groups), on_device[:at], gated_tiles, overlap=False, beside=False)
+
+    def _use(self, segments: Segments) -> list[list[int]] | None:
         places = {place for s in segments for place in s.places}
-        use = self._table.used_sites(places).tolist() if places else None
-        beside = self._side is not None and use is None and small and num_rows >= BESIDE_ROWS
-        overlap = self.overlap and small and not beside
-        self._step = Step(small, grid, overlap, beside, use, tile_rows, blocks, on_device[at:], on_device[:at], h)
+        return self._table.used_sites(places).tolist() if places else None
+
+    def _h_need(self, tiles: StepTiles, blocks: Phase) -> int:
+        size = cdiv(max(tiles.h_size, 1), H_ALIGN) * H_ALIGN
+        return size * max(splits_of(blocks, site) for site in self._applied)
+
+    def _room(self, need: int) -> torch.Tensor:
+        """The intermediate; the whole fixed one where it is large enough."""
+        if need <= len(self._fixed_h):
+            return self._fixed_h
+        return torch.empty(need, dtype=torch.float32, device=self._device)
+
+    def _on_device(self, words: np.ndarray, to: torch.Tensor | None) -> torch.Tensor:
+        if to is None:
+            to = torch.empty(len(words), dtype=torch.int32, device=self._device)
+        upload(words, to[: len(words)])
+        return to
 
     def begin(self) -> None:
         assert self._step is not None
@@ -159,68 +185,100 @@ class TritonLora:
             self.shrink(x, site)
         self.expand(y, site)
 
+    def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:
+        assert self._step is not None
+        if not self._step.gated or not self._step.groups[0].touches(site):
+            self.apply(y, x, site)
+            return silu_and_mul(y)
+        self.shrink(x, site)
+        for group in self._step.groups[1:]:
+            self._expand(group, y, site)
+        return self._expand_gated(self._step.groups[0], y, site)
+
     def shrink(self, x: torch.Tensor, site: int) -> None:
         """The first half: reads x, writes the intermediate."""
+        assert self._step is not None
+        for group in self._step.groups:
+            self._shrink(group, x, site)
+
+    def expand(self, y: torch.Tensor, site: int) -> None:
+        """The second half: adds what shrink() of the same site prepared."""
+        assert self._step is not None
+        for group in self._step.groups:
+            self._expand(group, y, site)
+
+    def _shrink(self, group: Group, x: torch.Tensor, site: int) -> None:
         assert self._step is not None and x.is_contiguous()
         step, table, shape = self._step, self._table, self._table.sites[site]
-        rank = step.rank(site, stacked=True)
+        rank = group.rank(site, stacked=True)
         if not rank:
             return
-        blocks, splits = step.blocks.shrink(shape.in_features), self._splits(step.blocks, shape)
+        blocks, splits = group.blocks.shrink(shape.in_features), group.splits(shape)
         chunk = table.geometry.chunk_columns(shape.in_features)
-        tables = table.weights, table.addresses, table.records, step.tiles, step.entries
-        args = (x, step.h, *tables, site, len(table.sites), shape.in_features, chunk, self._h_stride(splits))
+        tables = table.weights, table.addresses, table.records, group.tiles, step.entries
+        args = (x, group.h, *tables, site, len(table.sites), shape.in_features, chunk, group.h_split(splits))
         constants = {
             "RECORD": table.record_words,
             "WHOLE": chunk == shape.in_features,
             "ALIGN": self._align,
-            "VECTOR": self._vector and step.small,
+            "VECTOR": group.vector,
             "BLOCK_K": blocks.k,
-            "TILE_M": step.tile_rows,
+            "TILE_M": group.tile_rows,
             "TILE_K": min(blocks.tile_k, blocks.k),
-            "TILE_R": step.tile_r(blocks.tile_r, rank),
+            "TILE_R": group.tile_r(blocks.tile_r, rank),
             "PDL": step.overlap,
         }
-        launch(shrink_kernel, (step.grid, splits), args, constants, early=step.overlap, **step.options(blocks))
+        launch(shrink_kernel, (group.grid, splits), args, constants, early=step.overlap, **options_of(blocks))
 
-    def expand(self, y: torch.Tensor, site: int) -> None:
-        """The second half: adds what shrink() of the same site prepared."""
+    def _expand(self, group: Group, y: torch.Tensor, site: int) -> None:
         assert self._step is not None and y.is_contiguous()
         step, table, shape = self._step, self._table, self._table.sites[site]
-        if not step.touches(site):
+        if not group.touches(site):
             return
-        blocks, splits = step.blocks.expand(shape.out_features), self._splits(step.blocks, shape)
+        blocks, splits = group.blocks.expand(shape.out_features), group.splits(shape)
         columns = self._columns_of(shape, blocks.n)
-        tables = table.weights, table.addresses, table.records, step.tiles, step.entries, columns.table
-        args = (y, step.h, *tables, site, len(table.sites), y.shape[1], self._h_stride(splits), splits)
+        tables = table.weights, table.addresses, table.records, group.tiles, step.entries, columns.table
+        args = (y, group.h, *tables, site, len(table.sites), y.shape[1], group.h_split(splits), splits)
         constants = {
             "RECORD": table.record_words,
             "WHOLE": columns.whole,
             "ALIGN": self._align,
             "ALIGN_N": columns.align,
-            "VECTOR": self._vector,
+            "VECTOR": group.vector,
             "BLOCK_N": blocks.n,
             "BLOCK_S": power_of_two(splits),
-            "TILE_M": step.tile_rows,
+            "TILE_M": group.tile_rows,
             "TILE_N": min(blocks.tile_n, blocks.n),
-            "TILE_R": step.tile_r(blocks.tile_r, step.rank(site, stacked=False)),
+            "TILE_R": group.tile_r(blocks.tile_r, group.rank(site, stacked=False)),
             "PDL": step.overlap,
         }
-        grid = step.grid, columns.table.shape[0]
-        launch(expand_kernel, grid, args, constants, early=step.overlap, **step.options(blocks))
+        grid = group.grid, columns.table.shape[0]
+        launch(expand_kernel, grid, args, constants, early=step.overlap, **options_of(blocks))
 
-    def _h_stride(self, splits: int) -> int:
-        """From one split of the intermediate to the next."""
-        assert self._step is not None
-        return self._step.h.shape[0] // splits // H_ALIGN * H_ALIGN
-
-    @staticmethod
-    def _splits(blocks: Phase, site: LoraSite) -> int:
-        return cdiv(site.in_features, blocks.shrink(site.in_features).k)
-
-    @staticmethod
-    def _h_split(size: int) -> int:
-        return cdiv(size, H_ALIGN) * H_ALIGN
+    def _expand_gated(self, group: Group, y: torch.Tensor, site: int) -> torch.Tensor:
+        """expand() of this group's rows within silu(gate) · up of all rows."""
+        assert self._step is not None and y.is_contiguous() and group.blocks.gated is not None
+        step, table, shape = self._step, self._table, self._table.sites[site]
+        gate, up = shape.slices
+        assert gate.offset == 0 and gate.out_features == up.offset == up.out_features
+        blocks, splits, width = group.blocks.gated, group.splits(shape), gate.out_features
+        chunk = table.geometry.chunk_columns(width)
+        out = torch.empty(y.shape[0], width, dtype=y.dtype, device=y.device)
+        tables = table.weights, table.addresses, table.records, group.tiles, step.entries
+        args = (y, out, group.h, *tables, site, len(table.sites), width, chunk, group.h_split(splits), splits)
+        constants = {
+            "RECORD": table.record_words,
+            "WHOLE": chunk == width,
+            "ALIGN": self._align,
+            "BLOCK_N": blocks.n,
+            "TILE_M": group.tile_rows,
+            "TILE_N": min(blocks.tile_n, blocks.n),
+            "TILE_R": group.tile_r(blocks.tile_r, group.rank(site, stacked=False)),
+            "FAST": fast_silu(y),
+        }
+        grid = step.gated, cdiv(width, blocks.n)
+        launch(gated_kernel, grid, args, constants, early=False, **options_of(blocks))
+        return out
 
     def _columns_of(self, site: LoraSite, block_n: int) -> Columns:
         key = site.index, block_n
@@ -240,11 +298,6 @@ class TritonLora:
         return self._columns[key]
 
 
-def cdiv(a: int, b: int) -> int:
-    """Rounded up. (Triton's own takes ten times as long on the host.)"""
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """The next one, 1 for 0."""
-    return 1 << max(0, n - 1).bit_length()
+def options_of(blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int]:
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return options if blocks.registers is None else options | {"maxnreg": blocks.registers}

@@ -1,7 +1,7 @@
 """The LoRA kernels: shrink, h = x Aᵀ of every adapter of a row, and expand, y += w · h B.
 
-Owns the arithmetic only; `triton_backend.py` launches. The tables are drawn in `device_table.py` (records, addresses)
-and `triton_steps.py` (tiles). Two launches a site serve all its slices and every adapter of the batch:
+Owns the arithmetic only; `triton_backend.py` launches, `triton_panels.py` reads tables and panels. Two launches a
+site serve all its slices and every adapter of the batch:
 
     shrink   program (tile, split)     x [rows, a share of the columns] · A [stacked rank, the same columns]
                                        -> h[split], fp32: the partial sums of one split
@@ -28,124 +28,29 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-TILE_WORDS = 8  # row, entries << 16 | rows, h_start, h_stride, further, place, weight (fp32 bits), parts << 16 | part
-ENTRY_WORDS = 2  # place, weight (fp32 bits)
+from multilora.lora.triton_panels import (
+    TILE_WORDS,
+    load_affine,
+    load_block,
+    load_entry,
+    load_panel,
+    load_slice,
+    load_tile,
+    panel_address,
+    prefetch_rows,
+)
+
 BLOCK_WORDS = 8  # slice, first column, width, offset in y, chunk, -
 
 _TILE_WORDS = tl.constexpr(TILE_WORDS)
-_ENTRY_WORDS = tl.constexpr(ENTRY_WORDS)
 _BLOCK_WORDS = tl.constexpr(BLOCK_WORDS)
 _GRANULE = tl.constexpr(8)
-_LINE = tl.constexpr(64)  # columns of a cache line, 2 bytes each
 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
-
-
-@triton.jit
-def load_tile(tile):
-    """Everything but its first adapter. Ranks are multiples of 8, and so is h_stride."""
-    rows, parts = tl.load(tile + 1), tl.load(tile + 7)
-    h_start, h_stride = tl.multiple_of(tl.load(tile + 2), _GRANULE), tl.multiple_of(tl.load(tile + 3), _GRANULE)
-    return (tl.load(tile).to(tl.int64), h_start, h_stride, rows & 0xFFFF, rows >> 16, tl.load(tile + 4),
-            parts & 0xFFFF, parts >> 16)  # fmt: skip
-
-
-@triton.jit
-def load_entry(tile, entries, further, e):
-    """Place and weight of a tile's e-th adapter. The first lies in the tile itself: one read less on the way."""
-    at = tile + 5
-    if e > 0:
-        at = entries + (further + e - 1) * _ENTRY_WORDS
-    return tl.load(at).to(tl.int64), tl.load(at + 1).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def load_slice(record, index):
-    """Of one adapter and slice: stacked rank of the site, first column of the slice in h, rank, 1 if there is an
-    affine pair, start of B."""
-    word = tl.load(record + 2 + 2 * index)
-    stacked, first = tl.multiple_of(tl.load(record + 1), _GRANULE), tl.multiple_of(word >> 16, _GRANULE)
-    return stacked, first, tl.multiple_of(word & 0x7FFF, _GRANULE), (word >> 15) & 1, tl.load(record + 3 + 2 * index)
-
-
-@triton.jit
-def load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE: tl.constexpr):
-    """Scales and shifts of columns `col`, fp32. They lie behind the `rank` rows of B that begin at addresses[start],
-    cut as those are: of each chunk the scales, then the shifts."""
-    mask = col < width
-    if WHOLE:
-        at = tl.load(addresses + start + rank // _GRANULE)
-        columns, i = width, col
-    else:
-        chunks, c = (width + chunk - 1) // chunk, col // chunk
-        at = tl.load(addresses + start + rank // _GRANULE * chunks + c, mask=mask, other=0)
-        columns, i = tl.minimum(chunk, width - c * chunk), col % chunk
-    pair = (weights + at).to(tl.pointer_type(tl.float32), bitcast=True)
-    return tl.load(pair + i, mask=mask, other=0.0), tl.load(pair + columns + i, mask=mask, other=0.0)
-
-
-@triton.jit
-def prefetch_rows(weights, addresses, start, rank, col0, width, COLUMNS: tl.constexpr):
-    """Ask for COLUMNS columns of `rank` rank rows (whole panels): nothing waits, but they are on their way to the L2
-    cache."""
-    line = col0 + tl.arange(0, COLUMNS // _LINE) * _LINE
-    r = tl.arange(0, _GRANULE)
-    for row in range(0, rank, _GRANULE):
-        at = tl.load(addresses + start + row // _GRANULE)
-        lines = weights + at + (r * width)[:, None] + tl.minimum(line, width - 1)[None, :]
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
-                                  dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
-
-
-@triton.jit
-def load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
-    """[r, col] of the matrix whose panels begin at addresses[start]; zero from `rank` and from `width` on.
-
-    WHOLE: a panel is one chunk; otherwise chunks of `chunk` columns, the last one shorter.
-    """
-    inside = r < rank
-    mask = inside[:, None] & (col < width)[None, :]
-    if WHOLE:
-        at = tl.load(addresses + start + r // _GRANULE, mask=inside, other=0)
-        at = tl.multiple_of(at, ALIGN)
-        offset = (at + (r % _GRANULE) * width)[:, None] + col[None, :]
-    else:
-        chunks = (width + chunk - 1) // chunk
-        c = col // chunk
-        at = tl.load(addresses + start + (r // _GRANULE)[:, None] * chunks + c[None, :], mask=mask, other=0)
-        columns = tl.minimum(chunk, width - c * chunk)
-        offset = at + (r % _GRANULE)[:, None] * columns[None, :] + (col % chunk)[None, :]
-    return tl.load(weights + offset, mask=mask, other=0.0)
-
-
-@triton.jit
-def panel_address(addresses, start, p, panels, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
-    """Where panel p of `panels` begins; asked for one step before the panel is, so that nobody waits for it."""
-    if WHOLE:
-        at = tl.load(addresses + start + p, mask=p < panels, other=0)
-        at = tl.multiple_of(at, ALIGN)
-    else:  # several addresses a panel: load_panel() reads them itself
-        at = 0
-    return at
-
-
-@triton.jit
-def load_panel(weights, addresses, at, start, p, panels, col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
-    """load_block() for the 8 rank rows of panel p, which are read once: one address, and no place in L2."""
-    r = tl.arange(0, _GRANULE)
-    if WHOLE:
-        offset = (r * width)[:, None] + col[None, :]
-        mask = (col < width)[None, :] & (r < (panels - p) * _GRANULE)[:, None]
-        block = tl.load(weights + at + offset, mask=mask, other=0.0, eviction_policy="evict_first")
-    else:
-        block = load_block(
-            weights, addresses, start, r + p * _GRANULE, panels * _GRANULE, col, width, chunk, WHOLE, ALIGN
-        )
-    return block
 
 
 @triton.jit
@@ -270,6 +175,25 @@ def sum_h(h, h_stride, h_split, splits, r, rank, rows, TILE_M: tl.constexpr, TIL
 
 
 @triton.jit
+def tile_after(before, hs, b, weight, rows, h, h_stride, h_split, splits, weights, addresses, start, rank, affine,
+               col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr,
+               TILE_R: tl.constexpr):  # fmt: skip
+    """`before` [rows, col] with one adapter. Of its first TILE_R ranks there are hs, the columns of h (summed,
+    weighted, rounded), and b, the rows of B."""
+    r = tl.arange(0, TILE_R)
+    total = tl.dot(hs, b, input_precision="ieee")
+    for r0 in range(TILE_R, rank, TILE_R):
+        more = sum_h(h, h_stride, h_split, splits, r0 + r, rank, rows, TILE_M, TILE_R) * weight
+        b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
+        total = tl.dot(more.to(b.dtype), b, total, input_precision="ieee")
+    after = before.to(tl.float32) + total
+    if affine > 0:
+        scale, shift = load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE)
+        after = scale[None, :] * after + shift[None, :]
+    return after.to(before.dtype)
+
+
+@triton.jit
 def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
                 site, sites, index, n0, n_end, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr,
                 ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
@@ -287,27 +211,18 @@ def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
             inside = (m < rows)[:, None] & (col < width)[None, :]
             before = tl.load(to, mask=inside, other=0.0)
             b = load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE, ALIGN)
-            total = tl.dot(hs, b, input_precision="ieee")
-            for r0 in range(TILE_R, rank, TILE_R):
-                more = sum_h(h, h_stride, h_split, splits, r0 + r, rank, rows, TILE_M, TILE_R) * weight
-                b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
-                total = tl.dot(more.to(kind), b, total, input_precision="ieee")
-            after = before.to(tl.float32) + total
-            if affine > 0:
-                scale, shift = load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE)
-                after = scale[None, :] * after + shift[None, :]
-            tl.store(to, after.to(before.dtype), mask=inside)
+            after = tile_after(before, hs, b, weight, rows, h, h_stride, h_split, splits, weights, addresses, start,
+                               rank, affine, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+            tl.store(to, after, mask=inside)
 
 
 @triton.jit
-def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                count, site, sites, index, n, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr,
-                ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
-    """Several rows, every adapter, TILE_N columns: y[m, n] += Σ w Σ h[m, r] B[r, n]; h is rounded to B's type."""
-    m, r, col = tl.arange(0, TILE_M), tl.arange(0, TILE_R), n + tl.arange(0, TILE_N)
-    to = y + m[:, None] * y_stride + col[None, :]
-    inside = (m < rows)[:, None] & (col < width)[None, :]
-    before = tl.load(to, mask=inside, other=0.0)
+def rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further, count, site,
+             sites, index, col, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+             TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
+    """Σ w Σ h[m, r] B[r, col] over every adapter, fp32, and whether one of them touches the slice at all (> 0). h is
+    rounded to B's type."""
+    r = tl.arange(0, TILE_R)
     total = tl.zeros([TILE_M, TILE_N], tl.float32)
     touched = 0
     for e in range(count):
@@ -319,6 +234,21 @@ def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
             total = tl.dot(hs.to(b.dtype), b, total, input_precision="ieee")
         h += stacked
         touched += rank + affine
+    return total, touched
+
+
+@triton.jit
+def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
+                count, site, sites, index, n, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr,
+                ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
+    """Several rows, every adapter, TILE_N columns: y[m, n] += Σ w Σ h[m, r] B[r, n]."""
+    m, col = tl.arange(0, TILE_M), n + tl.arange(0, TILE_N)
+    to = y + m[:, None] * y_stride + col[None, :]
+    inside = (m < rows)[:, None] & (col < width)[None, :]
+    before = tl.load(to, mask=inside, other=0.0)
+    total, touched = rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
+                              count, site, sites, index, col, width, chunk, RECORD, WHOLE, ALIGN, TILE_M, TILE_R,
+                              TILE_N)  # fmt: skip
     if touched > 0:
         after = before.to(tl.float32) + total
         if count == 1:

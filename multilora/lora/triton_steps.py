@@ -1,10 +1,11 @@
-"""One step's segments as tiles: the tables that the kernels walk. Pure host code, no kernels.
+"""One step's segments as tiles, the tables that the kernels walk, and what is launched for them. No kernels.
 
 A tile is at most `tile_rows` rows of one segment. A tile of several rows leaves slots of a fixed grid free: there it
 is listed again, as further parts of itself, which share the work. Tiles with the most work come first.
 
     tiles    int32 [tiles, 8]      row, adapters << 16 | rows, h_start, h_stride, further, place, weight (fp32 bits),
                                    parts << 16 | part
+                                   (of rows without an adapter: row, rows, 0 and so on, 1 << 16)
     entries  int32 [further, 2]    place, weight: the second adapter of a composed row and those after it
 """
 
@@ -12,8 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from multilora.batch import LoraSegment
+from multilora.lora.sites import LoraSite
+from multilora.lora.tuning import Phase
+
+Segments = tuple[LoraSegment, ...]
+
+MIN_TILE = 16
+"""The least rows and rank rows that `tl.dot` takes; the rows of a tile in a small step."""
+
+MAX_RANK = 1 << 15
+
+H_ALIGN = 16
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class StepTiles:
 
 
 def make_tiles(
-    segments: tuple[LoraSegment, ...], tile_rows: int, stacked_rank: Callable[[int], int], max_parts: int = 1
+    segments: Segments, tile_rows: int, stacked_rank: Callable[[int], int], max_parts: int = 1
 ) -> StepTiles:
     """stacked_rank(place): the adapter's largest stacked rank at any site. max_parts: a tile of n rows is listed
     min(n, max_parts) times.
@@ -59,3 +72,83 @@ def make_tiles(
     tiles[:, 4], tiles[:, 5], tiles[:, 6] = further, place, weight
     tiles[:, 7] = parts[whole] << 16 | (np.arange(len(whole)) - first[whole])
     return StepTiles(tiles, np.array(entries, np.int32).reshape(-1, 2), int(ends[-1]) if len(ends) else 0)
+
+
+def split_singles(segments: Segments) -> tuple[Segments, Segments]:
+    """Those of several rows or several adapters, and those of one row and one adapter: a decode in a large step."""
+    singles = tuple(s for s in segments if s.end - s.start == 1 and len(s.places) == 1)
+    return tuple(s for s in segments if s.end - s.start > 1 or len(s.places) > 1), singles
+
+
+def base_tiles(segments: Segments, num_rows: int, tile_rows: int) -> np.ndarray:
+    """Tiles without an adapter for the rows outside of these segments, int32 [tiles, 8]."""
+    ends = [0, *(s.end for s in segments)]
+    starts = [*(s.start for s in segments), num_rows]
+    found = [
+        (row, min(tile_rows, start - row))
+        for end, start in zip(ends, starts, strict=True)
+        for row in range(end, start, tile_rows)
+    ]
+    tiles = np.zeros((len(found), 8), np.int32)
+    tiles[:, :2] = np.array(found, np.int32).reshape(-1, 2)
+    tiles[:, 7] = 1 << 16
+    return tiles
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tiles that are launched together. h: fp32, flat, theirs alone. use: see `DeviceTable.used_sites`; None: any
+    adapters may come, the launches are being captured."""
+
+    tiles: torch.Tensor
+    grid: int  # programs along the tiles
+    h: torch.Tensor
+    use: list[list[int]] | None
+    blocks: Phase
+    vector: bool
+    tile_rows: int
+    any_rank: bool  # one kernel serves every rank
+
+    def rank(self, site: int, stacked: bool) -> int:
+        """The largest rank at a site, stacked or of a slice; MAX_RANK if anything may come."""
+        return MAX_RANK if self.use is None else self.use[0 if stacked else 1][site]
+
+    def touches(self, site: int) -> bool:
+        return self.use is None or bool(self.use[2][site])
+
+    def tile_r(self, most: int, rank: int) -> int:
+        """Rank rows of one `tl.dot`."""
+        return most if self.any_rank else max(MIN_TILE, min(most, power_of_two(rank)))
+
+    def splits(self, site: LoraSite) -> int:
+        return splits_of(self.blocks, site)
+
+    def h_split(self, splits: int) -> int:
+        """From one split of the intermediate to the next."""
+        return self.h.shape[0] // splits // H_ALIGN * H_ALIGN
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the launches of one step need. gated: so many tiles, those of groups[0] and the base rows behind them, are
+    all rows but those of other groups; 0: gate and up are expanded as every site is."""
+
+    groups: tuple[Group, ...]
+    entries: torch.Tensor
+    gated: int
+    overlap: bool  # kernels start early
+    beside: bool  # shrink runs beside the layer's own product
+
+
+def splits_of(blocks: Phase, site: LoraSite) -> int:
+    return cdiv(site.in_features, blocks.shrink(site.in_features).k)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Rounded up. (Triton's own takes ten times as long on the host.)"""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The next one, 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()

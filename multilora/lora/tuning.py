@@ -1,6 +1,6 @@
 """Block sizes of the LoRA kernels, as data: found on an H200 by `python -m bench.lora_kernels` (see docs/log.md)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GRAPH_ROWS = 256
 """Steps of up to so many rows take grids that depend on nothing but their number of rows, and fixed buffers: they can
@@ -39,12 +39,14 @@ class ExpandBlocks:
 
 @dataclass(frozen=True)
 class Phase:
-    """Block sizes by the width of what is read (shrink) or written (expand): wide from WIDE columns on."""
+    """Block sizes by the width of what is read (shrink) or written (expand): wide from WIDE columns on. gated: for
+    gate and up expanded inside their activation (columns of its result); None: they are not."""
 
     narrow_shrink: ShrinkBlocks
     wide_shrink: ShrinkBlocks
     narrow_expand: ExpandBlocks
     wide_expand: ExpandBlocks
+    gated: ExpandBlocks | None = None
 
     def shrink(self, in_features: int) -> ShrinkBlocks:
         return self.wide_shrink if in_features >= WIDE else self.narrow_shrink
@@ -55,10 +57,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Tuning:
-    """small: steps of up to GRAPH_ROWS rows; large: longer ones."""
+    """small: steps of up to GRAPH_ROWS rows; large: longer ones. singles_apart: single rows of those are launched
+    apart, as in a small step."""
 
     small: Phase
     large: Phase
+    singles_apart: bool = False
 
 
 LARGE = Phase(
@@ -74,7 +78,8 @@ CSGMV = Tuning(
         narrow_expand=ExpandBlocks(n=1024, warps=4, registers=128),
         wide_expand=ExpandBlocks(n=1024, warps=4, registers=128),
     ),
-    large=LARGE,
+    large=replace(LARGE, gated=ExpandBlocks(n=512, warps=4, tile_n=64, tile_r=32, registers=128)),
+    singles_apart=True,
 )
 TRITON = Tuning(
     small=Phase(

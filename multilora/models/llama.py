@@ -10,11 +10,10 @@ from torch import nn
 
 from multilora.attention.rotate import CosSin
 from multilora.batch import ForwardBatch
-from multilora.layers.activation import SiluAndMul
 from multilora.layers.attention import SelfAttention
 from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import Embedding, LMHead
-from multilora.layers.linear import Linear
+from multilora.layers.linear import GateUp, Linear
 from multilora.layers.norm import RMSNorm
 from multilora.layers.rotary import Rotary
 from multilora.lora.sites import MODEL_LEVEL, LoraSite
@@ -26,14 +25,13 @@ from multilora.models.sites import decoder_sites
 class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)), gate and up merged."""
 
-    def __init__(self, gate_up_proj: Linear, down_proj: Linear):
+    def __init__(self, gate_up_proj: GateUp, down_proj: Linear):
         super().__init__()
         self.gate_up_proj = gate_up_proj
-        self.silu_and_mul = SiluAndMul(gate_up_proj.weight.device)
         self.down_proj = down_proj
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return self.down_proj(self.silu_and_mul(self.gate_up_proj(x, ctx)), ctx)
+        return self.down_proj(self.gate_up_proj(x, ctx), ctx)
 
 
 class DecoderLayer(nn.Module):
@@ -52,7 +50,7 @@ class DecoderLayer(nn.Module):
             Linear(o, bias=config.o_bias, **kind),
             **head_norms,
         )
-        self.mlp = MLP(Linear(gate_up, bias=config.mlp_bias, **kind), Linear(down, bias=config.mlp_bias, **kind))
+        self.mlp = MLP(GateUp(gate_up, bias=config.mlp_bias, **kind), Linear(down, bias=config.mlp_bias, **kind))
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm("input_layernorm", layer, size, eps, **kind)
         self.post_attention_layernorm = RMSNorm("post_attention_layernorm", layer, size, eps, **kind)

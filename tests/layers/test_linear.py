@@ -1,11 +1,13 @@
 """One matrix for several modules, and the one place where LoRA enters."""
 
 import torch
+import torch.nn.functional as F
 
 from multilora.batch import LoraSegment
 from multilora.layers.context import ForwardContext
-from multilora.layers.linear import Linear
+from multilora.layers.linear import GateUp, Linear
 from multilora.layers.testing import NoAttention
+from multilora.lora.base import Activation
 from multilora.lora.sites import LoraSite, LoraSlice
 
 SITE = LoraSite(
@@ -30,9 +32,16 @@ class Recorder:
         self.calls.append((y, x, site))
         y += 1
 
+    def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:
+        self.apply(y, x, site)
+        return silu_and_mul(y)
 
-def make_linear(bias: bool) -> Linear:
-    linear = Linear(SITE, bias=bias, device=torch.device("cpu"), dtype=torch.float32)
+
+GATE_UP = LoraSite(2, 1, "gate_up_proj", 6, (LoraSlice("gate_proj", 0, 4), LoraSlice("up_proj", 4, 4)))
+
+
+def make_linear(bias: bool, kind: type[Linear] = Linear, site: LoraSite = SITE) -> Linear:
+    linear = kind(site, bias=bias, device=torch.device("cpu"), dtype=torch.float32)
     for param in linear.parameters():
         param.normal_(generator=torch.Generator().manual_seed(0))
     return linear
@@ -54,6 +63,21 @@ def test_lora_acts_in_place_on_contiguous_rows_of_its_site() -> None:
     assert site == 5
     assert y.is_contiguous()
     torch.testing.assert_close(y, x @ linear.weight.T + 1)
+
+
+def test_gate_and_up_come_out_activated() -> None:
+    linear, x = make_linear(bias=True, kind=GateUp, site=GATE_UP), torch.randn(3, 6)
+    y = F.linear(x, linear.weight, linear.bias)
+    torch.testing.assert_close(linear(x, ForwardContext(NoAttention(), None)), F.silu(y[:, :4]) * y[:, 4:])
+
+
+def test_lora_acts_on_gate_and_up_before_the_activation() -> None:
+    linear, x, lora = make_linear(bias=False, kind=GateUp, site=GATE_UP), torch.randn(3, 6), Recorder()
+    got = linear(x, ForwardContext(NoAttention(), lora))
+    y = x @ linear.weight.T + 1
+    torch.testing.assert_close(got, F.silu(y[:, :4]) * y[:, 4:])
+    assert [site for _, _, site in lora.calls] == [2]
+    assert {name for name, _ in linear.named_parameters()} == {"weight"}
 
 
 def test_parts_are_views_that_cover_the_matrix() -> None:
