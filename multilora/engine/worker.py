@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from time import monotonic
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -110,11 +111,21 @@ def main(address: str, parent: int) -> int:
         Worker(engine, socket, parent).run()
     except Exception:
         logger.exception("a step failed; the engine ends")
-        return 1
-    finally:
-        engine.close()
-        context.destroy(linger=2000)
+        _give_up(engine, context)
+    engine.close()
+    context.destroy(linger=2000)
     return 0
+
+
+def _give_up(engine: Engine, context: zmq.Context) -> NoReturn:
+    """End here: after a CUDA error nothing on the device can be freed, not even by an interpreter that ends."""
+    try:
+        engine.close()
+    except Exception:
+        logger.warning("what the engine held is left to the system", exc_info=True)
+    context.destroy(linger=2000)
+    logging.shutdown()
+    os._exit(1)
 
 
 def _divide_cores() -> None:
