@@ -1,39 +1,36 @@
 """Offline use: `LLM(model_path, lora_paths=…).generate(prompts, …)`, the whole engine in this process.
 
-The front is the server's (tokenizer, text streams, adapter names); only HTTP is missing. Not thread-safe.
+The front is the server's (tokenizer, text streams, adapter names); only HTTP is missing. Adapters are in
+`adapters.py`, the forms that arguments take in `inputs.py`. Not thread-safe.
 """
 
 import itertools
-import select
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import save
 
-from multilora.adapters.spool import TENSOR_ROOT, Spool
+from multilora.adapters.spool import Spool
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.engine.build import build_engine
 from multilora.engine.engine import Engine
+from multilora.engine.local import LocalEngine
 from multilora.engine.messages import (
     Abort,
     AdapterInfo,
     Finish,
-    FromEngine,
-    LoadAdapter,
     Output,
     Outputs,
-    Reply,
     Stats,
     Submit,
     TopLogprobs,
-    UnloadAdapter,
     UseTokenizer,
 )
-from multilora.errors import BadRequest, MultiloraError, from_wire
+from multilora.errors import BadRequest, from_wire
+from multilora.llm.adapters import LocalAdapters
+from multilora.llm.inputs import Params, read_params, read_prompts, spread
 from multilora.params import SamplingParams
 from multilora.text.choice import Choice, parse_choices, parse_composition
 from multilora.text.grammar import GrammarCompiler
@@ -42,8 +39,6 @@ from multilora.text.prompt import check_prompt, engine_params
 from multilora.text.registry import AdapterRegistry, Held
 from multilora.text.stream import FinishReason, TextStream
 from multilora.text.tokenizer import Tokenizer
-
-Params = SamplingParams | dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +76,7 @@ class LLM:
         config = self.config
         self._spool = Spool()
         self._engine = build_engine(self._spool.admit(config))
+        self._local = LocalEngine(self._engine)
         try:
             self._ready = self._engine.ready()
             self.tokenizer: Tokenizer | None = None
@@ -95,6 +91,7 @@ class LLM:
             self._grammars: GrammarCompiler | None = None
             self._registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
             self._vocabularies = Vocabularies(self.tokenizer, self._ready, self._registry, config.lora_root)
+            self._adapters = LocalAdapters(self._local, self._registry, self._vocabularies, self._spool)
             self._rids = itertools.count()
             for entry in config.lora_paths:
                 self.load_lora_adapter(entry.lora_name, entry.lora_path, pinned=entry.pinned)
@@ -123,8 +120,8 @@ class LLM:
         """
         if top_logprobs_num < 0:
             raise BadRequest(f"top_logprobs_num must be 0 or more, is {top_logprobs_num}", param="top_logprobs_num")
-        single, given = _prompts(prompts)
-        params = _spread(sampling_params, len(given), "sampling_params")
+        single, given = read_prompts(prompts)
+        params = spread(sampling_params, len(given), "sampling_params")
         choices = parse_choices(lora_path, len(given))
         self._registry.check_request(choices)
         ids = [self._vocabularies.encode(*pair, "prompts")[0] for pair in zip(given, choices, strict=True)]
@@ -132,7 +129,7 @@ class LLM:
         jobs: list[_Job] = []
         try:
             for prompt, raw, choice in zip(ids, params, choices, strict=True):
-                jobs += self._jobs(prompt, _params(raw), choice, wants)
+                jobs += self._jobs(prompt, read_params(raw), choice, wants)
             self._run(jobs)
         finally:
             for job in jobs:
@@ -175,7 +172,7 @@ class LLM:
             self._engine.handle(job.message)
         unfinished = len(jobs)
         while unfinished:
-            for output in self._outputs(self._step()):
+            for output in self._outputs():
                 stream = by_rid[output.rid].stream if output.rid in by_rid else None
                 if stream is None or stream.finished is not None:
                     continue
@@ -186,23 +183,9 @@ class LLM:
                 if delta.finished is not None and delta.finished.type == "error":
                     raise from_wire(delta.finished.kind, delta.finished.message)
 
-    def _step(self) -> list[FromEngine]:
-        messages = self._engine.step()
-        if not messages and not self._engine.running:
-            self._wait(ms=1)  # something is on its way from the loader, or to the device
-        return messages
-
-    def _wait(self, ms: int) -> None:
-        """Less if the loader says something."""
-        poller = select.poll()
-        loader = self._engine.adapters.loader.fileno() if self._engine.adapters else None
-        if loader is not None:
-            poller.register(loader, select.POLLIN)
-        poller.poll(ms)
-
-    @staticmethod
-    def _outputs(messages: list[FromEngine]) -> list[Output]:
-        return [output for m in messages if isinstance(m, Outputs) for output in m.items]
+    def _outputs(self) -> list[Output]:
+        """Of one step."""
+        return [output for message in self._local.step() if isinstance(message, Outputs) for output in message.items]
 
     def _grammar(self, params: SamplingParams) -> str | None:
         if params.json_schema is None and params.regex is None and params.ebnf is None:
@@ -217,58 +200,14 @@ class LLM:
 
     def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> AdapterInfo:
         """Load an adapter from a directory or the hub. Raises AdapterError; nothing has changed then."""
-        version = self._registry.begin_load(lora_name, lora_path, pinned)
-        try:
-            info = self._call(LoadAdapter(call=version, version=version, path=lora_path, pinned=pinned)).info
-            assert info is not None
-            self._add_tokens(info, lora_path)
-        except MultiloraError:
-            self._registry.fail_load(version)
-            raise
-        self._registry.commit_load(version, info)
-        return info
-
-    def _add_tokens(self, info: AdapterInfo, path: str | None) -> None:
-        """The last step of a load that went well so far: if it fails, the engine forgets the adapter."""
-        try:
-            if self._vocabularies.concerns(info):
-                self._vocabularies.add(info, path)
-        except MultiloraError:
-            self._call(UnloadAdapter(info.version, info.version))
-            raise
+        return self._adapters.load(lora_name, lora_path, pinned)
 
     def load_lora_adapters(self, lora_paths: Mapping[str, str]) -> dict[str, AdapterInfo]:
         """Load several, name → path, side by side: faster than one after the other.
 
         Raises the first one's error when all have ended; those without an error are loaded then.
         """
-        paths: dict[int, str] = {}  # by version
-        errors: list[MultiloraError] = []
-        replies: dict[int, Reply] = {}
-        for name, path in lora_paths.items():
-            try:
-                version = self._registry.begin_load(name, path)
-            except MultiloraError as e:
-                errors.append(e)
-            else:
-                paths[version] = path
-                self._engine.handle(LoadAdapter(call=version, version=version, path=path, pinned=False))
-        while len(replies) < len(paths):
-            replies |= {r.call: r for r in self._step() if isinstance(r, Reply)}
-        for version in paths:
-            reply = replies[version]
-            try:
-                if reply.info is None:
-                    raise from_wire(reply.kind, reply.message)
-                self._add_tokens(reply.info, paths[version])
-            except MultiloraError as e:
-                self._registry.fail_load(version)
-                errors.append(e)
-            else:
-                self._registry.commit_load(version, reply.info)
-        if errors:
-            raise errors[0]
-        return {name: info for name, v in zip(lora_paths, paths, strict=True) if (info := replies[v].info)}
+        return self._adapters.load_several(lora_paths)
 
     def load_lora_adapter_from_tensors(
         self, lora_name: str, tensors: dict[str, torch.Tensor], config: dict[str, Any], pinned: bool = False
@@ -277,18 +216,7 @@ class LLM:
 
         The tensors are copied to a private file first. Raises AdapterError or BadRequest; nothing has changed then.
         """
-        version = self._registry.begin_load(lora_name, TENSOR_ROOT, pinned)
-        try:
-            path = str(self._spool.add(version, config, lambda path: _save(tensors, path)))
-            info = self._call(LoadAdapter(call=version, version=version, path=path, pinned=pinned)).info
-            assert info is not None
-            self._add_tokens(info, None)
-        except BaseException:
-            self._registry.fail_load(version)
-            self._spool.remove(version)
-            raise
-        self._registry.commit_load(version, info)
-        return info
+        return self._adapters.load_from_tensors(lora_name, tensors, config, pinned)
 
     def compose_lora_adapters(self, lora_name: str, parts: Sequence[dict[str, Any]]) -> None:
         """Let a name stand for a composition of loaded adapters, each a {"name": …, "weight": …}."""
@@ -296,25 +224,11 @@ class LLM:
 
     def unload_lora_adapter(self, lora_name: str) -> None:
         """Forget an adapter and free its memory, or forget a composition. Raises AdapterNotLoaded."""
-        version = self._registry.begin_unload(lora_name)
-        if not self._registry.is_composition(version):
-            self._call(UnloadAdapter(version, version))
-        self._registry.finish_unload(version)
-        self._spool.remove(version)
-        self._vocabularies.remove(version)
+        self._adapters.unload(lora_name)
 
     def loaded_adapters(self) -> dict[str, str]:
         """Name → path ("__tensor__": loaded from tensors)."""
         return self._registry.loaded()
-
-    def _call(self, message: LoadAdapter | UnloadAdapter) -> Reply:
-        self._engine.handle(message)
-        while True:
-            for reply in self._step():
-                if isinstance(reply, Reply) and reply.call == message.call:
-                    if not reply.ok:
-                        raise from_wire(reply.kind, reply.message)
-                    return reply
 
     # ------------------------------------------------------------------ state and end
 
@@ -341,48 +255,6 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _params(value: Params) -> SamplingParams:
-    if isinstance(value, SamplingParams):
-        value.check()
-        return value
-    return SamplingParams.parse(value)
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
-    except (AttributeError, TypeError, ValueError, RuntimeError) as e:  # no tensor, or one that is sparse, meta, …
-        raise BadRequest(f"tensors: cannot be written as a .safetensors file: {e}", param="tensors") from e
-    path.write_bytes(data)
-
-
-def _prompts(prompts: Any) -> tuple[bool, list[Any]]:
-    """(one prompt?, text or token ids of each)"""
-    if isinstance(prompts, str):
-        return True, [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return True, [items]
-    if not items:
-        raise BadRequest("no prompts", param="prompts")
-    return False, [item if isinstance(item, str) else _token_ids(item) for item in items]
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    if not isinstance(prompt, (list, tuple)) or not all(isinstance(i, int) for i in prompt):
-        raise BadRequest(f"a prompt is text or a list of token ids, not {prompt!r:.40}", param="prompts")
-    return list(prompt)
-
-
-def _spread(value: Any, count: int, name: str) -> list[Any]:
-    """One value for all, or a list with one for each."""
-    if not isinstance(value, (list, tuple)):
-        return [value] * count
-    if len(value) != count:
-        raise BadRequest(f"{name} has {len(value)} entries for {count} prompts", param=name)
-    return list(value)
 
 
 def _generation(stream: TextStream) -> Generation:
