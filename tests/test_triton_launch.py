@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from multilora import triton_launch
-from multilora.triton_launch import launch
+from multilora.triton_launch import Repeated, launch
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,3 +78,35 @@ def test_compiles_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel.given[-1] == ((5, 3, 1), x.data_ptr(), None, 48, 2.5, 4)
     launch(kernel, (2,), (x, None, 32, 0.5), {"BLOCK": 4}, num_warps=2)
     assert kernel.compiled == len(kinds) + 1
+
+
+@triton.jit(do_not_specialize=["row"])
+def _add_row(x_ptr, out_ptr, row, table_ptr, stride, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(x_ptr + i) + tl.load(table_ptr + row * stride + i))
+
+
+def test_repeated_launches_take_other_tensors_and_ints() -> None:
+    table = torch.arange(64.0, device=DEVICE).view(8, 8)
+    x = torch.arange(100.0, 116.0, device=DEVICE)
+    again = Repeated(_add_row, (1,), (table, 8), {"BLOCK": 8}, num_warps=1)
+    for row, start in ((0, 0), (1, 8), (7, 0), (2, 3)):  # the last one is not aligned
+        out = torch.zeros(8, device=DEVICE)
+        again((x[start : start + 8], out), row)
+        assert torch.equal(out, x[start : start + 8] + table[row])
+
+
+def test_repeated_launches_bind_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "_compiled", {})
+    kernel, x, table = FakeKernel(), torch.zeros(64), torch.zeros(8)
+    again = Repeated(kernel, (2, 3), (table, 5), {"BLOCK": 4}, num_warps=1)
+    again((x,), 0)
+    monkeypatch.setattr(triton_launch, "launch", None)  # not asked again
+    again((x[4:],), 7)
+    assert kernel.compiled == 1
+    assert kernel.given == [((2, 3, 1), x[4:].data_ptr(), 7, table.data_ptr(), 5, 4)]
+    monkeypatch.setattr(triton_launch, "launch", launch)
+    again((x[1:],), 7)  # of another kind
+    again((x,), 8)
+    assert kernel.compiled == 2
+    assert kernel.given[-1][1:3] == (x.data_ptr(), 8)

@@ -41,7 +41,7 @@ from multilora.lora.triton_steps import (
     splits_of,
 )
 from multilora.lora.tuning import BESIDE_ROWS, CSGMV, GRAPH_ROWS, TRITON, ExpandBlocks, Phase, ShrinkBlocks, Tuning
-from multilora.triton_launch import can_launch_early, launch
+from multilora.triton_launch import Repeated, can_launch_early
 from multilora.triton_math import fast_silu
 
 H_BYTES = 64 << 20
@@ -92,6 +92,8 @@ class TritonLora:
         """Programmatic dependent launch, in small steps: a kernel starts while the one before it ends."""
         self._align = math.gcd(table.page_elements, 8)
         self._columns: dict[tuple[int, int], Columns] = {}
+        shapes: dict[tuple, int] = {}
+        self._shape = [shapes.setdefault((s.in_features, s.slices), len(shapes)) for s in sites]
         words = FURTHER * ENTRY_WORDS + graph_rows * TILE_WORDS
         self._fixed = torch.zeros(words, dtype=torch.int32, device=self._device)
         self._fixed_h = torch.zeros(H_BYTES // 4, dtype=torch.float32, device=self._device)
@@ -208,37 +210,62 @@ class TritonLora:
             self._expand(group, y, site)
 
     def _shrink(self, group: Group, x: torch.Tensor, site: int) -> None:
-        assert self._step is not None and x.is_contiguous()
-        step, table, shape = self._step, self._table, self._table.sites[site]
+        assert x.is_contiguous()
         rank = group.rank(site, stacked=True)
         if not rank:
             return
-        blocks, splits = group.blocks.shrink(shape.in_features), group.splits(shape)
-        chunk = table.geometry.chunk_columns(shape.in_features)
-        tables = table.weights, table.addresses, table.records, group.tiles, step.entries
-        args = (x, group.h, *tables, site, len(table.sites), shape.in_features, chunk, group.h_split(splits))
+        key = "shrink", self._shape[site], rank
+        if key not in group.launches:
+            group.launches[key] = self._shrink_launch(group, self._table.sites[site], rank)
+        group.launches[key]((x,), site)
+
+    def _expand(self, group: Group, y: torch.Tensor, site: int) -> None:
+        assert y.is_contiguous()
+        if not group.touches(site):
+            return
+        rank = group.rank(site, stacked=False)
+        key = "expand", self._shape[site], rank, y.dtype
+        if key not in group.launches:
+            group.launches[key] = self._expand_launch(group, self._table.sites[site], rank)
+        group.launches[key]((y,), site)
+
+    def _expand_gated(self, group: Group, y: torch.Tensor, site: int) -> torch.Tensor:
+        """expand() of this group's rows within silu(gate) · up of all rows."""
+        assert y.is_contiguous()
+        out = torch.empty(y.shape[0], y.shape[1] // 2, dtype=y.dtype, device=y.device)
+        rank = group.rank(site, stacked=False)
+        key = "gated", self._shape[site], rank
+        if key not in group.launches:
+            group.launches[key] = self._gated_launch(group, self._table.sites[site], rank, fast_silu(y))
+        group.launches[key]((y, out), site)
+        return out
+
+    def _shrink_launch(self, group: Group, site: LoraSite, rank: int) -> Repeated:
+        assert self._step is not None
+        table, early = self._table, self._step.overlap
+        blocks, splits = group.blocks.shrink(site.in_features), group.splits(site)
+        chunk = table.geometry.chunk_columns(site.in_features)
+        rest = (*self._tables(group), len(table.sites), site.in_features, chunk, group.h_split(splits))
         constants = {
             "RECORD": table.record_words,
-            "WHOLE": chunk == shape.in_features,
+            "WHOLE": chunk == site.in_features,
             "ALIGN": self._align,
             "VECTOR": group.vector,
             "BLOCK_K": blocks.k,
             "TILE_M": group.tile_rows,
             "TILE_K": min(blocks.tile_k, blocks.k),
             "TILE_R": group.tile_r(blocks.tile_r, rank),
-            "PDL": step.overlap,
+            "PDL": early,
         }
-        launch(shrink_kernel, (group.grid, splits), args, constants, early=step.overlap, **options_of(blocks))
+        return Repeated(shrink_kernel, (group.grid, splits), rest, constants, early=early, **options_of(blocks))
 
-    def _expand(self, group: Group, y: torch.Tensor, site: int) -> None:
-        assert self._step is not None and y.is_contiguous()
-        step, table, shape = self._step, self._table, self._table.sites[site]
-        if not group.touches(site):
-            return
-        blocks, splits = group.blocks.expand(shape.out_features), group.splits(shape)
-        columns = self._columns_of(shape, blocks.n)
-        tables = table.weights, table.addresses, table.records, group.tiles, step.entries, columns.table
-        args = (y, group.h, *tables, site, len(table.sites), y.shape[1], group.h_split(splits), splits)
+    def _expand_launch(self, group: Group, site: LoraSite, rank: int) -> Repeated:
+        assert self._step is not None
+        table, early = self._table, self._step.overlap
+        blocks, splits = group.blocks.expand(site.out_features), group.splits(site)
+        columns = self._columns_of(site, blocks.n)
+        sizes = len(table.sites), site.out_features, group.h_split(splits), splits
+        rest = (*self._tables(group), columns.table, *sizes)
         constants = {
             "RECORD": table.record_words,
             "WHOLE": columns.whole,
@@ -249,23 +276,19 @@ class TritonLora:
             "BLOCK_S": power_of_two(splits),
             "TILE_M": group.tile_rows,
             "TILE_N": min(blocks.tile_n, blocks.n),
-            "TILE_R": group.tile_r(blocks.tile_r, group.rank(site, stacked=False)),
-            "PDL": step.overlap,
+            "TILE_R": group.tile_r(blocks.tile_r, rank),
+            "PDL": early,
         }
         grid = group.grid, columns.table.shape[0]
-        launch(expand_kernel, grid, args, constants, early=step.overlap, **options_of(blocks))
+        return Repeated(expand_kernel, grid, rest, constants, early=early, **options_of(blocks))
 
-    def _expand_gated(self, group: Group, y: torch.Tensor, site: int) -> torch.Tensor:
-        """expand() of this group's rows within silu(gate) · up of all rows."""
-        assert self._step is not None and y.is_contiguous() and group.blocks.gated is not None
-        step, table, shape = self._step, self._table, self._table.sites[site]
-        gate, up = shape.slices
+    def _gated_launch(self, group: Group, site: LoraSite, rank: int, fast: bool) -> Repeated:
+        assert self._step is not None and group.blocks.gated is not None
+        gate, up = site.slices
         assert gate.offset == 0 and gate.out_features == up.offset == up.out_features
-        blocks, splits, width = group.blocks.gated, group.splits(shape), gate.out_features
+        table, blocks, splits, width = self._table, group.blocks.gated, group.splits(site), gate.out_features
         chunk = table.geometry.chunk_columns(width)
-        out = torch.empty(y.shape[0], width, dtype=y.dtype, device=y.device)
-        tables = table.weights, table.addresses, table.records, group.tiles, step.entries
-        args = (y, out, group.h, *tables, site, len(table.sites), width, chunk, group.h_split(splits), splits)
+        rest = (*self._tables(group), len(table.sites), width, chunk, group.h_split(splits), splits)
         constants = {
             "RECORD": table.record_words,
             "WHOLE": chunk == width,
@@ -273,15 +296,19 @@ class TritonLora:
             "BLOCK_N": blocks.n,
             "TILE_M": group.tile_rows,
             "TILE_N": min(blocks.tile_n, blocks.n),
-            "TILE_R": group.tile_r(blocks.tile_r, group.rank(site, stacked=False)),
-            "FAST": fast_silu(y),
+            "TILE_R": group.tile_r(blocks.tile_r, rank),
+            "FAST": fast,
         }
-        grid = step.gated, cdiv(width, blocks.n)
-        launch(gated_kernel, grid, args, constants, early=False, **options_of(blocks))
-        return out
+        grid = self._step.gated, cdiv(width, blocks.n)
+        return Repeated(gated_kernel, grid, rest, constants, early=False, **options_of(blocks))
+
+    def _tables(self, group: Group) -> tuple[torch.Tensor, ...]:
+        assert self._step is not None
+        table = self._table
+        return group.h, table.weights, table.addresses, table.records, group.tiles, self._step.entries
 
     def _columns_of(self, site: LoraSite, block_n: int) -> Columns:
-        key = site.index, block_n
+        key = self._shape[site.index], block_n
         if key not in self._columns:
             geometry, widths = self._table.geometry, [s.out_features for s in site.slices]
             rows = [

@@ -89,7 +89,7 @@ def gated_rows(y, out, rows, h, h_stride, h_split, splits, weights, addresses, r
 
 
 @triton.jit(do_not_specialize=["site", "splits"])
-def gated_kernel(y, out, h, weights, addresses, records, tiles, entries, site, sites, width, chunk, h_split, splits,
+def gated_kernel(y, out, site, h, weights, addresses, records, tiles, entries, sites, width, chunk, h_split, splits,
                  RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
                  TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """y: [rows, 2 · width], out: [rows, width]. Grid (tiles, blocks of BLOCK_N columns of out)."""

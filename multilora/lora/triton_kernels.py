@@ -92,7 +92,7 @@ def shrink_rows(x, x_stride, rows, h, h_stride, part, parts, weights, addresses,
 
 
 @triton.jit(do_not_specialize=["site"])
-def shrink_kernel(x, h, weights, addresses, records, tiles, entries, site, sites, width, chunk, h_split,
+def shrink_kernel(x, site, h, weights, addresses, records, tiles, entries, sites, width, chunk, h_split,
                   RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr,
                   BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_R: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
@@ -261,7 +261,7 @@ def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
 
 
 @triton.jit(do_not_specialize=["site", "splits"])
-def expand_kernel(y, h, weights, addresses, records, tiles, entries, blocks, site, sites, y_stride, h_split, splits,
+def expand_kernel(y, site, h, weights, addresses, records, tiles, entries, blocks, sites, y_stride, h_split, splits,
                   RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_N: tl.constexpr,
                   VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
                   TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip

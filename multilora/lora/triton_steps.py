@@ -10,7 +10,7 @@ is listed again, as further parts of itself, which share the work. Tiles with th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch
 from multilora.batch import LoraSegment
 from multilora.lora.sites import LoraSite
 from multilora.lora.tuning import Phase
+from multilora.triton_launch import Repeated
 
 Segments = tuple[LoraSegment, ...]
 
@@ -108,6 +109,7 @@ class Group:
     vector: bool
     tile_rows: int
     any_rank: bool  # one kernel serves every rank
+    launches: dict[tuple, Repeated] = field(default_factory=dict)  # those of one layer serve all others
 
     def rank(self, site: int, stacked: bool) -> int:
         """The largest rank at a site, stacked or of a slice; MAX_RANK if anything may come."""
