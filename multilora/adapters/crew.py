@@ -12,6 +12,12 @@ import torch
 
 T = TypeVar("T")
 
+Slab = tuple[int, int, int]
+"""Part of a file and where it goes: first byte in the file, first byte in memory, bytes."""
+
+ReadCached = Callable[[int, list[Slab], torch.Tensor], list[Slab]]
+"""Read from a file (its descriptor) into uint8 memory what the system has at hand; returns what is left to read."""
+
 
 def spare_cores(at_most: int) -> int:
     """How many threads may work beside the step loop and the front, of the cores this process may use."""
@@ -24,11 +30,23 @@ def private_memory(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-class Crew:
-    """`threads` 1: no thread is started, the caller works alone. memory: where the crew's results are to lie."""
+def read_nothing(fd: int, slabs: list[Slab], memory: torch.Tensor) -> list[Slab]:
+    """The ReadCached of who has no help."""
+    return slabs
 
-    def __init__(self, threads: int = 1, memory: Callable[[int], torch.Tensor] = private_memory):
+
+class Crew:
+    """`threads` 1: no thread is started, the caller works alone. memory: where the crew's results are to lie.
+    read_cached: asked before a file is read by the threads."""
+
+    def __init__(
+        self,
+        threads: int = 1,
+        memory: Callable[[int], torch.Tensor] = private_memory,
+        read_cached: ReadCached = read_nothing,
+    ):
         self.memory = memory
+        self.read_cached = read_cached
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "crew") if threads > 1 else None
 

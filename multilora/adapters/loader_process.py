@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE = 1 << 20
 PARALLEL_FETCHES = 4  # so that a slow download does not hold up a local directory
 MAX_READERS = 8  # threads, for all fetches together
-MAX_PACKERS = 8  # processes
+MAX_PACKERS = 12  # processes
 # glibc's malloc: memory that a file was read into is used again, as fresh pages cost more than reading. At most
 # 512 MiB stay with the process when nothing is to do.
 REUSE_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(512 << 20), "MALLOC_ARENA_MAX": "1"}
@@ -239,7 +239,7 @@ class _Server:
         self._context = context
         self._packers = packers
         self._places = places
-        self._crew = Crew(spare_cores(MAX_READERS), packers.memory)
+        self._crew = Crew(spare_cores(MAX_READERS), packers.memory, packers.read)
         self._sending = threading.Lock()
 
     def answer(self, job: FetchJob) -> None:

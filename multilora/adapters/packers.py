@@ -1,4 +1,4 @@
-"""Processes that pack weights for the loader, side by side: Python's threads would wait for each other's GIL.
+"""Processes that read and pack weights for the loader: Python's threads would wait for each other's GIL.
 
 They are forked when the loader starts and share one region of memory with it, into which files are read, and the
 staging memory. An order names places in the region, and where the pages are: in the staging memory, or in a file
@@ -14,12 +14,14 @@ import socket
 import threading
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import torch
 
+from multilora.adapters.crew import Slab
 from multilora.adapters.first_fit import FirstFit
 from multilora.adapters.page_files import PagePlace, populate
 from multilora.adapters.strips import Run, Strip, write_strip, write_strips
@@ -44,12 +46,25 @@ class _Place(msgspec.Struct, array_like=True, frozen=True):
     runs: tuple[Run, ...]
 
 
-class _Order(msgspec.Struct, array_like=True, frozen=True):
+class _Pack(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """start: byte of the staging memory at which the pages begin; None: they are the file that comes along."""
 
     dtype: str
     places: list[_Place]
     start: int | None
+
+
+class _Read(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Of the file that comes along, into the region."""
+
+    slabs: list[Slab]
+
+
+class _Answer(msgspec.Struct, array_like=True, frozen=True):
+    """error: of packing. left: slabs that the system does not have at hand."""
+
+    error: str = ""
+    left: list[Slab] = []
 
 
 class Region:
@@ -129,15 +144,22 @@ class Packers:
                 here.append(strip)
             else:
                 places.append(_describe(strip, start))
-        if places:
-            try:
-                with self._lock:
-                    self._order(places, str(dtype).removeprefix("torch."), where)
-            except OSError:
-                logger.exception("a packing process has died; packing without them from now on")
-                self.close()
-                here = strips
+        if places and not self._pack_aside(places, str(dtype).removeprefix("torch."), where):
+            here = strips
         write_strips(here, dtype, out)
+
+    def read(self, fd: int, slabs: list[Slab], memory: torch.Tensor) -> list[Slab]:
+        """A `ReadCached` (crew.py): what the system has at hand of a file. A slow disk would hold up those who pack
+        meanwhile, so the rest is left to the caller."""
+        start = self._region.place_of(memory) if self._region else None
+        count = len(self._packers)
+        if start is None or not count:
+            return slabs
+        moved = [(first, start + at, nbytes) for first, at, nbytes in slabs]
+        answers = self._order([_Read(moved[i::count]) for i in range(count)], fd)
+        if answers is None:
+            return slabs
+        return [(first, at - start, nbytes) for answer in answers for first, at, nbytes in answer.left]
 
     def close(self) -> None:
         for packer in self._packers:
@@ -145,21 +167,36 @@ class Packers:
             os.waitpid(packer.pid, 0)
         self._packers = []
 
-    def _order(self, places: list[_Place], dtype: str, where: PagePlace) -> None:
-        """Shared out evenly by size. Raises OSError if a process is gone."""
-        shares: list[list[_Place]] = [[] for _ in self._packers]
+    def _pack_aside(self, places: list[_Place], dtype: str, where: PagePlace) -> bool:
+        """Shared out evenly by size. False: the processes are gone."""
+        count = len(self._packers)
+        shares: list[list[_Place]] = [[] for _ in range(count)]
         places.sort(key=lambda place: -place.shape[0] * place.shape[1])
-        for i, place in enumerate(places):
-            turn, at = divmod(i, len(shares))
-            shares[at if turn % 2 == 0 else len(shares) - 1 - at].append(place)
-        for packer, share in zip(self._packers, shares, strict=True):
-            data = msgspec.msgpack.encode(_Order(dtype, share, where.start if where.fd is None else None))
-            fds = [] if where.fd is None else [where.fd]
-            socket.send_fds(packer.connection, [len(data).to_bytes(LENGTH_BYTES, "little")], fds)
-            packer.connection.sendall(data)
-        errors = [_receive(packer.connection).decode() for packer in self._packers]
-        for error in filter(None, errors):
+        for i, place in enumerate(places if count else []):
+            turn, at = divmod(i, count)
+            shares[at if turn % 2 == 0 else count - 1 - at].append(place)
+        start = where.start if where.fd is None else None
+        answers = self._order([_Pack(dtype, share, start) for share in shares], where.fd)
+        for error in (answer.error for answer in answers or () if answer.error):
             raise AdapterInvalid(error)
+        return answers is not None
+
+    def _order(self, orders: Sequence[_Pack | _Read], fd: int | None) -> list[_Answer] | None:
+        """One for each process; their answers. None: there are none any more."""
+        with self._lock:
+            if not self._packers or len(orders) != len(self._packers):
+                return None  # let go since the orders were written
+            try:
+                for packer, order in zip(self._packers, orders, strict=True):
+                    data = msgspec.msgpack.encode(order)
+                    fds = [] if fd is None else [fd]
+                    socket.send_fds(packer.connection, [len(data).to_bytes(LENGTH_BYTES, "little")], fds)
+                    packer.connection.sendall(data)
+                return [msgspec.msgpack.decode(_receive(p.connection), type=_Answer) for p in self._packers]
+            except OSError:
+                logger.exception("a packing process has died; packing without them from now on")
+                self.close()
+                return None
 
     def _fork(self, inherited: socket.socket | None) -> _Packer:
         ours, theirs = socket.socketpair()
@@ -188,30 +225,38 @@ class Packers:
             header, fds, _, _ = socket.recv_fds(connection, LENGTH_BYTES, 1)
             if not header:
                 return
-            order = msgspec.msgpack.decode(_exactly(connection, int.from_bytes(header, "little")), type=_Order)
-            message = ""
+            order = msgspec.msgpack.decode(_exactly(connection, int.from_bytes(header, "little")), type=_Pack | _Read)
             try:
-                self._pack(order, fds)
-            except AdapterInvalid as e:
-                message = e.message
-            _send(connection, message.encode())
+                answer = self._read_here(order, fds[0]) if isinstance(order, _Read) else self._pack_here(order, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            _send(connection, msgspec.msgpack.encode(answer))
 
-    def _pack(self, order: _Order, fds: list[int]) -> None:
+    def _read_here(self, order: _Read, fd: int) -> _Answer:
+        assert self._region is not None
+        view = memoryview(self._region.memory)
+        return _Answer(left=[s for s in order.slabs if not read_cached(fd, s[0], view[s[1] : s[1] + s[2]])])
+
+    def _pack_here(self, order: _Pack, fds: list[int]) -> _Answer:
         """Into the staging memory, or into the file: mapped, as writes to one file wait for each other, and unmapped
         at once, as who unmaps a file last frees its memory."""
-        if order.start is not None:
-            assert self._staging is not None
-            self._pack_into(np.frombuffer(self._staging, np.uint8, offset=order.start), order)
-            return
-        with mmap.mmap(fds[0], 0) as pages:
-            os.close(fds[0])
-            target = np.frombuffer(pages, np.uint8)
-            try:
-                self._pack_into(target, order, pages)
-            finally:
-                del target
+        try:
+            if order.start is not None:
+                assert self._staging is not None
+                self._pack_into(np.frombuffer(self._staging, np.uint8, offset=order.start), order)
+                return _Answer()
+            with mmap.mmap(fds[0], 0) as pages:
+                target = np.frombuffer(pages, np.uint8)
+                try:
+                    self._pack_into(target, order, pages)
+                finally:
+                    del target
+        except AdapterInvalid as e:
+            return _Answer(error=e.message)
+        return _Answer()
 
-    def _pack_into(self, target: np.ndarray, order: _Order, fresh: mmap.mmap | None = None) -> None:
+    def _pack_into(self, target: np.ndarray, order: _Pack, fresh: mmap.mmap | None = None) -> None:
         """fresh: what `target` maps, if its pages are not there yet."""
         assert self._region is not None
 
@@ -223,6 +268,22 @@ class Packers:
         for place in order.places:
             weight = self._region.at(place.start, getattr(torch, place.dtype), place.shape, place.strides)
             write_strip(Strip(place.name, weight, place.scaling, place.runs), getattr(torch, order.dtype), put)
+
+
+def read_cached(fd: int, start: int, target: memoryview) -> bool:
+    """Fill `target` from there if the whole part is in the system's memory already; else its bytes are not known."""
+    flag = getattr(os, "RWF_NOWAIT", None)  # Linux
+    if flag is None:
+        return False
+    while target:
+        try:
+            got = os.preadv(fd, [target], start, flag)
+        except OSError:  # not at hand, or this file system does not say
+            return False
+        if not got:
+            return False  # the file ends: whoever reads it next says so
+        start, target = start + got, target[got:]
+    return True
 
 
 def _describe(strip: Strip, start: int) -> _Place:

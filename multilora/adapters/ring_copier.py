@@ -18,9 +18,9 @@ from multilora.adapters.copier import runs
 from multilora.adapters.crew import spare_cores
 from multilora.adapters.mapping import populate
 
-CORES = 8
+CORES = 12
 SLOTS = 3  # one is filled while another is copied
-SLOT_BYTES = 8 << 20
+SLOT_BYTES = 16 << 20
 
 
 class RingCopy:

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from multilora.adapters.crew import ALONE, Crew
+from multilora.adapters.crew import ALONE, Crew, Slab
 from multilora.adapters.files import open_regular, parse_json_object, show
 from multilora.errors import AdapterInvalid, AdapterUnsupported
 
@@ -48,7 +48,7 @@ class SafetensorsFile:
         """Raises AdapterNotFound, AdapterInvalid naming file and tensor, AdapterUnsupported for another dtype."""
         self.path = path
         self._crew = crew
-        self._shared: Future[dict[str, torch.Tensor]] | None = None
+        self._shared: Future[tuple[torch.Tensor, dict[str, int]]] | None = None
         self._file = open_regular(path)
         try:
             self.tensors = self._read_header()
@@ -78,7 +78,8 @@ class SafetensorsFile:
             return self.read_rows(name, 0, info.shape[0])
         self.read_ahead()
         assert self._shared is not None
-        return _view(self._shared.result()[name], info.dtype, info.shape)
+        data, starts = self._shared.result()
+        return _view(data, starts[name], info.dtype, info.shape)
 
     def read_ahead(self) -> None:
         """Start to read what the first call of `read` would, on another thread if the crew has one."""
@@ -91,14 +92,15 @@ class SafetensorsFile:
         rows = (stop - start, *info.shape[1:])
         row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
         data = self._read_bytes([(info.start + start * row_bytes, math.prod(rows) * info.dtype.itemsize)])
-        return _view(data, info.dtype, rows)
+        return _view(data, 0, info.dtype, rows)
 
-    def _read_shared(self) -> dict[str, torch.Tensor]:
-        """Name → its bytes. In the order of the file, so that disks read ahead."""
+    def _read_shared(self) -> tuple[torch.Tensor, dict[str, int]]:
+        """All but the large ones, behind each other, and where each of them begins. In the order of the file, so that
+        disks read ahead."""
         names = sorted((n for n, i in self.tensors.items() if i.nbytes <= LARGE_BYTES), key=self._place)
-        data = self._read_bytes([self._place(name) for name in names])
         ends = itertools.accumulate(self.tensors[name].nbytes for name in names)
-        return {name: data[end - self.tensors[name].nbytes : end] for name, end in zip(names, ends, strict=True)}
+        starts = {name: end - self.tensors[name].nbytes for name, end in zip(names, ends, strict=True)}
+        return self._read_bytes([self._place(name) for name in names]), starts
 
     def _place(self, name: str) -> tuple[int, int]:
         return self.tensors[name].start, self.tensors[name].nbytes
@@ -106,15 +108,16 @@ class SafetensorsFile:
     def _read_bytes(self, parts: list[tuple[int, int]]) -> torch.Tensor:
         """Parts of the file, (start, bytes) each, behind each other."""
         data = self._crew.memory(sum(nbytes for _, nbytes in parts))
-        view = data.numpy().data
-        slabs: list[tuple[int, memoryview]] = []
+        slabs: list[Slab] = []
         at = 0
         for start, nbytes in _joined(parts):
             for first in range(0, nbytes, SLAB_BYTES):
                 size = min(SLAB_BYTES, nbytes - first)
-                slabs.append((start + first, view[at : at + size]))
+                slabs.append((start + first, at, size))
                 at += size
-        self._crew.each(lambda slab: self._fill(*slab), slabs)
+        view = data.numpy().data
+        left = self._crew.read_cached(self._file.fileno(), slabs, data)
+        self._crew.each(lambda slab: self._fill(slab[0], view[slab[1] : slab[1] + slab[2]]), left)
         return data
 
     def _fill(self, start: int, target: memoryview) -> None:
@@ -195,10 +198,12 @@ def _joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _view(data: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    if data.storage_offset() % dtype.itemsize:  # behind a tensor of a narrower dtype
-        data = data.clone()
-    return data.view(dtype).view(shape)
+def _view(data: torch.Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor that begins at that byte of `data`, uint8."""
+    part = data[start : start + math.prod(shape) * dtype.itemsize]
+    if part.storage_offset() % dtype.itemsize:  # behind a tensor of a narrower dtype
+        part = part.clone()
+    return part.view(dtype).view(shape)
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:

@@ -13,7 +13,7 @@ import torch
 
 from multilora.adapters.adapter import Adapter, LowRank
 from multilora.adapters.blocks import Blocks, PackTarget, pack
-from multilora.adapters.packers import Packers, Region
+from multilora.adapters.packers import Packers, Region, read_cached
 from multilora.adapters.page_files import PagePlaces
 from multilora.adapters.strips import Strip
 from multilora.errors import AdapterInvalid
@@ -130,6 +130,54 @@ def test_they_keep_no_file() -> None:
             assert time.monotonic() < end
             time.sleep(0.001)
     packers.close()
+
+
+SLABS = [(start, start + 64, min(1000, 50_000 - start)) for start in range(0, 50_000, 1000)]
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Iterator[tuple[int, bytes]]:
+    """A file, and what is in it."""
+    data = os.urandom(50_000)
+    (tmp_path / "file").write_bytes(data)
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    yield fd, data
+    os.close(fd)
+
+
+def test_what_the_system_has_at_hand_is_read(packers: Packers, stored: tuple[int, bytes]) -> None:
+    """Whatever was read is right, and whatever was not is named."""
+    fd, data = stored
+    memory = packers.memory(50_100)
+    memory.fill_(7)
+    left = packers.read(fd, SLABS, memory)
+    assert set(left) <= set(SLABS)
+    for first, at, nbytes in set(SLABS) - set(left):
+        assert memory[at : at + nbytes].numpy().tobytes() == data[first : first + nbytes]
+    assert bool((memory[:64] == 7).all()) and bool((memory[50_064:] == 7).all())
+    if not read_cached(fd, 0, memoryview(bytearray(10))):
+        pytest.skip("this file system does not say what it has at hand")
+    assert left == []
+
+
+def test_reading_beyond_the_end_is_left_to_the_caller(packers: Packers, stored: tuple[int, bytes]) -> None:
+    assert (49_900, 0, 200) in packers.read(stored[0], [(49_900, 0, 200), (0, 200, 10)], packers.memory(300))
+    assert not read_cached(stored[0], 49_999, memoryview(bytearray(2)))
+
+
+def test_nothing_is_read_into_memory_of_others(packers: Packers, stored: tuple[int, bytes]) -> None:
+    memory = torch.zeros(50_100, dtype=torch.uint8)
+    assert packers.read(stored[0], SLABS, memory) == SLABS
+    assert Packers(0).read(stored[0], SLABS, memory) == SLABS
+    assert not memory.any()
+
+
+def test_when_a_process_dies_all_is_left_to_the_caller(packers: Packers, stored: tuple[int, bytes], caplog) -> None:
+    os.kill(packers._packers[0].pid, signal.SIGKILL)
+    memory = packers.memory(50_100)
+    for _ in range(2):
+        assert packers.read(stored[0], SLABS, memory) == SLABS
+    assert "a packing process has died" in caplog.text
 
 
 def test_close_ends_them() -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from multilora.adapters.crew import Crew
+from multilora.adapters.crew import Crew, Slab
 from multilora.adapters.safetensors_file import SLAB_BYTES, SafetensorsFile
 from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
 
@@ -110,6 +110,26 @@ def test_a_file_of_many_slabs_read_by_a_crew(tmp_path: Path) -> None:
         assert sum(info.nbytes for info in file.tensors.values()) > 5 * SLAB_BYTES
         for name, tensor in tensors.items():
             assert torch.equal(file.read(name), tensor)
+
+
+def test_what_is_not_at_hand_is_read_by_the_crew(tmp_path: Path) -> None:
+    """Every second slab is read by somebody else, the first of them only half and so not at all."""
+    tensors = {name: torch.randn(SLAB_BYTES // 4 + 100) for name in "abcde"}
+    save_file(tensors, tmp_path / "w.safetensors")
+    asked: list[Slab] = []
+
+    def read_cached(fd: int, slabs: list[Slab], memory: torch.Tensor) -> list[Slab]:
+        asked.extend(slabs)
+        view = memory.numpy().data
+        view[slabs[0][1] : slabs[0][1] + 1000] = os.pread(fd, 1000, slabs[0][0])
+        for first, at, nbytes in slabs[1::2]:
+            view[at : at + nbytes] = os.pread(fd, nbytes, first)
+        return slabs[::2]
+
+    with SafetensorsFile(tmp_path / "w.safetensors", Crew(3, read_cached=read_cached)) as file:
+        for name, tensor in tensors.items():
+            assert torch.equal(file.read(name), tensor)
+    assert len(asked) == 6
 
 
 def test_a_wide_dtype_behind_a_narrow_one_need_not_be_aligned(tmp_path: Path) -> None:
