@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from multilora.adapters.spool import Spool
+from multilora.adapters.spool import Spool, remove_orphans
 from multilora.config import Config
 from multilora.errors import AdapterError, BadRequest
 
@@ -89,3 +89,59 @@ def test_the_directory_goes_with_the_process(tmp_path):
     code = "from multilora.adapters.spool import Spool; s = Spool(); s.add(1, {}, lambda p: p.touch())"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TMPDIR": str(tmp_path)})
     assert list(tmp_path.iterdir()) == []
+
+
+OWNER = """
+import sys
+from multilora.adapters.spool import Spool
+spool = Spool()
+print(spool.add(1, {}, lambda path: path.touch()).parent, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spool = Spool()
+    mine = spool.add(1, CONFIG, weights).parent
+    command, environment = [sys.executable, "-c", OWNER], os.environ | {"TMPDIR": str(tmp_path)}
+    owners = [
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)
+    ]
+    lives, killed = (Path(owner.stdout.readline().decode().strip()) for owner in owners)
+    others = [tmp_path / "multilora-tensors-old", tmp_path / "multilora-engine", tmp_path / "elsewhere"]
+    for other in others:
+        (other / "1").mkdir(parents=True)
+    link = tmp_path / "multilora-tensors-1-link"
+    link.symlink_to(tmp_path / "elsewhere")
+    file = tmp_path / "multilora-tensors-1-file"
+    file.touch()
+    owners[1].kill()
+    owners[1].wait()
+    assert {mine, lives, killed} <= set(tmp_path.iterdir())
+    Spool()
+    assert set(tmp_path.iterdir()) == {mine, lives, *others, link, file}
+    assert (lives / "1").exists() and (mine / "1").exists() and (tmp_path / "elsewhere" / "1").exists()
+    owners[0].communicate()
+    owners[1].communicate()
+    assert not lives.exists()
+
+
+@pytest.mark.parametrize("before", ["os.open", "fcntl.flock"])
+def test_a_new_directory_that_is_taken_for_an_orphan_is_made_again(tmp_path, monkeypatch, before):
+    """Before its lock is there, somebody else may look for orphans."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spool = Spool()
+    module, name = before.split(".")
+    function = getattr(sys.modules[module], name)
+
+    def late(*args):
+        monkeypatch.undo()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        assert len(list(tmp_path.iterdir())) == 1
+        remove_orphans()
+        assert list(tmp_path.iterdir()) == []
+        return function(*args)
+
+    monkeypatch.setattr(before, late)
+    assert [spool.root] == list(tmp_path.iterdir())
