@@ -9,9 +9,11 @@ import torch
 from bench.common import matmul_rate, read_bandwidth, synchronize
 from bench.gpu.setup import Bench, Machine
 from multilora.adapters.ring_copier import RingCopier
+from multilora.adapters.staging import Staging
 
 LINK_BYTES = 1 << 30
 COPIED = 16  # adapters
+COPY_RUNS = 5
 
 
 def measure(device: torch.device) -> Machine:
@@ -35,27 +37,45 @@ def link_bandwidth(device: torch.device) -> float:
 
 
 def copies_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Adapters in the host tier through the ring of pinned memory into scattered pages, against the link itself."""
+    """Adapters into scattered pages, against the link itself: from the host tier through the ring of pinned memory,
+    and from the staging memory, where the loader packs them."""
     assert bench.machine.link is not None and bench.llm.engine.adapters is not None
     names = bench.load_group("r16")[:COPIED]
     entries = [bench.llm.engine.adapters.host.peek(bench.infos[name].version) for name in names]
-    buffers = [entry.buffer for entry in entries if entry is not None]
+    staging = Staging()
+    staging.pin()
+    ordinary = [entry.buffer for entry in entries if entry is not None and not entry.buffer.is_pinned()]
+    assert len(ordinary) == COPIED, "they have not settled yet"
+    nbytes = ordinary[0].numel()
+    fit = range(min(COPIED, staging.nbytes // nbytes))
+    pinned = [staging.view(i * nbytes, nbytes, lambda start: None).view(ordinary[0].shape) for i in fit]
+    for to, source in zip(pinned, ordinary, strict=False):
+        to.copy_(source)
+    target, link = round(0.8 * bench.machine.link / 1e9, 1), bench.machine.link / 1e9
+    for where, buffers in (("through the ring", ordinary), ("from the staging memory", pinned)):
+        row = bench.row(f"host to device, adapters {where}", "GB/s", target)
+        yield row.show(_copy_rate(bench, buffers) / 1e9, link)
+    del pinned, to
+    staging.close()
+
+
+def _copy_rate(bench: Bench, buffers: list[torch.Tensor]) -> float:
+    """Bytes a second, all of them one after the other."""
     count, page_bytes = buffers[0].shape
     total = count * len(buffers)
     arena = torch.empty(total, page_bytes, dtype=torch.uint8, device=bench.machine.device)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
     copier = RingCopier(arena)
     best = float("inf")
-    for _ in range(3):
+    for _ in range(COPY_RUNS):
         start = time.perf_counter()
         copies = [copier.start(b, order[i * count : (i + 1) * count]) for i, b in enumerate(buffers)]
         while not all(copy.done() for copy in copies):
             time.sleep(0.0005)
         best = min(best, time.perf_counter() - start)
+    copier.close()
     assert torch.equal(arena[order[-count:]].cpu(), buffers[-1]), "the last adapter did not arrive"
-    link = bench.machine.link
-    row = bench.row("host to device, adapters through the ring", "GB/s", round(0.8 * link / 1e9, 1))
-    yield row.show(total * page_bytes / best / 1e9, link / 1e9)
+    return total * page_bytes / best
 
 
 def kernels_rows(bench: Bench) -> Iterator[dict[str, Any]]:
