@@ -100,6 +100,8 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
     with LLM(
         model, enable_lora=True, lora_backend=args.lora_backend, mem_fraction_static=ARENA_FRACTION, **options
     ) as llm:
+        gc.collect()
+        gc.freeze()  # as the engine does in a process of its own
         result["seconds"]["start"] = round(time.perf_counter() - started, 1)
         bench = Bench(llm, start_without, dims, work, machine, Adapters(directory, dims, machine.device), args.dims)
         for part in parts:

@@ -8,6 +8,7 @@ Run by `ProcessLoader` as `python -m multilora.adapters.loader_process`.
 """
 
 import contextlib
+import gc
 import logging
 import mmap
 import os
@@ -208,6 +209,8 @@ def serve(connection: socket.socket) -> None:
     target = PackTarget(start.base.sites, getattr(torch, start.dtype), start.page_bytes)
     context = FetchContext(start.base, target, start.limits, start.roots)
     cores = spare_cores(MAX_PACKERS)
+    gc.collect()
+    gc.freeze()  # what is there now stays; looking through all of it would take as long as half an adapter
     staging = mmap.mmap(start.staging, 0) if start.staging is not None else None
     packers = Packers(cores if cores > 1 else 0, connection, staging)
     places = PagePlaces(staging)

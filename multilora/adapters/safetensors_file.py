@@ -49,6 +49,7 @@ class SafetensorsFile:
         self.path = path
         self._crew = crew
         self._shared: Future[tuple[torch.Tensor, dict[str, int]]] | None = None
+        self._data: tuple[torch.Tensor, dict[str, int]] | None = None  # its result
         self._file = open_regular(path)
         try:
             self.tensors = self._read_header()
@@ -76,9 +77,11 @@ class SafetensorsFile:
         info = self.tensors[name]
         if info.nbytes > LARGE_BYTES:
             return self.read_rows(name, 0, info.shape[0])
-        self.read_ahead()
-        assert self._shared is not None
-        data, starts = self._shared.result()
+        if self._data is None:
+            self.read_ahead()
+            assert self._shared is not None
+            self._data = self._shared.result()
+        data, starts = self._data
         return _view(data, starts[name], info.dtype, info.shape)
 
     def read_ahead(self) -> None:

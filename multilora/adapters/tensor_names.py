@@ -37,6 +37,8 @@ class Part(enum.Enum):
     SAVED_WEIGHT = "modules_to_save.weight"
     SAVED_BIAS = "modules_to_save.bias"
 
+    __hash__ = object.__hash__  # Enum's own is a Python function, and an adapter asks thousands of times
+
 
 # mark → leaf ("" for none) → part
 MARKS: dict[str, dict[str, Part]] = {

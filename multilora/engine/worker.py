@@ -5,6 +5,7 @@ Config. Ends when told to (after finishing what runs), when its parent, process 
 the front then answers every waiting request with an error.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -39,6 +40,7 @@ class Worker:
         self._socket = socket
         self._draining = False
         self._stats_at = 0.0
+        self._changed = False  # since the statistics were told
         self._parent = parent
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
@@ -48,6 +50,8 @@ class Worker:
 
     def run(self) -> None:
         """Until drained, or the parent is gone."""
+        gc.collect()
+        gc.freeze()  # what is there now stays; looking through all of it would make a step 10 to 100 ms late
         self._send(self._engine.ready())
         while not (self._draining and not self._engine.busy) and os.getppid() == self._parent:
             self._receive()
@@ -71,10 +75,12 @@ class Worker:
                 self._draining = True
             else:
                 self._engine.handle(message)
+                self._changed = True
 
     def _idle(self) -> None:
-        """Nothing to do: check the books, say so once."""
-        if self._stats_at:
+        """Nothing to do: check the books, say how it ended."""
+        if self._changed:
+            self._changed = False
             self._engine.check()
             self._send(self._engine.report.stats())
             self._stats_at = 0.0
