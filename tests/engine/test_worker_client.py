@@ -246,6 +246,28 @@ def test_stats_arrive_when_the_engine_becomes_idle(front: Front) -> None:
     assert stats.kv_pages == 0
 
 
+def test_stats_are_true_after_a_call_to_an_idle_engine(front: Front, files: Path) -> None:
+    """Nothing runs, before or after it."""
+
+    def become(**expected: Any) -> None:
+        end = time.monotonic() + SECONDS
+        while any(getattr(front.client.stats, field) != value for field, value in expected.items()):
+            assert time.monotonic() < end, front.client.stats
+            front.run(asyncio.sleep(0.02))
+
+    front.run(front.client.flush_cache())
+    become(prefix_pages=0, running=0, adapters=[])
+    front.answer(front.submit(max_new_tokens=40))
+    info = front.run(front.client.load_adapter(50, str(files / "adapter"), False))
+    front.answer(front.submit(max_new_tokens=40, adapters=((50, 1.0),)))
+    become(adapter_pages=info.pages, running=0)
+    assert front.client.stats.prefix_pages > 0
+    front.run(front.client.unload_adapter(50))
+    become(adapter_pages=0, adapters=[])
+    front.run(front.client.flush_cache())
+    become(prefix_pages=0)
+
+
 # ---------------------------------------------------------------------- ends
 
 
