@@ -153,6 +153,12 @@ def test_the_package_obeys(rule):
     assert rule(PACKAGE) == []
 
 
+def test_no_benchmark_imports_in_a_loop():
+    bench = Path(__file__).parents[1] / "bench"
+    assert {"common.py", "gpu/__main__.py"} <= {m.path for m in modules(bench)}
+    assert cycles(bench) == []
+
+
 def test_there_is_something_to_check():
     assert {"engine/messages.py", "errors.py", "__init__.py"} <= {m.path for m in modules(PACKAGE)}
 

@@ -24,6 +24,7 @@ from multilora.engine.messages import (
     Finish,
     Finished,
     FlushCache,
+    FromEngine,
     LoadAdapter,
     Output,
     Outputs,
@@ -183,19 +184,27 @@ class EngineClient:
             self._socket.send(encode(message))
 
     async def _receive(self) -> None:
-        while True:
-            match decode_from_engine(await self._socket.recv()):
-                case Outputs(items):
-                    for output in items:
-                        self._deliver(output)
-                case Reply() as reply:
-                    future = self._calls.pop(reply.call, None)
-                    if future is not None and not future.done():
-                        future.set_result(reply)
-                case Stats() as stats:
-                    self.stats = stats
-                case other:
-                    raise AssertionError(f"not expected now: {other}")
+        try:
+            while True:
+                self._take(decode_from_engine(await self._socket.recv()))
+        except Exception:  # nobody would hear the engine any more
+            logger.exception("the engine's messages cannot be read; ending it")
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()  # `_watch` tells everybody
+
+    def _take(self, message: FromEngine) -> None:
+        match message:
+            case Outputs(items):
+                for output in items:
+                    self._deliver(output)
+            case Reply() as reply:
+                future = self._calls.pop(reply.call, None)
+                if future is not None and not future.done():
+                    future.set_result(reply)
+            case Stats() as stats:
+                self.stats = stats
+            case other:
+                raise AssertionError(f"not expected now: {other}")
 
     def _deliver(self, output: Output) -> None:
         queue = self._queues.get(output.rid)

@@ -34,7 +34,7 @@ class LocalAdapters:
             info = self._local.call(LoadAdapter(call=version, version=version, path=lora_path, pinned=pinned)).info
             assert info is not None
             self._add_tokens(info, lora_path)
-        except MultiloraError:
+        except BaseException:
             self._registry.fail_load(version)
             raise
         self._registry.commit_load(version, info)
@@ -98,7 +98,7 @@ class LocalAdapters:
         try:
             if self._vocabularies.concerns(info):
                 self._vocabularies.add(info, path)
-        except MultiloraError:
+        except BaseException:
             self._local.call(UnloadAdapter(info.version, info.version))
             raise
 

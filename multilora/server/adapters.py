@@ -177,8 +177,10 @@ class AdapterManager:
     def _done(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
-            level = logging.INFO if isinstance(error, MultiloraError) else logging.ERROR
-            logger.log(level, "adapter change failed: %s", error)
+            if isinstance(error, MultiloraError):
+                logger.info("adapter change failed: %s", error)
+            else:
+                logger.error("adapter change failed", exc_info=error)
 
 
 def _log_loaded(name: str, info: AdapterInfo) -> None:

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 from multilora.adapters.files import open_regular
 from multilora.adapters.sources import resolve
 from multilora.engine.messages import AdapterInfo, Ready
-from multilora.errors import AdapterInvalid, BadRequest, ConfigError
+from multilora.errors import AdapterError, AdapterInvalid, BadRequest, ConfigError
 from multilora.params import SamplingParams
 from multilora.text.choice import Choice
 from multilora.text.registry import AdapterRegistry
@@ -171,10 +171,15 @@ def _read(path: Path) -> bytes:
 
 
 def load_tokenizer(files: dict[str, bytes]) -> Tokenizer:
-    """From a directory of their own, so that nothing else is looked at. Raises AdapterInvalid."""
+    """From a directory of their own, so that nothing else is looked at.
+
+    Raises AdapterInvalid; AdapterError if the disk refuses."""
     with tempfile.TemporaryDirectory(prefix="multilora-tokenizer-") as directory:
-        for name, data in files.items():
-            (Path(directory) / name).write_bytes(data)
+        try:
+            for name, data in files.items():
+                (Path(directory) / name).write_bytes(data)
+        except OSError as e:
+            raise AdapterError(f"the tokenizer of the adapter could not be kept: {e.strerror}") from e
         try:
             tokenizer = Tokenizer.load(directory)
             tokenizer.decode(tokenizer.encode(TRIAL))  # some mistakes show only then

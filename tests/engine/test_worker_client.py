@@ -317,6 +317,19 @@ def test_when_a_step_fails_everyone_hears_and_the_log_says_why(files: Path, capf
     assert "IndexError" in log, "why"
 
 
+def test_messages_that_cannot_be_read_end_the_engine(
+    files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Instead of requests that wait for ever."""
+    front = Front(config(files))
+    monkeypatch.setattr("multilora.engine.client.decode_from_engine", lambda data: 1 / 0)
+    _, finished = front.answer(front.submit(max_new_tokens=LONG))
+    assert (finished.type, finished.kind) == ("error", "EngineDead")
+    assert not front.client.alive
+    assert "messages cannot be read" in caplog.text and "ZeroDivisionError" in caplog.text
+    front.close()
+
+
 def test_shutdown_drains(front: Front) -> None:
     """The last test of the shared engine. Whatever it said before it ended is heard, however busy the front is."""
     directory, process = front.client._directory, front.engine()

@@ -126,3 +126,18 @@ def test_from_tensors_and_several_at_once(llm: LLM, files: Path) -> None:
     assert llm.generate(TEXT, GREEDY, "more").token_ids == by_ids.token_ids
     for name in ("more", "less"):
         llm.unload_lora_adapter(name)
+
+
+def test_whatever_fails_after_the_load_undoes_it(llm: LLM, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(info: object, path: str | None) -> None:
+        raise KeyboardInterrupt
+
+    before = [adapter.version for adapter in llm.stats().adapters]
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._vocabularies, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            llm.load_lora_adapter("late", str(files / "own"))
+    assert [adapter.version for adapter in llm.stats().adapters] == before
+    assert "late" not in llm.loaded_adapters()
+    llm.load_lora_adapter("late", str(files / "own"))
+    llm.unload_lora_adapter("late")

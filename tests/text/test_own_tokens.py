@@ -244,3 +244,14 @@ def test_nothing_outside_the_roots(directory: Path, tmp_path: Path) -> None:
     assert read_files(str(root / "own"))
     with pytest.raises(AdapterForbidden, match=r"'tokenizer\.json' in adapter path"):
         read_files(str(root / "own"), (str(root),))
+
+
+def test_a_full_disk_is_not_the_adapters_fault(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_bytes(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    files = read_files(str(directory))
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(AdapterError, match="could not be kept: No space left") as caught:
+        load_tokenizer(files)
+    assert not isinstance(caught.value, AdapterInvalid)
