@@ -16,7 +16,7 @@ from typing import Any
 from multilora.adapters.loader import InlineLoader
 from multilora.adapters.testing import FakeCopier
 from multilora.config import Config
-from multilora.engine.build import build_engine
+from multilora.engine.build import build_engine, choose_device
 from multilora.engine.messages import (
     Abort,
     AdapterInfo,
@@ -83,6 +83,7 @@ class EngineDriver:
         if DEVICE == "cuda" and "max_total_tokens" not in options:
             defaults["arena_bytes"] = 1 << 28  # several engines share the device
         config = Config.make(**(defaults | options))
+        self._on_gpu = choose_device(config.device).type == "cuda"
         make_copier = None if late is None else partial(FakeCopier, delay=lambda: late)
         self.engine = build_engine(config, InlineLoader, make_copier, ahead)
         self.answers: dict[str, Answer] = {}
@@ -149,7 +150,7 @@ class EngineDriver:
         while self.engine.busy:
             assert max_steps > 0, "the engine does not come to an end"
             max_steps -= 1
-            if DEVICE == "cuda" and not self.engine.running:
+            if self._on_gpu and not self.engine.running:
                 time.sleep(0.001)  # a copy is on its way
             self.step()
         self.check_at_rest()
