@@ -18,9 +18,9 @@ from multilora.adapters.copier import runs
 from multilora.adapters.crew import spare_cores
 from multilora.adapters.mapping import populate
 
-CORES = 12
+CORES = 14
 SLOTS = 3  # one is filled while another is copied
-SLOT_BYTES = 16 << 20
+SLOT_BYTES = 32 << 20
 
 
 class RingCopy:

@@ -255,9 +255,12 @@ class TritonLora:
             "TILE_M": group.tile_rows,
             "TILE_K": min(blocks.tile_k, blocks.k),
             "TILE_R": group.tile_r(blocks.tile_r, rank),
+            "PARTS": blocks.parts,
             "PDL": early,
         }
-        return Repeated(shrink_kernel, (group.grid, splits), rest, constants, early=early, **options_of(blocks))
+        return Repeated(
+            shrink_kernel, (group.grid, splits, blocks.parts), rest, constants, early=early, **options_of(blocks)
+        )
 
     def _expand_launch(self, group: Group, site: LoraSite, rank: int) -> Repeated:
         assert self._step is not None

@@ -54,22 +54,23 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def shrink_row(x, h, weights, addresses, start, rank, k0, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
-               BLOCK_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One row, one adapter, BLOCK_K columns: h[r] = Σ x[k] A[r, k]. Two panels are under way at a time."""
+def shrink_row(x, h, part, weights, addresses, start, rank, k0, width, chunk, WHOLE: tl.constexpr,
+               ALIGN: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One row, one adapter, BLOCK_K columns, every PARTS-th panel: h[r] = Σ x[k] A[r, k]. Two panels are under way at
+    a time."""
     r, panels, k = tl.arange(0, _GRANULE), rank // _GRANULE, k0 + tl.arange(0, BLOCK_K)
-    at0 = panel_address(addresses, start, 0, panels, WHOLE, ALIGN)
-    at1 = panel_address(addresses, start, 1, panels, WHOLE, ALIGN)
-    at2 = panel_address(addresses, start, 2, panels, WHOLE, ALIGN)
-    now = load_panel(weights, addresses, at0, start, 0, panels, k, width, chunk, WHOLE, ALIGN)
-    next = load_panel(weights, addresses, at1, start, 1, panels, k, width, chunk, WHOLE, ALIGN)
+    at0 = panel_address(addresses, start, part, panels, WHOLE, ALIGN)
+    at1 = panel_address(addresses, start, part + PARTS, panels, WHOLE, ALIGN)
+    at2 = panel_address(addresses, start, part + 2 * PARTS, panels, WHOLE, ALIGN)
+    now = load_panel(weights, addresses, at0, start, part, panels, k, width, chunk, WHOLE, ALIGN)
+    next = load_panel(weights, addresses, at1, start, part + PARTS, panels, k, width, chunk, WHOLE, ALIGN)
     wait_for_previous(PDL)
     xs = tl.load(x + k, mask=k < tl.where(rank > 0, width, 0), other=0.0).to(tl.float32)
-    for p in range(panels):
+    for p in range(part, panels, PARTS):
         tl.store(h + p * _GRANULE + r, tl.sum(now.to(tl.float32) * xs[None, :], 1))
         now = next
-        next = load_panel(weights, addresses, at2, start, p + 2, panels, k, width, chunk, WHOLE, ALIGN)
-        at2 = panel_address(addresses, start, p + 3, panels, WHOLE, ALIGN)
+        next = load_panel(weights, addresses, at2, start, p + 2 * PARTS, panels, k, width, chunk, WHOLE, ALIGN)
+        at2 = panel_address(addresses, start, p + 3 * PARTS, panels, WHOLE, ALIGN)
 
 
 @triton.jit
@@ -95,8 +96,9 @@ def shrink_rows(x, x_stride, rows, h, h_stride, part, parts, weights, addresses,
 def shrink_kernel(x, site, h, weights, addresses, records, tiles, entries, sites, width, chunk, h_split,
                   RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr,
                   BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_R: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
-    """x: [rows, width]; h: fp32 [splits, h_split]. Grid (tiles, splits), a split is BLOCK_K columns."""
+                  PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """x: [rows, width]; h: fp32 [splits, h_split]. Grid (tiles, splits, PARTS): a split is BLOCK_K columns, and PARTS
+    programs share the rank rows of a tile."""
     if PDL:
         gdc_launch_dependents()
     tile = tiles + tl.program_id(0) * _TILE_WORDS
@@ -108,9 +110,10 @@ def shrink_kernel(x, site, h, weights, addresses, records, tiles, entries, sites
     if VECTOR and rows * count == 1:
         place, _ = load_entry(tile, entries, further, 0)
         record = records + (place * sites + site) * RECORD
-        shrink_row(x, h, weights, addresses, tl.load(record), tl.load(record + 1), k0, width, chunk, WHOLE, ALIGN,
-                   BLOCK_K, PDL)  # fmt: skip
+        shrink_row(x, h, tl.program_id(2), weights, addresses, tl.load(record), tl.load(record + 1), k0, width,
+                   chunk, WHOLE, ALIGN, BLOCK_K, PARTS, PDL)  # fmt: skip
     else:
+        part, parts = part * PARTS + tl.program_id(2), parts * PARTS
         for e in range(count):
             place, _ = load_entry(tile, entries, further, e)
             record = records + (place * sites + site) * RECORD

@@ -15,7 +15,8 @@ WIDE = 8192
 
 @dataclass(frozen=True)
 class ShrinkBlocks:
-    """k: input columns of a program (one split); tile_k, tile_r: columns and rank rows of one `tl.dot`."""
+    """k: input columns of a program (one split); tile_k, tile_r: columns and rank rows of one `tl.dot`; parts: how
+    many programs share a tile's rank rows."""
 
     k: int
     warps: int
@@ -23,6 +24,7 @@ class ShrinkBlocks:
     tile_r: int = 16
     stages: int = 3
     registers: int | None = None  # per thread, at most
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ LARGE = Phase(
 )
 CSGMV = Tuning(
     small=Phase(
-        narrow_shrink=ShrinkBlocks(k=256, warps=4, registers=64),
+        narrow_shrink=ShrinkBlocks(k=256, warps=4, registers=64, parts=2),
         wide_shrink=ShrinkBlocks(k=512, warps=4),
         narrow_expand=ExpandBlocks(n=1024, warps=4, registers=128),
         wide_expand=ExpandBlocks(n=1024, warps=4, registers=128),
