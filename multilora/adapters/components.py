@@ -38,7 +38,7 @@ class Components:
             self._store.count_request(version)
 
     def enqueue(self, versions: Versions) -> None:
-        """A request that will ask for them waits from now on."""
+        """A request that waits, and may start soon, will ask for them."""
         for version in versions:
             self._store.residency.awaited[version] += 1
 

@@ -1,8 +1,8 @@
 """Which waiting requests start in a step. Owns no queue and no memory: it looks, and has adapters brought in.
 
 - In the policy's order; but nobody overtakes a request that came more than `MAX_WAIT` seconds before it.
-- Within that bound a request whose adapter is there goes before one whose adapter is not. No adapter leaves for one
-  whose request comes later while another waiting request will ask for it, until the oldest has waited `MAX_WAIT`.
+- Within that bound, and among the first `LOOK_AT`, a request whose adapter is there goes before one whose adapter is
+  not. No adapter leaves while one of these requests will ask for it, until the oldest has waited `MAX_WAIT`.
 - Where adapters have to take turns, requests of the same adapter follow each other.
 - A prompt step costs much whatever its number of tokens. So when other adapters are a moment away, those that are
   ready wait for them, if all together lose less by it than by a second step (DESIGN §4).
@@ -52,10 +52,12 @@ class Admission:
         """Requests to start now, in order; all are ready. waiting: by arrival; planned: what the step holds already;
         slots, budget: requests and tokens that it can still take."""
         full = slots <= 0 or budget <= 0
+        window = self._window(waiting)
+        self._await(window)
         ready: list[Request] = []
         coming: list[Request] = []
         blocked: Request | None = None
-        for i, request in enumerate(waiting[:BRING_IN] if full else self._candidates(waiting)):
+        for i, request in enumerate(window[:BRING_IN] if full else self._order(window, self._matched)):
             if blocked is None and i >= BRING_IN and len(ready) >= slots:
                 break
             if request.in_flight:  # preempted while its token was being sampled: wait for that
@@ -74,10 +76,18 @@ class Admission:
             ready = _grouped(ready)
         return [] if self._holds(ready[:slots], coming, planned, slots, budget) else ready[:slots]
 
-    def _candidates(self, waiting: Sequence[Request]) -> list[Request]:
+    def _window(self, waiting: Sequence[Request]) -> Sequence[Request]:
+        """Those that may start."""
         latest = waiting[0].arrival + self._max_wait
         end = bisect.bisect_right(waiting, latest, key=lambda r: r.arrival)
-        return self._order(waiting[: min(end, LOOK_AT)], self._matched)
+        return waiting[: min(end, LOOK_AT)]
+
+    def _await(self, window: Sequence[Request]) -> None:
+        """Their adapters stay for them, if possible. Those of others may leave: they could not start anyway."""
+        for request in window:
+            if not request.awaits:
+                request.awaits = True
+                self._components.enqueue(request.versions)
 
     def _aged(self, request: Request) -> bool:
         return self._clock() - request.arrival > self._max_wait

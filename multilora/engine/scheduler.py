@@ -338,11 +338,12 @@ class Scheduler:
 
     def _enqueue(self, request: Request) -> None:
         bisect.insort(self.waiting, request, key=lambda r: r.order)
-        self.components.enqueue(request.versions)
 
     def _dequeue(self, request: Request) -> None:
         self.waiting.remove(request)
-        self.components.dequeue(request.versions)
+        if request.awaits:
+            request.awaits = False
+            self.components.dequeue(request.versions)
 
     def _matched_pages(self, request: Request) -> int:
         return len(self.kv.match(request.tokens(), request.namespaces.of, request.match_limit))

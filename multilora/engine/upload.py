@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def upload(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """int64 from a list, or the tensor as it is; CUDA copies pageable memory aside before the call returns."""
+    """int64 from a list, or the tensor as it is. By way of pinned memory, which torch uses again only once it has been
+    read: from ordinary memory CUDA copies more than 64 KiB only after all that was queued has finished."""
     host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
-    return host.to(device, non_blocking=True)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def download(tensor: Tensor) -> Tensor:

@@ -221,6 +221,20 @@ def test_very_many_adapters_each_come_once():
     assert world.order == [f"{adapter}" for adapter in range(1, 61)]
 
 
+def test_requests_that_cannot_start_yet_keep_no_adapters(monkeypatch):
+    """Twice over more adapters than are looked at: those left over from the first time are wanted again, but late."""
+    monkeypatch.setattr(admission, "LOOK_AT", 20)
+    world = Timed(lambda n: 0.010, 50, copy_seconds=0.001, max_device_pages=10, max_running=4, chunk_tokens=10)
+    seconds = []
+    for turn in (1, 2):
+        before = world.now
+        for adapter in range(1, 51):
+            world.submit(f"{adapter}.{turn}", adapter, tokens=3)
+        world.run()
+        seconds.append(world.now - before)
+    assert seconds[1] <= 1.05 * seconds[0]
+
+
 def test_the_next_adapters_come_while_the_batch_is_full():
     world = Timed(lambda n: 0.010, 3, copy_seconds=0.015, max_running=1)
     for adapter in (1, 2, 3):
@@ -263,8 +277,8 @@ def test_the_books_of_who_is_awaited():
     world.submit("a", 1, tokens=5)
     world.submit("b", 2)
     world.submit("c", 2)
-    assert world.tiers.residency.awaited == {1: 1, 2: 2}
     world.step()
+    assert world.tiers.residency.awaited == {1: 1, 2: 2}
     world.step()
     world.engine.scheduler.end("c", None)
     assert world.tiers.residency.awaited[2] == 1
