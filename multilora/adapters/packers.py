@@ -23,6 +23,7 @@ import torch
 
 from multilora.adapters.crew import Slab
 from multilora.adapters.first_fit import FirstFit
+from multilora.adapters.mapping import lies_in_memory
 from multilora.adapters.page_files import PagePlace, populate
 from multilora.adapters.strips import Run, Strip, write_strip, write_strips
 from multilora.errors import AdapterInvalid
@@ -30,6 +31,7 @@ from multilora.errors import AdapterInvalid
 logger = logging.getLogger(__name__)
 
 REGION_BYTES = 1 << 30  # of address space; what was used once stays with the loader
+POPULATED_BYTES = 256 << 20  # of it that are there from the start: room for three rank-16 adapters of an 8B model
 ALIGN = 4096
 LENGTH_BYTES = 8
 
@@ -219,8 +221,9 @@ class Packers:
     def _serve(self, connection: socket.socket) -> None:
         """Until the loader has closed its end."""
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        if self._staging is not None:
+        if self._staging is not None and self._region is not None:  # on a GPU; elsewhere nobody needs so much memory
             populate(self._staging, 0, len(self._staging))
+            populate(self._region.memory, 0, min(POPULATED_BYTES, len(self._region.memory)))
         while True:
             header, fds, _, _ = socket.recv_fds(connection, LENGTH_BYTES, 1)
             if not header:
@@ -272,7 +275,7 @@ class Packers:
 
 def read_cached(fd: int, start: int, target: memoryview) -> bool:
     """Fill `target` from there if the whole part is in the system's memory already; else its bytes are not known."""
-    flag = getattr(os, "RWF_NOWAIT", None)  # Linux
+    flag = 0 if lies_in_memory(fd) else getattr(os, "RWF_NOWAIT", None)  # Linux
     if flag is None:
         return False
     while target:

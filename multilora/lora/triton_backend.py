@@ -244,6 +244,7 @@ class TritonLora:
         assert self._step is not None
         table, early = self._table, self._step.overlap
         blocks, splits = group.blocks.shrink(site.in_features), group.splits(site)
+        parts = 1 if early else blocks.parts
         chunk = table.geometry.chunk_columns(site.in_features)
         rest = (*self._tables(group), len(table.sites), site.in_features, chunk, group.h_split(splits))
         constants = {
@@ -255,11 +256,11 @@ class TritonLora:
             "TILE_M": group.tile_rows,
             "TILE_K": min(blocks.tile_k, blocks.k),
             "TILE_R": group.tile_r(blocks.tile_r, rank),
-            "PARTS": blocks.parts,
+            "PARTS": parts,
             "PDL": early,
         }
         return Repeated(
-            shrink_kernel, (group.grid, splits, blocks.parts), rest, constants, early=early, **options_of(blocks)
+            shrink_kernel, (group.grid, splits, parts), rest, constants, early=early, **options_of(blocks)
         )
 
     def _expand_launch(self, group: Group, site: LoraSite, rank: int) -> Repeated:

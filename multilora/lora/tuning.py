@@ -16,7 +16,7 @@ WIDE = 8192
 @dataclass(frozen=True)
 class ShrinkBlocks:
     """k: input columns of a program (one split); tile_k, tile_r: columns and rank rows of one `tl.dot`; parts: how
-    many programs share a tile's rank rows."""
+    many programs share a tile's rank rows, where kernels do not start early."""
 
     k: int
     warps: int
