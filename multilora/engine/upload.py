@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def upload(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """int64 from a list, or the tensor as it is. By way of pinned memory, which torch uses again only once it has been
-    read: from ordinary memory CUDA copies more than 64 KiB only after all that was queued has finished."""
+    """int64 from a list, or the tensor as it is. Through pinned memory, which torch uses again once it has been read:
+    from ordinary memory CUDA copies more than 64 KiB only after all that was queued has finished."""
     host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
