@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,24 @@ class TensorInfo:
     nbytes: int
 
 
+@dataclass
+class _Shared:
+    """The bytes of all tensors but the large ones, behind each other, and where each begins."""
+
+    data: torch.Tensor  # uint8
+    starts: dict[str, int]
+    typed: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)  # `data` as numbers
+
+    def view(self, name: str, info: TensorInfo) -> torch.Tensor:
+        start, size = self.starts[name], info.dtype.itemsize
+        if start % size:  # behind a tensor of a narrower dtype
+            return self.data[start : start + info.nbytes].clone().view(info.dtype).view(info.shape)
+        if info.dtype not in self.typed:
+            self.typed[info.dtype] = self.data[: len(self.data) // size * size].view(info.dtype)
+        strides = [math.prod(info.shape[i + 1 :]) for i in range(len(info.shape))]
+        return self.typed[info.dtype].as_strided(info.shape, strides, start // size)
+
+
 class SafetensorsFile:
     """An open file. `tensors`: what its header declares, already checked against the file's size."""
 
@@ -48,8 +66,8 @@ class SafetensorsFile:
         """Raises AdapterNotFound, AdapterInvalid naming file and tensor, AdapterUnsupported for another dtype."""
         self.path = path
         self._crew = crew
-        self._shared: Future[tuple[torch.Tensor, dict[str, int]]] | None = None
-        self._data: tuple[torch.Tensor, dict[str, int]] | None = None  # its result
+        self._shared: Future[_Shared] | None = None
+        self._data: _Shared | None = None  # its result
         self._file = open_regular(path)
         try:
             self.tensors = self._read_header()
@@ -81,8 +99,7 @@ class SafetensorsFile:
             self.read_ahead()
             assert self._shared is not None
             self._data = self._shared.result()
-        data, starts = self._data
-        return _view(data, starts[name], info.dtype, info.shape)
+        return self._data.view(name, info)
 
     def read_ahead(self) -> None:
         """Start to read what the first call of `read` would, on another thread if the crew has one."""
@@ -95,15 +112,14 @@ class SafetensorsFile:
         rows = (stop - start, *info.shape[1:])
         row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
         data = self._read_bytes([(info.start + start * row_bytes, math.prod(rows) * info.dtype.itemsize)])
-        return _view(data, 0, info.dtype, rows)
+        return data.view(info.dtype).view(rows)
 
-    def _read_shared(self) -> tuple[torch.Tensor, dict[str, int]]:
-        """All but the large ones, behind each other, and where each of them begins. In the order of the file, so that
-        disks read ahead."""
+    def _read_shared(self) -> "_Shared":
+        """In the order of the file, so that disks read ahead."""
         names = sorted((n for n, i in self.tensors.items() if i.nbytes <= LARGE_BYTES), key=self._place)
         ends = itertools.accumulate(self.tensors[name].nbytes for name in names)
         starts = {name: end - self.tensors[name].nbytes for name, end in zip(names, ends, strict=True)}
-        return self._read_bytes([self._place(name) for name in names]), starts
+        return _Shared(self._read_bytes([self._place(name) for name in names]), starts)
 
     def _place(self, name: str) -> tuple[int, int]:
         return self.tensors[name].start, self.tensors[name].nbytes
@@ -199,14 +215,6 @@ def _joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
             start, nbytes = joined[-1][0], joined.pop()[1] + nbytes
         joined.append((start, nbytes))
     return joined
-
-
-def _view(data: torch.Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor that begins at that byte of `data`, uint8."""
-    part = data[start : start + math.prod(shape) * dtype.itemsize]
-    if part.storage_offset() % dtype.itemsize:  # behind a tensor of a narrower dtype
-        part = part.clone()
-    return part.view(dtype).view(shape)
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:
