@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--lora-backend", default="auto")
     parser.add_argument("--disable-cuda-graph", action="store_true")
+    parser.add_argument("--chunked-prefill-size", type=int, help="most prompt tokens in a step")
     parser.add_argument("--out", help="also write the result to this file")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -89,6 +90,7 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         "disable_radix_cache": True,
         "attention_backend": args.attention_backend,
         "disable_cuda_graph": args.disable_cuda_graph,
+        "chunked_prefill_size": args.chunked_prefill_size,
         "random_seed": 0,
     }
     model = write_model(directory / "model", dims)
