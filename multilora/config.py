@@ -125,9 +125,7 @@ class Config:
     page_size: int = _memory(16, "tokens in one page")
     max_running_requests: int = _memory(64, "most requests in one step")
     max_queued_requests: int = _memory(4096, "most requests waiting; beyond it, 503")
-    chunked_prefill_size: int | None = _memory(
-        None, "most new tokens in one step (default: 2048; 4096 on a GPU of 60 GiB or more)"
-    )
+    chunked_prefill_size: int = _memory(2048, "most new tokens in one step")
     disable_radix_cache: bool = _memory(False, "do not share the KV cache of equal prefixes")
     schedule_policy: Literal["fcfs", "lpm"] = _memory("fcfs", "first come first served, or longest cached prefix")
     attention_backend: Literal["auto", "flashinfer", "torch"] = _memory("auto", "kernels of the attention")

@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--lora-backend", default="auto")
     parser.add_argument("--disable-cuda-graph", action="store_true")
-    parser.add_argument("--chunked-prefill-size", type=int, help="most prompt tokens in a step")
+    parser.add_argument("--chunked-prefill-size", type=int, default=2048, help="most prompt tokens in a step")
     parser.add_argument("--out", help="also write the result to this file")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -50,8 +50,6 @@ from multilora.models.weights import checkpoint_files
 
 logger = logging.getLogger(__name__)
 
-LARGE_GPU = 60 << 30  # bytes
-
 MakeLoader = Callable[[FetchContext], Loader]
 MakeCopier = Callable[[torch.Tensor], Copier]
 """Over an arena."""
@@ -115,7 +113,7 @@ def build_engine(
         namespaces,
         eos_token_ids=model_config.eos_token_ids,
         max_running=config.max_running_requests,
-        chunk_tokens=_step_tokens(config, device),
+        chunk_tokens=config.chunked_prefill_size,
         policy=config.schedule_policy,
     )
     with asking_for("decode graphs", "lower --cuda-graph-max-bs or --mem-fraction-static"):
@@ -140,15 +138,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no CUDA device here")
     return torch.device(name)
-
-
-def _step_tokens(config: Config, device: torch.device) -> int:
-    """The most new tokens in one step. The larger, the less often those who decode sit through one, but the longer; a
-    large GPU is faster, too."""
-    if config.chunked_prefill_size is not None:
-        return config.chunked_prefill_size
-    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU
-    return 4096 if large else 2048
 
 
 def _capture(
@@ -205,7 +194,7 @@ def _device_memory(
     config: Config, model: LlamaForCausalLM, layout: KVLayout, over_arena: MakeAttention
 ) -> DeviceMemory:
     """Measured by running the largest step."""
-    tokens, requests = _step_tokens(config, model.device), config.max_running_requests
+    tokens, requests = config.chunked_prefill_size, config.max_running_requests
     with asking_for(f"a step of {tokens} tokens", "lower --chunked-prefill-size or --max-running-requests"):
         step = measure_step(model, layout, over_arena, tokens, requests)
     graphs = graph_bytes(_graph_sizes(config, model.device), model.config.vocab_size, 1 + config.enable_lora)
