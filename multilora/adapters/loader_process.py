@@ -8,6 +8,7 @@ Run by `ProcessLoader` as `python -m multilora.adapters.loader_process`.
 """
 
 import contextlib
+import errno
 import gc
 import logging
 import mmap
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 from array import array
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -112,7 +114,7 @@ class ProcessLoader:
             self._lost += self._died()
         self._pending[job.version] = job
         try:
-            self._socket.sendall(msgspec.msgpack.encode(_Order(job)))
+            _send(self._socket, _Order(job))
         except (BrokenPipeError, ConnectionResetError):
             pass  # it is just dying: the next poll notices
         except OSError as e:  # longer than a message can be
@@ -188,6 +190,14 @@ def _failed(version: int, message: str) -> Fetched:
     return Fetched(version=version, kind="AdapterError", message=message)
 
 
+def _send(connection: socket.socket, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+    """Raises OSError, also if it is longer than the other end reads."""
+    data = msgspec.msgpack.encode(message)
+    if len(data) > MAX_MESSAGE:
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+    socket.send_fds(connection, [data], fds)
+
+
 def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
     """One message and the descriptors it carries. Raises BlockingIOError when there is none.
 
@@ -261,25 +271,30 @@ class _Server:
             result, buffer = fetch(job, self._context, allocate, self._crew, write)
         except Exception as e:
             logger.exception("reading adapter %s failed", job.path)
-            result, buffer = Fetched(version=job.version, kind="AdapterInvalid", message=f"{job.path}: {e!r}"), None
-        place = taken[0] if taken else None
-        try:
-            self._send(result, place if buffer is not None else None)
-        except OSError:
-            logger.warning("the engine is gone; dropping adapter %s", job.path)
-        if place is not None and buffer is not None:
-            self._places.sent(place)
-        elif place is not None:
-            self._places.drop(place)
+            result, buffer = _failed(job.version, f"{job.path}: {e!r}"), None
+        sent = self._send(job, result, taken[0] if buffer is not None else None)
+        for place in taken:
+            if sent and buffer is not None:
+                self._places.sent(place)
+            else:
+                self._places.drop(place)
 
-    def _send(self, result: Fetched, place: PagePlace | None) -> None:
+    def _send(self, job: FetchJob, result: Fetched, place: PagePlace | None) -> bool:
+        """False: the engine did not get it. It gets an error instead, if it is still there."""
         message, fds = _Message(result), []
-        if place is not None and place.fd is not None:
-            message, fds = _Message(result, place.size), [place.fd]
-        elif place is not None:
-            message = _Message(result, place.size, place.start)
-        with self._sending:
-            socket.send_fds(self._connection, [msgspec.msgpack.encode(message)], fds)
+        if place is not None:
+            message = _Message(result, place.size, place.start if place.fd is None else None)
+            fds = [place.fd] if place.fd is not None else []
+        try:
+            with self._sending:
+                _send(self._connection, message, fds)
+            return True
+        except OSError as e:
+            logger.warning("dropping adapter %s: the engine cannot be told of it: %s", job.path, e.strerror)
+            error = _failed(job.version, f"{job.path[:100]}: what was found cannot be told: {e.strerror}")
+        with contextlib.suppress(OSError), self._sending:  # it is gone
+            _send(self._connection, _Message(error))
+        return False
 
 
 def main() -> None:

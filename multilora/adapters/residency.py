@@ -130,10 +130,11 @@ class Residency:
         assert version not in self._residents
         pages = self.pool.alloc_adapter(entry.layout.num_pages)
         place = self._free_places.pop() if self._free_places else len(self._residents)
-        copy = self._copier.start(entry.buffer, pages)
+        buffer = entry.buffer  # another thread may put the entry elsewhere at any moment
+        copy = self._copier.start(buffer, pages)
         tick = self._next_tick()
         score = self.clock.now
-        resident = Resident(version, place, pages, entry.layout, pinned, copy, entry.buffer, tick, tick, score)
+        resident = Resident(version, place, pages, entry.layout, pinned, copy, buffer, tick, tick, score)
         self._residents[version] = resident
         self._copying.append(resident)
         self.forecast.started(version, entry.nbytes)

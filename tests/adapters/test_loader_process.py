@@ -346,3 +346,21 @@ def test_the_process_ends_with_its_engine(own: ProcessLoader) -> None:
 def test_pages_have_the_page_size(shared: ProcessLoader, tmp_path: Path) -> None:
     shared.submit(FetchJob(1, write_adapter(tmp_path / "a", rank=30)))
     assert wait_for(shared, 1)[1][1].shape == (4, PAGE_BYTES)
+
+
+def test_a_job_that_the_loader_could_not_read_whole(shared: ProcessLoader, tmp_path: Path) -> None:
+    """The system would carry it, but the other end reads a message only so far."""
+    process = shared._process.pid
+    shared.submit(FetchJob(1, "x" * (3 << 19)))
+    shared.submit(FetchJob(2, write_adapter(tmp_path / "a")))
+    answers = wait_for(shared, 1, 2)
+    assert [answers[v][0].kind for v in (1, 2)] == ["AdapterError", ""]
+    assert shared._process.pid == process
+
+
+def test_a_thousand_jobs_at_once(shared: ProcessLoader, tmp_path: Path) -> None:
+    """More than the sockets hold, in both directions."""
+    for version in range(1000):
+        shared.submit(FetchJob(version, "/missing/" + "x" * 500))
+    answers = wait_for(shared, *range(1000))
+    assert {result.kind for result, _ in answers.values()} == {"AdapterNotFound"}

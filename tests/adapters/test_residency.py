@@ -124,6 +124,22 @@ def test_a_finished_copy_keeps_no_host_memory():
     assert kept() is None
 
 
+def test_the_copy_that_is_under_way_keeps_what_it_reads(monkeypatch):
+    """Another thread may put the entry elsewhere at any moment, and what it leaves is used for other adapters."""
+    tiers, owned = make(), entry(1)
+    read = weakref.ref(owned.buffer)
+    start = tiers.copier.start
+
+    def meanwhile(buffer, pages):
+        copy = start(buffer, pages)
+        owned.buffer = buffer.clone()
+        return copy
+
+    monkeypatch.setattr(tiers.copier, "start", meanwhile)
+    assert tiers.residency.start(1, owned, pinned=False).buffer is read()
+    assert read() is not None
+
+
 def test_places_are_reused_and_show_the_new_weights():
     tiers = make()
     for version in (1, 2, 3):
