@@ -125,12 +125,16 @@ class Packers:
         staging: mmap.mmap | None = None,
         region_bytes: int = REGION_BYTES,
     ):
-        self._region = Region(region_bytes) if count else None
+        self._region: Region | None = None
         self._staging = staging
         self._packers: list[_Packer] = []
         self._lock = threading.Lock()
-        for _ in range(count):
-            self._packers.append(self._fork(inherited))
+        try:
+            self._region = Region(region_bytes) if count else None
+            for _ in range(count):
+                self._packers.append(self._fork(inherited))
+        except OSError as e:  # a limit on memory, processes or descriptors
+            logger.warning("adapters load slower: %d of %d packing processes: %s", len(self._packers), count, e)
 
     def memory(self, nbytes: int) -> torch.Tensor:
         """Where to read weights to, so that the processes see them."""
@@ -199,10 +203,18 @@ class Packers:
                 logger.exception("a packing process has died; packing without them from now on")
                 self.close()
                 return None
+            except BaseException:  # else the next order would be taken to be answered by what is left of this one
+                self.close()
+                raise
 
     def _fork(self, inherited: socket.socket | None) -> _Packer:
         ours, theirs = socket.socketpair()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         if pid == 0:
             for end in (ours, inherited, *(packer.connection for packer in self._packers)):
                 if end is not None:

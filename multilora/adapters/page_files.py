@@ -4,12 +4,13 @@ Staging memory is one region that both share, made once (its engine's end is `st
 room in it, an adapter comes in an anonymous memory file of its own. Called by the loader process.
 """
 
-import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -51,7 +52,11 @@ class PagePlaces:
             if start is not None:
                 return PagePlace(self._staging, start, size, None)
         fd = anonymous_file(size)
-        return PagePlace(mmap.mmap(fd, size), 0, size, fd)
+        try:
+            return PagePlace(mmap.mmap(fd, size), 0, size, fd)
+        except OSError:
+            os.close(fd)
+            raise
 
     def sent(self, place: PagePlace) -> None:
         """The engine has it now. Of a file the memory goes with its last user."""
@@ -78,19 +83,36 @@ class PagePlaces:
             self._parts.give_back(start)
 
 
-def populate(memory: mmap.mmap, start: int, size: int) -> None:
-    """Bring in the pages of this part in one go, for writing. Its bytes stay as they are."""
+def populate(memory: mmap.mmap, start: int, size: int) -> bool:
+    """Bring in the pages of this part in one go, for writing. Its bytes stay as they are. False: there is too little
+    memory, and who touches them may be ended by a signal."""
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
-    with contextlib.suppress(OSError):  # an older kernel: pages come when they are touched
+    try:
         memory.madvise(POPULATE_WRITE, first, start + size - first)
+    except OSError as e:
+        return e.errno == errno.EINVAL  # an older kernel: pages come when they are touched
+    return True
 
 
 def anonymous_file(size: int) -> int:
     """Descriptor of `size` zero bytes in memory that nobody else can open, or of an unlinked temporary file."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("multilora-adapter")
-    else:
+    resize: Callable[[int, int], None]
+    try:
+        fd, resize = os.memfd_create("multilora-adapter"), os.ftruncate
+    except (AttributeError, OSError):  # not Linux, or a sandbox
         with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    os.ftruncate(fd, size)
+            fd, resize = os.dup(file.fileno()), _reserve
+    try:
+        resize(fd, size)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
+
+
+def _reserve(fd: int, size: int) -> None:
+    """On a disk: that it is full is an error now, and no SIGBUS later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
+    else:
+        os.ftruncate(fd, size)

@@ -6,6 +6,7 @@ ordinary memory; then the loader may pack another one there. The loader's end is
 Owned by the loader's engine end; the adapter store calls `settle`.
 """
 
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -43,13 +44,16 @@ class Staging:
         self._to_settle: queue.SimpleQueue[weakref.ref[HostEntry] | None] = queue.SimpleQueue()
         threading.Thread(target=self._settle_all, name="adapter-settling", daemon=True).start()
 
-    def pin(self) -> None:
-        """For CUDA. If that fails, adapters take the way of those that have settled already; the log says so."""
-        populate(self._memory, 0, self.nbytes)
-        error = torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, 0)
-        self._pinned = int(error) == 0
+    def pin(self) -> bool:
+        """For CUDA. False: it cannot be, as the log says, and is of no use then."""
+        error: object = "too little memory"
+        if populate(self._memory, 0, self.nbytes):
+            error = torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, 0)
+            self._pinned = error == 0
         if not self._pinned:
-            logger.warning("adapters load slower: their staging memory cannot be pinned (%s)", error)
+            logger.warning("adapters load slower: their staging memory cannot be pinned: %s", error)
+            _forget_cuda_error()
+        return self._pinned
 
     def view(self, start: int, nbytes: int, release: Callable[[int], None]) -> torch.Tensor:
         """uint8 [nbytes]. `release(start)` is called, on any thread, when neither it nor a view of it is left."""
@@ -90,9 +94,16 @@ class Staging:
             if entry is not None:
                 try:
                     _move(entry)
-                except (OSError, MemoryError) as e:
+                except Exception as e:  # of memory, most likely; the next adapter may find some
                     logger.warning("an adapter stays in the staging memory: %s", e)
             del entry
+
+
+def _forget_cuda_error() -> None:
+    """A call that has failed leaves its error behind, for the next kernel launch to raise."""
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda")
 
 
 def _move(entry: HostEntry) -> None:

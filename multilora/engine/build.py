@@ -20,7 +20,8 @@ from multilora.adapters.loader_process import ProcessLoader
 from multilora.adapters.namespaces import Namespaces
 from multilora.adapters.residency import Residency
 from multilora.adapters.ring_copier import RingCopier
-from multilora.adapters.staging import Staging
+from multilora.adapters.spare_memory import spare_memory
+from multilora.adapters.staging import STAGING_BYTES, Staging
 from multilora.adapters.store import AdapterStore
 from multilora.attention import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
@@ -49,6 +50,8 @@ from multilora.models.load import load_model
 from multilora.models.weights import checkpoint_files
 
 logger = logging.getLogger(__name__)
+
+STAGING_SHARE = 4  # staging memory takes at most this part of what the host has left; adapters are to lie there too
 
 MakeLoader = Callable[[FetchContext], Loader]
 MakeCopier = Callable[[torch.Tensor], Copier]
@@ -256,11 +259,21 @@ def _build_lora(
 
 
 def _staging(device: torch.device) -> Staging | None:
-    """Only a GPU copies faster from pinned memory."""
+    """Only a GPU copies faster from pinned memory. Without it adapters take a slower way, as the log says then."""
     if device.type != "cuda":
         return None
-    staging = Staging()
-    staging.pin()
+    spare = spare_memory()
+    if spare is not None and spare < STAGING_SHARE * STAGING_BYTES:
+        logger.warning("adapters load slower: %s of memory are left, too little to stage them", format_bytes(spare))
+        return None
+    try:
+        staging = Staging()
+    except OSError as e:
+        logger.warning("adapters load slower: there is no memory to stage them: %s", e)
+        return None
+    if not staging.pin():
+        staging.close()
+        return None
     return staging
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from multilora.adapters import packers as module
 from multilora.adapters.adapter import Adapter, LowRank
 from multilora.adapters.blocks import Blocks, PackTarget, pack
 from multilora.adapters.packers import Packers, Region, read_cached
@@ -178,6 +179,50 @@ def test_when_a_process_dies_all_is_left_to_the_caller(packers: Packers, stored:
     for _ in range(2):
         assert packers.read(stored[0], SLABS, memory) == SLABS
     assert "a packing process has died" in caplog.text
+
+
+def test_an_order_that_was_given_up_does_not_answer_the_next_one(
+    packers: Packers, stored: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are still on their way, and say of other bytes that they have been read."""
+
+    def fail(connection: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(module, "_receive", fail)
+    with pytest.raises(MemoryError):
+        packers.read(stored[0], SLABS, packers.memory(50_100))
+    monkeypatch.undo()
+    assert packers.read(stored[0], SLABS, packers.memory(50_100)) == SLABS
+
+
+def test_with_as_many_processes_as_there_may_be(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """A container may limit them; the loader has to start all the same."""
+    fork, forked, before = os.fork, [], len(os.listdir("/proc/self/fd"))
+
+    def limited() -> int:
+        if len(forked) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        forked.append(None)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", limited)
+    packers = Packers(5, region_bytes=REGION)
+    target = PackTarget(SITES, torch.bfloat16, PAGE)
+    found = packed(packers, blocks_in(packers, torch.bfloat16), target)
+    assert torch.equal(found, packed_here(torch.bfloat16, target))
+    assert "adapters load slower: 2 of 5 packing processes: " in caplog.text
+    packers.close()
+    del found  # a file of its own
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_without_address_space_everything_is_packed_here(caplog) -> None:
+    packers = Packers(2, region_bytes=1 << 60)
+    target = PackTarget(SITES, torch.bfloat16, PAGE)
+    found = packed(packers, blocks_in(packers, torch.bfloat16), target)
+    assert torch.equal(found, packed_here(torch.bfloat16, target))
+    assert "adapters load slower: 0 of 2 packing processes: " in caplog.text
 
 
 def test_close_ends_them() -> None:

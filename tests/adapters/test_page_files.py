@@ -102,3 +102,35 @@ def test_in_any_order_no_two_places_overlap() -> None:
     assert staged > 50
     for place in held:
         places.sent(place)
+
+
+def test_where_a_file_cannot_be_had_no_descriptor_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = descriptors()
+    places = PagePlaces()
+    with pytest.raises(OSError):
+        places.take(1 << 62)
+
+    def refuse(*args: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        places.take(SIZE)
+    assert descriptors() == before
+
+
+def test_without_memory_files_a_temporary_one_is_reserved_on_its_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a full disk is an error and no signal."""
+
+    def refuse(name: str) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    place = PagePlaces().take(SIZE)
+    assert os.fstat(place.fd).st_blocks * 512 >= SIZE
+    assert not place.tensor().any()
+    os.close(place.fd)
+    before = descriptors()
+    with pytest.raises(OSError):
+        PagePlaces().take(1 << 60)
+    assert descriptors() == before

@@ -104,6 +104,20 @@ def test_without_memory_it_stays(staging: Staging, monkeypatch: pytest.MonkeyPat
     until(lambda: other.buffer is not old)
 
 
+def test_an_adapter_that_cannot_be_moved_does_not_keep_the_next_from_it(
+    staging: Staging, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    monkeypatch.setattr(module, "own_memory", lambda nbytes: torch.empty(0, dtype=torch.uint8))
+    first = entry(staging.view(0, PAGE, lambda start: None))
+    staging.settle(first)
+    until(lambda: "stays in the staging memory" in caplog.text)
+    monkeypatch.undo()
+    second = entry(staging.view(PAGE, PAGE, lambda start: None))
+    old = second.buffer
+    staging.settle(second)
+    until(lambda: second.buffer is not old)
+
+
 def test_close_keeps_what_somebody_holds() -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
@@ -132,6 +146,16 @@ def test_pinned_memory_is_copied_from_directly(staging: Staging, monkeypatch: py
     until(copy.done)
     assert torch.equal(copier._arena[[3, 4, 9, 31, 0]].cpu(), buffer)
     copier.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_that_cannot_be_pinned_breaks_nothing(staging: Staging, caplog) -> None:
+    assert int(torch.cuda.cudart().cudaHostRegister(staging._address, PAGE, 0)) == 0
+    assert not staging.pin(), "a part of it is pinned already"
+    assert "cannot be pinned" in caplog.text
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    assert int(torch.cuda.cudart().cudaHostUnregister(staging._address)) == 0
 
 
 @pytest.mark.gpu

@@ -1,9 +1,16 @@
 """What is refused while an engine is put together, before it takes memory. (What is built: every other test.)"""
 
+import os
+import re
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from multilora.adapters.staging import Staging
 from multilora.config import Config
+from multilora.engine import build
 from multilora.engine.build import build_engine, choose_device
 from multilora.errors import ConfigError
 
@@ -23,3 +30,52 @@ def test_auto_takes_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> No
 def test_flashinfer_on_a_cpu_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="--attention-backend flashinfer: it needs a CUDA device"):
         build_engine(Config.make(device="cpu", attention_backend="flashinfer"))
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def small_staging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few pages of it, on a system with enough memory and an obliging driver."""
+    driver = SimpleNamespace(cudaHostRegister=lambda *args: 0, cudaHostUnregister=lambda *args: 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(build, "spare_memory", lambda: 1 << 40)
+    monkeypatch.setattr(build, "Staging", lambda: Staging(1 << 16))
+
+
+def test_adapters_are_staged_for_a_gpu_only(small_staging: None) -> None:
+    assert build._staging(torch.device("cpu")) is None
+    staging = build._staging(GPU)
+    assert staging is not None and staging.nbytes == 1 << 16
+    staging.close()
+
+
+def refused(*args: object) -> int:
+    raise OSError(12, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("where", "instead", "said"),
+    [
+        (build, {"spare_memory": lambda: 1 << 30}, r"1\.0+ GiB of memory are left, too little"),
+        (build, {"Staging": refused}, "no memory to stage them: .* Cannot allocate memory"),
+        ("multilora.adapters.staging", {"populate": lambda *args: False}, "cannot be pinned: too little memory"),
+        (torch.cuda, {"cudart": lambda: SimpleNamespace(cudaHostRegister=lambda *args: 2)}, "cannot be pinned: 2"),
+    ],
+)
+def test_without_staging_memory_the_engine_starts_and_says_so(
+    where, instead, said, small_staging: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for name, function in instead.items():
+        if isinstance(where, str):
+            monkeypatch.setattr(f"{where}.{name}", function)
+        else:
+            monkeypatch.setattr(where, name, function)
+    assert build._staging(GPU) is None
+    assert re.search(f"adapters load slower: .*{said}", caplog.text)
+    end = time.monotonic() + 10
+    while len(os.listdir("/proc/self/fd")) > before:  # a thread holds the memory until it has ended
+        assert time.monotonic() < end
+        time.sleep(0.001)
