@@ -7,6 +7,7 @@ stream when they were taken (see the fence in memory/page_pool.py), so the side 
 reads them first asks `done`.
 """
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -21,6 +22,7 @@ from multilora.adapters.mapping import populate
 CORES = 14
 SLOTS = 3  # one is filled while another is copied
 SLOT_BYTES = 32 << 20
+CLOSE_SECONDS = 10  # a device that hangs is left to itself
 
 
 class RingCopy:
@@ -63,7 +65,9 @@ class RingCopier:
         self._stream = torch.cuda.Stream(arena.device)
         self._jobs: queue.SimpleQueue[RingCopy | None] = queue.SimpleQueue()
         ring = [_Slot(self._slot_pages, arena.shape[1]) for _ in range(slots)]
-        threading.Thread(target=self._work, args=(ring,), name="adapter-copies", daemon=True).start()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, args=(ring,), name="adapter-copies", daemon=True)
+        self._thread.start()
 
     def start(self, buffer: torch.Tensor, pages: list[int]) -> RingCopy:
         job = RingCopy(buffer, pages)
@@ -71,14 +75,18 @@ class RingCopier:
         return job
 
     def close(self) -> None:
+        """Copies that have not begun never will, and none that has writes to the arena any more: its memory may be
+        something else's soon."""
+        self._closing = True
         self._jobs.put(None)
+        self._thread.join(CLOSE_SECONDS)
 
     def _work(self, ring: list[_Slot]) -> None:
         torch.cuda.set_device(self._arena.device)
         torch.set_num_threads(spare_cores(CORES))  # OpenMP's, of this thread
         slots = itertools.cycle(ring)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            while (job := self._jobs.get()) is not None:
+            while (job := self._jobs.get()) is not None and not self._closing:
                 try:
                     if job.buffer.is_pinned():
                         self._queue(job.buffer, job.pages)
@@ -88,6 +96,8 @@ class RingCopier:
                 except Exception as e:  # whoever asks whether it is done gets it
                     job.fail(e)
                 del job
+            with contextlib.suppress(RuntimeError):  # a broken device writes nothing any more
+                self._stream.synchronize()
 
     def _through_ring(self, job: RingCopy, slots: Iterator[_Slot]) -> None:
         for first in range(0, len(job.pages), self._slot_pages):

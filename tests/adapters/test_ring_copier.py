@@ -92,6 +92,21 @@ def test_steps_go_on_meanwhile() -> None:
     busy.synchronize()
 
 
+def test_after_close_nothing_is_written() -> None:
+    """The arena's memory may belong to another engine by then."""
+    arena = torch.zeros(64, 1 << 20, dtype=torch.uint8, device="cuda")
+    copier = RingCopier(arena)
+    for value in range(1, 200):
+        copier.start(torch.full((64, 1 << 20), value, dtype=torch.uint8), list(range(64)))
+    copier.close()
+    assert not copier._thread.is_alive()
+    arena.fill_(201)
+    torch.cuda.synchronize()
+    time.sleep(0.05)
+    assert bool((arena == 201).all())
+    copier.close()
+
+
 def test_pinned_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     slot = ring_copier._Slot
