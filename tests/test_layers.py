@@ -29,7 +29,19 @@ LAYERS = [
     {"layers"},
     {"attention", "lora"},
     {"memory", "distributed"},
-    {"__init__", "batch", "config", "demo", "errors", "logs", "options", "params", "triton_launch", "triton_math"},
+    {
+        "__init__",
+        "batch",
+        "config",
+        "demo",
+        "errors",
+        "logs",
+        "options",
+        "params",
+        "private_directory",
+        "triton_launch",
+        "triton_math",
+    },
 ]
 LEVEL = {unit: len(LAYERS) - i for i, row in enumerate(LAYERS) for unit in row}
 BASE = LAYERS[-1]

@@ -1,23 +1,15 @@
 """Adapters that came as tensors, kept as files, so that an evicted one comes back the way every other does.
 
-Owns one private directory (mode 0700, made when it is first needed) with a folder for each version, as PEFT would
-have saved it. A folder goes with `remove`, the directory with `close` or with the process; after a `kill -9` with the
-next spool: its owner holds a lock on it as long as it lives. Knows neither names nor requests, and does not look into
-the weights: the loader checks them as if they had come from anywhere else. Called by the server's adapter routes and
-by `LLM`.
+Owns one private directory (made when it is first needed) with a folder for each version, as PEFT would have saved it.
+A folder goes with `remove`, the directory with `close` or with the process; after a `kill -9` with the next spool.
+Knows neither names nor requests, and does not look into the weights: the loader checks them as if they had come from
+anywhere else. Called by the server's adapter routes and by `LLM`.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import logging
-import os
-import re
 import shutil
-import tempfile
 import threading
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +17,10 @@ from typing import Any
 from multilora.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from multilora.config import Config
 from multilora.errors import AdapterError, BadRequest
-
-logger = logging.getLogger(__name__)
+from multilora.private_directory import PrivateDirectory, remove_orphans
 
 TENSOR_ROOT = "__tensor__"
 """What clients see in place of such an adapter's path."""
-
-_PREFIX = "multilora-tensors-"  # and the owner's process id, for people who look
 
 
 class Spool:
@@ -39,7 +28,7 @@ class Spool:
 
     def __init__(self) -> None:
         remove_orphans()
-        self._made: Path | None = None
+        self._made: PrivateDirectory | None = None
         self._lock = threading.Lock()
 
     @property
@@ -47,9 +36,8 @@ class Spool:
         """The directory. Made at the first call, and gone when the process ends at the latest."""
         with self._lock:
             if self._made is None:
-                self._made, lock = _make()
-                self._remove_all = weakref.finalize(self, _discard, self._made, lock)
-            return self._made
+                self._made = PrivateDirectory("tensors")
+            return self._made.path
 
     def admit(self, config: Config) -> Config:
         """`config` for the engine: when --lora-root says where adapters may lie, they may lie here too."""
@@ -80,55 +68,11 @@ class Spool:
     def remove(self, version: int) -> None:
         """Nothing happens if the version did not come as tensors."""
         if self._made is not None:
-            shutil.rmtree(self._made / str(version), ignore_errors=True)
+            shutil.rmtree(self._made.path / str(version), ignore_errors=True)
 
     def close(self) -> None:
         if self._made is not None:
-            self._remove_all()
-
-
-def remove_orphans() -> None:
-    """Remove what spools of processes that were killed have left where TMPDIR says."""
-    root = tempfile.gettempdir()
-    with contextlib.suppress(OSError):  # what others remove meanwhile, or is not ours to read, is no concern of ours
-        for name in os.listdir(root):
-            if re.match(rf"{_PREFIX}\d+-", name):
-                _remove_orphan(Path(root, name))
-
-
-def _remove_orphan(path: Path) -> None:
-    try:
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return  # another user's, or no directory
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)  # its owner lives, or this file system knows no locks: then nobody can tell
-        return
-    logger.info("removing %s: the process that made it was killed", path)
-    _discard(path, lock)
-
-
-def _make() -> tuple[Path, int]:
-    """A new directory, and the file descriptor that holds its lock. Whoever looks for orphans may be faster than the
-    lock: then another one."""
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-        try:
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue
-        with contextlib.suppress(OSError):  # no locks on this file system: nobody else gets one either
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            return path, lock
-        os.close(lock)
-
-
-def _discard(path: Path, lock: int) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    os.close(lock)
+            self._made.close()
 
 
 def _json(config: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import sys
-import tempfile
 from typing import Self
 
 import msgspec
@@ -40,6 +39,7 @@ from multilora.engine.messages import (
     encode,
 )
 from multilora.errors import EngineDead, from_wire
+from multilora.private_directory import PrivateDirectory, remove_orphans
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class EngineClient:
     ready: Ready
     stats: Stats
 
-    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, directory: str):
+    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, directory: PrivateDirectory):
         self._process = process
         self._socket = socket
         self._directory = directory
@@ -63,8 +63,9 @@ class EngineClient:
     @classmethod
     async def start(cls, config: Config) -> Self:
         """Start the engine process and wait until it is ready. Raises the typed error it failed with."""
-        directory = tempfile.mkdtemp(prefix="multilora-")
-        address = f"ipc://{os.path.join(directory, 'engine')}"
+        remove_orphans()
+        directory = PrivateDirectory("engine")
+        address = f"ipc://{directory.path / 'socket'}"
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.set(zmq.LINGER, 0)
         socket.bind(address)
@@ -238,6 +239,4 @@ class EngineClient:
 
     def _close(self) -> None:
         self._socket.close()
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self._directory, "engine"))
-            os.rmdir(self._directory)
+        self._directory.close()

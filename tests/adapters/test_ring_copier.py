@@ -96,8 +96,9 @@ def test_after_close_nothing_is_written() -> None:
     """The arena's memory may belong to another engine by then."""
     arena = torch.zeros(64, 1 << 20, dtype=torch.uint8, device="cuda")
     copier = RingCopier(arena)
-    for value in range(1, 200):
-        copier.start(torch.full((64, 1 << 20), value, dtype=torch.uint8), list(range(64)))
+    buffer = torch.ones(64, 1 << 20, dtype=torch.uint8)
+    for _ in range(200):
+        copier.start(buffer, list(range(64)))
     copier.close()
     assert not copier._thread.is_alive()
     arena.fill_(201)

@@ -28,6 +28,7 @@ from multilora.errors import (
     MultiloraError,
 )
 from multilora.params import SamplingParams
+from multilora.private_directory import remove_orphans
 from multilora.testing import make_adapter, make_tiny_model
 
 SECONDS = 30  # no single wait is longer
@@ -332,7 +333,7 @@ def test_messages_that_cannot_be_read_end_the_engine(
 
 def test_shutdown_drains(front: Front) -> None:
     """The last test of the shared engine. Whatever it said before it ended is heard, however busy the front is."""
-    directory, process = front.client._directory, front.engine()
+    directory, process = front.client._directory.path, front.engine()
 
     async def shutdown() -> None:
         ending = asyncio.create_task(front.client.shutdown())
@@ -345,7 +346,7 @@ def test_shutdown_drains(front: Front) -> None:
     front.run(shutdown())
     assert front.client._process.returncode == 0
     assert not front.client.alive
-    assert not os.path.exists(directory)
+    assert not directory.exists()
     for queue in queues:
         outputs = [queue.get_nowait() for _ in range(queue.qsize())]
         assert sum(len(o.token_ids) for o in outputs) == 40
@@ -380,8 +381,15 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("when", ["starting", "loading", "busy"])
-def test_the_engine_ends_with_its_parent(files: Path, when: str) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(files / "model")], stdout=subprocess.PIPE)
+def test_the_engine_ends_with_its_parent(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """And what it left in TMPDIR goes with the next start."""
+    command, environment = (
+        [sys.executable, "-c", PARENT, str(files / "model")],
+        os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    parent = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
     try:
         if when == "busy":
             assert parent.stdout is not None and parent.stdout.readline() == b"up\n"
@@ -390,6 +398,10 @@ def test_the_engine_ends_with_its_parent(files: Path, when: str) -> None:
         parent.kill()
         parent.communicate()
     assert not gone(family, SECONDS), "orphans"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    remove_orphans()
+    assert list(tmp_path.iterdir()) == []
 
 
 def wait_for_family(pid: int, count: int) -> list[psutil.Process]:
