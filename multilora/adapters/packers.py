@@ -256,23 +256,15 @@ class Packers:
     def _pack_here(self, order: _Pack, fds: list[int]) -> _Answer:
         """Into the staging memory, or into the file: mapped, as writes to one file wait for each other, and unmapped
         at once, as who unmaps a file last frees its memory."""
-        try:
-            if order.start is not None:
-                assert self._staging is not None
-                self._pack_into(np.frombuffer(self._staging, np.uint8, offset=order.start), order)
-                return _Answer()
-            with mmap.mmap(fds[0], 0) as pages:
-                target = np.frombuffer(pages, np.uint8)
-                try:
-                    self._pack_into(target, order, pages)
-                finally:
-                    del target
-        except AdapterInvalid as e:
-            return _Answer(error=e.message)
-        return _Answer()
+        if order.start is not None:
+            assert self._staging is not None
+            return _Answer(self._pack_into(np.frombuffer(self._staging, np.uint8, offset=order.start), order))
+        with mmap.mmap(fds[0], 0) as pages:
+            return _Answer(self._pack_into(np.frombuffer(pages, np.uint8), order, pages))
 
-    def _pack_into(self, target: np.ndarray, order: _Pack, fresh: mmap.mmap | None = None) -> None:
-        """fresh: what `target` maps, if its pages are not there yet."""
+    def _pack_into(self, target: np.ndarray, order: _Pack, fresh: mmap.mmap | None = None) -> str:
+        """fresh: what `target` maps, if its pages are not there yet. Returns what is wrong with the adapter, if
+        anything is: of an error that left from here the traceback would hold on to `target`."""
         assert self._region is not None
 
         def put(at: int, part: np.ndarray) -> None:
@@ -280,9 +272,13 @@ class Packers:
                 populate(fresh, at, part.nbytes)
             target[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
 
-        for place in order.places:
-            weight = self._region.at(place.start, getattr(torch, place.dtype), place.shape, place.strides)
-            write_strip(Strip(place.name, weight, place.scaling, place.runs), getattr(torch, order.dtype), put)
+        try:
+            for place in order.places:
+                weight = self._region.at(place.start, getattr(torch, place.dtype), place.shape, place.strides)
+                write_strip(Strip(place.name, weight, place.scaling, place.runs), getattr(torch, order.dtype), put)
+        except AdapterInvalid as e:
+            return e.message
+        return ""
 
 
 def read_cached(fd: int, start: int, target: memoryview) -> bool:

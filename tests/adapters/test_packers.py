@@ -102,6 +102,7 @@ def test_a_weight_that_is_not_finite_is_named(packers: Packers) -> None:
         packed(packers, blocks, target)
     good = packed(packers, blocks_in(packers, torch.float32), target)
     assert torch.equal(good, packed_here(torch.float32, target)), "and the next adapter is packed"
+    assert len(packers._packers) == 3, "by the same processes"
 
 
 def test_what_lies_elsewhere_is_packed_here(packers: Packers) -> None:
