@@ -301,7 +301,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the engine's end decides
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    os.nice(NICENESS)
+    with contextlib.suppress(OSError):  # a sandbox may not let us
+        os.nice(NICENESS)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection)
 

@@ -221,6 +221,8 @@ class Packers:
                     end.close()
             try:
                 self._serve(theirs)
+            except ConnectionError:
+                pass  # the loader was killed
             except Exception:
                 logger.exception("a packing process failed")
             finally:
