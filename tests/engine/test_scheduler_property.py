@@ -358,6 +358,7 @@ class World:
         assert not self.live, "no progress"
         assert not self.loading
         assert not self.unloading
+        assert not self.tiers.residency.awaited, "somebody who waits no more still keeps an adapter"
         for version in list(self.loaded):
             self.engine.handle(UnloadAdapter(self.next(), version))
         self.engine.handle(FlushCache(self.next()))
