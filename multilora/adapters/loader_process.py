@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE = 1 << 20
 PARALLEL_FETCHES = 4  # so that a slow download does not hold up a local directory
 MAX_READERS = 8  # threads, for all fetches together
-MAX_PACKERS = 8  # processes; with 12, steps that run meanwhile come later
+MAX_PACKERS = 8  # processes
 NICENESS = 10  # a step goes before an adapter
 # glibc's malloc: memory that a file was read into is used again, as fresh pages cost more than reading. At most
 # 512 MiB stay with the process when nothing is to do.

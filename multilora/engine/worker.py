@@ -51,7 +51,7 @@ class Worker:
     def run(self) -> None:
         """Until drained, or the parent is gone."""
         gc.collect()
-        gc.freeze()  # what is there now stays; looking through all of it would make a step 10 to 100 ms late
+        gc.freeze()  # what is there now stays; looking through all of it takes 10 ms and more
         self._send(self._engine.ready())
         while not (self._draining and not self._engine.busy) and os.getppid() == self._parent:
             self._receive()
