@@ -25,6 +25,7 @@ from multilora.adapters.page_files import anonymous_file, populate
 
 logger = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 10
 STAGING_BYTES = 1 << 30
 """Room for twelve rank-16 adapters of an 8B model. A larger adapter comes in a file of its own."""
 
@@ -42,7 +43,8 @@ class Staging:
         self._views = 0
         self._lock = threading.RLock()  # a view may go at any moment, also while this thread holds it
         self._to_settle: queue.SimpleQueue[weakref.ref[HostEntry] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._settle_all, name="adapter-settling", daemon=True).start()
+        self._thread = threading.Thread(target=self._settle_all, name="adapter-settling", daemon=True)
+        self._thread.start()
 
     def pin(self) -> bool:
         """For CUDA. False: it cannot be, as the log says, and is of no use then."""
@@ -71,11 +73,13 @@ class Staging:
     def close(self) -> None:
         """No more views. The memory goes when the last one has."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                os.close(self.fd)
-                self._to_settle.put(None)
-                self._unpin()
+            if self._closed:
+                return
+            self._closed = True
+            os.close(self.fd)
+            self._to_settle.put(None)
+            self._unpin()
+        self._thread.join(CLOSE_SECONDS)  # without the lock, which it may want
 
     def _gone(self, start: int, release: Callable[[int], None]) -> None:
         with self._lock:
