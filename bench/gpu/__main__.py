@@ -26,6 +26,7 @@ from bench.common import environment, finish, say
 from bench.gpu.arrivals import cold_rows, streams_rows
 from bench.gpu.decode import base_only_rows, decode_rows
 from bench.gpu.hardware import copies_rows, kernels_rows, measure
+from bench.gpu.idle import idle_rows
 from bench.gpu.setup import Bench, scratch_parent
 from bench.gpu.sizes import SIZES, Adapters, write_model
 from bench.gpu.throughput import few_places_rows, many_rows, throughput_rows
@@ -40,11 +41,12 @@ PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "few_places": few_places_rows,
     "cold": cold_rows,
     "streams": streams_rows,
+    "idle": idle_rows,
     "kernels": kernels_rows,
     "copies": copies_rows,
     "many": many_rows,
 }
-NEED_CUDA = ("kernels", "copies")
+NEED_CUDA = ("idle", "kernels", "copies")
 
 
 def main() -> int:

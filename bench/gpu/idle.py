@@ -1,0 +1,83 @@
+"""Does the host keep the device busy? The share of time in which no kernel runs, in decode steps and in mixed ones.
+
+And which kernels run how long, in the JSON: where a step's time goes. By torch's profiler with its device side only,
+which hardly slows the host down.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.gpu.arrivals import Live
+from bench.gpu.setup import Bench
+
+TARGET = 0.05
+STEPS = 20
+MIXED_ANSWER = 12  # tokens: so short that prompts come with every step
+SHOWN = 16  # kernels in the JSON
+NAME = 70  # characters of a kernel's name
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of some steps: milliseconds from the first kernel to the end of the last, of which `busy` with one at least."""
+
+    steps: int
+    span: float
+    busy: float
+    kernels: Counter[str]  # milliseconds, all launches of all steps
+
+    @property
+    def idle(self) -> float:
+        return 1 - self.busy / self.span
+
+    def largest(self) -> dict[str, float]:
+        """Milliseconds a step."""
+        return {name: ms / self.steps for name, ms in self.kernels.most_common(SHOWN)}
+
+
+def idle_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    work = bench.work
+    names = bench.load_group("r16")
+    versions = [bench.infos[name].version for name in names]
+    for kind, prompt, answer, count in (
+        ("decode", work.decode_prompt, work.decode_steps + STEPS, work.batch),
+        ("mixed", work.prompt, MIXED_ANSWER, 4 * work.batch),
+    ):
+        live = Live(bench.llm.engine)
+        for i, ids in enumerate(bench.prompts(count, prompt)):
+            live.submit(f"{kind}-{i}", ids, versions[i % len(versions)], answer)
+        begun = work.batch if kind == "decode" else work.batch // 2
+        while sum(len(times) > 2 for times in live.times.values()) < begun:
+            live.step()
+        found = profiled(live.step, STEPS)
+        while live.open:
+            live.step()
+        row = bench.row(f"GPU idle, {kind} steps of {work.batch} distinct rank-16", "ratio", TARGET)
+        ms = found.span / found.steps
+        yield row.show(found.idle, step_ms=ms, kernels_ms=found.largest())
+
+
+def profiled(step: Callable[[], Any], steps: int) -> Profile:
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    kernels: Counter[str] = Counter()
+    spans = []
+    for event in record.profiler.kineto_results.events():
+        if event.device_type() != torch.autograd.DeviceType.CUDA or event.name().startswith("Memcpy HtoD"):
+            continue  # adapters come beside the steps
+        spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+        kernels[event.name()[:NAME]] += event.duration_ns() / 1e6
+    spans.sort()
+    busy, until = 0, spans[0][0]
+    for start, end in spans:
+        busy += max(0, end - max(start, until))
+        until = max(until, end)
+    return Profile(steps, (until - spans[0][0]) / 1e6, busy / 1e6, kernels)
