@@ -8,7 +8,7 @@ import pytest
 
 from multilora import cli
 from multilora.__main__ import main
-from multilora.adapters.loader import InlineLoader
+from multilora.adapters.loading.loader import InlineLoader
 from multilora.cli_adapters import AdapterArgs
 from multilora.engine.build import build_engine
 from multilora.errors import ConfigError

@@ -6,7 +6,7 @@ import logging
 import msgspec
 import pytest
 
-from multilora.adapters.eviction import EVICTION_POLICIES
+from multilora.adapters.device.eviction import EVICTION_POLICIES
 from multilora.config import Config, LoraPath
 from multilora.errors import ConfigError
 from multilora.options import options_of

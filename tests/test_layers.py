@@ -46,6 +46,17 @@ LAYERS = [
 LEVEL = {unit: len(LAYERS) - i for i, row in enumerate(LAYERS) for unit in row}
 BASE = LAYERS[-1]
 
+# The same inside adapters/, without an exception: in no row do units import each other.
+ROOMS = [
+    {"testing"},
+    {"composition"},
+    {"versions"},
+    {"loading", "device"},
+    {"peft", "packing", "host"},
+    {"__init__", "sources", "adapter", "crew"},
+]
+FLOOR = {unit: len(ROOMS) - i for i, row in enumerate(ROOMS) for unit in row}
+
 # Looked up on first use, so that `import multilora` stays light.
 ALLOWED_UPWARD = {("__init__.py", "llm")}
 
@@ -62,6 +73,12 @@ class Module:
     @property
     def unit(self) -> str:
         return self.path.partition("/")[0].removesuffix(".py")
+
+    @property
+    def room(self) -> str | None:
+        """Which unit of adapters/ it belongs to; None: it lies elsewhere."""
+        folder, _, rest = self.path.partition("/")
+        return rest.partition("/")[0].removesuffix(".py") if folder == "adapters" else None
 
 
 def modules(root: Path) -> list[Module]:
@@ -105,8 +122,25 @@ def upward_imports(root: Path) -> list[str]:
     return found
 
 
+def room_of(name: str, root: Path) -> str | None:
+    """Which unit of adapters/ a dotted name belongs to; None: it lies elsewhere."""
+    package, folder, unit, *_ = [*name.split("."), "", ""]
+    return unit if (package, folder) == (root.name, "adapters") and unit else None
+
+
+def upward_room_imports(root: Path) -> list[str]:
+    return [
+        f"{module.path}:{line}: {module.room} must not import {name}"
+        for module in modules(root)
+        for line, name in imports(module, root)
+        if module.room and (room := room_of(name, root)) and room != module.room
+        if FLOOR.get(room, 0) >= FLOOR.get(module.room, 0)
+    ]
+
+
 def unknown_units(root: Path) -> list[str]:
-    return sorted({m.unit for m in modules(root)} - LEVEL.keys())
+    found = modules(root)
+    return sorted(({m.unit for m in found} - LEVEL.keys()) | ({m.room for m in found} - FLOOR.keys() - {None}))
 
 
 def cycles(root: Path) -> list[str]:
@@ -157,7 +191,16 @@ def too_long(root: Path) -> list[str]:
     return [f"{path}: {count} lines" for path, count in counts.items() if count > MAX_LINES]
 
 
-RULES = [upward_imports, unknown_units, cycles, torch_imports, without_docstring, prints, too_long]
+RULES = [
+    upward_imports,
+    upward_room_imports,
+    unknown_units,
+    cycles,
+    torch_imports,
+    without_docstring,
+    prints,
+    too_long,
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -215,6 +258,31 @@ def test_neighbours_must_not_import_each_other(tmp_path):
     assert upward_imports(root) == ["lora/a.py:1: lora must not import multilora.attention.b"]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from multilora.adapters.loading.loader import Loader",
+        "from multilora.adapters import loading",
+        "from ..loading import loader",
+        "def f():\n    import multilora.adapters.loading.loader",
+    ],
+)
+@pytest.mark.parametrize("room", ["peft", "device", "sources"])
+def test_an_import_upwards_between_rooms_is_found(tmp_path, room, source):
+    files = {f"adapters__{room}__a": source, "adapters__loading__loader": ""}
+    root = wrong_package(tmp_path, **files)
+    (found,) = upward_room_imports(root)
+    assert found.startswith(f"adapters/{room}/a.py:")
+    assert f"{room} must not import multilora.adapters.loading" in found
+    assert upward_imports(root) == []
+
+
+def test_imports_downwards_between_rooms_and_elsewhere_are_fine(tmp_path):
+    source = "from multilora.adapters.peft import fields\nfrom . import process\nfrom multilora.lora import sites"
+    root = wrong_package(tmp_path, adapters__loading__loader=source, adapters__peft__fields="", lora__sites="")
+    assert upward_room_imports(root) == []
+
+
 def test_base_files_must_not_import_packages(tmp_path):
     root = wrong_package(tmp_path, config="from multilora.memory.pool import Pool", memory__pool="")
     assert upward_imports(root) == ["config.py:1: config must not import multilora.memory.pool.Pool"]
@@ -231,9 +299,10 @@ def test_the_other_rules_can_fail(tmp_path):
         server__app='"""S."""\nimport torch.nn',
         engine__client="def f():\n    from torch import nn\n    print(1)\n",
         surprise='"""S."""\n' + "\n" * MAX_LINES,
+        adapters__attic__old='"""O."""',
     )
     assert torch_imports(root) == ["engine/client.py:2: imports torch.nn", "server/app.py:2: imports torch.nn"]
     assert prints(root) == ["engine/client.py:3"]
     assert without_docstring(root) == ["engine/client.py"]
     assert too_long(root) == [f"surprise.py: {MAX_LINES + 1} lines"]
-    assert unknown_units(root) == ["surprise"]
+    assert unknown_units(root) == ["attic", "surprise"]

@@ -8,8 +8,8 @@ import torch
 
 from bench.common import matmul_rate, read_bandwidth, synchronize
 from bench.gpu.setup import Bench, Machine
-from multilora.adapters.ring_copier import RingCopier
-from multilora.adapters.staging import Staging
+from multilora.adapters.device.ring_copier import RingCopier
+from multilora.adapters.host.staging import Staging
 
 LINK_BYTES = 1 << 30
 COPIED = 16  # adapters

@@ -1,7 +1,8 @@
 """What an adapter's files say of themselves: its method, and rank and scaling of each module.
 
 Reads the config leniently and of the weights only the headers, so that it can say something of adapters that are not
-served too. Whether one can be served is asked of `adapters/checkpoint.py`, not decided here. Called by `inspect`.
+served too. Whether one can be served is asked of `adapters/peft/checkpoint.py`, not decided here. Called by
+`inspect`.
 """
 
 import re
@@ -9,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from multilora.adapters.peft_config import PeftConfig
-from multilora.adapters.safetensors_file import TensorInfo
+from multilora.adapters.peft.config import PeftConfig
+from multilora.adapters.peft.safetensors_file import TensorInfo
 from multilora.config import LORA_TARGETS
 from multilora.errors import MultiloraError
 

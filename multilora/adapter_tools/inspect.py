@@ -13,13 +13,13 @@ import torch
 
 from multilora.adapter_tools.facts import Row, method, rows
 from multilora.adapters.adapter import AdapterLimits
-from multilora.adapters.base_model import BaseModel
-from multilora.adapters.blocks import PackTarget
-from multilora.adapters.files import find_files, read_json_object, show
-from multilora.adapters.loader import FetchContext, FetchJob, allocate_private, fetch
-from multilora.adapters.peft_config import PeftConfig, parse_config
-from multilora.adapters.safetensors_file import SafetensorsFile, TensorInfo
+from multilora.adapters.loading.loader import FetchContext, FetchJob, allocate_private, fetch
+from multilora.adapters.packing.blocks import PackTarget
+from multilora.adapters.peft.base_model import BaseModel
+from multilora.adapters.peft.config import PeftConfig, parse_config
+from multilora.adapters.peft.safetensors_file import SafetensorsFile, TensorInfo
 from multilora.adapters.sources import resolve
+from multilora.adapters.sources.files import find_files, read_json_object, show
 from multilora.errors import MultiloraError, from_wire
 from multilora.models.load import DTYPES, read_config
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from multilora.adapters.files import find_files, read_json_object
-from multilora.adapters.safetensors_file import SafetensorsFile
+from multilora.adapters.peft.safetensors_file import SafetensorsFile
+from multilora.adapters.sources.files import find_files, read_json_object
 from multilora.engine.build import choose_device
 from multilora.errors import ConfigError
 

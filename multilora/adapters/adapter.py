@@ -1,4 +1,4 @@
-"""An adapter as `checkpoint.py` hands it on: typed blocks, PEFT's rules already applied.
+"""An adapter as `peft/checkpoint.py` hands it on: typed blocks, PEFT's rules already applied.
 
 From here on nobody knows about patterns, rsLoRA, trained tokens or file formats. Weights stay in the dtype of the
 file; `scaling` is what PEFT multiplies by, folded in by the packer in fp32 and rounded once.

@@ -15,13 +15,13 @@ from time import monotonic
 import torch
 from safetensors.torch import save_file
 
-from multilora.adapters.base_model import BaseModel
-from multilora.adapters.blocks import PackTarget
-from multilora.adapters.host_cache import HostCache
-from multilora.adapters.loader import Fetched, FetchJob
-from multilora.adapters.namespaces import Namespaces
-from multilora.adapters.residency import Residency
-from multilora.adapters.store import AdapterStore
+from multilora.adapters.composition.namespaces import Namespaces
+from multilora.adapters.device.residency import Residency
+from multilora.adapters.host.cache import HostCache
+from multilora.adapters.loading.loader import Fetched, FetchJob
+from multilora.adapters.packing.blocks import PackTarget
+from multilora.adapters.peft.base_model import BaseModel
+from multilora.adapters.versions.store import AdapterStore
 from multilora.errors import AdapterIncompatible, AdapterNotFound, MultiloraError
 from multilora.lora.panels import AdapterShape
 from multilora.lora.sites import LoraSite, LoraSlice

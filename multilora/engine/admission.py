@@ -13,8 +13,8 @@ Called by the scheduler, once a plan.
 import bisect
 from collections.abc import Callable, Sequence
 
-from multilora.adapters.components import Components
-from multilora.adapters.store import Want
+from multilora.adapters.composition.components import Components
+from multilora.adapters.versions.store import Want
 from multilora.engine.plan import Chunk
 from multilora.engine.policy import Policy
 from multilora.engine.request import Request, State

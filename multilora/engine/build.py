@@ -9,20 +9,20 @@ import torch
 
 from multilora import demo
 from multilora.adapters.adapter import AdapterLimits
-from multilora.adapters.base_model import BaseModel
-from multilora.adapters.blocks import PackTarget
-from multilora.adapters.copier import Copier, DirectCopier
-from multilora.adapters.finish import FinishingLoader
-from multilora.adapters.host_cache import HostCache
-from multilora.adapters.kv_effect import leaves_kv
-from multilora.adapters.loader import FetchContext, Loader
-from multilora.adapters.loader_process import ProcessLoader
-from multilora.adapters.namespaces import Namespaces
-from multilora.adapters.residency import Residency
-from multilora.adapters.ring_copier import RingCopier
-from multilora.adapters.spare_memory import spare_memory
-from multilora.adapters.staging import STAGING_BYTES, Staging
-from multilora.adapters.store import AdapterStore
+from multilora.adapters.composition.kv_effect import leaves_kv
+from multilora.adapters.composition.namespaces import Namespaces
+from multilora.adapters.device.copier import Copier, DirectCopier
+from multilora.adapters.device.residency import Residency
+from multilora.adapters.device.ring_copier import RingCopier
+from multilora.adapters.host.cache import HostCache
+from multilora.adapters.host.spare_memory import spare_memory
+from multilora.adapters.host.staging import STAGING_BYTES, Staging
+from multilora.adapters.loading.finish import FinishingLoader
+from multilora.adapters.loading.loader import FetchContext, Loader
+from multilora.adapters.loading.process import ProcessLoader
+from multilora.adapters.packing.blocks import PackTarget
+from multilora.adapters.peft.base_model import BaseModel
+from multilora.adapters.versions.store import AdapterStore
 from multilora.attention import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
 from multilora.config import Config

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from multilora.adapters.loader import InlineLoader
+from multilora.adapters.loading.loader import InlineLoader
 from multilora.adapters.testing import FakeCopier
 from multilora.config import Config
 from multilora.engine.build import build_engine, choose_device

@@ -11,7 +11,7 @@ from time import monotonic
 
 import torch
 
-from multilora.adapters.store import AdapterStore, Loaded, Lost
+from multilora.adapters.versions.store import AdapterStore, Loaded, Lost
 from multilora.engine.grammar import GrammarCache
 from multilora.engine.logit_edits import LogitEdits
 from multilora.engine.messages import (

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from time import monotonic
 
-from multilora.adapters.store import AdapterStore
+from multilora.adapters.versions.store import AdapterStore
 from multilora.engine.messages import AdapterStats, Stats
 from multilora.engine.plan import StepPlan
 from multilora.engine.scheduler import Scheduler

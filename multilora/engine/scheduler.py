@@ -11,9 +11,9 @@ import bisect
 from collections.abc import Callable
 from time import monotonic
 
-from multilora.adapters.components import Components
-from multilora.adapters.namespaces import Namespaces
-from multilora.adapters.store import AdapterStore, Want
+from multilora.adapters.composition.components import Components
+from multilora.adapters.composition.namespaces import Namespaces
+from multilora.adapters.versions.store import AdapterStore, Want
 from multilora.engine.admission import MAX_WAIT, Admission
 from multilora.engine.messages import Finished, Output
 from multilora.engine.plan import Chunk, StepPlan, StepResult

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from multilora.adapters.spool import Spool
+from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.engine.build import build_engine

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from multilora.adapters.spool import TENSOR_ROOT, Spool
+from multilora.adapters.sources.spool import TENSOR_ROOT, Spool
 from multilora.engine.local import LocalEngine
 from multilora.engine.messages import AdapterInfo, LoadAdapter, Reply, UnloadAdapter
 from multilora.errors import BadRequest, MultiloraError, from_wire

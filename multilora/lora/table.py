@@ -1,6 +1,6 @@
 """Which adapters are resident, and where their matrices are: places in, views of the arena out.
 
-A place is a small integer that lives as long as the adapter is resident. `adapters/residency.py` installs and
+A place is a small integer that lives as long as the adapter is resident. `adapters/device/residency.py` installs and
 removes; the backends read. The `torch` backend uses the views made here; tables on the device for kernels are kept
 by a `TableListener` (`device_table.py`).
 """

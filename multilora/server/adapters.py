@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
-from multilora.adapters.spool import TENSOR_ROOT, Spool
+from multilora.adapters.sources.spool import TENSOR_ROOT, Spool
 from multilora.config import LoraPath
 from multilora.engine.messages import AdapterInfo
 from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded, BadRequest, MultiloraError

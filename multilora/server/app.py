@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 
 import multilora
-from multilora.adapters.spool import Spool
+from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.server import adapters, chat, completions, errors, native, openai, operations
 from multilora.server.auth import KeyCheck

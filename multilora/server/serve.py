@@ -19,7 +19,7 @@ from typing import Any
 
 import uvicorn
 
-from multilora.adapters.spool import Spool
+from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.errors import ConfigError, MultiloraError

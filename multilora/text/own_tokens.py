@@ -15,8 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from multilora.adapters.files import open_regular
 from multilora.adapters.sources import resolve
+from multilora.adapters.sources.files import open_regular
 from multilora.engine.messages import AdapterInfo, Ready
 from multilora.errors import AdapterError, AdapterInvalid, BadRequest, ConfigError
 from multilora.params import SamplingParams

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multilora.adapter_tools.facts import Row, method, ranges, rows
-from multilora.adapters.safetensors_file import TensorInfo
+from multilora.adapters.peft.safetensors_file import TensorInfo
 
 LAYERS = "base_model.model.model.layers"
 

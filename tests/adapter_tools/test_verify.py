@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from multilora.adapter_tools import verify as module
 from multilora.adapter_tools.verify import _compare, _Prompt, verify
-from multilora.adapters.loader import InlineLoader
+from multilora.adapters.loading.loader import InlineLoader
 from multilora.engine.build import build_engine
 from multilora.errors import AdapterIncompatible, ConfigError
 from multilora.llm import LLM, Generation

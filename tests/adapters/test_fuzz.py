@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from multilora import LLM
-from multilora.adapters.loader import InlineLoader
-from multilora.adapters.peft_fields import HARMLESS, REFUSED, USED
+from multilora.adapters.loading.loader import InlineLoader
+from multilora.adapters.peft.fields import HARMLESS, REFUSED, USED
 from multilora.engine.build import build_engine
 from multilora.errors import AdapterError, BadRequest, MultiloraError
 from multilora.testing import make_adapter, make_tiny_model

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from multilora.adapters.staging import Staging
+from multilora.adapters.host.staging import Staging
 from multilora.config import Config
 from multilora.engine import build
 from multilora.engine.build import build_engine, choose_device
@@ -60,7 +60,7 @@ def refused(*args: object) -> int:
     [
         (build, {"spare_memory": lambda: 1 << 30}, r"1\.0+ GiB of memory are left, too little"),
         (build, {"Staging": refused}, "no memory to stage them: .* Cannot allocate memory"),
-        ("multilora.adapters.staging", {"populate": lambda *args: False}, "cannot be pinned: too little memory"),
+        ("multilora.adapters.host.staging", {"populate": lambda *args: False}, "cannot be pinned: too little memory"),
         (torch.cuda, {"cudart": lambda: SimpleNamespace(cudaHostRegister=lambda *args: 2)}, "cannot be pinned: 2"),
     ],
 )

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from multilora import LLM, SamplingParams
-from multilora.adapters.loader import InlineLoader
+from multilora.adapters.loading.loader import InlineLoader
 from multilora.engine.build import build_engine
 from multilora.errors import (
     AdapterAlreadyLoaded,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multilora.adapters.adapter import Adapter, LowRank, Vector, VectorKind
-from multilora.adapters.blocks import Blocks, PackTarget, pack
+from multilora.adapters.packing.blocks import Blocks, PackTarget, pack
 from multilora.batch import LoraSegment
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend

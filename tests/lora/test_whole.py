@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multilora.adapters.adapter import MODEL_LEVEL, Adapter, Full, LowRank, Rows
-from multilora.adapters.blocks import Blocks, PackTarget, pack
+from multilora.adapters.packing.blocks import Blocks, PackTarget, pack
 from multilora.batch import LoraSegment
 from multilora.errors import AdapterIncompatible
 from multilora.lora.sites import LoraSite, LoraSlice

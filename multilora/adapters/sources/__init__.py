@@ -7,9 +7,9 @@ otherwise `org/name[@revision]` is a hub repository. With --lora-root set only d
 import os
 from pathlib import Path
 
-from multilora.adapters.files import show
 from multilora.adapters.sources.base import AdapterSource
 from multilora.adapters.sources.directory import DirectorySource, is_encodable
+from multilora.adapters.sources.files import show
 from multilora.adapters.sources.hub import HubSource, is_hub_id
 from multilora.errors import AdapterForbidden, AdapterNotFound
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from multilora.adapters.files import CONFIG_NAME, INDEX_NAME, show
+from multilora.adapters.sources.files import CONFIG_NAME, INDEX_NAME, show
 from multilora.errors import AdapterForbidden, AdapterInvalid, AdapterNotFound
 
 
@@ -44,7 +44,7 @@ class DirectorySource:
         return real
 
     def _files(self, directory: Path, path: str) -> list[Path]:
-        """Everything in the directory that `checkpoint` or our caller might open."""
+        """Everything in the directory that `peft/checkpoint.py` or our caller might open."""
         try:
             names = sorted(os.listdir(directory))
         except OSError as e:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from multilora.adapters.files import CONFIG_NAME, INDEX_NAME, show
+from multilora.adapters.sources.files import CONFIG_NAME, INDEX_NAME, show
 from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound
 
 logger = logging.getLogger(__name__)

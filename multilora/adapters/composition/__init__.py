@@ -1,0 +1,1 @@
+"""Several adapters for one request, and whose KV may serve whom."""

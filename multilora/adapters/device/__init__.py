@@ -1,0 +1,1 @@
+"""Adapters in pages of the arena: who is resident, who leaves first, and the copies there."""

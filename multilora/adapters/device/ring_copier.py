@@ -1,0 +1,114 @@
+"""Copies of adapters to a GPU while steps run: host memory → a small ring of pinned memory → pages, on a side stream.
+
+Pinned memory stays bounded however many adapters are loaded; what lies in pinned memory already needs no ring. One
+thread feeds it, with OpenMP's help, as one core copies slower than the link; none of it holds the GIL. (Several
+threads of Python wait for each other's GIL at every call: 25 GB/s instead of 45.) The pages were free for every
+stream when they were taken (see the fence in memory/page_pool.py), so the side stream waits for nothing; whoever
+reads them first asks `done`.
+"""
+
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from multilora.adapters.crew import spare_cores
+from multilora.adapters.device.copier import runs
+from multilora.adapters.host.mapping import populate
+
+CORES = 14
+SLOTS = 3  # one is filled while another is copied
+SLOT_BYTES = 32 << 20
+CLOSE_SECONDS = 10  # a device that hangs is left to itself
+
+
+class RingCopy:
+    """One copy of buffer[i] to page pages[i]. buffer: uint8 [pages, page_bytes] in host memory."""
+
+    def __init__(self, buffer: torch.Tensor, pages: list[int]):
+        self.buffer = buffer
+        self.pages = pages
+        self._finished: torch.cuda.Event | None = None
+        self._error: Exception | None = None
+
+    def done(self) -> bool:
+        """Raises what went wrong, if anything did."""
+        if self._error is not None:
+            raise self._error
+        return self._finished is not None and self._finished.query()
+
+    def queued(self, stream: torch.cuda.Stream) -> None:
+        """All of it is on the stream."""
+        finished = torch.cuda.Event()
+        finished.record(stream)
+        self._finished = finished
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+
+
+class _Slot:
+    def __init__(self, pages: int, page_bytes: int):
+        self.memory = torch.empty(pages, page_bytes, dtype=torch.uint8, pin_memory=True)
+        self.free = torch.cuda.Event()
+
+
+class RingCopier:
+    """Starts copies; a daemon thread moves them, in order, until `close`."""
+
+    def __init__(self, arena: torch.Tensor, slots: int = SLOTS, slot_bytes: int = SLOT_BYTES):
+        self._arena = arena
+        self._slot_pages = max(1, slot_bytes // arena.shape[1])
+        self._stream = torch.cuda.Stream(arena.device)
+        self._jobs: queue.SimpleQueue[RingCopy | None] = queue.SimpleQueue()
+        ring = [_Slot(self._slot_pages, arena.shape[1]) for _ in range(slots)]
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, args=(ring,), name="adapter-copies", daemon=True)
+        self._thread.start()
+
+    def start(self, buffer: torch.Tensor, pages: list[int]) -> RingCopy:
+        job = RingCopy(buffer, pages)
+        self._jobs.put(job)
+        return job
+
+    def close(self) -> None:
+        """Copies that have not begun never will, and none that has writes to the arena any more: its memory may be
+        something else's soon."""
+        self._closing = True
+        self._jobs.put(None)
+        self._thread.join(CLOSE_SECONDS)
+
+    def _work(self, ring: list[_Slot]) -> None:
+        torch.cuda.set_device(self._arena.device)
+        torch.set_num_threads(spare_cores(CORES))  # OpenMP's, of this thread
+        slots = itertools.cycle(ring)
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            while (job := self._jobs.get()) is not None and not self._closing:
+                try:
+                    if job.buffer.is_pinned():
+                        self._queue(job.buffer, job.pages)
+                    else:
+                        self._through_ring(job, slots)
+                    job.queued(self._stream)
+                except Exception as e:  # whoever asks whether it is done gets it
+                    job.fail(e)
+                del job
+            with contextlib.suppress(RuntimeError):  # a broken device writes nothing any more
+                self._stream.synchronize()
+
+    def _through_ring(self, job: RingCopy, slots: Iterator[_Slot]) -> None:
+        for first in range(0, len(job.pages), self._slot_pages):
+            pages, slot = job.pages[first : first + self._slot_pages], next(slots)
+            part = job.buffer[first : first + len(pages)]
+            populate(part)
+            slot.free.synchronize()
+            slot.memory[: len(pages)].copy_(part)
+            self._queue(slot.memory, pages)
+            slot.free.record(self._stream)
+
+    def _queue(self, pinned: torch.Tensor, pages: list[int]) -> None:
+        for at, page, count in runs(pages):
+            self._arena[page : page + count].copy_(pinned[at : at + count], non_blocking=True)

@@ -1,0 +1,118 @@
+"""Where the loader puts packed pages so that the engine can read them: a part of the staging memory, or a file.
+
+Staging memory is one region that both share, made once (its engine's end is `staging.py`). Where there is none, or no
+room in it, an adapter comes in an anonymous memory file of its own. Called by the loader process.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from multilora.adapters.host.first_fit import FirstFit
+
+STAGING_ALIGN = 4096
+POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python's mmap does not name it
+
+
+@dataclass(frozen=True)
+class PagePlace:
+    """`size` zero bytes from `start` on. fd: of a file that is not mapped anywhere else; None: the staging memory."""
+
+    memory: mmap.mmap
+    start: int
+    size: int
+    fd: int | None
+
+    def tensor(self) -> torch.Tensor:
+        """uint8 [size]."""
+        return torch.frombuffer(self.memory, dtype=torch.uint8, count=self.size, offset=self.start)
+
+
+class PagePlaces:
+    """Gives places out. Any thread may call. staging: shared with the engine, zero."""
+
+    def __init__(self, staging: mmap.mmap | None = None):
+        self._staging = staging
+        self._parts = FirstFit(len(staging) if staging is not None else 0, STAGING_ALIGN)
+        self._lock = threading.Lock()
+        self._zeroing = ThreadPoolExecutor(1, "zeroing")
+
+    def take(self, size: int) -> PagePlace:
+        if self._staging is not None:
+            with self._lock:
+                start = self._parts.take(size)
+            if start is not None:
+                return PagePlace(self._staging, start, size, None)
+        fd = anonymous_file(size)
+        try:
+            return PagePlace(mmap.mmap(fd, size), 0, size, fd)
+        except OSError:
+            os.close(fd)
+            raise
+
+    def sent(self, place: PagePlace) -> None:
+        """The engine has it now. Of a file the memory goes with its last user."""
+        if place.fd is not None:
+            os.close(place.fd)
+
+    def drop(self, place: PagePlace) -> None:
+        """Nobody got it."""
+        self.sent(place)
+        if place.fd is None:
+            self.give_back(place.start)
+
+    def give_back(self, start: int) -> None:
+        """Nobody reads that part of the staging memory any more: free as soon as it is zero again."""
+        self._zeroing.submit(self._free, start)
+
+    def _free(self, start: int) -> None:
+        with self._lock:
+            size = self._parts.size_of(start)
+        if size is None or self._staging is None:
+            return  # of a loader before this one
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self._staging, start)), 0, size)
+        with self._lock:
+            self._parts.give_back(start)
+
+
+def populate(memory: mmap.mmap, start: int, size: int) -> bool:
+    """Bring in the pages of this part in one go, for writing. Its bytes stay as they are. False: there is too little
+    memory, and who touches them may be ended by a signal."""
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    try:
+        memory.madvise(POPULATE_WRITE, first, start + size - first)
+    except OSError as e:
+        return e.errno == errno.EINVAL  # an older kernel: pages come when they are touched
+    return True
+
+
+def anonymous_file(size: int) -> int:
+    """Descriptor of `size` zero bytes in memory that nobody else can open, or of an unlinked temporary file."""
+    resize: Callable[[int, int], None]
+    try:
+        fd, resize = os.memfd_create("multilora-adapter"), os.ftruncate
+    except (AttributeError, OSError):  # not Linux, or a sandbox
+        with tempfile.TemporaryFile() as file:
+            fd, resize = os.dup(file.fileno()), _reserve
+    try:
+        resize(fd, size)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _reserve(fd: int, size: int) -> None:
+    """On a disk: that it is full is an error now, and no SIGBUS later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
+    else:
+        os.ftruncate(fd, size)

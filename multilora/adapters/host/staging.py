@@ -1,0 +1,116 @@
+"""Staging memory: where the loader has just packed, pinned, so that the device copies at the full speed of the link.
+
+One region of fixed size, shared with the loader, pinned once at the start: pinning an adapter's own memory when it
+comes would make a running step late. An adapter stays in it only until a thread of this file has moved it into
+ordinary memory; then the loader may pack another one there. The loader's end is in `page_files.py`.
+Owned by the loader's engine end; the adapter store calls `settle`.
+"""
+
+import contextlib
+import ctypes
+import logging
+import mmap
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from multilora.adapters.host.cache import HostEntry
+from multilora.adapters.host.mapping import own_memory
+from multilora.adapters.host.page_files import anonymous_file, populate
+
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 10
+STAGING_BYTES = 1 << 30
+"""Room for twelve rank-16 adapters of an 8B model. A larger adapter comes in a file of its own."""
+
+
+class Staging:
+    """nbytes: of the region. Its memory is ordinary until `pin`."""
+
+    def __init__(self, nbytes: int = STAGING_BYTES):
+        self.nbytes = nbytes
+        self.fd = anonymous_file(nbytes)
+        self._memory = mmap.mmap(self.fd, nbytes)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._pinned = False
+        self._closed = False
+        self._views = 0
+        self._lock = threading.RLock()  # a view may go at any moment, also while this thread holds it
+        self._to_settle: queue.SimpleQueue[weakref.ref[HostEntry] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._settle_all, name="adapter-settling", daemon=True)
+        self._thread.start()
+
+    def pin(self) -> bool:
+        """For CUDA. False: it cannot be, as the log says, and is of no use then."""
+        error: object = "too little memory"
+        if populate(self._memory, 0, self.nbytes):
+            error = torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, 0)
+            self._pinned = error == 0
+        if not self._pinned:
+            logger.warning("adapters load slower: their staging memory cannot be pinned: %s", error)
+            _forget_cuda_error()
+        return self._pinned
+
+    def view(self, start: int, nbytes: int, release: Callable[[int], None]) -> torch.Tensor:
+        """uint8 [nbytes]. `release(start)` is called, on any thread, when neither it nor a view of it is left."""
+        part = (ctypes.c_ubyte * nbytes).from_buffer(self._memory, start)
+        with self._lock:
+            self._views += 1
+        weakref.finalize(part, self._gone, start, release).atexit = False
+        return torch.frombuffer(part, dtype=torch.uint8)
+
+    def settle(self, entry: HostEntry) -> None:
+        """Soon `entry.buffer` is memory of its own, if it is not already. Whoever reads the old one keeps it."""
+        if 0 <= entry.buffer.data_ptr() - self._address < self.nbytes:
+            self._to_settle.put(weakref.ref(entry))
+
+    def close(self) -> None:
+        """No more views. The memory goes when the last one has."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.close(self.fd)
+            self._to_settle.put(None)
+            self._unpin()
+        self._thread.join(CLOSE_SECONDS)  # without the lock, which it may want
+
+    def _gone(self, start: int, release: Callable[[int], None]) -> None:
+        with self._lock:
+            self._views -= 1
+            self._unpin()
+        release(start)
+
+    def _unpin(self) -> None:
+        if self._pinned and self._closed and not self._views:
+            torch.cuda.cudart().cudaHostUnregister(self._address)
+            self._pinned = False
+
+    def _settle_all(self) -> None:
+        while (found := self._to_settle.get()) is not None:
+            entry = found()
+            if entry is not None:
+                try:
+                    _move(entry)
+                except Exception as e:  # of memory, most likely; the next adapter may find some
+                    logger.warning("an adapter stays in the staging memory: %s", e)
+            del entry
+
+
+def _forget_cuda_error() -> None:
+    """A call that has failed leaves its error behind, for the next kernel launch to raise."""
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda")
+
+
+def _move(entry: HostEntry) -> None:
+    own = own_memory(entry.buffer.numel()).view(entry.buffer.shape)
+    np.copyto(own.numpy(), entry.buffer.numpy())  # holds no GIL
+    entry.buffer = own

@@ -1,0 +1,1 @@
+"""The loader: fetches, reads and packs, away from the step loop."""

@@ -1,0 +1,131 @@
+"""The last touch to a packed adapter, which needs the base model's weights: DoRA's norms and trained biases.
+
+The packer leaves an affine pair as magnitude m and bias; here it becomes what the kernels apply to the base model's
+output y = W x + b after the low-rank part (s · B A is what lies in the pages):
+
+    scale = m / ‖W + s · BA‖, one norm per output (Liu et al. 2024, arXiv:2402.09353); 1 without DoRA
+    shift = trained bias (or b) + bias of lora_B - scale · b
+
+`FinishingLoader` wraps any loader. It works in slices of a few milliseconds, between two steps, on its own stream.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from time import monotonic
+
+import torch
+
+from multilora.adapters.loading.loader import Fetched, FetchJob, Loader
+from multilora.adapters.packing.blocks import PackTarget, affine_place, place
+from multilora.lora.panels import RANK_GRANULE, Affine, Chunk, PanelLayout
+
+SLICE_SECONDS = 0.002
+
+BaseModule = Callable[[int, str], tuple[torch.Tensor, torch.Tensor | None]]
+"""(layer, module) → the base model's weight [out, in] and bias [out]."""
+
+
+@dataclass
+class _Work:
+    result: Fetched
+    buffer: torch.Tensor
+    steps: Iterator[None]
+
+
+class FinishingLoader:
+    """The contract of `Loader`; what the wrapped loader brings is handed on finished."""
+
+    def __init__(self, loader: Loader, target: PackTarget, base: BaseModule, seconds: float = SLICE_SECONDS):
+        self._loader = loader
+        self._target = target
+        self._base = base
+        self._seconds = seconds
+        self._queue: deque[_Work] = deque()
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def working(self) -> bool:
+        return bool(self._queue) or self._loader.working
+
+    def submit(self, job: FetchJob) -> None:
+        self._loader.submit(job)
+
+    def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        done = []
+        for result, buffer in self._loader.poll():
+            if buffer is None or result.shape is None or not result.shape.affine:
+                done.append((result, buffer))
+            else:
+                layout = self._target.layout(result.shape)
+                self._queue.append(_Work(result, buffer, finish(buffer, layout, self._target, self._base)))
+        return done + self._work()
+
+    def fileno(self) -> int | None:
+        return self._loader.fileno()
+
+    def close(self) -> None:
+        self._queue.clear()
+        self._loader.close()
+
+    def _work(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        done: list[tuple[Fetched, torch.Tensor | None]] = []
+        deadline = monotonic() + self._seconds
+        with torch.inference_mode(), self._side_stream():
+            while self._queue and monotonic() < deadline:
+                if next(self._queue[0].steps, StopIteration) is StopIteration:
+                    work = self._queue.popleft()
+                    done.append((work.result, work.buffer))
+        return done
+
+    def _side_stream(self) -> AbstractContextManager[object]:
+        """The base model's weights never change, so nothing has to wait for the running step."""
+        if not self._queue or not torch.cuda.is_available():
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return torch.cuda.stream(self._stream)
+
+
+def finish(buffer: torch.Tensor, layout: PanelLayout, target: PackTarget, base: BaseModule) -> Iterator[None]:
+    """Finish every affine pair of `buffer`, uint8 [pages, page_bytes], in place; yields after each."""
+    a: tuple[Chunk, ...] = ()
+    b: dict[int, tuple[int, int, tuple[Chunk, ...]]] = {}  # slice → first row in A, rank, chunks of B
+    for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+        site = target.sites[matrix.site]
+        if matrix.slice < 0:
+            a, b = chunks, {}
+        elif not matrix.affine:
+            b[matrix.slice] = sum(rank for _, rank, _ in b.values()), matrix.rank, chunks
+        else:
+            kind = Affine(layout.shape.affine[matrix.site][matrix.slice])
+            weight, bias = base(site.layer, site.slices[matrix.slice].module)
+            pair = torch.cat([affine_place(buffer, chunk) for chunk in chunks], dim=1).to(weight.device)
+            if kind & Affine.DORA:
+                assert matrix.slice in b, "a magnitude without low rank"
+                first, rank, b_chunks = b[matrix.slice]
+                delta_a = _read(buffer, target, a, first, rank, site.in_features).to(weight.device)
+                delta_b = _read(buffer, target, b_chunks, 0, rank, matrix.width).to(weight.device)
+                pair[0] /= torch.addmm(weight.float(), delta_b.T, delta_a).norm(dim=1)
+            if bias is not None:
+                kept = bias.float() if not kind & Affine.BIAS else torch.zeros_like(bias, dtype=torch.float32)
+                pair[1] += kept - pair[0] * bias.float()
+            pair = pair.cpu()
+            for chunk in chunks:
+                affine_place(buffer, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
+            yield
+
+
+def _read(
+    buffer: torch.Tensor, target: PackTarget, chunks: tuple[Chunk, ...], first: int, rank: int, width: int
+) -> torch.Tensor:
+    """Rows [first, first + rank) of a packed matrix, fp32 [rank, width]."""
+    found = torch.zeros(rank, width)
+    for chunk in chunks:
+        row = chunk.row - first
+        if 0 <= row < rank:
+            found[row : row + RANK_GRANULE, chunk.col : chunk.col + chunk.columns] = place(
+                buffer, target, chunk, RANK_GRANULE
+            )
+    return found

@@ -1,0 +1,326 @@
+"""Processes that read and pack weights for the loader: Python's threads would wait for each other's GIL.
+
+They are forked when the loader starts and share one region of memory with it, into which files are read, and the
+staging memory. An order names places in the region, and where the pages are: in the staging memory, or in a file
+whose descriptor comes along. They end with the loader.
+Called by the loader process.
+"""
+
+import ctypes
+import logging
+import mmap
+import os
+import socket
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+
+from multilora.adapters.crew import Slab
+from multilora.adapters.host.first_fit import FirstFit
+from multilora.adapters.host.mapping import lies_in_memory
+from multilora.adapters.host.page_files import PagePlace, populate
+from multilora.adapters.packing.strips import Run, Strip, write_strip, write_strips
+from multilora.errors import AdapterInvalid
+
+logger = logging.getLogger(__name__)
+
+REGION_BYTES = 1 << 30  # of address space; what was used once stays with the loader
+POPULATED_BYTES = 256 << 20  # of it that are there from the start: room for three rank-16 adapters of an 8B model
+ALIGN = 4096
+LENGTH_BYTES = 8
+
+
+class _Place(msgspec.Struct, array_like=True, frozen=True):
+    """A strip whose weight lies in the region. start: byte; shape and strides: in elements."""
+
+    name: str
+    start: int
+    dtype: str
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    scaling: float
+    runs: tuple[Run, ...]
+
+
+class _Pack(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """start: byte of the staging memory at which the pages begin; None: they are the file that comes along."""
+
+    dtype: str
+    places: list[_Place]
+    start: int | None
+
+
+class _Read(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Of the file that comes along, into the region."""
+
+    slabs: list[Slab]
+
+
+class _Answer(msgspec.Struct, array_like=True, frozen=True):
+    """error: of packing. left: slabs that the system does not have at hand."""
+
+    error: str = ""
+    left: list[Slab] = []
+
+
+class Region:
+    """Memory that is shared with processes forked later. Given out by first fit, taken back when nobody uses it."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self.memory = mmap.mmap(-1, size)
+        self._start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self._parts = FirstFit(size, ALIGN)
+        self._freed: deque[int] = deque()  # starts, from finalizers, which may run at any moment
+        self._lock = threading.Lock()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes], of the region if it has room."""
+        with self._lock:
+            while self._freed:
+                self._parts.give_back(self._freed.popleft())
+            start = self._parts.take(nbytes) if nbytes else None
+            if start is None:
+                return torch.empty(nbytes, dtype=torch.uint8)
+        memory = (ctypes.c_ubyte * nbytes).from_buffer(self.memory, start)
+        weakref.finalize(memory, self._freed.append, start)
+        return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps `memory` as long as any view of it lives
+
+    def place_of(self, tensor: torch.Tensor) -> int | None:
+        """Byte of the region at which it begins; None: it lies elsewhere."""
+        start = tensor.data_ptr() - self._start
+        return start if 0 <= start < self._size else None
+
+    def at(self, start: int, dtype: torch.dtype, shape: tuple[int, int], strides: tuple[int, int]) -> torch.Tensor:
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        flat = torch.frombuffer(self.memory, dtype=dtype, count=extent, offset=start)
+        return flat.as_strided(shape, strides)
+
+
+@dataclass(frozen=True)
+class _Packer:
+    """One process, seen from the loader."""
+
+    pid: int
+    connection: socket.socket
+
+
+class Packers:
+    """`count` processes; with 0, or when one of them has died, everything is packed here.
+
+    Made before any thread is. inherited: a socket that the processes are not to keep open. staging: memory that is
+    shared with the engine.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        inherited: socket.socket | None = None,
+        staging: mmap.mmap | None = None,
+        region_bytes: int = REGION_BYTES,
+    ):
+        self._region: Region | None = None
+        self._staging = staging
+        self._packers: list[_Packer] = []
+        self._lock = threading.Lock()
+        try:
+            self._region = Region(region_bytes) if count else None
+            for _ in range(count):
+                self._packers.append(self._fork(inherited))
+        except OSError as e:  # a limit on memory, processes or descriptors
+            logger.warning("adapters load slower: %d of %d packing processes: %s", len(self._packers), count, e)
+
+    def memory(self, nbytes: int) -> torch.Tensor:
+        """Where to read weights to, so that the processes see them."""
+        return self._region.allocate(nbytes) if self._region else torch.empty(nbytes, dtype=torch.uint8)
+
+    def write(self, strips: list[Strip], dtype: torch.dtype, out: torch.Tensor, where: PagePlace) -> None:
+        """Write all strips into the pages `out`, which lie there. Raises AdapterInvalid."""
+        places: list[_Place] = []
+        here: list[Strip] = []
+        for strip in strips:
+            start = self._region.place_of(strip.weight) if self._region and self._packers else None
+            if start is None:
+                here.append(strip)
+            else:
+                places.append(_describe(strip, start))
+        if places and not self._pack_aside(places, str(dtype).removeprefix("torch."), where):
+            here = strips
+        write_strips(here, dtype, out)
+
+    def read(self, fd: int, slabs: list[Slab], memory: torch.Tensor) -> list[Slab]:
+        """A `ReadCached` (crew.py): what the system has at hand of a file. A slow disk would hold up those who pack
+        meanwhile, so the rest is left to the caller."""
+        start = self._region.place_of(memory) if self._region else None
+        count = len(self._packers)
+        if start is None or not count:
+            return slabs
+        moved = [(first, start + at, nbytes) for first, at, nbytes in slabs]
+        answers = self._order([_Read(moved[i::count]) for i in range(count)], fd)
+        if answers is None:
+            return slabs
+        return [(first, at - start, nbytes) for answer in answers for first, at, nbytes in answer.left]
+
+    def close(self) -> None:
+        for packer in self._packers:
+            packer.connection.close()
+            os.waitpid(packer.pid, 0)
+        self._packers = []
+
+    def _pack_aside(self, places: list[_Place], dtype: str, where: PagePlace) -> bool:
+        """Shared out evenly by size. False: the processes are gone."""
+        count = len(self._packers)
+        shares: list[list[_Place]] = [[] for _ in range(count)]
+        places.sort(key=lambda place: -place.shape[0] * place.shape[1])
+        for i, place in enumerate(places if count else []):
+            turn, at = divmod(i, count)
+            shares[at if turn % 2 == 0 else count - 1 - at].append(place)
+        start = where.start if where.fd is None else None
+        answers = self._order([_Pack(dtype, share, start) for share in shares], where.fd)
+        for error in (answer.error for answer in answers or () if answer.error):
+            raise AdapterInvalid(error)
+        return answers is not None
+
+    def _order(self, orders: Sequence[_Pack | _Read], fd: int | None) -> list[_Answer] | None:
+        """One for each process; their answers. None: there are none any more."""
+        with self._lock:
+            if not self._packers or len(orders) != len(self._packers):
+                return None  # let go since the orders were written
+            try:
+                for packer, order in zip(self._packers, orders, strict=True):
+                    data = msgspec.msgpack.encode(order)
+                    fds = [] if fd is None else [fd]
+                    socket.send_fds(packer.connection, [len(data).to_bytes(LENGTH_BYTES, "little")], fds)
+                    packer.connection.sendall(data)
+                return [msgspec.msgpack.decode(_receive(p.connection), type=_Answer) for p in self._packers]
+            except OSError:
+                logger.exception("a packing process has died; packing without them from now on")
+                self.close()
+                return None
+            except BaseException:  # else the next order would be taken to be answered by what is left of this one
+                self.close()
+                raise
+
+    def _fork(self, inherited: socket.socket | None) -> _Packer:
+        ours, theirs = socket.socketpair()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
+        if pid == 0:
+            for end in (ours, inherited, *(packer.connection for packer in self._packers)):
+                if end is not None:
+                    end.close()
+            try:
+                self._serve(theirs)
+            except ConnectionError:
+                pass  # the loader was killed
+            except Exception:
+                logger.exception("a packing process failed")
+            finally:
+                os._exit(0)
+        theirs.close()
+        return _Packer(pid, ours)
+
+    # ------------------------------------------------------------------ in the forked process
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Until the loader has closed its end."""
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        if self._staging is not None and self._region is not None:  # on a GPU; elsewhere nobody needs so much memory
+            populate(self._staging, 0, len(self._staging))
+            populate(self._region.memory, 0, min(POPULATED_BYTES, len(self._region.memory)))
+        while True:
+            header, fds, _, _ = socket.recv_fds(connection, LENGTH_BYTES, 1)
+            if not header:
+                return
+            order = msgspec.msgpack.decode(_exactly(connection, int.from_bytes(header, "little")), type=_Pack | _Read)
+            try:
+                answer = self._read_here(order, fds[0]) if isinstance(order, _Read) else self._pack_here(order, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            _send(connection, msgspec.msgpack.encode(answer))
+
+    def _read_here(self, order: _Read, fd: int) -> _Answer:
+        assert self._region is not None
+        view = memoryview(self._region.memory)
+        return _Answer(left=[s for s in order.slabs if not read_cached(fd, s[0], view[s[1] : s[1] + s[2]])])
+
+    def _pack_here(self, order: _Pack, fds: list[int]) -> _Answer:
+        """Into the staging memory, or into the file: mapped, as writes to one file wait for each other, and unmapped
+        at once, as who unmaps a file last frees its memory."""
+        if order.start is not None:
+            assert self._staging is not None
+            return _Answer(self._pack_into(np.frombuffer(self._staging, np.uint8, offset=order.start), order))
+        with mmap.mmap(fds[0], 0) as pages:
+            return _Answer(self._pack_into(np.frombuffer(pages, np.uint8), order, pages))
+
+    def _pack_into(self, target: np.ndarray, order: _Pack, fresh: mmap.mmap | None = None) -> str:
+        """fresh: what `target` maps, if its pages are not there yet. Returns what is wrong with the adapter, if
+        anything is: of an error that left from here the traceback would hold on to `target`."""
+        assert self._region is not None
+
+        def put(at: int, part: np.ndarray) -> None:
+            if fresh is not None:
+                populate(fresh, at, part.nbytes)
+            target[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
+
+        try:
+            for place in order.places:
+                weight = self._region.at(place.start, getattr(torch, place.dtype), place.shape, place.strides)
+                write_strip(Strip(place.name, weight, place.scaling, place.runs), getattr(torch, order.dtype), put)
+        except AdapterInvalid as e:
+            return e.message
+        return ""
+
+
+def read_cached(fd: int, start: int, target: memoryview) -> bool:
+    """Fill `target` from there if the whole part is in the system's memory already; else its bytes are not known."""
+    flag = 0 if lies_in_memory(fd) else getattr(os, "RWF_NOWAIT", None)  # Linux
+    if flag is None:
+        return False
+    while target:
+        try:
+            got = os.preadv(fd, [target], start, flag)
+        except OSError:  # not at hand, or this file system does not say
+            return False
+        if not got:
+            return False  # the file ends: whoever reads it next says so
+        start, target = start + got, target[got:]
+    return True
+
+
+def _describe(strip: Strip, start: int) -> _Place:
+    weight = strip.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    shape, strides = (weight.shape[0], weight.shape[1]), weight.stride()
+    return _Place(strip.name, start, dtype, shape, (strides[0], strides[1]), strip.scaling, strip.runs)
+
+
+def _send(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+
+
+def _receive(connection: socket.socket) -> bytes:
+    return _exactly(connection, int.from_bytes(_exactly(connection, LENGTH_BYTES), "little"))
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    """Raises OSError if the other end closes before."""
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        got = connection.recv_into(view)
+        if not got:
+            raise ConnectionResetError("the other end is gone")
+        view = view[got:]
+    return bytes(data)

@@ -1,0 +1,311 @@
+"""The loader as a process of its own, so that reading, checking and packing never hold the step loop's GIL.
+
+The two ends share a Unix socket, and on a GPU the staging memory: jobs go one way, results come back with the place
+of the packed pages in that memory, or with the descriptor of an anonymous memory file that holds them. A file is used
+once, a place again when the engine has said that it is done with it. Nothing has a name, so nothing is left behind
+when a process dies.
+Run by `ProcessLoader` as `python -m multilora.adapters.loading.process`.
+"""
+
+import contextlib
+import errno
+import gc
+import logging
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import torch
+
+from multilora.adapters.adapter import AdapterLimits
+from multilora.adapters.crew import Crew, spare_cores
+from multilora.adapters.host.mapping import map_file
+from multilora.adapters.host.page_files import PagePlace, PagePlaces
+from multilora.adapters.host.staging import Staging
+from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, fetch
+from multilora.adapters.loading.packers import Packers
+from multilora.adapters.packing.blocks import PackTarget
+from multilora.adapters.packing.strips import Strip
+from multilora.adapters.peft.base_model import BaseModel
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE = 1 << 20
+PARALLEL_FETCHES = 4  # so that a slow download does not hold up a local directory
+MAX_READERS = 8  # threads, for all fetches together
+MAX_PACKERS = 8  # processes
+NICENESS = 10  # a step goes before an adapter
+# glibc's malloc: memory that a file was read into is used again, as fresh pages cost more than reading. At most
+# 512 MiB stay with the process when nothing is to do.
+REUSE_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(512 << 20), "MALLOC_ARENA_MAX": "1"}
+
+
+class _Start(msgspec.Struct, frozen=True):
+    """The first message: a FetchContext in plain types. staging: descriptor of that memory, if there is any."""
+
+    base: BaseModel
+    dtype: str
+    page_bytes: int
+    limits: AdapterLimits
+    roots: tuple[str, ...]
+    staging: int | None
+
+
+class _Order(msgspec.Struct, frozen=True, omit_defaults=True):
+    """To the loader. done_with: where a part of the staging memory begins that nobody reads any more."""
+
+    job: FetchJob | None = None
+    done_with: int | None = None
+
+
+class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """From the loader. nbytes: of the pages. start: where they begin in the staging memory; None: they are the file
+    whose descriptor comes along."""
+
+    result: Fetched
+    nbytes: int = 0
+    start: int | None = None
+
+
+class ProcessLoader:
+    """The engine's end. Starts the process at once; starts it again if it died. `fileno` stays the same.
+
+    staging: belongs to the loader from now on. After the process has died it is not used any more, as the processes
+    that pack for it may still write there.
+    """
+
+    working = False
+
+    def __init__(self, context: FetchContext, staging: Staging | None = None):
+        self._context = context
+        self._staging = staging
+        self._shares_staging = staging is not None
+        self._pending: dict[int, FetchJob] = {}
+        self._lost: list[tuple[Fetched, torch.Tensor | None]] = []  # failures to report at the next poll
+        self._page_bytes = context.target.page_bytes
+        self._process, self._socket = self._spawn()
+
+    def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
+        command = [sys.executable, "-m", "multilora.adapters.loading.process", str(theirs.fileno())]
+        context = self._context
+        staging = self._staging.fd if self._staging is not None and self._shares_staging else None
+        dtype = str(context.target.dtype).removeprefix("torch.")
+        start = _Start(context.base, dtype, self._page_bytes, context.limits, context.roots, staging)
+        ours.sendall(msgspec.msgpack.encode(start))
+        environment = REUSE_MEMORY | os.environ
+        fds = [theirs.fileno()] if staging is None else [theirs.fileno(), staging]
+        process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
+        theirs.close()
+        return process, ours
+
+    def submit(self, job: FetchJob) -> None:
+        if self._process.poll() is not None:
+            self._lost += self._died()
+        self._pending[job.version] = job
+        try:
+            _send(self._socket, _Order(job))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it is just dying: the next poll notices
+        except OSError as e:  # longer than a message can be
+            del self._pending[job.version]
+            self._lost.append((_failed(job.version, f"{job.path[:100]}…: {e.strerror}"), None))
+
+    def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        done, self._lost = self._lost, []
+        while True:
+            try:
+                data, fds = _receive(self._socket)
+            except BlockingIOError:
+                return done
+            except ConnectionResetError:
+                data, fds = b"", []
+            if not data:
+                return done + self._died()
+            message = msgspec.msgpack.decode(data, type=_Message)
+            try:
+                self._pending.pop(message.result.version, None)
+                done.append(self._with_pages(message, fds))
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def fileno(self) -> int | None:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()  # the process ends when it notices
+        try:
+            self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:  # in the middle of a download
+            self._process.kill()
+            self._process.wait()
+        if self._staging is not None:
+            self._staging.close()
+
+    def _with_pages(self, message: _Message, fds: list[int]) -> tuple[Fetched, torch.Tensor | None]:
+        """The packed pages, which nobody else writes to."""
+        result = message.result
+        if result.kind:
+            return result, None
+        if message.start is not None:
+            assert self._staging is not None
+            pages = self._staging.view(message.start, message.nbytes, self._done_with)
+        elif not fds:
+            return _failed(result.version, "no file descriptor is left to receive its pages with"), None
+        else:
+            try:
+                pages = map_file(fds[0], message.nbytes)
+            except (OSError, RuntimeError) as e:
+                return _failed(result.version, f"its pages cannot be mapped: {e}"), None
+        return result, pages.view(-1, self._page_bytes)
+
+    def _done_with(self, start: int) -> None:
+        """On any thread. A loader that has been started anew takes no notice."""
+        with contextlib.suppress(OSError):  # it has died, or is closed
+            self._socket.sendall(msgspec.msgpack.encode(_Order(done_with=start)))
+
+    def _died(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        failed = [_failed(v, f"{job.path}: the loader process ended; try again") for v, job in self._pending.items()]
+        logger.error("the loader process ended with code %s; starting another", self._process.wait())
+        self._pending.clear()
+        self._shares_staging = False
+        self._process, ours = self._spawn()
+        with ours:
+            os.dup2(ours.fileno(), self._socket.fileno(), inheritable=False)  # who polls it knows it by its number
+        return [(f, None) for f in failed]
+
+
+def _failed(version: int, message: str) -> Fetched:
+    return Fetched(version=version, kind="AdapterError", message=message)
+
+
+def _send(connection: socket.socket, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+    """Raises OSError, also if it is longer than the other end reads."""
+    data = msgspec.msgpack.encode(message)
+    if len(data) > MAX_MESSAGE:
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+    socket.send_fds(connection, [data], fds)
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """One message and the descriptors it carries. Raises BlockingIOError when there is none.
+
+    (socket.recv_fds would do, but ignores its flags.)
+    """
+    data, control, _, _ = connection.recvmsg(MAX_MESSAGE, socket.CMSG_LEN(4), socket.MSG_DONTWAIT)
+    fds = array("i")
+    for level, kind, payload in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload)
+    return data, list(fds)
+
+
+# ---------------------------------------------------------------------- the loader's end
+
+
+def serve(connection: socket.socket) -> None:
+    """Answer jobs until the engine closes its end."""
+    start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=_Start)
+    target = PackTarget(start.base.sites, getattr(torch, start.dtype), start.page_bytes)
+    context = FetchContext(start.base, target, start.limits, start.roots)
+    cores = spare_cores(MAX_PACKERS)
+    gc.collect()
+    gc.freeze()  # what is there now stays; looking through all of it would take as long as half an adapter
+    staging = mmap.mmap(start.staging, 0) if start.staging is not None else None
+    packers = Packers(cores if cores > 1 else 0, connection, staging)
+    places = PagePlaces(staging)
+    server = _Server(connection, context, packers, places)
+    with ThreadPoolExecutor(PARALLEL_FETCHES) as threads:
+        while data := _next_order(connection):
+            order = msgspec.msgpack.decode(data, type=_Order)
+            if order.job is not None:
+                threads.submit(server.answer, order.job)
+            if order.done_with is not None:
+                places.give_back(order.done_with)
+        threads.shutdown(wait=False, cancel_futures=True)
+    packers.close()
+
+
+def _next_order(connection: socket.socket) -> bytes:
+    """Empty when the engine has closed its end, whether or not it had read everything."""
+    try:
+        return connection.recv(MAX_MESSAGE)
+    except ConnectionResetError:
+        return b""
+
+
+class _Server:
+    """What the fetches share."""
+
+    def __init__(self, connection: socket.socket, context: FetchContext, packers: Packers, places: PagePlaces):
+        self._connection = connection
+        self._context = context
+        self._packers = packers
+        self._places = places
+        self._crew = Crew(spare_cores(MAX_READERS), packers.memory, packers.read)
+        self._sending = threading.Lock()
+
+    def answer(self, job: FetchJob) -> None:
+        """Fetch one adapter and send it."""
+        taken: list[PagePlace] = []  # one at most
+
+        def allocate(num_pages: int, page_bytes: int) -> torch.Tensor:
+            taken.append(self._places.take(num_pages * page_bytes))
+            return taken[0].tensor().view(num_pages, page_bytes)
+
+        def write(strips: list[Strip], dtype: torch.dtype, out: torch.Tensor) -> None:
+            self._packers.write(strips, dtype, out, taken[0])
+
+        try:
+            result, buffer = fetch(job, self._context, allocate, self._crew, write)
+        except Exception as e:
+            logger.exception("reading adapter %s failed", job.path)
+            result, buffer = _failed(job.version, f"{job.path}: {e!r}"), None
+        sent = self._send(job, result, taken[0] if buffer is not None else None)
+        for place in taken:
+            if sent and buffer is not None:
+                self._places.sent(place)
+            else:
+                self._places.drop(place)
+
+    def _send(self, job: FetchJob, result: Fetched, place: PagePlace | None) -> bool:
+        """False: the engine did not get it. It gets an error instead, if it is still there."""
+        message, fds = _Message(result), []
+        if place is not None:
+            message = _Message(result, place.size, place.start if place.fd is None else None)
+            fds = [place.fd] if place.fd is not None else []
+        try:
+            with self._sending:
+                _send(self._connection, message, fds)
+            return True
+        except OSError as e:
+            logger.warning("dropping adapter %s: the engine cannot be told of it: %s", job.path, e.strerror)
+            error = _failed(job.version, f"{job.path[:100]}: what was found cannot be told: {e.strerror}")
+        with contextlib.suppress(OSError), self._sending:  # it is gone
+            _send(self._connection, _Message(error))
+        return False
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the engine's end decides
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    with contextlib.suppress(OSError):  # a sandbox may not let us
+        os.nice(NICENESS)
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        serve(connection)
+
+
+if __name__ == "__main__":
+    main()

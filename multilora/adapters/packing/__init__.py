@@ -1,0 +1,1 @@
+"""From an adapter's typed blocks to the bytes of its pages."""

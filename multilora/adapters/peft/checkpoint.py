@@ -1,0 +1,80 @@
+"""Reads an adapter directory as PEFT saved it and hands on typed blocks with every PEFT rule already applied.
+
+Everything is checked from headers before the first weight is read. What the config means is in `config`, which
+files there are in `sources/files.py`, which tensors in `contents`, the blocks in `checkpoint_lora` and
+`checkpoint_whole`. Does not know where the directory came from (`sources/`), nor how blocks are packed. Called by the
+loader process.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from multilora.adapters.adapter import Adapter, AdapterLimits, Block, LowRank, Vector, VectorKind
+from multilora.adapters.crew import ALONE, Crew
+from multilora.adapters.peft import checkpoint_lora as lora
+from multilora.adapters.peft import checkpoint_whole as whole
+from multilora.adapters.peft.base_model import TABLES, BaseModel
+from multilora.adapters.peft.config import PeftConfig, parse_config
+from multilora.adapters.peft.contents import open_tensors, sort_tensors
+from multilora.adapters.sources.files import find_files, fingerprint, read_json_object, show
+from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
+
+__all__ = ["fingerprint", "read_adapter"]
+
+
+def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, crew: Crew = ALONE) -> Adapter:
+    """The adapter in `directory`, for the model `base`; read on the threads of `crew`.
+
+    Raises AdapterNotFound, AdapterInvalid, AdapterUnsupported or AdapterIncompatible; the message names the file and
+    the field, tensor or module. AdapterError if the base model's own files are gone.
+    """
+    mark = fingerprint(directory)
+    files = find_files(directory)
+    config = parse_config(read_json_object(files.config), files.config)
+    with contextlib.ExitStack() as stack:
+        contents = sort_tensors(open_tensors(files, stack, crew), config, base)
+        with_lora = lora.check(contents)
+        others = whole.plan(contents)
+        _check_rank((lora.rank_of(module, contents) for module in with_lora), limits)
+        _check_modules({module.place.module for module in with_lora} | others.modules, base, limits)
+        merged = {m.place.module: m for m in with_lora if contents.resized and m.place.module in TABLES}
+        blocks = [b for m in with_lora if m.place.module not in merged for b in lora.read(m, contents)]
+        deltas = {table: lora.table_delta(module, contents) for table, module in merged.items()}
+        blocks += whole.read(others, contents, deltas)
+    _check_modules({block.module for block in blocks}, base, limits)
+    _check_activated(blocks, config)
+    if fingerprint(directory) != mark:
+        raise AdapterInvalid(f"{show(str(directory))}: the files changed while they were read; load it again")
+    return Adapter(tuple(blocks), mark, config.invocation_tokens)
+
+
+def _check_rank(ranks: Iterable[int], limits: AdapterLimits) -> None:
+    rank = max(ranks, default=0)
+    if limits.max_rank is not None and rank > limits.max_rank:
+        raise AdapterIncompatible(
+            f"the adapter is incompatible: its rank {rank} is over --max-lora-rank {limits.max_rank}"
+        )
+
+
+def _check_modules(modules: set[str], base: BaseModel, limits: AdapterLimits) -> None:
+    """Norms are no target modules."""
+    if limits.target_modules is not None:
+        beyond = sorted(modules - set(limits.target_modules) - set(base.norms))
+        if beyond:
+            raise AdapterIncompatible(
+                f"the adapter is incompatible: it targets {', '.join(beyond)}, which --lora-target-modules "
+                f"{' '.join(limits.target_modules)} does not allow"
+            )
+
+
+def _check_activated(blocks: list[Block], config: PeftConfig) -> None:
+    """With activated LoRA, PEFT holds back the low rank only: anything else would act on the whole prompt."""
+    if config.invocation_tokens is None:
+        return
+    for block in blocks:
+        if not isinstance(block, LowRank) and not (isinstance(block, Vector) and block.kind is VectorKind.LORA_BIAS):
+            raise AdapterUnsupported(
+                f"{config.file}: activated LoRA (alora_invocation_tokens) with a trained {block.module} beside LoRA "
+                "(bias, modules_to_save or trainable_token_indices) is not supported"
+            )

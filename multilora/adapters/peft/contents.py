@@ -1,0 +1,177 @@
+"""An adapter's tensors, in however many files, sorted by the base model's modules. Headers only, until one is read.
+
+Owns that every tensor has a name that PEFT gives, and a place in the base model, once. What must be there and how it
+acts is for `checkpoint_lora` and `checkpoint_whole`. Called by `checkpoint`.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from multilora.adapters.crew import ALONE, Crew
+from multilora.adapters.peft.base_model import EMBED, HEAD, PARENTS, TABLES, BaseModel, Place
+from multilora.adapters.peft.config import PeftConfig
+from multilora.adapters.peft.safetensors_file import SafetensorsFile, TensorInfo
+from multilora.adapters.peft.tensor_names import OF_ONE_ADAPTER, Part, parse
+from multilora.adapters.sources.files import INDEX_NAME, AdapterFiles, show
+from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid
+
+TABLE_PARTS = (Part.WEIGHT, Part.SAVED_WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
+LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>[\w.]+)")
+
+
+class Tensors:
+    """All tensors of one adapter, whether in one file or in shards."""
+
+    def __init__(self, files: list[SafetensorsFile]):
+        self._file_of = {name: file for file in files for name in file.tensors}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._file_of[name].tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.info(name).shape
+
+    def read(self, name: str) -> torch.Tensor:
+        """In the file's dtype. The first call reads the whole file; its tensors share that memory."""
+        return self._file_of[name].read(name)
+
+    def where(self, name: str) -> str:
+        """For messages."""
+        return f"{self._file_of[name].path.name}: tensor {show(name)}"
+
+
+def open_tensors(files: AdapterFiles, stack: contextlib.ExitStack, crew: Crew = ALONE) -> Tensors:
+    """Open every file and read its header. Raises AdapterInvalid if the index of shards says something else."""
+    opened = [stack.enter_context(SafetensorsFile(path, crew)) for path in files.weights]
+    if files.shard_of is not None:
+        found = {(name, file.path.name) for file in opened for name in file.tensors}
+        for name, shard in sorted(found ^ set(files.shard_of.items())):
+            raise AdapterInvalid(f"{INDEX_NAME}: {show(shard)} and the index disagree about tensor {show(name)}")
+    return Tensors(opened)
+
+
+@dataclass(frozen=True)
+class Module:
+    """What the files hold for one module. name: the module's inside the base model, as the tensors' names have it."""
+
+    place: Place
+    name: str
+    tensors: dict[Part, str] = field(default_factory=dict)
+
+    @property
+    def has_lora(self) -> bool:
+        return not self.tensors.keys().isdisjoint((Part.LORA_A, Part.LORA_B, Part.EMBEDDING_A, Part.EMBEDDING_B))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One adapter as it lies in its files, and what it is to be held against.
+
+    vocab_size: the base model's, unless the adapter brings whole tables with more or fewer rows.
+    """
+
+    tensors: Tensors
+    config: PeftConfig
+    base: BaseModel
+    modules: dict[Place, Module]  # by layer, then as in the model's sites
+    vocab_size: int
+
+    @property
+    def resized(self) -> bool:
+        return self.vocab_size != self.base.vocab_size
+
+    def widths(self, module: str) -> tuple[int, int]:
+        """in_features and out_features of a linear module or a table, for this adapter."""
+        width_in, width_out = self.base.shapes[module]
+        if module == EMBED:
+            return self.vocab_size, width_out
+        return width_in, self.vocab_size if module == HEAD else width_out
+
+    def weight_shape(self, module: str) -> tuple[int, ...]:
+        """Of the module's own weight, as checkpoints store it."""
+        if module in self.base.norms:
+            return (self.base.norms[module],)
+        if module in TABLES:
+            return (self.vocab_size, self.base.hidden_size)
+        width_in, width_out = self.base.shapes[module]
+        return (width_out, width_in)
+
+    def error(self, kind: type[AdapterError], module: Module, part: Part, what: str) -> AdapterError:
+        """About one tensor."""
+        return kind(f"{self.tensors.where(module.tensors[part])}: {what}")
+
+    def check_shape(self, module: Module, part: Part, expected: tuple[int, ...]) -> None:
+        """Raises AdapterIncompatible."""
+        found = self.tensors.shape(module.tensors[part])
+        if found == expected:
+            return
+        if part in TABLE_PARTS and module.place.module in TABLES and len(found) == 2 and found[1] == expected[1]:
+            what = other_vocabulary(module.place.module, found[0], self.base.vocab_size)
+            raise self.error(AdapterIncompatible, module, part, what)
+        what = f"does not fit the base model: expected {list(expected)}, found {list(found)}"
+        raise self.error(AdapterIncompatible, module, part, f"{part.value} of {show(module.name)} {what}")
+
+
+def other_vocabulary(table: str, found: int, rows: int) -> str:
+    """Why tables of another size are not served: the adapter must bring both."""
+    return (
+        f"does not fit the base model: {table} has {found} rows in the adapter, {rows} in the base model. Either the "
+        f"adapter holds all of {EMBED} and {HEAD}, equally large (save_embedding_layers), or the base model is one "
+        "with the same vocabulary"
+    )
+
+
+def sort_tensors(tensors: Tensors, config: PeftConfig, base: BaseModel) -> Contents:
+    """Every tensor has its place. Raises AdapterInvalid, AdapterIncompatible."""
+    modules: dict[Place, Module] = {}
+    adapter_names: set[str | None] = set()
+    for name in tensors:
+        found = parse(name)
+        if found is None:
+            raise AdapterInvalid(f"{tensors.where(name)}: left over: not a tensor that PEFT saves with LoRA")
+        if found.part in OF_ONE_ADAPTER:
+            adapter_names.add(found.adapter)
+            if len(adapter_names) > 1:
+                raise AdapterInvalid(f"{tensors.where(name)}: the file holds more than one adapter")
+        place = base.places.get(found.module) or base.places.get(f"model.{found.module}")
+        if place is None:
+            raise _no_place(found.module, tensors.where(name), base)
+        module = modules.setdefault(place, Module(place, found.module))
+        if found.part in module.tensors:
+            raise AdapterInvalid(f"{tensors.where(name)}: {found.part.value} of {show(module.name)} is given twice")
+        module.tensors[found.part] = name
+    if not modules:
+        raise AdapterInvalid("the adapter holds no tensors")
+    in_order = sorted(modules, key=lambda place: (place.layer, base.order.get(place.module, len(base.order))))
+    modules = {place: modules[place] for place in in_order}
+    return Contents(tensors, config, base, modules, _vocab_size(modules, tensors, base))
+
+
+def _vocab_size(modules: dict[Place, Module], tensors: Tensors, base: BaseModel) -> int:
+    """Rows of the whole tables in the files; the base model's if there are none, or if they contradict each other."""
+    found = {
+        shape[0]
+        for place, module in modules.items()
+        if place.module in TABLES
+        for part in TABLE_PARTS
+        if part in module.tensors and len(shape := tensors.shape(module.tensors[part])) == 2
+    }
+    return found.pop() if len(found) == 1 and 0 not in found else base.vocab_size
+
+
+def _no_place(module: str, where: str, base: BaseModel) -> AdapterIncompatible:
+    found = LAYER.fullmatch(module)
+    if found is not None:
+        layer, last = int(found["layer"]), found["rest"].rpartition(".")[2]
+        known = last in base.shapes or last in base.norms
+        if known and found["rest"] == PARENTS.get(last, "") + last and layer >= base.num_layers:
+            message = f"layer {layer} is out of range, the base model has {base.num_layers} layers"
+            return AdapterIncompatible(f"{where}: {message}")
+    return AdapterIncompatible(f"{where}: the base model has no module {show(module)}")

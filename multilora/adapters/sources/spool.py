@@ -1,0 +1,89 @@
+"""Adapters that came as tensors, kept as files, so that an evicted one comes back the way every other does.
+
+Owns one private directory (made when it is first needed) with a folder for each version, as PEFT would have saved it.
+A folder goes with `remove`, the directory with `close` or with the process; after a `kill -9` with the next spool.
+Knows neither names nor requests, and does not look into the weights: the loader checks them as if they had come from
+anywhere else. Called by the server's adapter routes and by `LLM`.
+"""
+
+import dataclasses
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from multilora.adapters.sources.files import CONFIG_NAME, WEIGHTS_NAME
+from multilora.config import Config
+from multilora.errors import AdapterError, BadRequest
+from multilora.private_directory import PrivateDirectory, remove_orphans
+
+TENSOR_ROOT = "__tensor__"
+"""What clients see in place of such an adapter's path."""
+
+
+class Spool:
+    """One per server or LLM; its directory lies where TMPDIR says."""
+
+    def __init__(self) -> None:
+        remove_orphans()
+        self._made: PrivateDirectory | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def root(self) -> Path:
+        """The directory. Made at the first call, and gone when the process ends at the latest."""
+        with self._lock:
+            if self._made is None:
+                self._made = PrivateDirectory("tensors")
+            return self._made.path
+
+    def admit(self, config: Config) -> Config:
+        """`config` for the engine: when --lora-root says where adapters may lie, they may lie here too."""
+        if not config.lora_root:
+            return config
+        return dataclasses.replace(config, lora_root=(*config.lora_root, str(self.root)))
+
+    def add(self, version: int, config: dict[str, Any], write: Callable[[Path], None]) -> Path:
+        """The folder of a new adapter: `config` as its adapter_config.json, its weights as `write(path)` writes them.
+
+        Raises BadRequest for a config that is no JSON, AdapterError if the disk refuses, and whatever `write` raises;
+        nothing is left behind then.
+        """
+        text = _json(config)
+        folder = self.root / str(version)
+        try:
+            folder.mkdir(mode=0o700)
+            (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+            write(folder / WEIGHTS_NAME)
+        except OSError as e:
+            self.remove(version)
+            raise AdapterError(f"the tensors could not be kept: {e.strerror}") from e
+        except BaseException:
+            self.remove(version)
+            raise
+        return folder
+
+    def remove(self, version: int) -> None:
+        """Nothing happens if the version did not come as tensors."""
+        if self._made is not None:
+            shutil.rmtree(self._made.path / str(version), ignore_errors=True)
+
+    def close(self) -> None:
+        if self._made is not None:
+            self._made.close()
+
+
+def _json(config: dict[str, Any]) -> str:
+    try:
+        return json.dumps(config, default=_plain)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise BadRequest(f"the adapter's config cannot be written as JSON: {e}", param="config") from None
+
+
+def _plain(value: Any) -> Any:
+    """PEFT's own `LoraConfig.to_dict()` holds sets."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} is no JSON type")

@@ -1,0 +1,144 @@
+"""All adapters of a composition, or none: nobody waits for ever, nobody holds a place for nothing."""
+
+from typing import Any
+
+import pytest
+
+from multilora.adapters.composition.components import Components
+from multilora.adapters.testing import PAGE_BYTES, FakeFile, FakeTiers
+from multilora.adapters.versions.store import Want
+from multilora.errors import CannotFit
+from multilora.memory.page_table import KVPages
+
+
+class World:
+    """Adapters 1 to 5 of one page each, and 6 of four, on host."""
+
+    def __init__(self, **options: Any):
+        files = {f"/{v}": FakeFile(rank=8) for v in range(1, 6)} | {"/6": FakeFile(rank=32)}
+        self.tiers = FakeTiers(files, **({"total_pages": 12} | options))
+        self.components = Components(
+            self.tiers.store, KVPages(self.tiers.pool, self.tiers.prefix, self.tiers.reclaimer, PAGE_BYTES)
+        )
+        for version in range(1, 7):
+            self.tiers.store.load(version, f"/{version}", pinned=False)
+        self.settle()
+
+    def settle(self) -> None:
+        while self.tiers.store.busy:
+            self.tiers.store.poll(0)
+
+    def want(self, *versions: int) -> Want:
+        return self.components.want(versions, 0)
+
+    def plan(self) -> None:
+        self.tiers.store.poll(0)
+        self.components.begin_plan()
+
+    @property
+    def resident(self) -> set[int]:
+        return {v for v in range(1, 7) if self.tiers.residency.get(v) is not None}
+
+
+def test_base_asks_for_nothing():
+    assert Components(None, None).want((), 0) is Want.READY  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", ["lru", "fifo", "cost"])
+def test_parts_do_not_push_each_other_out(policy):
+    """Two places, both taken by others that look more worth keeping than what has just come."""
+    world = World(max_loras_per_batch=2, policy=policy)
+    for version in (3, 1):
+        assert world.want(version) is Want.READY
+        for _ in range(5):
+            world.components.acquire((version,))
+            world.components.release((version,))
+    world.plan()
+    assert world.want(1, 2) is Want.READY
+    assert world.resident == {1, 2}
+    world.tiers.check()
+
+
+def test_nothing_comes_until_all_can():
+    world = World(max_loras_per_batch=2)
+    world.want(3)
+    world.components.acquire((3,))
+    world.plan()
+    assert world.want(1, 2) is Want.BLOCKED
+    assert world.resident == {3}
+    world.components.release((3,))
+    world.plan()
+    assert world.want(1, 2) is Want.READY
+
+
+def test_what_is_blocked_keeps_nothing_from_others():
+    world = World(max_loras_per_batch=3)
+    for version in (1, 3, 4):
+        world.want(version)
+    world.components.acquire((3, 4))
+    world.plan()
+    assert world.want(1, 2) is Want.BLOCKED  # one place could be made free, that of 1 itself
+    assert world.want(5) is Want.READY
+    assert world.resident == {3, 4, 5}
+
+
+def test_a_part_that_is_there_waits_for_the_others_within_a_plan():
+    world = World(max_loras_per_batch=2, copy_delay=lambda: 2)
+    for _ in range(4):
+        world.plan()
+        world.want(1)
+    world.plan()
+    assert world.want(1, 2) is Want.COMING
+    assert world.want(3) is Want.BLOCKED  # neither 1 nor 2 gives way to a younger request
+    for _ in range(4):
+        world.plan()
+        found = world.want(1, 2)
+    assert found is Want.READY
+
+
+def test_parts_that_are_not_on_host_are_fetched_while_blocked():
+    world = World(max_loras_per_batch=2, max_loaded_loras=2)
+    for version in (3, 4):
+        while world.want(version) is not Want.READY:
+            world.plan()
+    world.components.acquire((3, 4))
+    fetches = world.tiers.store.record(1).fetches
+    for _ in range(4):
+        world.plan()
+        assert world.want(1, 2) is Want.BLOCKED
+    assert world.tiers.store.record(1).fetches == fetches + 1
+    assert world.tiers.host.get(1) is not None
+
+
+def test_places():
+    world = World()
+    world.want(1, 2, 5)
+    places = world.components.places((1, 2, 5))
+    assert len(set(places)) == 3
+    assert all(world.tiers.weights_are(v, place) for v, place in zip((1, 2, 5), places, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "versions", "tokens", "message"),
+    [
+        ({}, (), 49, r"need 13 pages of 4 tokens; 12 of 12 are not pinned"),
+        ({}, (1, 2), 41, r"need 13 pages"),
+        ({"max_loras_per_batch": 2}, (1, 2, 3), 1, r"3 adapters: --max-loras-per-batch 2 .* leave room for 2"),
+        ({"max_device_pages": 4}, (1, 6), 1, r"5 pages of adapters; --lora-device-bytes .* leave 4"),
+    ],
+)
+def test_what_could_never_run(options, versions, tokens, message):
+    world = World(**options)
+    with pytest.raises(CannotFit, match=message):
+        world.components.check_fit(versions, tokens)
+    world.components.check_fit(versions[:-1], min(tokens, 40))
+
+
+def test_pinned_parts_count_once():
+    world = World(max_loras_per_batch=3)
+    world.tiers.store.unload(1, 0)
+    world.tiers.store.load(7, "/1", pinned=True)
+    world.settle()
+    world.components.check_fit((2, 3, 7), 4)
+    with pytest.raises(CannotFit, match="leave room for 2 that are not pinned"):
+        world.components.check_fit((2, 3, 4), 4)

@@ -1,0 +1,366 @@
+"""The real loader process: results, typed errors, sudden death, and nothing left behind."""
+
+import os
+import resource
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from multilora.adapters.adapter import AdapterLimits
+from multilora.adapters.host.staging import Staging
+from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, allocate_private, fetch
+from multilora.adapters.loading.process import ProcessLoader
+from multilora.adapters.packing.blocks import PackTarget
+from multilora.adapters.testing import BASE, PAGE_BYTES, TARGET, write_adapter
+from multilora.lora.sites import LoraSite, LoraSlice
+
+CONTEXT = FetchContext(BASE, TARGET, AdapterLimits())
+SECONDS = 30
+
+
+def wait_for(loader: ProcessLoader, *versions: int) -> dict[int, tuple[Fetched, torch.Tensor | None]]:
+    """Poll when the descriptor says so, until these versions have been answered."""
+    answers: dict[int, tuple[Fetched, torch.Tensor | None]] = {}
+    end = time.monotonic() + SECONDS
+    while not answers.keys() >= set(versions):
+        assert time.monotonic() < end, f"only {sorted(answers)} of {versions} were answered"
+        select.select([loader.fileno()], [], [], 0.05)
+        for result, pages in loader.poll():
+            assert result.version not in answers
+            answers[result.version] = (result, pages)
+    return answers
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[ProcessLoader]:
+    """One process for the tests that leave it alive."""
+    loader = ProcessLoader(CONTEXT)
+    yield loader
+    loader.close()
+
+
+@pytest.fixture
+def own() -> Iterator[ProcessLoader]:
+    loader = ProcessLoader(CONTEXT)
+    yield loader
+    loader.close()
+
+
+def test_the_same_bytes_as_in_this_process(shared: ProcessLoader, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a", rank=20)
+    shared.submit(FetchJob(1, path))
+    result, pages = wait_for(shared, 1)[1]
+    expected, expected_pages = fetch(FetchJob(1, path), CONTEXT, allocate_private)
+    assert result == expected
+    assert torch.equal(pages, expected_pages)
+
+
+def test_typed_errors_come_through_and_the_process_lives_on(shared: ProcessLoader, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    write_adapter(broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"\0" * 100)
+    process = shared._process.pid
+    shared.submit(FetchJob(1, str(tmp_path / "missing")))
+    shared.submit(FetchJob(2, str(broken)))
+    shared.submit(FetchJob(3, write_adapter(tmp_path / "other model", width=32)))
+    shared.submit(FetchJob(4, write_adapter(tmp_path / "good"), max_bytes=10))
+    shared.submit(FetchJob(5, str(tmp_path / "good")))
+    answers = wait_for(shared, 1, 2, 3, 4, 5)
+    kinds = [answers[v][0].kind for v in range(1, 6)]
+    assert kinds == ["AdapterNotFound", "AdapterInvalid", "AdapterIncompatible", "AdapterIncompatible", ""]
+    assert [answers[v][1] is None for v in range(1, 6)] == [True] * 4 + [False]
+    assert shared._process.pid == process
+
+
+def test_a_job_too_long_for_a_message_fails_alone(shared: ProcessLoader, tmp_path: Path) -> None:
+    shared.submit(FetchJob(1, "x" * (1 << 21)))
+    shared.submit(FetchJob(2, write_adapter(tmp_path / "a")))
+    answers = wait_for(shared, 1, 2)
+    assert answers[1][0].kind == "AdapterError"
+    assert len(answers[1][0].message) < 1000
+    assert answers[2][0].kind == ""
+
+
+def test_adapters_in_memory_hold_no_descriptors(shared: ProcessLoader, tmp_path: Path) -> None:
+    """Else a server with a thousand adapters would run out of them."""
+    path = write_adapter(tmp_path / "a")
+    before = open_files()
+    for version in range(1, 51):
+        shared.submit(FetchJob(version, path))
+    answers = wait_for(shared, *range(1, 51))
+    assert open_files() == before
+    held = [pages for _, pages in answers.values() if pages is not None]
+    assert len(held) == 50
+    held[0][:] = 0  # private to its holder
+    assert held[1].count_nonzero() > 0
+
+
+STAGING = 64 * PAGE_BYTES
+
+
+@pytest.fixture
+def staged() -> Iterator[ProcessLoader]:
+    """With staging memory, as on a GPU, but not pinned."""
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    yield loader
+    loader.close()
+
+
+def in_staging(loader: ProcessLoader, pages: torch.Tensor) -> bool:
+    return 0 <= pages.data_ptr() - loader._staging._address < STAGING
+
+
+def test_adapters_come_in_the_staging_memory(staged: ProcessLoader, tmp_path: Path) -> None:
+    """No two share a part of it, whatever their sizes, and parts are used again when nobody holds them any more."""
+    held: dict[int, torch.Tensor] = {}
+    paths = [write_adapter(tmp_path / str(i), rank=rank, seed=i) for i, rank in enumerate((30, 20, 8, 60))]
+    expected = [fetch(FetchJob(0, path), CONTEXT, allocate_private)[1] for path in paths]
+    before, random = open_files(), Random(0)
+    used = 0
+    for version in range(100):
+        staged.submit(FetchJob(version, paths[version % 4]))
+        held[version] = wait_for(staged, version)[version][1]
+        used += in_staging(staged, held[version])
+        if len(held) > 5:
+            del held[random.choice(list(held))]
+        for v, pages in held.items():
+            assert torch.equal(pages, expected[v % 4])
+    assert open_files() == before
+    assert used > 50, "parts of it have been used again and again"
+
+
+def test_what_has_no_room_in_it_comes_in_a_file(staged: ProcessLoader, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a", rank=30)
+    held = []
+    for version in range(30):
+        staged.submit(FetchJob(version, path))
+        held.append(wait_for(staged, version)[version][1])
+    fits = STAGING // held[0].nbytes
+    assert 0 < fits < 30
+    assert [in_staging(staged, pages) for pages in held] == [True] * fits + [False] * (30 - fits)
+    expected = fetch(FetchJob(0, path), CONTEXT, allocate_private)[1]
+    assert all(torch.equal(pages, expected) for pages in held)
+
+
+def test_a_failed_load_leaves_the_staging_memory_zero(staged: ProcessLoader, tmp_path: Path) -> None:
+    """It had been written to when the adapter turned out to be invalid."""
+    path = write_adapter(tmp_path / "a", rank=20)
+    broken = Path(write_adapter(tmp_path / "broken", rank=30))
+    tensors = load_file(broken / "adapter_model.safetensors")
+    tensors[max(tensors)][-1, -1] = torch.nan
+    save_file(tensors, broken / "adapter_model.safetensors")
+    expected = fetch(FetchJob(0, path), CONTEXT, allocate_private)[1]
+    for version in range(0, 60, 2):
+        staged.submit(FetchJob(version, str(broken)))
+        staged.submit(FetchJob(version + 1, path))
+        answers = wait_for(staged, version, version + 1)
+        assert answers[version][0].kind == "AdapterInvalid"
+        pages = answers[version + 1][1]
+        assert torch.equal(pages, expected)
+    assert in_staging(staged, pages), "and none of it is lost"
+
+
+def test_a_loader_that_took_the_place_of_another_leaves_the_staging_memory_alone(
+    staged: ProcessLoader, tmp_path: Path
+) -> None:
+    """Processes of the dead one may still write there."""
+    path = write_adapter(tmp_path / "a", rank=20)
+    staged.submit(FetchJob(1, path))
+    first = wait_for(staged, 1)[1][1]
+    assert in_staging(staged, first)
+    staged._process.kill()
+    staged._process.wait()
+    staged.submit(FetchJob(2, path))
+    second = wait_for(staged, 2)[2][1]
+    assert not in_staging(staged, second)
+    assert torch.equal(first, second)
+    del first  # the new one is told of a part that it does not know
+    staged.submit(FetchJob(3, path))
+    assert torch.equal(wait_for(staged, 3)[3][1], second)
+
+
+def test_the_staging_memory_outlives_the_loader(tmp_path: Path) -> None:
+    before = open_files()
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    path = write_adapter(tmp_path / "a", rank=20)
+    loader.submit(FetchJob(1, path))
+    pages = wait_for(loader, 1)[1][1]
+    loader.close()
+    assert torch.equal(pages, fetch(FetchJob(0, path), CONTEXT, allocate_private)[1])
+    del pages, loader
+    assert open_files() == before
+
+
+def test_without_descriptors_a_job_fails_and_later_ones_work(shared: ProcessLoader, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a")
+    shared.submit(FetchJob(1, path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        ((result, pages),) = wait_for(shared, 1).values()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (result.kind, pages) == ("AdapterError", None)
+    assert "descriptor" in result.message
+    shared.submit(FetchJob(2, path))
+    assert wait_for(shared, 2)[2][0].kind == ""
+
+
+def test_a_large_adapter(tmp_path: Path) -> None:
+    """64 MiB in 256 KiB pages, over many sites."""
+    width, layers = 1024, 16
+    sites = tuple(LoraSite(i, i, "o_proj", width, (LoraSlice("o_proj", 0, width),)) for i in range(layers))
+    context = FetchContext(replace(BASE, sites=sites), PackTarget(sites, torch.bfloat16, 1 << 18), AdapterLimits())
+    path = write_adapter(tmp_path / "a", rank=1024, layers=layers, width=width)
+    loader = ProcessLoader(context)
+    try:
+        loader.submit(FetchJob(1, path))
+        result, pages = wait_for(loader, 1)[1]
+    finally:
+        loader.close()
+    assert pages.numel() == 64 << 20
+    expected, expected_pages = fetch(FetchJob(1, path), context, allocate_private)
+    assert result == expected
+    assert torch.equal(pages, expected_pages), "and it outlives the loader"
+
+
+SERVE_ON_MANY_CORES = """
+from multilora.adapters.loading import process
+process.spare_cores = lambda at_most: 3
+process.main()
+"""
+
+
+@pytest.mark.parametrize("staging", [0, STAGING])
+def test_with_packing_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staging: int) -> None:
+    """As on a machine with more cores than two: the same bytes, and they end with the loader however it ends."""
+    start = subprocess.Popen
+
+    def popen(command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
+        return start([command[0], "-c", SERVE_ON_MANY_CORES, command[-1]], **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    paths = [write_adapter(tmp_path / str(i), rank=20 + i, seed=i) for i in range(6)]
+    loader = ProcessLoader(CONTEXT, Staging(staging) if staging else None)
+    try:
+        for end in (signal.SIGKILL, None):
+            for version, path in enumerate(paths):
+                loader.submit(FetchJob(version, path))
+            answers = wait_for(loader, *range(6))
+            for version, path in enumerate(paths):
+                expected, expected_pages = fetch(FetchJob(version, path), CONTEXT, allocate_private)
+                assert answers[version][0] == expected
+                assert torch.equal(answers[version][1], expected_pages)
+            packers = psutil.Process(loader._process.pid).children()
+            assert len(packers) == 3
+            if end is not None:
+                loader._process.send_signal(end)
+                assert not psutil.wait_procs(packers, SECONDS)[1], "they outlive the loader"
+                select.select([loader.fileno()], [], [], SECONDS)
+                assert loader.poll() == [], "and another loader has been started"
+    finally:
+        loader.close()
+    assert not psutil.wait_procs(packers, SECONDS)[1]
+
+
+def test_when_the_process_dies_what_was_pending_fails_and_the_next_job_works(
+    own: ProcessLoader, tmp_path: Path
+) -> None:
+    path = write_adapter(tmp_path / "a")
+    descriptor, process = own.fileno(), own._process
+    for version in (1, 2, 3):
+        own.submit(FetchJob(version, path))
+    process.kill()  # it is still importing torch
+    answers = wait_for(own, 1, 2, 3)
+    for version in (1, 2, 3):
+        result, pages = answers[version]
+        assert (result.kind, pages) == ("AdapterError", None)
+        assert "loader process ended" in result.message
+    assert own.fileno() == descriptor, "whoever polls it knows it by this number"
+    own.submit(FetchJob(4, path))
+    assert wait_for(own, 4)[4][0].kind == ""
+    assert not psutil.pid_exists(process.pid)
+
+
+def test_a_death_between_two_jobs_costs_nothing(own: ProcessLoader, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a")
+    own._process.kill()
+    own._process.wait()
+    own.submit(FetchJob(1, path))
+    assert wait_for(own, 1)[1][0].kind == ""
+
+
+def test_a_death_that_nobody_has_noticed_yet(own: ProcessLoader, tmp_path: Path, monkeypatch) -> None:
+    """The process has closed its end but is not a zombie yet."""
+    path = write_adapter(tmp_path / "a")
+    own._process.kill()
+    own._process.wait()
+    monkeypatch.setattr(own._process, "poll", lambda: None)
+    own.submit(FetchJob(1, path))
+    assert wait_for(own, 1)[1][0].kind == "AdapterError"
+    own.submit(FetchJob(2, path))
+    assert wait_for(own, 2)[2][0].kind == ""
+
+
+def test_close_leaves_neither_process_nor_descriptor() -> None:
+    before = open_files()
+    loader = ProcessLoader(CONTEXT)
+    loader.submit(FetchJob(1, "/missing"))
+    process = psutil.Process(loader._process.pid)
+    loader.close()
+    loader.close()
+    assert not process.is_running()
+    assert open_files() == before
+
+
+def test_close_does_not_wait_for_a_process_that_hangs() -> None:
+    loader = ProcessLoader(CONTEXT)
+    os.kill(loader._process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    loader.close()
+    assert time.monotonic() - started < 5
+    assert loader._process.returncode == -signal.SIGKILL
+
+
+def test_the_process_ends_with_its_engine(own: ProcessLoader) -> None:
+    """As when the engine is killed: its end of the socket closes by itself."""
+    own._socket.shutdown(2)
+    assert own._process.wait(SECONDS) == 0
+
+
+def test_pages_have_the_page_size(shared: ProcessLoader, tmp_path: Path) -> None:
+    shared.submit(FetchJob(1, write_adapter(tmp_path / "a", rank=30)))
+    assert wait_for(shared, 1)[1][1].shape == (4, PAGE_BYTES)
+
+
+def test_a_job_that_the_loader_could_not_read_whole(shared: ProcessLoader, tmp_path: Path) -> None:
+    """The system would carry it, but the other end reads a message only so far."""
+    process = shared._process.pid
+    shared.submit(FetchJob(1, "x" * (3 << 19)))
+    shared.submit(FetchJob(2, write_adapter(tmp_path / "a")))
+    answers = wait_for(shared, 1, 2)
+    assert [answers[v][0].kind for v in (1, 2)] == ["AdapterError", ""]
+    assert shared._process.pid == process
+
+
+def test_a_thousand_jobs_at_once(shared: ProcessLoader, tmp_path: Path) -> None:
+    """More than the sockets hold, in both directions."""
+    for version in range(1000):
+        shared.submit(FetchJob(version, "/missing/" + "x" * 500))
+    answers = wait_for(shared, *range(1000))
+    assert {result.kind for result, _ in answers.values()} == {"AdapterNotFound"}

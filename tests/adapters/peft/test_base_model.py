@@ -1,0 +1,37 @@
+"""What adapters know of a base model, against transformers' own modules."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from multilora.adapters.peft.base_model import BaseModel
+from multilora.models.load import read_config
+from multilora.models.sites import decoder_sites
+from multilora.testing import FAMILIES, make_tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_places_are_the_modules_with_parameters(family: str, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path, family)
+    config = read_config(str(tmp_path))[1]
+    base = BaseModel.of(config, decoder_sites(config), None)
+    parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert {f"{name}.weight" for name in base.places} == {name for name in parameters if name.endswith(".weight")}
+    for name, place in base.places.items():
+        assert (place.module in base.biased) == (f"{name}.bias" in parameters)
+        shape = parameters[f"{name}.weight"]
+        if place.module in base.norms:
+            assert shape == (base.norms[place.module],)
+        elif place.module == "embed_tokens":
+            assert shape == base.shapes[place.module]
+        else:
+            assert shape == base.shapes[place.module][::-1]
+
+
+def test_it_can_travel(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path, "qwen3")
+    config = read_config(str(tmp_path))[1]
+    base = BaseModel.of(config, decoder_sites(config), "somewhere")
+    assert base.places  # what is cached does not travel
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(base), type=BaseModel) == base
