@@ -117,18 +117,15 @@ def main(address: str, parent: int) -> int:
         Worker(engine, socket, parent).run()
     except Exception:
         logger.exception("a step failed; the engine ends")
-        _give_up(engine, context)
+        _give_up(context)
     engine.close()
     context.destroy(linger=2000)
     return 0
 
 
-def _give_up(engine: Engine, context: zmq.Context) -> NoReturn:
-    """End here: after a CUDA error nothing on the device can be freed, not even by an interpreter that ends."""
-    try:
-        engine.close()
-    except Exception:
-        logger.warning("what the engine held is left to the system", exc_info=True)
+def _give_up(context: zmq.Context) -> NoReturn:
+    """End here, and free nothing: after a CUDA error whatever lets go of memory of the device's, a thread that ends
+    as well as an interpreter, aborts the process. The loader ends when it sees that we have."""
     context.destroy(linger=2000)
     logging.shutdown()
     os._exit(1)
