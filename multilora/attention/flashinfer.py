@@ -19,7 +19,7 @@ from flashinfer.jit import get_batch_prefill_uri
 from multilora.attention.base import AttentionBackend
 from multilora.attention.rotate import CosSin
 from multilora.attention.torch_sdpa import KVViews
-from multilora.attention.triton_decode import PIECE_WORDS, budget, cut, decode
+from multilora.attention.triton_decode import PIECE_WORDS, SPAN_WORDS, budget, cut, decode, split_budget
 from multilora.attention.triton_kernels import list_pages, rotate_and_write
 from multilora.batch import AttentionMeta
 
@@ -76,7 +76,8 @@ class _Decode:
         """size: how many requests."""
         self._shape, self._size = shape, size
         self._pieces = budget(size, shape.num_kv_heads)
-        self.num_words = (REQUEST_WORDS + 2) * size + PIECE_WORDS * self._pieces
+        self._sizes = REQUEST_WORDS * size, SPAN_WORDS * split_budget(size), PIECE_WORDS * self._pieces
+        self.num_words = sum(self._sizes)
 
     def words(self, meta: AttentionMeta, rows: np.ndarray) -> tuple[np.ndarray, int]:
         """The tables of a step on the host: requests, spans, pieces (see `triton_decode`); and how many pages."""
@@ -95,7 +96,7 @@ class _Decode:
         return partial, torch.empty(shape, dtype=torch.float32, device=self._shape.device)
 
     def requests(self, words: torch.Tensor) -> torch.Tensor:
-        return words[: REQUEST_WORDS * self._size].view(REQUEST_WORDS, self._size)
+        return words[: self._sizes[0]].view(REQUEST_WORDS, self._size)
 
     def run(
         self,
@@ -107,8 +108,9 @@ class _Decode:
         out: torch.Tensor,
     ) -> None:
         """q, out: [size, heads, head_dim]."""
-        spans, pieces = words[REQUEST_WORDS * self._size :].split((2 * self._size, PIECE_WORDS * self._pieces))
-        decode(q, kv, indices, pieces.view(-1, PIECE_WORDS), spans, *scratch, out, self._shape.scale)
+        _, spans, pieces = words.split(self._sizes)
+        tables = pieces.view(-1, PIECE_WORDS), spans.view(-1, SPAN_WORDS)
+        decode(q, kv, indices, *tables, *scratch, out, self._shape.scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,15 @@
 """Paged attention of requests with one new token each: one launch for all of them, a second where a request is split.
 
 Called by `flashinfer.py`, after rotation and page write; also run in Triton's interpreter by the tests. Knows page
-lists, not page tables. Requests are cut into pieces of equal length, so that few long ones fill the GPU as well as
-many short ones; a grid of fixed size, as a CUDA graph needs, has idle programs at its end.
+lists, not page tables. The longest requests are cut into pieces, so that few long ones fill the GPU as well as many
+short ones, where that saves more than putting them together costs; grids of fixed size, as a CUDA graph needs, have
+idle programs at their end.
 
     pieces   int32 [budget, 5]     row, first entry in the page list, tokens, tokens before a window, slot
                                    slot -1: the piece is its whole request and writes the output itself
-    spans    int32 [rows, 2]       first slot of a split request, its pieces (0: not split)
+    spans    int32 [at most 16, 3] of each request that is split: row, first slot, pieces (0: none)
     program  (piece, KV head): the queries of the head's group, padded to one tile of `tl.dot`, against the piece
+             (span, head): the pieces of one head put together
 """
 
 # mypy: disallow-untyped-defs=False
@@ -21,9 +23,15 @@ import triton.language as tl
 
 from multilora.triton_launch import can_launch_early, launch, wait_for_previous
 
-PIECE_WORDS = 5
+PIECE_WORDS, SPAN_WORDS = 5, 3
 MIN_PIECE = 64
 """Tokens: less is not worth a program."""
+
+MERGE_TOKENS = 128
+"""Putting pieces together takes as long as a program takes for so many tokens: who saves less is not split."""
+
+MAX_SPLIT = 16
+"""Requests that are split: with more long ones than that, they fill the GPU as they are."""
 
 PROGRAMS = 264
 """Programs that fill a GPU: two for each of Hopper's multiprocessors."""
@@ -85,37 +93,33 @@ def _attend(q_ptr, k_pages, v_pages, indices, pieces, out_ptr, partial_ptr, lse_
 
 
 @triton.jit
-def _merge(partial_ptr, lse_ptr, spans, out_ptr, group, DIM: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
-           PDL: tl.constexpr):  # fmt: skip
-    """One program per (row, KV head) puts a split request's pieces together, SLOTS at a time, in their order."""
-    row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot, count = tl.load(spans + 2 * row).to(tl.int64), tl.load(spans + 2 * row + 1)
+def _merge(partial_ptr, lse_ptr, spans, out_ptr, DIM: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr):
+    """One program per (span, head) puts a split request's pieces together, SLOTS at a time, in their order."""
+    span, head = spans + tl.program_id(0) * 3, tl.program_id(1)
+    row, slot, count = tl.load(span).to(tl.int64), tl.load(span + 1).to(tl.int64), tl.load(span + 2)
+    heads = tl.num_programs(1)
     wait_for_previous(PDL)
     if count > 0:
-        s, member, d = tl.arange(0, SLOTS), tl.arange(0, GROUP), tl.arange(0, DIM)
-        head = kv_head * group + member
-        heads = tl.num_programs(1) * group
-        best = tl.full([GROUP], float("-inf"), tl.float32)
-        norm = tl.zeros([GROUP], tl.float32)
-        total = tl.zeros([GROUP, DIM], tl.float32)
+        s, d = tl.arange(0, SLOTS), tl.arange(0, DIM)
+        best = tl.full([], float("-inf"), tl.float32)
+        norm = tl.zeros([], tl.float32)
+        total = tl.zeros([DIM], tl.float32)
         for i in range(0, count, SLOTS):
-            at = (slot + i + s)[:, None] * heads + head[None, :]  # [SLOTS, GROUP]
-            inside = (i + s < count)[:, None] & (member < group)[None, :]
+            at = (slot + i + s) * heads + head
+            inside = i + s < count
             lse = tl.load(lse_ptr + at, mask=inside, other=float("-inf"))
-            part = tl.load(partial_ptr + at[:, :, None] * DIM + d[None, None, :], mask=inside[:, :, None], other=0.0)
-            new = tl.maximum(tl.maximum(best, tl.max(lse, 0)), -1e30)  # finite for members that are padding
-            fade, weight = tl.exp2(best - new), tl.exp2(lse - new[None, :])
-            total = total * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
+            part = tl.load(partial_ptr + at[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0)
+            new = tl.maximum(best, tl.max(lse, 0))
+            fade, weight = tl.exp2(best - new), tl.exp2(lse - new)
+            total = total * fade + tl.sum(part * weight[:, None], 0)
             norm = norm * fade + tl.sum(weight, 0)
             best = new
-        norm = tl.where(member < group, norm, 1.0)
-        to = out_ptr + (row * heads + head)[:, None] * DIM + d[None, :]
-        tl.store(to, (total / norm[:, None]).to(out_ptr.dtype.element_ty), mask=(member < group)[:, None])
+        tl.store(out_ptr + (row * heads + head) * DIM + d, (total / norm).to(out_ptr.dtype.element_ty))
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """pieces: int32 [budget, 5], unused ones empty; spans: int32 [rows, 2]; slots: of the partial results."""
+    """pieces: int32 [budget, 5], unused ones empty; spans: int32 [split_budget, 3]; slots: of the partial results."""
 
     pieces: np.ndarray
     spans: np.ndarray
@@ -123,24 +127,25 @@ class Pieces:
 
 def budget(rows: int, kv_heads: int) -> int:
     """The most pieces that so many requests are cut into."""
-    return rows + max(rows // 2, PROGRAMS // kv_heads)
+    return rows + PROGRAMS // kv_heads
+
+
+def split_budget(rows: int) -> int:
+    """The most requests of so many that are split."""
+    return min(rows, MAX_SPLIT)
 
 
 def cut(pages: np.ndarray, tokens: np.ndarray, skip: np.ndarray, page_size: int, most: int) -> Pieces:
-    """Cut requests into at most `most` pieces of equal length, the longest first.
+    """At most `most` pieces, the longest first: whole requests, and parts of equal length of those that are split.
 
     pages, tokens, skip: of each request, how many pages of the list it has (they follow each other), how many tokens
     those hold (0: padding), and how many of them lie before its window.
     """
     rows = len(pages)
     assert rows <= most
-    low, high = max(1, MIN_PIECE // page_size), max(1, int(pages.max()))
-    while low < high:  # the shortest pieces that are not too many
-        middle = (low + high) // 2
-        if int(-(-pages // middle).sum()) > most:
-            low = middle + 1
-        else:
-            high = middle
+    longest, low = int(pages.max()), _shortest(pages, page_size, most)
+    if (longest - low) * page_size < MERGE_TOKENS:
+        low = max(1, longest)
     each = -(-pages // np.maximum(-(-pages // low), 1))  # pages of a piece, nearly the same for all of a request
     counts = -(-pages // np.maximum(each, 1))
     row = np.repeat(np.arange(rows), counts)
@@ -153,8 +158,23 @@ def cut(pages: np.ndarray, tokens: np.ndarray, skip: np.ndarray, page_size: int,
     table[: len(row), 2] = np.minimum(each[row] * page_size, tokens[row] - done)
     table[: len(row), 3] = np.where(index == 0, skip[row], 0)
     table[: len(row), 4] = np.where(counts[row] > 1, np.arange(len(row)), -1)
-    spans = np.stack((first, np.where(counts > 1, counts, 0)), axis=1).astype(np.int32)
+    split = np.flatnonzero(counts > 1)
+    spans = np.zeros((split_budget(rows), SPAN_WORDS), np.int32)
+    spans[: len(split)] = np.stack((split, first[split], counts[split]), axis=1)
     return Pieces(table[np.argsort(-table[:, 2], kind="stable")], spans)
+
+
+def _shortest(pages: np.ndarray, page_size: int, most: int) -> int:
+    """The shortest pieces, in pages, that are neither too many nor parts of too many requests."""
+    whole = np.sort(pages)[: -split_budget(len(pages))]  # these are not split
+    low, high = max(1, MIN_PIECE // page_size, int(whole.max(initial=0))), max(1, int(pages.max()))
+    while low < high:
+        middle = (low + high) // 2
+        if int(-(-pages // middle).sum()) > most:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 def decode(
@@ -184,9 +204,8 @@ def decode(
     options = {"num_warps": WARPS, "num_stages": STAGES}
     blocks = constants | {"BLOCK": BLOCK, "PDL": early}
     launch(_attend, (pieces.shape[0], kv_heads), args, blocks, early=early, **options)
-    padded = _power_of_two(group)
-    constants = {"DIM": dim, "GROUP": padded, "SLOTS": max(1, MERGE_ELEMENTS // (padded * dim)), "PDL": early}
-    launch(_merge, (q.shape[0], kv_heads), (partial, lse, spans, out, group), constants, early=early, num_warps=4)
+    constants = {"DIM": dim, "SLOTS": MERGE_ELEMENTS // dim, "PDL": early}
+    launch(_merge, (spans.shape[0], heads), (partial, lse, spans, out), constants, early=early, num_warps=4)
 
 
 def _power_of_two(n: int) -> int:
