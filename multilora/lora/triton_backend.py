@@ -35,6 +35,7 @@ from multilora.lora.triton_steps import (
     StepTiles,
     base_tiles,
     cdiv,
+    in_single_rows,
     make_tiles,
     power_of_two,
     split_singles,
@@ -111,6 +112,8 @@ class TritonLora:
 
     def _small_step(self, segments: Segments, num_rows: int) -> Step:
         """The same launches for every step of as many rows."""
+        if self._vector:
+            segments = in_single_rows(segments)
         found = make_tiles(segments, MIN_TILE, self._table.stacked_rank, MAX_PARTS)
         need = self._h_need(found, self.tuning.small)
         self.replayable = need <= len(self._fixed_h) and len(found.entries) <= FURTHER
@@ -244,7 +247,8 @@ class TritonLora:
         assert self._step is not None
         table, early = self._table, self._step.overlap
         blocks, splits = group.blocks.shrink(site.in_features), group.splits(site)
-        parts = 1 if early else blocks.parts
+        tile_r = group.tile_r(blocks.tile_r, rank)
+        parts = group.parts(blocks.parts, rank, tile_r, early)
         chunk = table.geometry.chunk_columns(site.in_features)
         rest = (*self._tables(group), len(table.sites), site.in_features, chunk, group.h_split(splits))
         constants = {
@@ -255,7 +259,7 @@ class TritonLora:
             "BLOCK_K": blocks.k,
             "TILE_M": group.tile_rows,
             "TILE_K": min(blocks.tile_k, blocks.k),
-            "TILE_R": group.tile_r(blocks.tile_r, rank),
+            "TILE_R": tile_r,
             "PARTS": parts,
             "PDL": early,
         }

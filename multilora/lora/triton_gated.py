@@ -20,7 +20,7 @@ Every row of y must be in out, so the table lists all rows of the step. A tile h
 import triton
 import triton.language as tl
 
-from multilora.lora.triton_kernels import rows_sum, sum_h, tile_after
+from multilora.lora.triton_kernels import first_h, rows_sum, tile_after
 from multilora.lora.triton_panels import TILE_WORDS, load_block, load_entry, load_slice, load_tile
 from multilora.triton_math import silu_times
 
@@ -50,8 +50,8 @@ def gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, r
     _, first0, rank0, affine0, start0 = load_slice(record, 0)
     _, first1, rank1, affine1, start1 = load_slice(record, 1)
     h0, h1 = h + first0, h + first1
-    hs0 = (sum_h(h0, h_stride, h_split, splits, r, rank0, rows, TILE_M, TILE_R) * weight).to(kind)
-    hs1 = (sum_h(h1, h_stride, h_split, splits, r, rank1, rows, TILE_M, TILE_R) * weight).to(kind)
+    hs0, next0 = first_h(h0, h_stride, h_split, splits, weight, rank0, rows, kind, TILE_M, TILE_R)
+    hs1, next1 = first_h(h1, h_stride, h_split, splits, weight, rank1, rows, kind, TILE_M, TILE_R)
     for n in range(n0, n_end, TILE_N):
         col = n + tl.arange(0, TILE_N)
         inside = (m < rows)[:, None] & (col < width)[None, :]
@@ -59,10 +59,10 @@ def gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, r
         gate, up = tl.load(at, mask=inside, other=0.0), tl.load(at + width, mask=inside, other=0.0)
         b0 = load_block(weights, addresses, start0, r, rank0, col, width, chunk, WHOLE, ALIGN)
         b1 = load_block(weights, addresses, start1, r, rank1, col, width, chunk, WHOLE, ALIGN)
-        gate = tile_after(gate, hs0, b0, weight, rows, h0, h_stride, h_split, splits, weights, addresses, start0,
-                          rank0, affine0, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
-        up = tile_after(up, hs1, b1, weight, rows, h1, h_stride, h_split, splits, weights, addresses, start1, rank1,
-                        affine1, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+        gate = tile_after(gate, hs0, next0, b0, weight, rows, h0, h_stride, h_split, splits, weights, addresses,
+                          start0, rank0, affine0, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+        up = tile_after(up, hs1, next1, b1, weight, rows, h1, h_stride, h_split, splits, weights, addresses, start1,
+                        rank1, affine1, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
         tl.store(out + m[:, None] * width + col[None, :], silu_times(gate, up, FAST), mask=inside)
 
 

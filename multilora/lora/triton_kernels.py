@@ -178,14 +178,30 @@ def sum_h(h, h_stride, h_split, splits, r, rank, rows, TILE_M: tl.constexpr, TIL
 
 
 @triton.jit
-def tile_after(before, hs, b, weight, rows, h, h_stride, h_split, splits, weights, addresses, start, rank, affine,
-               col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr,
+def first_h(h, h_stride, h_split, splits, weight, rank, rows, KIND: tl.constexpr, TILE_M: tl.constexpr,
+            TILE_R: tl.constexpr):  # fmt: skip
+    """What `tile_after` needs of h for all columns: its first TILE_R columns and the next ones, as sum_h() has them,
+    weighted and rounded."""
+    r = tl.arange(0, TILE_R)
+    first = (sum_h(h, h_stride, h_split, splits, r, rank, rows, TILE_M, TILE_R) * weight).to(KIND)
+    second = tl.zeros([TILE_M, TILE_R], KIND)
+    if rank > TILE_R:
+        second = (sum_h(h, h_stride, h_split, splits, TILE_R + r, rank, rows, TILE_M, TILE_R) * weight).to(KIND)
+    return first, second
+
+
+@triton.jit
+def tile_after(before, hs, hs_next, b, weight, rows, h, h_stride, h_split, splits, weights, addresses, start, rank,
+               affine, col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr,
                TILE_R: tl.constexpr):  # fmt: skip
-    """`before` [rows, col] with one adapter. Of its first TILE_R ranks there are hs, the columns of h (summed,
-    weighted, rounded), and b, the rows of B."""
+    """`before` [rows, col] with one adapter. hs, hs_next: see `first_h`; b: the first TILE_R rows of B. What is left
+    of h is summed here, and anew for all other columns: it would not fit into registers."""
     r = tl.arange(0, TILE_R)
     total = tl.dot(hs, b, input_precision="ieee")
-    for r0 in range(TILE_R, rank, TILE_R):
+    if rank > TILE_R:
+        b = load_block(weights, addresses, start, TILE_R + r, rank, col, width, chunk, WHOLE, ALIGN)
+        total = tl.dot(hs_next, b, total, input_precision="ieee")
+    for r0 in range(2 * TILE_R, rank, TILE_R):
         more = sum_h(h, h_stride, h_split, splits, r0 + r, rank, rows, TILE_M, TILE_R) * weight
         b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
         total = tl.dot(more.to(b.dtype), b, total, input_precision="ieee")
@@ -200,22 +216,22 @@ def tile_after(before, hs, b, weight, rows, h, h_stride, h_split, splits, weight
 def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
                 site, sites, index, n0, n_end, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr,
                 ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
-    """expand_rows() for one adapter and columns [n0, n_end): the first TILE_R columns of h are summed only once."""
+    """expand_rows() for one adapter and columns [n0, n_end): the first columns of h are summed only once."""
     m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
     kind: tl.constexpr = weights.dtype.element_ty
     place, weight = load_entry(tile, entries, further, 0)
     _, first, rank, affine, start = load_slice(records + (place * sites + site) * RECORD, index)
     h += first
     if rank + affine > 0:
-        hs = (sum_h(h, h_stride, h_split, splits, r, rank, rows, TILE_M, TILE_R) * weight).to(kind)
+        hs, hs_next = first_h(h, h_stride, h_split, splits, weight, rank, rows, kind, TILE_M, TILE_R)
         for n in range(n0, n_end, TILE_N):
             col = n + tl.arange(0, TILE_N)
             to = y + m[:, None] * y_stride + col[None, :]
             inside = (m < rows)[:, None] & (col < width)[None, :]
             before = tl.load(to, mask=inside, other=0.0)
             b = load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE, ALIGN)
-            after = tile_after(before, hs, b, weight, rows, h, h_stride, h_split, splits, weights, addresses, start,
-                               rank, affine, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+            after = tile_after(before, hs, hs_next, b, weight, rows, h, h_stride, h_split, splits, weights, addresses,
+                               start, rank, affine, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
             tl.store(to, after, mask=inside)
 
 

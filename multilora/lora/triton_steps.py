@@ -10,14 +10,14 @@ is listed again, as further parts of itself, which share the work. Tiles with th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from multilora.batch import LoraSegment
 from multilora.lora.sites import LoraSite
-from multilora.lora.tuning import Phase
+from multilora.lora.tuning import FEW_ROWS, Phase
 from multilora.triton_launch import Repeated
 
 Segments = tuple[LoraSegment, ...]
@@ -75,6 +75,16 @@ def make_tiles(
     return StepTiles(tiles, np.array(entries, np.int32).reshape(-1, 2), int(ends[-1]) if len(ends) else 0)
 
 
+def in_single_rows(segments: Segments) -> Segments:
+    """Those of few rows and one adapter as segments of one row each: reading its weights again, out of the L2 cache,
+    costs less than a tile that is nearly empty."""
+    found: list[LoraSegment] = []
+    for s in segments:
+        few = 1 < s.end - s.start <= FEW_ROWS and len(s.places) == 1
+        found += [replace(s, start=row, end=row + 1) for row in range(s.start, s.end)] if few else [s]
+    return tuple(found)
+
+
 def split_singles(segments: Segments) -> tuple[Segments, Segments]:
     """Those of several rows or several adapters, and those of one row and one adapter: a decode in a large step."""
     singles = tuple(s for s in segments if s.end - s.start == 1 and len(s.places) == 1)
@@ -121,6 +131,12 @@ class Group:
     def tile_r(self, most: int, rank: int) -> int:
         """Rank rows of one `tl.dot`."""
         return most if self.any_rank else max(MIN_TILE, min(most, power_of_two(rank)))
+
+    def parts(self, most: int, rank: int, tile_r: int, early: bool) -> int:
+        """How many programs share the rank rows of a tile in shrink: in exact grids one for each `tl.dot`."""
+        if not self.any_rank:
+            return cdiv(rank, tile_r)
+        return 1 if early else most
 
     def splits(self, site: LoraSite) -> int:
         return splits_of(self.blocks, site)

@@ -10,13 +10,16 @@ BESIDE_ROWS = 8
 """Captured steps of so many rows or more shrink beside the layer's own product, on a stream of their own. In smaller
 ones it is faster to start early."""
 
+FEW_ROWS = 4
+"""In small steps so many rows of one adapter, and fewer, are computed one by one (with single rows' own path)."""
+
 WIDE = 8192
 
 
 @dataclass(frozen=True)
 class ShrinkBlocks:
-    """k: input columns of a program (one split); tile_k, tile_r: columns and rank rows of one `tl.dot`; parts: how
-    many programs share a tile's rank rows, where kernels do not start early."""
+    """k: input columns of a program (one split); tile_k, tile_r: columns and rank rows of one `tl.dot`; parts: of
+    small steps, how many programs share a tile's rank rows, where kernels do not start early."""
 
     k: int
     warps: int

@@ -3,7 +3,8 @@
 import numpy as np
 
 from multilora.batch import LoraSegment
-from multilora.lora.triton_steps import base_tiles, make_tiles, split_singles
+from multilora.lora.triton_steps import base_tiles, in_single_rows, make_tiles, split_singles
+from multilora.lora.tuning import FEW_ROWS
 
 SEGMENTS = (
     LoraSegment(0, 1, (0,), (1.0,)),
@@ -21,6 +22,14 @@ def test_single_rows_of_one_adapter_go_apart() -> None:
     many, singles = split_singles(SEGMENTS)
     assert many == SEGMENTS[1:3]
     assert singles == (SEGMENTS[0], SEGMENTS[3])
+
+
+def test_few_rows_of_one_adapter_are_single_rows() -> None:
+    few = LoraSegment(3, 3 + FEW_ROWS, (4,), (0.5,))
+    composed = LoraSegment(20, 22, (1, 2), (1.0, 1.0))
+    many = LoraSegment(30, 31 + FEW_ROWS, (4,), (1.0,))
+    found = in_single_rows((few, composed, many))
+    assert found == (*(LoraSegment(3 + i, 4 + i, (4,), (0.5,)) for i in range(FEW_ROWS)), composed, many)
 
 
 def test_every_row_is_listed_once() -> None:
