@@ -200,7 +200,8 @@ def _device_memory(
     tokens, requests = config.chunked_prefill_size, config.max_running_requests
     with asking_for(f"a step of {tokens} tokens", "lower --chunked-prefill-size or --max-running-requests"):
         step = measure_step(model, layout, over_arena, tokens, requests)
-    graphs = graph_bytes(_graph_sizes(config, model.device), model.config.vocab_size, 1 + config.enable_lora)
+    row_bytes = model.config.hidden_size * model.config.dtype.itemsize
+    graphs = graph_bytes(_graph_sizes(config, model.device), row_bytes, 1 + config.enable_lora)
     tables = 0
     if config.enable_lora:
         tables = table_bytes_per_page(model.lora_sites(), PanelGeometry(layout.page_bytes, layout.dtype.itemsize))

@@ -1,8 +1,10 @@
 """Decode steps as CUDA graphs, by padded batch size, with and without LoRA.
 
-A graph holds the forward pass and the logits of a batch in which every request has one new token. What varies from
-step to step lies in buffers that stay at their place: ids and positions here, page tables in the attention backend's
-twin, adapters in the LoRA backend's tables. So no adapter, rank or mix ever needs a new capture.
+A graph holds the decoder layers of a batch in which every request has one new token, from embedded rows to hidden
+ones. What varies from step to step lies in buffers that stay at their place: rows and positions here, page tables in
+the attention backend's twin, adapters in the LoRA backend's tables. So no adapter, rank or mix ever needs a new
+capture. Embedding and head come before and after, as in any step: what an adapter does to them is no business of a
+graph.
 """
 
 import logging
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    logits: Tensor  # fp32 [size, vocab]
+    hidden: Tensor  # [size, hidden]
 
 
 def graph_sizes(largest: int) -> list[int]:
@@ -49,7 +51,9 @@ class DecodeGraphs:
         self._twins = twins
         self._lora = lora
         self._device = device
-        self._inputs = {size: torch.zeros(2, size, dtype=torch.int64, device=device) for size in twins}
+        width, dtype = model.config.hidden_size, model.config.dtype
+        self._rows = {size: torch.zeros(size, width, dtype=dtype, device=device) for size in twins}
+        self._positions = {size: torch.zeros(size, dtype=torch.int64, device=device) for size in twins}
         self._graphs: dict[tuple[int, bool], _Graph] = {}
 
     @torch.inference_mode()
@@ -64,37 +68,37 @@ class DecodeGraphs:
         logger.info("captured %d decode graphs in %.1f s", len(self._graphs), monotonic() - started)
 
     def _capture(self, size: int, lora: bool, pool: Any) -> _Graph:
-        ids, positions = self._inputs[size]
         zero = torch.zeros(1, dtype=torch.int64, device=self._device)
         meta = AttentionMeta((1,), (1,), zero[None], zero, zero)
         twin = self._twins[size]
         twin.prepare(meta)
-        batch = ForwardBatch(ids, positions, meta, (), zero)
         context = ForwardContext(twin, self._lora if lora else None)
 
         def forward() -> Tensor:
-            # LoRA on lm_head is rare: steps that have it run without a graph.
-            return self._model.logits(self._model(batch, context), ForwardContext(twin, None))
+            return self._model(self._rows[size], self._positions[size], context)
 
         forward()  # compiles and allocates outside the graph
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits = forward()
-        return _Graph(graph, logits)
+            hidden = forward()
+        return _Graph(graph, hidden)
 
-    def run(self, batch: ForwardBatch) -> Tensor | None:
-        """Replay a batch of decodes. Returns fp32 logits [rows, vocab], valid until the next replay; None if no
-        graph serves it."""
-        rows = len(batch.input_ids)
+    def run(self, x: Tensor, batch: ForwardBatch) -> Tensor | None:
+        """Replay a batch of decodes. x: its rows, embedded, [rows, hidden].
+
+        Returns their hidden rows, valid until the next replay; None if no graph serves it.
+        """
+        rows = len(x)
         size = next((s for s in sorted(self._twins) if s >= rows), None)
         if size is None or (batch.lora and not self._prepare_lora(batch.lora, size)):
             return None
         graph = self._graphs[size, bool(batch.lora)]
-        self._inputs[size][:, :rows] = torch.stack((batch.input_ids, batch.positions))
+        self._rows[size][:rows] = x
+        self._positions[size][:rows] = batch.positions
         self._twins[size].prepare(batch.attention)
         graph.graph.replay()
-        return graph.logits[:rows]
+        return graph.hidden[:rows]
 
     def _prepare_lora(self, segments: tuple, size: int) -> bool:
         """Put the segments where the graphs look for them. False if they cannot."""

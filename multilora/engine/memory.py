@@ -10,7 +10,7 @@ import torch
 
 from multilora.attention.base import AttentionBackend
 from multilora.attention.torch_sdpa import KVViews
-from multilora.batch import AttentionMeta, ForwardBatch
+from multilora.batch import AttentionMeta
 from multilora.engine.sampler import Sampler, SampleRow
 from multilora.errors import OutOfMemory
 from multilora.layers.context import ForwardContext
@@ -22,7 +22,7 @@ from multilora.params import SamplingParams
 MakeAttention = Callable[[KVViews], AttentionBackend]
 
 GRAPH_BYTES = 4 << 20
-"""Of one decode graph, beside its logits: its nodes, and its plan in the attention backend."""
+"""Of one decode graph, beside its input and result: its nodes, and its plan in the attention backend."""
 
 
 @contextmanager
@@ -64,12 +64,12 @@ def largest_step(
     attention = make_attention(layout.views(arena))
     meta = _fresh_prompts(lens, pages, layout.page_size, model.device)
     positions = torch.cat([torch.arange(n) for n in lens]).to(model.device)
-    batch = ForwardBatch(torch.zeros_like(positions), positions, meta, (), positions)
     ctx = ForwardContext(attention, None)
     row = SampleRow(SamplingParams(temperature=1.0, top_p=0.9, top_k=50), seed=0, position=0)
     with torch.inference_mode():
         attention.prepare(meta)
-        logits = model.logits(model(batch, ctx), ctx)
+        x = model.embed(torch.zeros_like(positions), ctx)
+        logits = model.logits(model(x, positions, ctx), ctx)
         Sampler(model.config.vocab_size, model.device).sample(logits[:requests], [row] * min(requests, tokens))
     return arena.numel()
 
@@ -87,6 +87,7 @@ def _fresh_prompts(lens: list[int], pages: list[int], page_size: int, device: to
     return AttentionMeta(sizes, sizes, table.to(device), torch.cat(token_pages).to(device), slots.to(device))
 
 
-def graph_bytes(sizes: list[int], vocab_size: int, variants: int) -> int:
-    """Of decode graphs of these batch sizes, `variants` of each: every graph keeps fp32 logits of its own."""
-    return variants * sum(GRAPH_BYTES + 4 * vocab_size * size for size in sizes)
+def graph_bytes(sizes: list[int], row_bytes: int, variants: int) -> int:
+    """Of decode graphs of these batch sizes, `variants` of each. row_bytes: of one hidden row; the graphs of a size
+    share their input, each has its own result."""
+    return sum(variants * GRAPH_BYTES + (1 + variants) * row_bytes * size for size in sizes)

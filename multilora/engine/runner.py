@@ -7,12 +7,13 @@ sampling state. Called by `engine/engine.py`.
 
 import itertools
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from multilora.attention.base import AttentionBackend
-from multilora.batch import LoraSegment
+from multilora.batch import ForwardBatch, LoraSegment
 from multilora.engine.cuda_graph import DecodeGraphs
 from multilora.engine.inputs import StepInputs, build_inputs, fill_unknown, logit_positions
 from multilora.engine.logprobs import TokenLogprobs, token_logprobs
@@ -52,6 +53,17 @@ class Launched:
         )
 
 
+class Reach(IntEnum):
+    """Where the adapters of a step act."""
+
+    LAYERS = 0  # by low rank in the decoder layers, as most do
+    ENDS = 1  # on the embedding or the head, too
+    MODULES = 2  # instead of modules between those two: no graph serves that
+
+
+ENDS = {(MODEL_LEVEL, "embed_tokens"), (MODEL_LEVEL, "lm_head")}
+
+
 class RunnerLora:
     """What a step needs of LoRA: the backend, and the table for what goes beyond it."""
 
@@ -61,10 +73,16 @@ class RunnerLora:
         self._model_level = frozenset(s.index for s in sites if s.layer == MODEL_LEVEL)
         self._embed_site = next(s.index for s in sites if s.name == "embed_tokens")
 
-    def reaches_out(self, place: int) -> bool:
-        """Whether the adapter acts outside the decoder layers' low-rank pass."""
+    def reach(self, segments: tuple[LoraSegment, ...]) -> Reach:
+        """Of the adapter among them that goes furthest."""
+        return max((self._reach_of(p) for s in segments for p in s.places), default=Reach.LAYERS)
+
+    def _reach_of(self, place: int) -> Reach:
         layout, _ = self._table.placed(place)
-        return bool(layout.shape.whole) or not self._model_level.isdisjoint(layout.sites)
+        modules = {(whole.layer, whole.module) for whole in layout.shape.whole}
+        if modules - ENDS:
+            return Reach.MODULES
+        return Reach.ENDS if modules or not self._model_level.isdisjoint(layout.sites) else Reach.LAYERS
 
     def whole_modules(self, segments: tuple[LoraSegment, ...]) -> WholeModules:
         return WholeModules(self._table, segments, self._embed_site)
@@ -106,28 +124,34 @@ class Runner:
         inputs = build_inputs(plan, self._page_size, self._device)
         batch = inputs.batch
         self._fill_unknown(batch.input_ids, inputs)
-        reach = self._reach(batch.lora)
-        if self._graphs is not None and not reach and all(c.count == 1 and c.sample for c in plan.chunks):
-            logits = self._graphs.run(batch)
-            if logits is not None:
-                return logits
+        reach = self._lora.reach(batch.lora) if self._lora is not None else Reach.LAYERS
+        x = self._model.embed(batch.input_ids, self._context(batch.lora, reach))
+        decodes = all(c.count == 1 and c.sample for c in plan.chunks)
+        hidden = self._replay(x, batch) if decodes and reach < Reach.MODULES else None
+        if hidden is None:
+            hidden = self._layers(x, batch, reach)[batch.logit_rows]
+        if reach is Reach.LAYERS:
+            return self._model.logits(hidden, self._context((), reach))
+        return self._model.logits(hidden, self._prepared(batch.logit_lora, len(hidden), reach))
+
+    def _replay(self, x: Tensor, batch: ForwardBatch) -> Tensor | None:
+        """The layers as a graph, if there is one for such a batch."""
+        return self._graphs.run(x, batch) if self._graphs is not None else None
+
+    def _layers(self, x: Tensor, batch: ForwardBatch, reach: Reach) -> Tensor:
         self._attention.prepare(batch.attention)
-        hidden = self._model(batch, self._context(batch.lora, len(batch.input_ids), reach))
-        rows = batch.logit_rows
-        head = self._context(batch.logit_lora if reach else (), len(rows), reach)
-        return self._model.logits(hidden[rows], head)
+        return self._model(x, batch.positions, self._prepared(batch.lora, len(x), reach))
 
-    def _reach(self, segments: tuple[LoraSegment, ...]) -> bool:
-        """Whether some adapter acts outside the decoder layers' low-rank pass."""
-        return self._lora is not None and any(self._lora.reaches_out(p) for s in segments for p in s.places)
+    def _prepared(self, segments: tuple[LoraSegment, ...], rows: int, reach: Reach) -> ForwardContext:
+        """With the adapters ready for `rows` rows."""
+        if segments and self._lora is not None:
+            self._lora.backend.prepare(segments, rows)
+        return self._context(segments, reach)
 
-    def _context(self, segments: tuple[LoraSegment, ...], rows: int, reach: bool) -> ForwardContext:
-        """Prepare the adapters for `rows` rows."""
-        if not segments:
+    def _context(self, segments: tuple[LoraSegment, ...], reach: Reach) -> ForwardContext:
+        if not segments or self._lora is None:
             return ForwardContext(self._attention, None)
-        assert self._lora is not None
-        self._lora.backend.prepare(segments, rows)
-        whole = self._lora.whole_modules(segments) if reach else None
+        whole = self._lora.whole_modules(segments) if reach > Reach.LAYERS else None
         return ForwardContext(self._attention, self._lora.backend, whole)
 
     def _fill_unknown(self, ids: Tensor, inputs: StepInputs) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from multilora.attention.rotate import CosSin
-from multilora.batch import ForwardBatch
 from multilora.layers.attention import SelfAttention
 from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import Embedding, LMHead
@@ -81,9 +80,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm("norm", MODEL_LEVEL, config.hidden_size, config.rms_norm_eps, **kind)
         self.rotary = Rotary(config.rope, config.context_length, device)
 
-    def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> torch.Tensor:
-        x = self.embed_tokens(batch.input_ids, ctx)
-        rope = self.rotary(batch.positions)
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        rope = self.rotary(positions)
         residual: torch.Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, rope, ctx)
@@ -113,9 +111,16 @@ class LlamaForCausalLM(nn.Module):
         """The fields of ModelConfig that this family derives from the transformers config in its own way."""
         return {"qkv_bias": hf.attention_bias, "o_bias": hf.attention_bias, "mlp_bias": hf.mlp_bias}
 
-    def forward(self, batch: ForwardBatch, ctx: ForwardContext) -> torch.Tensor:
-        """Write the new tokens' k and v, return their hidden rows after the final norm, [tokens, hidden]."""
-        return self.model(batch, ctx)
+    def embed(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """ids: int64 [tokens]. Returns their rows of the table, [tokens, hidden]."""
+        return self.model.embed_tokens(ids, ctx)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """x: [tokens, hidden], embedded; positions: int64 [tokens].
+
+        Writes the new tokens' k and v, returns their hidden rows after the final norm, [tokens, hidden].
+        """
+        return self.model(x, positions, ctx)
 
     def logits(self, hidden_rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """hidden_rows: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab]."""

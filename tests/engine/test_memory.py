@@ -58,5 +58,5 @@ def test_who_asked_for_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_graphs_keep_their_logits() -> None:
-    assert graph_bytes([1, 2], 1000, 2) == 2 * (2 * memory.GRAPH_BYTES + 3 * 4000)
+    assert graph_bytes([1, 2], 1000, 2) == 2 * 2 * memory.GRAPH_BYTES + 3 * 3 * 1000
     assert graph_bytes([], 1000, 2) == 0

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from multilora.attention import make_attention
-from multilora.batch import AttentionMeta, ForwardBatch
+from multilora.batch import AttentionMeta
 from multilora.layers.context import ForwardContext
 from multilora.models.llama import LlamaForCausalLM
 from multilora.models.load import load_model
@@ -87,10 +87,10 @@ class Driver:
         device = self.model.device
         tensors = [torch.tensor(values, device=device) for values in (table, pages, slots, ids, positions)]
         meta = AttentionMeta(tuple(lens), tuple(seq.done for seq, _ in work), *tensors[:3])
-        batch = ForwardBatch(*tensors[3:], meta, (), torch.arange(len(ids), device=device))
         self.attention.prepare(meta)
         context = ForwardContext(self.attention, None)
-        return list(self.model.logits(self.model(batch, context), context).split(lens))
+        hidden = self.model(self.model.embed(tensors[3], context), tensors[4], context)
+        return list(self.model.logits(hidden, context).split(lens))
 
 
 @pytest.fixture(scope="module", params=CASES)
