@@ -50,12 +50,12 @@ check: $(READY)
 test: $(READY)
 	$(BIN)/pytest -q -m 'not gpu' $(ARGS)
 
-# Of test_parity.py the two families that the table of test_peft_parity.py lacks; without -k all five, in 4 minutes.
+# ARGS="-n 8", with pytest-xdist, makes minutes of it. Of test_parity.py the two families that the table of test_peft_parity.py lacks; without -k all five, in 4 minutes.
 test-gpu: $(READY)
 	$(BIN)/pytest -q -m gpu $(ARGS)
-	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q tests/engine/test_peft_parity.py \
-		tests/engine/test_composition.py tests/engine/test_activation.py
-	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q tests/engine/test_parity.py -k 'llama3 or mistral'
+	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q $(ARGS) tests/engine/test_peft_parity.py \
+		tests/engine/test_composition.py tests/engine/test_activation.py tests/engine/test_runner.py
+	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q $(ARGS) tests/engine/test_parity.py -k 'llama3 or mistral'
 
 bench: $(READY)
 	$(BIN)/python -m bench.cpu $(ARGS)

@@ -6,6 +6,7 @@ Cold means as the peers were measured: the load call and everything after it cou
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -77,9 +78,61 @@ class Live:
         self.engine.handle(message)
 
 
+@dataclass
+class Arrivals:
+    """Milliseconds: gaps between neighbouring tokens of the streams, first tokens of those who arrived."""
+
+    gaps: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+
+    def __iadd__(self, other: "Arrivals") -> "Arrivals":
+        self.gaps += other.gaps
+        self.first += other.first
+        return self
+
+    @property
+    def gap_p99(self) -> float:
+        return _quantile(self.gaps, 0.99)
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "gap_ms": median(self.gaps),
+            "gap_p99_ms": self.gap_p99,
+            "gap_max_ms": max(self.gaps),
+            "first_token_ms": median(self.first),
+            "first_token_p99_ms": _quantile(self.first, 0.99),
+        }
+
+
 def streams_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """99th-percentile gap between tokens of running streams while requests arrive: on adapters that are loaded as the
-    request arrives, against the same arrivals on the same adapters when they are on the device already."""
+    request arrives, against the same arrivals on the same adapters when they are on the device already. In turns, and
+    all rounds together: which arrivals share a step is chance."""
+    work = bench.work
+    paths = bench.adapters.write_all({f"arriving-{i}": 16 for i in range(work.arrivals)})
+    cold, warm = Arrivals(), Arrivals()
+    p99s = []
+    for number in range(work.arrival_rounds):
+        once = _round(bench, list(paths.values()), OWN_VERSIONS + number * work.arrivals)
+        cold += once[0]
+        warm += once[1]
+        p99s.append((once[0].gap_p99, once[1].gap_p99))
+    for path in paths.values():
+        shutil.rmtree(path)
+    row = bench.row(f"gap of {work.streams} streams, 99th percentile: cold arrivals against warm", "ratio", 1.2)
+    yield row.show(
+        cold.gap_p99 / warm.gap_p99,
+        1.0,
+        cold=cold.summary(),
+        warm=warm.summary(),
+        cold_gap_ms=cold.gap_p99,
+        warm_gap_ms=warm.gap_p99,
+        rounds=[f"{c:.1f} / {w:.1f} ms" for c, w in p99s],
+    )
+
+
+def _round(bench: Bench, paths: list[str], first_version: int) -> tuple[Arrivals, Arrivals]:
+    """Cold arrivals, then warm ones, beside streams of their own."""
     work = bench.work
     live = Live(bench.llm.engine)
     r16 = bench.load_group("r16")
@@ -91,27 +144,15 @@ def streams_rows(bench: Bench) -> Iterator[dict[str, Any]]:
         live.step()
     known = [bench.infos[name].version for name in r16]
     _arrivals(bench, live, "warm-up", known[:4], paths=None)
-    paths = bench.adapters.write_all({f"arriving-{i}": 16 for i in range(work.arrivals)})
-    versions = [OWN_VERSIONS + i for i in range(work.arrivals)]
-    cold = _arrivals(bench, live, "cold", versions, list(paths.values()))
-    warm = _arrivals(bench, live, "warm", versions, paths=None)
+    versions = [first_version + i for i in range(len(paths))]
+    found = [_arrivals(bench, live, kind, versions, given) for kind, given in (("cold", paths), ("warm", None))]
     if any(f"stream-{i}" not in live.open for i in range(work.streams)):
         raise SystemExit("the streams ended before the last arrival: their context is too short for so many")
     _end(live, versions)
-    for path in paths.values():
-        shutil.rmtree(path)
-    row = bench.row(f"gap of {work.streams} streams, 99th percentile: cold arrivals against warm", "ratio", 1.2)
-    yield row.show(
-        cold["gap_p99_ms"] / warm["gap_p99_ms"],
-        1.0,
-        cold=cold,
-        warm=warm,
-        cold_gap_ms=cold["gap_p99_ms"],
-        warm_gap_ms=warm["gap_p99_ms"],
-    )
+    return found[0], found[1]
 
 
-def _arrivals(bench: Bench, live: Live, phase: str, versions: list[int], paths: list[str] | None) -> dict[str, float]:
+def _arrivals(bench: Bench, live: Live, phase: str, versions: list[int], paths: list[str] | None) -> Arrivals:
     """Requests at random times, one for each version; with `paths` each loads its adapter first."""
     work = bench.work
     random = torch.Generator().manual_seed(0)
@@ -139,16 +180,16 @@ def _arrivals(bench: Bench, live: Live, phase: str, versions: list[int], paths: 
             submitted += 1
         live.step()
     first = [(live.times[rid][0] - at) * 1e3 for rid, at in zip(rids, due, strict=True)]
-    return _gaps(live, start) | {"first_token_ms": median(first), "first_token_p99_ms": _quantile(first, 0.99)}
+    return Arrivals(_gaps(live, start), first)
 
 
-def _gaps(live: Live, since: float) -> dict[str, float]:
+def _gaps(live: Live, since: float) -> list[float]:
     """Between neighbouring tokens of the streams."""
     gaps: list[float] = []
     for rid, times in live.times.items():
         if rid.startswith("stream"):
             gaps += [(b - a) * 1e3 for a, b in pairwise([t for t in times if t >= since])]
-    return {"gap_ms": median(gaps), "gap_p99_ms": _quantile(gaps, 0.99), "gap_max_ms": max(gaps)}
+    return gaps
 
 
 def _quantile(values: list[float], q: float) -> float:

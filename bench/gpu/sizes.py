@@ -77,6 +77,7 @@ class Work:
     streams: int = 32
     arrivals: int = 100
     arrival_rate: float = 10.0  # a second
+    arrival_rounds: int = 3
     arrival_answer: int = 32
 
     @property
@@ -114,6 +115,7 @@ SIZES = {
             streams=4,
             arrivals=8,
             arrival_rate=50.0,
+            arrival_rounds=2,
             arrival_answer=3,
         ),
     ),

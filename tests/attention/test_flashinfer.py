@@ -17,6 +17,7 @@ from multilora.memory.kv_layout import KVLayout
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
 KIND = torch.bfloat16
+LARGE = 91 * 10**9  # bytes of an arena
 LAYERS = 2
 LLAMA = (8, 2, 128)  # heads, KV heads, head_dim: kernels without a window
 SMALL = (6, 2, 64)  # kernels with one
@@ -210,9 +211,9 @@ def test_pages_at_the_end_of_a_large_arena() -> None:
     page_bytes = KVLayout(LAYERS, 64, 8, 128, KIND).page_bytes
     small = make_case(lens, shape, page_size=64)
     count, most = small.arena.shape[0], torch.cuda.mem_get_info()[0] - (4 << 30)
-    if most < 90e9:
-        pytest.skip(f"needs 90 GB of free device memory, here are {most / 1e9:.0f}")
-    arena = torch.empty(most // page_bytes, page_bytes, dtype=torch.uint8, device=DEVICE)
+    if most < LARGE:
+        pytest.skip(f"needs 91 GB of free device memory, here are {most / 1e9:.0f}")
+    arena = torch.empty(LARGE // page_bytes, page_bytes, dtype=torch.uint8, device=DEVICE)
     large = make_case(lens, shape, page_size=64, arena=arena, base_page=arena.shape[0] - count)
     assert torch.equal(arena[-count:], small.arena) and (large.meta.page_table.max() > 90e9 // page_bytes)
     check(forward_once(large), expected(small, None))
