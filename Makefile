@@ -50,12 +50,13 @@ check: $(READY)
 test: $(READY)
 	$(BIN)/pytest -q -m 'not gpu' $(ARGS)
 
-# ARGS="-n 8", with pytest-xdist, makes minutes of it. Of test_parity.py the two families that the table of test_peft_parity.py lacks; without -k all five, in 4 minutes.
+# With pytest-xdist, PYTEST_ADDOPTS="-n 8" shortens it to minutes. Of test_parity.py the two families that the table of
+# test_peft_parity.py lacks; without -k all five.
 test-gpu: $(READY)
 	$(BIN)/pytest -q -m gpu $(ARGS)
-	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q $(ARGS) tests/engine/test_peft_parity.py \
+	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q tests/engine/test_peft_parity.py \
 		tests/engine/test_composition.py tests/engine/test_activation.py tests/engine/test_runner.py
-	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q $(ARGS) tests/engine/test_parity.py -k 'llama3 or mistral'
+	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q tests/engine/test_parity.py -k 'llama3 or mistral'
 
 bench: $(READY)
 	$(BIN)/python -m bench.cpu $(ARGS)
