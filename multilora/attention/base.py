@@ -12,11 +12,8 @@ from multilora.attention.rotate import CosSin
 from multilora.batch import AttentionMeta
 
 
-class AttentionBackend(Protocol):
-    name: str
-
-    def prepare(self, meta: AttentionMeta) -> None:
-        """Take this step's page tables and lengths; plan whatever is shared by all layers."""
+class LayerAttention(Protocol):
+    """What a layer needs."""
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
         """Rotate q and k, write k and v of the new tokens into their pages, then attend causally.
@@ -27,7 +24,16 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def for_graph(self, batch_size: int) -> "AttentionBackend | None":
+
+class StepAttention(LayerAttention, Protocol):
+    def prepare(self, meta: AttentionMeta) -> None:
+        """Take this step's page tables and lengths; plan whatever is shared by all layers."""
+
+
+class AttentionBackend(StepAttention, Protocol):
+    name: str
+
+    def for_graph(self, batch_size: int) -> StepAttention | None:
         """A twin over the same pages whose `forward` can be captured; None if this backend has none.
 
         The twin takes decode steps of 1 … `batch_size` requests with one new token each; its `forward` always gets
@@ -35,3 +41,26 @@ class AttentionBackend(Protocol):
         `prepare` runs before the capture and before every replay, outside the graph.
         """
         ...
+
+    def for_pieces(self, rows: int) -> "PieceAttention | None":
+        """Of a step of up to `rows` new tokens, whatever they are, of which everything but the attention itself is
+        captured; None if this backend has no such thing. Those of several sizes share their memory: ask for the
+        largest first, and use one at a time.
+        """
+        ...
+
+
+class PieceAttention(Protocol):
+    """A backend's `forward` in two halves: `rotate` can be captured, `attend` is called between two graphs."""
+
+    out: torch.Tensor
+    """[rows, heads, head_dim], what `attend` writes, always here."""
+
+    def prepare(self, meta: AttentionMeta) -> None:
+        """Before a step, outside of its graphs. Not needed for a capture."""
+
+    def rotate(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> None:
+        """Rotate q and k, write k and v to their pages. All of them have `rows` rows; padding writes nothing."""
+
+    def attend(self, layer: int) -> None:
+        """The rest, for the tokens that the step has."""

@@ -16,7 +16,7 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.jit import env as jit_env
 from flashinfer.jit import get_batch_prefill_uri
 
-from multilora.attention.base import AttentionBackend
+from multilora.attention.base import PieceAttention, StepAttention
 from multilora.attention.rotate import CosSin
 from multilora.attention.torch_sdpa import KVViews
 from multilora.attention.triton_decode import PIECE_WORDS, SPAN_WORDS, budget, cut, decode, split_budget
@@ -177,7 +177,9 @@ class FlashInferAttention:
         self._meta: AttentionMeta | None = None
         self._step: _DecodeStep | None = None
         self._decodes = 0  # rows that go through it
-        self._rows: torch.Tensor | None = None  # int64 [T], where a row of the batch stands among the queries; mixed
+        self.rows: torch.Tensor | None = None
+        """int64 [T], where a row of the batch stands among the queries; None: where it is, all are of one kind."""
+        self._piece_memory: torch.Tensor | None = None
         self._compile()
 
     def prepare(self, meta: AttentionMeta) -> None:
@@ -191,26 +193,34 @@ class FlashInferAttention:
             on_device = _pinned(requests).to(self._shape.device, non_blocking=True)
             indices = self._list_pages(meta, on_device, int(requests[3].sum()))
             self._prefill.plan(q_lens[several].tolist(), requests, indices)
-        self._rows = None
+        self.rows = None
         if len(single) and len(several):
             order = np.argsort(np.repeat(q_lens > 1, q_lens), kind="stable")  # rows, decodes first
-            self._rows = _pinned(np.argsort(order)).to(self._shape.device, non_blocking=True)
+            self.rows = _pinned(np.argsort(order)).to(self._shape.device, non_blocking=True)
         self._meta, self._decodes = meta, len(single)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
         """See `AttentionBackend`."""
-        meta, kv, n = self._meta, self._kv_views[layer], self._decodes
+        meta, kv = self._meta, self._kv_views[layer]
         assert meta is not None, "prepare() comes first"
-        q = rotate_and_write(q, k, v, rope, *kv, meta.token_page, meta.token_slot, self._rows)
+        q = rotate_and_write(q, k, v, rope, *kv, meta.token_page, meta.token_slot, self.rows)
         out = torch.empty_like(q)
+        self.attend(layer, q, out)
+        return out
+
+    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
+        """q: rotated, its rows as `rows` says; out: as the batch has them. Both [tokens, heads, head_dim]."""
+        kv, n = self._kv_views[layer], self._decodes
+        found = out if self.rows is None else torch.empty_like(out)
         if self._step is not None:
             step = self._step
-            step.decode.run(q[:n], kv, step.words, step.indices, step.scratch, out[:n])
+            step.decode.run(q[:n], kv, step.words, step.indices, step.scratch, found[:n])
         if n < len(q):
-            self._prefill.run(q[n:], kv, out[n:])
-        return out if self._rows is None else out.index_select(0, self._rows)
+            self._prefill.run(q[n:], kv, found[n:])
+        if self.rows is not None:
+            torch.index_select(found, 0, self.rows, out=out)
 
-    def for_graph(self, batch_size: int) -> AttentionBackend | None:
+    def for_graph(self, batch_size: int) -> StepAttention | None:
         """See `AttentionBackend`. Twins share their scratch and page list, so ask for the largest first."""
         most = batch_size * self._shape.num_pages
         twin = _Decode(self._shape, batch_size)
@@ -220,6 +230,15 @@ class FlashInferAttention:
         return _GraphAttention(
             self._shape, self._kv_views, twin, batch_size, self._graph_indices, self._graph_scratch
         )
+
+    def for_pieces(self, rows: int) -> PieceAttention | None:
+        """See `AttentionBackend`."""
+        shape = self._shape
+        if self._piece_memory is None:
+            size = (2, rows, shape.num_heads, shape.head_dim)
+            self._piece_memory = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        q, out = self._piece_memory[:, :rows]
+        return _PieceAttention(self, self._kv_views, q, out)
 
     def _decode_step(self, meta: AttentionMeta, rows: np.ndarray) -> _DecodeStep:
         step = _Decode(self._shape, len(rows))
@@ -244,8 +263,6 @@ class FlashInferAttention:
 
 class _GraphAttention:
     """Decode only, over buffers that stay: the twin of `for_graph`."""
-
-    name = "flashinfer"
 
     def __init__(
         self,
@@ -278,9 +295,41 @@ class _GraphAttention:
         self._decode.run(q, kv, self._words, self._indices, self._scratch, out)
         return out
 
-    def for_graph(self, batch_size: int) -> AttentionBackend | None:
-        """See `AttentionBackend`."""
-        return None
+
+class _PieceAttention:
+    """Both kinds of requests, between the graphs of a step: see `PieceAttention`."""
+
+    def __init__(self, attention: FlashInferAttention, kv_views: KVViews, q: torch.Tensor, out: torch.Tensor):
+        """q, out: [rows, heads, head_dim]."""
+        rows, device = len(q), q.device
+        self.out = out
+        self._attention, self._kv_views, self._q = attention, kv_views, q
+        self._tokens = 0
+        self._token_page = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        self._token_slot = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._same = torch.arange(rows, device=device)
+        self._to = self._same.clone()  # where a row of the batch stands among the queries
+
+    def prepare(self, meta: AttentionMeta) -> None:
+        """See `PieceAttention`."""
+        self._attention.prepare(meta)
+        count = self._tokens = len(meta.token_page)
+        self._token_page[:count] = meta.token_page
+        self._token_page[count:] = -1
+        self._token_slot[:count] = meta.token_slot
+        rows = self._attention.rows
+        self._to.copy_(self._same)
+        if rows is not None:
+            self._to[:count] = rows
+
+    def rotate(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> None:
+        """See `PieceAttention`."""
+        kv = self._kv_views[layer]
+        rotate_and_write(q, k, v, rope, *kv, self._token_page, self._token_slot, self._to, self._q)
+
+    def attend(self, layer: int) -> None:
+        """See `PieceAttention`."""
+        self._attention.attend(layer, self._q[: self._tokens], self.out[: self._tokens])
 
 
 def _is_compiled(shape: _Shape) -> bool:

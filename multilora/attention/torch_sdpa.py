@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from multilora.attention.base import AttentionBackend
+from multilora.attention.base import PieceAttention, StepAttention
 from multilora.attention.rotate import CosSin, rotate
 from multilora.batch import AttentionMeta
 
@@ -73,8 +73,12 @@ class TorchAttention:
         self._decodes = [self._plan_decodes(meta, group, starts) for group in self._groups(meta, single)]
         self._prefills = [self._plan_prefill(meta, r, starts[r]) for r, n in enumerate(meta.q_lens) if n > 1]
 
-    def for_graph(self, batch_size: int) -> AttentionBackend | None:
+    def for_graph(self, batch_size: int) -> StepAttention | None:
         """See `AttentionBackend`. Masks and gathers here follow the lengths, so there is nothing to replay."""
+        return None
+
+    def for_pieces(self, rows: int) -> PieceAttention | None:
+        """See `AttentionBackend`."""
         return None
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:

@@ -83,8 +83,10 @@ def rotate_and_write(
     token_page: torch.Tensor,
     token_slot: torch.Tensor,
     out_row: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write rotated k, and v, to their pages; return rotated q, its row t at out_row[t] (None: at t), contiguous.
+    """Write rotated k, and v, to their pages; return rotated q, its row t at out_row[t] (None: at t), contiguous; in
+    `out` if that is given.
 
     q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim]; head_dim a power of 2. rope: see `rotate.CosSin`.
     k_pages, v_pages: [num_pages, page_size, kv_heads, head_dim] of equal strides. token_page, token_slot, out_row:
@@ -93,7 +95,8 @@ def rotate_and_write(
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     cos, sin = rope
-    out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
     early = can_launch_early(q.device)
     args = (
         q, k, v, cos, sin, out, out_row, k_pages, v_pages, token_page, token_slot,

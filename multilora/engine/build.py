@@ -30,7 +30,8 @@ from multilora.engine.cuda_graph import DecodeGraphs, graph_sizes
 from multilora.engine.engine import Engine
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
 from multilora.engine.messages import Ready, Stats
-from multilora.engine.runner import Runner, RunnerLora
+from multilora.engine.piece_graphs import SIZES, PieceGraphs
+from multilora.engine.runner import Graphs, Runner, RunnerLora
 from multilora.engine.scheduler import Scheduler
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
@@ -119,7 +120,7 @@ def build_engine(
         chunk_tokens=config.chunked_prefill_size,
         policy=config.schedule_policy,
     )
-    with asking_for("decode graphs", "lower --cuda-graph-max-bs or --mem-fraction-static"):
+    with asking_for("CUDA graphs", "lower --cuda-graph-max-bs or --mem-fraction-static"):
         graphs = _capture(config, model, attention, backend)
     runner = Runner(model, attention, lora, config.page_size, device, graphs)
     logger.info("engine ready in %.1f s on %s, %s", monotonic() - started, device, model_config.dtype)
@@ -145,18 +146,20 @@ def choose_device(name: str) -> torch.device:
 
 def _capture(
     config: Config, model: LlamaForCausalLM, attention: AttentionBackend, lora: LoraBackend | None
-) -> DecodeGraphs | None:
-    """Decode graphs, where device and attention backend have them. Nothing runs yet, so page 0 is free to write."""
-    found = {size: attention.for_graph(size) for size in _graph_sizes(config, model.device)}
-    if not found:
-        return None
-    twins = {size: twin for size, twin in found.items() if twin is not None}
-    if not twins:
-        logger.info("decode graphs: none, the %s attention backend cannot be captured", attention.name)
-        return None
-    graphs = DecodeGraphs(model, twins, lora, model.device)
-    graphs.capture()
-    return graphs
+) -> Graphs:
+    """Where device and attention backend have them. Nothing runs yet, so page 0 is free to write."""
+    sizes = _graph_sizes(config, model.device)
+    if not sizes:
+        return Graphs()
+    twins = {size: twin for size in sizes if (twin := attention.for_graph(size)) is not None}
+    halves = {size: half for size in reversed(SIZES) if (half := attention.for_pieces(size)) is not None}
+    if not twins or not halves:
+        logger.info("CUDA graphs: none, the %s attention backend cannot be captured", attention.name)
+        return Graphs()
+    decodes, pieces = DecodeGraphs(model, twins, lora, model.device), PieceGraphs(model, halves, lora, model.device)
+    decodes.capture()
+    pieces.capture()
+    return Graphs(decodes, pieces)
 
 
 def _graph_sizes(config: Config, device: torch.device) -> list[int]:
@@ -201,7 +204,10 @@ def _device_memory(
     with asking_for(f"a step of {tokens} tokens", "lower --chunked-prefill-size or --max-running-requests"):
         step = measure_step(model, layout, over_arena, tokens, requests)
     row_bytes = model.config.hidden_size * model.config.dtype.itemsize
-    graphs = graph_bytes(_graph_sizes(config, model.device), row_bytes, 1 + config.enable_lora)
+    sizes, variants = _graph_sizes(config, model.device), 1 + config.enable_lora
+    graphs = graph_bytes(sizes, row_bytes, variants)
+    if sizes:
+        graphs += graph_bytes(SIZES, row_bytes, variants, pieces=1 + model.config.num_layers)
     tables = 0
     if config.enable_lora:
         tables = table_bytes_per_page(model.lora_sites(), PanelGeometry(layout.page_bytes, layout.dtype.itemsize))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from multilora.attention.base import AttentionBackend
+from multilora.attention.base import StepAttention
 from multilora.batch import AttentionMeta, ForwardBatch
 from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
@@ -42,7 +42,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: LlamaForCausalLM,
-        twins: dict[int, AttentionBackend],
+        twins: dict[int, StepAttention],
         lora: LoraBackend | None,
         device: torch.device,
     ):

@@ -3,7 +3,7 @@
 Runs the largest step once over a few pages of its own. Called by `build.py`, at start.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,6 +23,9 @@ MakeAttention = Callable[[KVViews], AttentionBackend]
 
 GRAPH_BYTES = 4 << 20
 """Of one decode graph, beside its input and result: its nodes, and its plan in the attention backend."""
+
+PIECE_BYTES = 256 << 10
+"""Of one piece of a step, between two attentions."""
 
 
 @contextmanager
@@ -87,7 +90,8 @@ def _fresh_prompts(lens: list[int], pages: list[int], page_size: int, device: to
     return AttentionMeta(sizes, sizes, table.to(device), torch.cat(token_pages).to(device), slots.to(device))
 
 
-def graph_bytes(sizes: list[int], row_bytes: int, variants: int) -> int:
-    """Of decode graphs of these batch sizes, `variants` of each. row_bytes: of one hidden row; the graphs of a size
-    share their input, each has its own result."""
-    return sum(variants * GRAPH_BYTES + (1 + variants) * row_bytes * size for size in sizes)
+def graph_bytes(sizes: Sequence[int], row_bytes: int, variants: int, pieces: int = 0) -> int:
+    """Of graphs of these numbers of rows, `variants` of each, each in so many pieces (0: it is one). The graphs of a
+    size share their input, each has its own result; row_bytes: of one row of those."""
+    each = GRAPH_BYTES + pieces * PIECE_BYTES
+    return sum(variants * each + (1 + variants) * row_bytes * size for size in sizes)

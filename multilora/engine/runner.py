@@ -17,6 +17,7 @@ from multilora.batch import ForwardBatch, LoraSegment
 from multilora.engine.cuda_graph import DecodeGraphs
 from multilora.engine.inputs import StepInputs, build_inputs, fill_unknown, logit_positions
 from multilora.engine.logprobs import TokenLogprobs, token_logprobs
+from multilora.engine.piece_graphs import PieceGraphs
 from multilora.engine.plan import Chunk, StepPlan, StepResult
 from multilora.engine.request import Request
 from multilora.engine.sampler import DeviceSampled, Sampler, SampleRow
@@ -88,6 +89,14 @@ class RunnerLora:
         return WholeModules(self._table, segments, self._embed_site)
 
 
+@dataclass(frozen=True)
+class Graphs:
+    """What is replayed instead of launched; None: nothing of the kind."""
+
+    decodes: DecodeGraphs | None = None
+    pieces: PieceGraphs | None = None
+
+
 class Runner:
     """lora: None when LoRA is off."""
 
@@ -98,7 +107,7 @@ class Runner:
         lora: RunnerLora | None,
         page_size: int,
         device: torch.device,
-        graphs: DecodeGraphs | None = None,
+        graphs: Graphs = Graphs(),
     ):
         self.vocab_size = model.config.vocab_size
         self._graphs = graphs
@@ -126,17 +135,24 @@ class Runner:
         self._fill_unknown(batch.input_ids, inputs)
         reach = self._lora.reach(batch.lora) if self._lora is not None else Reach.LAYERS
         x = self._model.embed(batch.input_ids, self._context(batch.lora, reach))
-        decodes = all(c.count == 1 and c.sample for c in plan.chunks)
-        hidden = self._replay(x, batch) if decodes and reach < Reach.MODULES else None
+        hidden = self._replay(plan, x, batch) if reach < Reach.MODULES else None
         if hidden is None:
             hidden = self._layers(x, batch, reach)[batch.logit_rows]
         if reach is Reach.LAYERS:
             return self._model.logits(hidden, self._context((), reach))
         return self._model.logits(hidden, self._prepared(batch.logit_lora, len(hidden), reach))
 
-    def _replay(self, x: Tensor, batch: ForwardBatch) -> Tensor | None:
-        """The layers as a graph, if there is one for such a batch."""
-        return self._graphs.run(x, batch) if self._graphs is not None else None
+    def _replay(self, plan: StepPlan, x: Tensor, batch: ForwardBatch) -> Tensor | None:
+        """The layers as graphs, if there are some for such a step: the hidden rows whose logits are wanted."""
+        if self._graphs.decodes is not None and all(c.count == 1 and c.sample for c in plan.chunks):
+            hidden = self._graphs.decodes.run(x, batch)
+            if hidden is not None:
+                return hidden
+        if self._graphs.pieces is not None:
+            hidden = self._graphs.pieces.run(x, batch)
+            if hidden is not None:
+                return hidden[batch.logit_rows]
+        return None
 
     def _layers(self, x: Tensor, batch: ForwardBatch, reach: Reach) -> Tensor:
         self._attention.prepare(batch.attention)

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from multilora.attention.base import AttentionBackend
+from multilora.attention.base import LayerAttention
 from multilora.lora.base import LoraBackend
 from multilora.lora.whole import WholeModules
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    attention: AttentionBackend
+    attention: LayerAttention
     lora: LoraBackend | None  # None: no row of this step has an adapter
     whole: WholeModules | None = None  # None: no adapter of this step acts outside the low-rank pass

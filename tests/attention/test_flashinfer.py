@@ -255,6 +255,42 @@ class Graph:
         return [out[: case.qkv.shape[1]].clone() for out in self.out]
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_in_two_halves(batch: str, window: int | None) -> None:
+    """The first one captured, over more rows than the step has; a larger step before it has left its traces."""
+    shape = SMALL if window else LLAMA
+    case = make_case(BATCHES[batch], shape)
+    want = expected(case, window)
+    attention = flashinfer(case, window)
+    rows = case.qkv.shape[1] + 7
+    assert attention.for_pieces(rows + 20) is not None
+    halves = attention.for_pieces(rows)
+    assert halves is not None
+    static = pad(case, rows)
+    graphs = []
+    for layer in range(LAYERS):
+        q, k, v = static.qkv[layer].split(case.heads, dim=1)
+        halves.rotate(layer, q, k, v, static.rope)  # nothing is prepared: nothing is written
+        torch.cuda.synchronize()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            halves.rotate(layer, q, k, v, static.rope)
+    halves.out.fill_(torch.nan)
+    before = case.arena.clone()
+    halves.prepare(case.meta)
+    got = []
+    for layer, graph in enumerate(graphs):
+        graph.replay()
+        halves.attend(layer)
+        got.append(halves.out[: case.qkv.shape[1]].clone())
+    check(got, want)
+    for k, v in [*case.views(), *case.layout.views(before)]:
+        k[case.meta.token_page, case.meta.token_slot] = 0
+        v[case.meta.token_page, case.meta.token_slot] = 0
+    assert torch.equal(before, case.arena), "padding wrote something"
+
+
 def decode_steps(count: int, most: int, arena: torch.Tensor, window: bool) -> list[Case]:
     rng = random.Random(5)
     shape = SMALL if window else LLAMA

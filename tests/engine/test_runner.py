@@ -8,7 +8,7 @@ from peft_rows import ROWS, Lab, Row
 
 from multilora.batch import ForwardBatch
 from multilora.engine.driver import EngineDriver
-from multilora.engine.runner import Reach, Runner
+from multilora.engine.runner import Graphs, Reach, Runner
 
 REPLAYED = (
     Row("plain", {"target_modules": ["q_proj", "up_proj"]}),
@@ -23,15 +23,23 @@ SERVED = [row for row in REPLAYED if row.refused is None]
 
 
 class FakeGraphs:
-    """Stands where `DecodeGraphs` stands: the layers alone, with the low-rank pass and nothing else."""
+    """Stands where `DecodeGraphs` or `PieceGraphs` stands: the layers alone, with the low-rank pass and nothing else.
+    most: larger steps are not replayed."""
 
-    def __init__(self, runner: Runner):
+    def __init__(self, runner: Runner, most: int = 1000):
         self._runner = runner
+        self._most = most
         self.replays = 0
 
-    def run(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    def run(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor | None:
+        if len(x) > self._most:
+            return None
         self.replays += 1
         return self._runner._layers(x, batch, Reach.LAYERS)
+
+
+def use(runner: Runner, **graphs: FakeGraphs) -> None:
+    runner._graphs = Graphs(**graphs)  # type: ignore[arg-type]
 
 
 def answers(driver: EngineDriver, prompts: list[list[int]]) -> list[Any]:
@@ -45,16 +53,15 @@ def answers(driver: EngineDriver, prompts: list[list[int]]) -> list[Any]:
     return [driver.answers[rid] for rid in rids]
 
 
-def compare(lab: Lab, row: Row) -> int:
+def compare(lab: Lab, row: Row, kind: str) -> int:
     """The same answers with and without graphs; returns how many steps were replayed."""
     paths = {"row": lab.adapter(row), "plain": lab.adapter(Row(f"plain {row.model}", {"r": 4}, row.model))}
     found = []
     for fake in (False, True):
         driver = EngineDriver(lab.model(row.model), paths, disable_radix_cache=True)
-        runner = driver.engine.runner
-        graphs = FakeGraphs(runner)
+        graphs = FakeGraphs(driver.engine.runner)
         if fake:
-            runner._graphs = graphs  # type: ignore[assignment]
+            use(driver.engine.runner, **{kind: graphs})
         found.append(answers(driver, row.prompts(2)))
         driver.close()
     for eager, replayed in zip(*found, strict=True):
@@ -65,20 +72,26 @@ def compare(lab: Lab, row: Row) -> int:
 
 @pytest.mark.parametrize("row", SERVED, ids=[row.feature for row in SERVED])
 def test_what_acts_on_embedding_and_head_needs_no_eager_step(row: Row, lab: Lab) -> None:
-    assert compare(lab, row) == 5  # all decodes of six tokens
+    assert compare(lab, row, "decodes") == 5  # all decodes of six tokens
+    assert compare(lab, row, "pieces") == 6  # the prompts, too
 
 
 @pytest.mark.parametrize("row", EAGER, ids=[row.feature for row in EAGER])
 def test_what_replaces_modules_between_them_does(row: Row, lab: Lab) -> None:
-    assert compare(lab, row) == 0
+    assert compare(lab, row, "decodes") == compare(lab, row, "pieces") == 0
 
 
-def test_prompts_are_not_replayed(lab: Lab) -> None:
+def test_which_graphs_a_step_takes(lab: Lab) -> None:
     driver = EngineDriver(lab.model("Llama"), {}, disable_radix_cache=True)
-    graphs = FakeGraphs(driver.engine.runner)
-    driver.engine.runner._graphs = graphs  # type: ignore[assignment]
-    driver.complete([5, 6, 7], None, max_new_tokens=1)
-    assert graphs.replays == 0
+    runner = driver.engine.runner
+    decodes, pieces = FakeGraphs(runner), FakeGraphs(runner, most=4)
+    use(runner, decodes=decodes, pieces=pieces)
+    driver.complete([5, 6, 7, 8, 9], None, max_new_tokens=3, ignore_eos=True)
+    assert (decodes.replays, pieces.replays) == (2, 0), "five rows are too many for pieces"
     driver.complete([5, 6, 7], None, max_new_tokens=3, ignore_eos=True)
-    assert graphs.replays == 2
+    assert (decodes.replays, pieces.replays) == (4, 1)
+    few = FakeGraphs(runner, most=0)
+    use(runner, decodes=few, pieces=pieces)
+    driver.complete([5, 6, 7], None, max_new_tokens=3, ignore_eos=True)
+    assert (few.replays, pieces.replays) == (0, 4), "decodes that no graph takes go in pieces"
     driver.close()
