@@ -1,4 +1,5 @@
-"""One life of the loader process, seen from the engine: its start, what it says on stderr, how it ended.
+"""One life of the loader process, seen from the engine: its start, what it says on stderr, how it ended, and when the
+next one may start.
 
 Owns the process and two pipes; knows no messages. Called by `loader_process.ProcessLoader`.
 """
@@ -8,8 +9,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from time import monotonic
 
 END_SECONDS = 1  # for a process that has closed its socket, or is told to end; then it is killed
+STEADY_SECONDS = 60.0  # who has lived so long had started well
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
 TAIL_BYTES = 4096  # of stderr
 LINE_CHARACTERS = 300
 STDERR = 2
@@ -23,6 +28,9 @@ class Life:
 
     def __init__(self, command: Sequence[str], fds: Sequence[int], environment: Mapping[str, str]):
         self.ended = False
+        self.answered = False  # set by who hears it
+        self.useful = False  # known when it has ended
+        self._started = monotonic()
         self._tail = b""
         # Nobody writes to this pipe or knows that it is there: that it ends says that all who have it are gone, the
         # process and whatever it forked. The system takes a process' memory away before it closes its files.
@@ -61,6 +69,7 @@ class Life:
             self.process.kill()
             self.process.wait()
         self.ended = True
+        self.useful = self.answered or monotonic() - self._started >= STEADY_SECONDS
         self.listen()
 
     def gone(self) -> bool:
@@ -85,6 +94,43 @@ class Life:
         lines = self._tail.decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"ended with {text}" + (f": {last[:LINE_CHARACTERS]}" if last else "")
+
+
+class Starts:
+    """When the next process may start. At once after one that was of use, and after the first that was not; each
+    further one in a row makes the pause twice as long, up to LONGEST_PAUSE_SECONDS."""
+
+    def __init__(self) -> None:
+        self._failed = 0  # in a row
+        self._pause = 0.0
+        self._next_at = 0.0
+        self._how = ""
+
+    def ended(self, how: str, useful: bool) -> float:
+        """A process has ended, or could not be started. Returns the pause in seconds."""
+        self._failed = 0 if useful else self._failed + 1
+        if self._failed < 2:
+            self._pause = 0.0
+        else:
+            self._pause = min(2 * self._pause or FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+        self._next_at = monotonic() + self._pause
+        self._how = how
+        return self._pause
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the pause."""
+        return max(0.0, self._next_at - monotonic())
+
+    def trouble(self) -> str:
+        """What to tell somebody whose adapter cannot be loaded because of that."""
+        if self._failed < 2:
+            return f"the loader process {self._how}; try again"
+        return (
+            f"the loader process cannot be started: {self._failed} times in a row it {self._how}; see what it wrote "
+            "to the engine's stderr and, if a signal ended it, the memory limit of the machine or container; next "
+            f"try in {self.seconds_left:.0f} s"
+        )
 
 
 def _signal_name(number: int) -> str:

@@ -30,7 +30,7 @@ from multilora.adapters.base_model import BaseModel
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.crew import Crew, spare_cores
 from multilora.adapters.loader import FetchContext, Fetched, FetchJob, fetch
-from multilora.adapters.loader_life import Life
+from multilora.adapters.loader_life import Life, Starts
 from multilora.adapters.mapping import map_file
 from multilora.adapters.packers import Packers
 from multilora.adapters.page_files import PagePlace, PagePlaces
@@ -85,6 +85,7 @@ class ProcessLoader:
 
     staging: belongs to the loader from now on. A process that took the place of another gets it as soon as that one
     and all that it forked are gone, and nobody holds a part of it any more; until then adapters come in files.
+    A process that dies at its start again and again is started after a pause, in which every job fails at once.
     """
 
     working = False
@@ -95,6 +96,7 @@ class ProcessLoader:
         self._pending: dict[int, FetchJob] = {}
         self._lost: list[tuple[Fetched, torch.Tensor | None]] = []  # failures to report at the next poll
         self._page_bytes = context.target.page_bytes
+        self._starts = Starts()
         self._before: list[Life] = []  # that have ended, but something that they forked may be left
         self._has_staging = True  # the process of now may write there, if there is staging memory
         self._socket, self._theirs = self._connect()
@@ -122,8 +124,12 @@ class ProcessLoader:
         return life
 
     def submit(self, job: FetchJob) -> None:
-        if self._life.process.poll() is not None:
+        if not self._life.ended and self._life.process.poll() is not None:
             self._lost += self._died()
+        self._start_if_due()
+        if self._life.ended:
+            self._lost.append((_failed(job.version, f"{job.path}: {self._starts.trouble()}"), None))
+            return
         self._pending[job.version] = job
         try:
             _send(self._socket, _Order(job))
@@ -135,6 +141,7 @@ class ProcessLoader:
 
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
         self._life.listen()
+        self._start_if_due()
         self._hand_over()
         done, self._lost = self._lost, []
         while True:
@@ -146,6 +153,7 @@ class ProcessLoader:
                 data, fds = b"", []
             if not data:
                 return done + self._died()
+            self._life.answered = True
             message = msgspec.msgpack.decode(data, type=_Message)
             try:
                 self._pending.pop(message.result.version, None)
@@ -159,6 +167,7 @@ class ProcessLoader:
 
     def close(self) -> None:
         self._socket.close()  # the process ends when it notices
+        self._theirs.close()
         self._life.end()
         for life in (self._life, *self._before):
             life.close()
@@ -197,7 +206,7 @@ class ProcessLoader:
         for life in [life for life in self._before if life.gone()]:
             life.close()
             self._before.remove(life)
-        if self._staging is None or self._has_staging or self._before or not self._staging.unused:
+        if self._staging is None or self._has_staging or self._life.ended or self._before or not self._staging.unused:
             return
         with contextlib.suppress(OSError):  # it is just dying, or has a lot to read: later, then
             self._socket.send(msgspec.msgpack.encode(_Order(take_over=True)), socket.MSG_DONTWAIT)
@@ -205,7 +214,7 @@ class ProcessLoader:
             logger.info("adapters are staged again")
 
     def _died(self) -> list[tuple[Fetched, torch.Tensor | None]]:
-        """What the process had to do fails; another starts."""
+        """What the process had to do fails; another starts, at once or after a pause."""
         self._life.end()
         self._before.append(self._life)
         if self._staging is not None and self._has_staging:
@@ -214,12 +223,23 @@ class ProcessLoader:
         ours, self._theirs = self._connect()
         with ours:
             os.dup2(ours.fileno(), self._socket.fileno(), inheritable=False)  # who polls it knows it by its number
-        how = self._life.how()
-        logger.error("the loader process %s; starting another", how)
-        failed = [_failed(v, f"{job.path}: the loader process {how}; try again") for v, job in self._pending.items()]
+        self._plan_start(self._life.how(), self._life.useful)
+        failed = [_failed(v, f"{job.path}: {self._starts.trouble()}") for v, job in self._pending.items()]
         self._pending.clear()
-        self._life = self._spawn()
+        self._start_if_due()
         return [(f, None) for f in failed]
+
+    def _plan_start(self, how: str, useful: bool) -> None:
+        pause = self._starts.ended(how, useful)
+        logger.error("the loader process %s; starting another %s", how, f"in {pause:.0f} s" if pause else "now")
+
+    def _start_if_due(self) -> None:
+        if not self._life.ended or self._starts.seconds_left:
+            return
+        try:
+            self._life = self._spawn()
+        except OSError as e:
+            self._plan_start(f"could not be started: {e}", useful=False)
 
 
 def _failed(version: int, message: str) -> Fetched:

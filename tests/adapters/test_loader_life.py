@@ -1,4 +1,4 @@
-"""A process' life as its starter sees it: how it ended, what it said, and who of it is left."""
+"""A process' life as its starter sees it: how it ended, what it said, who of it is left, when another may start."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from multilora.adapters import loader_life as module
-from multilora.adapters.loader_life import Life
+from multilora.adapters.loader_life import Life, Starts
 
 
 def life_of(code: str) -> Life:
@@ -76,3 +76,31 @@ def test_one_that_cannot_be_started_leaves_no_descriptor() -> None:
     with pytest.raises(FileNotFoundError):
         Life(["/no such program"], [], os.environ)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_it_was_of_use_if_it_has_answered_or_lived_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    useful = []
+    for answered, steady in ((False, 60.0), (True, 60.0), (False, 0.0)):
+        monkeypatch.setattr(module, "STEADY_SECONDS", steady)
+        life = life_of("pass")
+        life.answered = answered
+        life.end()
+        life.close()
+        useful.append(life.useful)
+    assert useful == [False, True, True]
+
+
+def test_pauses_grow_to_a_limit_and_begin_anew_after_a_good_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    starts = Starts()
+    pauses = [starts.ended("ended", useful=False) for _ in range(2000)]
+    assert pauses[:10] == [0, 1, 2, 4, 8, 16, 32, 60, 60, 60] and set(pauses[10:]) == {60.0}
+    assert starts.seconds_left == 60
+    now += 59
+    assert starts.seconds_left == 1 and "next try in 1 s" in starts.trouble()
+    now += 2
+    assert starts.seconds_left == 0
+    assert starts.ended("ended well", useful=True) == 0
+    assert starts.trouble() == "the loader process ended well; try again"
+    assert [starts.ended("ended", useful=False) for _ in range(3)] == [0, 1, 2]

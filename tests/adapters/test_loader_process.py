@@ -2,12 +2,14 @@
 
 import itertools
 import os
+import re
 import resource
 import select
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -18,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from multilora.adapters import loader_life
 from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.blocks import PackTarget
 from multilora.adapters.loader import FetchContext, Fetched, FetchJob, allocate_private, fetch
@@ -365,6 +368,126 @@ def test_a_death_that_nobody_has_noticed_yet(own: ProcessLoader, tmp_path: Path,
     assert wait_for(own, 1)[1][0].kind == "AdapterError"
     own.submit(FetchJob(2, path))
     assert wait_for(own, 2)[2][0].kind == ""
+
+
+class Python:
+    """In place of the loader: `code`, or the loader itself once it is None."""
+
+    def __init__(self, code: str | None, start: Any):
+        self.code, self.starts, self._start = code, 0, start
+
+    def __call__(self, command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
+        self.starts += 1
+        if self.code == "refuse":
+            raise OSError(11, "Resource temporarily unavailable")
+        return self._start(command if self.code is None else [command[0], "-c", self.code], **kwargs)
+
+
+@pytest.fixture
+def python(monkeypatch: pytest.MonkeyPatch) -> Python:
+    made = Python("raise ImportError('no tensors here')", subprocess.Popen)
+    monkeypatch.setattr(subprocess, "Popen", made)
+    return made
+
+
+def poll_until(loader: ProcessLoader, done: Callable[[], bool]) -> int:
+    """As the engine does. How often the descriptor said that there is something."""
+    end, woken = time.monotonic() + SECONDS, 0
+    while not done():
+        assert time.monotonic() < end
+        woken += bool(select.select([loader.fileno()], [], [], 0.02)[0])
+        assert loader.poll() == []
+    return woken
+
+
+ENDS = {
+    "raise ImportError('no tensors here')": r"ended with exit code 1: ImportError: no tensors here; ",
+    "import os; os.kill(os.getpid(), 9)": r"ended with signal 9 \(SIGKILL\); ",
+    "refuse": r"could not be started: \[Errno 11\] Resource temporarily unavailable; ",
+}
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_a_process_that_always_dies_at_its_start(
+    code: str, python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is started after a pause, which grows, and each start is logged once; what is asked for meanwhile fails at
+    once and says why; once it starts, everything works again."""
+    monkeypatch.setattr(loader_life, "FIRST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(loader_life, "LONGEST_PAUSE_SECONDS", 0.8)
+    path = write_adapter(tmp_path / "a")
+    loader = ProcessLoader(CONTEXT)
+    try:
+        python.code = code
+        loader._life.process.kill()  # it is still importing torch
+        descriptor, begun = loader.fileno(), time.monotonic()
+        woken = poll_until(loader, lambda: python.starts == 4)
+        assert time.monotonic() - begun >= 0.2 + 0.4
+        poll_until(loader, lambda: loader._starts.seconds_left > 0)
+        assert woken <= python.starts, "no busy loop"
+        errors = [record for record in caplog.records if "; starting another" in record.message]
+        assert len(errors) == python.starts
+        loader.submit(FetchJob(1, path))
+        ((result, pages),) = loader.poll()
+        assert (result.version, result.kind, pages) == (1, "AdapterError", None)
+        assert re.search("the loader process cannot be started: 4 times in a row it " + ENDS[code], result.message)
+        assert "memory limit" in result.message
+        python.code = None
+        poll_until(loader, lambda: python.starts == 5)
+        loader.submit(FetchJob(2, path))
+        assert wait_for(loader, 2)[2][0].kind == ""
+        assert loader.fileno() == descriptor
+    finally:
+        loader.close()
+
+
+def test_what_the_process_had_to_do_when_it_died_at_its_start_fails_once(python: Python, tmp_path: Path) -> None:
+    python.code = "import time; time.sleep(0.2); raise ImportError('no tensors here')"
+    loader = ProcessLoader(CONTEXT)
+    try:
+        for first in (1, 4):
+            for version in range(first, first + 3):
+                loader.submit(FetchJob(version, str(tmp_path)))
+            answers = wait_for(loader, *range(first, first + 3))
+            assert {result.kind for result, _ in answers.values()} == {"AdapterError"}
+            assert all("ImportError: no tensors here" in result.message for result, _ in answers.values())
+        assert "cannot be started: 2 times in a row" in answers[4][0].message
+        poll_until(loader, lambda: python.starts == 3)
+    finally:
+        loader.close()
+
+
+def test_in_a_pause_nobody_is_told_which_parts_are_free(
+    python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody reads it, and who tells would have to wait in the end."""
+    monkeypatch.setattr(loader_life, "FIRST_PAUSE_SECONDS", 60.0)
+    python.code = None
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    starts = loader._starts
+    try:
+        pages = until_staged(loader, write_adapter(tmp_path / "a"), itertools.count())
+        python.code = "raise ImportError('no tensors here')"
+        loader._life.process.kill()
+        poll_until(loader, lambda: starts.seconds_left > 0)
+        del pages
+        assert loader._staging is not None and loader._staging.unused
+        assert loader._theirs.recv(1 << 20), "the next process' first message"
+        with pytest.raises(BlockingIOError):
+            loader._theirs.recv(1 << 20, socket.MSG_DONTWAIT)
+    finally:
+        loader.close()
+
+
+def test_close_during_a_pause_leaves_no_descriptor(python: Python) -> None:
+    before = open_files()
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    starts = loader._starts
+    poll_until(loader, lambda: starts.seconds_left > 0)
+    loader.close()
+    loader.close()
+    del loader  # and its staging memory
+    assert open_files() == before
 
 
 def test_close_leaves_neither_process_nor_descriptor() -> None:
