@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
@@ -59,6 +60,18 @@ MakeCopier = Callable[[torch.Tensor], Copier]
 """Over an arena."""
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """The arena, and who keeps the books of its pages."""
+
+    layout: KVLayout
+    arena: torch.Tensor  # uint8 [pages, page_bytes]
+    pool: PagePool
+    clock: Clock
+    prefix: PrefixCache
+    namespaces: Namespaces
+
+
 def build_engine(
     config: Config,
     make_loader: MakeLoader | None = None,
@@ -72,63 +85,22 @@ def build_engine(
     """
     started = monotonic()
     device = choose_device(config.device)
-    with asking_for("the weights of the base model", "take a smaller model, or a GPU with more memory"):
-        model, model_config = load_model(
-            config.model_path or str(demo.base_model_path()),
-            dtype=config.dtype,
-            device=device,
-            load_format=config.load_format,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            context_length=config.context_length,
-            seed=config.random_seed or 0,
-        )
-    layout = model.kv_layout(config.page_size)
-    over_arena = _attention_maker(config, model_config, device)
-    plan = _plan(config, model, layout, over_arena)
-    logger.info("memory: %s", plan)
-    with asking_for(f"an arena of {format_bytes(plan.arena_bytes)}", "lower --mem-fraction-static or --arena-bytes"):
-        arena = torch.zeros(plan.num_pages, plan.page_bytes, dtype=torch.uint8, device=device)
-    pool, clock = PagePool(plan.num_pages), Clock()
-    prefix = PrefixCache(pool, clock, config.page_size, enabled=not config.disable_radix_cache)
-    namespaces = Namespaces(prefix)
-    attention = over_arena(layout.views(arena))
-    adapters: AdapterStore | None = None
-    lora: RunnerLora | None = None
-    if config.enable_lora:
-        adapters, lora, reclaimer = _build_lora(
-            config,
-            model,
-            layout,
-            arena,
-            pool,
-            clock,
-            prefix,
-            namespaces,
-            make_loader,
-            make_copier or partial(_copier, config),
-        )
-    else:
-        reclaimer = Reclaimer(pool, clock, [prefix])
+    model = _load(config, device)
+    over_arena = _attention_maker(config, model.config, device)
+    memory = _memory(config, model, over_arena)
+    attention = over_arena(memory.layout.views(memory.arena))
+    adapters, lora, reclaimer = _lora(config, model, memory, make_loader, make_copier or partial(_copier, config))
+    scheduler = _scheduler(config, model.config, memory, reclaimer, adapters)
     backend = lora.backend if lora else None
-    scheduler = Scheduler(
-        KVPages(pool, prefix, reclaimer, plan.page_bytes),
-        adapters,
-        namespaces,
-        eos_token_ids=model_config.eos_token_ids,
-        max_running=config.max_running_requests,
-        chunk_tokens=config.chunked_prefill_size,
-        policy=config.schedule_policy,
-    )
     with asking_for("CUDA graphs", "lower --cuda-graph-max-bs or --mem-fraction-static"):
         graphs = _capture(config, model, attention, backend)
     runner = Runner(model, attention, lora, config.page_size, device, graphs)
-    logger.info("engine ready in %.1f s on %s, %s", monotonic() - started, device, model_config.dtype)
+    logger.info("engine ready in %.1f s on %s, %s", monotonic() - started, device, model.config.dtype)
     return Engine(
         scheduler,
         runner,
         adapters,
-        describe=partial(_describe, model_config, device, backend.name if backend else "off", attention.name),
+        describe=partial(_describe, model.config, device, backend.name if backend else "off", attention.name),
         max_queued=config.max_queued_requests,
         random_seed=config.random_seed,
         device=device,
@@ -142,6 +114,47 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no CUDA device here")
     return torch.device(name)
+
+
+def _load(config: Config, device: torch.device) -> LlamaForCausalLM:
+    with asking_for("the weights of the base model", "take a smaller model, or a GPU with more memory"):
+        model, _ = load_model(
+            config.model_path or str(demo.base_model_path()),
+            dtype=config.dtype,
+            device=device,
+            load_format=config.load_format,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            context_length=config.context_length,
+            seed=config.random_seed or 0,
+        )
+    return model
+
+
+def _memory(config: Config, model: LlamaForCausalLM, over_arena: MakeAttention) -> _Memory:
+    """As planned from what the model leaves."""
+    layout = model.kv_layout(config.page_size)
+    plan = _plan(config, model, layout, over_arena)
+    logger.info("memory: %s", plan)
+    with asking_for(f"an arena of {format_bytes(plan.arena_bytes)}", "lower --mem-fraction-static or --arena-bytes"):
+        arena = torch.zeros(plan.num_pages, plan.page_bytes, dtype=torch.uint8, device=model.device)
+    pool, clock = PagePool(plan.num_pages), Clock()
+    prefix = PrefixCache(pool, clock, config.page_size, enabled=not config.disable_radix_cache)
+    return _Memory(layout, arena, pool, clock, prefix, Namespaces(prefix))
+
+
+def _scheduler(
+    config: Config, model: ModelConfig, memory: _Memory, reclaimer: Reclaimer, adapters: AdapterStore | None
+) -> Scheduler:
+    return Scheduler(
+        KVPages(memory.pool, memory.prefix, reclaimer, memory.arena.shape[1]),
+        adapters,
+        memory.namespaces,
+        eos_token_ids=model.eos_token_ids,
+        max_running=config.max_running_requests,
+        chunk_tokens=config.chunked_prefill_size,
+        policy=config.schedule_policy,
+    )
 
 
 def _capture(
@@ -214,18 +227,27 @@ def _device_memory(
     return DeviceMemory(torch.cuda.mem_get_info(model.device)[0], step, graphs, tables)
 
 
+def _lora(
+    config: Config,
+    model: LlamaForCausalLM,
+    memory: _Memory,
+    make_loader: MakeLoader | None,
+    make_copier: MakeCopier,
+) -> tuple[AdapterStore | None, RunnerLora | None, Reclaimer]:
+    """What adapters need, if they are enabled; and who makes room in the arena."""
+    if config.enable_lora:
+        return _build_lora(config, model, memory, make_loader, make_copier)
+    return None, None, Reclaimer(memory.pool, memory.clock, [memory.prefix])
+
+
 def _build_lora(
     config: Config,
     model: LlamaForCausalLM,
-    layout: KVLayout,
-    arena: torch.Tensor,
-    pool: PagePool,
-    clock: Clock,
-    prefix: PrefixCache,
-    namespaces: Namespaces,
+    memory: _Memory,
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
 ) -> tuple[AdapterStore, RunnerLora, Reclaimer]:
+    layout, arena, pool, clock = memory.layout, memory.arena, memory.pool, memory.clock
     sites = model.lora_sites()
     target = PackTarget(sites, layout.dtype, layout.page_bytes)
     table = LoraTable(arena, layout.dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
@@ -243,7 +265,7 @@ def _build_lora(
         max_pages=None if limit is None else limit // layout.page_bytes,
         on_evict=lambda version: store.evicted(version),
     )
-    reclaimer = Reclaimer(pool, clock, [prefix, residency])
+    reclaimer = Reclaimer(pool, clock, [memory.prefix, residency])
     targets = None if config.lora_target_modules in (None, ("all",)) else config.lora_target_modules
     base = BaseModel.of(model.config, sites, _weights_dir(config))
     context = FetchContext(base, target, AdapterLimits(config.max_lora_rank, targets), config.lora_root)
@@ -259,7 +281,7 @@ def _build_lora(
         page_bytes=layout.page_bytes,
         total_pages=pool.total,
         context_pages=layout.pages_for(model.config.context_length),
-        on_evict=namespaces.devalue,
+        on_evict=memory.namespaces.devalue,
         settle=staging.settle if staging is not None else lambda entry: None,
     )
     return store, RunnerLora(backend, table, sites), reclaimer

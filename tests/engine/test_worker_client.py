@@ -2,6 +2,7 @@
 death."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -19,6 +20,7 @@ from multilora.config import Config
 from multilora.engine.client import EngineClient
 from multilora.engine.messages import Finished, Output, Submit
 from multilora.errors import (
+    AdapterError,
     AdapterIncompatible,
     AdapterInvalid,
     AdapterNotFound,
@@ -234,6 +236,38 @@ def test_the_loader_may_die_and_the_engine_sleeps_when_idle(front: Front, files:
     time.sleep(1.0)
     after = engine.cpu_times()
     assert after.user + after.system - before.user - before.system < 0.3
+
+
+def test_while_the_loader_cannot_be_started_what_is_loaded_is_served(front: Front, files: Path) -> None:
+    versions = itertools.count(41)
+
+    async def load(kill: bool) -> str:
+        """What is said against it, if anything. kill: every loader that comes up meanwhile."""
+        version = next(versions)
+        loading = asyncio.create_task(front.client.load_adapter(version, str(files / "adapter"), False))
+        while kill and not loading.done():
+            for loader in front.engine().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    loader.kill()
+            await asyncio.sleep(0.02)
+        try:
+            await loading
+        except AdapterError as e:
+            return e.message
+        await front.client.unload_adapter(version)
+        return ""
+
+    front.run(front.client.load_adapter(40, str(files / "adapter"), False))
+    end = time.monotonic() + SECONDS
+    while "the loader process cannot be started: " not in (said := front.run(load(kill=True))):
+        assert time.monotonic() < end, said
+    assert "signal 9 (SIGKILL)" in said
+    for adapters in ((), ((40, 1.0),)):
+        assert front.answer(front.submit(adapters=adapters))[1].type == "length"
+    while front.run(load(kill=False)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    front.run(front.client.unload_adapter(40))
 
 
 def test_stats_arrive_when_the_engine_becomes_idle(front: Front) -> None:

@@ -37,11 +37,12 @@ class PagePlace:
 
 
 class PagePlaces:
-    """Gives places out. Any thread may call. staging: shared with the engine, zero."""
+    """Gives places out. Any thread may call. staging: shared with the engine, zero. in_use: it is not zero, and
+    others may read and write there: nothing of it is given out until `take_over`."""
 
-    def __init__(self, staging: mmap.mmap | None = None):
+    def __init__(self, staging: mmap.mmap | None = None, in_use: bool = False):
         self._staging = staging
-        self._parts = FirstFit(len(staging) if staging is not None else 0, STAGING_ALIGN)
+        self._parts = FirstFit(len(staging) if staging is not None and not in_use else 0, STAGING_ALIGN)
         self._lock = threading.Lock()
         self._zeroing = ThreadPoolExecutor(1, "zeroing")
 
@@ -73,14 +74,29 @@ class PagePlaces:
         """Nobody reads that part of the staging memory any more: free as soon as it is zero again."""
         self._zeroing.submit(self._free, start)
 
+    def take_over(self) -> None:
+        """Nobody else uses the staging memory any more, nor will anybody give back a part of before: free as soon as
+        it is zero."""
+        self._zeroing.submit(self._free_all)  # after whatever has been given back
+
+    def _free_all(self) -> None:
+        assert self._staging is not None and not self._parts.size, "it is this loader's already"
+        self._zero(0, len(self._staging))
+        with self._lock:
+            self._parts = FirstFit(len(self._staging), STAGING_ALIGN)
+
     def _free(self, start: int) -> None:
         with self._lock:
             size = self._parts.size_of(start)
         if size is None or self._staging is None:
             return  # of a loader before this one
-        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self._staging, start)), 0, size)
+        self._zero(start, size)
         with self._lock:
             self._parts.give_back(start)
+
+    def _zero(self, start: int, size: int) -> None:
+        assert self._staging is not None
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self._staging, start)), 0, size)
 
 
 def populate(memory: mmap.mmap, start: int, size: int) -> bool:

@@ -58,12 +58,19 @@ class Staging:
         return self._pinned
 
     def view(self, start: int, nbytes: int, release: Callable[[int], None]) -> torch.Tensor:
-        """uint8 [nbytes]. `release(start)` is called, on any thread, when neither it nor a view of it is left."""
+        """uint8 [nbytes]. `release(start)` is called, on any thread, when neither it nor a view of it is left. Until
+        it has returned the view counts as used."""
         part = (ctypes.c_ubyte * nbytes).from_buffer(self._memory, start)
         with self._lock:
             self._views += 1
         weakref.finalize(part, self._gone, start, release).atexit = False
         return torch.frombuffer(part, dtype=torch.uint8)
+
+    @property
+    def unused(self) -> bool:
+        """No view is left, and of every one its `release` has returned."""
+        with self._lock:
+            return not self._views
 
     def settle(self, entry: HostEntry) -> None:
         """Soon `entry.buffer` is memory of its own, if it is not already. Whoever reads the old one keeps it."""
@@ -82,10 +89,12 @@ class Staging:
         self._thread.join(CLOSE_SECONDS)  # without the lock, which it may want
 
     def _gone(self, start: int, release: Callable[[int], None]) -> None:
-        with self._lock:
-            self._views -= 1
-            self._unpin()
-        release(start)
+        try:
+            release(start)
+        finally:
+            with self._lock:
+                self._views -= 1
+                self._unpin()
 
     def _unpin(self) -> None:
         if self._pinned and self._closed and not self._views:

@@ -15,12 +15,12 @@ import mmap
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import msgspec
 import torch
@@ -30,6 +30,7 @@ from multilora.adapters.crew import Crew, spare_cores
 from multilora.adapters.host.mapping import map_file
 from multilora.adapters.host.page_files import PagePlace, PagePlaces
 from multilora.adapters.host.staging import Staging
+from multilora.adapters.loading.life import Life, Starts
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, fetch
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
@@ -49,7 +50,8 @@ REUSE_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(512 << 20
 
 
 class _Start(msgspec.Struct, frozen=True):
-    """The first message: a FetchContext in plain types. staging: descriptor of that memory, if there is any."""
+    """The first message: a FetchContext in plain types. staging: descriptor of that memory, if there is any.
+    staging_in_use: by who came before; not to be given out until an order says so."""
 
     base: BaseModel
     dtype: str
@@ -57,13 +59,16 @@ class _Start(msgspec.Struct, frozen=True):
     limits: AdapterLimits
     roots: tuple[str, ...]
     staging: int | None
+    staging_in_use: bool
 
 
 class _Order(msgspec.Struct, frozen=True, omit_defaults=True):
-    """To the loader. done_with: where a part of the staging memory begins that nobody reads any more."""
+    """To the loader. done_with: where a part of the staging memory begins that nobody reads any more. take_over: the
+    staging memory that was in use at the start is all the loader's now."""
 
     job: FetchJob | None = None
     done_with: int | None = None
+    take_over: bool = False
 
 
 class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -78,8 +83,9 @@ class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
 class ProcessLoader:
     """The engine's end. Starts the process at once; starts it again if it died. `fileno` stays the same.
 
-    staging: belongs to the loader from now on. After the process has died it is not used any more, as the processes
-    that pack for it may still write there.
+    staging: belongs to the loader from now on. A process that took the place of another gets it as soon as that one
+    and all that it forked are gone, and nobody holds a part of it any more; until then adapters come in files.
+    A process that dies at its start again and again is started after a pause, in which every job fails at once.
     """
 
     working = False
@@ -87,31 +93,43 @@ class ProcessLoader:
     def __init__(self, context: FetchContext, staging: Staging | None = None):
         self._context = context
         self._staging = staging
-        self._shares_staging = staging is not None
         self._pending: dict[int, FetchJob] = {}
         self._lost: list[tuple[Fetched, torch.Tensor | None]] = []  # failures to report at the next poll
         self._page_bytes = context.target.page_bytes
-        self._process, self._socket = self._spawn()
+        self._starts = Starts()
+        self._before: list[Life] = []  # that have ended, but something that they forked may be left
+        self._has_staging = True  # the process of now may write there, if there is staging memory
+        self._socket, self._theirs = self._connect()
+        self._life = self._spawn()
 
-    def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    def _connect(self) -> tuple[socket.socket, socket.socket]:
+        """Our end and that of the next process, which has its first message to read."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
-        command = [sys.executable, "-m", "multilora.adapters.loading.process", str(theirs.fileno())]
         context = self._context
-        staging = self._staging.fd if self._staging is not None and self._shares_staging else None
         dtype = str(context.target.dtype).removeprefix("torch.")
-        start = _Start(context.base, dtype, self._page_bytes, context.limits, context.roots, staging)
+        staging = self._staging.fd if self._staging is not None else None
+        start = _Start(
+            context.base, dtype, self._page_bytes, context.limits, context.roots, staging, not self._has_staging
+        )
         ours.sendall(msgspec.msgpack.encode(start))
-        environment = REUSE_MEMORY | os.environ
-        fds = [theirs.fileno()] if staging is None else [theirs.fileno(), staging]
-        process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
-        theirs.close()
-        return process, ours
+        return ours, theirs
+
+    def _spawn(self) -> Life:
+        command = [sys.executable, "-m", "multilora.adapters.loading.process", str(self._theirs.fileno())]
+        fds = [self._theirs.fileno()] + ([self._staging.fd] if self._staging is not None else [])
+        life = Life(command, fds, REUSE_MEMORY | os.environ)
+        self._theirs.close()
+        return life
 
     def submit(self, job: FetchJob) -> None:
-        if self._process.poll() is not None:
+        if not self._life.ended and self._life.process.poll() is not None:
             self._lost += self._died()
+        self._start_if_due()
+        if self._life.ended:
+            self._lost.append((_failed(job.version, f"{job.path}: {self._starts.trouble()}"), None))
+            return
         self._pending[job.version] = job
         try:
             _send(self._socket, _Order(job))
@@ -122,6 +140,9 @@ class ProcessLoader:
             self._lost.append((_failed(job.version, f"{job.path[:100]}…: {e.strerror}"), None))
 
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        self._life.listen()
+        self._start_if_due()
+        self._hand_over()
         done, self._lost = self._lost, []
         while True:
             try:
@@ -132,6 +153,7 @@ class ProcessLoader:
                 data, fds = b"", []
             if not data:
                 return done + self._died()
+            self._life.answered = True
             message = msgspec.msgpack.decode(data, type=_Message)
             try:
                 self._pending.pop(message.result.version, None)
@@ -145,11 +167,10 @@ class ProcessLoader:
 
     def close(self) -> None:
         self._socket.close()  # the process ends when it notices
-        try:
-            self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:  # in the middle of a download
-            self._process.kill()
-            self._process.wait()
+        self._theirs.close()
+        self._life.end()
+        for life in (self._life, *self._before):
+            life.close()
         if self._staging is not None:
             self._staging.close()
 
@@ -160,7 +181,7 @@ class ProcessLoader:
             return result, None
         if message.start is not None:
             assert self._staging is not None
-            pages = self._staging.view(message.start, message.nbytes, self._done_with)
+            pages = self._staging.view(message.start, message.nbytes, partial(self._done_with, self._life))
         elif not fds:
             return _failed(result.version, "no file descriptor is left to receive its pages with"), None
         else:
@@ -170,20 +191,55 @@ class ProcessLoader:
                 return _failed(result.version, f"its pages cannot be mapped: {e}"), None
         return result, pages.view(-1, self._page_bytes)
 
-    def _done_with(self, start: int) -> None:
-        """On any thread. A loader that has been started anew takes no notice."""
-        with contextlib.suppress(OSError):  # it has died, or is closed
-            self._socket.sendall(msgspec.msgpack.encode(_Order(done_with=start)))
+    def _done_with(self, life: Life, start: int) -> None:
+        """On any thread. A process that took the place of that one takes no notice, should it hear of it."""
+        if not life.ended:
+            with contextlib.suppress(OSError):  # it has died, or is closed
+                self._socket.sendall(msgspec.msgpack.encode(_Order(done_with=start)))
+
+    def _hand_over(self) -> None:
+        """The staging memory, to a process that took the place of another.
+
+        Whoever could write there is gone. And as nobody holds a part of it, everybody has already said that he is
+        done with his: none of that can come after this order and be taken for a part given out since.
+        """
+        for life in [life for life in self._before if life.gone()]:
+            life.close()
+            self._before.remove(life)
+        if self._staging is None or self._has_staging or self._life.ended or self._before or not self._staging.unused:
+            return
+        with contextlib.suppress(OSError):  # it is just dying, or has a lot to read: later, then
+            self._socket.send(msgspec.msgpack.encode(_Order(take_over=True)), socket.MSG_DONTWAIT)
+            self._has_staging = True
+            logger.info("adapters are staged again")
 
     def _died(self) -> list[tuple[Fetched, torch.Tensor | None]]:
-        failed = [_failed(v, f"{job.path}: the loader process ended; try again") for v, job in self._pending.items()]
-        logger.error("the loader process ended with code %s; starting another", self._process.wait())
-        self._pending.clear()
-        self._shares_staging = False
-        self._process, ours = self._spawn()
+        """What the process had to do fails; another starts, at once or after a pause."""
+        self._life.end()
+        self._before.append(self._life)
+        if self._staging is not None and self._has_staging:
+            logger.warning("adapters load slower until nobody uses what the process that ended has staged")
+        self._has_staging = False
+        ours, self._theirs = self._connect()
         with ours:
             os.dup2(ours.fileno(), self._socket.fileno(), inheritable=False)  # who polls it knows it by its number
+        self._plan_start(self._life.how(), self._life.useful)
+        failed = [_failed(v, f"{job.path}: {self._starts.trouble()}") for v, job in self._pending.items()]
+        self._pending.clear()
+        self._start_if_due()
         return [(f, None) for f in failed]
+
+    def _plan_start(self, how: str, useful: bool) -> None:
+        pause = self._starts.ended(how, useful)
+        logger.error("the loader process %s; starting another %s", how, f"in {pause:.0f} s" if pause else "now")
+
+    def _start_if_due(self) -> None:
+        if not self._life.ended or self._starts.seconds_left:
+            return
+        try:
+            self._life = self._spawn()
+        except OSError as e:
+            self._plan_start(f"could not be started: {e}", useful=False)
 
 
 def _failed(version: int, message: str) -> Fetched:
@@ -224,7 +280,7 @@ def serve(connection: socket.socket) -> None:
     gc.freeze()  # what is there now stays; looking through all of it would take as long as half an adapter
     staging = mmap.mmap(start.staging, 0) if start.staging is not None else None
     packers = Packers(cores if cores > 1 else 0, connection, staging)
-    places = PagePlaces(staging)
+    places = PagePlaces(staging, start.staging_in_use)
     server = _Server(connection, context, packers, places)
     with ThreadPoolExecutor(PARALLEL_FETCHES) as threads:
         while data := _next_order(connection):
@@ -233,6 +289,8 @@ def serve(connection: socket.socket) -> None:
                 threads.submit(server.answer, order.job)
             if order.done_with is not None:
                 places.give_back(order.done_with)
+            if order.take_over:
+                places.take_over()
         threads.shutdown(wait=False, cancel_futures=True)
     packers.close()
 

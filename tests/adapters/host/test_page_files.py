@@ -80,6 +80,21 @@ def test_a_place_of_which_nobody_knows_is_given_back(staging: int | None) -> Non
     places.sent(taken)
 
 
+def test_what_others_use_is_given_out_when_it_is_taken_over_and_zero() -> None:
+    staging = mmap.mmap(-1, STAGING)
+    staging[:] = b"\7" * STAGING
+    places = PagePlaces(staging, in_use=True)
+    elsewhere = places.take(SIZE)
+    assert elsewhere.fd is not None
+    places.give_back(0)  # of a loader before this one
+    places.take_over()
+    again = until_free(places, SIZE)
+    assert again.start == 0 and staging[:] == bytes(STAGING)
+    places._zeroing.submit(lambda: None).result()
+    assert places.take(SIZE).start == SIZE, "what had been given back before is nobody else's"
+    places.drop(elsewhere)
+
+
 def test_in_any_order_no_two_places_overlap() -> None:
     rng = random.Random(0)
     places = PagePlaces(mmap.mmap(-1, STAGING))

@@ -53,6 +53,19 @@ def test_a_view_is_shared_and_given_back_once(staging: Staging) -> None:
     assert given_back == [PAGE]
 
 
+def test_it_is_unused_when_all_have_said_so(staging: Staging) -> None:
+    """Not a moment before: what is said then may be taken for a part that was given out since."""
+    said: list[bool] = []
+    first, second = (staging.view(start, PAGE, lambda start: said.append(staging.unused)) for start in (0, PAGE))
+    assert not staging.unused
+    del first
+    assert not staging.unused
+    del second
+    gc.collect()
+    assert said == [False, False]
+    assert staging.unused
+
+
 def test_an_adapter_moves_out(staging: Staging) -> None:
     given_back: list[int] = []
     buffer = staging.view(2 * PAGE, 3 * PAGE, given_back.append).view(3, PAGE)

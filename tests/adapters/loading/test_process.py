@@ -1,12 +1,15 @@
 """The real loader process: results, typed errors, sudden death, and nothing left behind."""
 
+import itertools
 import os
+import re
 import resource
 import select
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -19,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.host.staging import Staging
+from multilora.adapters.loading import life
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, allocate_private, fetch
 from multilora.adapters.loading.process import ProcessLoader
 from multilora.adapters.packing.blocks import PackTarget
@@ -74,7 +78,7 @@ def test_typed_errors_come_through_and_the_process_lives_on(shared: ProcessLoade
     broken = tmp_path / "broken"
     write_adapter(broken)
     (broken / "adapter_model.safetensors").write_bytes(b"\0" * 100)
-    process = shared._process.pid
+    process = shared._life.process.pid
     shared.submit(FetchJob(1, str(tmp_path / "missing")))
     shared.submit(FetchJob(2, str(broken)))
     shared.submit(FetchJob(3, write_adapter(tmp_path / "other model", width=32)))
@@ -84,7 +88,7 @@ def test_typed_errors_come_through_and_the_process_lives_on(shared: ProcessLoade
     kinds = [answers[v][0].kind for v in range(1, 6)]
     assert kinds == ["AdapterNotFound", "AdapterInvalid", "AdapterIncompatible", "AdapterIncompatible", ""]
     assert [answers[v][1] is None for v in range(1, 6)] == [True] * 4 + [False]
-    assert shared._process.pid == process
+    assert shared._life.process.pid == process
 
 
 def test_a_job_too_long_for_a_message_fails_alone(shared: ProcessLoader, tmp_path: Path) -> None:
@@ -175,23 +179,39 @@ def test_a_failed_load_leaves_the_staging_memory_zero(staged: ProcessLoader, tmp
     assert in_staging(staged, pages), "and none of it is lost"
 
 
-def test_a_loader_that_took_the_place_of_another_leaves_the_staging_memory_alone(
+def until_staged(loader: ProcessLoader, path: str, versions: Iterator[int]) -> torch.Tensor:
+    """Load it until it comes in the staging memory."""
+    end = time.monotonic() + SECONDS
+    while True:
+        version = next(versions)
+        loader.submit(FetchJob(version, path))
+        pages = wait_for(loader, version)[version][1]
+        if in_staging(loader, pages):
+            return pages
+        assert time.monotonic() < end, "it is not used again"
+
+
+def test_after_a_death_the_staging_memory_is_used_again_when_nobody_holds_it(
     staged: ProcessLoader, tmp_path: Path
 ) -> None:
-    """Processes of the dead one may still write there."""
-    path = write_adapter(tmp_path / "a", rank=20)
-    staged.submit(FetchJob(1, path))
-    first = wait_for(staged, 1)[1][1]
-    assert in_staging(staged, first)
-    staged._process.kill()
-    staged._process.wait()
-    staged.submit(FetchJob(2, path))
-    second = wait_for(staged, 2)[2][1]
-    assert not in_staging(staged, second)
-    assert torch.equal(first, second)
-    del first  # the new one is told of a part that it does not know
-    staged.submit(FetchJob(3, path))
-    assert torch.equal(wait_for(staged, 3)[3][1], second)
+    path, small = write_adapter(tmp_path / "a", rank=60, seed=1), write_adapter(tmp_path / "b", rank=20)
+    expected, expected_small = (fetch(FetchJob(0, p), CONTEXT, allocate_private)[1] for p in (path, small))
+    versions, held = itertools.count(), []
+    while True:  # all of it has been written to
+        held.append(until_staged(staged, path, versions))
+        if len(held) == STAGING // held[0].nbytes:
+            break
+    staged._life.process.kill()
+    staged._life.process.wait()
+    del held[:-1]
+    for version in (100, 101):
+        staged.submit(FetchJob(version, small))
+        pages = wait_for(staged, version)[version][1]
+        assert not in_staging(staged, pages), "somebody still reads a part of it"
+        assert torch.equal(pages, expected_small)
+        assert torch.equal(held[0], expected)
+    del held[:], pages
+    assert torch.equal(until_staged(staged, small, itertools.count(200)), expected_small), "and it was zero"
 
 
 def test_the_staging_memory_outlives_the_loader(tmp_path: Path) -> None:
@@ -246,15 +266,20 @@ process.main()
 """
 
 
-@pytest.mark.parametrize("staging", [0, STAGING])
-def test_with_packing_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staging: int) -> None:
-    """As on a machine with more cores than two: the same bytes, and they end with the loader however it ends."""
+@pytest.fixture
+def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with more cores than two: there are packing processes."""
     start = subprocess.Popen
 
     def popen(command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
         return start([command[0], "-c", SERVE_ON_MANY_CORES, command[-1]], **kwargs)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
+
+
+@pytest.mark.parametrize("staging", [0, STAGING])
+def test_with_packing_processes(tmp_path: Path, many_cores: None, staging: int) -> None:
+    """The same bytes, and they end with the loader however it ends."""
     paths = [write_adapter(tmp_path / str(i), rank=20 + i, seed=i) for i in range(6)]
     loader = ProcessLoader(CONTEXT, Staging(staging) if staging else None)
     try:
@@ -266,10 +291,10 @@ def test_with_packing_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                 expected, expected_pages = fetch(FetchJob(version, path), CONTEXT, allocate_private)
                 assert answers[version][0] == expected
                 assert torch.equal(answers[version][1], expected_pages)
-            packers = psutil.Process(loader._process.pid).children()
+            packers = psutil.Process(loader._life.process.pid).children()
             assert len(packers) == 3
             if end is not None:
-                loader._process.send_signal(end)
+                loader._life.process.send_signal(end)
                 assert not psutil.wait_procs(packers, SECONDS)[1], "they outlive the loader"
                 select.select([loader.fileno()], [], [], SECONDS)
                 assert loader.poll() == [], "and another loader has been started"
@@ -278,11 +303,39 @@ def test_with_packing_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert not psutil.wait_procs(packers, SECONDS)[1]
 
 
+def test_while_a_packing_process_of_the_dead_loader_is_left_nobody_else_gets_the_staging_memory(
+    tmp_path: Path, many_cores: None
+) -> None:
+    path, versions = write_adapter(tmp_path / "a", rank=20), itertools.count()
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    try:
+        expected = until_staged(loader, path, versions).clone()
+        process = psutil.Process(loader._life.process.pid)
+        left, *others = process.children()
+        left.suspend()
+        process.kill()
+        assert not psutil.wait_procs(others, SECONDS)[1]
+        assert loader._staging is not None and loader._staging.unused
+        select.select([loader.fileno()], [], [], SECONDS)
+        loader.poll()
+        for _ in range(3):
+            version = next(versions)
+            loader.submit(FetchJob(version, path))
+            pages = wait_for(loader, version)[version][1]
+            assert torch.equal(pages, expected), "adapters come all the same"
+            assert not in_staging(loader, pages)
+        left.resume()
+        assert not psutil.wait_procs([left], SECONDS)[1]
+        assert torch.equal(until_staged(loader, path, versions), expected)
+    finally:
+        loader.close()
+
+
 def test_when_the_process_dies_what_was_pending_fails_and_the_next_job_works(
     own: ProcessLoader, tmp_path: Path
 ) -> None:
     path = write_adapter(tmp_path / "a")
-    descriptor, process = own.fileno(), own._process
+    descriptor, process = own.fileno(), own._life.process
     for version in (1, 2, 3):
         own.submit(FetchJob(version, path))
     process.kill()  # it is still importing torch
@@ -299,8 +352,8 @@ def test_when_the_process_dies_what_was_pending_fails_and_the_next_job_works(
 
 def test_a_death_between_two_jobs_costs_nothing(own: ProcessLoader, tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a")
-    own._process.kill()
-    own._process.wait()
+    own._life.process.kill()
+    own._life.process.wait()
     own.submit(FetchJob(1, path))
     assert wait_for(own, 1)[1][0].kind == ""
 
@@ -308,20 +361,140 @@ def test_a_death_between_two_jobs_costs_nothing(own: ProcessLoader, tmp_path: Pa
 def test_a_death_that_nobody_has_noticed_yet(own: ProcessLoader, tmp_path: Path, monkeypatch) -> None:
     """The process has closed its end but is not a zombie yet."""
     path = write_adapter(tmp_path / "a")
-    own._process.kill()
-    own._process.wait()
-    monkeypatch.setattr(own._process, "poll", lambda: None)
+    own._life.process.kill()
+    own._life.process.wait()
+    monkeypatch.setattr(own._life.process, "poll", lambda: None)
     own.submit(FetchJob(1, path))
     assert wait_for(own, 1)[1][0].kind == "AdapterError"
     own.submit(FetchJob(2, path))
     assert wait_for(own, 2)[2][0].kind == ""
 
 
+class Python:
+    """In place of the loader: `code`, or the loader itself once it is None."""
+
+    def __init__(self, code: str | None, start: Any):
+        self.code, self.starts, self._start = code, 0, start
+
+    def __call__(self, command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
+        self.starts += 1
+        if self.code == "refuse":
+            raise OSError(11, "Resource temporarily unavailable")
+        return self._start(command if self.code is None else [command[0], "-c", self.code], **kwargs)
+
+
+@pytest.fixture
+def python(monkeypatch: pytest.MonkeyPatch) -> Python:
+    made = Python("raise ImportError('no tensors here')", subprocess.Popen)
+    monkeypatch.setattr(subprocess, "Popen", made)
+    return made
+
+
+def poll_until(loader: ProcessLoader, done: Callable[[], bool]) -> int:
+    """As the engine does. How often the descriptor said that there is something."""
+    end, woken = time.monotonic() + SECONDS, 0
+    while not done():
+        assert time.monotonic() < end
+        woken += bool(select.select([loader.fileno()], [], [], 0.02)[0])
+        assert loader.poll() == []
+    return woken
+
+
+ENDS = {
+    "raise ImportError('no tensors here')": r"ended with exit code 1: ImportError: no tensors here; ",
+    "import os; os.kill(os.getpid(), 9)": r"ended with signal 9 \(SIGKILL\); ",
+    "refuse": r"could not be started: \[Errno 11\] Resource temporarily unavailable; ",
+}
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_a_process_that_always_dies_at_its_start(
+    code: str, python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is started after a pause, which grows, and each start is logged once; what is asked for meanwhile fails at
+    once and says why; once it starts, everything works again."""
+    monkeypatch.setattr(life, "FIRST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(life, "LONGEST_PAUSE_SECONDS", 0.8)
+    path = write_adapter(tmp_path / "a")
+    loader = ProcessLoader(CONTEXT)
+    try:
+        python.code = code
+        loader._life.process.kill()  # it is still importing torch
+        descriptor, begun = loader.fileno(), time.monotonic()
+        woken = poll_until(loader, lambda: python.starts == 4)
+        assert time.monotonic() - begun >= 0.2 + 0.4
+        poll_until(loader, lambda: loader._starts.seconds_left > 0)
+        assert woken <= python.starts, "no busy loop"
+        errors = [record for record in caplog.records if "; starting another" in record.message]
+        assert len(errors) == python.starts
+        loader.submit(FetchJob(1, path))
+        ((result, pages),) = loader.poll()
+        assert (result.version, result.kind, pages) == (1, "AdapterError", None)
+        assert re.search("the loader process cannot be started: 4 times in a row it " + ENDS[code], result.message)
+        assert "memory limit" in result.message
+        python.code = None
+        poll_until(loader, lambda: python.starts == 5)
+        loader.submit(FetchJob(2, path))
+        assert wait_for(loader, 2)[2][0].kind == ""
+        assert loader.fileno() == descriptor
+    finally:
+        loader.close()
+
+
+def test_what_the_process_had_to_do_when_it_died_at_its_start_fails_once(python: Python, tmp_path: Path) -> None:
+    python.code = "import time; time.sleep(0.2); raise ImportError('no tensors here')"
+    loader = ProcessLoader(CONTEXT)
+    try:
+        for first in (1, 4):
+            for version in range(first, first + 3):
+                loader.submit(FetchJob(version, str(tmp_path)))
+            answers = wait_for(loader, *range(first, first + 3))
+            assert {result.kind for result, _ in answers.values()} == {"AdapterError"}
+            assert all("ImportError: no tensors here" in result.message for result, _ in answers.values())
+        assert "cannot be started: 2 times in a row" in answers[4][0].message
+        poll_until(loader, lambda: python.starts == 3)
+    finally:
+        loader.close()
+
+
+def test_in_a_pause_nobody_is_told_which_parts_are_free(
+    python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody reads it, and who tells would have to wait in the end."""
+    monkeypatch.setattr(life, "FIRST_PAUSE_SECONDS", 60.0)
+    python.code = None
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    starts = loader._starts
+    try:
+        pages = until_staged(loader, write_adapter(tmp_path / "a"), itertools.count())
+        python.code = "raise ImportError('no tensors here')"
+        loader._life.process.kill()
+        poll_until(loader, lambda: starts.seconds_left > 0)
+        del pages
+        assert loader._staging is not None and loader._staging.unused
+        assert loader._theirs.recv(1 << 20), "the next process' first message"
+        with pytest.raises(BlockingIOError):
+            loader._theirs.recv(1 << 20, socket.MSG_DONTWAIT)
+    finally:
+        loader.close()
+
+
+def test_close_during_a_pause_leaves_no_descriptor(python: Python) -> None:
+    before = open_files()
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    starts = loader._starts
+    poll_until(loader, lambda: starts.seconds_left > 0)
+    loader.close()
+    loader.close()
+    del loader  # and its staging memory
+    assert open_files() == before
+
+
 def test_close_leaves_neither_process_nor_descriptor() -> None:
     before = open_files()
     loader = ProcessLoader(CONTEXT)
     loader.submit(FetchJob(1, "/missing"))
-    process = psutil.Process(loader._process.pid)
+    process = psutil.Process(loader._life.process.pid)
     loader.close()
     loader.close()
     assert not process.is_running()
@@ -330,17 +503,17 @@ def test_close_leaves_neither_process_nor_descriptor() -> None:
 
 def test_close_does_not_wait_for_a_process_that_hangs() -> None:
     loader = ProcessLoader(CONTEXT)
-    os.kill(loader._process.pid, signal.SIGSTOP)
+    os.kill(loader._life.process.pid, signal.SIGSTOP)
     started = time.monotonic()
     loader.close()
     assert time.monotonic() - started < 5
-    assert loader._process.returncode == -signal.SIGKILL
+    assert loader._life.process.returncode == -signal.SIGKILL
 
 
 def test_the_process_ends_with_its_engine(own: ProcessLoader) -> None:
     """As when the engine is killed: its end of the socket closes by itself."""
     own._socket.shutdown(2)
-    assert own._process.wait(SECONDS) == 0
+    assert own._life.process.wait(SECONDS) == 0
 
 
 def test_pages_have_the_page_size(shared: ProcessLoader, tmp_path: Path) -> None:
@@ -350,12 +523,12 @@ def test_pages_have_the_page_size(shared: ProcessLoader, tmp_path: Path) -> None
 
 def test_a_job_that_the_loader_could_not_read_whole(shared: ProcessLoader, tmp_path: Path) -> None:
     """The system would carry it, but the other end reads a message only so far."""
-    process = shared._process.pid
+    process = shared._life.process.pid
     shared.submit(FetchJob(1, "x" * (3 << 19)))
     shared.submit(FetchJob(2, write_adapter(tmp_path / "a")))
     answers = wait_for(shared, 1, 2)
     assert [answers[v][0].kind for v in (1, 2)] == ["AdapterError", ""]
-    assert shared._process.pid == process
+    assert shared._life.process.pid == process
 
 
 def test_a_thousand_jobs_at_once(shared: ProcessLoader, tmp_path: Path) -> None:
