@@ -25,7 +25,7 @@ import torch
 from bench.common import environment, finish, say
 from bench.gpu.arrivals import cold_rows, streams_rows
 from bench.gpu.decode import base_only_rows, decode_rows
-from bench.gpu.hardware import copies_rows, kernels_rows, measure
+from bench.gpu.hardware import copies_rows, kernels_rows, measure, touch_host_memory
 from bench.gpu.idle import idle_rows
 from bench.gpu.setup import Bench, scratch_parent
 from bench.gpu.sizes import SIZES, Adapters, write_model
@@ -77,6 +77,8 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
     started = time.perf_counter()
     dims, work = SIZES[args.dims]
     result: dict[str, Any] = environment("transformers", "triton")
+    if args.device == "cuda":
+        result["host_memory_first_use_gb_s"] = round(touch_host_memory() / 1e9, 1)
     machine = measure(torch.device(args.device))
     result |= {
         "read_bandwidth_tb_s": machine.read / 1e12,

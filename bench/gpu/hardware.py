@@ -9,11 +9,26 @@ import torch
 from bench.common import matmul_rate, read_bandwidth, synchronize
 from bench.gpu.setup import Bench, Machine
 from multilora.adapters.device.ring_copier import RingCopier
+from multilora.adapters.host.spare_memory import spare_memory
 from multilora.adapters.host.staging import Staging
 
 LINK_BYTES = 1 << 30
 COPIED = 16  # adapters
 COPY_RUNS = 5
+
+
+TOUCHED_BYTES = 48 << 30
+"""About what the rows take of host memory: adapters and their files."""
+
+
+def touch_host_memory() -> float:
+    """Use once what the rows will use, half of what is left at most: a virtual machine may get its memory only then,
+    and whatever runs waits for it, which is not what is to be measured. Bytes a second of this first use."""
+    spare = spare_memory()
+    nbytes = TOUCHED_BYTES if spare is None else min(TOUCHED_BYTES, spare // 2)
+    start = time.perf_counter()
+    torch.ones(nbytes, dtype=torch.uint8)
+    return nbytes / (time.perf_counter() - start)
 
 
 def measure(device: torch.device) -> Machine:
