@@ -34,7 +34,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Of a GPU with the weights in it: what is free, and what steps and decode graphs will take of that.
+    """Of a GPU with the weights in it: what is free, and what steps and CUDA graphs will take of that.
 
     table_bytes: of adapter tables, for each page.
     """
@@ -50,7 +50,7 @@ class DeviceMemory:
         return max(0, self.free - self.step_bytes - self.graph_bytes)
 
     def __str__(self) -> str:
-        return f", a step {format_bytes(self.step_bytes)}, decode graphs {format_bytes(self.graph_bytes)}"
+        return f", a step {format_bytes(self.step_bytes)}, CUDA graphs {format_bytes(self.graph_bytes)}"
 
 
 def plan_memory(
@@ -85,7 +85,7 @@ def plan_memory(
         raise OutOfMemory(
             f"the arena asks for {format_bytes(need)} ({reason}); beside the weights "
             f"({format_bytes(weight_bytes)}) {format_bytes(device.free)} are free, of which a step takes "
-            f"{format_bytes(device.step_bytes)} and decode graphs {format_bytes(device.graph_bytes)}: lower "
+            f"{format_bytes(device.step_bytes)} and CUDA graphs {format_bytes(device.graph_bytes)}: lower "
             "--arena-bytes or --max-total-tokens if given, --chunked-prefill-size, or --cuda-graph-max-bs"
         )
     if pages < 2:

@@ -224,7 +224,7 @@ def test_the_largest_step_is_measured(llama: Family, caplog: pytest.LogCaptureFi
     with caplog.at_level("INFO", "multilora.engine.build"):
         driver = llama.driver([], chunked_prefill_size=256)
     [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("memory:")]
-    assert "a step" in line and "decode graphs" in line
+    assert "a step" in line and "CUDA graphs" in line
     device = torch.device(DEVICE)
     model, layout = driver.engine.runner._model, driver.engine.runner._model.kv_layout(16)
 

@@ -65,7 +65,7 @@ def test_out_of_memory_says_what_asked_for_how_much():
 
 def test_the_plan_in_words():
     text = str(plan(device=DeviceMemory(10 << 30, 3 << 30, 2 << 30), weight_bytes=15 << 30, mem_fraction_static=0.8))
-    assert text.startswith("weights 15.0 GiB, a step 3.0 GiB, decode graphs 2.0 GiB, arena 4.0 GiB: 2048 pages of 16")
+    assert text.startswith("weights 15.0 GiB, a step 3.0 GiB, CUDA graphs 2.0 GiB, arena 4.0 GiB: 2048 pages of 16")
     assert "sized by --mem-fraction-static 0.8 of 5.0 GiB" in text
     assert str(plan()).startswith("weights 0 B, arena 1.0 GiB: 512 pages of 16 tokens")
 
