@@ -94,8 +94,9 @@ class Arrivals:
     def gap_p99(self) -> float:
         return _quantile(self.gaps, 0.99)
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, streams: int) -> dict[str, float]:
         return {
+            "steps": len(self.gaps) // streams,
             "gap_ms": median(self.gaps),
             "gap_p99_ms": self.gap_p99,
             "gap_max_ms": max(self.gaps),
@@ -106,7 +107,7 @@ class Arrivals:
 
 def streams_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """99th-percentile gap between tokens of running streams while requests arrive: on adapters that are loaded as the
-    request arrives, against the same arrivals on the same adapters when they are on the device already. In turns, and
+    request arrives, against the same arrivals on the same adapters when they have been loaded already. In turns, and
     all rounds together: which arrivals share a step is chance."""
     work = bench.work
     paths = bench.adapters.write_all({f"arriving-{i}": 16 for i in range(work.arrivals)})
@@ -123,8 +124,8 @@ def streams_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     yield row.show(
         cold.gap_p99 / warm.gap_p99,
         1.0,
-        cold=cold.summary(),
-        warm=warm.summary(),
+        cold=cold.summary(work.streams),
+        warm=warm.summary(work.streams),
         cold_gap_ms=cold.gap_p99,
         warm_gap_ms=warm.gap_p99,
         rounds=[f"{c:.1f} / {w:.1f} ms" for c, w in p99s],
@@ -132,24 +133,38 @@ def streams_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _round(bench: Bench, paths: list[str], first_version: int) -> tuple[Arrivals, Arrivals]:
-    """Cold arrivals, then warm ones, beside streams of their own."""
-    work = bench.work
+    """Cold arrivals, then warm ones, each beside fresh streams."""
     live = Live(bench.llm.engine)
-    r16 = bench.load_group("r16")
-    prompts = bench.prompts(work.streams, work.decode_prompt)
-    for i, prompt in enumerate(prompts):
+    versions = [first_version + i for i in range(len(paths))]
+    found = []
+    for kind, given in (("cold", paths), ("warm", None)):
+        _start_streams(bench, live)
+        found.append(_arrivals(bench, live, kind, versions, given))
+        if any(f"stream-{i}" not in live.open for i in range(bench.work.streams)):
+            raise SystemExit("the streams ended before the last arrival: their context is too short for so many")
+        _abort(live)
+    for version in versions:
+        live.call(UnloadAdapter(version, version))
+    while len(live.replies) < len(versions):
+        live.step()
+    return found[0], found[1]
+
+
+def _start_streams(bench: Bench, live: Live) -> None:
+    work, r16 = bench.work, bench.load_group("r16")
+    for i, prompt in enumerate(bench.prompts(work.streams, work.decode_prompt)):
         version = bench.infos[r16[i % len(r16)]].version
         live.submit(f"stream-{i}", prompt, version, bench.dims.context - work.decode_prompt - 1)
     while any(len(live.times[f"stream-{i}"]) < 3 for i in range(work.streams)):
         live.step()
-    known = [bench.infos[name].version for name in r16]
-    _arrivals(bench, live, "warm-up", known[:4], paths=None)
-    versions = [first_version + i for i in range(len(paths))]
-    found = [_arrivals(bench, live, kind, versions, given) for kind, given in (("cold", paths), ("warm", None))]
-    if any(f"stream-{i}" not in live.open for i in range(work.streams)):
-        raise SystemExit("the streams ended before the last arrival: their context is too short for so many")
-    _end(live, versions)
-    return found[0], found[1]
+    _arrivals(bench, live, "warm-up", [bench.infos[name].version for name in r16[:4]], paths=None)
+
+
+def _abort(live: Live) -> None:
+    for rid in live.open:
+        live.engine.handle(Abort(rid))
+    while live.open:
+        live.step()
 
 
 def _arrivals(bench: Bench, live: Live, phase: str, versions: list[int], paths: list[str] | None) -> Arrivals:
@@ -194,14 +209,3 @@ def _gaps(live: Live, since: float) -> list[float]:
 
 def _quantile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))]
-
-
-def _end(live: Live, versions: list[int]) -> None:
-    for rid in live.open:
-        live.engine.handle(Abort(rid))
-    while live.open:
-        live.step()
-    for version in versions:
-        live.call(UnloadAdapter(version, version))
-    while len(live.replies) < len(versions):
-        live.step()

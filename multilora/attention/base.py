@@ -1,6 +1,6 @@
 """The contract of an attention backend.
 
-Called by `engine/runner.py` (prepare, once a step) and `layers/attention.py` (forward, once a layer).
+Called by `engine/` (prepare, once a step; what graphs need) and `layers/attention.py` (forward, once a layer).
 A backend owns its workspace; the KV pages belong to the arena.
 """
 

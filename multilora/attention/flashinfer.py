@@ -205,10 +205,10 @@ class FlashInferAttention:
         assert meta is not None, "prepare() comes first"
         q = rotate_and_write(q, k, v, rope, *kv, meta.token_page, meta.token_slot, self.rows)
         out = torch.empty_like(q)
-        self.attend(layer, q, out)
+        self.attend_to(layer, q, out)
         return out
 
-    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
+    def attend_to(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         """q: rotated, its rows as `rows` says; out: as the batch has them. Both [tokens, heads, head_dim]."""
         kv, n = self._kv_views[layer], self._decodes
         found = out if self.rows is None else torch.empty_like(out)
@@ -237,6 +237,7 @@ class FlashInferAttention:
         if self._piece_memory is None:
             size = (2, rows, shape.num_heads, shape.head_dim)
             self._piece_memory = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        assert rows <= self._piece_memory.shape[1], "the largest comes first"
         q, out = self._piece_memory[:, :rows]
         return _PieceAttention(self, self._kv_views, q, out)
 
@@ -329,7 +330,7 @@ class _PieceAttention:
 
     def attend(self, layer: int) -> None:
         """See `PieceAttention`."""
-        self._attention.attend(layer, self._q[: self._tokens], self.out[: self._tokens])
+        self._attention.attend_to(layer, self._q[: self._tokens], self.out[: self._tokens])
 
 
 def _is_compiled(shape: _Shape) -> bool:

@@ -1,4 +1,4 @@
-"""Paged attention of requests with one new token each: one launch for all of them, a second where a request is split.
+"""Paged attention of requests with one new token each: one launch for all of them, a second for those that are split.
 
 Called by `flashinfer.py`, after rotation and page write; also run in Triton's interpreter by the tests. Knows page
 lists, not page tables. The longest requests are cut into pieces, so that few long ones fill the GPU as well as many

@@ -92,7 +92,7 @@ def build_engine(
     adapters, lora, reclaimer = _lora(config, model, memory, make_loader, make_copier or partial(_copier, config))
     scheduler = _scheduler(config, model.config, memory, reclaimer, adapters)
     backend = lora.backend if lora else None
-    with asking_for("CUDA graphs", "lower --cuda-graph-max-bs or --mem-fraction-static"):
+    with asking_for("CUDA graphs", "lower --mem-fraction-static, or start with --disable-cuda-graph"):
         graphs = _capture(config, model, attention, backend)
     runner = Runner(model, attention, lora, config.page_size, device, graphs)
     logger.info("engine ready in %.1f s on %s, %s", monotonic() - started, device, model.config.dtype)

@@ -22,7 +22,7 @@ from multilora.params import SamplingParams
 MakeAttention = Callable[[KVViews], AttentionBackend]
 
 GRAPH_BYTES = 4 << 20
-"""Of one decode graph, beside its input and result: its nodes, and its plan in the attention backend."""
+"""Of all graphs of one batch size, beside input and result: nodes, and a plan in the attention backend."""
 
 PIECE_BYTES = 256 << 10
 """Of one piece of a step, between two attentions."""

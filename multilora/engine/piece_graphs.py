@@ -103,12 +103,14 @@ class PieceGraphs:
         started = monotonic()
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))  # buffers are being filled there
         work = [(size, lora) for size in sorted(self._attention, reverse=True) for lora in (False, True)]
         with torch.cuda.stream(stream):
             for size, lora in tqdm(work, desc="Capturing small steps with prompts", unit="size"):
                 if not lora or self._prepare_lora((), size):
                     self._pieces[size, lora] = self._capture(size, lora, pool)
         torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.empty_cache()  # what was computed before the captures
         logger.info("captured %d sizes of steps with prompts in %.1f s", len(self._pieces), monotonic() - started)
 
     def _capture(self, size: int, lora: bool, pool: Any) -> _Pieces:

@@ -144,15 +144,11 @@ class Runner:
 
     def _replay(self, plan: StepPlan, x: Tensor, batch: ForwardBatch) -> Tensor | None:
         """The layers as graphs, if there are some for such a step: the hidden rows whose logits are wanted."""
-        if self._graphs.decodes is not None and all(c.count == 1 and c.sample for c in plan.chunks):
-            hidden = self._graphs.decodes.run(x, batch)
-            if hidden is not None:
-                return hidden
-        if self._graphs.pieces is not None:
-            hidden = self._graphs.pieces.run(x, batch)
-            if hidden is not None:
-                return hidden[batch.logit_rows]
-        return None
+        decodes, pieces = self._graphs.decodes, self._graphs.pieces
+        if decodes is not None and all(c.count == 1 and c.sample for c in plan.chunks):
+            return decodes.run(x, batch)
+        hidden = pieces.run(x, batch) if pieces is not None else None
+        return hidden[batch.logit_rows] if hidden is not None else None
 
     def _layers(self, x: Tensor, batch: ForwardBatch, reach: Reach) -> Tensor:
         self._attention.prepare(batch.attention)

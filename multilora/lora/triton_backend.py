@@ -260,7 +260,7 @@ class TritonLora:
             "TILE_M": group.tile_rows,
             "TILE_K": min(blocks.tile_k, blocks.k),
             "TILE_R": tile_r,
-            "PARTS": parts,
+            "PARTS": parts if group.vector else 1,
             "PDL": early,
         }
         return Repeated(

@@ -97,8 +97,8 @@ def shrink_kernel(x, site, h, weights, addresses, records, tiles, entries, sites
                   RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr,
                   BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_R: tl.constexpr,
                   PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """x: [rows, width]; h: fp32 [splits, h_split]. Grid (tiles, splits, PARTS): a split is BLOCK_K columns, and PARTS
-    programs share the rank rows of a tile."""
+    """x: [rows, width]; h: fp32 [splits, h_split]. Grid (tiles, splits, parts): a split is BLOCK_K columns, and so
+    many programs share the rank rows of a tile. PARTS: as many, where single rows are read panel by panel."""
     if PDL:
         gdc_launch_dependents()
     tile = tiles + tl.program_id(0) * _TILE_WORDS
@@ -113,7 +113,7 @@ def shrink_kernel(x, site, h, weights, addresses, records, tiles, entries, sites
         shrink_row(x, h, tl.program_id(2), weights, addresses, tl.load(record), tl.load(record + 1), k0, width,
                    chunk, WHOLE, ALIGN, BLOCK_K, PARTS, PDL)  # fmt: skip
     else:
-        part, parts = part * PARTS + tl.program_id(2), parts * PARTS
+        part, parts = part * tl.num_programs(2) + tl.program_id(2), parts * tl.num_programs(2)
         for e in range(count):
             place, _ = load_entry(tile, entries, further, e)
             record = records + (place * sites + site) * RECORD

@@ -1,8 +1,8 @@
 """Modules that adapters replace as a whole, and what they add to token embeddings, for one step.
 
 `modules_to_save`, trained token rows and LoRA on `embed_tokens` act outside the linear layers' low-rank pass. They
-are rare, so they are served exactly and plainly: row range by row range, in torch operations, never inside a decode
-graph (embedding and head lie outside of it). Made by `engine/runner.py` for steps that need it; asked by the layers.
+are rare, so they are served exactly and plainly: row range by row range, in torch operations, never inside a CUDA
+graph (embedding and head lie outside). Made by `engine/runner.py` for steps that need it; asked by the layers.
 """
 
 from collections.abc import Iterator

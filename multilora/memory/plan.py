@@ -86,7 +86,8 @@ def plan_memory(
             f"the arena asks for {format_bytes(need)} ({reason}); beside the weights "
             f"({format_bytes(weight_bytes)}) {format_bytes(device.free)} are free, of which a step takes "
             f"{format_bytes(device.step_bytes)} and CUDA graphs {format_bytes(device.graph_bytes)}: lower "
-            "--arena-bytes or --max-total-tokens if given, --chunked-prefill-size, or --cuda-graph-max-bs"
+            "--arena-bytes or --max-total-tokens if given, --chunked-prefill-size or --cuda-graph-max-bs, or start "
+            "with --disable-cuda-graph"
         )
     if pages < 2:
         raise OutOfMemory(

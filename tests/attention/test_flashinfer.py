@@ -258,16 +258,19 @@ class Graph:
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_in_two_halves(batch: str, window: int | None) -> None:
-    """The first one captured, over more rows than the step has; a larger step before it has left its traces."""
+    """The first one captured, over more rows than the step has; a step before it has filled all of them, decodes and
+    prompts in turns."""
     shape = SMALL if window else LLAMA
     case = make_case(BATCHES[batch], shape)
     want = expected(case, window)
     attention = flashinfer(case, window)
-    rows = case.qkv.shape[1] + 7
+    rows = (case.qkv.shape[1] + 7) // 4 * 4 + 8
     assert attention.for_pieces(rows + 20) is not None
     halves = attention.for_pieces(rows)
     assert halves is not None
     static = pad(case, rows)
+    traces = make_case([(3, 3), (1, 1)] * (rows // 4), shape)
+    assert traces.qkv.shape[1] == rows
     graphs = []
     for layer in range(LAYERS):
         q, k, v = static.qkv[layer].split(case.heads, dim=1)
@@ -276,6 +279,9 @@ def test_in_two_halves(batch: str, window: int | None) -> None:
         graphs.append(torch.cuda.CUDAGraph())
         with torch.cuda.graph(graphs[-1]):
             halves.rotate(layer, q, k, v, static.rope)
+    pages = len(case.arena)
+    before_it = traces.meta.page_table % pages, traces.meta.token_page % pages
+    halves.prepare(replace(traces.meta, page_table=before_it[0], token_page=before_it[1]))
     halves.out.fill_(torch.nan)
     before = case.arena.clone()
     halves.prepare(case.meta)

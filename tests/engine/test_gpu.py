@@ -1,4 +1,4 @@
-"""The whole engine on a GPU, in bf16, with FlashInfer, Triton kernels, decode graphs and copies beside the steps.
+"""The whole engine on a GPU, in bf16, with FlashInfer, Triton kernels, CUDA graphs and copies beside the steps.
 
 In bf16 nobody promises equal tokens across batch sizes, so logprobs are judged: against transformers + PEFT in fp32
 they may be off by no more than transformers + PEFT in bf16 (`tests/support/exactness.py`). Where two runs of the
@@ -18,8 +18,10 @@ import torch
 from exactness import SLACK, Judged, judge
 
 from multilora.attention import make_attention
+from multilora.batch import ForwardBatch
 from multilora.engine.driver import Answer, EngineDriver
 from multilora.engine.memory import measure_step
+from multilora.engine.runner import Reach
 from multilora.errors import OutOfMemory
 from multilora.testing import make_adapter, make_tiny_model
 
@@ -148,6 +150,38 @@ def test_no_less_exact_in_batches_of_any_size(llama: Family, eager: bool) -> Non
     found = judged(llama, answers)
     assert 0 < found.error <= SLACK * found.theirs
     assert found.worst <= WORST * found.theirs
+
+
+@cuda
+def test_small_steps_with_prompts_are_replayed_and_give_what_launches_give(llama: Family) -> None:
+    """Sizes up and down, LoRA and base in turns, compositions, decodes among prompts."""
+    names = list(llama.models)[1:]
+    mixes: list[list[Any]] = [[names[0]], [None], [names[3], None, names[1]], [{names[2]: 0.5, names[5]: -1.0}]]
+    driver = llama.driver(names, disable_radix_cache=True)
+    runner = driver.engine.runner
+    pieces, replayed = runner._graphs.pieces, []
+    assert pieces is not None
+    run_pieces = pieces.run
+
+    def compare(x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor | None:
+        hidden = run_pieces(x, batch)
+        if hidden is not None:
+            replayed.append(len(x))
+            launched = runner._layers(x, batch, Reach.LAYERS)
+            error = (hidden - launched).float().norm() / launched.float().norm()
+            assert error < 2e-2, (len(x), error)
+        return hidden
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "run", compare)
+        for prompt in (4, 1, 2, 0, 3, 4):
+            for mix in mixes:
+                for name in mix:
+                    driver.submit(llama.prompts[prompt], name, max_new_tokens=3, ignore_eos=True)
+                driver.step()  # the next ones come while these decode
+        driver.run()
+    driver.close()
+    assert len(replayed) > 10 and max(replayed) > 128 and min(replayed) < 32
 
 
 # ---------------------------------------------------------------------- adapters that come and go

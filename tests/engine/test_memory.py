@@ -57,7 +57,7 @@ def test_who_asked_for_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("other errors pass")
 
 
-def test_graphs_keep_their_logits() -> None:
+def test_graphs_keep_their_rows() -> None:
     assert graph_bytes([1, 2], 1000, 2) == 2 * 2 * memory.GRAPH_BYTES + 3 * 3 * 1000
     assert graph_bytes([1], 1000, 1, pieces=3) == memory.GRAPH_BYTES + 3 * memory.PIECE_BYTES + 2 * 1000
     assert graph_bytes([], 1000, 2) == 0

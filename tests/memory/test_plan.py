@@ -57,7 +57,7 @@ def test_out_of_memory_says_what_asked_for_how_much():
     for said in ("arena asks for 6.0 GiB (--arena-bytes)", "15.0 GiB", "10.0 GiB are free", "3.0 GiB", "2.0 GiB"):
         assert said in message
     assert (
-        "lower --arena-bytes" in message and "--chunked-prefill-size" in message and "--cuda-graph-max-bs" in message
+        "lower --arena-bytes" in message and "--chunked-prefill-size" in message and "--disable-cuda-graph" in message
     )
     with pytest.raises(OutOfMemory, match=r"a step takes 11\.0 GiB"):
         plan(device=DeviceMemory(10 << 30, 11 << 30, 0))
