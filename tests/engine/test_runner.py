@@ -42,12 +42,12 @@ def use(runner: Runner, **graphs: FakeGraphs) -> None:
     runner._graphs = Graphs(**graphs)  # type: ignore[arg-type]
 
 
-def answers(driver: EngineDriver, prompts: list[list[int]]) -> list[Any]:
+def answers(driver: EngineDriver, row: Row, plain: Row) -> list[Any]:
     """Of the adapter, a plain one and the base model, in one batch."""
+    jobs = [("row", prompt) for prompt in row.prompts(2)]
+    jobs += [(name, prompt) for prompt in plain.prompts(2) for name in ("plain", None)]
     rids = [
-        driver.submit(prompt, name, max_new_tokens=6, ignore_eos=True, return_logprob=True)
-        for prompt in prompts
-        for name in ("row", "plain", None)
+        driver.submit(prompt, name, max_new_tokens=6, ignore_eos=True, return_logprob=True) for name, prompt in jobs
     ]
     driver.run()
     return [driver.answers[rid] for rid in rids]
@@ -55,14 +55,15 @@ def answers(driver: EngineDriver, prompts: list[list[int]]) -> list[Any]:
 
 def compare(lab: Lab, row: Row, kind: str) -> int:
     """The same answers with and without graphs; returns how many steps were replayed."""
-    paths = {"row": lab.adapter(row), "plain": lab.adapter(Row(f"plain {row.model}", {"r": 4}, row.model))}
+    plain = Row(f"plain {row.model}", {"r": 4}, row.model)
+    paths = {"row": lab.adapter(row), "plain": lab.adapter(plain)}
     found = []
     for fake in (False, True):
         driver = EngineDriver(lab.model(row.model), paths, disable_radix_cache=True)
         graphs = FakeGraphs(driver.engine.runner)
         if fake:
             use(driver.engine.runner, **{kind: graphs})
-        found.append(answers(driver, row.prompts(2)))
+        found.append(answers(driver, row, plain))
         driver.close()
     for eager, replayed in zip(*found, strict=True):
         assert eager.tokens == replayed.tokens
