@@ -3,6 +3,7 @@
 Knows neither end. Called by `process.py`, on both.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -62,12 +63,17 @@ def send(connection: socket.socket, message: msgspec.Struct, fds: Sequence[int] 
 
 
 def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
-    """One message and the descriptors it carries. Raises BlockingIOError when there is none.
+    """One message and the descriptors it carries; empty when the other end is closed. Raises BlockingIOError when
+    there is none.
 
     (socket.recv_fds would do, but ignores its flags.)
     """
-    data, control, _, _ = connection.recvmsg(MAX_MESSAGE, socket.CMSG_LEN(4), socket.MSG_DONTWAIT)
-    fds = array("i")
+    data, fds = b"", array("i")
+    control: list[tuple[int, int, bytes]] = []
+    for _ in range(2):
+        with contextlib.suppress(ConnectionResetError):  # once, if not all was read there; what was sent comes after
+            data, control, _, _ = connection.recvmsg(MAX_MESSAGE, socket.CMSG_LEN(4), socket.MSG_DONTWAIT)
+            break
     for level, kind, payload in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload)

@@ -58,41 +58,51 @@ class ProcessLoader:
         self._context = context
         self._staging = staging
         self._pending: dict[int, FetchJob] = {}
-        self._lost: list[tuple[Fetched, torch.Tensor | None]] = []  # failures to report at the next poll
+        self._to_report: list[tuple[Fetched, torch.Tensor | None]] = []  # at the next poll
         self._page_bytes = context.target.page_bytes
         self._starts = Starts()
         self._before: list[Life] = []  # that have ended, but something that they forked may be left
         self._has_staging = True  # the process of now may write there, if there is staging memory
-        self._socket, self._theirs = self._connect()
-        self._life = self._spawn()
+        # Never readable, as nobody can send to it: who polls it sleeps. Made now, as there may be no descriptor left
+        # when it is needed.
+        self._quiet = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket = self._quiet.dup()
+        self._start()
 
-    def _connect(self) -> tuple[socket.socket, socket.socket]:
-        """Our end and that of the next process, which has its first message to read."""
+    def _start(self) -> None:
+        """A process, and a connection to it with its first message to read. Raises OSError if there cannot be one;
+        then nothing has changed."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
+        with ours, theirs:
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
+            ours.sendall(msgspec.msgpack.encode(self._first_message()))
+            self._life = self._spawn(theirs.fileno())
+            self._poll_instead(ours)
+
+    def _first_message(self) -> Start:
         context = self._context
         dtype = str(context.target.dtype).removeprefix("torch.")
         staging = self._staging.fd if self._staging is not None else None
-        start = Start(
+        return Start(
             context.base, dtype, self._page_bytes, context.limits, context.roots, staging, not self._has_staging
         )
-        ours.sendall(msgspec.msgpack.encode(start))
-        return ours, theirs
 
-    def _spawn(self) -> Life:
-        command = [sys.executable, "-m", "multilora.adapters.loading.process", str(self._theirs.fileno())]
-        fds = [self._theirs.fileno()] + ([self._staging.fd] if self._staging is not None else [])
-        life = Life(command, fds, REUSE_MEMORY | os.environ)
-        self._theirs.close()
-        return life
+    def _spawn(self, connection: int) -> Life:
+        command = [sys.executable, "-m", "multilora.adapters.loading.process", str(connection)]
+        fds = [connection] + ([self._staging.fd] if self._staging is not None else [])
+        return Life(command, fds, REUSE_MEMORY | os.environ)
+
+    def _poll_instead(self, connection: socket.socket) -> None:
+        """Who polls knows our socket by its number."""
+        os.dup2(connection.fileno(), self._socket.fileno(), inheritable=False)
 
     def submit(self, job: FetchJob) -> None:
         if not self._life.ended and self._life.process.poll() is not None:
-            self._lost += self._died()
+            self._to_report += self._died()
         self._start_if_due()
         if self._life.ended:
-            self._lost.append((failed(job.version, f"{job.path}: {self._starts.trouble()}"), None))
+            self._to_report.append((failed(job.version, f"{job.path}: {self._starts.trouble()}"), None))
             return
         self._pending[job.version] = job
         try:
@@ -101,22 +111,26 @@ class ProcessLoader:
             pass  # it is just dying: the next poll notices
         except OSError as e:  # longer than a message can be
             del self._pending[job.version]
-            self._lost.append((failed(job.version, f"{job.path[:100]}…: {e.strerror}"), None))
+            self._to_report.append((failed(job.version, f"{job.path[:100]}…: {e.strerror}"), None))
 
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
         self._life.listen()
         self._start_if_due()
         self._hand_over()
-        done, self._lost = self._lost, []
+        done, self._to_report = self._to_report, []
+        answers, at_end = self._answers()
+        return done + answers + (self._died() if at_end else [])
+
+    def _answers(self) -> tuple[list[tuple[Fetched, torch.Tensor | None]], bool]:
+        """What the process has sent, and whether it has closed its end."""
+        done: list[tuple[Fetched, torch.Tensor | None]] = []
         while True:
             try:
                 data, fds = receive(self._socket)
             except BlockingIOError:
-                return done
-            except ConnectionResetError:
-                data, fds = b"", []
+                return done, False
             if not data:
-                return done + self._died()
+                return done, True
             self._life.answered = True
             message = msgspec.msgpack.decode(data, type=Message)
             try:
@@ -131,7 +145,7 @@ class ProcessLoader:
 
     def close(self) -> None:
         self._socket.close()  # the process ends when it notices
-        self._theirs.close()
+        self._quiet.close()
         self._life.end()
         for life in (self._life, *self._before):
             life.close()
@@ -178,20 +192,20 @@ class ProcessLoader:
             logger.info("adapters are staged again")
 
     def _died(self) -> list[tuple[Fetched, torch.Tensor | None]]:
-        """What the process had to do fails; another starts, at once or after a pause."""
+        """What the process had to do fails, save what it had answered; another starts, at once or after a pause."""
+        done, _ = self._answers()
+        self._poll_instead(self._quiet)
         self._life.end()
         self._before.append(self._life)
         if self._staging is not None and self._has_staging:
             logger.warning("adapters load slower until nobody uses what the process that ended has staged")
         self._has_staging = False
-        ours, self._theirs = self._connect()
-        with ours:
-            os.dup2(ours.fileno(), self._socket.fileno(), inheritable=False)  # who polls it knows it by its number
-        self._plan_start(self._life.how(), self._life.useful)
-        lost = [failed(v, f"{job.path}: {self._starts.trouble()}") for v, job in self._pending.items()]
+        self._plan_start(self._life.how(), self._life.answered)
+        for version, job in self._pending.items():
+            done.append((failed(version, f"{job.path}: {self._starts.trouble()}"), None))
         self._pending.clear()
         self._start_if_due()
-        return [(result, None) for result in lost]
+        return done
 
     def _plan_start(self, how: str, useful: bool) -> None:
         pause = self._starts.ended(how, useful)
@@ -201,7 +215,7 @@ class ProcessLoader:
         if not self._life.ended or self._starts.seconds_left:
             return
         try:
-            self._life = self._spawn()
+            self._start()
         except OSError as e:
             self._plan_start(f"could not be started: {e}", useful=False)
 
