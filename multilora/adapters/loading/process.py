@@ -224,7 +224,7 @@ class ProcessLoader:
 
 
 def serve(connection: socket.socket) -> None:
-    """Answer jobs until the engine closes its end."""
+    """Answer jobs until the engine closes its end. A fetch may go on in its thread; its answer is lost."""
     start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=Start)
     target = PackTarget(start.base.sites, getattr(torch, start.dtype), start.page_bytes)
     context = FetchContext(start.base, target, start.limits, start.roots)
@@ -235,16 +235,16 @@ def serve(connection: socket.socket) -> None:
     packers = Packers(cores if cores > 1 else 0, connection, staging)
     places = PagePlaces(staging, start.staging_in_use)
     server = _Server(connection, context, packers, places)
-    with ThreadPoolExecutor(PARALLEL_FETCHES) as threads:
-        while data := _next_order(connection):
-            order = msgspec.msgpack.decode(data, type=Order)
-            if order.job is not None:
-                threads.submit(server.answer, order.job)
-            if order.done_with is not None:
-                places.give_back(order.done_with)
-            if order.take_over:
-                places.take_over()
-        threads.shutdown(wait=False, cancel_futures=True)
+    threads = ThreadPoolExecutor(PARALLEL_FETCHES)
+    while data := _next_order(connection):
+        order = msgspec.msgpack.decode(data, type=Order)
+        if order.job is not None:
+            threads.submit(server.answer, order.job)
+        if order.done_with is not None:
+            places.give_back(order.done_with)
+        if order.take_over:
+            places.take_over()
+    threads.shutdown(wait=False, cancel_futures=True)
     packers.close()
 
 
@@ -316,6 +316,8 @@ def main() -> None:
         os.nice(NICENESS)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection)
+    logging.shutdown()
+    os._exit(0)  # the interpreter would wait for a fetch that hangs
 
 
 if __name__ == "__main__":

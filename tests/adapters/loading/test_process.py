@@ -603,6 +603,45 @@ def test_the_process_ends_with_its_engine(own: ProcessLoader) -> None:
     assert own._life.process.wait(SECONDS) == 0
 
 
+SERVE_HANGING_DOWNLOADS = """
+import time
+from multilora.adapters.loading import process
+
+def hang(job, *others):
+    open(job.path, "w").close()
+    time.sleep(600)
+
+process.fetch = hang
+process.spare_cores = lambda at_most: 3
+process.main()
+"""
+
+
+def test_the_process_ends_with_its_engine_in_the_middle_of_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is left to kill it when the engine was; and the staging memory stays as long as it does."""
+    start, begun = subprocess.Popen, [tmp_path / str(i) for i in range(2)]
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda command, **kw: start([command[0], "-c", SERVE_HANGING_DOWNLOADS, command[-1]], **kw),
+    )
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    try:
+        for version, path in enumerate(begun):
+            loader.submit(FetchJob(version, str(path)))
+        poll_until(loader, lambda: all(path.exists() for path in begun))
+        packers = psutil.Process(loader._life.process.pid).children()
+        loader._socket.shutdown(2)
+        assert loader._life.process.wait(3) == 0
+        assert len(packers) == 3 and not psutil.wait_procs(packers, 3)[1]
+        loader._life.end()
+        assert loader._life.gone() and loader._life.how() == "ended with exit code 0"
+    finally:
+        loader.close()
+
+
 def test_pages_have_the_page_size(shared: ProcessLoader, tmp_path: Path) -> None:
     shared.submit(FetchJob(1, write_adapter(tmp_path / "a", rank=30)))
     assert wait_for(shared, 1)[1][1].shape == (4, PAGE_BYTES)
