@@ -2,7 +2,8 @@
 
 One region of fixed size, shared with the loader, pinned once at the start: pinning an adapter's own memory when it
 comes would make a running step late. An adapter stays in it only until a thread of this file has moved it into
-ordinary memory; then the loader may pack another one there. The loader's end is in `page_files.py`.
+ordinary memory, which it tries again while there is none; then the loader may pack another one there. The loader's
+end is in `page_files.py`.
 Owned by the loader's engine end; the adapter store calls `settle`.
 """
 
@@ -26,6 +27,7 @@ from multilora.adapters.host.page_files import anonymous_file, populate
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 10
+RETRY_SECONDS = 5.0  # after memory was short
 STAGING_BYTES = 1 << 30
 """Room for twelve rank-16 adapters of an 8B model. A larger adapter comes in a file of its own."""
 
@@ -102,14 +104,21 @@ class Staging:
             self._pinned = False
 
     def _settle_all(self) -> None:
-        while (found := self._to_settle.get()) is not None:
-            entry = found()
-            if entry is not None:
-                try:
-                    _move(entry)
-                except Exception as e:  # of memory, most likely; the next adapter may find some
-                    logger.warning("an adapter stays in the staging memory: %s", e)
-            del entry
+        stay: list[weakref.ref[HostEntry]] = []  # tried again with the next that comes, and now and then
+        while (found := self._next(RETRY_SECONDS if stay else None)) is not None:
+            stay = [entry for entry in stay if _trouble_moving(entry)]
+            for entry in found:
+                if trouble := _trouble_moving(entry):
+                    logger.warning("an adapter stays in the staging memory: %s", trouble)
+                    stay.append(entry)
+
+    def _next(self, seconds: float | None) -> list[weakref.ref[HostEntry]] | None:
+        """At most one, and none after that time. None: no more come."""
+        try:
+            found = self._to_settle.get(timeout=seconds)
+        except queue.Empty:
+            return []
+        return None if found is None else [found]
 
 
 def _forget_cuda_error() -> None:
@@ -117,6 +126,17 @@ def _forget_cuda_error() -> None:
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device="cuda")
+
+
+def _trouble_moving(found: weakref.ref[HostEntry]) -> str:
+    """Moves it, if it is still there. Says what keeps it from that, if anything does: memory, most likely."""
+    entry = found()
+    try:
+        if entry is not None:
+            _move(entry)
+    except Exception as e:
+        return str(e) or repr(e)
+    return ""
 
 
 def _move(entry: HostEntry) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 
 END_SECONDS = 1  # for a process that has closed its socket, or is told to end; then it is killed
-STEADY_SECONDS = 60.0  # who has lived so long had started well
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 TAIL_BYTES = 4096  # of stderr
@@ -29,8 +28,6 @@ class Life:
     def __init__(self, command: Sequence[str], fds: Sequence[int], environment: Mapping[str, str]):
         self.ended = False
         self.answered = False  # set by who hears it
-        self.useful = False  # known when it has ended
-        self._started = monotonic()
         self._tail = b""
         # Nobody writes to this pipe or knows that it is there: that it ends says that all who have it are gone, the
         # process and whatever it forked. The system takes a process' memory away before it closes its files.
@@ -69,7 +66,6 @@ class Life:
             self.process.kill()
             self.process.wait()
         self.ended = True
-        self.useful = self.answered or monotonic() - self._started >= STEADY_SECONDS
         self.listen()
 
     def gone(self) -> bool:
@@ -97,8 +93,8 @@ class Life:
 
 
 class Starts:
-    """When the next process may start. At once after one that was of use, and after the first that was not; each
-    further one in a row makes the pause twice as long, up to LONGEST_PAUSE_SECONDS."""
+    """When the next process may start. At once after one that was of use, as it had answered something, and after the
+    first that was not; each further one in a row makes the pause twice as long, up to LONGEST_PAUSE_SECONDS."""
 
     def __init__(self) -> None:
         self._failed = 0  # in a row

@@ -128,7 +128,7 @@ class Packers:
         self._region: Region | None = None
         self._staging = staging
         self._packers: list[_Packer] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an order that fails closes them
         try:
             self._region = Region(region_bytes) if count else None
             for _ in range(count):
@@ -168,10 +168,12 @@ class Packers:
         return [(first, at - start, nbytes) for answer in answers for first, at, nbytes in answer.left]
 
     def close(self) -> None:
-        for packer in self._packers:
-            packer.connection.close()
-            os.waitpid(packer.pid, 0)
-        self._packers = []
+        """As soon as what has been ordered is done. Who packs later does it without them."""
+        with self._lock:
+            for packer in self._packers:
+                packer.connection.close()
+                os.waitpid(packer.pid, 0)
+            self._packers = []
 
     def _pack_aside(self, places: list[_Place], dtype: str, where: PagePlace) -> bool:
         """Shared out evenly by size. False: the processes are gone."""

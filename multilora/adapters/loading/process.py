@@ -8,7 +8,6 @@ Run by `ProcessLoader` as `python -m multilora.adapters.loading.process`.
 """
 
 import contextlib
-import errno
 import gc
 import logging
 import mmap
@@ -17,29 +16,25 @@ import signal
 import socket
 import sys
 import threading
-from array import array
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import msgspec
 import torch
 
-from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.crew import Crew, spare_cores
 from multilora.adapters.host.mapping import map_file
 from multilora.adapters.host.page_files import PagePlace, PagePlaces
 from multilora.adapters.host.staging import Staging
 from multilora.adapters.loading.life import Life, Starts
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, fetch
+from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, Start, failed, receive, send
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.packing.strips import Strip
-from multilora.adapters.peft.base_model import BaseModel
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGE = 1 << 20
 PARALLEL_FETCHES = 4  # so that a slow download does not hold up a local directory
 MAX_READERS = 8  # threads, for all fetches together
 MAX_PACKERS = 8  # processes
@@ -47,37 +42,6 @@ NICENESS = 10  # a step goes before an adapter
 # glibc's malloc: memory that a file was read into is used again, as fresh pages cost more than reading. At most
 # 512 MiB stay with the process when nothing is to do.
 REUSE_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(512 << 20), "MALLOC_ARENA_MAX": "1"}
-
-
-class _Start(msgspec.Struct, frozen=True):
-    """The first message: a FetchContext in plain types. staging: descriptor of that memory, if there is any.
-    staging_in_use: by who came before; not to be given out until an order says so."""
-
-    base: BaseModel
-    dtype: str
-    page_bytes: int
-    limits: AdapterLimits
-    roots: tuple[str, ...]
-    staging: int | None
-    staging_in_use: bool
-
-
-class _Order(msgspec.Struct, frozen=True, omit_defaults=True):
-    """To the loader. done_with: where a part of the staging memory begins that nobody reads any more. take_over: the
-    staging memory that was in use at the start is all the loader's now."""
-
-    job: FetchJob | None = None
-    done_with: int | None = None
-    take_over: bool = False
-
-
-class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """From the loader. nbytes: of the pages. start: where they begin in the staging memory; None: they are the file
-    whose descriptor comes along."""
-
-    result: Fetched
-    nbytes: int = 0
-    start: int | None = None
 
 
 class ProcessLoader:
@@ -94,67 +58,81 @@ class ProcessLoader:
         self._context = context
         self._staging = staging
         self._pending: dict[int, FetchJob] = {}
-        self._lost: list[tuple[Fetched, torch.Tensor | None]] = []  # failures to report at the next poll
+        self._to_report: list[tuple[Fetched, torch.Tensor | None]] = []  # at the next poll
         self._page_bytes = context.target.page_bytes
         self._starts = Starts()
         self._before: list[Life] = []  # that have ended, but something that they forked may be left
         self._has_staging = True  # the process of now may write there, if there is staging memory
-        self._socket, self._theirs = self._connect()
-        self._life = self._spawn()
+        # Never readable, as nobody can send to it: who polls it sleeps. Made now, as there may be no descriptor left
+        # when it is needed.
+        self._quiet = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket = self._quiet.dup()
+        self._start()
 
-    def _connect(self) -> tuple[socket.socket, socket.socket]:
-        """Our end and that of the next process, which has its first message to read."""
+    def _start(self) -> None:
+        """A process, and a connection to it with its first message to read. Raises OSError if there cannot be one;
+        then nothing has changed."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
+        with ours, theirs:
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
+            ours.sendall(msgspec.msgpack.encode(self._first_message()))
+            self._life = self._spawn(theirs.fileno())
+            self._poll_instead(ours)
+
+    def _first_message(self) -> Start:
         context = self._context
         dtype = str(context.target.dtype).removeprefix("torch.")
         staging = self._staging.fd if self._staging is not None else None
-        start = _Start(
+        return Start(
             context.base, dtype, self._page_bytes, context.limits, context.roots, staging, not self._has_staging
         )
-        ours.sendall(msgspec.msgpack.encode(start))
-        return ours, theirs
 
-    def _spawn(self) -> Life:
-        command = [sys.executable, "-m", "multilora.adapters.loading.process", str(self._theirs.fileno())]
-        fds = [self._theirs.fileno()] + ([self._staging.fd] if self._staging is not None else [])
-        life = Life(command, fds, REUSE_MEMORY | os.environ)
-        self._theirs.close()
-        return life
+    def _spawn(self, connection: int) -> Life:
+        command = [sys.executable, "-m", "multilora.adapters.loading.process", str(connection)]
+        fds = [connection] + ([self._staging.fd] if self._staging is not None else [])
+        return Life(command, fds, REUSE_MEMORY | os.environ)
+
+    def _poll_instead(self, connection: socket.socket) -> None:
+        """Who polls knows our socket by its number."""
+        os.dup2(connection.fileno(), self._socket.fileno(), inheritable=False)
 
     def submit(self, job: FetchJob) -> None:
         if not self._life.ended and self._life.process.poll() is not None:
-            self._lost += self._died()
+            self._to_report += self._died()
         self._start_if_due()
         if self._life.ended:
-            self._lost.append((_failed(job.version, f"{job.path}: {self._starts.trouble()}"), None))
+            self._to_report.append((failed(job.version, f"{job.path}: {self._starts.trouble()}"), None))
             return
         self._pending[job.version] = job
         try:
-            _send(self._socket, _Order(job))
+            send(self._socket, Order(job))
         except (BrokenPipeError, ConnectionResetError):
             pass  # it is just dying: the next poll notices
         except OSError as e:  # longer than a message can be
             del self._pending[job.version]
-            self._lost.append((_failed(job.version, f"{job.path[:100]}…: {e.strerror}"), None))
+            self._to_report.append((failed(job.version, f"{job.path[:100]}…: {e.strerror}"), None))
 
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
         self._life.listen()
         self._start_if_due()
         self._hand_over()
-        done, self._lost = self._lost, []
+        done, self._to_report = self._to_report, []
+        answers, at_end = self._answers()
+        return done + answers + (self._died() if at_end else [])
+
+    def _answers(self) -> tuple[list[tuple[Fetched, torch.Tensor | None]], bool]:
+        """What the process has sent, and whether it has closed its end."""
+        done: list[tuple[Fetched, torch.Tensor | None]] = []
         while True:
             try:
-                data, fds = _receive(self._socket)
+                data, fds = receive(self._socket)
             except BlockingIOError:
-                return done
-            except ConnectionResetError:
-                data, fds = b"", []
+                return done, False
             if not data:
-                return done + self._died()
+                return done, True
             self._life.answered = True
-            message = msgspec.msgpack.decode(data, type=_Message)
+            message = msgspec.msgpack.decode(data, type=Message)
             try:
                 self._pending.pop(message.result.version, None)
                 done.append(self._with_pages(message, fds))
@@ -167,14 +145,14 @@ class ProcessLoader:
 
     def close(self) -> None:
         self._socket.close()  # the process ends when it notices
-        self._theirs.close()
+        self._quiet.close()
         self._life.end()
         for life in (self._life, *self._before):
             life.close()
         if self._staging is not None:
             self._staging.close()
 
-    def _with_pages(self, message: _Message, fds: list[int]) -> tuple[Fetched, torch.Tensor | None]:
+    def _with_pages(self, message: Message, fds: list[int]) -> tuple[Fetched, torch.Tensor | None]:
         """The packed pages, which nobody else writes to."""
         result = message.result
         if result.kind:
@@ -183,19 +161,19 @@ class ProcessLoader:
             assert self._staging is not None
             pages = self._staging.view(message.start, message.nbytes, partial(self._done_with, self._life))
         elif not fds:
-            return _failed(result.version, "no file descriptor is left to receive its pages with"), None
+            return failed(result.version, "no file descriptor is left to receive its pages with"), None
         else:
             try:
                 pages = map_file(fds[0], message.nbytes)
             except (OSError, RuntimeError) as e:
-                return _failed(result.version, f"its pages cannot be mapped: {e}"), None
+                return failed(result.version, f"its pages cannot be mapped: {e}"), None
         return result, pages.view(-1, self._page_bytes)
 
     def _done_with(self, life: Life, start: int) -> None:
         """On any thread. A process that took the place of that one takes no notice, should it hear of it."""
         if not life.ended:
             with contextlib.suppress(OSError):  # it has died, or is closed
-                self._socket.sendall(msgspec.msgpack.encode(_Order(done_with=start)))
+                self._socket.sendall(msgspec.msgpack.encode(Order(done_with=start)))
 
     def _hand_over(self) -> None:
         """The staging memory, to a process that took the place of another.
@@ -209,25 +187,25 @@ class ProcessLoader:
         if self._staging is None or self._has_staging or self._life.ended or self._before or not self._staging.unused:
             return
         with contextlib.suppress(OSError):  # it is just dying, or has a lot to read: later, then
-            self._socket.send(msgspec.msgpack.encode(_Order(take_over=True)), socket.MSG_DONTWAIT)
+            self._socket.send(msgspec.msgpack.encode(Order(take_over=True)), socket.MSG_DONTWAIT)
             self._has_staging = True
             logger.info("adapters are staged again")
 
     def _died(self) -> list[tuple[Fetched, torch.Tensor | None]]:
-        """What the process had to do fails; another starts, at once or after a pause."""
+        """What the process had to do fails, save what it had answered; another starts, at once or after a pause."""
+        done, _ = self._answers()
+        self._poll_instead(self._quiet)
         self._life.end()
         self._before.append(self._life)
         if self._staging is not None and self._has_staging:
             logger.warning("adapters load slower until nobody uses what the process that ended has staged")
         self._has_staging = False
-        ours, self._theirs = self._connect()
-        with ours:
-            os.dup2(ours.fileno(), self._socket.fileno(), inheritable=False)  # who polls it knows it by its number
-        self._plan_start(self._life.how(), self._life.useful)
-        failed = [_failed(v, f"{job.path}: {self._starts.trouble()}") for v, job in self._pending.items()]
+        self._plan_start(self._life.how(), self._life.answered)
+        for version, job in self._pending.items():
+            done.append((failed(version, f"{job.path}: {self._starts.trouble()}"), None))
         self._pending.clear()
         self._start_if_due()
-        return [(f, None) for f in failed]
+        return done
 
     def _plan_start(self, how: str, useful: bool) -> None:
         pause = self._starts.ended(how, useful)
@@ -237,42 +215,17 @@ class ProcessLoader:
         if not self._life.ended or self._starts.seconds_left:
             return
         try:
-            self._life = self._spawn()
+            self._start()
         except OSError as e:
             self._plan_start(f"could not be started: {e}", useful=False)
-
-
-def _failed(version: int, message: str) -> Fetched:
-    return Fetched(version=version, kind="AdapterError", message=message)
-
-
-def _send(connection: socket.socket, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
-    """Raises OSError, also if it is longer than the other end reads."""
-    data = msgspec.msgpack.encode(message)
-    if len(data) > MAX_MESSAGE:
-        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-    socket.send_fds(connection, [data], fds)
-
-
-def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
-    """One message and the descriptors it carries. Raises BlockingIOError when there is none.
-
-    (socket.recv_fds would do, but ignores its flags.)
-    """
-    data, control, _, _ = connection.recvmsg(MAX_MESSAGE, socket.CMSG_LEN(4), socket.MSG_DONTWAIT)
-    fds = array("i")
-    for level, kind, payload in control:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload)
-    return data, list(fds)
 
 
 # ---------------------------------------------------------------------- the loader's end
 
 
 def serve(connection: socket.socket) -> None:
-    """Answer jobs until the engine closes its end."""
-    start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=_Start)
+    """Answer jobs until the engine closes its end. A fetch may go on in its thread; its answer is lost."""
+    start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=Start)
     target = PackTarget(start.base.sites, getattr(torch, start.dtype), start.page_bytes)
     context = FetchContext(start.base, target, start.limits, start.roots)
     cores = spare_cores(MAX_PACKERS)
@@ -282,16 +235,16 @@ def serve(connection: socket.socket) -> None:
     packers = Packers(cores if cores > 1 else 0, connection, staging)
     places = PagePlaces(staging, start.staging_in_use)
     server = _Server(connection, context, packers, places)
-    with ThreadPoolExecutor(PARALLEL_FETCHES) as threads:
-        while data := _next_order(connection):
-            order = msgspec.msgpack.decode(data, type=_Order)
-            if order.job is not None:
-                threads.submit(server.answer, order.job)
-            if order.done_with is not None:
-                places.give_back(order.done_with)
-            if order.take_over:
-                places.take_over()
-        threads.shutdown(wait=False, cancel_futures=True)
+    threads = ThreadPoolExecutor(PARALLEL_FETCHES)
+    while data := _next_order(connection):
+        order = msgspec.msgpack.decode(data, type=Order)
+        if order.job is not None:
+            threads.submit(server.answer, order.job)
+        if order.done_with is not None:
+            places.give_back(order.done_with)
+        if order.take_over:
+            places.take_over()
+    threads.shutdown(wait=False, cancel_futures=True)
     packers.close()
 
 
@@ -329,7 +282,7 @@ class _Server:
             result, buffer = fetch(job, self._context, allocate, self._crew, write)
         except Exception as e:
             logger.exception("reading adapter %s failed", job.path)
-            result, buffer = _failed(job.version, f"{job.path}: {e!r}"), None
+            result, buffer = failed(job.version, f"{job.path}: {e!r}"), None
         sent = self._send(job, result, taken[0] if buffer is not None else None)
         for place in taken:
             if sent and buffer is not None:
@@ -339,19 +292,19 @@ class _Server:
 
     def _send(self, job: FetchJob, result: Fetched, place: PagePlace | None) -> bool:
         """False: the engine did not get it. It gets an error instead, if it is still there."""
-        message, fds = _Message(result), []
+        message, fds = Message(result), []
         if place is not None:
-            message = _Message(result, place.size, place.start if place.fd is None else None)
+            message = Message(result, place.size, place.start if place.fd is None else None)
             fds = [place.fd] if place.fd is not None else []
         try:
             with self._sending:
-                _send(self._connection, message, fds)
+                send(self._connection, message, fds)
             return True
         except OSError as e:
             logger.warning("dropping adapter %s: the engine cannot be told of it: %s", job.path, e.strerror)
-            error = _failed(job.version, f"{job.path[:100]}: what was found cannot be told: {e.strerror}")
+            error = failed(job.version, f"{job.path[:100]}: what was found cannot be told: {e.strerror}")
         with contextlib.suppress(OSError), self._sending:  # it is gone
-            _send(self._connection, _Message(error))
+            send(self._connection, Message(error))
         return False
 
 
@@ -363,6 +316,8 @@ def main() -> None:
         os.nice(NICENESS)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection)
+    logging.shutdown()
+    os._exit(0)  # the interpreter would wait for a fetch that hangs
 
 
 if __name__ == "__main__":

@@ -117,6 +117,39 @@ def test_without_memory_it_stays(staging: Staging, monkeypatch: pytest.MonkeyPat
     until(lambda: other.buffer is not old)
 
 
+@pytest.mark.parametrize("next_comes", [False, True])
+def test_one_that_had_no_memory_moves_once_there_is_some(
+    staging: Staging, monkeypatch: pytest.MonkeyPatch, caplog, next_comes: bool
+) -> None:
+    """It is tried again with the next adapter, and now and then; told once; and not kept alive by that."""
+    tried: list[int] = []
+
+    def none_left(nbytes: int) -> torch.Tensor:
+        tried.append(nbytes)
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(module, "own_memory", none_left)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 60.0 if next_comes else 0.05)
+    given_back: list[int] = []
+    first, unloaded = (entry(staging.view(start, PAGE, given_back.append)) for start in (0, PAGE))
+    first.buffer.fill_(7)
+    staging.settle(first)
+    staging.settle(unloaded)
+    until(lambda: caplog.text.count("none left") == 2)
+    del unloaded
+    until(lambda: given_back == [PAGE])
+    before, begun = len(tried), time.monotonic()
+    if not next_comes:
+        until(lambda: len(tried) >= before + 3)
+        assert time.monotonic() - begun > 0.08, "no busy loop"
+    assert caplog.text.count("none left") == 2
+    monkeypatch.undo()
+    if next_comes:
+        staging.settle(entry(staging.view(2 * PAGE, PAGE, given_back.append)))
+    until(lambda: 0 in given_back)
+    assert bool((first.buffer == 7).all())
+
+
 def test_an_adapter_that_cannot_be_moved_does_not_keep_the_next_from_it(
     staging: Staging, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:

@@ -78,18 +78,6 @@ def test_one_that_cannot_be_started_leaves_no_descriptor() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_it_was_of_use_if_it_has_answered_or_lived_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    useful = []
-    for answered, steady in ((False, 60.0), (True, 60.0), (False, 0.0)):
-        monkeypatch.setattr(module, "STEADY_SECONDS", steady)
-        life = life_of("pass")
-        life.answered = answered
-        life.end()
-        life.close()
-        useful.append(life.useful)
-    assert useful == [False, True, True]
-
-
 def test_pauses_grow_to_a_limit_and_begin_anew_after_a_good_start(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(module, "monotonic", lambda: now)

@@ -1,12 +1,12 @@
 """The real loader process: results, typed errors, sudden death, and nothing left behind."""
 
+import contextlib
 import itertools
 import os
 import re
 import resource
 import select
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -470,11 +470,98 @@ def test_in_a_pause_nobody_is_told_which_parts_are_free(
         python.code = "raise ImportError('no tensors here')"
         loader._life.process.kill()
         poll_until(loader, lambda: starts.seconds_left > 0)
+        with pytest.raises(OSError, match="not connected"):
+            loader._socket.send(b"part")
         del pages
         assert loader._staging is not None and loader._staging.unused
-        assert loader._theirs.recv(1 << 20), "the next process' first message"
-        with pytest.raises(BlockingIOError):
-            loader._theirs.recv(1 << 20, socket.MSG_DONTWAIT)
+    finally:
+        loader.close()
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """All that the limit allows are open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as taken:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+        taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.callback(os.close, os.dup(0))
+        yield
+
+
+@pytest.mark.parametrize("noticed_by", ["poll", "submit"])
+def test_no_descriptor_is_left_when_it_dies(
+    own: ProcessLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noticed_by: str
+) -> None:
+    """A start that fails, as others do: what was asked for fails, who polls may sleep, and later all works again."""
+    monkeypatch.setattr(life, "FIRST_PAUSE_SECONDS", 0.3)
+    path = write_adapter(tmp_path / "a")
+    descriptor, before = own.fileno(), open_files()
+    own.submit(FetchJob(1, path))
+    own._life.process.kill()
+    own._life.process.wait()
+    answers: list[tuple[Fetched, torch.Tensor | None]] = []
+    with no_descriptor_left():
+        if noticed_by == "submit":
+            own.submit(FetchJob(2, path))
+        for _ in range(10):
+            answers += own.poll()
+        assert not select.select([descriptor], [], [], 0)[0], "no busy loop"
+    assert [result.version for result, _ in answers] == ([1, 2] if noticed_by == "submit" else [1])
+    assert "ended with signal 9 (SIGKILL)" in answers[0][0].message
+    assert "could not be started: [Errno 24] Too many open files" in own._starts.trouble()
+    poll_until(own, lambda: not own._life.ended)
+    own.submit(FetchJob(3, path))
+    assert wait_for(own, 3)[3][0].kind == ""
+    assert own.fileno() == descriptor
+    assert open_files() == before
+
+
+@pytest.mark.parametrize(("staging", "noticed_by"), [(0, "submit"), (STAGING, "submit"), (STAGING, "poll")])
+def test_what_the_process_had_answered_before_it_died_counts(tmp_path: Path, staging: int, noticed_by: str) -> None:
+    """The answer lies there, unread, also when it is a new job that finds it dead; and the process was of use."""
+    path = write_adapter(tmp_path / "a")
+    loader = ProcessLoader(CONTEXT, Staging(staging) if staging else None)
+    try:
+        before = open_files()
+        loader.submit(FetchJob(1, path))
+        assert select.select([loader.fileno()], [], [], SECONDS)[0]
+        os.kill(loader._life.process.pid, signal.SIGSTOP)
+        loader.submit(FetchJob(2, path))  # it does not read that: the system says so, before what it had sent
+        loader._life.process.kill()
+        loader._life.process.wait()
+        answers = wait_for(loader, 1, 2) if noticed_by == "poll" else {}
+        loader.submit(FetchJob(3, path))
+        answers |= wait_for(loader, *({1, 2, 3} - answers.keys()))
+        assert [answers[version][0].kind for version in (1, 2, 3)] == ["", "AdapterError", ""]
+        expected = fetch(FetchJob(0, path), CONTEXT, allocate_private)[1]
+        assert torch.equal(answers[1][1], expected) and torch.equal(answers[3][1], expected)
+        assert not staging or in_staging(loader, answers[1][1])
+        assert loader._starts._failed == 0
+        del answers
+        poll_until(loader, lambda: not loader._before)
+        assert open_files() == before
+    finally:
+        loader.close()
+
+
+def test_a_death_that_is_noticed_late_is_one_at_its_start_all_the_same(
+    python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has answered nothing was of no use, however long nobody looked."""
+    clock, late = time.monotonic, 0.0
+    monkeypatch.setattr(life, "monotonic", lambda: clock() + late)
+    loader = ProcessLoader(CONTEXT)
+    try:
+        for start in (1, 2, 3):
+            loader._life.process.wait()
+            late += 1000.0
+            loader.poll()
+            assert loader._starts._failed == start
+            late += 1000.0
+            loader.poll()
     finally:
         loader.close()
 
@@ -514,6 +601,45 @@ def test_the_process_ends_with_its_engine(own: ProcessLoader) -> None:
     """As when the engine is killed: its end of the socket closes by itself."""
     own._socket.shutdown(2)
     assert own._life.process.wait(SECONDS) == 0
+
+
+SERVE_HANGING_DOWNLOADS = """
+import time
+from multilora.adapters.loading import process
+
+def hang(job, *others):
+    open(job.path, "w").close()
+    time.sleep(600)
+
+process.fetch = hang
+process.spare_cores = lambda at_most: 3
+process.main()
+"""
+
+
+def test_the_process_ends_with_its_engine_in_the_middle_of_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is left to kill it when the engine was; and the staging memory stays as long as it does."""
+    start, begun = subprocess.Popen, [tmp_path / str(i) for i in range(2)]
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda command, **kw: start([command[0], "-c", SERVE_HANGING_DOWNLOADS, command[-1]], **kw),
+    )
+    loader = ProcessLoader(CONTEXT, Staging(STAGING))
+    try:
+        for version, path in enumerate(begun):
+            loader.submit(FetchJob(version, str(path)))
+        poll_until(loader, lambda: all(path.exists() for path in begun))
+        packers = psutil.Process(loader._life.process.pid).children()
+        loader._socket.shutdown(2)
+        assert loader._life.process.wait(3) == 0
+        assert len(packers) == 3 and not psutil.wait_procs(packers, 3)[1]
+        loader._life.end()
+        assert loader._life.gone() and loader._life.how() == "ended with exit code 0"
+    finally:
+        loader.close()
 
 
 def test_pages_have_the_page_size(shared: ProcessLoader, tmp_path: Path) -> None:

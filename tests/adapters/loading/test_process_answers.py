@@ -12,6 +12,7 @@ from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.host.page_files import PagePlaces
 from multilora.adapters.loading import process as module
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob
+from multilora.adapters.loading.messages import Message, receive
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.testing import BASE, PAGE_BYTES, TARGET
 
@@ -31,11 +32,11 @@ class Ends:
         """What the engine hears, if anything."""
         self._server.answer(FetchJob(1, path))
         try:
-            data, fds = module._receive(self._ours)
+            data, fds = receive(self._ours)
         except BlockingIOError:
             return None
         assert fds == []
-        return msgspec.msgpack.decode(data, type=module._Message).result
+        return msgspec.msgpack.decode(data, type=Message).result
 
     def hang_up(self) -> None:
         self._ours.close()

@@ -1,0 +1,80 @@
+"""What the engine and the loader process tell each other, over a socket that keeps messages apart.
+
+Knows neither end. Called by `process.py`, on both.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+from array import array
+from collections.abc import Sequence
+
+import msgspec
+
+from multilora.adapters.adapter import AdapterLimits
+from multilora.adapters.loading.loader import Fetched, FetchJob
+from multilora.adapters.peft.base_model import BaseModel
+
+MAX_MESSAGE = 1 << 20
+
+
+class Start(msgspec.Struct, frozen=True):
+    """The first message: a FetchContext in plain types. staging: descriptor of that memory, if there is any.
+    staging_in_use: by who came before; not to be given out until an order says so."""
+
+    base: BaseModel
+    dtype: str
+    page_bytes: int
+    limits: AdapterLimits
+    roots: tuple[str, ...]
+    staging: int | None
+    staging_in_use: bool
+
+
+class Order(msgspec.Struct, frozen=True, omit_defaults=True):
+    """To the loader. done_with: where a part of the staging memory begins that nobody reads any more. take_over: the
+    staging memory that was in use at the start is all the loader's now."""
+
+    job: FetchJob | None = None
+    done_with: int | None = None
+    take_over: bool = False
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """From the loader. nbytes: of the pages. start: where they begin in the staging memory; None: they are the file
+    whose descriptor comes along."""
+
+    result: Fetched
+    nbytes: int = 0
+    start: int | None = None
+
+
+def failed(version: int, message: str) -> Fetched:
+    return Fetched(version=version, kind="AdapterError", message=message)
+
+
+def send(connection: socket.socket, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+    """Raises OSError, also if it is longer than the other end reads."""
+    data = msgspec.msgpack.encode(message)
+    if len(data) > MAX_MESSAGE:
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+    socket.send_fds(connection, [data], fds)
+
+
+def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """One message and the descriptors it carries; empty when the other end is closed. Raises BlockingIOError when
+    there is none.
+
+    (socket.recv_fds would do, but ignores its flags.)
+    """
+    data, fds = b"", array("i")
+    control: list[tuple[int, int, bytes]] = []
+    for _ in range(2):
+        with contextlib.suppress(ConnectionResetError):  # once, if not all was read there; what was sent comes after
+            data, control, _, _ = connection.recvmsg(MAX_MESSAGE, socket.CMSG_LEN(4), socket.MSG_DONTWAIT)
+            break
+    for level, kind, payload in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload)
+    return data, list(fds)
