@@ -181,7 +181,7 @@ def test_small_steps_with_prompts_are_replayed_and_give_what_launches_give(llama
                 driver.step()  # the next ones come while these decode
         driver.run()
     driver.close()
-    assert len(replayed) > 10 and max(replayed) > 128 and min(replayed) < 32
+    assert len(replayed) > 5 and max(replayed) > 128 and min(replayed) < 32
 
 
 # ---------------------------------------------------------------------- adapters that come and go

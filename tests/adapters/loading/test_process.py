@@ -47,6 +47,7 @@ def wait_for(loader: ProcessLoader, *versions: int) -> dict[int, tuple[Fetched, 
 
 
 def open_files() -> int:
+    """Never more afterwards: fewer, if something of an earlier test goes meanwhile."""
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -107,7 +108,7 @@ def test_adapters_in_memory_hold_no_descriptors(shared: ProcessLoader, tmp_path:
     for version in range(1, 51):
         shared.submit(FetchJob(version, path))
     answers = wait_for(shared, *range(1, 51))
-    assert open_files() == before
+    assert open_files() <= before
     held = [pages for _, pages in answers.values() if pages is not None]
     assert len(held) == 50
     held[0][:] = 0  # private to its holder
@@ -144,7 +145,7 @@ def test_adapters_come_in_the_staging_memory(staged: ProcessLoader, tmp_path: Pa
             del held[random.choice(list(held))]
         for v, pages in held.items():
             assert torch.equal(pages, expected[v % 4])
-    assert open_files() == before
+    assert open_files() <= before
     assert used > 50, "parts of it have been used again and again"
 
 
@@ -223,7 +224,7 @@ def test_the_staging_memory_outlives_the_loader(tmp_path: Path) -> None:
     loader.close()
     assert torch.equal(pages, fetch(FetchJob(0, path), CONTEXT, allocate_private)[1])
     del pages, loader
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_without_descriptors_a_job_fails_and_later_ones_work(shared: ProcessLoader, tmp_path: Path) -> None:
@@ -516,7 +517,7 @@ def test_no_descriptor_is_left_when_it_dies(
     own.submit(FetchJob(3, path))
     assert wait_for(own, 3)[3][0].kind == ""
     assert own.fileno() == descriptor
-    assert open_files() == before
+    assert open_files() <= before
 
 
 @pytest.mark.parametrize(("staging", "noticed_by"), [(0, "submit"), (STAGING, "submit"), (STAGING, "poll")])
@@ -542,7 +543,7 @@ def test_what_the_process_had_answered_before_it_died_counts(tmp_path: Path, sta
         assert loader._starts._failed == 0
         del answers
         poll_until(loader, lambda: not loader._before)
-        assert open_files() == before
+        assert open_files() <= before
     finally:
         loader.close()
 
@@ -574,7 +575,7 @@ def test_close_during_a_pause_leaves_no_descriptor(python: Python) -> None:
     loader.close()
     loader.close()
     del loader  # and its staging memory
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_close_leaves_neither_process_nor_descriptor() -> None:
@@ -585,7 +586,7 @@ def test_close_leaves_neither_process_nor_descriptor() -> None:
     loader.close()
     loader.close()
     assert not process.is_running()
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_close_does_not_wait_for_a_process_that_hangs() -> None:
