@@ -23,7 +23,7 @@ TOUCHED_BYTES = 48 << 30
 
 def touch_host_memory() -> float:
     """Use once what the rows will use, half of what is left at most: a virtual machine may get its memory only then,
-    and whatever runs waits for it, which is not what is to be measured. Bytes a second of this first use."""
+    and that is not what is to be measured. Bytes a second of this first use."""
     spare = spare_memory()
     nbytes = TOUCHED_BYTES if spare is None else min(TOUCHED_BYTES, spare // 2)
     start = time.perf_counter()
