@@ -7,7 +7,8 @@ Heavy libraries are imported only once there is something to do.
 import sys
 from collections.abc import Sequence
 
-from multilora import cli, logs
+from multilora import logs
+from multilora.cli import parser as cli
 from multilora.errors import ConfigError, ModelUnsupported
 
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = cli.parse(sys.argv[1:] if argv is None else argv)
         logs.setup(args.log_level, role="front")
         if isinstance(args, cli.AdapterArgs):
-            from multilora.adapter_tools.commands import run
+            from multilora.cli.adapter_commands import run
 
             return run(args)
         config = args.config()

@@ -1,4 +1,4 @@
-"""The plain data that a forward pass works on. Built anew each step by `engine/runner.py`, never patched.
+"""The plain data that a forward pass works on. Built anew each step by `engine/execution/runner.py`, never patched.
 
 Rows are tokens. Requests lie one after the other, ordered so that rows of the same adapter are neighbours.
 """

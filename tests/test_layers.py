@@ -18,17 +18,18 @@ PACKAGE = Path(importlib.util.find_spec("multilora").submodule_search_locations[
 # except in the last row.
 LAYERS = [
     {"__main__"},
+    {"cli"},
     {"adapter_tools"},
-    {"cli", "llm", "testing"},
-    {"cli_adapters", "cli_compat", "cluster"},
+    {"llm", "cluster"},
     {"server"},
-    {"text"},
+    {"front"},
     {"engine"},
     {"adapters"},
     {"models"},
     {"layers"},
     {"attention", "lora"},
     {"memory", "distributed"},
+    {"kernels"},
     {
         "__init__",
         "batch",
@@ -39,8 +40,7 @@ LAYERS = [
         "options",
         "params",
         "private_directory",
-        "triton_launch",
-        "triton_math",
+        "transfer",
     },
 ]
 LEVEL = {unit: len(LAYERS) - i for i, row in enumerate(LAYERS) for unit in row}
@@ -48,25 +48,24 @@ BASE = LAYERS[-1]
 
 # The same inside adapters/, without an exception: in no row do units import each other.
 ROOMS = [
-    {"testing"},
     {"composition"},
     {"versions"},
     {"loading", "device"},
     {"peft", "packing", "host"},
-    {"__init__", "sources", "adapter", "crew"},
+    {"__init__", "sources", "adapter", "thread_pool"},
 ]
 FLOOR = {unit: len(ROOMS) - i for i, row in enumerate(ROOMS) for unit in row}
 
 # Looked up on first use, so that `import multilora` stays light.
 ALLOWED_UPWARD = {("__init__.py", "llm")}
 
-NO_TORCH = ("server/", "engine/client.py", "engine/messages.py")
+NO_TORCH = ("server/", "engine/process/client.py", "engine/messages.py")
 MAX_LINES = 400
 
 
 @dataclass(frozen=True)
 class Module:
-    path: str  # "engine/scheduler.py"
+    path: str  # "engine/scheduling/scheduler.py"
     source: str
     tree: ast.Module
 
@@ -297,12 +296,15 @@ def test_the_other_rules_can_fail(tmp_path):
     root = wrong_package(
         tmp_path,
         server__app='"""S."""\nimport torch.nn',
-        engine__client="def f():\n    from torch import nn\n    print(1)\n",
+        engine__process__client="def f():\n    from torch import nn\n    print(1)\n",
         surprise='"""S."""\n' + "\n" * MAX_LINES,
         adapters__attic__old='"""O."""',
     )
-    assert torch_imports(root) == ["engine/client.py:2: imports torch.nn", "server/app.py:2: imports torch.nn"]
-    assert prints(root) == ["engine/client.py:3"]
-    assert without_docstring(root) == ["engine/client.py"]
+    assert torch_imports(root) == [
+        "engine/process/client.py:2: imports torch.nn",
+        "server/app.py:2: imports torch.nn",
+    ]
+    assert prints(root) == ["engine/process/client.py:3"]
+    assert without_docstring(root) == ["engine/process/client.py"]
     assert too_long(root) == [f"surprise.py: {MAX_LINES + 1} lines"]
     assert unknown_units(root) == ["attic", "surprise"]

@@ -17,10 +17,10 @@ import torch
 from multilora.adapter_tools.reference import Reference, SpecialTokens
 from multilora.adapters.sources import resolve
 from multilora.errors import ConfigError
+from multilora.front.tokenizer import Tokenizer
 from multilora.llm import LLM, Generation
 from multilora.models.config import ModelConfig
 from multilora.models.load import read_config
-from multilora.text.tokenizer import Tokenizer
 
 TOLERANCES = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.25}
 """Largest difference of a natural logarithm, the reference being in fp32. bfloat16 keeps 8 bits of each number."""

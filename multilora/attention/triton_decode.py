@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora.triton_launch import can_launch_early, launch, wait_for_previous
+from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 
 PIECE_WORDS, SPAN_WORDS = 5, 3
 MIN_PIECE = 64

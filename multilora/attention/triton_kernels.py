@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora.triton_launch import can_launch_early, launch, wait_for_previous
+from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 
 PAGE_BLOCK = 256  # pages that one iteration of `_list_pages` copies
 

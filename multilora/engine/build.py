@@ -10,7 +10,7 @@ import torch
 
 from multilora import demo
 from multilora.adapters.adapter import AdapterLimits
-from multilora.adapters.composition.kv_effect import leaves_kv
+from multilora.adapters.composition.kv_invariance import leaves_kv
 from multilora.adapters.composition.namespaces import Namespaces
 from multilora.adapters.device.copier import Copier, DirectCopier
 from multilora.adapters.device.residency import Residency
@@ -18,7 +18,7 @@ from multilora.adapters.device.ring_copier import RingCopier
 from multilora.adapters.host.cache import HostCache
 from multilora.adapters.host.spare_memory import spare_memory
 from multilora.adapters.host.staging import STAGING_BYTES, Staging
-from multilora.adapters.loading.finish import FinishingLoader
+from multilora.adapters.loading.dora_bias import FinishingLoader
 from multilora.adapters.loading.loader import FetchContext, Loader
 from multilora.adapters.loading.process import ProcessLoader
 from multilora.adapters.packing.blocks import PackTarget
@@ -27,13 +27,13 @@ from multilora.adapters.versions.store import AdapterStore
 from multilora.attention import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
 from multilora.config import Config
-from multilora.engine.cuda_graph import DecodeGraphs, graph_sizes
 from multilora.engine.engine import Engine
+from multilora.engine.execution.cuda_graph import DecodeGraphs, graph_sizes
+from multilora.engine.execution.piecewise_cuda_graph import SIZES, PieceGraphs
+from multilora.engine.execution.runner import Graphs, Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
 from multilora.engine.messages import Ready, Stats
-from multilora.engine.piece_graphs import SIZES, PieceGraphs
-from multilora.engine.runner import Graphs, Runner, RunnerLora
-from multilora.engine.scheduler import Scheduler
+from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
 from multilora.lora.base import LoraBackend

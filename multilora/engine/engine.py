@@ -12,8 +12,7 @@ from time import monotonic
 import torch
 
 from multilora.adapters.versions.store import AdapterStore, Loaded, Lost
-from multilora.engine.grammar import GrammarCache
-from multilora.engine.logit_edits import LogitEdits
+from multilora.engine.execution.runner import Launched, Runner
 from multilora.engine.messages import (
     Abort,
     AdapterInfo,
@@ -32,10 +31,11 @@ from multilora.engine.messages import (
     UnloadAdapter,
     UseTokenizer,
 )
-from multilora.engine.report import Report
-from multilora.engine.request import Request
-from multilora.engine.runner import Launched, Runner
-from multilora.engine.scheduler import Scheduler
+from multilora.engine.sampling.grammar import GrammarCache
+from multilora.engine.sampling.logit_edits import LogitEdits
+from multilora.engine.scheduling.request import Request
+from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.engine.stats import Report
 from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, QueueFull, UnknownAdapter
 from multilora.params import Composition
 

@@ -11,7 +11,7 @@ import torch
 from multilora.attention.base import AttentionBackend
 from multilora.attention.torch_sdpa import KVViews
 from multilora.batch import AttentionMeta
-from multilora.engine.sampler import Sampler, SampleRow
+from multilora.engine.sampling.sampler import Sampler, SampleRow
 from multilora.errors import OutOfMemory
 from multilora.layers.context import ForwardContext
 from multilora.memory.kv_layout import KVLayout

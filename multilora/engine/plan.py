@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from multilora.engine.request import Request
+from multilora.engine.scheduling.request import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from multilora.attention.base import LayerAttention
 from multilora.lora.base import LoraBackend
-from multilora.lora.whole import WholeModules
+from multilora.lora.full_weights import WholeModules
 
 
 @dataclass(frozen=True, slots=True)

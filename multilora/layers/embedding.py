@@ -6,8 +6,8 @@ from torch import nn
 
 from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import logits
+from multilora.lora.full_weights import WholeModules, product
 from multilora.lora.sites import MODEL_LEVEL, LoraSite
-from multilora.lora.whole import WholeModules, product
 
 
 class Embedding(nn.Module):

@@ -10,8 +10,8 @@ from torch import nn
 from multilora.layers.activation import SiluAndMul
 from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import linear
+from multilora.lora.full_weights import WholeModules, product
 from multilora.lora.sites import LoraSite
-from multilora.lora.whole import WholeModules, product
 
 
 class Linear(nn.Module):

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora.triton_launch import can_launch_early, launch, wait_for_previous
-from multilora.triton_math import fast_silu, silu_times
+from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
+from multilora.kernels.triton_math import fast_silu, silu_times
 
 SILU_BLOCK = 1024  # columns of one program
 MATVEC_ELEMENTS, MATVEC_COLUMNS = 4096, 2048  # of the weight, at a time in one program

@@ -16,7 +16,6 @@ from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.engine.build import build_engine
 from multilora.engine.engine import Engine
-from multilora.engine.local import LocalEngine
 from multilora.engine.messages import (
     Abort,
     AdapterInfo,
@@ -28,17 +27,18 @@ from multilora.engine.messages import (
     TopLogprobs,
     UseTokenizer,
 )
+from multilora.engine.process.local import LocalEngine
 from multilora.errors import BadRequest, from_wire
+from multilora.front.adapter_spec import Choice, parse_choices, parse_composition
+from multilora.front.grammar import GrammarCompiler
+from multilora.front.prompt import check_prompt, engine_params
+from multilora.front.registry import AdapterRegistry, Held
+from multilora.front.stream import FinishReason, TextStream
+from multilora.front.tokenizer import Tokenizer
+from multilora.front.vocabulary import Vocabularies
 from multilora.llm.adapters import LocalAdapters
 from multilora.llm.inputs import Params, read_params, read_prompts, spread
 from multilora.params import SamplingParams
-from multilora.text.choice import Choice, parse_choices, parse_composition
-from multilora.text.grammar import GrammarCompiler
-from multilora.text.own_tokens import Vocabularies
-from multilora.text.prompt import check_prompt, engine_params
-from multilora.text.registry import AdapterRegistry, Held
-from multilora.text.stream import FinishReason, TextStream
-from multilora.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save
 
 from multilora.adapters.sources.spool import TENSOR_ROOT, Spool
-from multilora.engine.local import LocalEngine
 from multilora.engine.messages import AdapterInfo, LoadAdapter, Reply, UnloadAdapter
+from multilora.engine.process.local import LocalEngine
 from multilora.errors import BadRequest, MultiloraError, from_wire
-from multilora.text.own_tokens import Vocabularies
-from multilora.text.registry import AdapterRegistry
+from multilora.front.registry import AdapterRegistry
+from multilora.front.vocabulary import Vocabularies
 
 
 class LocalAdapters:

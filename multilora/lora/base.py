@@ -1,6 +1,7 @@
 """The contract of a LoRA backend.
 
-Called by `engine/runner.py` (prepare, once a step) and `layers/linear.py` (apply or apply_gated, once a site).
+Called by `engine/execution/runner.py` (prepare, once a step) and `layers/linear.py` (apply or apply_gated, once a
+site).
 Whatever the backend, the answer is that of `reference.py`.
 """
 

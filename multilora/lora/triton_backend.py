@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from multilora.kernels.triton_launch import Repeated, can_launch_early
+from multilora.kernels.triton_math import fast_silu
 from multilora.lora.base import Activation
 from multilora.lora.device_table import DeviceTable, upload
 from multilora.lora.sites import LoraSite
@@ -42,8 +44,6 @@ from multilora.lora.triton_steps import (
     splits_of,
 )
 from multilora.lora.tuning import BESIDE_ROWS, CSGMV, GRAPH_ROWS, TRITON, ExpandBlocks, Phase, ShrinkBlocks, Tuning
-from multilora.triton_launch import Repeated, can_launch_early
-from multilora.triton_math import fast_silu
 
 H_BYTES = 64 << 20
 """The fixed intermediate: room for 64 rows of stacked rank 9,000, in 28 splits."""

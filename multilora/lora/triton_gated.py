@@ -20,9 +20,9 @@ Every row of y must be in out, so the table lists all rows of the step. A tile h
 import triton
 import triton.language as tl
 
+from multilora.kernels.triton_math import silu_times
 from multilora.lora.triton_kernels import first_h, rows_sum, tile_after
 from multilora.lora.triton_panels import TILE_WORDS, load_block, load_entry, load_slice, load_tile
-from multilora.triton_math import silu_times
 
 _TILE_WORDS = tl.constexpr(TILE_WORDS)
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from multilora.batch import LoraSegment
+from multilora.kernels.triton_launch import Repeated
 from multilora.lora.sites import LoraSite
 from multilora.lora.tuning import FEW_ROWS, Phase
-from multilora.triton_launch import Repeated
 
 Segments = tuple[LoraSegment, ...]
 

@@ -18,15 +18,15 @@ from multilora.adapters.sources.spool import TENSOR_ROOT, Spool
 from multilora.config import LoraPath
 from multilora.engine.messages import AdapterInfo
 from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded, BadRequest, MultiloraError
+from multilora.front.adapter_spec import parse_composition, show
+from multilora.front.registry import AdapterRegistry
+from multilora.front.vocabulary import Vocabularies
 from multilora.server.bodies import LoadAdapterBody, UnloadAdapterBody, V1LoadAdapterBody, V1UnloadAdapterBody
 from multilora.server.client import Client
 from multilora.server.errors import StrictRoute, error_response
 from multilora.server.metrics import Metrics
 from multilora.server.streaming import Json
 from multilora.server.tensors import BoundedRoute, LoadTensorsBody, write_weights
-from multilora.text.choice import parse_composition, show
-from multilora.text.own_tokens import Vocabularies
-from multilora.text.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
 

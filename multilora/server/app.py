@@ -11,14 +11,14 @@ from fastapi import FastAPI
 import multilora
 from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
+from multilora.front.registry import AdapterRegistry
+from multilora.front.tokenizer import Tokenizer
+from multilora.front.vocabulary import Vocabularies
 from multilora.server import adapters, chat, completions, errors, native, openai, operations
 from multilora.server.auth import KeyCheck
 from multilora.server.client import Client
 from multilora.server.generation import Front
 from multilora.server.metrics import Metrics
-from multilora.text.own_tokens import Vocabularies
-from multilora.text.registry import AdapterRegistry
-from multilora.text.tokenizer import Tokenizer
 
 
 def create_app(

@@ -56,7 +56,7 @@ class GenerateBody(Body):
     text: str | Texts | None = None
     input_ids: TokenIds | Prompts | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any] | None] | None = None
-    lora_path: Any = None  # see text/choice.py
+    lora_path: Any = None  # see front/adapter_spec.py
     return_logprob: bool | list[bool] | None = None
     logprob_start_len: int | list[int] | None = None
     top_logprobs_num: int | list[int] | None = None
@@ -80,7 +80,7 @@ class LoadAdapterBody(Body):
     ignored: ClassVar[frozenset[str]] = frozenset({"rid", "http_worker_ipc", "lora_id"})
     unserved: ClassVar[frozenset[str]] = frozenset({"added_tokens_config"})
     lora_name: str
-    lora_path: str | list[Any]  # a list: a named composition, see text/choice.py
+    lora_path: str | list[Any]  # a list: a named composition, see front/adapter_spec.py
     pinned: bool | None = None
 
 
@@ -96,7 +96,7 @@ class V1LoadAdapterBody(Body):
 
     ignored: ClassVar[frozenset[str]] = frozenset({"base_model_name", "is_3d_lora_weight"})
     lora_name: str
-    lora_path: str | list[Any]  # a list: a named composition, see text/choice.py
+    lora_path: str | list[Any]  # a list: a named composition, see front/adapter_spec.py
     load_inplace: bool = False
     pinned: bool | None = None
 

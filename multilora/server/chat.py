@@ -10,7 +10,7 @@ from multilora.errors import BadRequest
 from multilora.server.errors import StrictRoute
 from multilora.server.generation import Flight, Front, Job, Sequence
 from multilora.server.openai import Reply, adapters_of, check_top_logprobs
-from multilora.server.openai_models import ChatBody
+from multilora.server.openai_bodies import ChatBody
 
 
 def router(front: Front) -> APIRouter:

@@ -7,12 +7,12 @@ from fastapi import APIRouter, Request, Response
 
 from multilora.engine.messages import TopLogprobs
 from multilora.errors import BadRequest
+from multilora.front.stream import Delta, TextStream
+from multilora.front.tokenizer import Tokenizer
 from multilora.server.errors import StrictRoute
 from multilora.server.generation import Flight, Front, Job, Sequence
 from multilora.server.openai import Reply, adapters_of, check_top_logprobs
-from multilora.server.openai_models import CompletionBody
-from multilora.text.stream import Delta, TextStream
-from multilora.text.tokenizer import Tokenizer
+from multilora.server.openai_bodies import CompletionBody
 
 DEFAULT_MAX_TOKENS = 16
 

@@ -20,17 +20,17 @@ import msgspec
 from multilora.config import Config
 from multilora.engine.messages import Output, Submit
 from multilora.errors import BadRequest, EngineDead, MultiloraError, QueueFull, from_wire
+from multilora.front.adapter_spec import BASE, Choice
+from multilora.front.prompt import check_prompt, engine_params
+from multilora.front.registry import AdapterRegistry, Held
+from multilora.front.stream import Delta, FinishReason, TextStream
+from multilora.front.vocabulary import Vocabularies, Vocabulary
 from multilora.params import SamplingParams
 from multilora.server.client import Client
 from multilora.server.metrics import Metrics
-from multilora.text.choice import BASE, Choice
-from multilora.text.own_tokens import Vocabularies, Vocabulary
-from multilora.text.prompt import check_prompt, engine_params
-from multilora.text.registry import AdapterRegistry, Held
-from multilora.text.stream import Delta, FinishReason, TextStream
 
 if TYPE_CHECKING:
-    from multilora.text.grammar import GrammarCompiler
+    from multilora.front.grammar import GrammarCompiler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ class Front:
 
     def _compile(self, sampling: SamplingParams) -> str | None:
         if self._grammars is None:
-            from multilora.text.grammar import GrammarCompiler  # heavy, and most servers never need it
+            from multilora.front.grammar import GrammarCompiler  # heavy, and most servers never need it
 
             ready = self.client.ready
             tokenizer = self.vocabularies.base.reader("a grammar")

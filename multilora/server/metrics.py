@@ -16,8 +16,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from multilora.engine.messages import AdapterStats, Stats
-from multilora.text.choice import Choice
-from multilora.text.registry import AdapterRegistry
+from multilora.front.adapter_spec import Choice
+from multilora.front.registry import AdapterRegistry
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)

@@ -11,13 +11,13 @@ from fastapi import APIRouter, Request, Response
 
 from multilora.engine.messages import TopLogprobs
 from multilora.errors import BadRequest
+from multilora.front.adapter_spec import parse_choices
+from multilora.front.tokenizer import Tokenizer
 from multilora.params import SamplingParams
 from multilora.server.bodies import GenerateBody
 from multilora.server.errors import StrictRoute
 from multilora.server.generation import Flight, Front, Job, Sequence
 from multilora.server.streaming import EventStream, Json, frame, while_connected
-from multilora.text.choice import parse_choices
-from multilora.text.tokenizer import Tokenizer
 
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
 

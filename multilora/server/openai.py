@@ -11,12 +11,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from multilora.errors import BadRequest, UnknownModel
+from multilora.front.adapter_spec import Choice, parse_choices
+from multilora.front.registry import AdapterRegistry
 from multilora.server.errors import StrictRoute
 from multilora.server.generation import Flight, Front, Job, Sequence
-from multilora.server.openai_models import OpenAIBody
+from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.streaming import EventStream, Json, frame, while_connected
-from multilora.text.choice import Choice, parse_choices
-from multilora.text.registry import AdapterRegistry
 
 MAX_TOP_LOGPROBS = 20
 

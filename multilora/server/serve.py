@@ -23,9 +23,9 @@ from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.errors import ConfigError, MultiloraError
+from multilora.front.registry import AdapterRegistry
+from multilora.front.tokenizer import Tokenizer
 from multilora.server.app import create_app
-from multilora.text.registry import AdapterRegistry
-from multilora.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class _Process:
         self._main: asyncio.Task[Any] | None = None
 
     async def run(self) -> int:
-        from multilora.engine.client import EngineClient
+        from multilora.engine.process.client import EngineClient
 
         self._main = asyncio.current_task()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes.models import make_adapter, make_tiny_model
 from safetensors.torch import load_file, save_file
 
 from multilora import LLM
 from multilora.adapter_tools.inspect import inspect
 from multilora.errors import ConfigError
-from multilora.testing import make_adapter, make_tiny_model
 
 PATTERNS = {
     "r": 4,

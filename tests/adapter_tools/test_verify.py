@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.models import make_adapter, make_tiny_model
+from fakes.tokenizers import byte_level_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -16,10 +18,8 @@ from multilora.adapter_tools.verify import _compare, _Prompt, verify
 from multilora.adapters.loading.loader import InlineLoader
 from multilora.engine.build import build_engine
 from multilora.errors import AdapterIncompatible, ConfigError
+from multilora.front.stream import FinishReason
 from multilora.llm import LLM, Generation
-from multilora.testing import make_adapter, make_tiny_model
-from multilora.text.stream import FinishReason
-from multilora.text.testing import byte_level_tokenizer
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": "all-linear", "r": 8},

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.models import make_adapter, make_tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from multilora.adapters.loading.loader import InlineLoader
 from multilora.adapters.peft.fields import HARMLESS, REFUSED, USED
 from multilora.engine.build import build_engine
 from multilora.errors import AdapterError, BadRequest, MultiloraError
-from multilora.testing import make_adapter, make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # Python's, of odd regular expressions
 

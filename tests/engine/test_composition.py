@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from clear_answers import clear_answer
+from fakes.engine_driver import Answer, EngineDriver
+from fakes.models import TINY_SIZES, make_adapter, make_tiny_model
 from peft import PeftModel
-
-from multilora.engine.driver import Answer, EngineDriver
-from multilora.testing import TINY_SIZES, make_adapter, make_tiny_model
 
 NEW_TOKENS = 12  # as the driver asks for
 CLOSE = 1e-4  # largest difference of a logprob

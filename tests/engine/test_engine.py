@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.engine_driver import Answer, EngineDriver
+from fakes.models import make_adapter, make_tiny_model
 from safetensors.torch import load_file, save_file
 
-from multilora.engine.driver import Answer, EngineDriver
 from multilora.engine.messages import FlushCache, Outputs, Submit, UnloadAdapter
-from multilora.engine.report import Report
-from multilora.engine.scheduler import Scheduler
+from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.engine.stats import Report
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterNotFound, AdapterNotLoaded
 from multilora.params import SamplingParams
-from multilora.testing import make_adapter, make_tiny_model
 
 PROMPT = [5, 17, 80, 33, 9, 61, 44, 3, 12, 90, 71, 28, 50, 6, 99, 41, 18, 77, 23, 65]
 EOS = 2

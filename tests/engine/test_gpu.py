@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 from exactness import SLACK, Judged, judge
+from fakes.engine_driver import Answer, EngineDriver
+from fakes.models import make_adapter, make_tiny_model
 
 from multilora.attention import make_attention
 from multilora.batch import ForwardBatch
-from multilora.engine.driver import Answer, EngineDriver
+from multilora.engine.execution.runner import Reach
 from multilora.engine.memory import measure_step
-from multilora.engine.runner import Reach
 from multilora.errors import OutOfMemory
-from multilora.testing import make_adapter, make_tiny_model
 
 DEVICE, DTYPE = os.environ.get("MULTILORA_TEST_DEVICE", "cuda"), "bfloat16"
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 from exactness import SLACK, ask_for_all, judge, told
+from fakes.engine_driver import EngineDriver
 from peft_rows import ROWS, Lab, Row
 from transformers import AutoModelForCausalLM
-
-from multilora.engine.driver import EngineDriver
 
 DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cuda")
 pytestmark = [

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.models import make_tiny_model
 
 from multilora.attention import make_attention
 from multilora.engine import memory
 from multilora.engine.memory import asking_for, graph_bytes, largest_step
 from multilora.errors import OutOfMemory
 from multilora.models.load import load_model
-from multilora.testing import make_tiny_model
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 100])

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from clear_answers import clear_answer
+from fakes.engine_driver import Answer, EngineDriver
+from fakes.models import FAMILIES, TINY_SIZES, make_adapter, make_tiny_model
 
-from multilora.engine.driver import Answer, EngineDriver
 from multilora.engine.messages import Stats
-from multilora.testing import FAMILIES, TINY_SIZES, make_adapter, make_tiny_model
 
 NEW_TOKENS = 12
 CLOSE = 1e-4  # largest difference of a logprob

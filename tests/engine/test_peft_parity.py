@@ -18,10 +18,10 @@ import pytest
 import torch
 from clear_answers import clear_answer
 from exactness import ask_for_all, told
+from fakes.engine_driver import Answer, EngineDriver
 from peft_rows import INVOCATION, MODELS, ROWS, Lab, Row
 from transformers import AutoModelForCausalLM
 
-from multilora.engine.driver import Answer, EngineDriver
 from multilora.errors import AdapterError
 
 NEW_TOKENS = 8

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from fakes.layer_context import BASE
 
 from multilora.layers.embedding import Embedding, LMHead
-from multilora.layers.testing import BASE
+from multilora.lora.full_weights import WholeModules
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 from multilora.lora.table import Piece, WholeWeights
-from multilora.lora.whole import WholeModules
 
 CPU = torch.device("cpu")
 SITE = LoraSite(0, MODEL_LEVEL, "lm_head", 4, (LoraSlice("lm_head", 0, 7),))

@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
+from fakes.layer_context import NoAttention
 
 from multilora.batch import LoraSegment
 from multilora.layers.context import ForwardContext
 from multilora.layers.linear import GateUp, Linear
-from multilora.layers.testing import NoAttention
 from multilora.lora.base import Activation
 from multilora.lora.sites import LoraSite, LoraSlice
 

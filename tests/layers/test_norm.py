@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from fakes.layer_context import BASE
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from multilora.layers.norm import RMSNorm
-from multilora.layers.testing import BASE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,11 +5,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from fakes.layer_context import BASE
+
 from multilora.layers import triton_ops as ops
 from multilora.layers.activation import SiluAndMul
 from multilora.layers.matmul import linear, logits
 from multilora.layers.norm import RMSNorm
-from multilora.layers.testing import BASE
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 CPU = torch.device("cpu")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.models import make_adapter, make_tiny_model
+from fakes.tokenizers import byte_level_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -29,8 +31,6 @@ from multilora.errors import (
     PromptTooLong,
     UnknownAdapter,
 )
-from multilora.testing import make_adapter, make_tiny_model
-from multilora.text.testing import byte_level_tokenizer
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 6}
 TEXT = "the cat and the dog, then the end."

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes.models import make_adapter, make_tiny_model
+from fakes.tokenizers import byte_level_tokenizer, with_added_tokens
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from multilora import LLM
 from multilora.errors import AdapterInvalid, BadRequest
-from multilora.testing import make_adapter, make_tiny_model
-from multilora.text.testing import byte_level_tokenizer, with_added_tokens
 
 BASE = byte_level_tokenizer()
 OWN = with_added_tokens(BASE, "<|call|>", eos="<|end|>")

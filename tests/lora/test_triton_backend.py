@@ -133,7 +133,7 @@ def test_sites_that_nobody_touches_are_not_launched(monkeypatch):
     for place in range(2):
         world.install(place)
     backend, launched = world.backend(), []
-    monkeypatch.setattr("multilora.triton_launch.launch", lambda kernel, *_, **__: launched.append(kernel))
+    monkeypatch.setattr("multilora.kernels.triton_launch.launch", lambda kernel, *_, **__: launched.append(kernel))
     x, y = torch.zeros(2, 96), torch.zeros(2, 112)
 
     def launches(segments):

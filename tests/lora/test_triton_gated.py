@@ -115,7 +115,7 @@ def test_what_is_launched(monkeypatch):
     for place in range(2):
         world.install(place)
     launched: list[object] = []
-    monkeypatch.setattr("multilora.triton_launch.launch", lambda kernel, *_, **__: launched.append(kernel))
+    monkeypatch.setattr("multilora.kernels.triton_launch.launch", lambda kernel, *_, **__: launched.append(kernel))
 
     def launches(segments, rows, backend):
         launched.clear()

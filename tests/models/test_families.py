@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.models import make_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from multilora.attention import make_attention
@@ -13,7 +14,6 @@ from multilora.batch import AttentionMeta
 from multilora.layers.context import ForwardContext
 from multilora.models.llama import LlamaForCausalLM
 from multilora.models.load import load_model
-from multilora.testing import make_tiny_model
 
 CPU = torch.device("cpu")
 PAGE = 4

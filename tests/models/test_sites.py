@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
+from fakes.models import make_tiny_model
 
 from multilora.layers.linear import Linear
 from multilora.lora.sites import MODEL_LEVEL, module_shapes, num_layers
 from multilora.models.load import load_model
-from multilora.testing import make_tiny_model
 
 
 def test_sites_of_a_model(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes.models import make_tiny_model
 from safetensors.torch import load_file, save_file
 
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.models.llama import LlamaForCausalLM
 from multilora.models.load import load_model
 from multilora.models.weights import destinations
-from multilora.testing import make_tiny_model
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 CPU = torch.device("cpu")

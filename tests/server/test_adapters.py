@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer, run
 
 from multilora.config import LoraPath
 from multilora.errors import AdapterInvalid, AdapterNotFound, AdapterStarvation
-from multilora.server.testing import LocalServer, run
-from multilora.testing import FakeEngineClient
 
 KEYS = ["rid", "http_worker_ipc", "success", "error_message", "loaded_adapters"]
 

@@ -1,10 +1,10 @@
 """API keys: who may do what."""
 
 import pytest
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer
 
 from multilora.server.auth import ADMIN_PATHS, OPEN_PATHS
-from multilora.server.testing import LocalServer
-from multilora.testing import FakeEngineClient
 
 USER, ADMIN = {"authorization": "Bearer user"}, {"authorization": "Bearer admin"}
 WRONG = [

@@ -1,10 +1,9 @@
 """POST /v1/completions: shapes, echo, logprobs, usage, streams."""
 
 import pytest
-
-from multilora.server.testing import LocalServer
-from multilora.testing import FakeEngineClient
-from multilora.text.testing import byte_level_tokenizer
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer
+from fakes.tokenizers import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 EOS = 1

@@ -3,10 +3,9 @@
 import asyncio
 
 import pytest
-
-from multilora.server.testing import LocalServer, run
-from multilora.testing import FakeEngineClient
-from multilora.text.testing import byte_level_tokenizer
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer, run
+from fakes.tokenizers import byte_level_tokenizer
 
 A = {"name": "a", "weight": 0.7}
 B = {"name": "b", "weight": -2}

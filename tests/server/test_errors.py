@@ -1,12 +1,12 @@
 """Errors as responses: every kind of broken body, and typed errors of every status."""
 
 import pytest
+from fakes.models import FakeEngineClient
+from fakes.server_app import Connection, LocalServer, run
 from fastapi import FastAPI
 
 from multilora import errors as typed
 from multilora.server.errors import error_body, install
-from multilora.server.testing import Connection, LocalServer, run
-from multilora.testing import FakeEngineClient
 
 BROKEN = {
     "nothing": (b"", "missing"),

@@ -3,14 +3,15 @@
 import asyncio
 
 import pytest
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer, run
+from fakes.tokenizers import byte_level_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from multilora.params import SamplingParams
-from multilora.server import bodies, openai_models
-from multilora.server.testing import LocalServer, run
-from multilora.testing import FakeEngineClient
-from multilora.text.testing import byte_level_tokenizer
+from multilora.server import bodies
+from multilora.server import openai_bodies as openai_models
 
 TOKENIZER = byte_level_tokenizer()
 

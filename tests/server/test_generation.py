@@ -3,10 +3,10 @@
 import asyncio
 
 import pytest
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer, run
 
 from multilora.errors import CannotFit, QueueFull
-from multilora.server.testing import LocalServer, run
-from multilora.testing import FakeEngineClient
 
 HUNG = {"input_ids": [5], "lora_path": "a", "rid": "r", "sampling_params": {"max_new_tokens": 200}}
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes.engine_driver import EngineDriver
+from fakes.models import make_adapter, make_tiny_model
+from fakes.server_app import LocalServer
 
 from multilora.config import Config
-from multilora.engine.client import EngineClient
-from multilora.engine.driver import EngineDriver
-from multilora.server.testing import LocalServer
-from multilora.testing import make_adapter, make_tiny_model
+from multilora.engine.process.client import EngineClient
 
 PROMPT = list(range(10, 43))
 LONG = {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True}

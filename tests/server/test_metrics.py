@@ -3,11 +3,11 @@
 import asyncio
 
 import msgspec
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer, run
 from prometheus_client.parser import text_string_to_metric_families
 
 from multilora.engine.messages import AdapterStats
-from multilora.server.testing import LocalServer, run
-from multilora.testing import FakeEngineClient
 
 
 def server(**config):

@@ -1,11 +1,11 @@
 """POST /generate: one and many, adapters per item, logprobs, streams, and what it refuses."""
 
 import pytest
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer
+from fakes.tokenizers import byte_level_tokenizer
 
 from multilora.engine.messages import Submit
-from multilora.server.testing import LocalServer
-from multilora.testing import FakeEngineClient
-from multilora.text.testing import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 EOS = 1

@@ -1,10 +1,9 @@
 """What the OpenAI routes share: which adapter answers, model lists, defaults, rids."""
 
 import pytest
-
-from multilora.server.testing import LocalServer
-from multilora.testing import FakeEngineClient
-from multilora.text.testing import byte_level_tokenizer
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer
+from fakes.tokenizers import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 
@@ -97,7 +96,7 @@ def test_models():
 
 
 def test_a_bare_path_is_a_name_with_slashes():
-    from multilora.server.testing import run
+    from fakes.server_app import run
 
     s = server()
     run(s.app.state.adapters.load("/p/x", "/p/x"))

@@ -3,16 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer, run
+from fakes.tokenizers import byte_level_tokenizer, with_added_tokens
 
 from multilora.config import LoraPath
 from multilora.errors import BadRequest
+from multilora.front.vocabulary import Vocabularies
 from multilora.params import SamplingParams
 from multilora.server.generation import Front, Job
 from multilora.server.metrics import Metrics
-from multilora.server.testing import LocalServer, run
-from multilora.testing import FakeEngineClient
-from multilora.text.own_tokens import Vocabularies
-from multilora.text.testing import byte_level_tokenizer, with_added_tokens
 
 BASE = byte_level_tokenizer()
 OWN = with_added_tokens(BASE, "<|call|>", eos="<|end|>")

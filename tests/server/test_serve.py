@@ -13,13 +13,13 @@ import threading
 import time
 
 import pytest
+from fakes.models import FakeEngineClient
 
 from multilora import demo
 from multilora.config import Config
-from multilora.engine import client as engine_client
+from multilora.engine.process import client as engine_client
 from multilora.errors import AdapterNotFound, ConfigError, ModelUnsupported
 from multilora.server import serve as module
-from multilora.testing import FakeEngineClient
 
 SECONDS = 20
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes.models import make_adapter, make_tiny_model
+from fakes.server_app import Answer, LocalServer
 
 from multilora.config import Config
-from multilora.engine.client import EngineClient
 from multilora.engine.messages import Submit
+from multilora.engine.process.client import EngineClient
 from multilora.params import SamplingParams
-from multilora.server.testing import Answer, LocalServer
-from multilora.testing import make_adapter, make_tiny_model
 
 DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cuda")
 pytestmark = [

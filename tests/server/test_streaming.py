@@ -4,11 +4,11 @@ import asyncio
 import json
 
 import pytest
+from fakes.server_app import Connection, run
 from starlette.requests import ClientDisconnect
 
 from multilora.errors import CannotFit
 from multilora.server.streaming import EventStream, Json, frame, while_connected
-from multilora.server.testing import Connection, run
 
 
 async def connected():

@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer, run
 from safetensors.torch import save
 
 from multilora.errors import AdapterInvalid
 from multilora.server import tensors
-from multilora.server.testing import LocalServer, run
-from multilora.testing import FakeEngineClient
 
 ROUTE = "/load_lora_adapter_from_tensors"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from multilora.engine.driver import Answer, EngineDriver
+from fakes.engine_driver import Answer, EngineDriver
 
 SLACK = 1.25  # of two equally good ways to round, one may err by so much more than the other
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import peft
 import torch
+from fakes.models import TINY_SIZES, make_adapter, make_tiny_model, train_randomly
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-from multilora.testing import TINY_SIZES, make_adapter, make_tiny_model, train_randomly
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -26,7 +25,7 @@ SEVEN = ATTENTION + MLP
 INVOCATION = [17, 23, 5]
 ADDED = (101, 103, 102)
 
-# name → family of `multilora.testing`, changes of its sizes
+# name → family of `fakes.models`, changes of its sizes
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama", {}),
     "Llama, tied": ("llama", {"tie_word_embeddings": True}),

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 import torch
 
-from multilora.adapters.crew import spare_cores
 from multilora.adapters.device.copier import runs
 from multilora.adapters.host.mapping import populate
+from multilora.adapters.thread_pool import spare_cores
 
 CORES = 14
 SLOTS = 3  # one is filled while another is copied

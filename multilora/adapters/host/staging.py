@@ -22,7 +22,7 @@ import torch
 
 from multilora.adapters.host.cache import HostEntry
 from multilora.adapters.host.mapping import own_memory
-from multilora.adapters.host.page_files import anonymous_file, populate
+from multilora.adapters.host.shared_buffers import anonymous_file, populate
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,14 @@ import msgspec
 import torch
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
-from multilora.adapters.crew import ALONE, Crew
 from multilora.adapters.packing.blocks import Blocks, PackTarget, WriteStrips, pack
-from multilora.adapters.packing.strips import write_strips
+from multilora.adapters.packing.pack_jobs import write_strips
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.checkpoint import read_adapter
 from multilora.adapters.peft.safetensors_file import MAX_HEADER_BYTES
 from multilora.adapters.sources import resolve
 from multilora.adapters.sources.files import find_files
+from multilora.adapters.thread_pool import ALONE, Crew
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
 from multilora.lora.panels import AdapterShape
 

@@ -21,11 +21,11 @@ import msgspec
 import numpy as np
 import torch
 
-from multilora.adapters.crew import Slab
 from multilora.adapters.host.first_fit import FirstFit
 from multilora.adapters.host.mapping import lies_in_memory
-from multilora.adapters.host.page_files import PagePlace, populate
-from multilora.adapters.packing.strips import Run, Strip, write_strip, write_strips
+from multilora.adapters.host.shared_buffers import PagePlace, populate
+from multilora.adapters.packing.pack_jobs import Run, Strip, write_strip, write_strips
+from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
 
 logger = logging.getLogger(__name__)

@@ -22,16 +22,16 @@ from functools import partial
 import msgspec
 import torch
 
-from multilora.adapters.crew import Crew, spare_cores
 from multilora.adapters.host.mapping import map_file
-from multilora.adapters.host.page_files import PagePlace, PagePlaces
+from multilora.adapters.host.shared_buffers import PagePlace, PagePlaces
 from multilora.adapters.host.staging import Staging
-from multilora.adapters.loading.life import Life, Starts
+from multilora.adapters.loading.child_process import Life, Starts
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, fetch
 from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, Start, failed, receive, send
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
-from multilora.adapters.packing.strips import Strip
+from multilora.adapters.packing.pack_jobs import Strip
+from multilora.adapters.thread_pool import Crew, spare_cores
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from multilora.adapters.adapter import Adapter, Full, LowRank, Rows, Vector, VectorKind
-from multilora.adapters.packing.strips import Run, Strip, runs_of, write_strips
+from multilora.adapters.packing.pack_jobs import Run, Strip, runs_of, write_strips
 from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.panels import (
     RANK_GRANULE,

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from multilora.adapters.adapter import Adapter, AdapterLimits, Block, LowRank, Vector, VectorKind
-from multilora.adapters.crew import ALONE, Crew
+from multilora.adapters.peft import checkpoint_full_weights as full_weights
 from multilora.adapters.peft import checkpoint_lora as lora
-from multilora.adapters.peft import checkpoint_whole as whole
 from multilora.adapters.peft.base_model import TABLES, BaseModel
 from multilora.adapters.peft.config import PeftConfig, parse_config
 from multilora.adapters.peft.contents import open_tensors, sort_tensors
 from multilora.adapters.sources.files import find_files, fingerprint, read_json_object, show
+from multilora.adapters.thread_pool import ALONE, Crew
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 
 __all__ = ["fingerprint", "read_adapter"]
@@ -35,13 +35,13 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, crew: 
     with contextlib.ExitStack() as stack:
         contents = sort_tensors(open_tensors(files, stack, crew), config, base)
         with_lora = lora.check(contents)
-        others = whole.plan(contents)
+        others = full_weights.plan(contents)
         _check_rank((lora.rank_of(module, contents) for module in with_lora), limits)
         _check_modules({module.place.module for module in with_lora} | others.modules, base, limits)
         merged = {m.place.module: m for m in with_lora if contents.resized and m.place.module in TABLES}
         blocks = [b for m in with_lora if m.place.module not in merged for b in lora.read(m, contents)]
         deltas = {table: lora.table_delta(module, contents) for table, module in merged.items()}
-        blocks += whole.read(others, contents, deltas)
+        blocks += full_weights.read(others, contents, deltas)
     _check_modules({block.module for block in blocks}, base, limits)
     _check_activated(blocks, config)
     if fingerprint(directory) != mark:

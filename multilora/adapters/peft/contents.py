@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from multilora.adapters.crew import ALONE, Crew
 from multilora.adapters.peft.base_model import EMBED, HEAD, PARENTS, TABLES, BaseModel, Place
 from multilora.adapters.peft.config import PeftConfig
 from multilora.adapters.peft.safetensors_file import SafetensorsFile, TensorInfo
 from multilora.adapters.peft.tensor_names import OF_ONE_ADAPTER, Part, parse
 from multilora.adapters.sources.files import INDEX_NAME, AdapterFiles, show
+from multilora.adapters.thread_pool import ALONE, Crew
 from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid
 
 TABLE_PARTS = (Part.WEIGHT, Part.SAVED_WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)

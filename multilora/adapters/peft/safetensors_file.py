@@ -19,8 +19,8 @@ from typing import Any, TypeGuard
 
 import torch
 
-from multilora.adapters.crew import ALONE, Crew, Slab
 from multilora.adapters.sources.files import open_regular, parse_json_object, show
+from multilora.adapters.thread_pool import ALONE, Crew, Slab
 from multilora.errors import AdapterInvalid, AdapterUnsupported
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound

@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
+from fakes.tiers import PAGE_BYTES, FakeFile, FakeTiers
 
 from multilora.adapters.composition.components import Components
-from multilora.adapters.testing import PAGE_BYTES, FakeFile, FakeTiers
 from multilora.adapters.versions.store import Want
 from multilora.errors import CannotFit
 from multilora.memory.page_table import KVPages

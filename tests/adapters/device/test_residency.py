@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.tiers import PAGE_BYTES, TARGET, FakeTiers
 
 from multilora.adapters.device.residency import Residency, Room
 from multilora.adapters.host.cache import HostEntry
-from multilora.adapters.testing import PAGE_BYTES, TARGET, FakeTiers
 from multilora.lora.panels import AdapterShape
 from multilora.memory.page_pool import PageKind
 

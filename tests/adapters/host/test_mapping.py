@@ -9,7 +9,7 @@ import torch
 
 from multilora.adapters.host import mapping
 from multilora.adapters.host.mapping import map_file, own_memory, populate
-from multilora.adapters.host.page_files import PagePlaces
+from multilora.adapters.host.shared_buffers import PagePlaces
 
 SIZE = 8 * mmap.PAGESIZE
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.tiers import BASE, PAGE_BYTES, TARGET, write_adapter
 from safetensors.torch import load_file, save_file
 
 from multilora.adapters.adapter import AdapterLimits
@@ -19,7 +20,6 @@ from multilora.adapters.host.cache import HostEntry
 from multilora.adapters.host.staging import Staging
 from multilora.adapters.loading.loader import FetchContext, FetchJob, allocate_private, fetch
 from multilora.adapters.loading.process import ProcessLoader
-from multilora.adapters.testing import BASE, PAGE_BYTES, TARGET, write_adapter
 
 CONTEXT = FetchContext(BASE, TARGET, AdapterLimits())
 STAGING = 64 * PAGE_BYTES

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from fakes.tiers import BASE, PAGE_BYTES, SITE, TARGET, write_adapter
 from safetensors.torch import load_file, save_file
 
 from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.loading.loader import FetchContext, FetchJob, InlineLoader, allocate_private, fetch
-from multilora.adapters.testing import BASE, PAGE_BYTES, SITE, TARGET, write_adapter
 from multilora.errors import AdapterError
 
 CONTEXT = FetchContext(BASE, TARGET, AdapterLimits())

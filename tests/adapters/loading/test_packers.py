@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from multilora.adapters.adapter import Adapter, LowRank
-from multilora.adapters.host.page_files import PagePlaces
+from multilora.adapters.host.shared_buffers import PagePlaces
 from multilora.adapters.loading import packers as module
 from multilora.adapters.loading.packers import Packers, Region, read_cached
 from multilora.adapters.packing.blocks import Blocks, PackTarget, pack
-from multilora.adapters.packing.strips import Strip
+from multilora.adapters.packing.pack_jobs import Strip
 from multilora.errors import AdapterInvalid
 from multilora.lora.sites import LoraSite, LoraSlice
 

@@ -18,15 +18,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from fakes.tiers import BASE, PAGE_BYTES, TARGET, write_adapter
 from safetensors.torch import load_file, save_file
 
 from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.host.staging import Staging
-from multilora.adapters.loading import life
+from multilora.adapters.loading import child_process as life
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, allocate_private, fetch
 from multilora.adapters.loading.process import ProcessLoader
 from multilora.adapters.packing.blocks import PackTarget
-from multilora.adapters.testing import BASE, PAGE_BYTES, TARGET, write_adapter
 from multilora.lora.sites import LoraSite, LoraSlice
 
 CONTEXT = FetchContext(BASE, TARGET, AdapterLimits())

@@ -7,14 +7,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from fakes.tiers import BASE, PAGE_BYTES, TARGET
 
 from multilora.adapters.adapter import AdapterLimits
-from multilora.adapters.host.page_files import PagePlaces
+from multilora.adapters.host.shared_buffers import PagePlaces
 from multilora.adapters.loading import process as module
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob
 from multilora.adapters.loading.messages import Message, receive
 from multilora.adapters.loading.packers import Packers
-from multilora.adapters.testing import BASE, PAGE_BYTES, TARGET
 
 CONTEXT = FetchContext(BASE, TARGET, AdapterLimits())
 STAGING = 64 * PAGE_BYTES

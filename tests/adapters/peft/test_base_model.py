@@ -4,11 +4,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from fakes.models import FAMILIES, make_tiny_model
 
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.models.load import read_config
 from multilora.models.sites import decoder_sites
-from multilora.testing import FAMILIES, make_tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes.models import make_tiny_model
 from safetensors.torch import load_file, save_file
 
 from multilora.adapters.peft.base_weights import ROWS, differing_rows
 from multilora.errors import AdapterError
-from multilora.testing import make_tiny_model
 
 EMBED = ("model.embed_tokens.weight",)
 HEAD = ("lm_head.weight", *EMBED)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.models import make_adapter, make_tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,6 @@ from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.checkpoint import fingerprint, read_adapter
 from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.sites import LoraSite, LoraSlice
-from multilora.testing import make_adapter, make_tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

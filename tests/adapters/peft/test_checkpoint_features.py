@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.models import make_adapter
 from peft_rows import INVOCATION, ROWS, TIED, Lab, Row, renamed
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,7 +18,6 @@ from multilora.adapters.peft.checkpoint import read_adapter
 from multilora.errors import AdapterError, AdapterIncompatible
 from multilora.models.load import read_config
 from multilora.models.sites import decoder_sites
-from multilora.testing import make_adapter
 
 SERVED = [row for row in ROWS if row.refused is None]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

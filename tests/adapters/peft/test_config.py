@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.models import make_tiny_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper, _set_trainable, get_pattern_key
 
@@ -16,7 +17,6 @@ from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.config import parse_config
 from multilora.adapters.peft.match import pattern_key
 from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
-from multilora.testing import make_tiny_model
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 PATH = Path("adapter_config.json")

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from multilora.adapters.crew import Crew, Slab
 from multilora.adapters.peft.safetensors_file import SLAB_BYTES, SafetensorsFile
+from multilora.adapters.thread_pool import Crew, Slab
 from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
+from fakes.tiers import PAGE_BYTES, FakeFile, FakeTiers
 
-from multilora.adapters.testing import PAGE_BYTES, FakeFile, FakeTiers
 from multilora.adapters.versions.store import Want
 from multilora.errors import ConfigError
 

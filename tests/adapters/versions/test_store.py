@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
+from fakes.tiers import FakeFile, FakeTiers
 
-from multilora.adapters.testing import FakeFile, FakeTiers
 from multilora.adapters.versions.store import Loaded, Lost, Want
 from multilora.errors import (
     AdapterError,

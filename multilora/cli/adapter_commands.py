@@ -1,0 +1,51 @@
+"""Runs `multilora adapters …`: arguments in, text or JSON on stdout, exit code out. Called by `__main__`."""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from multilora.adapter_tools import render
+from multilora.adapter_tools.inspect import inspect
+from multilora.adapter_tools.verify import verify
+from multilora.cli.adapters import AdapterArgs
+from multilora.errors import AdapterError
+
+
+def run(args: AdapterArgs) -> int:
+    """0: served, or the same as PEFT; 1: not, and it says why. Raises ConfigError and ModelUnsupported."""
+    return _inspect(args) if args.command == "inspect" else _verify(args)
+
+
+def _inspect(args: AdapterArgs) -> int:
+    report = inspect(args.path, args.model_path, dtype=args.dtype or "auto", page_size=args.page_size)
+    _write(dataclasses.asdict(report) if args.json else render.inspection(report))
+    return 0 if report.ok else 1
+
+
+def _verify(args: AdapterArgs) -> int:
+    assert args.model_path is not None
+    try:
+        verdict = verify(
+            args.path,
+            args.model_path,
+            prompts=args.prompts,
+            dtype=args.dtype or "float32",
+            device=args.device,
+            tolerance=args.tolerance,
+        )
+    except AdapterError as e:
+        error = {"kind": e.kind, "message": e.message}
+        _write({"ok": False, "path": args.path, "error": error} if args.json else render.refusal(args.path, error))
+        return 1
+    if args.json:
+        facts = {"ok": verdict.ok, "base_ok": verdict.base_ok, "difference": verdict.difference}
+        _write(facts | dataclasses.asdict(verdict))
+    else:
+        _write(render.verification(verdict))
+    return 0 if verdict.ok else 1
+
+
+def _write(what: str | dict[str, Any]) -> None:
+    text = what if isinstance(what, str) else json.dumps(what, indent=2)
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,154 @@
+"""The command line: arguments in, `Config` out. The flags of `serve` are made from the options that it declares.
+
+Owns flags, `--help`, and which of SGLang's flags are let pass with a warning (`cli_compat.py`). Starts nothing;
+called by `__main__.py`.
+"""
+
+import argparse
+import difflib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from multilora import __version__, logs
+from multilora.cli import adapters as cli_adapters
+from multilora.cli.adapters import AdapterArgs
+from multilora.cli.compat import ALWAYS_ON, IGNORED, REFUSED
+from multilora.config import Config, LoraPath
+from multilora.errors import ConfigError
+from multilora.options import Option, options_of
+
+__all__ = ["AdapterArgs", "ServeArgs", "flags", "parse"]
+
+logger = logging.getLogger(__name__)
+
+_IGNORED = "ignored flags"  # where the parsed namespace notes them; no option's name has a space
+
+
+@dataclass(frozen=True)
+class ServeArgs:
+    """`multilora serve`: the options given, as typed, and the flags of SGLang's that were let pass."""
+
+    options: dict[str, Any]
+    ignored: tuple[str, ...]
+
+    @property
+    def log_level(self) -> str:
+        """The level to log with while the options are still being checked."""
+        level = self.options.get("log_level")
+        return level if level in logs.LEVELS else "info"
+
+    def config(self) -> Config:
+        """Check and convert; warns of what was ignored. Raises ConfigError."""
+        for flag in self.ignored:
+            logger.warning("%s has no effect here and is ignored", flag)
+        return Config.make(**self.options)
+
+
+def parse(argv: Sequence[str]) -> ServeArgs | AdapterArgs:
+    """Raises ConfigError on what it does not understand, SystemExit(0) after `--help` and `--version`."""
+    namespace, unknown = _parser().parse_known_args(argv)
+    options = vars(namespace)
+    if "command" in options:  # one of `adapters`
+        if unknown:
+            raise ConfigError(f"unknown argument {unknown[0]!r}; see multilora adapters {options['command']} --help")
+        return cli_adapters.parsed(namespace)
+    if unknown:
+        raise ConfigError(_unknown(unknown[0]))
+    return ServeArgs(ignored=tuple(dict.fromkeys(options.pop(_IGNORED, ()))), options=options)
+
+
+def flags() -> list[str]:
+    """Every flag that has an effect, aliases included."""
+    return [flag for opt in options_of(Config) for flag in (opt.flag, *opt.aliases)]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains by ConfigError, so that there is one place that writes errors and chooses the exit code."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+class _Ignore(argparse.Action):
+    """A flag of SGLang's that this server does not need: noted, its values dropped."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        if flag not in ALWAYS_ON:
+            setattr(namespace, _IGNORED, [*getattr(namespace, _IGNORED, ()), flag])
+
+
+class _Refuse(argparse.Action):
+    """A flag of SGLang's that must not be ignored."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        raise ConfigError(f"{flag}: {REFUSED[str(flag)]}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="multilora", description="Serve any number of LoRA adapters over one base model.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"multilora {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a base model and its adapters over HTTP (`multilora serve --help` lists the flags)",
+        description="Serve a base model and its adapters over HTTP. Without flags: the bundled demo model.",
+        epilog="Sizes: 512M and 8GiB are powers of 1024, 8GB of 1000. "
+        "Flags of SGLang that are not listed are ignored with a warning.",
+        usage="multilora serve [FLAGS]",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=_wide,
+    )
+    cli_adapters.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
+    groups: dict[str, Any] = {}
+    for opt in options_of(Config):
+        group = groups.get(opt.group) or groups.setdefault(opt.group, serve.add_argument_group(opt.group))
+        group.add_argument(opt.flag, *opt.aliases, dest=opt.name, help=_help(opt), **_kind(opt))
+    _add_sglang_flags(serve)
+    return parser
+
+
+def _wide(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=34, width=110)
+
+
+def _add_sglang_flags(serve: argparse.ArgumentParser) -> None:
+    for flag, nargs in IGNORED.items():
+        serve.add_argument(flag, action=_Ignore, nargs=nargs, help=argparse.SUPPRESS)
+    for flag in REFUSED:
+        serve.add_argument(flag, action=_Refuse, help=argparse.SUPPRESS)
+    for flag in ALWAYS_ON:
+        serve.add_argument(flag, action=_Ignore, nargs=0, help=argparse.SUPPRESS)
+
+
+def _kind(opt: Option) -> dict[str, Any]:
+    """What argparse needs to know about the value; what it means is checked by Config."""
+    if opt.type is bool:
+        return {"action": argparse.BooleanOptionalAction if opt.default else "store_true"}
+    if opt.choices:
+        return {"type": opt.type, "metavar": f"{{{','.join(map(str, opt.choices))}}}"}
+    if opt.many:
+        return {"action": "extend", "nargs": "*" if opt.type is LoraPath else "+", "metavar": opt.metavar}
+    if opt.size:
+        return {"metavar": "SIZE"}
+    metavar = {int: "N", float: "X"}.get(opt.type) or opt.name.rpartition("_")[2].upper()
+    return {"type": opt.type, "metavar": opt.metavar or metavar}
+
+
+def _help(opt: Option) -> str:
+    text = opt.help.replace("%", "%%")
+    if opt.default is None or opt.default == () or opt.type is bool:
+        return text
+    return f"{text} (default: {opt.default})"
+
+
+def _unknown(argument: str) -> str:
+    flag = argument.partition("=")[0]
+    if not flag.startswith("-"):
+        return f"unexpected argument {argument!r}"
+    near = difflib.get_close_matches(flag, [*flags(), *IGNORED], n=1)
+    return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see multilora serve --help")

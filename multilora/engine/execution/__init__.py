@@ -1,0 +1,1 @@
+"""From a plan to tensors, through the model, to sampled tokens."""

@@ -1,0 +1,242 @@
+"""The front's handle on an engine process: asyncio on this side, ZeroMQ in between.
+
+Starts the process, sends messages, hands each request's Outputs to its own queue, and notices when the process dies:
+then every waiting request and call ends with EngineDead. All methods belong to one event loop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from typing import Self
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from multilora.config import Config
+from multilora.engine.messages import (
+    Abort,
+    AdapterInfo,
+    Failed,
+    Finish,
+    Finished,
+    FlushCache,
+    FromEngine,
+    LoadAdapter,
+    Output,
+    Outputs,
+    Ready,
+    Reply,
+    Shutdown,
+    Stats,
+    Submit,
+    ToEngine,
+    UnloadAdapter,
+    UseTokenizer,
+    decode_from_engine,
+    encode,
+)
+from multilora.errors import EngineDead, from_wire
+from multilora.private_directory import PrivateDirectory, remove_orphans
+
+logger = logging.getLogger(__name__)
+
+
+class EngineClient:
+    """Made by `start`. `ready`: as the engine said at its start; `stats`: the latest."""
+
+    ready: Ready
+    stats: Stats
+
+    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, directory: PrivateDirectory):
+        self._process = process
+        self._socket = socket
+        self._directory = directory
+        self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._calls: dict[int, asyncio.Future[Reply]] = {}
+        self._last_call = 0
+        self._dead: str | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(cls, config: Config) -> Self:
+        """Start the engine process and wait until it is ready. Raises the typed error it failed with."""
+        remove_orphans()
+        directory = PrivateDirectory("engine")
+        address = f"ipc://{directory.path / 'socket'}"
+        socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        socket.set(zmq.LINGER, 0)
+        socket.bind(address)
+        command = [sys.executable, "-m", "multilora.engine.process.worker", address, str(os.getpid())]
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
+        client = cls(process, socket, directory)
+        try:
+            await socket.send(msgspec.msgpack.encode(config))
+            await client._wait_until_ready()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            client._close()
+            raise
+        client._tasks = [asyncio.create_task(client._receive()), asyncio.create_task(client._watch())]
+        return client
+
+    async def _wait_until_ready(self) -> None:
+        ended = asyncio.create_task(self._process.wait())
+        answer = asyncio.ensure_future(self._socket.recv())
+        await asyncio.wait({ended, answer}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            answer.cancel()
+            raise EngineDead(f"the engine process ended with code {ended.result()} before it was ready; see its log")
+        ended.cancel()
+        match decode_from_engine(answer.result()):
+            case Ready() as ready:
+                self.ready, self.stats = ready, ready.stats
+            case Failed(kind, message):
+                raise from_wire(kind, message)
+            case other:
+                raise AssertionError(f"not a start: {other}")
+
+    # ------------------------------------------------------------------ requests
+
+    @property
+    def alive(self) -> bool:
+        return self._dead is None
+
+    def submit(self, message: Submit) -> "asyncio.Queue[Output]":
+        """Send a request; its rid is never used again. Outputs come on the queue; the last one has `finished`."""
+        queue: asyncio.Queue[Output] = asyncio.Queue()
+        if self._dead is not None:
+            queue.put_nowait(self._dead_output(message.rid))
+        else:
+            self._queues[message.rid] = queue
+            self._send(message)
+        return queue
+
+    def abort(self, rid: str, message: str = "aborted") -> None:
+        """The request's last Output will say `abort`; an unknown or finished one is left alone."""
+        if rid in self._queues:
+            self._send(Abort(rid, message))
+
+    def finish(self, rid: str) -> None:
+        """A stop string matched: nothing more is wanted, no Output follows."""
+        if self._queues.pop(rid, None) is not None:
+            self._send(Finish(rid))
+
+    def use_tokenizer(self, info: str) -> None:
+        """What grammars are bound to: xgrammar's serialized TokenizerInfo."""
+        self._send(UseTokenizer(info))
+
+    # ------------------------------------------------------------------ calls
+
+    async def load_adapter(self, version: int, path: str, pinned: bool) -> AdapterInfo:
+        """Raises the typed errors of `multilora.errors`; nothing has changed then."""
+        call = self._next_call()
+        reply = await self._call(call, LoadAdapter(call=call, version=version, path=path, pinned=pinned))
+        assert reply.info is not None
+        return reply.info
+
+    async def unload_adapter(self, version: int) -> None:
+        call = self._next_call()
+        await self._call(call, UnloadAdapter(call, version))
+
+    async def flush_cache(self) -> None:
+        call = self._next_call()
+        await self._call(call, FlushCache(call))
+
+    async def shutdown(self, timeout: float = 60.0) -> None:
+        """Let the engine finish what runs, for at most `timeout` seconds, and end it."""
+        if self._dead is None:
+            self._send(Shutdown())
+        try:
+            await asyncio.wait_for(self._process.wait(), timeout)
+        except TimeoutError:
+            logger.warning("the engine did not end within %.0f s; killing it", timeout)
+            self._process.kill()
+            await self._process.wait()
+        self._die("the server has shut down")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._close()
+
+    def _next_call(self) -> int:
+        self._last_call += 1
+        return self._last_call
+
+    async def _call(self, call: int, message: ToEngine) -> Reply:
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+        future = asyncio.get_running_loop().create_future()
+        self._calls[call] = future
+        self._send(message)
+        reply = await future
+        if not reply.ok:
+            raise from_wire(reply.kind, reply.message)
+        return reply
+
+    # ------------------------------------------------------------------ the socket
+
+    def _send(self, message: ToEngine) -> None:
+        if self._dead is None:
+            self._socket.send(encode(message))
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                self._take(decode_from_engine(await self._socket.recv()))
+        except Exception:  # nobody would hear the engine any more
+            logger.exception("the engine's messages cannot be read; ending it")
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()  # `_watch` tells everybody
+
+    def _take(self, message: FromEngine) -> None:
+        match message:
+            case Outputs(items):
+                for output in items:
+                    self._deliver(output)
+            case Reply() as reply:
+                future = self._calls.pop(reply.call, None)
+                if future is not None and not future.done():
+                    future.set_result(reply)
+            case Stats() as stats:
+                self.stats = stats
+            case other:
+                raise AssertionError(f"not expected now: {other}")
+
+    def _deliver(self, output: Output) -> None:
+        queue = self._queues.get(output.rid)
+        if queue is not None:  # else the front has finished it
+            queue.put_nowait(output)
+            if output.finished is not None:
+                del self._queues[output.rid]
+
+    # ------------------------------------------------------------------ its end
+
+    async def _watch(self) -> None:
+        code = await self._process.wait()
+        await asyncio.sleep(0.05)  # what it said last may still be on its way
+        logger.error("the engine process ended with code %s", code)
+        self._die(f"the engine process ended with code {code}; restart the server")
+
+    def _die(self, reason: str) -> None:
+        if self._dead is not None:
+            return
+        self._dead = reason
+        for rid, queue in self._queues.items():
+            queue.put_nowait(self._dead_output(rid))
+        self._queues.clear()
+        for future in self._calls.values():
+            if not future.done():
+                future.set_result(Reply(call=0, ok=False, kind="EngineDead", message=reason))
+        self._calls.clear()
+
+    def _dead_output(self, rid: str) -> Output:
+        return Output(rid=rid, finished=Finished(type="error", kind="EngineDead", message=self._dead or ""))
+
+    def _close(self) -> None:
+        self._socket.close()
+        self._directory.close()

@@ -1,0 +1,141 @@
+"""The engine's process: messages from a ZeroMQ socket into the engine, its answers back.
+
+Run by `client.py` as `python -m multilora.engine.process.worker ADDRESS PARENT`; the first message on the socket is
+the Config. It ends when told to (after finishing what runs), when its parent, process PARENT, is gone, or when a step
+fails: the front then answers every waiting request with an error.
+"""
+
+import gc
+import logging
+import os
+import signal
+import sys
+from time import monotonic
+from typing import NoReturn
+
+import msgspec
+import torch
+import zmq
+
+from multilora import logs
+from multilora.config import Config
+from multilora.engine.build import build_engine
+from multilora.engine.engine import Engine
+from multilora.engine.messages import Failed, FromEngine, Shutdown, decode_to_engine, encode
+from multilora.errors import MultiloraError
+
+logger = logging.getLogger(__name__)
+
+STATS_SECONDS = 1.0
+PARENT_CHECK_MS = 1000
+BUSY_CHECK_MS = 10
+COPY_CHECK_MS = 1
+
+
+class Worker:
+    """The loop around one engine."""
+
+    def __init__(self, engine: Engine, socket: zmq.Socket, parent: int):
+        self._engine = engine
+        self._socket = socket
+        self._draining = False
+        self._stats_at = 0.0
+        self._changed = False  # since the statistics were told
+        self._parent = parent
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        loader = engine.adapters.loader.fileno() if engine.adapters else None
+        if loader is not None:
+            self._poller.register(loader, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Until drained, or the parent is gone."""
+        gc.collect()
+        gc.freeze()  # what is there now stays; looking through all of it takes 10 ms and more
+        self._send(self._engine.ready())
+        while not (self._draining and not self._engine.busy) and os.getppid() == self._parent:
+            self._receive()
+            for message in self._engine.step():
+                self._send(message)
+            self._tell_stats()
+
+    def _receive(self) -> None:
+        """Take in what has come; wait for something when there is nothing to run."""
+        if not self._engine.running:
+            if not self._engine.busy:
+                self._idle()
+            wait_ms = COPY_CHECK_MS if self._engine.copying else BUSY_CHECK_MS
+            self._poller.poll(wait_ms if self._engine.busy else PARENT_CHECK_MS)
+        while True:
+            try:
+                message = decode_to_engine(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            if isinstance(message, Shutdown):
+                self._draining = True
+            else:
+                self._engine.handle(message)
+                self._changed = True
+
+    def _idle(self) -> None:
+        """Nothing to do: check the books, say how it ended."""
+        if self._changed:
+            self._changed = False
+            self._engine.check()
+            self._send(self._engine.report.stats())
+            self._stats_at = 0.0
+
+    def _tell_stats(self) -> None:
+        now = monotonic()
+        if self._engine.busy and now - self._stats_at >= STATS_SECONDS:
+            self._stats_at = now
+            self._send(self._engine.report.stats())
+
+    def _send(self, message: FromEngine) -> None:
+        self._socket.send(encode(message))
+
+
+def main(address: str, parent: int) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the front decides when we stop
+        signal.signal(number, signal.SIG_IGN)
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.connect(address)
+    while not socket.poll(PARENT_CHECK_MS):
+        if os.getppid() != parent:
+            return 1
+    config = msgspec.msgpack.decode(socket.recv(), type=Config)
+    logs.setup(config.log_level, role="engine")
+    _divide_cores()
+    try:
+        engine = build_engine(config)
+    except MultiloraError as e:
+        socket.send(encode(Failed(e.kind, e.message)))
+        context.destroy(linger=2000)
+        return 1
+    try:
+        Worker(engine, socket, parent).run()
+    except Exception:
+        logger.exception("a step failed; the engine ends")
+        _give_up(context)
+    engine.close()
+    context.destroy(linger=2000)
+    return 0
+
+
+def _give_up(context: zmq.Context) -> NoReturn:
+    """End here, and free nothing: after a CUDA error whatever lets go of memory of the device's, a thread that ends
+    as well as an interpreter, aborts the process. The loader ends when it sees that we have."""
+    context.destroy(linger=2000)
+    logging.shutdown()
+    os._exit(1)
+
+
+def _divide_cores() -> None:
+    """On CPU the engine computes on all cores but leaves one to the front where there are more than two."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    torch.set_num_threads(cores - 1 if cores > 2 else cores)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -1,0 +1,142 @@
+"""Which waiting requests start in a step. Owns no queue and no memory: it looks, and has adapters brought in.
+
+- In the policy's order; but nobody overtakes a request that came more than `MAX_WAIT` seconds before it.
+- Within that bound, and among the first `LOOK_AT`, a request whose adapter is there goes before one whose adapter is
+  not. No adapter leaves while one of these requests will ask for it, until the oldest has waited `MAX_WAIT`.
+- Where adapters have to take turns, requests of the same adapter follow each other.
+- A prompt step costs much whatever its number of tokens. So when other adapters are a moment away, those that are
+  ready wait for them, if all together lose less by it than by a second step (DESIGN §4).
+
+Called by the scheduler, once a plan.
+"""
+
+import bisect
+from collections.abc import Callable, Sequence
+
+from multilora.adapters.composition.components import Components
+from multilora.adapters.versions.store import Want
+from multilora.engine.plan import Chunk
+from multilora.engine.scheduling.policy import Policy
+from multilora.engine.scheduling.request import Request, State
+from multilora.engine.scheduling.step_cost import StepCost
+
+MAX_WAIT = 5.0  # seconds
+LOOK_AT = 512  # requests in one plan: with thousands waiting, even looking at them counts
+BRING_IN = 32  # the first so many have their adapters brought in before there is room to run them
+
+
+class Admission:
+    """want: asks for a request's adapters, urgently or not. matched: pages of a request that the prefix cache has."""
+
+    def __init__(
+        self,
+        order: Policy,
+        components: Components,
+        cost: StepCost,
+        *,
+        want: Callable[[Request, bool], Want],
+        matched: Callable[[Request], int],
+        max_wait: float,
+        clock: Callable[[], float],
+    ):
+        self._order = order
+        self._components = components
+        self._cost = cost
+        self._want = want
+        self._matched = matched
+        self._max_wait = max_wait
+        self._clock = clock
+        self._holding_since: float | None = None
+
+    def choose(self, waiting: Sequence[Request], planned: Sequence[Chunk], slots: int, budget: int) -> list[Request]:
+        """Requests to start now, in order; all are ready. waiting: by arrival; planned: what the step holds already;
+        slots, budget: requests and tokens that it can still take."""
+        full = slots <= 0 or budget <= 0
+        window = self._window(waiting)
+        self._await(window)
+        ready: list[Request] = []
+        coming: list[Request] = []
+        blocked: Request | None = None
+        for i, request in enumerate(window[:BRING_IN] if full else self._order(window, self._matched)):
+            if blocked is None and i >= BRING_IN and len(ready) >= slots:
+                break
+            if request.in_flight:  # preempted while its token was being sampled: wait for that
+                continue
+            if self._components.ready(request.versions):
+                ready.append(request)
+            elif blocked is None and (i < BRING_IN or len(ready) < slots):
+                found = self._want(request, request is waiting[0] and self._aged(request))
+                blocked = request if found is Want.BLOCKED else None
+                (ready if found is Want.READY else coming).append(request)
+        if full:
+            return []
+        if blocked is not None and not ready and not planned and blocked.state is State.WAITING:
+            self._want(blocked, True)  # nothing will make room but this
+        if blocked is not None:
+            ready = _grouped(ready)
+        return [] if self._holds(ready[:slots], coming, planned, slots, budget) else ready[:slots]
+
+    def _window(self, waiting: Sequence[Request]) -> Sequence[Request]:
+        """Those that may start."""
+        latest = waiting[0].arrival + self._max_wait
+        end = bisect.bisect_right(waiting, latest, key=lambda r: r.arrival)
+        return waiting[: min(end, LOOK_AT)]
+
+    def _await(self, window: Sequence[Request]) -> None:
+        """Their adapters stay for them, if possible. Those of others may leave: they could not start anyway."""
+        for request in window:
+            if not request.awaits:
+                request.awaits = True
+                self._components.enqueue(request.versions)
+
+    def _aged(self, request: Request) -> bool:
+        return self._clock() - request.arrival > self._max_wait
+
+    def _holds(
+        self, ready: list[Request], coming: list[Request], planned: Sequence[Chunk], slots: int, budget: int
+    ) -> bool:
+        """Whether those that are ready should wait for others: never longer than a second step would take."""
+        if not ready or not coming or any(not c.decodes for c in planned):
+            self._holding_since = None
+            return False
+        now = self._clock()
+        begun = now if self._holding_since is None else self._holding_since
+        arrivals = self._arrivals(coming, slots - len(ready), budget - sum(r.remaining for r in ready))
+        meanwhile = self._cost.decode if planned else 0.0
+        holds = now - begun < self._cost.fixed and self._gain(len(ready), arrivals, meanwhile) > 0
+        self._holding_since = begun if holds else None
+        return holds
+
+    def _arrivals(self, coming: list[Request], slots: int, budget: int) -> list[tuple[float, int]]:
+        """(seconds until it is ready, prompt tokens) of those that could join the same step, soonest first."""
+        soon = [(s, r.remaining) for r in coming if (s := self._components.seconds_left(r.versions)) is not None]
+        fitting = []
+        for seconds, tokens in sorted(soon)[: max(0, slots)]:
+            budget -= tokens
+            if budget < 0:
+                break
+            fitting.append((seconds, tokens))
+        return fitting
+
+    def _gain(self, ready: int, arrivals: list[tuple[float, int]], meanwhile: float) -> float:
+        """Seconds that all requests together win at best, if the step waits for the first few arrivals.
+
+        If it does not, those arrivals sit through the fixed cost of a step that runs without them, instead of what is
+        left of the wait. If it does, those that are ready lose the wait and the time of the others' prompts.
+        meanwhile: what a step without prompts takes, if there is one to run: waiting ends with it at the earliest.
+        """
+        best, tokens = 0.0, 0
+        for count, (seconds, more) in enumerate(arrivals, start=1):
+            tokens += more
+            wait = max(seconds, meanwhile)
+            lost = ready * (wait + self._cost.per_token * tokens)
+            best = max(best, count * (self._cost.fixed - wait) - lost)
+        return best
+
+
+def _grouped(requests: list[Request]) -> list[Request]:
+    """Those of one adapter follow its first, so that it is done with soon."""
+    first: dict[object, int] = {}
+    for i, request in enumerate(requests):
+        first.setdefault(request.adapters or request, i)
+    return sorted(requests, key=lambda r: first[r.adapters or r])

@@ -1,0 +1,87 @@
+"""Token ids to text, a few at a time.
+
+What comes out joins to `tokenizer.decode` of all ids: text is held back while it ends in U+FFFD, since that may be
+the beginning of a character. (One exception, where decode destroys text: a run of byte-fallback tokens that ends
+broken keeps the valid characters it began with.)
+
+Prefix-offset method: a token's text depends on the one before it (leading spaces, joined bytes), so the pending
+tokens are decoded behind the last ones already out, and what those give alone is cut off. Called by `stream.py`.
+"""
+
+from collections.abc import Iterable
+
+from multilora.front.tokenizer import Tokenizer
+
+_BROKEN = "\ufffd"
+_MAX_PENDING = 16  # tokens; a character in the making has at most 3
+
+
+class Detokenizer:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ):
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._spaces = spaces_between_special_tokens
+        self._prefix: list[int] = []  # the last tokens that are out entirely
+        self._prefix_text = ""  # what they decode to, alone
+        self._pending: list[int] = []  # tokens after them
+        self._sent = 0  # characters of the pending tokens' text that are out
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The text that these tokens complete."""
+        return "".join([self._push_one(token) for token in token_ids if token not in self._skip])
+
+    def finish(self) -> str:
+        """What is still held back: nothing more will come."""
+        if not self._pending:
+            return ""
+        rest = self._pending_text()[self._sent :]
+        self._advance(len(self._pending), sent=0)
+        return rest
+
+    def _push_one(self, token: int) -> str:
+        self._pending.append(token)
+        text = self._pending_text()
+        stable = len(text.rstrip(_BROKEN))
+        new = text[self._sent : stable]
+        if text and stable == len(text):
+            self._advance(len(self._pending), sent=0)
+            return new
+        self._sent = max(self._sent, stable)
+        if len(self._pending) >= _MAX_PENDING:
+            new += self._shorten(text)
+        return new
+
+    def _pending_text(self) -> str:
+        text = self._decode(self._prefix + self._pending)
+        if text.startswith(self._prefix_text):
+            return text[len(self._prefix_text) :]
+        return self._decode(self._pending)  # a byte run that was valid so far has broken
+
+    def _shorten(self, text: str) -> str:
+        """Put out what can no longer change of a long broken `text`, and keep few tokens pending.
+
+        Cut where decoding both sides apart gives the same as together: no character goes over such a place.
+        """
+        if not text:  # ids that the tokenizer does not know
+            del self._pending[_MAX_PENDING // 2 :]
+            return ""
+        whole = self._decode(self._pending)
+        for cut in range(len(self._pending) - 1, 0, -1):
+            after = self._decode(self._pending[cut:])
+            if self._decode(self._pending[:cut]) + after == whole:
+                end = len(text) - len(after)
+                new = text[self._sent : end]
+                self._advance(cut, sent=max(0, self._sent - end))
+                return new
+        return ""
+
+    def _advance(self, count: int, *, sent: int) -> None:
+        """The first `count` pending tokens are out, and `sent` characters of the rest."""
+        self._prefix, self._pending = self._pending[:count], self._pending[count:]
+        self._prefix_text = self._decode(self._prefix)
+        self._sent = sent
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=self._spaces)

@@ -1,0 +1,79 @@
+"""Grammars for constrained decoding, compiled at the door so that a bad one is the client's error.
+
+Owns the compiler and a cache of its results, as the JSON that travels to the engine. May be called from a worker
+thread: a large schema over a large vocabulary takes seconds. Called by the server and by `LLM`.
+"""
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import xgrammar
+
+from multilora.errors import BadRequest
+from multilora.front.tokenizer import Tokenizer
+from multilora.params import SamplingParams
+
+ANY_JSON = "$$ANY$$"  # as json_schema: any JSON value
+_CACHE_ENTRIES = 64
+_SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # in the compiler's own messages
+
+
+class GrammarCompiler:
+    """vocab_size: of the model's logits; eos_token_ids: what may end a constrained answer (None: the tokenizer's)."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int] | None = None):
+        if not eos_token_ids:
+            eos_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._info = xgrammar.TokenizerInfo.from_huggingface(
+            tokenizer.hf, vocab_size=vocab_size, stop_token_ids=list(eos_token_ids) or None
+        )
+        self._compiler = xgrammar.GrammarCompiler(self._info, max_threads=2, cache_enabled=False)
+        self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()  # (field, source) → compiled, oldest first
+        self._lock = threading.Lock()
+
+    def tokenizer_info_json(self) -> str:
+        """What `xgrammar.TokenizerInfo.deserialize_json` takes, for the engine."""
+        text: str = self._info.serialize_json()
+        return text
+
+    def compile(self, params: SamplingParams) -> str | None:
+        """The request's grammar as `Submit.grammar` wants it; None if it has none. Raises BadRequest."""
+        for field in ("json_schema", "regex", "ebnf"):
+            source = getattr(params, field)
+            if source is not None:
+                return self._cached(field, source)
+        return None
+
+    def _cached(self, field: str, source: str) -> str:
+        key = (field, source)
+        with self._lock:
+            compiled = self._cache.get(key)
+            if compiled is not None:
+                self._cache.move_to_end(key)
+                return compiled
+        compiled = self._compile(field, source)
+        with self._lock:
+            self._cache[key] = compiled
+            if len(self._cache) > _CACHE_ENTRIES:
+                self._cache.popitem(last=False)
+        return compiled
+
+    def _compile(self, field: str, source: str) -> str:
+        try:
+            if field == "regex":
+                grammar = self._compiler.compile_regex(source)
+            elif field == "ebnf":
+                grammar = self._compiler.compile_grammar(source)
+            elif source == ANY_JSON:
+                grammar = self._compiler.compile_builtin_json_grammar()
+            else:
+                json.loads(source)  # its errors say where
+                grammar = self._compiler.compile_json_schema(source)
+        except (RuntimeError, ValueError, TypeError) as e:  # RecursionError is a RuntimeError
+            reason = _SOURCE_PLACE.sub("", str(e)).strip()
+            raise BadRequest(f"sampling_params.{field} is not a usable grammar: {reason}", param=field) from e
+        text: str = grammar.serialize_json()
+        return text

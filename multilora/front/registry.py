@@ -1,0 +1,319 @@
+"""Adapter names and their versions: the single writer.
+
+A name points to at most one *current* version; a reload makes a new one, and requests in flight stay on theirs. A
+named composition is an entry too, without weights of its own: its parts are resolved anew for every request.
+Owns names, states and the count of requests per version. Knows nothing of weights, memory or the engine, and is used
+from one thread only. Called by the server's adapter routes, by every request (acquire, release) and by `LLM`.
+
+    begin_load → LOADING ─ commit_load → LOADED ─ begin_unload → UNLOADING ─ finish_unload → gone
+                                  compose ─┘
+                    └─ fail_load → gone      └─ commit_load of its successor → REPLACED ─ finish_unload → gone
+"""
+
+import enum
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from multilora.engine.messages import AdapterInfo
+from multilora.errors import (
+    AdapterAlreadyLoaded,
+    AdapterError,
+    AdapterNotLoaded,
+    AdapterUnloading,
+    BadRequest,
+    LoraNotEnabled,
+    UnknownAdapter,
+    UnknownModel,
+)
+from multilora.front.adapter_spec import BASE, Choice, show
+from multilora.params import Composition
+
+MAX_NAME = 256  # characters
+
+
+class State(enum.Enum):
+    LOADING = "loading"
+    LOADED = "loaded"
+    UNLOADING = "unloading"
+    REPLACED = "replaced"
+
+
+@dataclass
+class Entry:
+    """One version of one adapter, or a named composition. `active`: requests that hold it."""
+
+    name: str
+    path: str
+    version: int
+    pinned: bool
+    state: State = State.LOADING
+    info: AdapterInfo | None = None  # once loaded
+    parts: Choice = ()  # of a composition: plain adapters, by name
+    active: int = 0
+    idle_callbacks: list[Callable[[], None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one request runs on until it is released. `composition` is the engine's word for it."""
+
+    composition: Composition = ()
+    entries: tuple[Entry, ...] = ()
+
+
+class AdapterRegistry:
+    """`max_loaded`: how many different adapters one request may name; None: any number."""
+
+    def __init__(self, model_name: str, enabled: bool, max_loaded: int | None = None):
+        self.model_name = model_name
+        self.enabled = enabled
+        self.max_loaded = max_loaded
+        self._versions: dict[int, Entry] = {}  # every version that is not gone
+        self._current: dict[str, Entry] = {}  # LOADED or UNLOADING, in load order
+        self._loading: dict[str, Entry] = {}
+        self._next_version = 1
+
+    # loading
+
+    def check_name(self, name: str, path: str) -> None:
+        """Raise BadRequest unless `name` can be an adapter's. Only a bare path (name == path) may contain "/"."""
+        if not 1 <= len(name) <= MAX_NAME:
+            raise BadRequest(f"an adapter name has 1 to {MAX_NAME} characters, not {len(name)}", param="lora_name")
+        if ":" in name:
+            raise BadRequest(f"adapter name {name!r}: must not contain ':'", param="lora_name")
+        if "/" in name and name != path:
+            raise BadRequest(f"adapter name {name!r}: must not contain '/'", param="lora_name")
+        if name == self.model_name:
+            raise BadRequest(f"adapter name {name!r}: is the name of the base model", param="lora_name")
+
+    def begin_load(self, name: str, path: str, pinned: bool = False, *, replace: bool = False) -> int:
+        """A new version of `name`, invisible until commit_load. With `replace` the name may be loaded already."""
+        entry = self._new_entry(name, path, pinned, replace)
+        self._loading[name] = entry
+        return entry.version
+
+    def compose(self, name: str, parts: Choice, *, replace: bool = False) -> int | None:
+        """`name` is a composition of loaded adapters from now on. Returns what it replaced, as commit_load does."""
+        self._check_enabled(name)
+        self.check_request([parts])
+        for part, _ in parts:
+            entry = self._current_part(part)
+            if entry.parts:
+                raise BadRequest(f"adapter {part!r} is a composition itself: name its parts", param="lora_path")
+            if part == name:
+                raise BadRequest(f"composition {name!r}: is one of its own parts", param="lora_path")
+            self._check_alone(entry, _is_sum(parts))
+        self._check_unused(name)
+        entry = self._new_entry(name, show(parts), False, replace)
+        entry.parts = parts
+        return self._make_current(entry)
+
+    def commit_load(self, version: int, info: AdapterInfo) -> int | None:
+        """Requests get this version from now on. Returns the version it replaced, if any: the caller unloads that
+        one when it is idle and then calls finish_unload."""
+        entry = self._versions[version]
+        assert entry.state is State.LOADING
+        del self._loading[entry.name]
+        entry.info = info
+        return self._make_current(entry)
+
+    def fail_load(self, version: int) -> None:
+        """The load failed: as if it had never begun."""
+        entry = self._versions[version]
+        assert entry.state is State.LOADING
+        del self._versions[version], self._loading[entry.name]
+
+    # unloading
+
+    def begin_unload(self, name: str) -> int:
+        """New requests for `name` are refused from now on; those that hold it finish."""
+        current = self._current.get(name)
+        if current is None:
+            raise AdapterNotLoaded(f"adapter {name!r} does not exist", param="lora_name")
+        if current.state is State.UNLOADING:
+            raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_name")
+        if name in self._loading:
+            raise AdapterError(f"adapter {name!r} is being replaced; unload it when that is done", param="lora_name")
+        self._check_unused(name)
+        current.state = State.UNLOADING
+        return current.version
+
+    def finish_unload(self, version: int) -> None:
+        """The engine has forgotten the version; its name, if it was the current one, is free again."""
+        entry = self._versions[version]
+        assert entry.state in (State.UNLOADING, State.REPLACED)
+        assert entry.active == 0
+        del self._versions[version]
+        if entry.state is State.UNLOADING:
+            del self._current[entry.name]
+
+    # requests
+
+    def acquire(self, choice: Choice) -> Held:
+        """What a new request for `choice` runs on, counted until `release`."""
+        names = [self._current_part(name) for name, _ in choice]
+        parts = self._expand(choice)
+        entries = [self._current_part(name) for name, _ in parts]
+        for entry in entries:
+            self._check_alone(entry, _is_sum(parts))
+        composition = [(e.version, weight) for e, (_, weight) in zip(entries, parts, strict=True) if weight]
+        held = Held(tuple(composition), tuple({e.version: e for e in (*names, *entries)}.values()))
+        for entry in held.entries:
+            entry.active += 1
+        return held
+
+    def release(self, held: Held) -> None:
+        for entry in held.entries:
+            assert entry.active > 0
+            entry.active -= 1
+            if entry.active == 0:
+                callbacks, entry.idle_callbacks = entry.idle_callbacks, []
+                for callback in callbacks:
+                    callback()
+
+    def is_composition(self, version: int) -> bool:
+        """It has no weights of its own: the engine does not know it."""
+        return bool(self._versions[version].parts)
+
+    def active(self, version: int) -> int:
+        return self._versions[version].active
+
+    def when_idle(self, version: int, callback: Callable[[], None]) -> None:
+        """Call `callback` once when no request holds the version any more: at once if none does."""
+        entry = self._versions[version]
+        if entry.active == 0:
+            callback()
+        else:
+            entry.idle_callbacks.append(callback)
+
+    def check_request(self, choices: Iterable[Choice]) -> None:
+        """Raise BadRequest if one request names more different adapters than `max_loaded`."""
+        unique = {name for choice in choices for name, _ in self._expand(choice)}
+        if self.max_loaded is not None and len(unique) > self.max_loaded:
+            raise BadRequest(
+                f"the request names {len(unique)} adapters; --max-loaded-loras is {self.max_loaded}",
+                param="lora_path",
+            )
+
+    def sole_version(self, choice: Choice) -> int | None:
+        """Of the one adapter that acts, just as it is; None: the base model, a sum, or an adapter not loaded."""
+        parts = self._expand(choice)
+        entry = self._current.get(parts[0][0]) if parts and not _is_sum(parts) else None
+        return None if entry is None else entry.version
+
+    def resolve_model(self, model: str, lora_path: Choice = BASE) -> Choice:
+        """What an OpenAI request means: by `model` ("base", "base:", "base:adapter", "adapter") and the body's
+        `lora_path`. Raises UnknownModel, UnknownAdapter, LoraNotEnabled, BadRequest."""
+        name = self._resolve_name(model)
+        by_model: Choice = BASE if name is None else ((name, 1.0),)
+        if not lora_path:
+            return by_model
+        for part, _ in lora_path:
+            self._find(part)
+        if by_model not in (BASE, lora_path):
+            raise BadRequest(
+                f"model {model!r} and lora_path {show(lora_path)!r} name different adapters", param="lora_path"
+            )
+        return lora_path
+
+    def _resolve_name(self, model: str) -> str | None:
+        if model == self.model_name:
+            return None
+        if model in self._current:
+            return model
+        base, colon, adapter = model.partition(":")
+        if not colon or base != self.model_name:
+            known = f"the base model is {self.model_name!r}"
+            raise UnknownModel(
+                f"model {model!r} does not exist: {known}, and no adapter has that name", param="model"
+            )
+        if not adapter:
+            return None
+        self._find(adapter, param="model")
+        return adapter
+
+    def _new_entry(self, name: str, path: str, pinned: bool, replace: bool) -> Entry:
+        self._check_enabled()
+        self.check_name(name, path)
+        if name in self._loading:
+            raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded or being loaded")
+        current = self._current.get(name)
+        if current is not None and current.state is State.UNLOADING:
+            raise AdapterUnloading(f"adapter {name!r} is being unloaded")
+        if current is not None and not replace:
+            raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded; unload it first")
+        entry = Entry(name, path, self._next_version, pinned)
+        self._next_version += 1
+        self._versions[entry.version] = entry
+        return entry
+
+    def _make_current(self, entry: Entry) -> int | None:
+        replaced = self._current.get(entry.name)
+        if replaced is not None:
+            replaced.state = State.REPLACED
+        entry.state = State.LOADED
+        self._current[entry.name] = entry
+        return replaced.version if replaced else None
+
+    def _expand(self, choice: Choice) -> Choice:
+        """The name of a composition, alone and of weight 1, stands for its parts."""
+        entries = [self._current.get(name) for name, _ in choice]
+        for entry in entries:
+            if entry is not None and entry.parts:
+                if len(choice) == 1 and choice[0][1] == 1.0:
+                    return entry.parts
+                raise BadRequest(f"adapter {entry.name!r} is a composition itself: name its parts", param="lora_path")
+        return choice
+
+    def _current_part(self, name: str) -> Entry:
+        """The entry of `name`, which takes requests."""
+        entry = self._find(name)
+        if entry.state is State.UNLOADING:
+            raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_path")
+        return entry
+
+    @staticmethod
+    def _check_alone(entry: Entry, composed: bool) -> None:
+        if composed and entry.info is not None and entry.info.alone:
+            raise BadRequest(f"adapter {entry.name!r} cannot be composed: {entry.info.alone}", param="lora_path")
+
+    def _check_unused(self, name: str) -> None:
+        users = [e.name for e in self.entries() if name in dict(e.parts)]
+        if users:
+            raise AdapterError(
+                f"adapter {name!r} is part of composition {', '.join(map(repr, users))}: unload that first",
+                param="lora_name",
+            )
+
+    def _find(self, name: str, *, param: str = "lora_path") -> Entry:
+        """The current entry of `name`, perhaps being unloaded."""
+        self._check_enabled(name)
+        entry = self._current.get(name)
+        if entry is None:
+            raise UnknownAdapter(f"adapter {name!r} has never been loaded, or was unloaded", param=param)
+        return entry
+
+    def _check_enabled(self, name: str | None = None) -> None:
+        if not self.enabled:
+            wanted = f" (adapter {name!r} was asked for)" if name is not None else ""
+            raise LoraNotEnabled(f"LoRA is not enabled{wanted}: start with --enable-lora", param="lora_path")
+
+    # listing
+
+    def loaded(self) -> dict[str, str]:
+        """Name → path of the adapters that take requests, in load order."""
+        return {e.name: e.path for e in self.entries()}
+
+    def entries(self) -> list[Entry]:
+        """The adapters that take requests, in load order."""
+        return [e for e in self._current.values() if e.state is State.LOADED]
+
+    def name_of(self, version: int | None) -> str | None:
+        """The name of a version that is not gone yet; None for base and for versions that are gone."""
+        entry = None if version is None else self._versions.get(version)
+        return entry.name if entry else None
+
+
+def _is_sum(choice: Choice) -> bool:
+    """More than one adapter, just as it is."""
+    return len(choice) > 1 or any(weight != 1.0 for _, weight in choice)

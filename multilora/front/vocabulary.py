@@ -1,0 +1,192 @@
+"""What the token ids of a request mean: the base model's tokens, or those of an adapter that brings its own.
+
+An adapter that trains token embeddings may have been trained with added tokens. The tokenizer that lies beside its
+weights, where it has other tokens than the base model's, then reads and writes the text of its requests; its head may
+have more or fewer rows. Such vocabularies are found when an adapter is loaded, kept by version, and dropped with it.
+Plain adapters are never looked at. Called by the server and by `LLM`.
+"""
+
+import logging
+import os
+import tempfile
+import threading
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from multilora.adapters.sources import resolve
+from multilora.adapters.sources.files import open_regular
+from multilora.engine.messages import AdapterInfo, Ready
+from multilora.errors import AdapterError, AdapterInvalid, BadRequest, ConfigError
+from multilora.front.adapter_spec import Choice
+from multilora.front.registry import AdapterRegistry
+from multilora.front.tokenizer import Tokenizer
+from multilora.params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+TOKENS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these makes a tokenizer
+BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+MAX_BYTES = 64 << 20  # of one file; the largest in use, of 260,000 tokens, has 33 MB
+TRIAL = "a B 1.\n日本"
+NO_TOKENIZER = (
+    "the adapter has another vocabulary than the base model and came without a tokenizer: send input_ids, "
+    "or save the tokenizer beside the adapter and load it again"
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """tokenizer: None: ids only; size: of the logits; own: its ids are not, or not all, the base model's tokens;
+    ends: ids that end an answer besides the base model's; no_text: why text is refused, empty: it is not."""
+
+    tokenizer: Tokenizer | None
+    size: int
+    own: bool = False
+    ends: tuple[int, ...] = ()
+    no_text: str = ""
+
+    def reader(self, what: str, param: str | None = None) -> Tokenizer:
+        """For ids to text. Raises BadRequest if there is none for `what`."""
+        if self.tokenizer is None:
+            raise BadRequest(f"{what} needs a tokenizer, and --skip-tokenizer-init is set", param=param)
+        return self.tokenizer
+
+    def writer(self, what: str, param: str | None = None) -> Tokenizer:
+        """For text to ids. Raises BadRequest if there is none for `what`."""
+        tokenizer = self.reader(what, param)
+        if self.no_text:
+            raise BadRequest(f"{what}: {self.no_text}", param=param)
+        return tokenizer
+
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Raises BadRequest for a grammar over other tokens than the base model's."""
+        field = next((f for f in ("json_schema", "regex", "ebnf") if getattr(params, f) is not None), None)
+        if self.own and field is not None:
+            what = "not for an adapter with tokens of its own: grammars know the base model's tokens only"
+            raise BadRequest(f"sampling_params.{field}: {what}", param=field)
+
+
+class Vocabularies:
+    """Of the base model and of the loaded adapters. tokenizer: the base model's; roots: --lora-root."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, ready: Ready, registry: AdapterRegistry, roots: tuple[str, ...] = ()
+    ):
+        self.base = Vocabulary(tokenizer, ready.vocab_size)
+        self._eos_token_ids = ready.eos_token_ids
+        self._registry = registry
+        self._roots = roots
+        self._own: dict[int, Vocabulary] = {}
+        self._tokenizers: WeakValueDictionary[bytes, Tokenizer] = WeakValueDictionary()  # by what is in their files
+        self._loading = threading.Lock()
+
+    def of(self, choice: Choice) -> Vocabulary:
+        """A composition has the base model's, and what is not loaded too: it will be refused elsewhere."""
+        version = self._registry.sole_version(choice)
+        return self.base if version is None else self._own.get(version, self.base)
+
+    def encode(
+        self, prompt: str | list[int], choice: Choice, param: str | None = None
+    ) -> tuple[list[int], Vocabulary | None]:
+        """Text to ids, and whose tokens they are; ids are left as they are. Raises BadRequest."""
+        if not isinstance(prompt, str):
+            return prompt, None
+        vocabulary = self.of(choice)
+        return vocabulary.writer("text", param).encode(prompt), vocabulary
+
+    def concerns(self, info: AdapterInfo) -> bool:
+        """Whether `add` has something to look at."""
+        return info.trains_tokens or self._size(info) != self.base.size
+
+    def add(self, info: AdapterInfo, path: str | None) -> None:
+        """Look for the tokenizer of an adapter that has just been loaded from `path`; None: it came without files.
+
+        May download, and read for a second: not for an event loop's thread. Raises AdapterError; nothing has changed
+        then.
+        """
+        base, size = self.base.tokenizer, self._size(info)
+        files = {} if base is None or path is None else read_files(path, self._roots)
+        if base is None or not files:
+            if size != self.base.size:
+                self._own[info.version] = Vocabulary(base, size, own=True, no_text=NO_TOKENIZER)
+            return
+        own = self._tokenizer(files, base)
+        if own is not base:
+            self._own[info.version] = Vocabulary(own, size, own=True, ends=self._ends(own, size))
+            logger.info("%s has a tokenizer of its own: %d tokens, %d rows", path, own.vocab_size, size)
+        elif size != self.base.size:
+            self._own[info.version] = Vocabulary(base, size)
+
+    def remove(self, version: int) -> None:
+        """Requests that run keep theirs. Nothing happens if the version has none."""
+        self._own.pop(version, None)
+
+    def _tokenizer(self, files: dict[str, bytes], base: Tokenizer) -> Tokenizer:
+        """The base model's if it has the same tokens. Adapters with equal files share one: it may have 100 MB."""
+        digest = sha256(repr(sorted((name, sha256(data).digest()) for name, data in files.items())).encode()).digest()
+        with self._loading:
+            tokenizer = self._tokenizers.get(digest)
+            if tokenizer is None:
+                tokenizer = load_tokenizer(files)
+                if tokenizer.hf.get_vocab() == base.hf.get_vocab():
+                    tokenizer = base
+                elif base.hf.chat_template:
+                    tokenizer.hf.chat_template = base.hf.chat_template
+                self._tokenizers[digest] = tokenizer
+            return tokenizer
+
+    def _size(self, info: AdapterInfo) -> int:
+        return self.base.size if info.vocab_size is None else info.vocab_size
+
+    def _ends(self, own: Tokenizer, size: int) -> tuple[int, ...]:
+        eos = own.eos_token_id
+        return () if eos is None or eos >= size or eos in self._eos_token_ids else (eos,)
+
+
+def read_files(path: str, roots: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """The files of the tokenizer beside the adapter at `path`, a directory or hub repository; empty: there is none.
+
+    Raises AdapterError.
+    """
+    names = (*TOKENS, *BESIDE)
+    directory = resolve(path, roots, extra=names)
+    found = [name for name in names if (directory / name).exists()]
+    return {name: _read(directory / name) for name in found} if set(found) & set(TOKENS) else {}
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise AdapterInvalid(f"{path.name}: {size} bytes, at most {MAX_BYTES} are read")
+        return file.read()
+
+
+def load_tokenizer(files: dict[str, bytes]) -> Tokenizer:
+    """From a directory of their own, so that nothing else is looked at.
+
+    Raises AdapterInvalid; AdapterError if the disk refuses."""
+    with tempfile.TemporaryDirectory(prefix="multilora-tokenizer-") as directory:
+        try:
+            for name, data in files.items():
+                (Path(directory) / name).write_bytes(data)
+        except OSError as e:
+            raise AdapterError(f"the tokenizer of the adapter could not be kept: {e.strerror}") from e
+        try:
+            tokenizer = Tokenizer.load(directory)
+            tokenizer.decode(tokenizer.encode(TRIAL))  # some mistakes show only then
+            return tokenizer
+        except BaseException as e:  # over a broken file libraries raise whatever comes; a panic is no Exception
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
+            reason = e.message if isinstance(e, ConfigError) else f"{type(e).__name__}: {e}"
+            reason = reason.replace(directory, "its directory")
+            raise AdapterInvalid(f"the tokenizer of the adapter cannot be loaded: {reason:.500}") from e

@@ -1,0 +1,1 @@
+"""What all Triton kernels share: how they are launched, and small mathematics."""

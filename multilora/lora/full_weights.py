@@ -1,0 +1,73 @@
+"""Modules that adapters replace as a whole, and what they add to token embeddings, for one step.
+
+`modules_to_save`, trained token rows and LoRA on `embed_tokens` act outside the linear layers' low-rank pass. They
+are rare, so they are served exactly and plainly: row range by row range, in torch operations, never inside a CUDA
+graph (embedding and head lie outside). Made by `engine/execution/runner.py` for steps that need it; layers ask it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from multilora.batch import LoraSegment
+from multilora.lora.table import LoraTable, SiteWeights, WholeWeights
+from multilora.lora.torch_backend import expand
+
+
+class WholeModules:
+    """The step's segments that replace a module or add to embeddings. Adapters that do are never composed."""
+
+    def __init__(self, table: LoraTable, segments: tuple[LoraSegment, ...], embed_site: int):
+        self._table = table
+        self._segments = segments
+        self._embed_site = embed_site
+
+    def find(self, layer: int, module: str) -> Iterator[tuple[slice, WholeWeights]]:
+        """Which rows of the step have another weight there."""
+        for segment in self._segments:
+            for place in segment.places:
+                for weights in self._table.whole(place, layer, module):
+                    yield slice(segment.start, segment.end), weights
+
+    def embed(self, y: torch.Tensor, ids: torch.Tensor, layer: int, module: str) -> None:
+        """y: [tokens, hidden], the base model's rows for `ids`: put in the adapters' rows, add their low rank."""
+        for rows, weights in self.find(layer, module):
+            replace_rows(y[rows], ids[rows], weights)
+        for segment in self._segments:
+            rows = slice(segment.start, segment.end)
+            for place, weight in zip(segment.places, segment.weights, strict=True):
+                low_rank = self._table.site(place, self._embed_site)
+                if low_rank is not None:
+                    expand(y[rows], columns_of(low_rank, ids[rows]), low_rank, weight)
+
+
+def product(x: torch.Tensor, weights: WholeWeights) -> torch.Tensor:
+    """x: [rows, cols] → x Wᵀ, [rows, weights.rows]."""
+    return torch.cat([x @ piece.weight.T for piece in weights.pieces], dim=1)
+
+
+def replace_rows(y: torch.Tensor, ids: torch.Tensor, weights: WholeWeights) -> None:
+    """y: [tokens, cols]; row t becomes the weight's row for ids[t], where it has one."""
+    index = ids
+    if weights.token_ids is not None:
+        index = torch.searchsorted(weights.token_ids, ids).clamp_(max=weights.rows - 1)
+        known = weights.token_ids[index] == ids
+    else:
+        known = torch.ones_like(ids, dtype=torch.bool)
+    for piece in weights.pieces:
+        count = len(piece.weight)
+        inside = known & (index >= piece.row) & (index < piece.row + count)
+        row = piece.weight[(index - piece.row).clamp_(0, count - 1)]
+        torch.where(inside[:, None], row, y, out=y)
+
+
+def columns_of(weights: SiteWeights, ids: torch.Tensor) -> torch.Tensor:
+    """The shrink of one-hot rows: column ids[t] of the stacked A, [tokens, rank]."""
+    weight = weights.a[0].weight
+    h = weight.new_zeros(len(ids), weights.rank)
+    for piece in weights.a:
+        rows, columns = piece.weight.shape
+        inside = (ids >= piece.col) & (ids < piece.col + columns)
+        found = piece.weight[:, (ids - piece.col).clamp_(0, columns - 1)].T
+        h[:, piece.row : piece.row + rows] += torch.where(inside[:, None], found, 0)
+    return h

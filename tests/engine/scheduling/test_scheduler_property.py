@@ -1,0 +1,378 @@
+"""The scheduler under thousands of random operations, over the real memory and adapter tiers.
+
+The model is a hash whose state lies in the pages (`multilora/engine/testing.py`), so every token that comes out is
+checked, and with it pages, prefix cache, fences and adapter places. After every operation the books must balance.
+"""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from fakes.engine import EOS, VOCAB, Answer, answer, make_engine, only
+from fakes.tiers import FakeFile, FakeTiers
+
+from multilora.engine.messages import (
+    Abort,
+    Finish,
+    Finished,
+    FlushCache,
+    LoadAdapter,
+    Output,
+    Outputs,
+    Reply,
+    Submit,
+    UnloadAdapter,
+)
+from multilora.engine.plan import StepPlan
+from multilora.engine.scheduling.request import Request, State
+from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.errors import AdapterError
+from multilora.memory.page_pool import PageKind
+from multilora.params import Composition, SamplingParams
+
+OPERATIONS = 250
+CONTEXT = 40  # tokens
+INVOCATIONS = ((1, 1), (1,), (1, 1, 2))  # prompts are full of ones, so that activation falls anywhere in a page
+
+
+def acting(request: Request, start: int, end: int) -> tuple[Composition, ...]:
+    """Which adapters act on each of the tokens [start, end)."""
+    return tuple(request.adapters if position >= request.activation else () for position in range(start, end))
+
+
+class CheckedScheduler(Scheduler):
+    """Looks at every plan as it is made."""
+
+    limits: tuple[int, int, int | None]  # running, tokens, adapters
+
+    def plan(self) -> StepPlan | None:
+        decoding = [(r, r.epoch) for r in self.running if r.decoding and not r.at_limit and not r.needs_token]
+        old_epochs = {r: r.epoch for r in self.running + self.waiting}
+        plan = super().plan()
+        chunks = {c.request: c for c in plan.chunks} if plan else {}
+        assert not plan or len(chunks) == len(plan.chunks), "a request twice in one plan"
+        for request, epoch in decoding:
+            assert request in chunks or request.epoch > epoch, "a decoding request was left out"
+        self._check_limits(plan)
+        for request, chunk in chunks.items():
+            assert request.state is State.RUNNING
+            assert chunk.epoch == request.epoch
+            assert chunk.start == request.planned
+            assert 1 <= chunk.count <= request.remaining
+            assert len(request.table.pages) * self.kv.page_size >= chunk.start + chunk.count
+            assert chunk.sample == (request.samples and chunk.count == request.remaining)
+            assert chunk.known or (chunk.count == 1 and request.in_flight == 1 and request.edits is None)
+            assert chunk.answer_index == len(request.output_ids) + request.in_flight
+            assert chunk.places == tuple(self.adapters.place_of(v) for v in request.versions)
+            assert len(chunk.weights) == len(chunk.places)
+            assert chunk.skipped == len(
+                [p for p in range(chunk.start, request.activation) if p < chunk.start + chunk.count]
+            )
+            if request.epoch > old_epochs[request]:
+                assert request.in_flight == 0, "planned again while its token is being sampled"
+        return plan
+
+    def _check_limits(self, plan: StepPlan | None) -> None:
+        running, tokens, adapters = self.limits
+        assert len(self.running) <= running
+        if plan:
+            assert len(plan.chunks) <= running
+            assert sum(c.count for c in plan.chunks if c.count > 1) <= tokens
+            used = {version for c in plan.chunks for version in c.request.versions}
+            assert adapters is None or len(used) <= adapters
+
+
+@dataclass
+class Client:
+    """What the front knows of one request."""
+
+    submit: Submit
+    heard: bool = False
+    tokens: list[int] = field(default_factory=list)
+    input_logprobs: list[float | None] | None = None
+    aborted: bool = False
+    dropped: bool = False  # `Finish` sent
+    ended: Finished | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.dropped or self.ended is not None
+
+
+class World:
+    """A front that does random things to an engine, and knows what must come of them."""
+
+    def __init__(self, seed: int, ahead: bool):
+        self.rng = rng = random.Random(seed)
+        self.files = {f"/{i}": FakeFile(rank=rng.choice([4, 8, 8, 16, 24])) for i in range(6)}
+        self.files |= {f"/a{i}": FakeFile(invocation_tokens=sequence) for i, sequence in enumerate(INVOCATIONS)}
+        max_loras = rng.choice([None, 1, 2, 3])
+        max_loaded = rng.choice([None, 1, 2, 4])
+        if max_loras and max_loaded:
+            max_loaded = max(max_loras, max_loaded)
+        self.tiers = FakeTiers(
+            self.files,
+            total_pages=rng.choice([14, 20, 40]),
+            context_pages=CONTEXT // 4,
+            max_loras_per_batch=max_loras,
+            max_device_pages=rng.choice([None, None, 4, 8]),
+            max_loaded_loras=max_loaded,
+            max_host_pages=rng.choice([None, None, 5]),
+            policy=rng.choice(["lru", "fifo", "cost"]),
+            prefix_cache=rng.random() < 0.8,
+            fetch_delay=lambda: rng.choice([0, 0, 1, 5]),
+            copy_delay=lambda: rng.choice([0, 0, 1, 4]),
+        )
+        running, tokens = rng.choice([1, 3, 8]), rng.choice([3, 8, 64])
+        self.now = 0.0
+        self.engine = make_engine(
+            self.tiers,
+            ahead=ahead,
+            scheduler=CheckedScheduler,
+            max_running=running,
+            chunk_tokens=tokens,
+            policy=rng.choice(["fcfs", "lpm"]),
+            clock=lambda: self.now,
+        )
+        self.scheduler = self.engine.scheduler
+        self.scheduler.limits = (running, tokens, max_loras)
+        self.clients: dict[str, Client] = {}
+        self.live: dict[str, Client] = {}
+        self.loading: dict[int, int] = {}  # call → version
+        self.loaded: list[int] = []
+        self.path_of: dict[int, str] = {}
+        self.unloading: set[int] = set()  # calls
+        self.number = 0
+        self.stems = [[1] * 20, *([rng.choice([1, rng.randrange(VOCAB)]) for _ in range(20)] for _ in range(2))]
+
+    # ------------------------------------------------------------------ operations
+
+    def submit(self) -> None:
+        rng = self.rng
+        stem = rng.choice(self.stems)[: rng.randrange(20)]
+        prompt = stem + [rng.choice([1, rng.randrange(VOCAB)]) for _ in range(rng.randrange(1, 6))]
+        logprobs = rng.random() < 0.3
+        message = Submit(
+            rid=f"r{self.next()}",
+            input_ids=prompt,
+            sampling=SamplingParams(
+                max_new_tokens=rng.choice([0, 1, 3, 10, CONTEXT - len(prompt)]),
+                ignore_eos=rng.random() < 0.6,
+                presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]),  # the next step must see the last token
+            ),
+            adapters=self.some_adapters(),
+            return_logprob=logprobs,
+            logprob_start_len=rng.randrange(-1, len(prompt)) if logprobs else -1,
+        )
+        self.clients[message.rid] = self.live[message.rid] = Client(message)
+        self.engine.handle(message)
+
+    def some_adapters(self) -> Composition:
+        rng = self.rng
+        plain = [v for v in self.loaded if not self.invocation_tokens(v)]
+        activated = [v for v in self.loaded if self.invocation_tokens(v)]
+        kind = rng.random()
+        if kind < 0.2 and activated:
+            return only(activated[0])  # often the same one, so that its pages are found again
+        if kind < 0.6 or len(plain) < 2:
+            return only(rng.choice([None, *self.loaded]))
+        chosen = rng.sample(plain, k=rng.choice([1, 2, 2, 3]) if len(plain) > 2 else 2)
+        return tuple((version, rng.choice([1.0, 0.5, -2.0])) for version in chosen)
+
+    def invocation_tokens(self, version: int) -> tuple[int, ...] | None:
+        return self.files[self.path_of[version]].invocation_tokens
+
+    def step(self) -> None:
+        self.now += self.rng.choice([0.0, 0.1, 1.0])
+        for message in self.engine.step():
+            match message:
+                case Outputs(items):
+                    for output in items:
+                        self.take(output)
+                case Reply():
+                    self.reply(message)
+        known = {r.rid for r in self.scheduler.running + self.scheduler.waiting}
+        assert known == set(self.live), "a request is lost"
+
+    def abort(self) -> None:
+        if self.live:
+            client = self.rng.choice(list(self.live.values()))
+            client.aborted = True
+            self.engine.handle(Abort(client.submit.rid))
+
+    def finish(self) -> None:
+        if self.live:
+            client = self.rng.choice(list(self.live.values()))
+            refused = self.scheduler.get(client.submit.rid) is None  # its ending is on the way
+            if not client.aborted and not refused:
+                client.dropped = True
+                del self.live[client.submit.rid]
+                self.engine.handle(Finish(client.submit.rid))
+
+    def load(self) -> None:
+        call, version = self.next(), self.next()
+        self.loading[call] = version
+        path = self.path_of[version] = self.rng.choice([*self.files, "/missing"])
+        pinned = self.rng.random() < 0.2
+        self.engine.handle(LoadAdapter(call=call, version=version, path=path, pinned=pinned))
+
+    def unload(self) -> None:
+        used = {version for c in self.live.values() for version, _ in c.submit.adapters}
+        idle = [v for v in self.loaded if v not in used]
+        if idle:
+            version, call = self.rng.choice(idle), self.next()
+            self.loaded.remove(version)
+            self.unloading.add(call)
+            self.engine.handle(UnloadAdapter(call, version))
+
+    def flush(self) -> None:
+        self.unloading.add(call := self.next())
+        self.engine.handle(FlushCache(call))
+
+    def break_or_mend_a_file(self) -> None:
+        file = self.rng.choice(list(self.files.values()))
+        if self.rng.random() < 0.5:
+            file.error = AdapterError("the disk is gone") if file.error is None else None
+        else:
+            file.fingerprint = self.rng.choice(["as written", "changed"])
+
+    def next(self) -> int:
+        self.number += 1
+        return self.number
+
+    # ------------------------------------------------------------------ what comes back
+
+    def reply(self, reply: Reply) -> None:
+        if reply.call in self.unloading:
+            assert reply.ok
+            self.unloading.remove(reply.call)
+        elif reply.ok:
+            self.loaded.append(self.loading.pop(reply.call))
+        else:
+            assert reply.kind.startswith("Adapter")
+            del self.loading[reply.call]
+
+    def take(self, output: Output) -> None:
+        client = self.clients[output.rid]
+        assert not client.over, f"{output.rid} hears something after its end"
+        if client.heard:
+            assert output.input_logprobs is None
+        else:
+            client.heard, client.input_logprobs = True, output.input_logprobs
+        client.tokens += output.token_ids
+        if output.finished is not None:
+            client.ended = output.finished
+            del self.live[output.rid]
+        self.check_client(client)
+
+    def right_answer(self, message: Submit) -> Answer:
+        adapters, activation = message.adapters, 0
+        sequence = self.invocation_tokens(adapters[0][0]) if len(adapters) == 1 else None
+        if sequence is not None:
+            prompt = message.input_ids
+            starts = [i for i in range(len(prompt)) if tuple(prompt[i : i + len(sequence)]) == sequence]
+            adapters, activation = (adapters, starts[-1]) if starts else ((), 0)
+        sampling = message.sampling
+        return answer(message.input_ids, adapters, sampling.max_new_tokens or 0, sampling.ignore_eos, activation)
+
+    def check_client(self, client: Client) -> None:
+        message, ended = client.submit, client.ended
+        right = self.right_answer(message)
+        assert client.tokens == right.tokens[: len(client.tokens)]
+        start = message.logprob_start_len
+        if message.return_logprob and start >= 0 and client.tokens:
+            assert client.input_logprobs == [None, *right.prompt_logprobs][start:]
+        if ended is None:
+            return
+        if ended.type in ("stop", "length"):
+            assert (client.tokens, ended.type) == (right.tokens, right.finish)
+            assert ended.matched == (EOS if ended.type == "stop" else None)
+        elif ended.type == "abort":
+            assert client.aborted
+        else:
+            assert message.adapters or ended.kind == "CannotFit"
+            assert ended.kind in ("AdapterError", "CannotFit")
+
+    # ------------------------------------------------------------------ invariants
+
+    def check(self) -> None:
+        self.tiers.check()
+        pool = self.tiers.pool
+        assert sum(pool.count(kind) for kind in PageKind) == pool.total
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        assert all(not r.table.pages for r in waiting)
+        assert [r.order for r in waiting] == sorted(r.order for r in waiting)
+        self.check_pages(running)
+        users = Counter(version for r in running for version in r.versions)
+        for version in [*self.loaded, *users]:
+            resident = self.tiers.residency.get(version)
+            assert users[version] == (resident.refs if resident else 0)
+            assert not users[version] or self.tiers.weights_are(version, resident.place)
+
+    def check_pages(self, running: list[Request]) -> None:
+        """Only full pages are shared, at the same place, and the cache knows by how many."""
+        holders: dict[int, list[tuple[Request, int]]] = {}
+        for request in running:
+            for i, page in enumerate(request.table.pages):
+                holders.setdefault(page, []).append((request, i))
+        assert len(holders) == self.tiers.pool.count(PageKind.KV)
+        nodes = self.tiers.prefix._by_page
+        for page, held in holders.items():
+            if page in nodes:
+                assert nodes[page].refs == len(held)
+                assert len({(i, acting(r, i * 4, i * 4 + 4)) for r, i in held}) == 1
+                assert len({tuple(acting(r, 0, i * 4)) for r, i in held}) == 1
+                assert all((i + 1) * 4 <= r.computed for r, i in held)
+            else:
+                assert len(held) == 1
+
+    # ------------------------------------------------------------------ a life
+
+    OPERATIONS = (
+        (step, 55),
+        (submit, 25),
+        (load, 4),
+        (unload, 2),
+        (abort, 3),
+        (finish, 3),
+        (break_or_mend_a_file, 2),
+        (flush, 1),
+    )
+
+    def run(self, operations: int) -> None:
+        names = [operation for operation, _ in self.OPERATIONS]
+        weights = [weight for _, weight in self.OPERATIONS]
+        for operation in self.rng.choices(names, weights, k=operations):
+            operation(self)
+            self.check()
+
+    def drain(self) -> None:
+        """Nothing new comes: all must end, in a number of steps that their tokens bound."""
+        work = sum(len(c.submit.input_ids) + (c.submit.sampling.max_new_tokens or 0) for c in self.live.values())
+        for _ in range(100 + 10 * work):
+            if not self.engine.busy:
+                break
+            self.step()
+            self.check()
+        assert not self.live, "no progress"
+        assert not self.loading
+        assert not self.unloading
+        assert not self.tiers.residency.awaited, "somebody who waits no more still keeps an adapter"
+        for version in list(self.loaded):
+            self.engine.handle(UnloadAdapter(self.next(), version))
+        self.engine.handle(FlushCache(self.next()))
+        for _ in range(10):  # copies of unloaded adapters come to their end
+            self.tiers.store.poll(self.scheduler.launched)
+        self.tiers.check()
+        assert self.tiers.pool.free == self.tiers.pool.total
+        assert len(self.tiers.host) == 0
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "one step ahead"])
+@pytest.mark.parametrize("seed", range(20))
+def test_random_operations(seed: int, ahead: bool) -> None:
+    world = World(seed, ahead)
+    world.run(OPERATIONS)
+    world.drain()
+    assert all(c.over for c in world.clients.values())

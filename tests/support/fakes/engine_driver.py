@@ -1,0 +1,226 @@
+"""An engine driven by hand, for tests: no process, no threads, one step at a time, its books checked after each.
+
+Owns what came out of the engine, request by request, and checks that each has exactly one ending. Used by this
+package's tests and by anyone who tests against it.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fakes.tiers import FakeCopier
+from multilora.adapters.loading.loader import InlineLoader
+from multilora.config import Config
+from multilora.engine.build import build_engine, choose_device
+from multilora.engine.messages import (
+    Abort,
+    AdapterInfo,
+    Finish,
+    Finished,
+    LoadAdapter,
+    Output,
+    Outputs,
+    Reply,
+    Stats,
+    Submit,
+    TopLogprobs,
+    UnloadAdapter,
+)
+from multilora.errors import from_wire
+from multilora.memory.page_pool import PageKind
+from multilora.params import SamplingParams
+
+
+@dataclass
+class Answer:
+    """All outputs of one request, put together. `finished` None: not ended, or dropped by `finish`."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    input_logprobs: list[float | None] | None = None
+    input_top_logprobs: list[TopLogprobs | None] | None = None
+    cached_tokens: int = 0
+    finished: Finished | None = None
+
+    def add(self, output: Output) -> None:
+        assert self.finished is None, f"request {output.rid}: an output after its end"
+        self.tokens += output.token_ids
+        self.logprobs += output.logprobs or []
+        self.top_logprobs += output.top_logprobs or []
+        if output.input_logprobs is not None:
+            assert self.input_logprobs is None, f"request {output.rid}: prompt logprobs came twice"
+            self.input_logprobs, self.input_top_logprobs = output.input_logprobs, output.input_top_logprobs
+        self.cached_tokens = output.cached_tokens
+        self.finished = output.finished
+
+
+DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
+"""Where tests of the engine run: `make test-gpu` runs those that compare with PEFT on the GPU too, in fp32."""
+
+
+class EngineDriver:
+    """Keyword arguments are fields of `Config`; adapters: name → directory, loaded at once. late: copies of adapters
+    to the device are found done so many steps after their start; None: as they are.
+
+    `answers`: rid → Answer; `infos`: name → AdapterInfo.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
+        ahead: int | None = None,
+        late: int | None = None,
+        **options: Any,
+    ):
+        defaults: dict[str, Any] = {"model_path": str(model_path), "device": DEVICE, "enable_lora": True}
+        if DEVICE == "cuda" and "max_total_tokens" not in options:
+            defaults["arena_bytes"] = 1 << 28  # several engines share the device
+        config = Config.make(**(defaults | options))
+        self._on_gpu = choose_device(config.device).type == "cuda"
+        make_copier = None if late is None else partial(FakeCopier, delay=lambda: late)
+        self.engine = build_engine(config, InlineLoader, make_copier, ahead)
+        self.answers: dict[str, Answer] = {}
+        self.infos: dict[str, AdapterInfo] = {}
+        self._dropped: set[str] = set()
+        self._replies: dict[int, Reply] = {}
+        self._calls = 0
+        for name, path in (adapters or {}).items():
+            self.load(name, path)
+
+    # ------------------------------------------------------------------ requests
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        adapter: str | Mapping[str, float] | None = None,
+        *,
+        rid: str | None = None,
+        return_logprob: bool = False,
+        logprob_start_len: int = -1,
+        top_logprobs_num: int = 0,
+        grammar: str | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Greedy, 12 new tokens, unless `sampling` says otherwise. adapter: a name, or name → weight. Returns the
+        request's id."""
+        rid = rid or str(len(self.answers))
+        parts = {adapter: 1.0} if isinstance(adapter, str) else adapter or {}
+        self.answers.setdefault(rid, Answer())
+        message = Submit(
+            rid=rid,
+            input_ids=list(prompt),
+            sampling=SamplingParams(**({"temperature": 0.0, "max_new_tokens": 12} | sampling)),
+            adapters=tuple((self.infos[name].version, weight) for name, weight in parts.items()),
+            return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len,
+            top_logprobs_num=top_logprobs_num,
+            grammar=grammar,
+        )
+        self.engine.handle(message)
+        return rid
+
+    def abort(self, rid: str) -> None:
+        self.engine.handle(Abort(rid))
+
+    def finish(self, rid: str) -> None:
+        """As the front does when it has found a stop string."""
+        self._dropped.add(rid)
+        self.engine.handle(Finish(rid))
+
+    def step(self) -> None:
+        """One step of the engine; what it says goes to the answers and to the calls that wait for it."""
+        for message in self.engine.step():
+            match message:
+                case Outputs(items):
+                    for output in items:
+                        self.answers[output.rid].add(output)
+                case Reply():
+                    self._replies[message.call] = message
+        self.check()
+
+    def run(self, max_steps: int = 5000) -> None:
+        """Step until nothing is left to do, then check that the engine is at rest."""
+        while self.engine.busy:
+            assert max_steps > 0, "the engine does not come to an end"
+            max_steps -= 1
+            if self._on_gpu and not self.engine.running:
+                time.sleep(0.001)  # a copy is on its way
+            self.step()
+        self.check_at_rest()
+
+    def complete(
+        self, prompt: Sequence[int], adapter: str | Mapping[str, float] | None = None, **kwargs: Any
+    ) -> Answer:
+        """Submit and run."""
+        rid = self.submit(prompt, adapter, **kwargs)
+        self.run()
+        return self.answers[rid]
+
+    # ------------------------------------------------------------------ calls
+
+    def load(self, name: str, path: str | Path, *, pinned: bool = False) -> AdapterInfo:
+        """Under the next version. Raises the engine's error."""
+        self._calls += 1
+        reply = self.call(LoadAdapter(call=self._calls, version=self._calls, path=str(path), pinned=pinned))
+        assert reply.info is not None
+        self.infos[name] = reply.info
+        return reply.info
+
+    def unload(self, name: str) -> None:
+        self._calls += 1
+        self.call(UnloadAdapter(self._calls, self.infos.pop(name).version))
+
+    def call(self, message: Any) -> Reply:
+        """Send a call and step until its reply has come. Raises the engine's error."""
+        self._calls = max(self._calls, message.call)
+        self.engine.handle(message)
+        while message.call not in self._replies:
+            self.step()
+        reply = self._replies.pop(message.call)
+        if not reply.ok:
+            raise from_wire(reply.kind, reply.message)
+        return reply
+
+    # ------------------------------------------------------------------ books
+
+    @property
+    def stats(self) -> Stats:
+        return self.engine.report.stats()
+
+    @property
+    def evictions(self) -> int:
+        """Of adapters, from the device."""
+        return sum(a.evictions for a in self.stats.adapters)
+
+    def check(self) -> None:
+        """The engine's own books, and that pages and adapters belong to those who run."""
+        engine = self.engine
+        engine.check()
+        scheduler, pool = engine.scheduler, engine.scheduler.kv.pool
+        held = {page for request in scheduler.running for page in request.table.pages}
+        assert all(pool.kind(page) is PageKind.KV for page in held)
+        assert len(held) == pool.count(PageKind.KV), "KV pages that no request holds"
+        assert scheduler.unfinished == len(scheduler.running) + len(scheduler.waiting)
+        if engine.adapters is not None:
+            users = Counter(version for r in scheduler.running for version in r.versions)
+            residency = engine.adapters.residency
+            residents = [r for v in engine.adapters.records() if (r := residency.get(v.version)) is not None]
+            assert {r.version: r.refs for r in residents if r.refs} == users, "an adapter's users are miscounted"
+
+    def check_at_rest(self) -> None:
+        """Every request has had its one ending, and nobody holds anything."""
+        open_ = {rid for rid, answer in self.answers.items() if answer.finished is None}
+        assert open_ <= self._dropped, f"requests without an ending: {sorted(open_ - self._dropped)}"
+        stats = self.stats
+        assert (stats.running, stats.waiting, stats.kv_pages) == (0, 0, 0)
+        assert stats.free_pages + stats.prefix_pages + stats.adapter_pages == stats.total_pages
+
+    def close(self) -> None:
+        self.engine.close()
