@@ -147,8 +147,8 @@ class ProcessLoader:
         self._socket.close()  # the process ends when it notices
         self._quiet.close()
         self._life.end()
-        for life in (self._life, *self._before):
-            life.close()
+        for child_process in (self._life, *self._before):
+            child_process.close()
         if self._staging is not None:
             self._staging.close()
 
@@ -169,9 +169,9 @@ class ProcessLoader:
                 return failed(result.version, f"its pages cannot be mapped: {e}"), None
         return result, pages.view(-1, self._page_bytes)
 
-    def _done_with(self, life: Life, start: int) -> None:
+    def _done_with(self, child_process: Life, start: int) -> None:
         """On any thread. A process that took the place of that one takes no notice, should it hear of it."""
-        if not life.ended:
+        if not child_process.ended:
             with contextlib.suppress(OSError):  # it has died, or is closed
                 self._socket.sendall(msgspec.msgpack.encode(Order(done_with=start)))
 
@@ -181,9 +181,9 @@ class ProcessLoader:
         Whoever could write there is gone. And as nobody holds a part of it, everybody has already said that he is
         done with his: none of that can come after this order and be taken for a part given out since.
         """
-        for life in [life for life in self._before if life.gone()]:
-            life.close()
-            self._before.remove(life)
+        for child_process in [child_process for child_process in self._before if child_process.gone()]:
+            child_process.close()
+            self._before.remove(child_process)
         if self._staging is None or self._has_staging or self._life.ended or self._before or not self._staging.unused:
             return
         with contextlib.suppress(OSError):  # it is just dying, or has a lot to read: later, then

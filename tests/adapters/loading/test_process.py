@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.host.staging import Staging
-from multilora.adapters.loading import child_process as life
+from multilora.adapters.loading import child_process as child_process
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, allocate_private, fetch
 from multilora.adapters.loading.process import ProcessLoader
 from multilora.adapters.packing.blocks import PackTarget
@@ -414,8 +414,8 @@ def test_a_process_that_always_dies_at_its_start(
 ) -> None:
     """It is started after a pause, which grows, and each start is logged once; what is asked for meanwhile fails at
     once and says why; once it starts, everything works again."""
-    monkeypatch.setattr(life, "FIRST_PAUSE_SECONDS", 0.2)
-    monkeypatch.setattr(life, "LONGEST_PAUSE_SECONDS", 0.8)
+    monkeypatch.setattr(child_process, "FIRST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(child_process, "LONGEST_PAUSE_SECONDS", 0.8)
     path = write_adapter(tmp_path / "a")
     loader = ProcessLoader(CONTEXT)
     try:
@@ -462,7 +462,7 @@ def test_in_a_pause_nobody_is_told_which_parts_are_free(
     python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody reads it, and who tells would have to wait in the end."""
-    monkeypatch.setattr(life, "FIRST_PAUSE_SECONDS", 60.0)
+    monkeypatch.setattr(child_process, "FIRST_PAUSE_SECONDS", 60.0)
     python.code = None
     loader = ProcessLoader(CONTEXT, Staging(STAGING))
     starts = loader._starts
@@ -497,7 +497,7 @@ def test_no_descriptor_is_left_when_it_dies(
     own: ProcessLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noticed_by: str
 ) -> None:
     """A start that fails, as others do: what was asked for fails, who polls may sleep, and later all works again."""
-    monkeypatch.setattr(life, "FIRST_PAUSE_SECONDS", 0.3)
+    monkeypatch.setattr(child_process, "FIRST_PAUSE_SECONDS", 0.3)
     path = write_adapter(tmp_path / "a")
     descriptor, before = own.fileno(), open_files()
     own.submit(FetchJob(1, path))
@@ -553,7 +553,7 @@ def test_a_death_that_is_noticed_late_is_one_at_its_start_all_the_same(
 ) -> None:
     """Who has answered nothing was of no use, however long nobody looked."""
     clock, late = time.monotonic, 0.0
-    monkeypatch.setattr(life, "monotonic", lambda: clock() + late)
+    monkeypatch.setattr(child_process, "monotonic", lambda: clock() + late)
     loader = ProcessLoader(CONTEXT)
     try:
         for start in (1, 2, 3):
