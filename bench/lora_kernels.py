@@ -109,14 +109,14 @@ class World:
         arena.view(DTYPE).normal_(std=0.05)
         self.table = LoraTable(arena, DTYPE, tuple(tuple(s.offset for s in site.slices) for site in self.sites))
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).tolist()
-        for place, layout in enumerate(self.layouts):
-            self.table.install(place, layout, [order.pop() for _ in range(layout.num_pages)])
+        for slot, layout in enumerate(self.layouts):
+            self.table.install(slot, layout, [order.pop() for _ in range(layout.num_pages)])
         widths = {s.in_features for s in self.sites} | {s.out_features for s in self.sites}
         self.rows = {w: torch.randn(self.max_rows, w, device="cuda").to(DTYPE) for w in widths}
         self.out = {w: torch.zeros(self.max_rows, w, device="cuda", dtype=DTYPE) for w in widths}
 
     def limit_bytes(self, work: Workload) -> int:
-        adapters = sum(self.layouts[place].used_bytes for place in {*work.adapters, *work.singles})
+        adapters = sum(self.layouts[slot].used_bytes for slot in {*work.adapters, *work.singles})
         if work.decode:
             return adapters
         columns = sum(s.in_features + (1.5 if s.name == GATED else 2) * s.out_features for s in self.sites)

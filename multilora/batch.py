@@ -12,13 +12,13 @@ import torch
 class LoraSegment:
     """Rows [start, end) and the adapter blocks that act on them; a row belongs to at most one segment.
 
-    `places`: indices into the LoRA table (one per adapter; several when adapters are composed);
+    `slots`: indices into the LoRA table (one per adapter; several when adapters are composed);
     `weights`: one fp32 factor per place.
     """
 
     start: int
     end: int
-    places: tuple[int, ...]
+    slots: tuple[int, ...]
     weights: tuple[float, ...]
 
 

@@ -100,7 +100,7 @@ class Config:
         (), 'adapters to load at start: PATH, NAME=PATH or {"lora_name", "lora_path", "pinned"}', metavar="ADAPTER"
     )
     max_loras_per_batch: int | None = _adapters(
-        None, "most adapters in one step; base takes no place (default: what memory holds)"
+        None, "most adapters in one step; base takes no slot (default: what memory holds)"
     )
     max_loaded_loras: int | None = _adapters(None, "most adapters in host memory (default: no limit)")
     max_lora_rank: int | None = _adapters(None, "refuse adapters of a larger rank (default: any)")

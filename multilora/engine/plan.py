@@ -16,7 +16,7 @@ class Chunk:
     sample: bool
     known: bool  # its tokens are; else it is one token that the step before is still sampling
     answer_index: int  # of the token that is sampled, within the answer
-    places: tuple[int, ...]  # of the adapters that act on it, in the LoRA table
+    slots: tuple[int, ...]  # of the adapters that act on it, in the LoRA table
     weights: tuple[float, ...]  # of each
     skipped: int  # so many of its first tokens come before activation: no adapter acts on them
     logprob_positions: range  # prompt positions whose logits are wanted

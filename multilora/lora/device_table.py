@@ -53,31 +53,31 @@ class DeviceTable:
         self._placed: dict[int, _Placed] = {}
         table.subscribe(self)
 
-    def stacked_rank(self, place: int) -> int:
+    def stacked_rank(self, slot: int) -> int:
         """The largest stacked rank of the adapter at any site: what one of its rows needs of the intermediate."""
-        return self._placed[place].stacked
+        return self._placed[slot].stacked
 
-    def used_sites(self, places: Collection[int]) -> np.ndarray:
+    def used_sites(self, slots: Collection[int]) -> np.ndarray:
         """Of these adapters together, int32 [3, sites]: largest stacked rank, largest rank of a slice, whether one
         of them touches the site at all."""
-        return np.max([self._placed[place].sites for place in places], axis=0)
+        return np.max([self._placed[slot].sites for slot in slots], axis=0)
 
-    def installed(self, place: int, layout: PanelLayout, pages: list[int]) -> None:
-        first = self._find(len(layout.places))
+    def installed(self, slot: int, layout: PanelLayout, pages: list[int]) -> None:
+        first = self._find(len(layout.positions))
         if first is None:
             first = self._compact()
-        self._write(place, first, layout, pages)
+        self._write(slot, first, layout, pages)
 
-    def removed(self, place: int) -> None:
-        """Nothing to write: no step names the place until another adapter is installed there."""
-        del self._placed[place]
+    def removed(self, slot: int) -> None:
+        """Nothing to write: no step names the slot until another adapter is installed there."""
+        del self._placed[slot]
 
     # ------------------------------------------------------------------ addresses
 
     def _find(self, count: int) -> int | None:
         """The first gap of `count` addresses."""
         at = 0
-        for first, size in sorted((placed.first, placed.count) for placed in self._placed.values()):
+        for first, size in sorted((installed.first, installed.count) for installed in self._placed.values()):
             if first - at >= count:
                 return at
             at = first + size
@@ -86,20 +86,20 @@ class DeviceTable:
     def _compact(self) -> int:
         """Close all gaps; returns where free space begins. Rare: the gaps have to add up first."""
         at = 0
-        for place, placed in sorted(self._placed.items(), key=lambda item: item[1].first):
-            self._write(place, at, *self.table.placed(place))
-            at += placed.count
+        for slot, installed in sorted(self._placed.items(), key=lambda item: item[1].first):
+            self._write(slot, at, *self.table.lookup(slot))
+            at += installed.count
         return at
 
-    def _write(self, place: int, first: int, layout: PanelLayout, pages: list[int]) -> None:
-        count = len(layout.places)
+    def _write(self, slot: int, first: int, layout: PanelLayout, pages: list[int]) -> None:
+        count = len(layout.positions)
         assert first + count <= len(self.addresses)
-        page, offset = layout.places[:, 0], layout.places[:, 1]
+        page, offset = layout.positions[:, 0], layout.positions[:, 1]
         addresses = np.array(pages, np.int64)[page] * self.table.page_elements + offset // self._itemsize
         upload(addresses, self.addresses[first : first + count])
-        upload(self._records(first, layout), self.records[place])
+        upload(self._records(first, layout), self.records[slot])
         sites = self._site_use(layout)
-        self._placed[place] = _Placed(first, count, sites, int(sites[0].max()))
+        self._placed[slot] = _Placed(first, count, sites, int(sites[0].max()))
 
     def _site_use(self, layout: PanelLayout) -> np.ndarray:
         use = np.zeros((3, len(self.sites)), np.int32)

@@ -25,8 +25,8 @@ class WholeModules:
     def find(self, layer: int, module: str) -> Iterator[tuple[slice, WholeWeights]]:
         """Which rows of the step have another weight there."""
         for segment in self._segments:
-            for place in segment.places:
-                for weights in self._table.whole(place, layer, module):
+            for slot in segment.slots:
+                for weights in self._table.whole(slot, layer, module):
                     yield slice(segment.start, segment.end), weights
 
     def embed(self, y: torch.Tensor, ids: torch.Tensor, layer: int, module: str) -> None:
@@ -35,8 +35,8 @@ class WholeModules:
             replace_rows(y[rows], ids[rows], weights)
         for segment in self._segments:
             rows = slice(segment.start, segment.end)
-            for place, weight in zip(segment.places, segment.weights, strict=True):
-                low_rank = self._table.site(place, self._embed_site)
+            for slot, weight in zip(segment.slots, segment.weights, strict=True):
+                low_rank = self._table.site(slot, self._embed_site)
                 if low_rank is not None:
                     expand(y[rows], columns_of(low_rank, ids[rows]), low_rank, weight)
 

@@ -141,7 +141,7 @@ class PanelLayout:
         return frozenset(m.site for m in self.matrices)
 
     @cached_property
-    def places(self) -> np.ndarray:
+    def positions(self) -> np.ndarray:
         """int64 [all chunks, 2]: page and offset of each, matrix by matrix."""
         return np.array([(c.page, c.offset) for chunks in self.chunks for c in chunks], np.int64).reshape(-1, 2)
 

@@ -28,8 +28,8 @@ class ReferenceLora:
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         for segment in self._segments:
             rows = slice(segment.start, segment.end)
-            for place, weight in zip(segment.places, segment.weights, strict=True):
-                weights = self._table.site(place, site)
+            for slot, weight in zip(segment.slots, segment.weights, strict=True):
+                weights = self._table.site(slot, site)
                 if weights is None:
                     continue
                 a = gather(weights.a, weights.rank, x.shape[1], self._table.weights)

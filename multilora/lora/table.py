@@ -59,9 +59,9 @@ class WholeWeights:
 class TableListener(Protocol):
     """Told of every adapter that comes or goes, on the thread that steps the engine, between two steps."""
 
-    def installed(self, place: int, layout: PanelLayout, pages: list[int]) -> None: ...
+    def installed(self, slot: int, layout: PanelLayout, pages: list[int]) -> None: ...
 
-    def removed(self, place: int) -> None: ...
+    def removed(self, slot: int) -> None: ...
 
 
 class LoraTable:
@@ -82,40 +82,40 @@ class LoraTable:
         self._listeners: list[TableListener] = []
 
     def subscribe(self, listener: TableListener) -> None:
-        """To be told of every place: those installed by now at once, the others as they come."""
+        """Have `listener` told of every slot: those installed by now at once, the others as they come."""
         self._listeners.append(listener)
-        for place, (layout, pages) in self._placed.items():
-            listener.installed(place, layout, pages)
+        for slot, (layout, pages) in self._placed.items():
+            listener.installed(slot, layout, pages)
 
-    def install(self, place: int, layout: PanelLayout, pages: list[int]) -> None:
+    def install(self, slot: int, layout: PanelLayout, pages: list[int]) -> None:
         """The adapter's page i is now arena page pages[i]."""
-        assert place not in self._placed
-        self._placed[place] = (layout, list(pages))
+        assert slot not in self._placed
+        self._placed[slot] = (layout, list(pages))
         for listener in self._listeners:
-            listener.installed(place, layout, pages)
+            listener.installed(slot, layout, pages)
 
-    def remove(self, place: int) -> None:
-        del self._placed[place]
-        self._views.pop(place, None)
-        self._whole.pop(place, None)
+    def remove(self, slot: int) -> None:
+        del self._placed[slot]
+        self._views.pop(slot, None)
+        self._whole.pop(slot, None)
         for listener in self._listeners:
-            listener.removed(place)
+            listener.removed(slot)
 
-    def placed(self, place: int) -> tuple[PanelLayout, list[int]]:
+    def lookup(self, slot: int) -> tuple[PanelLayout, list[int]]:
         """What was installed there."""
-        return self._placed[place]
+        return self._placed[slot]
 
-    def site(self, place: int, site: int) -> SiteWeights | None:
-        """None: the adapter does not touch this site. A place that is not installed is our bug (KeyError)."""
-        if place not in self._views:
-            self._views[place] = self._make_views(*self._placed[place])
-        return self._views[place].get(site)
+    def site(self, slot: int, site: int) -> SiteWeights | None:
+        """None: the adapter does not touch this site. A slot with nothing installed is our bug (KeyError)."""
+        if slot not in self._views:
+            self._views[slot] = self._make_views(*self._placed[slot])
+        return self._views[slot].get(site)
 
-    def whole(self, place: int, layer: int, module: str) -> list[WholeWeights]:
+    def whole(self, slot: int, layer: int, module: str) -> list[WholeWeights]:
         """What the adapter puts in place of a module: nothing, its weight, or rows of it."""
-        if place not in self._whole:
-            self._whole[place] = self._make_whole(*self._placed[place])
-        return self._whole[place].get((layer, module), [])
+        if slot not in self._whole:
+            self._whole[slot] = self._make_whole(*self._placed[slot])
+        return self._whole[slot].get((layer, module), [])
 
     def __len__(self) -> int:
         return len(self._placed)

@@ -29,8 +29,8 @@ class TorchLora:
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         for segment in self._segments:
             x_rows, y_rows = x[segment.start : segment.end], y[segment.start : segment.end]
-            for place, weight in zip(segment.places, segment.weights, strict=True):
-                weights = self._table.site(place, site)
+            for slot, weight in zip(segment.slots, segment.weights, strict=True):
+                weights = self._table.site(slot, site)
                 if weights is not None:
                     expand(y_rows, shrink(x_rows, weights), weights, weight)
 

@@ -155,8 +155,8 @@ class TritonLora:
         return Step(tuple(groups), on_device[:at], gated_tiles, overlap=False, beside=False)
 
     def _use(self, segments: Segments) -> list[list[int]] | None:
-        places = {place for s in segments for place in s.places}
-        return self._table.used_sites(places).tolist() if places else None
+        slots = {slot for s in segments for slot in s.slots}
+        return self._table.used_sites(slots).tolist() if slots else None
 
     def _h_need(self, tiles: StepTiles, blocks: Phase) -> int:
         size = cdiv(max(tiles.h_size, 1), H_ALIGN) * H_ALIGN

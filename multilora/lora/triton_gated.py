@@ -103,8 +103,8 @@ def gated_kernel(y, out, site, h, weights, addresses, records, tiles, entries, s
     if count == 0:
         gated_base(y, out, rows, n0, n_end, width, TILE_M, TILE_N, FAST)
     elif count == 1:
-        place, weight = load_entry(tile, entries, further, 0)
-        record = records + (place * sites + site) * RECORD
+        slot, weight = load_entry(tile, entries, further, 0)
+        record = records + (slot * sites + site) * RECORD
         gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, record, weight, n0, n_end, width,
                    chunk, WHOLE, ALIGN, TILE_M, TILE_N, TILE_R, FAST)  # fmt: skip
     else:

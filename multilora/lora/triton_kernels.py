@@ -108,15 +108,15 @@ def shrink_kernel(x, site, h, weights, addresses, records, tiles, entries, sites
     x += row * width
     h += split.to(tl.int64) * h_split + h_start
     if VECTOR and rows * count == 1:
-        place, _ = load_entry(tile, entries, further, 0)
-        record = records + (place * sites + site) * RECORD
+        slot, _ = load_entry(tile, entries, further, 0)
+        record = records + (slot * sites + site) * RECORD
         shrink_row(x, h, tl.program_id(2), weights, addresses, tl.load(record), tl.load(record + 1), k0, width,
                    chunk, WHOLE, ALIGN, BLOCK_K, PARTS, PDL)  # fmt: skip
     else:
         part, parts = part * tl.num_programs(2) + tl.program_id(2), parts * tl.num_programs(2)
         for e in range(count):
-            place, _ = load_entry(tile, entries, further, e)
-            record = records + (place * sites + site) * RECORD
+            slot, _ = load_entry(tile, entries, further, e)
+            record = records + (slot * sites + site) * RECORD
             start, rank = tl.load(record), tl.multiple_of(tl.load(record + 1), _GRANULE)
             shrink_rows(x, width, rows, h, h_stride, part, parts, weights, addresses, start, rank, k0, k0 + BLOCK_K,
                         width, chunk, WHOLE, ALIGN, TILE_M, TILE_R, TILE_K, PDL)  # fmt: skip
@@ -219,8 +219,8 @@ def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
     """expand_rows() for one adapter and columns [n0, n_end): the first columns of h are summed only once."""
     m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
     kind: tl.constexpr = weights.dtype.element_ty
-    place, weight = load_entry(tile, entries, further, 0)
-    _, first, rank, affine, start = load_slice(records + (place * sites + site) * RECORD, index)
+    slot, weight = load_entry(tile, entries, further, 0)
+    _, first, rank, affine, start = load_slice(records + (slot * sites + site) * RECORD, index)
     h += first
     if rank + affine > 0:
         hs, hs_next = first_h(h, h_stride, h_split, splits, weight, rank, rows, kind, TILE_M, TILE_R)
@@ -245,8 +245,8 @@ def rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, ti
     total = tl.zeros([TILE_M, TILE_N], tl.float32)
     touched = 0
     for e in range(count):
-        place, weight = load_entry(tile, entries, further, e)
-        stacked, first, rank, affine, start = load_slice(records + (place * sites + site) * RECORD, index)
+        slot, weight = load_entry(tile, entries, further, e)
+        stacked, first, rank, affine, start = load_slice(records + (slot * sites + site) * RECORD, index)
         for r0 in range(0, rank, TILE_R):
             hs = sum_h(h + first, h_stride, h_split, splits, r0 + r, rank, rows, TILE_M, TILE_R) * weight
             b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
@@ -271,8 +271,8 @@ def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
     if touched > 0:
         after = before.to(tl.float32) + total
         if count == 1:
-            place, _ = load_entry(tile, entries, further, 0)
-            _, _, rank, affine, start = load_slice(records + (place * sites + site) * RECORD, index)
+            slot, _ = load_entry(tile, entries, further, 0)
+            _, _, rank, affine, start = load_slice(records + (slot * sites + site) * RECORD, index)
             if affine > 0:
                 scale, shift = load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE)
                 after = scale[None, :] * after + shift[None, :]
@@ -297,15 +297,15 @@ def expand_kernel(y, site, h, weights, addresses, records, tiles, entries, block
     y += row * y_stride + tl.multiple_of(tl.load(block + 3), ALIGN_N)
     h += h_start
     if VECTOR and rows * count == 1:
-        place, weight = load_entry(tile, entries, further, 0)
-        _, first, rank, affine, start = load_slice(records + (place * sites + site) * RECORD, index)
+        slot, weight = load_entry(tile, entries, further, 0)
+        _, first, rank, affine, start = load_slice(records + (slot * sites + site) * RECORD, index)
         expand_row(y, h + first, h_split, splits, weight, weights, addresses, start, rank, affine, n0,
                    width, chunk, WHOLE, ALIGN, BLOCK_S, BLOCK_N, PDL)  # fmt: skip
     else:
         n1 = n0 + part * TILE_N
         if PDL and WHOLE and count > 0:
-            place, _ = load_entry(tile, entries, further, 0)
-            _, _, rank, _, start = load_slice(records + (place * sites + site) * RECORD, index)
+            slot, _ = load_entry(tile, entries, further, 0)
+            _, _, rank, _, start = load_slice(records + (slot * sites + site) * RECORD, index)
             prefetch_rows(weights, addresses, start, rank, n1, width, TILE_N)
         wait_for_previous(PDL)
         if (not PDL) and count == 1 and parts == 1:

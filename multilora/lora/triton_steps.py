@@ -50,15 +50,15 @@ def make_tiles(
     found: list[tuple[int, ...]] = []  # (rank, row, rows, adapters, further, place, weight)
     at = 0
     for segment in segments:
-        count = len(segment.places)
+        count = len(segment.slots)
         own = weights[at : at + count]
         at += count
         further = len(entries)
-        entries += zip(segment.places[1:], own[1:], strict=True)
-        rank = sum(stacked_rank(place) for place in segment.places)
+        entries += zip(segment.slots[1:], own[1:], strict=True)
+        rank = sum(stacked_rank(slot) for slot in segment.slots)
         for row in range(segment.start, segment.end, tile_rows):
             rows = min(tile_rows, segment.end - row)
-            found.append((rank, row, rows, count, further, segment.places[0], own[0]))
+            found.append((rank, row, rows, count, further, segment.slots[0], own[0]))
     found.sort(key=lambda tile: -tile[0])
     table = np.array(found, np.int32).reshape(-1, 7)
     sizes = table[:, 0].astype(np.int64) * table[:, 2]
@@ -67,10 +67,10 @@ def make_tiles(
     whole = np.repeat(np.arange(len(found)), parts)  # [listed] the tile of each
     first = np.cumsum(parts) - parts
     tiles = np.zeros((len(whole), 8), np.int32)
-    rank, row, rows, count, further, place, weight = table[whole].T
+    rank, row, rows, count, further, slot, weight = table[whole].T
     tiles[:, 0], tiles[:, 1] = row, count << 16 | rows
     tiles[:, 2], tiles[:, 3] = (ends - sizes)[whole], rank
-    tiles[:, 4], tiles[:, 5], tiles[:, 6] = further, place, weight
+    tiles[:, 4], tiles[:, 5], tiles[:, 6] = further, slot, weight
     tiles[:, 7] = parts[whole] << 16 | (np.arange(len(whole)) - first[whole])
     return StepTiles(tiles, np.array(entries, np.int32).reshape(-1, 2), int(ends[-1]) if len(ends) else 0)
 
@@ -80,15 +80,15 @@ def in_single_rows(segments: Segments) -> Segments:
     costs less than a tile that is nearly empty."""
     found: list[LoraSegment] = []
     for s in segments:
-        few = 1 < s.end - s.start <= FEW_ROWS and len(s.places) == 1
+        few = 1 < s.end - s.start <= FEW_ROWS and len(s.slots) == 1
         found += [replace(s, start=row, end=row + 1) for row in range(s.start, s.end)] if few else [s]
     return tuple(found)
 
 
 def split_singles(segments: Segments) -> tuple[Segments, Segments]:
     """Those of several rows or several adapters, and those of one row and one adapter: a decode in a large step."""
-    singles = tuple(s for s in segments if s.end - s.start == 1 and len(s.places) == 1)
-    return tuple(s for s in segments if s.end - s.start > 1 or len(s.places) > 1), singles
+    singles = tuple(s for s in segments if s.end - s.start == 1 and len(s.slots) == 1)
+    return tuple(s for s in segments if s.end - s.start > 1 or len(s.slots) > 1), singles
 
 
 def base_tiles(segments: Segments, num_rows: int, tile_rows: int) -> np.ndarray:

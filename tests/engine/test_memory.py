@@ -42,8 +42,8 @@ def test_the_largest_step_has_every_token_and_all_logits(tokens: int, tmp_path: 
     meta, rows = seen
     assert sum(meta.q_lens) == tokens and max(meta.q_lens) <= 32 and meta.q_lens == meta.kv_lens
     assert rows == (tokens, config.hidden_size)
-    places = set(zip(meta.token_page.tolist(), meta.token_slot.tolist(), strict=True))
-    assert len(places) == tokens, "two tokens in one place"
+    slots = set(zip(meta.token_page.tolist(), meta.token_slot.tolist(), strict=True))
+    assert len(slots) == tokens, "two tokens in one place"
     assert nbytes == (int(meta.token_page.max()) + 1) * layout.page_bytes
 
 

@@ -52,18 +52,18 @@ class Bench:
         order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
         arena = torch.zeros(total, page_bytes, dtype=torch.uint8)
         self.table = LoraTable(arena, dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
-        for place, (layout, buffer) in enumerate(packed):
+        for slot, (layout, buffer) in enumerate(packed):
             pages = [order.pop() for _ in range(layout.num_pages)]
             arena[pages] = buffer
-            self.table.install(place, layout, pages)
+            self.table.install(slot, layout, pages)
 
 
 def naive(y, x, site, adapters, segments):
     """The formula itself, from the unpacked blocks."""
     y = y.clone()
     for segment in segments:
-        for place, weight in zip(segment.places, segment.weights, strict=True):
-            blocks = Blocks.of(adapters[place])
+        for slot, weight in zip(segment.slots, segment.weights, strict=True):
+            blocks = Blocks.of(adapters[slot])
             for s in site.slices:
                 if block := blocks.low_rank.get((site.layer, s.module)):
                     delta = weight * (x[segment.start : segment.end] @ block.a.T) @ block.b

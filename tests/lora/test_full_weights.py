@@ -34,10 +34,10 @@ def make(page_bytes: int, *adapters: tuple) -> LoraTable:
     order = torch.randperm(total, generator=torch.Generator().manual_seed(1)).tolist()
     arena = torch.zeros(total, page_bytes, dtype=torch.uint8)
     table = LoraTable(arena, torch.float32, ((0,),))
-    for place, (layout, buffer) in enumerate(packed):
+    for slot, (layout, buffer) in enumerate(packed):
         pages = [order.pop() for _ in buffer]
         arena[pages] = buffer
-        table.install(place, layout, pages)
+        table.install(slot, layout, pages)
     return table
 
 

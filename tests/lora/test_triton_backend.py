@@ -44,8 +44,8 @@ POPULARITY = {
 def test_popularity_and_mixed_ranks(name, popularity):
     sites = make_sites(*ROUND)
     world = World(sites, [same_rank(sites, rank) for rank in RANKS])
-    for place in range(len(RANKS)):
-        world.install(place)
+    for slot in range(len(RANKS)):
+        world.install(slot)
     world.check(world.backend(name), POPULARITY[popularity], 9)
 
 
@@ -54,8 +54,8 @@ def test_popularity_and_mixed_ranks(name, popularity):
 def test_odd_widths_dtypes_and_cut_panels(dtype, page_bytes):
     sites = make_sites(*ODD)
     world = World(sites, [same_rank(sites, rank) for rank in (8, 20, 3)], dtype=dtype, page_bytes=page_bytes)
-    for place in range(3):
-        world.install(place)
+    for slot in range(3):
+        world.install(slot)
     segments = segments_of((0, 1, 0), (1, 2, 1), (2, 7, 2))
     world.check(world.backend("csgmv"), segments, 8)
 
@@ -64,8 +64,8 @@ def test_odd_widths_dtypes_and_cut_panels(dtype, page_bytes):
 def test_subsets_of_targets_and_composition(name):
     sites = make_sites(*ROUND)
     world = World(sites, [((4, 0, 20), (0,)), ((0, 8, 0), (3,)), ((16, 16, 16), (16,))])
-    for place in range(3):
-        world.install(place)
+    for slot in range(3):
+        world.install(slot)
     segments = (
         LoraSegment(0, 1, (0,), (0.5,)),
         LoraSegment(1, 2, (1, 2, 0), (0.7, -0.3, 1.1)),
@@ -78,8 +78,8 @@ def test_subsets_of_targets_and_composition(name):
 def test_segments_longer_than_a_tile_and_large_steps():
     sites = make_sites(*ROUND)
     world = World(sites, [same_rank(sites, 8), same_rank(sites, 24)])
-    for place in range(2):
-        world.install(place)
+    for slot in range(2):
+        world.install(slot)
     backend = world.backend("csgmv", graph_rows=16)
     world.check(backend, segments_of((0, 1, 1), (1, 34, 0), (34, 36, 1)), 40)
     assert not backend.replayable  # more rows than graphs have
@@ -100,8 +100,8 @@ def test_affine_pairs(name, page_bytes, graph_rows):
     ranks = [((8, 0, 20), (4,)), ((0, 0, 0), (0,)), same_rank(sites, 16), ((0, 0, 8), (0,))]
     affine = [((PAIR, 0, PAIR), (0,)), ((PAIR, PAIR, 0), (PAIR,)), (), ((0, PAIR, 0), (PAIR,))]
     world = World(sites, ranks, affine=affine, page_bytes=page_bytes)
-    for place in range(4):
-        world.install(place)
+    for slot in range(4):
+        world.install(slot)
     singles = [(i, i + 1, i) for i in range(4)]
     backend = world.backend(name, graph_rows=graph_rows)
     world.check(backend, segments_of(*singles, (4, 7, 0), (7, 9, 1), (10, 11, 3)), 12)
@@ -110,8 +110,8 @@ def test_affine_pairs(name, page_bytes, graph_rows):
 def test_logits_are_fp32_whatever_the_weights_are():
     head = LoraSite(0, MODEL_LEVEL, "lm_head", 64, (LoraSlice("lm_head", 0, 200),))
     world = World((head,), [((8,),), ((0,),)], affine=[(), ((PAIR,),)], dtype=torch.float16, page_bytes=2048)
-    for place in range(2):
-        world.install(place)
+    for slot in range(2):
+        world.install(slot)
     got = world.check(world.backend(), segments_of((0, 1, 0), (1, 4, 0), (4, 5, 1)), 6, y_dtype=torch.float32)
     assert got[0].dtype == torch.float32
 
@@ -130,8 +130,8 @@ def test_the_vocabulary_as_an_input_needs_no_room():
 def test_sites_that_nobody_touches_are_not_launched(monkeypatch):
     sites = make_sites(*ROUND)
     world = World(sites, [((0, 8, 0), (0,)), ((0, 0, 0), (0,))], affine=[(), ((0, PAIR, 0), (0,))])
-    for place in range(2):
-        world.install(place)
+    for slot in range(2):
+        world.install(slot)
     backend, launched = world.backend(), []
     monkeypatch.setattr("multilora.kernels.triton_launch.launch", lambda kernel, *_, **__: launched.append(kernel))
     x, y = torch.zeros(2, 96), torch.zeros(2, 112)
@@ -173,12 +173,12 @@ def test_adapters_come_and_go_and_their_tables_are_compacted():
     ranks = [same_rank(sites, rank) for rank in (8, 8, 8, 24)]
     world = World(sites, ranks, spare_pages=0)
     backend = world.backend()
-    for place in range(3):
-        world.install(place)
+    for slot in range(3):
+        world.install(slot)
     addresses = backend._table
-    panels = len(world.layouts[0].places)
+    panels = len(world.layouts[0].slots)
     addresses.addresses = addresses.addresses[: panels * 5 + panels // 2]  # a gap of one adapter, then room for 2.5
-    gone = world.table.placed(1)[1]
+    gone = world.table.lookup(1)[1]
     world.table.remove(1)
     world.free += gone
     world.install(1, which=3)  # three: fits nowhere unless the gap is closed
@@ -188,8 +188,8 @@ def test_adapters_come_and_go_and_their_tables_are_compacted():
 def test_the_same_bits_every_time():
     sites = make_sites(*ROUND)
     world = World(sites, [same_rank(sites, 24), same_rank(sites, 8)], dtype=torch.float16)
-    for place in range(2):
-        world.install(place)
+    for slot in range(2):
+        world.install(slot)
     backend = world.backend()
     segments = segments_of((0, 1, 0), (1, 4, 1))
     for a, b in zip(world.check(backend, segments, 4), world.check(backend, segments, 4), strict=True):
@@ -226,8 +226,8 @@ def test_a_graph_serves_other_adapters_and_other_ranks(rows):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for place in (1, 2, 3):
-        world.install(place)
+    for slot in (1, 2, 3):
+        world.install(slot)
     for segments in (segments_of((0, 1, 1), (1, 2, 2), (2, 7, 3)), segments_of((5, 6, 2))):
         backend.prepare(segments, rows)
         assert backend.replayable

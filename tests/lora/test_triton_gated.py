@@ -69,8 +69,8 @@ def test_mixed_ranks_single_rows_and_base_rows(shape, dtype):
     hidden, width, page_bytes = SHAPES[shape]
     sites = make_sites(hidden, width)
     world = World(sites, [same_rank(sites, rank) for rank in (8, 20, 64)], dtype=dtype, page_bytes=page_bytes)
-    for place in range(3):
-        world.install(place)
+    for slot in range(3):
+        world.install(slot)
     check(world, segments_of((1, 2, 0), (2, 3, 1), (5, 24, 2), (24, 25, 2), (27, 29, 0)), 46, chunk_rows=16)
 
 
@@ -80,8 +80,8 @@ def test_one_slice_neither_and_affine_pairs(page_bytes):
     ranks = [((8, 0),), ((0, 20),), ((0, 0),), ((8, 8),), ((0, 16),)]
     affine = [(), (), ((PAIR, 0),), ((PAIR, PAIR),), ((PAIR, 0),)]
     world = World(sites, ranks, affine=affine, page_bytes=page_bytes)
-    for place in range(5):
-        world.install(place)
+    for slot in range(5):
+        world.install(slot)
     singles = [(i, i + 1, i) for i in range(5)]
     check(world, segments_of(*singles, *((6 + 3 * i, 9 + 3 * i, i) for i in range(5))), 22)
 
@@ -89,8 +89,8 @@ def test_one_slice_neither_and_affine_pairs(page_bytes):
 def test_composed_rows():
     sites = make_sites(64, 48)
     world = World(sites, [((4, 0),), ((0, 40),), ((16, 16),)])
-    for place in range(3):
-        world.install(place)
+    for slot in range(3):
+        world.install(slot)
     segments = (
         LoraSegment(0, 1, (1, 2, 0), (0.7, -0.3, 1.1)),
         LoraSegment(1, 2, (2,), (2.0,)),
@@ -112,8 +112,8 @@ def test_what_is_launched(monkeypatch):
     """The fused kernel only in large steps whose adapters of several rows touch the site; else the plain way."""
     sites = make_sites(64, 48)
     world = World(sites, [same_rank(sites, 8), ((0, 0),)])
-    for place in range(2):
-        world.install(place)
+    for slot in range(2):
+        world.install(slot)
     launched: list[object] = []
     monkeypatch.setattr("multilora.kernels.triton_launch.launch", lambda kernel, *_, **__: launched.append(kernel))
 
@@ -147,8 +147,8 @@ def test_as_the_engine_runs_it(decodes):
     sites = make_sites(1024, 3584)
     ranks = [same_rank(sites, (8, 16, 32, 64)[i % 4]) for i in range(60)]
     world = World(sites, ranks, dtype=torch.bfloat16, page_bytes=1 << 20)
-    for place in range(60):
-        world.install(place)
+    for slot in range(60):
+        world.install(slot)
     backend = TritonLora(world.table, sites)
     prompts = [(decodes + i * 200, decodes + i * 200 + 170, i) for i in range(4)]
     segments = segments_of(*((i, i + 1, i) for i in range(decodes)), *prompts)

@@ -34,11 +34,11 @@ def test_few_rows_of_one_adapter_are_single_rows() -> None:
 
 def test_every_row_is_listed_once() -> None:
     many, singles = split_singles(SEGMENTS)
-    tiles = make_tiles(many, 16, lambda place: 8).tiles
+    tiles = make_tiles(many, 16, lambda slot: 8).tiles
     base = base_tiles(many, 80, 16)
     assert rows_of(np.concatenate((tiles, base))) == list(range(80))
     assert (base[:, 1] >> 16 == 0).all() and (base[:, 7] == 1 << 16).all()
-    assert rows_of(make_tiles(singles, 16, lambda place: 8).tiles) == [0, 41]
+    assert rows_of(make_tiles(singles, 16, lambda slot: 8).tiles) == [0, 41]
 
 
 def test_no_base_rows_and_nothing_else() -> None:

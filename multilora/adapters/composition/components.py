@@ -96,9 +96,9 @@ class Components:
         for version in versions:
             self._store.release(version)
 
-    def places(self, versions: Versions) -> tuple[int, ...]:
+    def slots(self, versions: Versions) -> tuple[int, ...]:
         """In the LoRA table; all are resident."""
-        return tuple([self._store.place_of(v) for v in versions])
+        return tuple([self._store.slot_of(v) for v in versions])
 
     def check_fit(self, versions: Versions, tokens: int) -> None:
         """Raise CannotFit for what could never run, even alone, beside the adapters that are pinned (DESIGN §3)."""
@@ -119,11 +119,11 @@ class Components:
     def _check_limits(self, versions: Versions, pages: int) -> None:
         """A single adapter within the limits was all that loading and pinning made sure of."""
         residency, pinned = self._store.residency, self._store.pinned_pages()
-        unpinned, places = len(self._unpinned(versions)), self._free_places()
-        if places is not None and unpinned > places:
+        unpinned, slots = len(self._unpinned(versions)), self._free_slots()
+        if slots is not None and unpinned > slots:
             raise CannotFit(
                 f"a composition of {len(versions)} adapters: --max-loras-per-batch {residency.max_count} and the "
-                f"pinned adapters leave room for {places} that are not pinned",
+                f"pinned adapters leave room for {slots} that are not pinned",
                 param="lora_path",
             )
         if residency.max_pages is not None and pages > residency.max_pages - pinned:
@@ -133,7 +133,7 @@ class Components:
                 param="lora_path",
             )
 
-    def _free_places(self) -> int | None:
+    def _free_slots(self) -> int | None:
         """What the pinned adapters leave of --max-loras-per-batch."""
         limit = self._store.residency.max_count
         return None if limit is None else limit - sum(r.pinned for r in self._store.records())

@@ -38,7 +38,7 @@ class Resident:
     """One adapter version on the device (or being copied there)."""
 
     version: int
-    place: int
+    slot: int
     pages: list[int]
     layout: PanelLayout
     pinned: bool
@@ -87,7 +87,7 @@ class Residency:
         self._copying: list[Resident] = []
         self._held: list[Resident] = []
         self._pages = 0
-        self._free_places: list[int] = []
+        self._free_slots: list[int] = []
         self._tick = 0
         self._shrinking = False  # a limit was lowered; what is in use still exceeds it
 
@@ -129,12 +129,12 @@ class Residency:
         """Begin the copy. The caller has made room and seen `pool.ready >= entry.layout.num_pages`."""
         assert version not in self._residents
         pages = self.pool.alloc_adapter(entry.layout.num_pages)
-        place = self._free_places.pop() if self._free_places else len(self._residents)
+        slot = self._free_slots.pop() if self._free_slots else len(self._residents)
         buffer = entry.buffer  # another thread may put the entry elsewhere at any moment
         copy = self._copier.start(buffer, pages)
         tick = self._next_tick()
         score = self.clock.now
-        resident = Resident(version, place, pages, entry.layout, pinned, copy, buffer, tick, tick, score)
+        resident = Resident(version, slot, pages, entry.layout, pinned, copy, buffer, tick, tick, score)
         self._residents[version] = resident
         self._copying.append(resident)
         self.forecast.started(version, entry.nbytes)
@@ -146,7 +146,7 @@ class Residency:
         finished = [r for r in self._copying if r.copy is not None and r.copy.done()]
         for resident in finished:
             self._copying.remove(resident)
-            self._table.install(resident.place, resident.layout, resident.pages)
+            self._table.install(resident.slot, resident.layout, resident.pages)
             resident.copy = resident.buffer = None
             resident.ready = True
         versions = [r.version for r in finished]
@@ -162,13 +162,13 @@ class Residency:
         return self._residents.get(version)
 
     def acquire(self, version: int) -> int:
-        """A request runs on it: it stays until released. Returns its place."""
+        """A request runs on it: it stays until released. Returns its slot."""
         resident = self._residents[version]
         assert resident.ready
         resident.refs += 1
         resident.uses += 1
         self._touch(resident)
-        return resident.place
+        return resident.slot
 
     def release(self, version: int) -> None:
         resident = self._residents[version]
@@ -207,8 +207,8 @@ class Residency:
         """Free the adapter's pages, pinned or not. Nobody uses it."""
         resident = self._residents.pop(version)
         assert resident.refs == 0 and resident.ready
-        self._table.remove(resident.place)
-        self._free_places.append(resident.place)
+        self._table.remove(resident.slot)
+        self._free_slots.append(resident.slot)
         self._pages -= len(resident.pages)
         self.pool.free_pages(resident.pages, fence)
 
@@ -257,8 +257,8 @@ class Residency:
 
     def check(self) -> None:
         """Raise AssertionError if the books do not balance."""
-        places = [r.place for r in self._residents.values()] + self._free_places
-        assert sorted(places) == list(range(len(places))), f"places lost or doubled: {places}"
+        slots = [r.slot for r in self._residents.values()] + self._free_slots
+        assert sorted(slots) == list(range(len(slots))), f"slots lost or doubled: {slots}"
         pages = [p for r in self._residents.values() for p in r.pages]
         assert len(pages) == len(set(pages)) == self._pages
         assert not self._over(0, 0) or self._shrinking, "over a limit"

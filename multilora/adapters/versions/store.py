@@ -196,11 +196,11 @@ class AdapterStore:
         """Packed size."""
         return self._records[version].pages * self._page_bytes
 
-    def place_of(self, version: int) -> int:
+    def slot_of(self, version: int) -> int:
         """In the LoRA table; the version is resident."""
         resident = self.residency.get(version)
         assert resident is not None and resident.ready
-        return resident.place
+        return resident.slot
 
     def count_request(self, version: int) -> None:
         """A request asks for it for the first time: a hit if it is resident already."""

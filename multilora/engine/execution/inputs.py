@@ -78,13 +78,13 @@ def lora_segments(plan: StepPlan) -> tuple[LoraSegment, ...]:
     row = 0
     for chunk in plan.chunks:
         start, row = row + chunk.skipped, row + chunk.count
-        if not chunk.places or start == row:
+        if not chunk.slots or start == row:
             continue
         last = segments[-1] if segments else None
-        if last and last.end == start and (last.places, last.weights) == (chunk.places, chunk.weights):
+        if last and last.end == start and (last.slots, last.weights) == (chunk.slots, chunk.weights):
             segments[-1] = replace(last, end=row)
         else:
-            segments.append(LoraSegment(start, row, chunk.places, chunk.weights))
+            segments.append(LoraSegment(start, row, chunk.slots, chunk.weights))
     return tuple(segments)
 
 

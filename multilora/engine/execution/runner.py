@@ -76,10 +76,10 @@ class RunnerLora:
 
     def reach(self, segments: tuple[LoraSegment, ...]) -> Reach:
         """Of the adapter among them that goes furthest."""
-        return max((self._reach_of(p) for s in segments for p in s.places), default=Reach.LAYERS)
+        return max((self._reach_of(p) for s in segments for p in s.slots), default=Reach.LAYERS)
 
-    def _reach_of(self, place: int) -> Reach:
-        layout, _ = self._table.placed(place)
+    def _reach_of(self, slot: int) -> Reach:
+        layout, _ = self._table.lookup(slot)
         modules = {(whole.layer, whole.module) for whole in layout.shape.whole}
         if modules - ENDS:
             return Reach.MODULES

@@ -207,7 +207,7 @@ class Scheduler:
             sample,
             known=start + count <= request.num_tokens,
             answer_index=len(request.output_ids) + request.in_flight,
-            places=self.components.places(request.versions),
+            slots=self.components.slots(request.versions),
             weights=request.weights,
             skipped=min(count, max(0, request.activation - start)),
             logprob_positions=request.prompt_logprob_positions(start, count),

@@ -113,9 +113,9 @@ def test_parts_that_are_not_on_host_are_fetched_while_blocked():
 def test_places():
     world = World()
     world.want(1, 2, 5)
-    places = world.components.places((1, 2, 5))
-    assert len(set(places)) == 3
-    assert all(world.tiers.weights_are(v, place) for v, place in zip((1, 2, 5), places, strict=True))
+    slots = world.components.slots((1, 2, 5))
+    assert len(set(slots)) == 3
+    assert all(world.tiers.weights_are(v, slot) for v, slot in zip((1, 2, 5), slots, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -144,14 +144,14 @@ def test_places_are_reused_and_show_the_new_weights():
     tiers = make()
     for version in (1, 2, 3):
         put(tiers.residency, version)
-    place = tiers.residency.get(2).place
+    slot = tiers.residency.get(2).slot
     tiers.residency.remove(2, 0)
     assert len(tiers.table) == 2
     put(tiers.residency, 4, pages=2)
-    assert tiers.residency.get(4).place == place
+    assert tiers.residency.get(4).slot == slot
     for version in (1, 3, 4):
-        assert tiers.weights_are(version, tiers.residency.get(version).place)
-    assert sorted(tiers.residency.get(v).place for v in (1, 3, 4)) == [0, 1, 2]
+        assert tiers.weights_are(version, tiers.residency.get(version).slot)
+    assert sorted(tiers.residency.get(v).slot for v in (1, 3, 4)) == [0, 1, 2]
 
 
 def test_freed_pages_carry_their_fence():
@@ -215,6 +215,6 @@ def test_adapters_compete_with_prefix_pages():
 def test_check_finds_a_lost_place():
     tiers = make()
     put(tiers.residency, 1)
-    tiers.residency.get(1).place = 5
-    with pytest.raises(AssertionError, match="places"):
+    tiers.residency.get(1).slot = 5
+    with pytest.raises(AssertionError, match="slots"):
         tiers.residency.check()

@@ -124,7 +124,7 @@ def test_host_eviction_and_silent_return():
     assert poll(tiers) == []
     poll(tiers)
     assert plan(tiers, 1) == [READY]
-    assert tiers.weights_are(1, tiers.store.place_of(1))
+    assert tiers.weights_are(1, tiers.store.slot_of(1))
     assert len(tiers.host) == 2
     assert tiers.store.record(1).fetches == 2
 
@@ -251,7 +251,7 @@ def test_a_copy_may_outlive_its_host_entry():
     for _ in range(8):
         poll(tiers)
     assert plan(tiers, 1) == [READY]
-    assert tiers.weights_are(1, tiers.store.place_of(1))
+    assert tiers.weights_are(1, tiers.store.slot_of(1))
 
 
 @pytest.mark.parametrize("copy_delay", [0, 3])

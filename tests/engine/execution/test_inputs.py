@@ -24,7 +24,7 @@ def chunk(count: int, *adapters: tuple[int, float], skipped: int = 0) -> Chunk:
         False,
         True,
         0,
-        places=tuple(place for place, _ in adapters),
+        slots=tuple(slot for slot, _ in adapters),
         weights=tuple(weight for _, weight in adapters),
         skipped=skipped,
         logprob_positions=range(0),
@@ -52,7 +52,7 @@ A, B = (4, 1.0), (2, 0.5)
 )
 def test_lora_segments(chunks, segments):
     found = lora_segments(StepPlan(1, tuple(chunks)))
-    assert [(s.start, s.end, tuple(zip(s.places, s.weights, strict=True))) for s in found] == segments
+    assert [(s.start, s.end, tuple(zip(s.slots, s.weights, strict=True))) for s in found] == segments
 
 
 def test_logit_rows_keep_their_segments():

@@ -64,8 +64,8 @@ class CheckedScheduler(Scheduler):
             assert chunk.sample == (request.samples and chunk.count == request.remaining)
             assert chunk.known or (chunk.count == 1 and request.in_flight == 1 and request.edits is None)
             assert chunk.answer_index == len(request.output_ids) + request.in_flight
-            assert chunk.places == tuple(self.adapters.place_of(v) for v in request.versions)
-            assert len(chunk.weights) == len(chunk.places)
+            assert chunk.slots == tuple(self.adapters.slot_of(v) for v in request.versions)
+            assert len(chunk.weights) == len(chunk.slots)
             assert chunk.skipped == len(
                 [p for p in range(chunk.start, request.activation) if p < chunk.start + chunk.count]
             )
@@ -308,7 +308,7 @@ class World:
         for version in [*self.loaded, *users]:
             resident = self.tiers.residency.get(version)
             assert users[version] == (resident.refs if resident else 0)
-            assert not users[version] or self.tiers.weights_are(version, resident.place)
+            assert not users[version] or self.tiers.weights_are(version, resident.slot)
 
     def check_pages(self, running: list[Request]) -> None:
         """Only full pages are shared, at the same place, and the cache knows by how many."""

@@ -121,8 +121,8 @@ class FakeRunner:
 
     def _weights(self, chunk: Chunk) -> list[tuple[int, torch.Tensor]]:
         found = []
-        for place, version in zip(chunk.places, chunk.request.versions, strict=True):
-            site = self._tiers.table.site(place, 0)
+        for slot, version in zip(chunk.slots, chunk.request.versions, strict=True):
+            site = self._tiers.table.site(slot, 0)
             assert site is not None
             found += [(version, piece.weight) for piece in site.a + site.b[0].pieces]
         return found

@@ -236,9 +236,9 @@ class FakeTiers:
             on_evict=self.namespaces.devalue,
         )
 
-    def weights_are(self, version: int, place: int) -> bool:
-        """Whether the table's views at `place` show this version's weights and nothing else."""
-        site = self.table.site(place, SITE.index)
+    def weights_are(self, version: int, slot: int) -> bool:
+        """Whether the table's views at `slot` show this version's weights and nothing else."""
+        site = self.table.site(slot, SITE.index)
         assert site is not None
         pieces = site.a + site.b[0].pieces
         return all(bool((piece.weight == version).all()) for piece in pieces)
