@@ -112,7 +112,7 @@ class PrefixCache:
     def idle_pages(self) -> int:
         return self.pool.count(PageKind.PREFIX)
 
-    def cheapest(self) -> float | None:
+    def peek_victim(self) -> float | None:
         while self._heap:
             score, _, node = self._heap[0]
             if self._evictable(node) and node.score == score:
@@ -120,8 +120,8 @@ class PrefixCache:
             heapq.heappop(self._heap)
         return None
 
-    def give_way(self, fence: int) -> int:
-        assert self.cheapest() is not None
+    def evict(self, fence: int) -> int:
+        assert self.peek_victim() is not None
         _, _, node = heapq.heappop(self._heap)
         self._remove(node, fence)
         return 1

@@ -36,12 +36,12 @@ class Reclaimable(Protocol):
         """Pages that could be given back now, all told."""
         ...
 
-    def cheapest(self) -> float | None:
+    def peek_victim(self) -> float | None:
         """Score of what would go first; None if nothing is idle."""
         ...
 
-    def give_way(self, fence: int) -> int:
-        """Free what `cheapest` spoke of; returns its number of pages, at least 1."""
+    def evict(self, fence: int) -> int:
+        """Free what `peek_victim` spoke of; returns its number of pages, at least 1."""
         ...
 
 
@@ -64,8 +64,8 @@ class Reclaimer:
         if self.available() < n:
             return False
         while self.pool.free < n:
-            offers = [(score, i) for i, s in enumerate(self.sources) if (score := s.cheapest()) is not None]
+            offers = [(score, i) for i, s in enumerate(self.sources) if (score := s.peek_victim()) is not None]
             score, i = min(offers)
             self.clock.now = max(self.clock.now, score)
-            self.sources[i].give_way(fence)
+            self.sources[i].evict(fence)
         return True

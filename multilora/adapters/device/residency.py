@@ -113,7 +113,7 @@ class Residency:
     def make_room(self, num_pages: int, fence: int) -> None:
         """Evict idle adapters until one of `num_pages` is within this tier's own limits."""
         while self._over(1, num_pages):
-            self.give_way(fence)
+            self.evict(fence)
 
     def set_limits(self, max_count: int | None, max_pages: int | None, fence: int) -> None:
         self.max_count, self.max_pages = max_count, max_pages
@@ -122,7 +122,7 @@ class Residency:
     def shrink(self, fence: int) -> None:
         """Where a lowered limit is not kept yet: evict who is idle by now."""
         while self._over(0, 0) and self._victim() is not None:
-            self.give_way(fence)
+            self.evict(fence)
         self._shrinking = self._over(0, 0)
 
     def start(self, version: int, entry: HostEntry, pinned: bool) -> Resident:
@@ -215,13 +215,13 @@ class Residency:
     def idle_pages(self) -> int:
         return sum(len(r.pages) for r in self._residents.values() if r.idle)
 
-    def cheapest(self) -> float | None:
+    def peek_victim(self) -> float | None:
         victim = self._victim()
         if victim is None:
             return None
         return victim.score + (AWAITED_SCORE if self.awaited[victim.version] else 0.0)
 
-    def give_way(self, fence: int) -> int:
+    def evict(self, fence: int) -> int:
         victim = self._victim()
         assert victim is not None
         self.remove(victim.version, fence)

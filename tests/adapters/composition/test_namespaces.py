@@ -97,7 +97,7 @@ def test_a_version_that_leaves_the_device_makes_its_pages_worth_less():
     world.pages_of(((1, 0.5), (2, 0.5)))
     other = world.pages_of(((3, 0.5),))
     world.namespaces.devalue(2)
-    world.prefix.give_way(0)
+    world.prefix.evict(0)
     assert world.cached(other)
     world.namespaces.devalue(9)  # never seen
 
@@ -112,7 +112,7 @@ def test_memory_is_bounded_by_requests_and_pages():
         held.append(mix)
         number = world.namespaces.acquire(mix)
         if world.pool.free == 0:
-            world.prefix.give_way(0)
+            world.prefix.evict(0)
         world.cache(number)
         if len(held) > 10:
             world.namespaces.release(held.pop(rng.randrange(len(held))))

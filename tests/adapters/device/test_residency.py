@@ -41,7 +41,7 @@ def order_of_leaving(residency: Residency) -> list[int]:
     gone = []
     while (version := residency._victim()) is not None:
         gone.append(version.version)
-        residency.give_way(0)
+        residency.evict(0)
     return gone
 
 
@@ -96,7 +96,7 @@ def test_in_use_pinned_and_being_copied_never_leave():
     assert residency.in_use() == [1]
     assert residency.idle_pages() == 1
     assert order_of_leaving(residency) == [3]
-    assert residency.cheapest() is None
+    assert residency.peek_victim() is None
 
 
 def test_evictions_are_told_and_free_the_pages():
@@ -105,7 +105,7 @@ def test_evictions_are_told_and_free_the_pages():
     residency = Residency(tiers.pool, tiers.clock, tiers.table, tiers.copier, on_evict=told.append)
     put(residency, 1, pages=3)
     assert tiers.pool.count(PageKind.ADAPTER) == residency.pages == 3
-    assert residency.give_way(0) == 3
+    assert residency.evict(0) == 3
     assert told == [1]
     assert tiers.pool.free == tiers.pool.total
     put(residency, 2)

@@ -90,7 +90,7 @@ class Timed:
         for adapter in (None, None, 1):
             self.submit("learn", adapter, tokens=2)
             self.run()
-        self.tiers.residency.give_way(self.engine.scheduler.launched)
+        self.tiers.residency.evict(self.engine.scheduler.launched)
         self.first.clear()
         self.order.clear()
         self.sizes.clear()
