@@ -281,7 +281,7 @@ def _build_lora(
         page_bytes=layout.page_bytes,
         total_pages=pool.total,
         context_pages=layout.pages_for(model.config.context_length),
-        on_evict=memory.namespaces.devalue,
+        on_evict=memory.namespaces.demote,
         settle=staging.settle if staging is not None else lambda entry: None,
     )
     return store, RunnerLora(backend, table, sites), reclaimer

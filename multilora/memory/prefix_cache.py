@@ -133,7 +133,7 @@ class PrefixCache:
         """Forget every page of a namespace that will never be asked for again (its pages must all be idle)."""
         self._remove_all(list(self._by_namespace.get(namespace, {}).values()), fence)
 
-    def devalue_namespace(self, namespace: int) -> None:
+    def demote_namespace(self, namespace: int) -> None:
         """The namespace's adapter left the device: its idle pages are worth only half as much."""
         for node in self._by_namespace.get(namespace, {}).values():
             if self._evictable(node):

@@ -103,7 +103,7 @@ def test_devalued_namespace_goes_before_an_equal_one():
     pool, cache, reclaimer = make(total=4)
     cache.release(run(pool, cache, [1] * 4, ADAPTER_1), fence=0)
     cache.release(run(pool, cache, [1] * 4, ADAPTER_2), fence=0)
-    cache.devalue_namespace(ADAPTER_2)
+    cache.demote_namespace(ADAPTER_2)
     reclaimer.ensure(3, fence=0)
     assert cache.match([1] * 4, lambda _: ADAPTER_1, 4)
     assert not cache.match([1] * 4, lambda _: ADAPTER_2, 4)
@@ -154,7 +154,7 @@ def test_thousands_of_random_operations_keep_the_equation():
         elif action < 0.94:
             pool.complete(max(pool.completed, step - rng.randrange(3)))
         elif action < 0.97:
-            cache.devalue_namespace(rng.randrange(3))
+            cache.demote_namespace(rng.randrange(3))
         elif action < 0.98:
             cache.flush(fence=step)
         pool.check()

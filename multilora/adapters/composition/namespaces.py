@@ -62,11 +62,11 @@ class Namespaces:
             self._prefix.drop_namespace(self._numbers[key].value, fence)
             self._forget(key)
 
-    def devalue(self, version: int) -> None:
+    def demote(self, version: int) -> None:
         """The version has left the device: its idle pages are worth less."""
-        self._prefix.devalue_namespace(version + 1)
+        self._prefix.demote_namespace(version + 1)
         for key in self._of_version.get(version, ()):
-            self._prefix.devalue_namespace(self._numbers[key].value)
+            self._prefix.demote_namespace(self._numbers[key].value)
 
     def __len__(self) -> int:
         """Numbers that are remembered."""

@@ -96,10 +96,10 @@ def test_a_version_that_leaves_the_device_makes_its_pages_worth_less():
     world = World(pages=3)
     world.pages_of(((1, 0.5), (2, 0.5)))
     other = world.pages_of(((3, 0.5),))
-    world.namespaces.devalue(2)
+    world.namespaces.demote(2)
     world.prefix.evict(0)
     assert world.cached(other)
-    world.namespaces.devalue(9)  # never seen
+    world.namespaces.demote(9)  # never seen
 
 
 def test_memory_is_bounded_by_requests_and_pages():

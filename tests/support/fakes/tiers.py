@@ -233,7 +233,7 @@ class FakeTiers:
             page_bytes=PAGE_BYTES,
             total_pages=total_pages,
             context_pages=context_pages,
-            on_evict=self.namespaces.devalue,
+            on_evict=self.namespaces.demote,
         )
 
     def weights_are(self, version: int, slot: int) -> bool:
