@@ -85,8 +85,8 @@ class Admission:
     def _await(self, window: Sequence[Request]) -> None:
         """Their adapters stay for them, if possible. Those of others may leave: they could not start anyway."""
         for request in window:
-            if not request.awaits:
-                request.awaits = True
+            if not request.queued_demand:
+                request.queued_demand = True
                 self._components.enqueue(request.versions)
 
     def _aged(self, request: Request) -> bool:

@@ -67,7 +67,7 @@ class Request:
     prompt_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
     epoch: int = 0  # how often it was preempted
     looked_at: bool = False  # counted as a hit or miss of its adapter
-    awaits: bool = False  # counted among those that its adapters are kept for
+    queued_demand: bool = False  # counted among those that its adapters are kept for
     told: bool = False  # an Output has gone out
     namespaces: PageNamespaces = field(default_factory=PageNamespaces)
 

@@ -341,8 +341,8 @@ class Scheduler:
 
     def _dequeue(self, request: Request) -> None:
         self.waiting.remove(request)
-        if request.awaits:
-            request.awaits = False
+        if request.queued_demand:
+            request.queued_demand = False
             self.components.dequeue(request.versions)
 
     def _matched_pages(self, request: Request) -> int:
