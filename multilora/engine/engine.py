@@ -192,9 +192,9 @@ class Engine:
         for version, weight in composition:
             if self.adapters is None or not self.adapters.known(version):
                 raise UnknownAdapter(f"adapter version {version} has never been loaded, or was unloaded")
-            alone = self.adapters.record(version).alone
-            if alone and (len(composition) > 1 or weight != 1.0):
-                raise BadRequest(f"adapter version {version} cannot be composed: {alone}", param="lora_path")
+            reason = self.adapters.record(version).not_composable_reason
+            if reason and (len(composition) > 1 or weight != 1.0):
+                raise BadRequest(f"adapter version {version} cannot be composed: {reason}", param="lora_path")
 
     def _invocation_tokens(self, composition: Composition) -> tuple[int, ...] | None:
         if self.adapters is None or len(composition) != 1:
@@ -252,7 +252,7 @@ class Engine:
             target_modules=record.target_modules,
             nbytes=self.adapters.bytes_of(version),
             pages=record.pages,
-            alone=record.alone,
+            not_composable_reason=record.not_composable_reason,
             vocab_size=record.vocab_size,
             trains_tokens=record.trains_tokens,
         )

@@ -116,7 +116,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     target_modules: list[str]
     nbytes: int  # in host memory, packed
     pages: int  # of the arena, when resident
-    alone: str = ""  # why it cannot be part of a composition; empty: it can
+    not_composable_reason: str = ""  # why it cannot be part of a composition; empty: it can
     vocab_size: int | None = None  # of its own head; None: the base model's
     trains_tokens: bool = False  # it may have tokens that the base model's tokenizer does not know
 

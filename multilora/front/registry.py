@@ -274,8 +274,10 @@ class AdapterRegistry:
 
     @staticmethod
     def _check_alone(entry: Entry, composed: bool) -> None:
-        if composed and entry.info is not None and entry.info.alone:
-            raise BadRequest(f"adapter {entry.name!r} cannot be composed: {entry.info.alone}", param="lora_path")
+        if composed and entry.info is not None and entry.info.not_composable_reason:
+            raise BadRequest(
+                f"adapter {entry.name!r} cannot be composed: {entry.info.not_composable_reason}", param="lora_path"
+            )
 
     def _check_unused(self, name: str) -> None:
         users = [e.name for e in self.entries() if name in dict(e.parts)]

@@ -217,7 +217,7 @@ def test_base_rows_cost_no_adapter(world: World) -> None:
 
 def test_it_cannot_be_composed(world: World) -> None:
     driver = world.driver()
-    assert driver.infos["pair"].alone == "it is an activated LoRA"
+    assert driver.infos["pair"].not_composable_reason == "it is an activated LoRA"
     for mix in ({"pair": 0.5}, {"pair": 1.0, "plain": 1.0}):
         finished = driver.complete(world.prompts[0], mix).finished
         assert finished is not None

@@ -212,8 +212,8 @@ def test_what_is_not_plain_is_refused(world: World, tmp_path: Path) -> None:
     make_adapter(tmp_path / "dora", world.path / "model", r=4, target_modules=["q_proj"], use_dora=True)
     driver = world.driver()
     driver.load("dora", tmp_path / "dora")
-    assert driver.infos["dora"].alone == "it uses DoRA"
-    assert driver.infos["qv"].alone == ""
+    assert driver.infos["dora"].not_composable_reason == "it uses DoRA"
+    assert driver.infos["qv"].not_composable_reason == ""
     for mix in ({"dora": 0.5}, {"dora": 1.0, "qv": 1.0}):
         finished = driver.complete(world.prompts[0], mix).finished
         assert (finished.kind, "cannot be composed: it uses DoRA" in finished.message) == ("BadRequest", True)

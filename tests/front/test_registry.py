@@ -338,7 +338,7 @@ def test_random_operations():
 
 
 def awkward(version: int) -> AdapterInfo:
-    return msgspec.structs.replace(info(version), alone="it uses DoRA")
+    return msgspec.structs.replace(info(version), not_composable_reason="it uses DoRA")
 
 
 def test_a_composition_of_one_request(registry):

@@ -59,7 +59,7 @@ REFUSED = {
 @pytest.mark.parametrize("route", ["/generate", "/v1/completions", "/load_lora_adapter", "/v1/load_lora_adapter"])
 def test_refused(name, route):
     s = server(max_loaded_loras=3)
-    s.client.alone["/adapters/d"] = "it uses DoRA"
+    s.client.not_composable_reason["/adapters/d"] = "it uses DoRA"
     s.load("c", "d")
     lora_path, message = REFUSED[name]
     listed = s.registry.loaded()

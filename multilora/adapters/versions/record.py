@@ -43,7 +43,7 @@ class Record:
         return "embed_tokens" in self.target_modules
 
     @property
-    def alone(self) -> str:
+    def not_composable_reason(self) -> str:
         """Why it cannot be one of several adapters of a request, or act with a weight. Empty: it can."""
         if self.invocation_tokens is not None:
             return "it is an activated LoRA"

@@ -162,7 +162,7 @@ class FakeEngineClient:
         self.gate = asyncio.Event()
         self.gate.set()
         self.load_errors: dict[str, MultiloraError] = {}
-        self.alone: dict[str, str] = {}  # path → why it cannot be composed
+        self.not_composable_reason: dict[str, str] = {}  # path → why it cannot be composed
         self.tokens: dict[str, int] = {}  # path → rows of its own embeddings and head
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
@@ -275,7 +275,7 @@ class FakeEngineClient:
             target_modules=["q_proj"],
             nbytes=1024,
             pages=1,
-            alone=self.alone.get(path, ""),
+            not_composable_reason=self.not_composable_reason.get(path, ""),
             vocab_size=self.tokens.get(path),
             trains_tokens=path in self.tokens,
         )
