@@ -66,9 +66,9 @@ class Request:
     prompt_logprobs: list[float | None] = field(default_factory=list)
     prompt_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
     epoch: int = 0  # how often it was preempted
-    looked_at: bool = False  # counted as a hit or miss of its adapter
+    hit_counted: bool = False  # counted as a hit or miss of its adapter
     queued_demand: bool = False  # counted among those that its adapters are kept for
-    told: bool = False  # an Output has gone out
+    first_output_sent: bool = False  # an Output has gone out
     namespaces: PageNamespaces = field(default_factory=PageNamespaces)
 
     @classmethod

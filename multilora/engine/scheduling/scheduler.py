@@ -136,27 +136,27 @@ class Scheduler:
                 return
             if not self.components.ready(request.versions):
                 continue  # they have given way to pages of one that started before
-            self._look_at(request)
+            self._count_hit(request)
             if self._start(request):
                 budget -= self._take(chunks, request, min(request.remaining, budget))
-            elif not self._hopeless(request):
+            elif not self._fail_if_unfittable(request):
                 return
 
     def _want(self, request: Request, urgent: bool) -> Want:
         """An adapter comes only if the request could start then, and those that run go on for a while."""
-        self._look_at(request)
+        self._count_hit(request)
         spare = self.kv.pages_for(request.num_tokens + 1) + len(self.running)
         found = self.components.want(request.versions, self.launched, urgent=urgent, spare=spare)
         if found is Want.BLOCKED:
-            self._hopeless(request)
+            self._fail_if_unfittable(request)
         return found
 
-    def _look_at(self, request: Request) -> None:
-        if not request.looked_at:
-            request.looked_at = True
+    def _count_hit(self, request: Request) -> None:
+        if not request.hit_counted:
+            request.hit_counted = True
             self.components.count_request(request.versions)
 
-    def _hopeless(self, request: Request) -> bool:
+    def _fail_if_unfittable(self, request: Request) -> bool:
         """Since it came, pins or lower limits may have left a composition too little room for ever: it ends here.
         The store refuses what would do that to a single adapter."""
         if len(request.adapters) > 1:
@@ -217,7 +217,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to the queue, by age. Its full pages stay in the prefix cache as long as nobody needs the room."""
         self.preemptions += 1
-        self._let_go(request)
+        self._release_resources(request)
         request.state = State.WAITING
         request.computed = request.planned = 0
         request.epoch += 1
@@ -295,7 +295,7 @@ class Scheduler:
         result: StepResult | None = None,
         index: int = 0,
     ) -> Output:
-        first, request.told = not request.told, True
+        first, request.first_output_sent = not request.first_output_sent, True
         wants_prompt = first and request.prompt_logprobs_from is not None
         head: list[None] = [None] if request.prompt_logprobs_from == 0 else []
         logprob = result.logprobs[index] if result else None
@@ -319,7 +319,7 @@ class Scheduler:
         """The one place where a request ends."""
         assert request.state is not State.FINISHED
         if request.state is State.RUNNING:
-            self._let_go(request)
+            self._release_resources(request)
         else:
             self._dequeue(request)
         request.state = State.FINISHED
@@ -327,7 +327,7 @@ class Scheduler:
         self.namespaces.release(request.adapters)
         del self._requests[request.rid]
 
-    def _let_go(self, request: Request) -> None:
+    def _release_resources(self, request: Request) -> None:
         """Leave `running`; pages and adapters are fenced by the last step launched, which may still use them."""
         self.running.remove(request)
         self.kv.release(request.table, self.launched)

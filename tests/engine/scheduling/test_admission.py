@@ -267,7 +267,7 @@ def test_a_long_queue_is_not_looked_at_as_a_whole(monkeypatch):
     for adapter in range(1, 51):
         world.submit(f"{adapter}", adapter)
     world.step()
-    assert sum(r.looked_at for r in world.engine.scheduler.waiting) == 20
+    assert sum(r.hit_counted for r in world.engine.scheduler.waiting) == 20
     world.run()
     assert len(world.first) == 50
 
