@@ -68,7 +68,7 @@ class Engine:
         self._replies: list[FromEngine] = []
         self._order = 0
         self._ahead = ahead
-        self._flying: deque[Launched] = deque()  # launched, not yet committed
+        self._in_flight: deque[Launched] = deque()  # launched, not yet committed
 
     # ------------------------------------------------------------------ one step
 
@@ -82,9 +82,9 @@ class Engine:
         outputs = self.scheduler.take_outbox()
         if plan is not None:
             self.scheduler.launch(plan)
-            self._flying.append(self.runner.launch(plan))
-        while len(self._flying) > (self._ahead if plan else 0):
-            done = self._flying.popleft()
+            self._in_flight.append(self.runner.launch(plan))
+        while len(self._in_flight) > (self._ahead if plan else 0):
+            done = self._in_flight.popleft()
             outputs += self.scheduler.commit(done.plan, done.result())
             self.report.step(done.plan)
         return self._take_replies() + ([Outputs(outputs)] if outputs else [])
@@ -93,7 +93,9 @@ class Engine:
     def running(self) -> bool:
         """A step would compute or say something: do not wait before the next one."""
         finishing = self.adapters is not None and self.adapters.loader.working
-        return bool(self.scheduler.running or self._flying or self._replies or self.scheduler.has_outbox or finishing)
+        return bool(
+            self.scheduler.running or self._in_flight or self._replies or self.scheduler.has_outbox or finishing
+        )
 
     @property
     def busy(self) -> bool:
