@@ -8,7 +8,7 @@ first. Called by the scheduler, with versions in ascending order; none of them i
 from collections.abc import Sequence
 
 from multilora.adapters.device.residency import Room
-from multilora.adapters.versions.store import AdapterStore, Want
+from multilora.adapters.versions.store import AdapterStore, LoadStatus
 from multilora.errors import CannotFit
 from multilora.memory.page_table import KVPages
 
@@ -61,10 +61,10 @@ class Components:
         known = [seconds for seconds in left if seconds is not None]
         return max(known, default=0.0) if len(known) == len(missing) else None
 
-    def want(self, versions: Versions, fence: int, *, urgent: bool = False, spare: int = 0) -> Want:
+    def want(self, versions: Versions, fence: int, *, urgent: bool = False, spare: int = 0) -> LoadStatus:
         """Are all resident? If not, do the next thing that brings them nearer. urgent, spare: see the store."""
         if not versions:
-            return Want.READY
+            return LoadStatus.READY
         if len(versions) == 1:
             return self._store.want(versions[0], fence, urgent=urgent, spare=spare)
         residency = self._store.residency
@@ -75,12 +75,12 @@ class Components:
             for version in missing:
                 if not self._store.host_bytes_of(version):
                     self._store.want(version, fence)  # as far as host memory
-            return Want.BLOCKED
+            return LoadStatus.BLOCKED
         found = set()
         for version in versions:
             found.add(self._store.want(version, fence, urgent=urgent, spare=spare))
             residency.hold(version)
-        return next(w for w in (Want.BLOCKED, Want.COMING, Want.READY) if w in found)
+        return next(w for w in (LoadStatus.BLOCKED, LoadStatus.COMING, LoadStatus.READY) if w in found)
 
     def _room_for(self, versions: Versions, urgent: bool, spare: int) -> bool:
         pages = sum(self._store.pages_of(v) for v in versions)

@@ -32,7 +32,7 @@ from multilora.lora.panels import AdapterShape, PanelLayout
 from multilora.memory.reclaim import Reclaimer
 
 
-class Want(Enum):
+class LoadStatus(Enum):
     """What `want` found."""
 
     READY = "ready"  # resident: acquire it now
@@ -144,7 +144,7 @@ class AdapterStore:
             if resident is None or resident.ready:  # else a copy still reads it
                 self._unlock(version)
 
-    def want(self, version: int, fence: int, *, urgent: bool = False, spare: int = 0) -> Want:
+    def want(self, version: int, fence: int, *, urgent: bool = False, spare: int = 0) -> LoadStatus:
         """Is the version resident? If not, do the next thing that brings it nearer.
 
         urgent: adapters that other waiting requests will ask for may give way. spare: pages to leave for others.
@@ -152,27 +152,27 @@ class AdapterStore:
         record = self._records[version]
         resident = self.residency.get(version)
         if resident is not None:
-            return Want.READY if resident.ready else Want.COMING
+            return LoadStatus.READY if resident.ready else LoadStatus.COMING
         entry = self.host.get(version)
         if entry is None:
             self._ask(record)
-            return Want.COMING
+            return LoadStatus.COMING
         if record.asked_at is None:
             record.asked_at = monotonic()
         pages = entry.layout.num_pages
         if self.residency.room_for(pages, self._reclaimer.available() - spare, urgent=urgent) is Room.NO:
-            return Want.BLOCKED  # not locked: who knows how long it would keep others out of host memory
+            return LoadStatus.BLOCKED  # not locked: who knows how long it would keep others out of host memory
         entry.locked = True
         self._locked.add(version)
         self.residency.make_room(pages, fence)
         self._reclaimer.ensure(pages, fence)
         if self.residency.pool.ready < pages:
-            return Want.COMING  # the rest is free once the running step has finished
+            return LoadStatus.COMING  # the rest is free once the running step has finished
         resident = self.residency.start(version, entry, record.pinned)
         record.loads += 1
         for finished in self.residency.poll():
             self._arrived_on_device(finished, fence)
-        return Want.READY if resident.ready else Want.COMING
+        return LoadStatus.READY if resident.ready else LoadStatus.COMING
 
     def acquire(self, version: int) -> int:
         return self.residency.acquire(version)

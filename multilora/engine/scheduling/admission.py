@@ -14,7 +14,7 @@ import bisect
 from collections.abc import Callable, Sequence
 
 from multilora.adapters.composition.components import Components
-from multilora.adapters.versions.store import Want
+from multilora.adapters.versions.store import LoadStatus
 from multilora.engine.plan import Chunk
 from multilora.engine.scheduling.policy import Policy
 from multilora.engine.scheduling.request import Request, State
@@ -34,7 +34,7 @@ class Admission:
         components: Components,
         cost: StepCost,
         *,
-        want: Callable[[Request, bool], Want],
+        want: Callable[[Request, bool], LoadStatus],
         matched: Callable[[Request], int],
         max_wait: float,
         clock: Callable[[], float],
@@ -66,8 +66,8 @@ class Admission:
                 ready.append(request)
             elif blocked is None and (i < BRING_IN or len(ready) < slots):
                 found = self._want(request, request is waiting[0] and self._aged(request))
-                blocked = request if found is Want.BLOCKED else None
-                (ready if found is Want.READY else coming).append(request)
+                blocked = request if found is LoadStatus.BLOCKED else None
+                (ready if found is LoadStatus.READY else coming).append(request)
         if full:
             return []
         if blocked is not None and not ready and not planned and blocked.state is State.WAITING:

@@ -13,7 +13,7 @@ from time import monotonic
 
 from multilora.adapters.composition.components import Components
 from multilora.adapters.composition.namespaces import Namespaces
-from multilora.adapters.versions.store import AdapterStore, Want
+from multilora.adapters.versions.store import AdapterStore, LoadStatus
 from multilora.engine.messages import Finished, Output
 from multilora.engine.plan import Chunk, StepPlan, StepResult
 from multilora.engine.scheduling.admission import MAX_WAIT, Admission
@@ -142,12 +142,12 @@ class Scheduler:
             elif not self._fail_if_unfittable(request):
                 return
 
-    def _want(self, request: Request, urgent: bool) -> Want:
+    def _want(self, request: Request, urgent: bool) -> LoadStatus:
         """An adapter comes only if the request could start then, and those that run go on for a while."""
         self._count_hit(request)
         spare = self.kv.pages_for(request.num_tokens + 1) + len(self.running)
         found = self.components.want(request.versions, self.launched, urgent=urgent, spare=spare)
-        if found is Want.BLOCKED:
+        if found is LoadStatus.BLOCKED:
             self._fail_if_unfittable(request)
         return found
 

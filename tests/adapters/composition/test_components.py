@@ -6,7 +6,7 @@ import pytest
 from fakes.tiers import PAGE_BYTES, FakeFile, FakeTiers
 
 from multilora.adapters.composition.components import Components
-from multilora.adapters.versions.store import Want
+from multilora.adapters.versions.store import LoadStatus
 from multilora.errors import CannotFit
 from multilora.memory.page_table import KVPages
 
@@ -28,7 +28,7 @@ class World:
         while self.tiers.store.busy:
             self.tiers.store.poll(0)
 
-    def want(self, *versions: int) -> Want:
+    def want(self, *versions: int) -> LoadStatus:
         return self.components.want(versions, 0)
 
     def plan(self) -> None:
@@ -41,7 +41,7 @@ class World:
 
 
 def test_base_asks_for_nothing():
-    assert Components(None, None).want((), 0) is Want.READY  # type: ignore[arg-type]
+    assert Components(None, None).want((), 0) is LoadStatus.READY  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("policy", ["lru", "fifo", "cost"])
@@ -49,12 +49,12 @@ def test_parts_do_not_push_each_other_out(policy):
     """Two places, both taken by others that look more worth keeping than what has just come."""
     world = World(max_loras_per_batch=2, policy=policy)
     for version in (3, 1):
-        assert world.want(version) is Want.READY
+        assert world.want(version) is LoadStatus.READY
         for _ in range(5):
             world.components.acquire((version,))
             world.components.release((version,))
     world.plan()
-    assert world.want(1, 2) is Want.READY
+    assert world.want(1, 2) is LoadStatus.READY
     assert world.resident == {1, 2}
     world.tiers.check()
 
@@ -64,11 +64,11 @@ def test_nothing_comes_until_all_can():
     world.want(3)
     world.components.acquire((3,))
     world.plan()
-    assert world.want(1, 2) is Want.BLOCKED
+    assert world.want(1, 2) is LoadStatus.BLOCKED
     assert world.resident == {3}
     world.components.release((3,))
     world.plan()
-    assert world.want(1, 2) is Want.READY
+    assert world.want(1, 2) is LoadStatus.READY
 
 
 def test_what_is_blocked_keeps_nothing_from_others():
@@ -77,8 +77,8 @@ def test_what_is_blocked_keeps_nothing_from_others():
         world.want(version)
     world.components.acquire((3, 4))
     world.plan()
-    assert world.want(1, 2) is Want.BLOCKED  # one place could be made free, that of 1 itself
-    assert world.want(5) is Want.READY
+    assert world.want(1, 2) is LoadStatus.BLOCKED  # one place could be made free, that of 1 itself
+    assert world.want(5) is LoadStatus.READY
     assert world.resident == {3, 4, 5}
 
 
@@ -88,24 +88,24 @@ def test_a_part_that_is_there_waits_for_the_others_within_a_plan():
         world.plan()
         world.want(1)
     world.plan()
-    assert world.want(1, 2) is Want.COMING
-    assert world.want(3) is Want.BLOCKED  # neither 1 nor 2 gives way to a younger request
+    assert world.want(1, 2) is LoadStatus.COMING
+    assert world.want(3) is LoadStatus.BLOCKED  # neither 1 nor 2 gives way to a younger request
     for _ in range(4):
         world.plan()
         found = world.want(1, 2)
-    assert found is Want.READY
+    assert found is LoadStatus.READY
 
 
 def test_parts_that_are_not_on_host_are_fetched_while_blocked():
     world = World(max_loras_per_batch=2, max_loaded_loras=2)
     for version in (3, 4):
-        while world.want(version) is not Want.READY:
+        while world.want(version) is not LoadStatus.READY:
             world.plan()
     world.components.acquire((3, 4))
     fetches = world.tiers.store.record(1).fetches
     for _ in range(4):
         world.plan()
-        assert world.want(1, 2) is Want.BLOCKED
+        assert world.want(1, 2) is LoadStatus.BLOCKED
     assert world.tiers.store.record(1).fetches == fetches + 1
     assert world.tiers.host.get(1) is not None
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from fakes.tiers import PAGE_BYTES, FakeFile, FakeTiers
 
-from multilora.adapters.versions.store import Want
+from multilora.adapters.versions.store import LoadStatus
 from multilora.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def make(resident: int, *, rank: int = 8, pinned: int = 0, **options: Any) -> Fa
     while tiers.store.busy:
         poll(tiers)
     for version in range(1, resident + 1):
-        assert want(tiers, version) is Want.READY
+        assert want(tiers, version) is LoadStatus.READY
     return tiers
 
 
@@ -26,7 +26,7 @@ def poll(tiers: FakeTiers) -> None:
     tiers.check()
 
 
-def want(tiers: FakeTiers, version: int) -> Want:
+def want(tiers: FakeTiers, version: int) -> LoadStatus:
     tiers.store.begin_plan()
     found = tiers.store.want(version, 0)
     tiers.check()
@@ -50,7 +50,7 @@ def test_idle_adapters_leave_at_once_the_least_recently_used_first(limit):
     tiers.store.release(1)
     set_limits(tiers, **limit)
     assert resident(tiers) == [1, 4]
-    assert want(tiers, 2) is Want.READY
+    assert want(tiers, 2) is LoadStatus.READY
     assert resident(tiers) == [1, 2]
 
 
@@ -61,15 +61,15 @@ def test_adapters_in_use_leave_when_their_requests_have_ended(limit):
         tiers.store.acquire(version)
     set_limits(tiers, **limit)
     assert resident(tiers) == [1, 2], "only the idle one could go"
-    assert want(tiers, 3) is Want.BLOCKED
+    assert want(tiers, 3) is LoadStatus.BLOCKED
     tiers.store.release(1)
     poll(tiers)
     assert resident(tiers) == [2]
-    assert want(tiers, 3) is Want.BLOCKED
+    assert want(tiers, 3) is LoadStatus.BLOCKED
     tiers.store.release(2)
     poll(tiers)
     assert resident(tiers) == [2], "one fits"
-    assert want(tiers, 3) is Want.READY
+    assert want(tiers, 3) is LoadStatus.READY
 
 
 def test_limits_are_lifted():
@@ -77,7 +77,7 @@ def test_limits_are_lifted():
     set_limits(tiers, pages=1)
     assert resident(tiers) == [4]
     set_limits(tiers)
-    assert [want(tiers, version) for version in (1, 2, 3, 4)] == [Want.READY] * 4
+    assert [want(tiers, version) for version in (1, 2, 3, 4)] == [LoadStatus.READY] * 4
     assert resident(tiers) == [1, 2, 3, 4]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from fakes.tiers import FakeFile, FakeTiers
 
-from multilora.adapters.versions.store import Loaded, Lost, Want
+from multilora.adapters.versions.store import Loaded, LoadStatus, Lost
 from multilora.errors import (
     AdapterError,
     AdapterIncompatible,
@@ -15,7 +15,7 @@ from multilora.errors import (
     AdapterStarvation,
 )
 
-READY, COMING, BLOCKED = Want.READY, Want.COMING, Want.BLOCKED
+READY, COMING, BLOCKED = LoadStatus.READY, LoadStatus.COMING, LoadStatus.BLOCKED
 
 
 def make(count: int = 4, *, rank: int = 8, **options: Any) -> FakeTiers:
@@ -39,7 +39,7 @@ def poll(tiers: FakeTiers) -> list[Loaded | Lost]:
     return events
 
 
-def plan(tiers: FakeTiers, *versions: int) -> list[Want]:
+def plan(tiers: FakeTiers, *versions: int) -> list[LoadStatus]:
     """As the scheduler asks for what its waiting requests need."""
     tiers.store.begin_plan()
     wants = [tiers.store.want(version, tiers.pool.completed) for version in versions]
