@@ -7,7 +7,7 @@ first. Called by the scheduler, with versions in ascending order; none of them i
 
 from collections.abc import Sequence
 
-from multilora.adapters.device.residency import Room
+from multilora.adapters.device.residency import Fit
 from multilora.adapters.versions.store import AdapterStore, LoadStatus
 from multilora.errors import CannotFit
 from multilora.memory.page_table import KVPages
@@ -85,7 +85,7 @@ class Components:
     def _room_for(self, versions: Versions, urgent: bool, spare: int) -> bool:
         pages = sum(self._store.pages_of(v) for v in versions)
         available = self._kv.reclaimer.available() - spare
-        return self._store.residency.room_for(pages, available, len(versions), urgent=urgent) is not Room.NO
+        return self._store.residency.room_for(pages, available, len(versions), urgent=urgent) is not Fit.NO
 
     def acquire(self, versions: Versions) -> None:
         """A request runs on them. All are ready."""

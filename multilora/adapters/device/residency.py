@@ -25,7 +25,7 @@ AWAITED_SCORE = 64 * ADAPTER_PAGE_COST
 """On top, for an adapter that a waiting request will ask for: as if it had been used as often as counts at all."""
 
 
-class Room(Enum):
+class Fit(Enum):
     """Can an adapter be brought in now?"""
 
     YES = "yes"
@@ -93,7 +93,7 @@ class Residency:
 
     # ------------------------------------------------------------------ bringing in
 
-    def room_for(self, num_pages: int, available: int, count: int = 1, *, urgent: bool = False) -> Room:
+    def room_for(self, num_pages: int, available: int, count: int = 1, *, urgent: bool = False) -> Fit:
         """For `count` adapters of `num_pages` together. `available`: pages that are free or could be reclaimed,
         adapters' idle ones included. Those that waiting requests will ask for stay, unless it is urgent."""
         idle = [r for r in self._residents.values() if r.idle]
@@ -101,14 +101,14 @@ class Residency:
             available -= sum(len(r.pages) for r in idle if self.awaited[r.version])
             idle = [r for r in idle if not self.awaited[r.version]]
         if self.max_count is not None and len(self._residents) - len(idle) + count > self.max_count:
-            return Room.NO
+            return Fit.NO
         if self.max_pages is not None:
             held = self._pages - sum(len(r.pages) for r in idle)
             if held + num_pages > self.max_pages:
-                return Room.NO
+                return Fit.NO
         if available < num_pages:
-            return Room.NO
-        return Room.YES
+            return Fit.NO
+        return Fit.YES
 
     def make_room(self, num_pages: int, fence: int) -> None:
         """Evict idle adapters until one of `num_pages` is within this tier's own limits."""

@@ -15,7 +15,7 @@ from time import monotonic
 
 import torch
 
-from multilora.adapters.device.residency import Residency, Room
+from multilora.adapters.device.residency import Fit, Residency
 from multilora.adapters.host.cache import HostCache, HostEntry
 from multilora.adapters.loading.loader import Fetched, FetchJob, Loader
 from multilora.adapters.versions.limits import Limits
@@ -160,7 +160,7 @@ class AdapterStore:
         if record.asked_at is None:
             record.asked_at = monotonic()
         pages = entry.layout.num_pages
-        if self.residency.room_for(pages, self._reclaimer.available() - spare, urgent=urgent) is Room.NO:
+        if self.residency.room_for(pages, self._reclaimer.available() - spare, urgent=urgent) is Fit.NO:
             return LoadStatus.BLOCKED  # not locked: who knows how long it would keep others out of host memory
         entry.locked = True
         self._locked.add(version)

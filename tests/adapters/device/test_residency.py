@@ -7,7 +7,7 @@ import pytest
 import torch
 from fakes.tiers import PAGE_BYTES, TARGET, FakeTiers
 
-from multilora.adapters.device.residency import Residency, Room
+from multilora.adapters.device.residency import Fit, Residency
 from multilora.adapters.host.cache import HostEntry
 from multilora.lora.panels import AdapterShape
 from multilora.memory.page_pool import PageKind
@@ -164,16 +164,16 @@ def test_freed_pages_carry_their_fence():
 def test_room_and_make_room_by_count():
     tiers = make(max_loras_per_batch=2)
     residency, available = tiers.residency, tiers.reclaimer.available
-    assert residency.room_for(1, available()) is Room.YES
+    assert residency.room_for(1, available()) is Fit.YES
     put(residency, 1)
     put(residency, 2)
-    assert residency.room_for(1, available()) is Room.YES, "one can leave"
+    assert residency.room_for(1, available()) is Fit.YES, "one can leave"
     residency.make_room(1, 0)
     assert residency.get(1) is None and len(residency) == 1
     put(residency, 3)
     residency.acquire(2)
     residency.acquire(3)
-    assert residency.room_for(1, available()) is Room.NO
+    assert residency.room_for(1, available()) is Fit.NO
 
 
 def test_room_and_make_room_by_pages():
@@ -182,8 +182,8 @@ def test_room_and_make_room_by_pages():
     for version in (1, 2, 3):
         put(residency, version, pages=2)
     residency.acquire(1)
-    assert residency.room_for(4, available()) is Room.YES
-    assert residency.room_for(5, available()) is Room.NO
+    assert residency.room_for(4, available()) is Fit.YES
+    assert residency.room_for(5, available()) is Fit.NO
     residency.make_room(3, 0)
     assert [v for v in (1, 2, 3) if residency.get(v)] == [1]
     assert residency.pages == 2
@@ -193,8 +193,8 @@ def test_no_room_when_the_arena_is_full_of_kv():
     tiers = make(total_pages=4)
     put(tiers.residency, 1)
     tiers.pool.alloc_kv(2)
-    assert tiers.residency.room_for(2, tiers.reclaimer.available()) is Room.YES
-    assert tiers.residency.room_for(3, tiers.reclaimer.available()) is Room.NO
+    assert tiers.residency.room_for(2, tiers.reclaimer.available()) is Fit.YES
+    assert tiers.residency.room_for(3, tiers.reclaimer.available()) is Fit.NO
 
 
 def test_adapters_compete_with_prefix_pages():
