@@ -18,7 +18,7 @@ class Chunk:
     answer_index: int  # of the token that is sampled, within the answer
     slots: tuple[int, ...]  # of the adapters that act on it, in the LoRA table
     weights: tuple[float, ...]  # of each
-    skipped: int  # so many of its first tokens come before activation: no adapter acts on them
+    pre_activation: int  # so many of its first tokens come before activation: no adapter acts on them
     logprob_positions: range  # prompt positions whose logits are wanted
 
     @property

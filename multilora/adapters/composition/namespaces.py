@@ -35,20 +35,20 @@ class Namespaces:
         self._last = BASE
         self._sweep_at = SWEEP_AT
 
-    def acquire(self, composition: Composition, skipped: int = 0) -> int:
+    def acquire(self, composition: Composition, pre_activation: int = 0) -> int:
         """For the pages of a request, until `release`. skipped: the composition does not act on as many tokens at
         the beginning of the page."""
-        if (plain := self._plain(composition, skipped)) is not None:
+        if (plain := self._plain(composition, pre_activation)) is not None:
             return plain
-        key = (composition, skipped)
+        key = (composition, pre_activation)
         if key not in self._numbers:
             self._add(key)
         self._numbers[key].holders += 1
         return self._numbers[key].value
 
-    def release(self, composition: Composition, skipped: int = 0) -> None:
-        if self._plain(composition, skipped) is None:
-            self._numbers[composition, skipped].holders -= 1
+    def release(self, composition: Composition, pre_activation: int = 0) -> None:
+        if self._plain(composition, pre_activation) is None:
+            self._numbers[composition, pre_activation].holders -= 1
 
     def share_with_base(self, version: int) -> None:
         """The version, new, leaves every key and value as the base model has it (`kv_effect.py`)."""
@@ -95,8 +95,8 @@ class Namespaces:
             if not keys:
                 del self._of_version[version]
 
-    def _plain(self, composition: Composition, skipped: int) -> int | None:
+    def _plain(self, composition: Composition, pre_activation: int) -> int | None:
         if all(version in self._like_base for version, _ in composition):
             return BASE
         [(version, weight), *others] = composition
-        return version + 1 if not others and weight == 1.0 and skipped == 0 else None
+        return version + 1 if not others and weight == 1.0 and pre_activation == 0 else None

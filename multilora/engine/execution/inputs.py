@@ -77,7 +77,7 @@ def lora_segments(plan: StepPlan) -> tuple[LoraSegment, ...]:
     segments: list[LoraSegment] = []
     row = 0
     for chunk in plan.chunks:
-        start, row = row + chunk.skipped, row + chunk.count
+        start, row = row + chunk.pre_activation, row + chunk.count
         if not chunk.slots or start == row:
             continue
         last = segments[-1] if segments else None

@@ -68,8 +68,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self._requests[request.rid] = request
-        base_pages, skipped = divmod(request.activation, self.kv.page_size)
-        edge, rest = (self.namespaces.acquire(request.adapters, n) for n in (skipped, 0))
+        base_pages, pre_activation = divmod(request.activation, self.kv.page_size)
+        edge, rest = (self.namespaces.acquire(request.adapters, n) for n in (pre_activation, 0))
         request.namespaces = PageNamespaces(base_pages, edge, rest)
         self._enqueue(request)
 
@@ -209,7 +209,7 @@ class Scheduler:
             answer_index=len(request.output_ids) + request.in_flight,
             slots=self.components.slots(request.versions),
             weights=request.weights,
-            skipped=min(count, max(0, request.activation - start)),
+            pre_activation=min(count, max(0, request.activation - start)),
             logprob_positions=request.prompt_logprob_positions(start, count),
         )
         return count
@@ -351,5 +351,5 @@ class Scheduler:
 
 def _neighbours(chunk: Chunk) -> tuple[Composition, int]:
     """Equal compositions side by side, base first; among them first those that begin before activation."""
-    acts = chunk.skipped < chunk.count
-    return chunk.request.adapters if acts else (), -chunk.skipped
+    acts = chunk.pre_activation < chunk.count
+    return chunk.request.adapters if acts else (), -chunk.pre_activation

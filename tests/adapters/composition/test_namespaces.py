@@ -26,11 +26,11 @@ class World:
     def cached(self, namespace: int, token: int = 5) -> bool:
         return bool(self.prefix.match([token, token], lambda _: namespace, 2))
 
-    def pages_of(self, composition: Composition, skipped: int = 0) -> int:
+    def pages_of(self, composition: Composition, pre_activation: int = 0) -> int:
         """A request comes, leaves a page behind, and goes."""
-        namespace = self.namespaces.acquire(composition, skipped)
+        namespace = self.namespaces.acquire(composition, pre_activation)
         self.cache(namespace)
-        self.namespaces.release(composition, skipped)
+        self.namespaces.release(composition, pre_activation)
         return namespace
 
 

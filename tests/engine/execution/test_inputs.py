@@ -14,7 +14,7 @@ REQUEST = Request.of(
 )  # nobody looks at it
 
 
-def chunk(count: int, *adapters: tuple[int, float], skipped: int = 0) -> Chunk:
+def chunk(count: int, *adapters: tuple[int, float], pre_activation: int = 0) -> Chunk:
     """adapters: (place, weight)."""
     return Chunk(
         REQUEST,
@@ -26,7 +26,7 @@ def chunk(count: int, *adapters: tuple[int, float], skipped: int = 0) -> Chunk:
         0,
         slots=tuple(slot for slot, _ in adapters),
         weights=tuple(weight for _, weight in adapters),
-        skipped=skipped,
+        pre_activation=pre_activation,
         logprob_positions=range(0),
     )
 
@@ -43,11 +43,11 @@ A, B = (4, 1.0), (2, 0.5)
         ([chunk(3, A), chunk(2, B)], [(0, 3, (A,)), (3, 5, (B,))]),
         ([chunk(3, B, A), chunk(2, B, A)], [(0, 5, (B, A))]),
         ([chunk(1, A), chunk(1, (4, 0.5))], [(0, 1, (A,)), (1, 2, ((4, 0.5),))]),  # other weights, other rows
-        ([chunk(5, A, skipped=2)], [(2, 5, (A,))]),
-        ([chunk(5, A, skipped=5)], []),
-        ([chunk(5, A, skipped=2), chunk(1, A)], [(2, 6, (A,))]),
-        ([chunk(1, A), chunk(5, A, skipped=2)], [(0, 1, (A,)), (3, 6, (A,))]),
-        ([chunk(2, A, skipped=2), chunk(3), chunk(2, A)], [(5, 7, (A,))]),
+        ([chunk(5, A, pre_activation=2)], [(2, 5, (A,))]),
+        ([chunk(5, A, pre_activation=5)], []),
+        ([chunk(5, A, pre_activation=2), chunk(1, A)], [(2, 6, (A,))]),
+        ([chunk(1, A), chunk(5, A, pre_activation=2)], [(0, 1, (A,)), (3, 6, (A,))]),
+        ([chunk(2, A, pre_activation=2), chunk(3), chunk(2, A)], [(5, 7, (A,))]),
     ],
 )
 def test_lora_segments(chunks, segments):

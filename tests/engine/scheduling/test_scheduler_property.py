@@ -66,7 +66,7 @@ class CheckedScheduler(Scheduler):
             assert chunk.answer_index == len(request.output_ids) + request.in_flight
             assert chunk.slots == tuple(self.adapters.slot_of(v) for v in request.versions)
             assert len(chunk.weights) == len(chunk.slots)
-            assert chunk.skipped == len(
+            assert chunk.pre_activation == len(
                 [p for p in range(chunk.start, request.activation) if p < chunk.start + chunk.count]
             )
             if request.epoch > old_epochs[request]:

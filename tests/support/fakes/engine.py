@@ -136,7 +136,7 @@ class FakeRunner:
         logprobs: list[float | None] = []
         state = self._read(row.pages, chunk.start - 1) if chunk.start else 0
         for position in range(chunk.start, chunk.start + chunk.count):
-            acts = position >= chunk.start + chunk.skipped
+            acts = position >= chunk.start + chunk.pre_activation
             state = after(state, tokens[position], adapters if acts else ())
             self._write(row.pages, position, state)
             if position in chunk.logprob_positions:
