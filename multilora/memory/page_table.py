@@ -54,13 +54,13 @@ class KVPages:
     def commit(
         self,
         table: PageTable,
-        computed: int,
+        num_computed: int,
         tokens: Callable[[], Sequence[int]],
         namespace_of: NamespaceOf,
         fence: int,
     ) -> None:
-        """The first `computed` tokens are in their pages: newly full pages can serve others from now on."""
-        full = computed // self.page_size
+        """The first `num_computed` tokens are in their pages: newly full pages can serve others from now on."""
+        full = num_computed // self.page_size
         if full > table.keyed:
             self.prefix.insert(tokens()[: full * self.page_size], table.pages, namespace_of, table.keyed, fence)
             table.keyed = full

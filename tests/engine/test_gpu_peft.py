@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import SLACK, ask_for_all, first_output_sent, judge
+from exactness import SLACK, ask_for_all, judge, told
 from fakes.engine_driver import EngineDriver
 from peft_rows import ROWS, Lab, Row
 from transformers import AutoModelForCausalLM
@@ -94,7 +94,7 @@ def test_no_less_exact_than_transformers_and_peft_in_bf16(row: Row, benches: Ben
         driver.run()
         for rid, (name, prompt) in zip(rids, batch, strict=True):
             answer = driver.answers[rid]
-            answers[name].append((prompt + answer.tokens, first_output_sent(answer, vocab[name])))
+            answers[name].append((prompt + answer.tokens, told(answer, vocab[name])))
     driver.unload("row")
     for name in models:
         found = judge(models, {name: answers[name]}, DEVICE, torch.bfloat16)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from clear_answers import clear_answer
-from exactness import ask_for_all, first_output_sent
+from exactness import ask_for_all, told
 from fakes.engine_driver import Answer, EngineDriver
 from peft_rows import INVOCATION, MODELS, ROWS, Lab, Row
 from transformers import AutoModelForCausalLM
@@ -100,7 +100,7 @@ def submit(driver: EngineDriver, expected: Reference, adapter: str | None) -> st
 def difference(answer: Answer, expected: Reference) -> float:
     """The largest of all logprobs of all positions. The tokens are equal."""
     assert answer.tokens == expected.tokens
-    found = first_output_sent(answer, expected.logprobs.shape[1])
+    found = told(answer, expected.logprobs.shape[1])
     return float((found - expected.logprobs[: len(found)]).abs().max())
 
 
@@ -158,7 +158,7 @@ def test_the_documentation_lists_exactly_these_rows() -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     found = [line.strip("|").split(" | ") for line in script.written((root / "docs" / "adapters.md").read_text())]
-    first_output_sent = [(feature.strip(), model, result.strip()) for feature, model, result in found[2:]]
-    assert [line[:2] for line in first_output_sent] == [(row.feature, row.model) for row in ROWS]
-    for (_, _, result), row in zip(first_output_sent, ROWS, strict=True):
+    told = [(feature.strip(), model, result.strip()) for feature, model, result in found[2:]]
+    assert [line[:2] for line in told] == [(row.feature, row.model) for row in ROWS]
+    for (_, _, result), row in zip(told, ROWS, strict=True):
         assert result.startswith("the same, to " if row.refused is None else f"refused: {row.refused}")

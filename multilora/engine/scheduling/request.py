@@ -1,8 +1,8 @@
 """One object per request: few stored facts, the rest are properties.
 
-tokens      prompt_ids + output_ids (+ in_flight tokens that are being sampled, not yet known)
-computed    tokens whose KV is in pages and whose step has been committed
-planned     computed, plus those of steps launched but not yet committed
+num_tokens      prompt_ids + output_ids (+ in_flight tokens that are being sampled, not yet known)
+num_computed    tokens whose KV is in pages and whose step has been committed
+num_scheduled   num_computed, plus those of steps launched but not yet committed
 """
 
 from collections.abc import Sequence
@@ -58,8 +58,8 @@ class Request:
     state: State = State.WAITING
     output_ids: list[int] = field(default_factory=list)
     table: PageTable = field(default_factory=PageTable)
-    computed: int = 0
-    planned: int = 0
+    num_computed: int = 0
+    num_scheduled: int = 0
     in_flight: int = 0
     admitted: float | None = None  # when it first ran
     cached_tokens: int = 0  # of the prompt, when it first ran
@@ -100,11 +100,11 @@ class Request:
     @property
     def remaining(self) -> int:
         """Tokens not yet planned, those in flight included: 1 means plain decoding."""
-        return self.num_tokens + self.in_flight - self.planned
+        return self.num_tokens + self.in_flight - self.num_scheduled
 
     @property
     def decoding(self) -> bool:
-        return self.remaining == 1 and self.planned >= len(self.prompt_ids)
+        return self.remaining == 1 and self.num_scheduled >= len(self.prompt_ids)
 
     def decoding_chunk(self, start: int) -> bool:
         """Whether a chunk that begins at `start` was plain decoding."""

@@ -182,22 +182,22 @@ class Scheduler:
         self.running.append(request)
         request.state = State.RUNNING
         request.table = table
-        request.computed = request.planned = len(matched) * self.kv.page_size
+        request.num_computed = request.num_scheduled = len(matched) * self.kv.page_size
         if request.admitted is None:
             request.admitted = self._clock()
-            request.cached_tokens = request.computed
-            self.cached_tokens += request.computed
+            request.cached_tokens = request.num_computed
+            self.cached_tokens += request.num_computed
         return True
 
     def _take(self, chunks: dict[Request, Chunk], request: Request, count: int) -> int:
         """Put `count` tokens of a running request into the plan. Returns how many went in: all or none."""
-        while not self.kv.grow(request.table, request.planned + count, self.launched):
+        while not self.kv.grow(request.table, request.num_scheduled + count, self.launched):
             victim = max(self.running, key=lambda r: r.order)
             self._preempt(victim)
             chunks.pop(victim, None)
             if victim is request:
                 return 0
-        start = request.planned
+        start = request.num_scheduled
         sample = count == request.remaining and request.samples
         chunks[request] = Chunk(
             request,
@@ -219,7 +219,7 @@ class Scheduler:
         self.preemptions += 1
         self._release_resources(request)
         request.state = State.WAITING
-        request.computed = request.planned = 0
+        request.num_computed = request.num_scheduled = 0
         request.epoch += 1
         self._enqueue(request)
 
@@ -229,7 +229,7 @@ class Scheduler:
         """The plan is on its way: its tokens count as planned."""
         self._launched_at[plan.number] = self._clock()
         for chunk in plan.chunks:
-            chunk.request.planned += chunk.count
+            chunk.request.num_scheduled += chunk.count
             chunk.request.in_flight += chunk.sample
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Output]:
@@ -258,8 +258,8 @@ class Scheduler:
         request = chunk.request
         self.prompt_tokens += max(0, min(chunk.start + chunk.count, len(request.prompt_ids)) - chunk.start)
         if request.state is State.RUNNING and request.epoch == chunk.epoch:
-            request.computed += chunk.count
-            self.kv.commit(request.table, request.computed, request.tokens, request.namespaces.of, self.launched)
+            request.num_computed += chunk.count
+            self.kv.commit(request.table, request.num_computed, request.tokens, request.namespaces.of, self.launched)
 
     def _take_prompt_logprobs(self, chunk: Chunk, result: StepResult, index: int) -> None:
         request, positions = chunk.request, chunk.logprob_positions
@@ -271,7 +271,7 @@ class Scheduler:
     def _commit_token(self, chunk: Chunk, result: StepResult, index: int) -> Output | None:
         request = chunk.request
         if not chunk.sample:
-            if request.samples or request.computed < request.num_tokens:
+            if request.samples or request.num_computed < request.num_tokens:
                 return None
             self._finish(request)  # max_new_tokens 0: only the prompt was wanted
             return self._output(request, [], Finished(type="length"))

@@ -58,7 +58,7 @@ class CheckedScheduler(Scheduler):
         for request, chunk in chunks.items():
             assert request.state is State.RUNNING
             assert chunk.epoch == request.epoch
-            assert chunk.start == request.planned
+            assert chunk.start == request.num_scheduled
             assert 1 <= chunk.count <= request.remaining
             assert len(request.table.pages) * self.kv.page_size >= chunk.start + chunk.count
             assert chunk.sample == (request.samples and chunk.count == request.remaining)
@@ -323,7 +323,7 @@ class World:
                 assert nodes[page].refs == len(held)
                 assert len({(i, acting(r, i * 4, i * 4 + 4)) for r, i in held}) == 1
                 assert len({tuple(acting(r, 0, i * 4)) for r, i in held}) == 1
-                assert all((i + 1) * 4 <= r.computed for r, i in held)
+                assert all((i + 1) * 4 <= r.num_computed for r, i in held)
             else:
                 assert len(held) == 1
 
