@@ -45,7 +45,7 @@ from multilora.memory.page_pool import PagePool
 from multilora.memory.page_table import KVPages
 from multilora.memory.plan import DeviceMemory, MemoryPlan, format_bytes, plan_memory
 from multilora.memory.prefix_cache import PrefixCache
-from multilora.memory.reclaim import Clock, Reclaimer
+from multilora.memory.reclaim import GdsfClock, Reclaimer
 from multilora.models.config import ModelConfig
 from multilora.models.llama import LlamaForCausalLM
 from multilora.models.load import load_model
@@ -67,7 +67,7 @@ class _Memory:
     layout: KVLayout
     arena: torch.Tensor  # uint8 [pages, page_bytes]
     pool: PagePool
-    clock: Clock
+    clock: GdsfClock
     prefix: PrefixCache
     namespaces: Namespaces
 
@@ -138,7 +138,7 @@ def _memory(config: Config, model: LlamaForCausalLM, over_arena: MakeAttention) 
     logger.info("memory: %s", plan)
     with asking_for(f"an arena of {format_bytes(plan.arena_bytes)}", "lower --mem-fraction-static or --arena-bytes"):
         arena = torch.zeros(plan.num_pages, plan.page_bytes, dtype=torch.uint8, device=model.device)
-    pool, clock = PagePool(plan.num_pages), Clock()
+    pool, clock = PagePool(plan.num_pages), GdsfClock()
     prefix = PrefixCache(pool, clock, config.page_size, enabled=not config.disable_radix_cache)
     return _Memory(layout, arena, pool, clock, prefix, Namespaces(prefix))
 

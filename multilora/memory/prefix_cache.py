@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from multilora.memory.page_pool import PageKind, PagePool
-from multilora.memory.reclaim import PREFIX_PAGE_COST, Clock
+from multilora.memory.reclaim import PREFIX_PAGE_COST, GdsfClock
 
 Key = tuple[int, tuple[int, ...], int, str]  # parent node id, tokens, namespace, salt
 NamespaceOf = Callable[[int], int]  # page index in the sequence → namespace
@@ -38,7 +38,7 @@ class Node:
 class PrefixCache:
     """Owns the KV pages that have a key. Private (partial) pages belong to their request."""
 
-    def __init__(self, pool: PagePool, clock: Clock, page_size: int, enabled: bool = True):
+    def __init__(self, pool: PagePool, clock: GdsfClock, page_size: int, enabled: bool = True):
         self.pool = pool
         self.clock = clock
         self.page_size = page_size

@@ -19,7 +19,7 @@ PREFIX_PAGE_COST = 8.0
 for a copy of the same 2 MiB."""
 
 
-class Clock:
+class GdsfClock:
     """The shared, rising floor of all scores."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Reclaimable(Protocol):
 class Reclaimer:
     """Frees idle pages until a demand is met."""
 
-    def __init__(self, pool: PagePool, clock: Clock, sources: Sequence[Reclaimable]):
+    def __init__(self, pool: PagePool, clock: GdsfClock, sources: Sequence[Reclaimable]):
         self.pool = pool
         self.clock = clock
         self.sources = sources

@@ -2,13 +2,13 @@ import random
 
 from multilora.memory.page_pool import PageKind, PagePool
 from multilora.memory.prefix_cache import PrefixCache
-from multilora.memory.reclaim import Clock, Reclaimer
+from multilora.memory.reclaim import GdsfClock, Reclaimer
 
 BASE, ADAPTER_1, ADAPTER_2 = 0, 1, 2
 
 
 def make(total: int = 32, page_size: int = 4) -> tuple[PagePool, PrefixCache, Reclaimer]:
-    pool, clock = PagePool(total), Clock()
+    pool, clock = PagePool(total), GdsfClock()
     cache = PrefixCache(pool, clock, page_size)
     return pool, cache, Reclaimer(pool, clock, [cache])
 
@@ -119,7 +119,7 @@ def test_dropping_a_namespace_frees_its_pages():
 
 def test_disabled_cache_keeps_nothing():
     pool = PagePool(8)
-    cache = PrefixCache(pool, Clock(), 4, enabled=False)
+    cache = PrefixCache(pool, GdsfClock(), 4, enabled=False)
     cache.release(run(pool, cache, list(range(8)), BASE), fence=0)
     assert pool.free == 8
 

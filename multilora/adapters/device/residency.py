@@ -19,7 +19,7 @@ from multilora.adapters.host.cache import HostEntry
 from multilora.lora.panels import PanelLayout
 from multilora.lora.table import LoraTable
 from multilora.memory.page_pool import PagePool
-from multilora.memory.reclaim import ADAPTER_PAGE_COST, Clock
+from multilora.memory.reclaim import ADAPTER_PAGE_COST, GdsfClock
 
 AWAITED_SCORE = 64 * ADAPTER_PAGE_COST
 """On top, for an adapter that a waiting request will ask for: as if it had been used as often as counts at all."""
@@ -63,7 +63,7 @@ class Residency:
     def __init__(
         self,
         pool: PagePool,
-        clock: Clock,
+        clock: GdsfClock,
         table: LoraTable,
         copier: Copier,
         *,

@@ -28,7 +28,7 @@ from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
 from multilora.memory.page_pool import PagePool
 from multilora.memory.prefix_cache import PrefixCache
-from multilora.memory.reclaim import Clock, Reclaimer
+from multilora.memory.reclaim import GdsfClock, Reclaimer
 
 SITE = LoraSite(index=0, layer=0, name="o_proj", in_features=16, slices=(LoraSlice("o_proj", 0, 16),))
 BASE = BaseModel((SITE,), vocab_size=23, hidden_size=16, tie_word_embeddings=False, norms={}, biased=())
@@ -202,7 +202,7 @@ class FakeTiers:
         now: Callable[[], float] = monotonic,
     ):
         """copy_delay: in polls; copy_seconds, if given, by the clock `now` instead."""
-        self.pool, self.clock = PagePool(total_pages), Clock()
+        self.pool, self.clock = PagePool(total_pages), GdsfClock()
         self.arena = torch.zeros(total_pages, PAGE_BYTES, dtype=torch.uint8)
         self.prefix = PrefixCache(self.pool, self.clock, page_size, enabled=prefix_cache)
         self.namespaces = Namespaces(self.prefix)
