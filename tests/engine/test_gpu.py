@@ -21,7 +21,7 @@ from fakes.models import make_adapter, make_tiny_model
 
 from multilora.attention import make_attention
 from multilora.batch import ForwardBatch
-from multilora.engine.execution.runner import Reach
+from multilora.engine.execution.runner import AdapterScope
 from multilora.engine.memory import measure_step
 from multilora.errors import OutOfMemory
 
@@ -167,7 +167,7 @@ def test_small_steps_with_prompts_are_replayed_and_give_what_launches_give(llama
         hidden = run_pieces(x, batch)
         if hidden is not None:
             replayed.append(len(x))
-            launched = runner._layers(x, batch, Reach.LAYERS)
+            launched = runner._layers(x, batch, AdapterScope.LAYERS)
             error = (hidden - launched).float().norm() / launched.float().norm()
             assert error < 2e-2, (len(x), error)
         return hidden

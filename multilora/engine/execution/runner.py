@@ -54,7 +54,7 @@ class Launched:
         )
 
 
-class Reach(IntEnum):
+class AdapterScope(IntEnum):
     """Where the adapters of a step act."""
 
     LAYERS = 0  # by low rank in the decoder layers, as most do
@@ -74,16 +74,16 @@ class RunnerLora:
         self._model_level = frozenset(s.index for s in sites if s.layer == MODEL_LEVEL)
         self._embed_site = next(s.index for s in sites if s.name == "embed_tokens")
 
-    def reach(self, segments: tuple[LoraSegment, ...]) -> Reach:
+    def scope(self, segments: tuple[LoraSegment, ...]) -> AdapterScope:
         """Of the adapter among them that goes furthest."""
-        return max((self._reach_of(p) for s in segments for p in s.slots), default=Reach.LAYERS)
+        return max((self._scope_of(p) for s in segments for p in s.slots), default=AdapterScope.LAYERS)
 
-    def _reach_of(self, slot: int) -> Reach:
+    def _scope_of(self, slot: int) -> AdapterScope:
         layout, _ = self._table.lookup(slot)
         modules = {(whole.layer, whole.module) for whole in layout.shape.whole}
         if modules - ENDS:
-            return Reach.MODULES
-        return Reach.ENDS if modules or not self._model_level.isdisjoint(layout.sites) else Reach.LAYERS
+            return AdapterScope.MODULES
+        return AdapterScope.ENDS if modules or not self._model_level.isdisjoint(layout.sites) else AdapterScope.LAYERS
 
     def whole_modules(self, segments: tuple[LoraSegment, ...]) -> WholeModules:
         return WholeModules(self._table, segments, self._embed_site)
@@ -133,14 +133,14 @@ class Runner:
         inputs = build_inputs(plan, self._page_size, self._device)
         batch = inputs.batch
         self._fill_unknown(batch.input_ids, inputs)
-        reach = self._lora.reach(batch.lora) if self._lora is not None else Reach.LAYERS
-        x = self._model.embed(batch.input_ids, self._context(batch.lora, reach))
-        hidden = self._replay(plan, x, batch) if reach < Reach.MODULES else None
+        scope = self._lora.scope(batch.lora) if self._lora is not None else AdapterScope.LAYERS
+        x = self._model.embed(batch.input_ids, self._context(batch.lora, scope))
+        hidden = self._replay(plan, x, batch) if scope < AdapterScope.MODULES else None
         if hidden is None:
-            hidden = self._layers(x, batch, reach)[batch.logit_rows]
-        if reach is Reach.LAYERS:
-            return self._model.logits(hidden, self._context((), reach))
-        return self._model.logits(hidden, self._prepared(batch.logit_lora, len(hidden), reach))
+            hidden = self._layers(x, batch, scope)[batch.logit_rows]
+        if scope is AdapterScope.LAYERS:
+            return self._model.logits(hidden, self._context((), scope))
+        return self._model.logits(hidden, self._prepared(batch.logit_lora, len(hidden), scope))
 
     def _replay(self, plan: StepPlan, x: Tensor, batch: ForwardBatch) -> Tensor | None:
         """The layers as graphs, if there are some for such a step: the hidden rows whose logits are wanted."""
@@ -150,20 +150,20 @@ class Runner:
         hidden = pieces.run(x, batch) if pieces is not None else None
         return hidden[batch.logit_rows] if hidden is not None else None
 
-    def _layers(self, x: Tensor, batch: ForwardBatch, reach: Reach) -> Tensor:
+    def _layers(self, x: Tensor, batch: ForwardBatch, scope: AdapterScope) -> Tensor:
         self._attention.prepare(batch.attention)
-        return self._model(x, batch.positions, self._prepared(batch.lora, len(x), reach))
+        return self._model(x, batch.positions, self._prepared(batch.lora, len(x), scope))
 
-    def _prepared(self, segments: tuple[LoraSegment, ...], rows: int, reach: Reach) -> ForwardContext:
+    def _prepared(self, segments: tuple[LoraSegment, ...], rows: int, scope: AdapterScope) -> ForwardContext:
         """With the adapters ready for `rows` rows."""
         if segments and self._lora is not None:
             self._lora.backend.prepare(segments, rows)
-        return self._context(segments, reach)
+        return self._context(segments, scope)
 
-    def _context(self, segments: tuple[LoraSegment, ...], reach: Reach) -> ForwardContext:
+    def _context(self, segments: tuple[LoraSegment, ...], scope: AdapterScope) -> ForwardContext:
         if not segments or self._lora is None:
             return ForwardContext(self._attention, None)
-        whole = self._lora.whole_modules(segments) if reach > Reach.LAYERS else None
+        whole = self._lora.whole_modules(segments) if scope > AdapterScope.LAYERS else None
         return ForwardContext(self._attention, self._lora.backend, whole)
 
     def _fill_unknown(self, ids: Tensor, inputs: StepInputs) -> None:

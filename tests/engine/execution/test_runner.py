@@ -8,7 +8,7 @@ from fakes.engine_driver import EngineDriver
 from peft_rows import ROWS, Lab, Row
 
 from multilora.batch import ForwardBatch
-from multilora.engine.execution.runner import Graphs, Reach, Runner
+from multilora.engine.execution.runner import AdapterScope, Graphs, Runner
 
 REPLAYED = (
     Row("plain", {"target_modules": ["q_proj", "up_proj"]}),
@@ -35,7 +35,7 @@ class FakeGraphs:
         if len(x) > self._most:
             return None
         self.replays += 1
-        return self._runner._layers(x, batch, Reach.LAYERS)
+        return self._runner._layers(x, batch, AdapterScope.LAYERS)
 
 
 def use(runner: Runner, **graphs: FakeGraphs) -> None:
