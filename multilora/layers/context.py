@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from multilora.attention.base import LayerAttention
 from multilora.lora.base import LoraBackend
-from multilora.lora.full_weights import WholeModules
+from multilora.lora.full_weights import FullWeightModules
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
     attention: LayerAttention
     lora: LoraBackend | None  # None: no row of this step has an adapter
-    whole: WholeModules | None = None  # None: no adapter of this step acts outside the low-rank pass
+    full_weights: FullWeightModules | None = None  # None: no adapter of this step acts outside the low-rank pass

@@ -6,7 +6,7 @@ from torch import nn
 
 from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import logits
-from multilora.lora.full_weights import WholeModules, product
+from multilora.lora.full_weights import FullWeightModules, product
 from multilora.lora.sites import MODEL_LEVEL, LoraSite
 
 
@@ -22,10 +22,10 @@ class Embedding(nn.Module):
 
     def forward(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """ids: int64 [tokens]. Returns [tokens, hidden]."""
-        if ctx.whole is None:
+        if ctx.full_weights is None:
             return F.embedding(ids, self.weight)
         y = F.embedding(ids.clamp(max=len(self.weight) - 1), self.weight)  # an adapter may have more tokens
-        ctx.whole.embed(y, ids, MODEL_LEVEL, self.name)
+        ctx.full_weights.embed(y, ids, MODEL_LEVEL, self.name)
         return y
 
 
@@ -57,15 +57,15 @@ class LMHead(nn.Module):
         and -inf where a row's vocabulary ends.
         """
         y = logits(hidden, self.weight)
-        if ctx.whole is not None:
-            y = self._replace(y, hidden, ctx.whole)
+        if ctx.full_weights is not None:
+            y = self._replace(y, hidden, ctx.full_weights)
         if ctx.lora is not None:
             ctx.lora.apply(y, hidden, self.site.index)
         return y
 
-    def _replace(self, y: torch.Tensor, hidden: torch.Tensor, whole: WholeModules) -> torch.Tensor:
+    def _replace(self, y: torch.Tensor, hidden: torch.Tensor, full_weights: FullWeightModules) -> torch.Tensor:
         """Where an adapter brings its own head, or rows of it."""
-        found = list(whole.find(MODEL_LEVEL, self.site.name))
+        found = list(full_weights.find(MODEL_LEVEL, self.site.name))
         width = max([y.shape[1], *(w.rows for _, w in found if w.token_ids is None)])
         y = F.pad(y, (0, width - y.shape[1]), value=-torch.inf)
         for rows, weights in found:

@@ -10,7 +10,7 @@ from torch import nn
 from multilora.layers.activation import SiluAndMul
 from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import linear
-from multilora.lora.full_weights import WholeModules, product
+from multilora.lora.full_weights import FullWeightModules, product
 from multilora.lora.sites import LoraSite
 
 
@@ -38,15 +38,15 @@ class Linear(nn.Module):
         if ctx.lora is not None:
             ctx.lora.begin()
         y = linear(x, self.weight, self.bias)
-        if ctx.whole is not None:
-            self._replace(y, x, ctx.whole)
+        if ctx.full_weights is not None:
+            self._replace(y, x, ctx.full_weights)
         return y
 
-    def _replace(self, y: torch.Tensor, x: torch.Tensor, whole: WholeModules) -> None:
+    def _replace(self, y: torch.Tensor, x: torch.Tensor, full_weights: FullWeightModules) -> None:
         """Where an adapter brings the whole weight of a module. (A trained bias comes after that, as a shift.)"""
         for s in self.site.slices:
             columns = slice(s.offset, s.offset + s.out_features)
-            for rows, weights in whole.find(self.site.layer, s.module):
+            for rows, weights in full_weights.find(self.site.layer, s.module):
                 y[rows, columns] = product(x[rows], weights)
                 if self.bias is not None:
                     y[rows, columns] += self.bias[columns]

@@ -41,8 +41,8 @@ class RMSNorm(nn.Module):
 
     def _replace(self, y: torch.Tensor, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """Where an adapter brings its own weight."""
-        if ctx.whole is not None:
-            for rows, weights in ctx.whole.find(self.layer, self.name):
+        if ctx.full_weights is not None:
+            for rows, weights in ctx.full_weights.find(self.layer, self.name):
                 y[rows] = rms_norm(x[rows], weights.pieces[0].weight[0], self.eps)
         return y
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import torch
 
 from multilora.batch import LoraSegment
-from multilora.lora.table import LoraTable, SiteWeights, WholeWeights
+from multilora.lora.table import FullWeight, LoraTable, SiteWeights
 from multilora.lora.torch_backend import expand
 
 
-class WholeModules:
+class FullWeightModules:
     """The step's segments that replace a module or add to embeddings. Adapters that do are never composed."""
 
     def __init__(self, table: LoraTable, segments: tuple[LoraSegment, ...], embed_site: int):
@@ -22,11 +22,11 @@ class WholeModules:
         self._segments = segments
         self._embed_site = embed_site
 
-    def find(self, layer: int, module: str) -> Iterator[tuple[slice, WholeWeights]]:
+    def find(self, layer: int, module: str) -> Iterator[tuple[slice, FullWeight]]:
         """Which rows of the step have another weight there."""
         for segment in self._segments:
             for slot in segment.slots:
-                for weights in self._table.whole(slot, layer, module):
+                for weights in self._table.full_weights(slot, layer, module):
                     yield slice(segment.start, segment.end), weights
 
     def embed(self, y: torch.Tensor, ids: torch.Tensor, layer: int, module: str) -> None:
@@ -41,12 +41,12 @@ class WholeModules:
                     expand(y[rows], columns_of(low_rank, ids[rows]), low_rank, weight)
 
 
-def product(x: torch.Tensor, weights: WholeWeights) -> torch.Tensor:
+def product(x: torch.Tensor, weights: FullWeight) -> torch.Tensor:
     """x: [rows, cols] → x Wᵀ, [rows, weights.rows]."""
     return torch.cat([x @ piece.weight.T for piece in weights.pieces], dim=1)
 
 
-def replace_rows(y: torch.Tensor, ids: torch.Tensor, weights: WholeWeights) -> None:
+def replace_rows(y: torch.Tensor, ids: torch.Tensor, weights: FullWeight) -> None:
     """y: [tokens, cols]; row t becomes the weight's row for ids[t], where it has one."""
     index = ids
     if weights.token_ids is not None:

@@ -68,7 +68,7 @@ Ranks = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class WholeShape:
+class FullWeightShape:
     """A module that an adapter replaces: all rows of its weight, or (token_ids not empty) some rows of a table."""
 
     layer: int
@@ -84,12 +84,12 @@ class AdapterShape:
 
     ranks: Ranks
     affine: tuple[tuple[int, ...], ...] = ()
-    whole: tuple[WholeShape, ...] = ()
+    full_weights: tuple[FullWeightShape, ...] = ()
 
     @property
     def plain(self) -> bool:
         """Of low rank and nothing else."""
-        return not self.affine and not self.whole
+        return not self.affine and not self.full_weights
 
 
 @dataclass(frozen=True)
@@ -124,15 +124,15 @@ class Chunk:
 class PanelLayout:
     """The placement of a whole adapter: a function of its shape only.
 
-    `chunks[i]` are the chunks of `matrices[i]`, row by row, then column by column; `whole[i]` those of
-    `shape.whole[i]`, by rows.
+    `chunks[i]` are the chunks of `matrices[i]`, row by row, then column by column; `full_weights[i]` those of
+    `shape.full_weights[i]`, by rows.
     """
 
     num_pages: int
     shape: AdapterShape
     matrices: tuple[Matrix, ...]
     chunks: tuple[tuple[Chunk, ...], ...]
-    whole: tuple[tuple[Chunk, ...], ...]
+    full_weights: tuple[tuple[Chunk, ...], ...]
     used_bytes: int
 
     @cached_property
@@ -169,7 +169,10 @@ def place_panels(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: Pan
     Raises ValueError if one row of a whole module is larger than a page.
     """
     matrices = matrices_of(sites, shape)
-    cuts = [*(_cut_matrix(m, geometry) for m in matrices), *(_cut_whole(w, geometry) for w in shape.whole)]
+    cuts = [
+        *(_cut_matrix(m, geometry) for m in matrices),
+        *(_cut_full_weight(w, geometry) for w in shape.full_weights),
+    ]
     fit = _FirstFit(geometry.page_bytes)
     chunks: list[tuple[Chunk, ...]] = [()] * len(cuts)
     for i in sorted(range(len(cuts)), key=lambda i: -cuts[i].size):
@@ -195,12 +198,12 @@ def _cut_matrix(matrix: Matrix, geometry: PanelGeometry) -> _Cut:
     return _Cut(_align(step * column_bytes), [(row, col, width) for row in rows for col, width in columns])
 
 
-def _cut_whole(whole: WholeShape, geometry: PanelGeometry) -> _Cut:
-    row_bytes = whole.cols * geometry.itemsize
-    step = min(whole.rows, geometry.page_bytes // row_bytes)
+def _cut_full_weight(shape: FullWeightShape, geometry: PanelGeometry) -> _Cut:
+    row_bytes = shape.cols * geometry.itemsize
+    step = min(shape.rows, geometry.page_bytes // row_bytes)
     if step == 0:
-        raise ValueError(f"{whole.module}: a row of {row_bytes} bytes is larger than a page")
-    return _Cut(_align(step * row_bytes), [(row, 0, whole.cols) for row in range(0, whole.rows, step)])
+        raise ValueError(f"{shape.module}: a row of {row_bytes} bytes is larger than a page")
+    return _Cut(_align(step * row_bytes), [(row, 0, shape.cols) for row in range(0, shape.rows, step)])
 
 
 def _align(size: int) -> int:

@@ -47,7 +47,7 @@ class SiteWeights:
 
 
 @dataclass(frozen=True)
-class WholeWeights:
+class FullWeight:
     """A module that an adapter replaces, or (token_ids not None) some rows of a table. pieces: by rows."""
 
     rows: int
@@ -78,7 +78,7 @@ class LoraTable:
         self._slice_offsets = slice_offsets
         self._placed: dict[int, tuple[PanelLayout, list[int]]] = {}
         self._views: dict[int, dict[int, SiteWeights]] = {}
-        self._whole: dict[int, dict[tuple[int, str], list[WholeWeights]]] = {}
+        self._full_weights: dict[int, dict[tuple[int, str], list[FullWeight]]] = {}
         self._listeners: list[TableListener] = []
 
     def subscribe(self, listener: TableListener) -> None:
@@ -97,7 +97,7 @@ class LoraTable:
     def remove(self, slot: int) -> None:
         del self._placed[slot]
         self._views.pop(slot, None)
-        self._whole.pop(slot, None)
+        self._full_weights.pop(slot, None)
         for listener in self._listeners:
             listener.removed(slot)
 
@@ -111,11 +111,11 @@ class LoraTable:
             self._views[slot] = self._make_views(*self._placed[slot])
         return self._views[slot].get(site)
 
-    def whole(self, slot: int, layer: int, module: str) -> list[WholeWeights]:
+    def full_weights(self, slot: int, layer: int, module: str) -> list[FullWeight]:
         """What the adapter puts in place of a module: nothing, its weight, or rows of it."""
-        if slot not in self._whole:
-            self._whole[slot] = self._make_whole(*self._placed[slot])
-        return self._whole[slot].get((layer, module), [])
+        if slot not in self._full_weights:
+            self._full_weights[slot] = self._make_full_weights(*self._placed[slot])
+        return self._full_weights[slot].get((layer, module), [])
 
     def __len__(self) -> int:
         return len(self._placed)
@@ -150,9 +150,9 @@ class LoraTable:
         size = AFFINE_BYTES * chunk.columns // self.weights.itemsize
         return Piece(0, chunk.col, self.weights[at : at + size].view(torch.float32).view(2, chunk.columns))
 
-    def _make_whole(self, layout: PanelLayout, pages: list[int]) -> dict[tuple[int, str], list[WholeWeights]]:
-        found: dict[tuple[int, str], list[WholeWeights]] = {}
-        for shape, chunks in zip(layout.shape.whole, layout.whole, strict=True):
+    def _make_full_weights(self, layout: PanelLayout, pages: list[int]) -> dict[tuple[int, str], list[FullWeight]]:
+        found: dict[tuple[int, str], list[FullWeight]] = {}
+        for shape, chunks in zip(layout.shape.full_weights, layout.full_weights, strict=True):
             ends = [*(chunk.row for chunk in chunks[1:]), shape.rows]
             pieces = []
             for chunk, end in zip(chunks, ends, strict=True):
@@ -160,7 +160,7 @@ class LoraTable:
                 weight = self.weights[at : at + rows * shape.cols].view(rows, shape.cols)
                 pieces.append(Piece(chunk.row, 0, weight))
             ids = torch.tensor(shape.token_ids, device=self.weights.device) if shape.token_ids else None
-            weights = WholeWeights(shape.rows, shape.cols, tuple(pieces), ids)
+            weights = FullWeight(shape.rows, shape.cols, tuple(pieces), ids)
             found.setdefault((shape.layer, shape.module), []).append(weights)
         return found
 
@@ -173,8 +173,8 @@ class LoraTable:
         for chunk in chunks:
             address = self._address(chunk, pages)
             last = runs[-1] if runs else None
-            whole = chunk.columns == width
-            if last and whole and last[3] == width and address == last[4] + last[2] * width:
+            entire = chunk.columns == width
+            if last and entire and last[3] == width and address == last[4] + last[2] * width:
                 last[2] += RANK_GRANULE
             else:
                 runs.append([chunk.row, chunk.col, RANK_GRANULE, chunk.columns, address])

@@ -7,9 +7,9 @@ import torch
 from fakes.layer_context import BASE
 
 from multilora.layers.embedding import Embedding, LMHead
-from multilora.lora.full_weights import WholeModules
+from multilora.lora.full_weights import FullWeightModules
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
-from multilora.lora.table import Piece, WholeWeights
+from multilora.lora.table import FullWeight, Piece
 
 CPU = torch.device("cpu")
 SITE = LoraSite(0, MODEL_LEVEL, "lm_head", 4, (LoraSlice("lm_head", 0, 7),))
@@ -34,13 +34,13 @@ def test_logits_are_fp32_whatever_the_model() -> None:
     assert logits.shape == (2, 7)
 
 
-class Replaced(WholeModules):
+class Replaced(FullWeightModules):
     """Rows [1, 3) have the weight `weight`."""
 
     def __init__(self, weight: torch.Tensor, token_ids: torch.Tensor | None = None):
-        self.weights = WholeWeights(*weight.shape, (Piece(0, 0, weight[:2]), Piece(2, 0, weight[2:])), token_ids)
+        self.weights = FullWeight(*weight.shape, (Piece(0, 0, weight[:2]), Piece(2, 0, weight[2:])), token_ids)
 
-    def find(self, layer: int, module: str) -> Iterator[tuple[slice, WholeWeights]]:
+    def find(self, layer: int, module: str) -> Iterator[tuple[slice, FullWeight]]:
         assert (layer, module) == (MODEL_LEVEL, "lm_head")
         yield slice(1, 3), self.weights
 
@@ -49,7 +49,7 @@ def replaced_logits(replaced: Replaced) -> tuple[torch.Tensor, torch.Tensor, tor
     head = LMHead(SITE, 7, 4, tied_to=None, device=CPU, dtype=torch.float32)
     head.weight.normal_(generator=torch.Generator().manual_seed(0))
     hidden = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
-    return head(hidden, replace(BASE, whole=replaced)), hidden, head(hidden, BASE)
+    return head(hidden, replace(BASE, full_weights=replaced)), hidden, head(hidden, BASE)
 
 
 def test_an_adapter_with_more_tokens_widens_only_its_own_rows() -> None:

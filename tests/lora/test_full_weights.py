@@ -7,7 +7,7 @@ from multilora.adapters.adapter import MODEL_LEVEL, Adapter, Full, LowRank, Rows
 from multilora.adapters.packing.blocks import Blocks, PackTarget, pack
 from multilora.batch import LoraSegment
 from multilora.errors import AdapterIncompatible
-from multilora.lora.full_weights import WholeModules, product
+from multilora.lora.full_weights import FullWeightModules, product
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
 
@@ -45,14 +45,14 @@ def make(page_bytes: int, *adapters: tuple) -> LoraTable:
 def test_a_whole_weight_is_found_and_multiplies(page_bytes: int) -> None:
     weight, norm = random(21, HIDDEN), random(HIDDEN)
     table = make(page_bytes, (Full(0, "q_proj", weight), Full(0, "input_layernorm", norm)))
-    whole = WholeModules(table, (LoraSegment(2, 5, (0,), (1.0,)),), embed_site=0)
-    ((rows, found),) = whole.find(0, "q_proj")
+    full_weights = FullWeightModules(table, (LoraSegment(2, 5, (0,), (1.0,)),), embed_site=0)
+    ((rows, found),) = full_weights.find(0, "q_proj")
     assert rows == slice(2, 5)
     x = random(3, HIDDEN)
     torch.testing.assert_close(product(x, found), x @ weight.T)
-    ((_, found),) = whole.find(0, "input_layernorm")
+    ((_, found),) = full_weights.find(0, "input_layernorm")
     assert torch.equal(found.pieces[0].weight[0], norm)
-    assert not list(whole.find(1, "q_proj")) and not list(whole.find(0, "o_proj"))
+    assert not list(full_weights.find(1, "q_proj")) and not list(full_weights.find(0, "o_proj"))
 
 
 @pytest.mark.parametrize("page_bytes", PAGES)
@@ -70,7 +70,7 @@ def test_embeddings(page_bytes: int) -> None:
     spans = [(1, 3), (3, 7), (7, 9), (9, 11)]
     segments = tuple(LoraSegment(a, b, (i,), (1.0,)) for i, (a, b) in enumerate(spans))
     y = table_of_base[ids]
-    WholeModules(table, segments, embed_site=0).embed(y, ids, MODEL_LEVEL, "embed_tokens")
+    FullWeightModules(table, segments, embed_site=0).embed(y, ids, MODEL_LEVEL, "embed_tokens")
     expected = table_of_base[ids]
     expected[1:3] = full[ids[1:3]]
     expected[3], expected[4], expected[5] = rows[1], rows[0], rows[2]

@@ -22,7 +22,7 @@ def leaves_kv(shape: AdapterShape, sites: tuple[LoraSite, ...]) -> bool:
 
 
 def _acts_on(shape: AdapterShape, sites: tuple[LoraSite, ...]) -> set[tuple[int, str]]:
-    found = {(whole.layer, whole.module) for whole in shape.whole}
+    found = {(w.layer, w.module) for w in shape.full_weights}
     for table in (shape.ranks, shape.affine):
         for site, values in zip(sites, table, strict=False):  # no affine pairs: an empty table
             found |= {(site.layer, part.module) for part, value in zip(site.slices, values, strict=True) if value}

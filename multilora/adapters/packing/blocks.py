@@ -19,10 +19,10 @@ from multilora.lora.panels import (
     AdapterShape,
     Affine,
     Chunk,
+    FullWeightShape,
     Matrix,
     PanelGeometry,
     PanelLayout,
-    WholeShape,
     place_panels,
     round_rank,
 )
@@ -60,11 +60,11 @@ Key = tuple[int, str]  # layer, module
 
 @dataclass(frozen=True)
 class Blocks:
-    """An adapter's blocks by where they act. `whole` is in the order of the shape."""
+    """An adapter's blocks by where they act. `full_weights` is in the order of the shape."""
 
     low_rank: dict[Key, LowRank]
     vectors: dict[Key, dict[Affine, Vector]]
-    whole: list[Full | Rows]
+    full_weights: list[Full | Rows]
 
     @classmethod
     def of(cls, adapter: Adapter) -> "Blocks":
@@ -81,7 +81,7 @@ class Blocks:
     def shape(self, sites: tuple[LoraSite, ...]) -> AdapterShape:
         ranks = tuple(tuple(self._rank(site, s) for s in site.slices) for site in sites)
         affine = tuple(tuple(self._affine(site, s) for s in site.slices) for site in sites) if self.vectors else ()
-        return AdapterShape(ranks, affine, tuple(_whole_shape(b) for b in self.whole))
+        return AdapterShape(ranks, affine, tuple(_full_weight_shape(b) for b in self.full_weights))
 
     def _rank(self, site: LoraSite, part: LoraSlice) -> int:
         block = self.low_rank.get((site.layer, part.module))
@@ -91,11 +91,11 @@ class Blocks:
         return int(sum(self.vectors.get((site.layer, part.module), ())))
 
 
-def _whole_shape(block: Full | Rows) -> WholeShape:
+def _full_weight_shape(block: Full | Rows) -> FullWeightShape:
     rows = block.weight.shape[0] if block.weight.ndim == 2 else 1
     if isinstance(block, Rows):
-        return WholeShape(MODEL_LEVEL, block.module, rows, block.weight.shape[-1], block.token_ids)
-    return WholeShape(block.layer, block.module, rows, block.weight.shape[-1])
+        return FullWeightShape(MODEL_LEVEL, block.module, rows, block.weight.shape[-1], block.token_ids)
+    return FullWeightShape(block.layer, block.module, rows, block.weight.shape[-1])
 
 
 WriteStrips = Callable[[list[Strip], torch.dtype, torch.Tensor], None]
@@ -113,8 +113,8 @@ def pack(
         if matrix.affine:
             site = target.sites[matrix.site]
             _pack_affine(blocks.vectors[site.layer, site.slices[matrix.slice].module], chunks, target, out)
-    for whole, chunks in zip(blocks.whole, layout.whole, strict=True):
-        _pack_whole(whole, chunks, target, out)
+    for block, chunks in zip(blocks.full_weights, layout.full_weights, strict=True):
+        _pack_full_weight(block, chunks, target, out)
     strips = []
     for plan in _strip_plans(target.sites, layout.shape, target.geometry):
         block = blocks.low_rank[plan.key]
@@ -175,7 +175,7 @@ def _pack_affine(
         affine_place(out, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
 
 
-def _pack_whole(block: Full | Rows, chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor) -> None:
+def _pack_full_weight(block: Full | Rows, chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor) -> None:
     weight = block.weight.view(-1, block.weight.shape[-1])
     for i, chunk in enumerate(chunks):
         end = chunks[i + 1].row if i + 1 < len(chunks) else len(weight)

@@ -38,7 +38,7 @@ CHECKPOINT_NAMES = {EMBED: (f"model.{EMBED}.weight",), HEAD: ("lm_head.weight", 
 
 
 @dataclass(frozen=True)
-class WholePlan:
+class FullWeightPlan:
     """What will be read, by the names of tensors. A copy replaces what PEFT would load it into, if it differs."""
 
     full: dict[Place, str]
@@ -52,7 +52,7 @@ class WholePlan:
         return {place.module for place in (*self.full, *self.bias)} | set(self.rows)
 
 
-def plan(contents: Contents) -> WholePlan:
+def plan(contents: Contents) -> FullWeightPlan:
     """Raises AdapterInvalid, AdapterIncompatible or AdapterUnsupported."""
     config, base = contents.config, contents.base
     trained = config.tokens(base)
@@ -62,7 +62,7 @@ def plan(contents: Contents) -> WholePlan:
         _check_left_over(module, contents, module.place.module in trained)
     saved = {place for place, module in contents.modules.items() if config.saves(module.name, base)}
     _check_saved(saved, contents)
-    found = WholePlan({}, {}, _rows(trained, saved, contents), _copies(saved, contents))
+    found = FullWeightPlan({}, {}, _rows(trained, saved, contents), _copies(saved, contents))
     for place, module in contents.modules.items():
         _plan_module(module, place in saved, found, contents)
     for place in (*found.full, *(Place(MODEL_LEVEL, table) for table in found.rows)):
@@ -71,7 +71,7 @@ def plan(contents: Contents) -> WholePlan:
     return found
 
 
-def _plan_module(module: Module, saved: bool, found: WholePlan, contents: Contents) -> None:
+def _plan_module(module: Module, saved: bool, found: FullWeightPlan, contents: Contents) -> None:
     base, tensors = contents.base, module.tensors
     if saved:
         part = Part.WEIGHT if Part.WEIGHT in tensors else Part.SAVED_WEIGHT
@@ -186,7 +186,7 @@ def _copies(saved: set[Place], contents: Contents) -> dict[str, tuple[str, ...]]
     return found
 
 
-def _check_resized(found: WholePlan, contents: Contents) -> None:
+def _check_resized(found: FullWeightPlan, contents: Contents) -> None:
     """Added tokens need a row in both tables."""
     tables = {place.module for place in found.full} | set(found.copies)
     if contents.resized and not tables.issuperset(TABLES):
@@ -206,7 +206,7 @@ def _check_dora(place: Place, contents: Contents) -> None:
         raise contents.error(AdapterUnsupported, module, Part.MAGNITUDE, what)
 
 
-def read(found: WholePlan, contents: Contents, deltas: Mapping[str, torch.Tensor]) -> Iterator[Block]:
+def read(found: FullWeightPlan, contents: Contents, deltas: Mapping[str, torch.Tensor]) -> Iterator[Block]:
     """Whole modules, biases and rows. deltas: table → what LoRA adds to it, fp32 [vocab, hidden].
 
     Raises AdapterInvalid if tensors that PEFT loads into one table differ, AdapterError if the base model is gone.

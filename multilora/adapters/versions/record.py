@@ -34,8 +34,8 @@ class Record:
     @property
     def vocab_size(self) -> int | None:
         """How many tokens it has, where it brings its own head; None: as many as the base model."""
-        whole = self.layout.shape.whole if self.layout else ()
-        return next((w.rows for w in whole if w.module == "lm_head" and not w.token_ids), None)
+        full_weights = self.layout.shape.full_weights if self.layout else ()
+        return next((w.rows for w in full_weights if w.module == "lm_head" and not w.token_ids), None)
 
     @property
     def trains_tokens(self) -> bool:
@@ -54,6 +54,6 @@ class Record:
             return "it uses DoRA"
         if shape.affine:
             return "it has trained biases"
-        if shape.whole:
-            return f"it replaces weights of {shape.whole[0].module}"
+        if shape.full_weights:
+            return f"it replaces weights of {shape.full_weights[0].module}"
         return ""

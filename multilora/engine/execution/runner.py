@@ -23,7 +23,7 @@ from multilora.engine.sampling.sampler import DeviceSampled, Sampler, SampleRow
 from multilora.engine.scheduling.request import Request
 from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
-from multilora.lora.full_weights import WholeModules
+from multilora.lora.full_weights import FullWeightModules
 from multilora.lora.sites import MODEL_LEVEL, LoraSite
 from multilora.lora.table import LoraTable
 from multilora.models.llama import LlamaForCausalLM
@@ -80,13 +80,13 @@ class RunnerLora:
 
     def _scope_of(self, slot: int) -> AdapterScope:
         layout, _ = self._table.lookup(slot)
-        modules = {(whole.layer, whole.module) for whole in layout.shape.whole}
+        modules = {(w.layer, w.module) for w in layout.shape.full_weights}
         if modules - ENDS:
             return AdapterScope.MODULES
         return AdapterScope.ENDS if modules or not self._model_level.isdisjoint(layout.sites) else AdapterScope.LAYERS
 
-    def whole_modules(self, segments: tuple[LoraSegment, ...]) -> WholeModules:
-        return WholeModules(self._table, segments, self._embed_site)
+    def full_weight_modules(self, segments: tuple[LoraSegment, ...]) -> FullWeightModules:
+        return FullWeightModules(self._table, segments, self._embed_site)
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ class Runner:
     def _context(self, segments: tuple[LoraSegment, ...], scope: AdapterScope) -> ForwardContext:
         if not segments or self._lora is None:
             return ForwardContext(self._attention, None)
-        whole = self._lora.whole_modules(segments) if scope > AdapterScope.LAYERS else None
-        return ForwardContext(self._attention, self._lora.backend, whole)
+        full_weights = self._lora.full_weight_modules(segments) if scope > AdapterScope.LAYERS else None
+        return ForwardContext(self._attention, self._lora.backend, full_weights)
 
     def _fill_unknown(self, ids: Tensor, inputs: StepInputs) -> None:
         if inputs.unknown:

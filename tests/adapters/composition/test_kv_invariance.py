@@ -9,7 +9,7 @@ from fakes.models import make_adapter, make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from multilora.adapters.composition.kv_invariance import leaves_kv
-from multilora.lora.panels import AdapterShape, Affine, WholeShape
+from multilora.lora.panels import AdapterShape, Affine, FullWeightShape
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 
 
@@ -27,11 +27,13 @@ SITES = (
 )
 
 
-def shape(*acts: tuple[int, int], affine: bool = False, whole: tuple[WholeShape, ...] = ()) -> AdapterShape:
+def shape(
+    *acts: tuple[int, int], affine: bool = False, full_weights: tuple[FullWeightShape, ...] = ()
+) -> AdapterShape:
     table = tuple(tuple(int((s.index, i) in acts) for i in range(len(s.slices))) for s in SITES)
     empty = tuple((0,) * len(s.slices) for s in SITES)
     kinds = tuple(tuple(int(Affine.BIAS) * v for v in row) for row in table)
-    return AdapterShape(empty, kinds, whole) if affine else AdapterShape(table, (), whole)
+    return AdapterShape(empty, kinds, full_weights) if affine else AdapterShape(table, (), full_weights)
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -64,7 +66,7 @@ def test_what_leaves_them_alone(acts, leaves, affine):
     ],
 )
 def test_whole_modules(layer, module, leaves):
-    assert leaves_kv(shape((3, 0), whole=(WholeShape(layer, module, 1, 16),)), SITES) is leaves
+    assert leaves_kv(shape((3, 0), full_weights=(FullWeightShape(layer, module, 1, 16),)), SITES) is leaves
 
 
 def test_a_cached_prefix_of_base_serves_the_adapter_exactly(tmp_path: Path) -> None:

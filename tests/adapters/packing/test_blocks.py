@@ -48,12 +48,12 @@ def unpacked(layout: PanelLayout, pages: torch.Tensor, dtype: torch.dtype) -> li
     """Every matrix of the layout, [rounded rank, width], chunk by chunk."""
     found = []
     for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
-        whole = torch.full((matrix.rank, matrix.width), torch.nan, dtype=dtype)
+        entire = torch.full((matrix.rank, matrix.width), torch.nan, dtype=dtype)
         for chunk in chunks:
             size = 8 * chunk.columns * dtype.itemsize
             raw = pages[chunk.page, chunk.offset : chunk.offset + size].contiguous()
-            whole[chunk.row : chunk.row + 8, chunk.col : chunk.col + chunk.columns] = raw.view(dtype).view(8, -1)
-        found.append(whole)
+            entire[chunk.row : chunk.row + 8, chunk.col : chunk.col + chunk.columns] = raw.view(dtype).view(8, -1)
+        found.append(entire)
     return found
 
 
@@ -72,7 +72,7 @@ ranks = st.dictionaries(
 def test_what_goes_in_comes_out(ranks, dtype, page_bytes):
     items = blocks(ranks)
     layout, pages = packed(items, target(dtype, page_bytes))
-    for matrix, whole in zip(layout.matrices, unpacked(layout, pages, dtype), strict=True):
+    for matrix, entire in zip(layout.matrices, unpacked(layout, pages, dtype), strict=True):
         site = SITES[matrix.site]
         if matrix.slice < 0:
             own = [
@@ -83,7 +83,7 @@ def test_what_goes_in_comes_out(ranks, dtype, page_bytes):
             expected = torch.cat([padded(weight, dtype) for weight in own])
         else:
             expected = padded(items.low_rank[site.layer, site.slices[matrix.slice].module].b, dtype)
-        assert torch.equal(whole, expected)
+        assert torch.equal(entire, expected)
 
 
 @settings(deadline=None, max_examples=60)
