@@ -30,10 +30,10 @@ class LoraBackend(Protocol):
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         """In place, for every segment and each of its adapters of weight w: y[rows] += w · (x[rows] Aᵀ) B; then, if
-        its one adapter has an affine pair at the site, y[rows] = scale · y[rows] + shift.
+        its one adapter has a scale-shift pair at the site, y[rows] = scale · y[rows] + shift.
 
         x: [rows, in_features], y: [rows, out_features] of that site, both contiguous, in the model's dtype; y may be
-        fp32 (logits). Adapters with affine pairs are never composed.
+        fp32 (logits). Adapters with scale-shift pairs are never composed.
         """
 
     def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:

@@ -9,8 +9,8 @@ order with the kernels that read, so that a captured graph sees every change and
                                              rank 0: the adapter does not touch the slice
     addresses  int64 [capacity]              where a chunk begins in the arena, in elements
                    a_start ->  panels of the stacked A: rank rows 0-7, 8-15, ... (each: its chunks, left to right)
-                   b_start ->  panels of B of that slice, then (rank's bit 15 is set) its affine pair: fp32 scales
-                               of a chunk's columns, then shifts
+                   b_start ->  panels of B of that slice, then (rank's bit 15 is set) its scale-shift pair: fp32
+                               scales of a chunk's columns, then shifts
 
 Capacity is what the arena can hold, so nothing is ever reallocated: a place per page, an address per smallest panel.
 """
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from multilora.lora.panels import AFFINE_BYTES, PanelGeometry, PanelLayout
+from multilora.lora.panels import SCALE_SHIFT_BYTES, PanelGeometry, PanelLayout
 from multilora.lora.sites import LoraSite
 from multilora.lora.table import LoraTable
 
-AFFINE_BIT = 1 << 15
+SCALE_SHIFT_BIT = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,11 @@ class DeviceTable:
             if matrix.slice < 0:
                 records[matrix.site, :2] = at, matrix.rank
                 above = 0
-            elif matrix.affine:  # right behind B, or alone
+            elif matrix.scale_shift:  # right behind B, or alone
                 word = 2 + 2 * matrix.slice
                 if not records[matrix.site, word] & 0x7FFF:
                     records[matrix.site, word : word + 2] = above << 16, at
-                records[matrix.site, word] |= AFFINE_BIT
+                records[matrix.site, word] |= SCALE_SHIFT_BIT
             else:
                 word = 2 + 2 * matrix.slice
                 records[matrix.site, word : word + 2] = above << 16 | matrix.rank, at
@@ -130,10 +130,10 @@ class DeviceTable:
 
 
 def _per_page(sites: tuple[LoraSite, ...], geometry: PanelGeometry) -> tuple[int, int]:
-    """Words of a record, and as many addresses as chunks can lie in a page: an affine pair is the smallest."""
+    """Words of a record, and as many addresses as chunks can lie in a page: a scale-shift pair is the smallest."""
     words = _power_of_two(2 + 2 * max(len(site.slices) for site in sites))
     widths = {site.in_features for site in sites} | {s.out_features for site in sites for s in site.slices}
-    smallest = min(geometry.chunk_columns(w) for w in widths) * AFFINE_BYTES
+    smallest = min(geometry.chunk_columns(w) for w in widths) * SCALE_SHIFT_BYTES
     return words, geometry.page_bytes // smallest
 
 

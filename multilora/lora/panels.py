@@ -10,8 +10,8 @@ slice (`[rank, out]`). Only a panel wider than a page is cut, by columns, into e
 
 Ranks are rounded up to the granule of 8 with zero rows; nothing is ever padded to another adapter's rank.
 
-A slice may have an affine pair besides (DoRA, biases): `y = scale · y + shift`, fp32 [2, columns] per chunk, scale
-first, cut into the same columns as a panel of B. Whole modules and token rows are row-major, cut by rows.
+A slice may have a scale-shift pair besides (DoRA, biases): `y = scale · y + shift`, fp32 [2, columns] per chunk,
+scale first, cut into the same columns as a panel of B. Whole modules and token rows are row-major, cut by rows.
 """
 
 import enum
@@ -25,7 +25,7 @@ from multilora.lora.sites import LoraSite
 
 RANK_GRANULE = 8
 COLUMN_GRANULE = 16
-AFFINE_BYTES = 8  # per column: scale and shift
+SCALE_SHIFT_BYTES = 8  # per column: scale and shift
 ALIGN_BYTES = 16
 
 
@@ -54,8 +54,8 @@ class PanelGeometry:
         return -(-width // self.chunk_columns(width))
 
 
-class Affine(enum.IntFlag):
-    """What the affine pair of a slice is made of; 0: there is none."""
+class ScaleShift(enum.IntFlag):
+    """What the scale-shift pair of a slice is made of; 0: there is none."""
 
     NONE = 0
     DORA = 1
@@ -80,21 +80,24 @@ class FullWeightShape:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Everything that decides the layout of an adapter. affine: as `ranks`, values of `Affine`; empty: none."""
+    """Everything that decides the layout of an adapter.
+
+    scale_shift: as `ranks`, values of `ScaleShift`; empty: none."""
 
     ranks: Ranks
-    affine: tuple[tuple[int, ...], ...] = ()
+    scale_shift: tuple[tuple[int, ...], ...] = ()
     full_weights: tuple[FullWeightShape, ...] = ()
 
     @property
     def plain(self) -> bool:
         """Of low rank and nothing else."""
-        return not self.affine and not self.full_weights
+        return not self.scale_shift and not self.full_weights
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of an adapter: the stacked A of a site (slice -1), the B of a slice, or its affine pair (rank 0)."""
+    """One matrix of an adapter: the stacked A of a site (slice -1), or the B of a slice, or the scale-shift pair of
+    one (rank 0)."""
 
     site: int
     slice: int
@@ -102,7 +105,7 @@ class Matrix:
     width: int
 
     @property
-    def affine(self) -> bool:
+    def scale_shift(self) -> bool:
         return self.rank == 0
 
 
@@ -110,7 +113,7 @@ class Matrix:
 class Chunk:
     """Where rows x [col, col + columns) of a matrix lie: `offset` bytes into the adapter's page number `page`.
 
-    Rows: 8 of a matrix, both of an affine pair, as many as fit into a page of a whole module.
+    Rows: 8 of a matrix, both of a scale-shift pair, as many as fit into a page of a whole module.
     """
 
     row: int
@@ -147,17 +150,17 @@ class PanelLayout:
 
 
 def matrices_of(sites: Sequence[LoraSite], shape: AdapterShape) -> tuple[Matrix, ...]:
-    """The non-empty matrices of an adapter, in site order: A, then for each slice B and the affine pair."""
+    """The non-empty matrices of an adapter, in site order: A, then for each slice B and the scale-shift pair."""
     found = []
     for site, slice_ranks in zip(sites, shape.ranks, strict=True):
         rounded = [round_rank(r) for r in slice_ranks]
-        affine = shape.affine[site.index] if shape.affine else (0,) * len(rounded)
+        scale_shift = shape.scale_shift[site.index] if shape.scale_shift else (0,) * len(rounded)
         if sum(rounded):
             found.append(Matrix(site.index, -1, sum(rounded), site.in_features))
         for i, part in enumerate(site.slices):
             if rounded[i]:
                 found.append(Matrix(site.index, i, rounded[i], part.out_features))
-            if affine[i]:
+            if scale_shift[i]:
                 found.append(Matrix(site.index, i, 0, part.out_features))
     return tuple(found)
 
@@ -192,7 +195,7 @@ class _Cut:
 
 def _cut_matrix(matrix: Matrix, geometry: PanelGeometry) -> _Cut:
     step = geometry.chunk_columns(matrix.width)
-    column_bytes = AFFINE_BYTES if matrix.affine else RANK_GRANULE * geometry.itemsize
+    column_bytes = SCALE_SHIFT_BYTES if matrix.scale_shift else RANK_GRANULE * geometry.itemsize
     columns = [(col, min(step, matrix.width - col)) for col in range(0, matrix.width, step)]
     rows = range(0, max(1, matrix.rank), RANK_GRANULE)
     return _Cut(_align(step * column_bytes), [(row, col, width) for row in rows for col, width in columns])

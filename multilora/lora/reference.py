@@ -39,8 +39,8 @@ class ReferenceLora:
                     if part.rank:
                         h = x[rows].to(a.dtype) @ a[part.first : part.first + part.rank].T  # [rows, rank]
                         total += weight * (h @ gather(part.pieces, part.rank, part.width, a))
-                    if part.affine:
-                        scale, shift = gather(part.affine, 2, part.width, a)
+                    if part.scale_shift:
+                        scale, shift = gather(part.scale_shift, 2, part.width, a)
                         total = scale * total + shift
                     y[rows, columns] = total.to(y.dtype)
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from multilora.lora.panels import AFFINE_BYTES, RANK_GRANULE, Chunk, Matrix, PanelLayout
+from multilora.lora.panels import RANK_GRANULE, SCALE_SHIFT_BYTES, Chunk, Matrix, PanelLayout
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Piece:
 class SliceWeights:
     """B of one slice: rows [first, first + rank) of the site's stacked intermediate; lies in `pieces`.
 
-    affine: pieces of the pair of scale and shift, fp32 [2, columns]; empty: there is none.
+    scale_shift: pieces of the pair of scale and shift, fp32 [2, columns]; empty: there is none.
     """
 
     offset: int  # first output column of the slice
@@ -34,7 +34,7 @@ class SliceWeights:
     first: int
     rank: int
     pieces: tuple[Piece, ...]
-    affine: tuple[Piece, ...] = ()
+    scale_shift: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,9 @@ class LoraTable:
             site = sites.get(matrix.site, SiteWeights(0, (), ()))
             if matrix.slice < 0:
                 site = SiteWeights(matrix.rank, self._pieces(matrix.width, chunks, pages), ())
-            elif matrix.affine:
-                site = self._with_affine(site, matrix, tuple(self._affine(chunk, pages) for chunk in chunks))
+            elif matrix.scale_shift:
+                pieces = tuple(self._scale_shift(chunk, pages) for chunk in chunks)
+                site = self._with_scale_shift(site, matrix, pieces)
             else:
                 offset = self._slice_offsets[matrix.site][matrix.slice]
                 first = sum(s.rank for s in site.b)
@@ -137,17 +138,17 @@ class LoraTable:
             sites[matrix.site] = site
         return sites
 
-    def _with_affine(self, site: SiteWeights, matrix: Matrix, affine: tuple[Piece, ...]) -> SiteWeights:
+    def _with_scale_shift(self, site: SiteWeights, matrix: Matrix, scale_shift: tuple[Piece, ...]) -> SiteWeights:
         """The pair follows the B of its slice, if that has one."""
         offset = self._slice_offsets[matrix.site][matrix.slice]
         if site.b and site.b[-1].offset == offset:
-            return replace(site, b=(*site.b[:-1], replace(site.b[-1], affine=affine)))
-        part = SliceWeights(offset, matrix.width, sum(s.rank for s in site.b), 0, (), affine)
+            return replace(site, b=(*site.b[:-1], replace(site.b[-1], scale_shift=scale_shift)))
+        part = SliceWeights(offset, matrix.width, sum(s.rank for s in site.b), 0, (), scale_shift)
         return replace(site, b=(*site.b, part))
 
-    def _affine(self, chunk: Chunk, pages: list[int]) -> Piece:
+    def _scale_shift(self, chunk: Chunk, pages: list[int]) -> Piece:
         at = self._address(chunk, pages)
-        size = AFFINE_BYTES * chunk.columns // self.weights.itemsize
+        size = SCALE_SHIFT_BYTES * chunk.columns // self.weights.itemsize
         return Piece(0, chunk.col, self.weights[at : at + size].view(torch.float32).view(2, chunk.columns))
 
     def _make_full_weights(self, layout: PanelLayout, pages: list[int]) -> dict[tuple[int, str], list[FullWeight]]:

@@ -61,7 +61,7 @@ def expand(y: torch.Tensor, h: torch.Tensor, weights: SiteWeights, weight: float
             row, col = part.first + piece.row, part.offset + piece.col
             own = piece.weight.to(y.dtype)  # logits are fp32
             y[:, col : col + columns].addmm_(h[:, row : row + rows].to(y.dtype), own, alpha=weight)
-        for piece in part.affine:
+        for piece in part.scale_shift:
             columns = piece.weight.shape[1]
             own = y[:, part.offset + piece.col : part.offset + piece.col + columns]
             own.copy_(own * piece.weight[0] + piece.weight[1])

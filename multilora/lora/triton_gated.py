@@ -5,7 +5,7 @@ rounded where those two round it. Owns how the two meet; `triton_backend.py` lau
 
                   0                width                 2 · width              0                width
     y  [rows]     | gate, raw      | up, raw             |          ->   out    | silu(gate) · up |
-                       + h B_gate        + h B_up   (then the affine pairs), each rounded
+                       + h B_gate        + h B_up   (then the scale-shift pairs), each rounded
 
     program (tile, block): the rows of a tile, BLOCK_N columns of out, TILE_N at a time
 
@@ -47,8 +47,8 @@ def gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, r
     """Rows of one adapter. A slice that it does not touch has rank 0: its h is zero, and y stays as it is."""
     m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
     kind: tl.constexpr = weights.dtype.element_ty
-    _, first0, rank0, affine0, start0 = load_slice(record, 0)
-    _, first1, rank1, affine1, start1 = load_slice(record, 1)
+    _, first0, rank0, scale_shift0, start0 = load_slice(record, 0)
+    _, first1, rank1, scale_shift1, start1 = load_slice(record, 1)
     h0, h1 = h + first0, h + first1
     hs0, next0 = first_h(h0, h_stride, h_split, splits, weight, rank0, rows, kind, TILE_M, TILE_R)
     hs1, next1 = first_h(h1, h_stride, h_split, splits, weight, rank1, rows, kind, TILE_M, TILE_R)
@@ -60,9 +60,9 @@ def gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, r
         b0 = load_block(weights, addresses, start0, r, rank0, col, width, chunk, WHOLE, ALIGN)
         b1 = load_block(weights, addresses, start1, r, rank1, col, width, chunk, WHOLE, ALIGN)
         gate = tile_after(gate, hs0, next0, b0, weight, rows, h0, h_stride, h_split, splits, weights, addresses,
-                          start0, rank0, affine0, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+                          start0, rank0, scale_shift0, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
         up = tile_after(up, hs1, next1, b1, weight, rows, h1, h_stride, h_split, splits, weights, addresses, start1,
-                        rank1, affine1, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+                        rank1, scale_shift1, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
         tl.store(out + m[:, None] * width + col[None, :], silu_times(gate, up, FAST), mask=inside)
 
 
@@ -70,7 +70,7 @@ def gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, r
 def gated_rows(y, out, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further, count,
                site, sites, n0, n_end, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
                TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """Rows of several adapters. (None of those has an affine pair.)"""
+    """Rows of several adapters. (None of those has a scale-shift pair.)"""
     m = tl.arange(0, TILE_M)
     for n in range(n0, n_end, TILE_N):
         col = n + tl.arange(0, TILE_N)

@@ -6,7 +6,7 @@ site serve all its slices and every adapter of the batch:
     shrink   program (tile, split)     x [rows, a share of the columns] · A [stacked rank, the same columns]
                                        -> h[split], fp32: the partial sums of one split
     expand   program (tile, block)     h summed over the splits, always in the same order; B [rank, block of columns]
-                                       -> y [rows, block], added once; then the slice's affine pair, if it has one
+                                       -> y [rows, block], added once; then the slice's scale-shift pair, if any
 
     h of a tile: [row of the tile, column]; the stacked ranks of its adapters follow each other in a row
         composed of q:8 v:8 and q:8   ->   columns  q q q q q q q q v v v v v v v v q q q q q q q q
@@ -30,10 +30,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from multilora.lora.triton_panels import (
     TILE_WORDS,
-    load_affine,
     load_block,
     load_entry,
     load_panel,
+    load_scale_shift,
     load_slice,
     load_tile,
     panel_address,
@@ -133,7 +133,7 @@ def load_h(h, h_split, splits, p, panels, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, affine, n0, width, chunk,
+def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, scale_shift, n0, width, chunk,
                WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
                PDL: tl.constexpr):  # fmt: skip
     """One row, one adapter, BLOCK_N columns: y[n] += w Σ h[r] B[r, n]. Two panels are under way at a time."""
@@ -144,7 +144,7 @@ def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, a
     now = load_panel(weights, addresses, at0, start, 0, panels, col, width, chunk, WHOLE, ALIGN)
     next = load_panel(weights, addresses, at1, start, 1, panels, col, width, chunk, WHOLE, ALIGN)
     wait_for_previous(PDL)
-    if rank + affine > 0:
+    if rank + scale_shift > 0:
         before = tl.load(y + col, mask=col < width, other=0.0)
         h_now = load_h(h, h_split, splits, 0, panels, BLOCK_S)
         h_next = load_h(h, h_split, splits, 1, panels, BLOCK_S)
@@ -156,8 +156,8 @@ def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, a
             at2 = panel_address(addresses, start, p + 3, panels, WHOLE, ALIGN)
             h_next = load_h(h, h_split, splits, p + 2, panels, BLOCK_S)
         after = before.to(tl.float32) + total
-        if affine > 0:
-            scale, shift = load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE)
+        if scale_shift > 0:
+            scale, shift = load_scale_shift(weights, addresses, start, rank, col, width, chunk, WHOLE)
             after = scale * after + shift
         tl.store(y + col, after.to(before.dtype), mask=col < width)
 
@@ -192,7 +192,7 @@ def first_h(h, h_stride, h_split, splits, weight, rank, rows, KIND: tl.constexpr
 
 @triton.jit
 def tile_after(before, hs, hs_next, b, weight, rows, h, h_stride, h_split, splits, weights, addresses, start, rank,
-               affine, col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr,
+               scale_shift, col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr,
                TILE_R: tl.constexpr):  # fmt: skip
     """`before` [rows, col] with one adapter. hs, hs_next: see `first_h`; b: the first TILE_R rows of B. What is left
     of h is summed here, and anew for all other columns: it would not fit into registers."""
@@ -206,8 +206,8 @@ def tile_after(before, hs, hs_next, b, weight, rows, h, h_stride, h_split, split
         b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
         total = tl.dot(more.to(b.dtype), b, total, input_precision="ieee")
     after = before.to(tl.float32) + total
-    if affine > 0:
-        scale, shift = load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE)
+    if scale_shift > 0:
+        scale, shift = load_scale_shift(weights, addresses, start, rank, col, width, chunk, WHOLE)
         after = scale[None, :] * after + shift[None, :]
     return after.to(before.dtype)
 
@@ -220,9 +220,9 @@ def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
     m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
     kind: tl.constexpr = weights.dtype.element_ty
     slot, weight = load_entry(tile, entries, further, 0)
-    _, first, rank, affine, start = load_slice(records + (slot * sites + site) * RECORD, index)
+    _, first, rank, scale_shift, start = load_slice(records + (slot * sites + site) * RECORD, index)
     h += first
-    if rank + affine > 0:
+    if rank + scale_shift > 0:
         hs, hs_next = first_h(h, h_stride, h_split, splits, weight, rank, rows, kind, TILE_M, TILE_R)
         for n in range(n0, n_end, TILE_N):
             col = n + tl.arange(0, TILE_N)
@@ -231,7 +231,7 @@ def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
             before = tl.load(to, mask=inside, other=0.0)
             b = load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE, ALIGN)
             after = tile_after(before, hs, hs_next, b, weight, rows, h, h_stride, h_split, splits, weights, addresses,
-                               start, rank, affine, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+                               start, rank, scale_shift, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
             tl.store(to, after, mask=inside)
 
 
@@ -246,13 +246,13 @@ def rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, ti
     touched = 0
     for e in range(count):
         slot, weight = load_entry(tile, entries, further, e)
-        stacked, first, rank, affine, start = load_slice(records + (slot * sites + site) * RECORD, index)
+        stacked, first, rank, scale_shift, start = load_slice(records + (slot * sites + site) * RECORD, index)
         for r0 in range(0, rank, TILE_R):
             hs = sum_h(h + first, h_stride, h_split, splits, r0 + r, rank, rows, TILE_M, TILE_R) * weight
             b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
             total = tl.dot(hs.to(b.dtype), b, total, input_precision="ieee")
         h += stacked
-        touched += rank + affine
+        touched += rank + scale_shift
     return total, touched
 
 
@@ -272,9 +272,9 @@ def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
         after = before.to(tl.float32) + total
         if count == 1:
             slot, _ = load_entry(tile, entries, further, 0)
-            _, _, rank, affine, start = load_slice(records + (slot * sites + site) * RECORD, index)
-            if affine > 0:
-                scale, shift = load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE)
+            _, _, rank, scale_shift, start = load_slice(records + (slot * sites + site) * RECORD, index)
+            if scale_shift > 0:
+                scale, shift = load_scale_shift(weights, addresses, start, rank, col, width, chunk, WHOLE)
                 after = scale[None, :] * after + shift[None, :]
         tl.store(to, after.to(before.dtype), mask=inside)
 
@@ -298,8 +298,8 @@ def expand_kernel(y, site, h, weights, addresses, records, tiles, entries, block
     h += h_start
     if VECTOR and rows * count == 1:
         slot, weight = load_entry(tile, entries, further, 0)
-        _, first, rank, affine, start = load_slice(records + (slot * sites + site) * RECORD, index)
-        expand_row(y, h + first, h_split, splits, weight, weights, addresses, start, rank, affine, n0,
+        _, first, rank, scale_shift, start = load_slice(records + (slot * sites + site) * RECORD, index)
+        expand_row(y, h + first, h_split, splits, weight, weights, addresses, start, rank, scale_shift, n0,
                    width, chunk, WHOLE, ALIGN, BLOCK_S, BLOCK_N, PDL)  # fmt: skip
     else:
         n1 = n0 + part * TILE_N

@@ -38,14 +38,14 @@ def load_entry(tile, entries, further, e):
 @triton.jit
 def load_slice(record, index):
     """Of one adapter and slice: stacked rank of the site, first column of the slice in h, rank, 1 if there is an
-    affine pair, start of B."""
+    scale-shift pair, start of B."""
     word = tl.load(record + 2 + 2 * index)
     stacked, first = tl.multiple_of(tl.load(record + 1), _GRANULE), tl.multiple_of(word >> 16, _GRANULE)
     return stacked, first, tl.multiple_of(word & 0x7FFF, _GRANULE), (word >> 15) & 1, tl.load(record + 3 + 2 * index)
 
 
 @triton.jit
-def load_affine(weights, addresses, start, rank, col, width, chunk, WHOLE: tl.constexpr):
+def load_scale_shift(weights, addresses, start, rank, col, width, chunk, WHOLE: tl.constexpr):
     """Scales and shifts of columns `col`, fp32. They lie behind the `rank` rows of B that begin at addresses[start],
     cut as those are: of each chunk the scales, then the shifts."""
     mask = col < width

@@ -131,7 +131,7 @@ def test_any_subset_of_targets_and_composition(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("page_bytes", [2048, 65536], ids=["cut panels", "whole panels"])
-def test_affine_pairs_follow_the_low_rank_part(backend, page_bytes):
+def test_scale_shift_pairs_follow_the_low_rank_part(backend, page_bytes):
     """Scale and shift, with low rank or alone; rows of others stay as they are."""
     torch.manual_seed(4)
     sites = make_sites(48, 40, 24, 104)

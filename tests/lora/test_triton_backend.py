@@ -10,7 +10,7 @@ from lora_world import DEVICE, GPU_ONLY, TOLERANCE, World, same_rank, segments_o
 from multilora.batch import LoraSegment
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
-from multilora.lora.panels import AdapterShape, Affine, PanelGeometry, place_panels
+from multilora.lora.panels import AdapterShape, PanelGeometry, ScaleShift, place_panels
 from multilora.lora.reference import ReferenceLora
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
@@ -88,18 +88,18 @@ def test_segments_longer_than_a_tile_and_large_steps():
     world.check(world.backend("csgmv", graph_rows=16, chunk_rows=32), segments_of((0, 1, 1), (1, 36, 0)), 40)
 
 
-PAIR = int(Affine.DORA | Affine.BIAS)
+PAIR = int(ScaleShift.DORA | ScaleShift.BIAS)
 
 
 @pytest.mark.parametrize("name", ["triton", "csgmv"])
 @pytest.mark.parametrize("page_bytes", [1024, 65536], ids=["cut panels", "whole panels"])
 @pytest.mark.parametrize("graph_rows", [16, 8], ids=["small step", "large step"])
-def test_affine_pairs(name, page_bytes, graph_rows):
+def test_scale_shift_pairs(name, page_bytes, graph_rows):
     """With a rank and without, beside plain adapters and base rows, for one row and for several."""
     sites = make_sites(*ODD)
     ranks = [((8, 0, 20), (4,)), ((0, 0, 0), (0,)), same_rank(sites, 16), ((0, 0, 8), (0,))]
-    affine = [((PAIR, 0, PAIR), (0,)), ((PAIR, PAIR, 0), (PAIR,)), (), ((0, PAIR, 0), (PAIR,))]
-    world = World(sites, ranks, affine=affine, page_bytes=page_bytes)
+    scale_shift = [((PAIR, 0, PAIR), (0,)), ((PAIR, PAIR, 0), (PAIR,)), (), ((0, PAIR, 0), (PAIR,))]
+    world = World(sites, ranks, scale_shift=scale_shift, page_bytes=page_bytes)
     for slot in range(4):
         world.install(slot)
     singles = [(i, i + 1, i) for i in range(4)]
@@ -109,7 +109,7 @@ def test_affine_pairs(name, page_bytes, graph_rows):
 
 def test_logits_are_fp32_whatever_the_weights_are():
     head = LoraSite(0, MODEL_LEVEL, "lm_head", 64, (LoraSlice("lm_head", 0, 200),))
-    world = World((head,), [((8,),), ((0,),)], affine=[(), ((PAIR,),)], dtype=torch.float16, page_bytes=2048)
+    world = World((head,), [((8,),), ((0,),)], scale_shift=[(), ((PAIR,),)], dtype=torch.float16, page_bytes=2048)
     for slot in range(2):
         world.install(slot)
     got = world.check(world.backend(), segments_of((0, 1, 0), (1, 4, 0), (4, 5, 1)), 6, y_dtype=torch.float32)
@@ -129,7 +129,7 @@ def test_the_vocabulary_as_an_input_needs_no_room():
 
 def test_sites_that_nobody_touches_are_not_launched(monkeypatch):
     sites = make_sites(*ROUND)
-    world = World(sites, [((0, 8, 0), (0,)), ((0, 0, 0), (0,))], affine=[(), ((0, PAIR, 0), (0,))])
+    world = World(sites, [((0, 8, 0), (0,)), ((0, 0, 0), (0,))], scale_shift=[(), ((0, PAIR, 0), (0,))])
     for slot in range(2):
         world.install(slot)
     backend, launched = world.backend(), []

@@ -10,7 +10,7 @@ from lora_world import DEVICE, TOLERANCE, World, same_rank, segments_of
 
 from multilora.batch import LoraSegment
 from multilora.layers.triton_ops import silu_and_mul
-from multilora.lora.panels import Affine
+from multilora.lora.panels import ScaleShift
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.triton_backend import TritonLora
 from multilora.lora.triton_gated import gated_kernel
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 DTYPES = [torch.float32, torch.float16]
 if DEVICE.type == "cuda":  # the interpreter's bf16 dot is wrong
     DTYPES.append(torch.bfloat16)
-PAIR = int(Affine.DORA | Affine.BIAS)
+PAIR = int(ScaleShift.DORA | ScaleShift.BIAS)
 
 
 def make_sites(hidden: int, width: int) -> tuple[LoraSite, ...]:
@@ -75,11 +75,11 @@ def test_mixed_ranks_single_rows_and_base_rows(shape, dtype):
 
 
 @pytest.mark.parametrize("page_bytes", [1024, 65536], ids=["cut panels", "whole panels"])
-def test_one_slice_neither_and_affine_pairs(page_bytes):
+def test_one_slice_neither_and_scale_shift_pairs(page_bytes):
     sites = make_sites(40, 42)
     ranks = [((8, 0),), ((0, 20),), ((0, 0),), ((8, 8),), ((0, 16),)]
-    affine = [(), (), ((PAIR, 0),), ((PAIR, PAIR),), ((PAIR, 0),)]
-    world = World(sites, ranks, affine=affine, page_bytes=page_bytes)
+    scale_shift = [(), (), ((PAIR, 0),), ((PAIR, PAIR),), ((PAIR, 0),)]
+    world = World(sites, ranks, scale_shift=scale_shift, page_bytes=page_bytes)
     for slot in range(5):
         world.install(slot)
     singles = [(i, i + 1, i) for i in range(5)]

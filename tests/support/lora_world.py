@@ -32,11 +32,11 @@ BLOCKS = Tuning(SMALL, LARGE, singles_apart=True)  # small, so that small sites 
 class World:
     """Adapters of these ranks (per site, per slice) with random weights in scattered pages of an arena."""
 
-    def __init__(self, sites, ranks, *, affine=None, dtype=torch.float32, page_bytes=65536, spare_pages=3):
-        """affine: per adapter, which slices of which sites have a pair, as `ranks`; () for none at all."""
+    def __init__(self, sites, ranks, *, scale_shift=None, dtype=torch.float32, page_bytes=65536, spare_pages=3):
+        """scale_shift: per adapter, which slices of which sites have a pair, as `ranks`; () for none at all."""
         self.sites, self.dtype = sites, dtype
         self.geometry = PanelGeometry(page_bytes, dtype.itemsize)
-        shapes = [AdapterShape(*parts) for parts in zip(ranks, affine or [()] * len(ranks), strict=True)]
+        shapes = [AdapterShape(*parts) for parts in zip(ranks, scale_shift or [()] * len(ranks), strict=True)]
         self.layouts = [place_panels(sites, shape, self.geometry) for shape in shapes]
         total = sum(layout.num_pages for layout in self.layouts) + spare_pages
         g = torch.Generator().manual_seed(0)
@@ -51,7 +51,7 @@ class World:
         self.table.install(place, layout, [self.free.pop() for _ in range(layout.num_pages)])
         g = torch.Generator().manual_seed(place)
         weights = [self.table.site(place, site.index) for site in self.sites]
-        for piece in (piece for site in weights if site for part in site.b for piece in part.affine):
+        for piece in (piece for site in weights if site for part in site.b for piece in part.scale_shift):
             scale = torch.rand(piece.weight.shape[1], generator=g) + 0.5
             piece.weight.copy_(torch.stack((scale, torch.randn(len(scale), generator=g))))
 

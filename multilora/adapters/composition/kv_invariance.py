@@ -23,7 +23,7 @@ def leaves_kv(shape: AdapterShape, sites: tuple[LoraSite, ...]) -> bool:
 
 def _acts_on(shape: AdapterShape, sites: tuple[LoraSite, ...]) -> set[tuple[int, str]]:
     found = {(w.layer, w.module) for w in shape.full_weights}
-    for table in (shape.ranks, shape.affine):
-        for site, values in zip(sites, table, strict=False):  # no affine pairs: an empty table
+    for table in (shape.ranks, shape.scale_shift):
+        for site, values in zip(sites, table, strict=False):  # no scale-shift pairs: an empty table
             found |= {(site.layer, part.module) for part, value in zip(site.slices, values, strict=True) if value}
     return found

@@ -1,7 +1,7 @@
 """The last touch to a packed adapter, which needs the base model's weights: DoRA's norms and trained biases.
 
-The packer leaves an affine pair as magnitude m and bias; here it becomes what the kernels apply to the base model's
-output y = W x + b after the low-rank part (s · B A is what lies in the pages):
+The packer leaves a scale-shift pair as magnitude m and bias; here it becomes what the kernels apply to the base
+model's output y = W x + b after the low-rank part (s · B A is what lies in the pages):
 
     scale = m / ‖W + s · BA‖, one norm per output (Liu et al. 2024, arXiv:2402.09353); 1 without DoRA
     shift = trained bias (or b) + bias of lora_B - scale · b
@@ -18,8 +18,8 @@ from time import monotonic
 import torch
 
 from multilora.adapters.loading.loader import Fetched, FetchJob, Loader
-from multilora.adapters.packing.blocks import PackTarget, affine_place, place
-from multilora.lora.panels import RANK_GRANULE, Affine, Chunk, PanelLayout
+from multilora.adapters.packing.blocks import PackTarget, place, scale_shift_part
+from multilora.lora.panels import RANK_GRANULE, Chunk, PanelLayout, ScaleShift
 
 SLICE_SECONDS = 0.002
 
@@ -55,7 +55,7 @@ class FinishingLoader:
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
         done = []
         for result, buffer in self._loader.poll():
-            if buffer is None or result.shape is None or not result.shape.affine:
+            if buffer is None or result.shape is None or not result.shape.scale_shift:
                 done.append((result, buffer))
             else:
                 layout = self._target.layout(result.shape)
@@ -89,31 +89,31 @@ class FinishingLoader:
 
 
 def finish(buffer: torch.Tensor, layout: PanelLayout, target: PackTarget, base: BaseModule) -> Iterator[None]:
-    """Finish every affine pair of `buffer`, uint8 [pages, page_bytes], in place; yields after each."""
+    """Finish every scale-shift pair of `buffer`, uint8 [pages, page_bytes], in place; yields after each."""
     a: tuple[Chunk, ...] = ()
     b: dict[int, tuple[int, int, tuple[Chunk, ...]]] = {}  # slice → first row in A, rank, chunks of B
     for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
         site = target.sites[matrix.site]
         if matrix.slice < 0:
             a, b = chunks, {}
-        elif not matrix.affine:
+        elif not matrix.scale_shift:
             b[matrix.slice] = sum(rank for _, rank, _ in b.values()), matrix.rank, chunks
         else:
-            kind = Affine(layout.shape.affine[matrix.site][matrix.slice])
+            kind = ScaleShift(layout.shape.scale_shift[matrix.site][matrix.slice])
             weight, bias = base(site.layer, site.slices[matrix.slice].module)
-            pair = torch.cat([affine_place(buffer, chunk) for chunk in chunks], dim=1).to(weight.device)
-            if kind & Affine.DORA:
+            pair = torch.cat([scale_shift_part(buffer, chunk) for chunk in chunks], dim=1).to(weight.device)
+            if kind & ScaleShift.DORA:
                 assert matrix.slice in b, "a magnitude without low rank"
                 first, rank, b_chunks = b[matrix.slice]
                 delta_a = _read(buffer, target, a, first, rank, site.in_features).to(weight.device)
                 delta_b = _read(buffer, target, b_chunks, 0, rank, matrix.width).to(weight.device)
                 pair[0] /= torch.addmm(weight.float(), delta_b.T, delta_a).norm(dim=1)
             if bias is not None:
-                kept = bias.float() if not kind & Affine.BIAS else torch.zeros_like(bias, dtype=torch.float32)
+                kept = bias.float() if not kind & ScaleShift.BIAS else torch.zeros_like(bias, dtype=torch.float32)
                 pair[1] += kept - pair[0] * bias.float()
             pair = pair.cpu()
             for chunk in chunks:
-                affine_place(buffer, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
+                scale_shift_part(buffer, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
             yield
 
 

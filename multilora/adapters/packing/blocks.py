@@ -17,21 +17,21 @@ from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.panels import (
     RANK_GRANULE,
     AdapterShape,
-    Affine,
     Chunk,
     FullWeightShape,
     Matrix,
     PanelGeometry,
     PanelLayout,
+    ScaleShift,
     place_panels,
     round_rank,
 )
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 
-AFFINE_OF = {
-    VectorKind.MAGNITUDE: Affine.DORA,
-    VectorKind.BIAS: Affine.BIAS,
-    VectorKind.LORA_BIAS: Affine.LORA_BIAS,
+SCALE_SHIFT_OF = {
+    VectorKind.MAGNITUDE: ScaleShift.DORA,
+    VectorKind.BIAS: ScaleShift.BIAS,
+    VectorKind.LORA_BIAS: ScaleShift.LORA_BIAS,
 }
 
 
@@ -63,15 +63,15 @@ class Blocks:
     """An adapter's blocks by where they act. `full_weights` is in the order of the shape."""
 
     low_rank: dict[Key, LowRank]
-    vectors: dict[Key, dict[Affine, Vector]]
+    vectors: dict[Key, dict[ScaleShift, Vector]]
     full_weights: list[Full | Rows]
 
     @classmethod
     def of(cls, adapter: Adapter) -> "Blocks":
-        vectors: dict[Key, dict[Affine, Vector]] = {}
+        vectors: dict[Key, dict[ScaleShift, Vector]] = {}
         for block in adapter.blocks:
             if isinstance(block, Vector):
-                vectors.setdefault((block.layer, block.module), {})[AFFINE_OF[block.kind]] = block
+                vectors.setdefault((block.layer, block.module), {})[SCALE_SHIFT_OF[block.kind]] = block
         return cls(
             {(b.layer, b.module): b for b in adapter.blocks if isinstance(b, LowRank)},
             vectors,
@@ -80,14 +80,16 @@ class Blocks:
 
     def shape(self, sites: tuple[LoraSite, ...]) -> AdapterShape:
         ranks = tuple(tuple(self._rank(site, s) for s in site.slices) for site in sites)
-        affine = tuple(tuple(self._affine(site, s) for s in site.slices) for site in sites) if self.vectors else ()
-        return AdapterShape(ranks, affine, tuple(_full_weight_shape(b) for b in self.full_weights))
+        scale_shift: tuple[tuple[int, ...], ...] = ()
+        if self.vectors:
+            scale_shift = tuple(tuple(self._scale_shift(site, s) for s in site.slices) for site in sites)
+        return AdapterShape(ranks, scale_shift, tuple(_full_weight_shape(b) for b in self.full_weights))
 
     def _rank(self, site: LoraSite, part: LoraSlice) -> int:
         block = self.low_rank.get((site.layer, part.module))
         return block.rank if block else 0
 
-    def _affine(self, site: LoraSite, part: LoraSlice) -> int:
+    def _scale_shift(self, site: LoraSite, part: LoraSlice) -> int:
         return int(sum(self.vectors.get((site.layer, part.module), ())))
 
 
@@ -106,15 +108,15 @@ def pack(
 ) -> None:
     """Write the adapter's pages into `out`, uint8 [layout.num_pages, page_bytes], which must be zero.
 
-    An affine pair is written unfinished: the magnitude (or 1), and the trained bias plus the one of lora_B (or 0).
+    A scale-shift pair is written unfinished: the magnitude (or 1), and the trained bias plus lora_B's (or 0).
     Raises AdapterInvalid if a weight is not finite in the target dtype.
     """
     for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
-        if matrix.affine:
+        if matrix.scale_shift:
             site = target.sites[matrix.site]
-            _pack_affine(blocks.vectors[site.layer, site.slices[matrix.slice].module], chunks, target, out)
-    for block, chunks in zip(blocks.full_weights, layout.full_weights, strict=True):
-        _pack_full_weight(block, chunks, target, out)
+            _pack_scale_shift(blocks.vectors[site.layer, site.slices[matrix.slice].module], chunks, target, out)
+    for full, chunks in zip(blocks.full_weights, layout.full_weights, strict=True):
+        _pack_full_weight(full, chunks, target, out)
     strips = []
     for plan in _strip_plans(target.sites, layout.shape, target.geometry):
         block = blocks.low_rank[plan.key]
@@ -138,7 +140,7 @@ def _strip_plans(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: Pan
     layout = place_panels(sites, shape, geometry)
     plans: list[_StripPlan] = []
     for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
-        if not matrix.affine:
+        if not matrix.scale_shift:
             plans += _plans_of(matrix, chunks, sites[matrix.site], shape, geometry)
     return tuple(plans)
 
@@ -160,19 +162,19 @@ def _plans_of(
         at = end
 
 
-def _pack_affine(
-    vectors: dict[Affine, Vector], chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor
+def _pack_scale_shift(
+    vectors: dict[ScaleShift, Vector], chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor
 ) -> None:
     width = next(iter(vectors.values())).value.numel()
     pair = torch.zeros(2, width)
-    pair[0] = vectors[Affine.DORA].value if Affine.DORA in vectors else 1.0
-    for kind in (Affine.BIAS, Affine.LORA_BIAS):
+    pair[0] = vectors[ScaleShift.DORA].value if ScaleShift.DORA in vectors else 1.0
+    for kind in (ScaleShift.BIAS, ScaleShift.LORA_BIAS):
         if kind in vectors:
             pair[1] += vectors[kind].value.float() * vectors[kind].scaling
     block = next(iter(vectors.values()))
     _check_finite(pair, target, f"layer {block.layer} {block.module}: magnitude or bias")
     for chunk in chunks:
-        affine_place(out, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
+        scale_shift_part(out, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
 
 
 def _pack_full_weight(block: Full | Rows, chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor) -> None:
@@ -190,8 +192,8 @@ def place(out: torch.Tensor, target: PackTarget, chunk: Chunk, rows: int) -> tor
     return out[chunk.page, chunk.offset : chunk.offset + size].view(target.dtype).view(rows, chunk.columns)
 
 
-def affine_place(out: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """Where a chunk of an affine pair lies: fp32 [2, columns], scale and shift."""
+def scale_shift_part(out: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """Where a chunk of a scale-shift pair lies: fp32 [2, columns], scale and shift."""
     size = 8 * chunk.columns
     return out[chunk.page, chunk.offset : chunk.offset + size].view(torch.float32).view(2, chunk.columns)
 

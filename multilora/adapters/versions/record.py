@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from multilora.lora.panels import Affine, PanelLayout
+from multilora.lora.panels import PanelLayout, ScaleShift
 
 
 @dataclass
@@ -49,10 +49,10 @@ class Record:
             return "it is an activated LoRA"
         assert self.layout is not None
         shape = self.layout.shape
-        kinds = {Affine(kind) for slices in shape.affine for kind in slices}
-        if any(Affine.DORA in kind for kind in kinds):
+        kinds = {ScaleShift(kind) for slices in shape.scale_shift for kind in slices}
+        if any(ScaleShift.DORA in kind for kind in kinds):
             return "it uses DoRA"
-        if shape.affine:
+        if shape.scale_shift:
             return "it has trained biases"
         if shape.full_weights:
             return f"it replaces weights of {shape.full_weights[0].module}"

@@ -9,7 +9,7 @@ from fakes.models import make_adapter, make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from multilora.adapters.composition.kv_invariance import leaves_kv
-from multilora.lora.panels import AdapterShape, Affine, FullWeightShape
+from multilora.lora.panels import AdapterShape, FullWeightShape, ScaleShift
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 
 
@@ -28,15 +28,15 @@ SITES = (
 
 
 def shape(
-    *acts: tuple[int, int], affine: bool = False, full_weights: tuple[FullWeightShape, ...] = ()
+    *acts: tuple[int, int], scale_shift: bool = False, full_weights: tuple[FullWeightShape, ...] = ()
 ) -> AdapterShape:
     table = tuple(tuple(int((s.index, i) in acts) for i in range(len(s.slices))) for s in SITES)
     empty = tuple((0,) * len(s.slices) for s in SITES)
-    kinds = tuple(tuple(int(Affine.BIAS) * v for v in row) for row in table)
-    return AdapterShape(empty, kinds, full_weights) if affine else AdapterShape(table, (), full_weights)
+    kinds = tuple(tuple(int(ScaleShift.BIAS) * v for v in row) for row in table)
+    return AdapterShape(empty, kinds, full_weights) if scale_shift else AdapterShape(table, (), full_weights)
 
 
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize(
     ("acts", "leaves"),
     [
@@ -49,8 +49,8 @@ def shape(
         ([(4, 0)], False),  # the embedding
     ],
 )
-def test_what_leaves_them_alone(acts, leaves, affine):
-    assert leaves_kv(shape(*acts, affine=affine), SITES) is leaves
+def test_what_leaves_them_alone(acts, leaves, scale_shift):
+    assert leaves_kv(shape(*acts, scale_shift=scale_shift), SITES) is leaves
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Affine pairs against the formulas of the papers, and that finishing takes its time without losing anything."""
+"""Scale-shift pairs against the formulas of the papers, and that finishing takes its time without losing anything."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from multilora.adapters.adapter import Adapter, LowRank, Vector, VectorKind
 from multilora.adapters.loading.dora_bias import FinishingLoader, finish
 from multilora.adapters.loading.loader import Fetched, FetchJob
-from multilora.adapters.packing.blocks import Blocks, PackTarget, affine_place, pack
+from multilora.adapters.packing.blocks import Blocks, PackTarget, pack, scale_shift_part
 from multilora.lora.panels import PanelLayout
 from multilora.lora.sites import LoraSite, LoraSlice
 
@@ -38,9 +38,9 @@ def packed(*blocks: LowRank | Vector, page_bytes: int) -> tuple[PackTarget, Pane
 def pairs(layout: PanelLayout, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
     """module → fp32 [2, out]."""
     return {
-        SITES[m.site].slices[m.slice].module: torch.cat([affine_place(buffer, c) for c in chunks], dim=1)
+        SITES[m.site].slices[m.slice].module: torch.cat([scale_shift_part(buffer, c) for c in chunks], dim=1)
         for m, chunks in zip(layout.matrices, layout.chunks, strict=True)
-        if m.affine
+        if m.scale_shift
     }
 
 
