@@ -110,7 +110,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PanelPart:
     """Where rows x [col, col + columns) of a matrix lie: `offset` bytes into the adapter's page number `page`.
 
     Rows: 8 of a matrix, both of a scale-shift pair, as many as fit into a page of a whole module.
@@ -134,8 +134,8 @@ class PanelLayout:
     num_pages: int
     shape: AdapterShape
     matrices: tuple[Matrix, ...]
-    chunks: tuple[tuple[Chunk, ...], ...]
-    full_weights: tuple[tuple[Chunk, ...], ...]
+    chunks: tuple[tuple[PanelPart, ...], ...]
+    full_weights: tuple[tuple[PanelPart, ...], ...]
     used_bytes: int
 
     @cached_property
@@ -177,10 +177,10 @@ def place_panels(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: Pan
         *(_cut_full_weight(w, geometry) for w in shape.full_weights),
     ]
     fit = _FirstFit(geometry.page_bytes)
-    chunks: list[tuple[Chunk, ...]] = [()] * len(cuts)
+    chunks: list[tuple[PanelPart, ...]] = [()] * len(cuts)
     for i in sorted(range(len(cuts)), key=lambda i: -cuts[i].size):
         cut = cuts[i]
-        chunks[i] = tuple(Chunk(row, col, columns, *fit.place(cut.size)) for row, col, columns in cut.parts)
+        chunks[i] = tuple(PanelPart(row, col, columns, *fit.place(cut.size)) for row, col, columns in cut.parts)
     split = len(matrices)
     return PanelLayout(len(fit.used), shape, matrices, tuple(chunks[:split]), tuple(chunks[split:]), sum(fit.used))
 

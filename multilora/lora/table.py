@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from multilora.lora.panels import RANK_GRANULE, SCALE_SHIFT_BYTES, Chunk, Matrix, PanelLayout
+from multilora.lora.panels import RANK_GRANULE, SCALE_SHIFT_BYTES, Matrix, PanelLayout, PanelPart
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class LoraTable:
         part = SliceWeights(offset, matrix.width, sum(s.rank for s in site.b), 0, (), scale_shift)
         return replace(site, b=(*site.b, part))
 
-    def _scale_shift(self, chunk: Chunk, pages: list[int]) -> Piece:
+    def _scale_shift(self, chunk: PanelPart, pages: list[int]) -> Piece:
         at = self._address(chunk, pages)
         size = SCALE_SHIFT_BYTES * chunk.columns // self.weights.itemsize
         return Piece(0, chunk.col, self.weights[at : at + size].view(torch.float32).view(2, chunk.columns))
@@ -165,10 +165,10 @@ class LoraTable:
             found.setdefault((shape.layer, shape.module), []).append(weights)
         return found
 
-    def _address(self, chunk: Chunk, pages: list[int]) -> int:
+    def _address(self, chunk: PanelPart, pages: list[int]) -> int:
         return pages[chunk.page] * self.page_elements + chunk.offset // self.weights.itemsize
 
-    def _pieces(self, width: int, chunks: tuple[Chunk, ...], pages: list[int]) -> tuple[Piece, ...]:
+    def _pieces(self, width: int, chunks: tuple[PanelPart, ...], pages: list[int]) -> tuple[Piece, ...]:
         """Chunks that follow each other in one page become one piece, so that a matmul serves them together."""
         runs: list[list] = []  # [row, col, rows, columns, element address]
         for chunk in chunks:

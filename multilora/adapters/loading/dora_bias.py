@@ -19,7 +19,7 @@ import torch
 
 from multilora.adapters.loading.loader import Fetched, FetchJob, Loader
 from multilora.adapters.packing.blocks import PackTarget, place, scale_shift_part
-from multilora.lora.panels import RANK_GRANULE, Chunk, PanelLayout, ScaleShift
+from multilora.lora.panels import RANK_GRANULE, PanelLayout, PanelPart, ScaleShift
 
 SLICE_SECONDS = 0.002
 
@@ -90,8 +90,8 @@ class FinishingLoader:
 
 def finish(buffer: torch.Tensor, layout: PanelLayout, target: PackTarget, base: BaseModule) -> Iterator[None]:
     """Finish every scale-shift pair of `buffer`, uint8 [pages, page_bytes], in place; yields after each."""
-    a: tuple[Chunk, ...] = ()
-    b: dict[int, tuple[int, int, tuple[Chunk, ...]]] = {}  # slice → first row in A, rank, chunks of B
+    a: tuple[PanelPart, ...] = ()
+    b: dict[int, tuple[int, int, tuple[PanelPart, ...]]] = {}  # slice → first row in A, rank, chunks of B
     for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
         site = target.sites[matrix.site]
         if matrix.slice < 0:
@@ -118,7 +118,7 @@ def finish(buffer: torch.Tensor, layout: PanelLayout, target: PackTarget, base: 
 
 
 def _read(
-    buffer: torch.Tensor, target: PackTarget, chunks: tuple[Chunk, ...], first: int, rank: int, width: int
+    buffer: torch.Tensor, target: PackTarget, chunks: tuple[PanelPart, ...], first: int, rank: int, width: int
 ) -> torch.Tensor:
     """Rows [first, first + rank) of a packed matrix, fp32 [rank, width]."""
     found = torch.zeros(rank, width)

@@ -17,11 +17,11 @@ from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.panels import (
     RANK_GRANULE,
     AdapterShape,
-    Chunk,
     FullWeightShape,
     Matrix,
     PanelGeometry,
     PanelLayout,
+    PanelPart,
     ScaleShift,
     place_panels,
     round_rank,
@@ -146,7 +146,7 @@ def _strip_plans(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: Pan
 
 
 def _plans_of(
-    matrix: Matrix, chunks: tuple[Chunk, ...], site: LoraSite, shape: AdapterShape, geometry: PanelGeometry
+    matrix: Matrix, chunks: tuple[PanelPart, ...], site: LoraSite, shape: AdapterShape, geometry: PanelGeometry
 ) -> Iterator[_StripPlan]:
     """Of the B of a slice, or of the stacked A: one for each slice that has some."""
     cuts = len(chunks) * RANK_GRANULE // matrix.rank  # of one panel
@@ -163,7 +163,7 @@ def _plans_of(
 
 
 def _pack_scale_shift(
-    vectors: dict[ScaleShift, Vector], chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor
+    vectors: dict[ScaleShift, Vector], chunks: tuple[PanelPart, ...], target: PackTarget, out: torch.Tensor
 ) -> None:
     width = next(iter(vectors.values())).value.numel()
     pair = torch.zeros(2, width)
@@ -177,7 +177,9 @@ def _pack_scale_shift(
         scale_shift_part(out, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
 
 
-def _pack_full_weight(block: Full | Rows, chunks: tuple[Chunk, ...], target: PackTarget, out: torch.Tensor) -> None:
+def _pack_full_weight(
+    block: Full | Rows, chunks: tuple[PanelPart, ...], target: PackTarget, out: torch.Tensor
+) -> None:
     weight = block.weight.view(-1, block.weight.shape[-1])
     for i, chunk in enumerate(chunks):
         end = chunks[i + 1].row if i + 1 < len(chunks) else len(weight)
@@ -186,13 +188,13 @@ def _pack_full_weight(block: Full | Rows, chunks: tuple[Chunk, ...], target: Pac
         place(out, target, chunk, end - chunk.row).copy_(part)
 
 
-def place(out: torch.Tensor, target: PackTarget, chunk: Chunk, rows: int) -> torch.Tensor:
+def place(out: torch.Tensor, target: PackTarget, chunk: PanelPart, rows: int) -> torch.Tensor:
     """Where a chunk lies, [rows, columns] in the target dtype. out: uint8 [pages, page_bytes]."""
     size = rows * chunk.columns * target.dtype.itemsize
     return out[chunk.page, chunk.offset : chunk.offset + size].view(target.dtype).view(rows, chunk.columns)
 
 
-def scale_shift_part(out: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+def scale_shift_part(out: torch.Tensor, chunk: PanelPart) -> torch.Tensor:
     """Where a chunk of a scale-shift pair lies: fp32 [2, columns], scale and shift."""
     size = 8 * chunk.columns
     return out[chunk.page, chunk.offset : chunk.offset + size].view(torch.float32).view(2, chunk.columns)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from multilora.errors import AdapterInvalid
-from multilora.lora.panels import RANK_GRANULE, Chunk
+from multilora.lora.panels import RANK_GRANULE, PanelPart
 
 TILE = 128  # columns of a weight that are transposed together
 FEW_ROWS = 16  # so few are transposed as fast in one go
@@ -64,7 +64,7 @@ def write_strip(strip: Strip, dtype: torch.dtype, put: Put) -> None:
         put(run.at, np.ascontiguousarray(part))
 
 
-def runs_of(rank: int, chunks: tuple[Chunk, ...], page_bytes: int, itemsize: int) -> tuple[Run, ...]:
+def runs_of(rank: int, chunks: tuple[PanelPart, ...], page_bytes: int, itemsize: int) -> tuple[Run, ...]:
     """Where a weight of this rank goes, whose panels are `chunks`: those that lie back to back as one."""
     runs = []
     top, first = chunks[0].row, 0
@@ -79,7 +79,7 @@ def runs_of(rank: int, chunks: tuple[Chunk, ...], page_bytes: int, itemsize: int
     return tuple(runs)
 
 
-def _follows(first: Chunk, other: Chunk, count: int, itemsize: int) -> bool:
+def _follows(first: PanelPart, other: PanelPart, count: int, itemsize: int) -> bool:
     """Is `other` where the panel number `count` behind `first` would be, without a gap?"""
     rows = count * RANK_GRANULE
     return (other.page, other.offset, other.col, other.row) == (
