@@ -24,7 +24,7 @@ import torch
 from multilora.adapters.host.first_fit import FirstFit
 from multilora.adapters.host.mapping import lies_in_memory
 from multilora.adapters.host.shared_buffers import PagePlace, populate
-from multilora.adapters.packing.pack_jobs import Run, Strip, write_strip, write_strips
+from multilora.adapters.packing.pack_jobs import PackJob, Span, write_job, write_jobs
 from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
 
@@ -37,7 +37,7 @@ LENGTH_BYTES = 8
 
 
 class _Place(msgspec.Struct, array_like=True, frozen=True):
-    """A strip whose weight lies in the region. start: byte; shape and strides: in elements."""
+    """A pack job whose weight lies in the region. start: byte; shape and strides: in elements."""
 
     name: str
     start: int
@@ -45,7 +45,7 @@ class _Place(msgspec.Struct, array_like=True, frozen=True):
     shape: tuple[int, int]
     strides: tuple[int, int]
     scaling: float
-    runs: tuple[Run, ...]
+    spans: tuple[Span, ...]
 
 
 class _Pack(msgspec.Struct, array_like=True, frozen=True, tag=True):
@@ -140,19 +140,19 @@ class Packers:
         """Where to read weights to, so that the processes see them."""
         return self._region.allocate(nbytes) if self._region else torch.empty(nbytes, dtype=torch.uint8)
 
-    def write(self, strips: list[Strip], dtype: torch.dtype, out: torch.Tensor, where: PagePlace) -> None:
-        """Write all strips into the pages `out`, which lie there. Raises AdapterInvalid."""
+    def write(self, jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor, where: PagePlace) -> None:
+        """Run all jobs into the pages `out`, which lie there. Raises AdapterInvalid."""
         places: list[_Place] = []
-        here: list[Strip] = []
-        for strip in strips:
-            start = self._region.place_of(strip.weight) if self._region and self._packers else None
+        here: list[PackJob] = []
+        for job in jobs:
+            start = self._region.place_of(job.weight) if self._region and self._packers else None
             if start is None:
-                here.append(strip)
+                here.append(job)
             else:
-                places.append(_describe(strip, start))
+                places.append(_describe(job, start))
         if places and not self._pack_aside(places, str(dtype).removeprefix("torch."), where):
-            here = strips
-        write_strips(here, dtype, out)
+            here = jobs
+        write_jobs(here, dtype, out)
 
     def read(self, fd: int, slabs: list[Slab], memory: torch.Tensor) -> list[Slab]:
         """A `ReadCached` (crew.py): what the system has at hand of a file. A slow disk would hold up those who pack
@@ -279,7 +279,7 @@ class Packers:
         try:
             for place in order.places:
                 weight = self._region.at(place.start, getattr(torch, place.dtype), place.shape, place.strides)
-                write_strip(Strip(place.name, weight, place.scaling, place.runs), getattr(torch, order.dtype), put)
+                write_job(PackJob(place.name, weight, place.scaling, place.spans), getattr(torch, order.dtype), put)
         except AdapterInvalid as e:
             return e.message
         return ""
@@ -301,11 +301,11 @@ def read_cached(fd: int, start: int, target: memoryview) -> bool:
     return True
 
 
-def _describe(strip: Strip, start: int) -> _Place:
-    weight = strip.weight
+def _describe(job: PackJob, start: int) -> _Place:
+    weight = job.weight
     dtype = str(weight.dtype).removeprefix("torch.")
     shape, strides = (weight.shape[0], weight.shape[1]), weight.stride()
-    return _Place(strip.name, start, dtype, shape, (strides[0], strides[1]), strip.scaling, strip.runs)
+    return _Place(job.name, start, dtype, shape, (strides[0], strides[1]), job.scaling, job.spans)
 
 
 def _send(connection: socket.socket, data: bytes) -> None:

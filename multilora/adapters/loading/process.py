@@ -30,7 +30,7 @@ from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, f
 from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, Start, failed, receive, send
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
-from multilora.adapters.packing.pack_jobs import Strip
+from multilora.adapters.packing.pack_jobs import PackJob
 from multilora.adapters.thread_pool import Crew, spare_cores
 
 logger = logging.getLogger(__name__)
@@ -275,8 +275,8 @@ class _Server:
             taken.append(self._places.take(num_pages * page_bytes))
             return taken[0].tensor().view(num_pages, page_bytes)
 
-        def write(strips: list[Strip], dtype: torch.dtype, out: torch.Tensor) -> None:
-            self._packers.write(strips, dtype, out, taken[0])
+        def write(pack_jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor) -> None:
+            self._packers.write(pack_jobs, dtype, out, taken[0])
 
         try:
             result, buffer = fetch(job, self._context, allocate, self._crew, write)

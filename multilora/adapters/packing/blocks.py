@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from multilora.adapters.adapter import Adapter, Full, LowRank, Rows, Vector, VectorKind
-from multilora.adapters.packing.pack_jobs import Run, Strip, runs_of, write_strips
+from multilora.adapters.packing.pack_jobs import PackJob, Span, spans_of, write_jobs
 from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.panels import (
     RANK_GRANULE,
@@ -100,11 +100,11 @@ def _full_weight_shape(block: Full | Rows) -> FullWeightShape:
     return FullWeightShape(block.layer, block.module, rows, block.weight.shape[-1])
 
 
-WriteStrips = Callable[[list[Strip], torch.dtype, torch.Tensor], None]
+WriteJobs = Callable[[list[PackJob], torch.dtype, torch.Tensor], None]
 
 
 def pack(
-    blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Tensor, write: WriteStrips = write_strips
+    blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Tensor, write: WriteJobs = write_jobs
 ) -> None:
     """Write the adapter's pages into `out`, uint8 [layout.num_pages, page_bytes], which must be zero.
 
@@ -117,28 +117,28 @@ def pack(
             _pack_scale_shift(blocks.vectors[site.layer, site.slices[matrix.slice].module], chunks, target, out)
     for full, chunks in zip(blocks.full_weights, layout.full_weights, strict=True):
         _pack_full_weight(full, chunks, target, out)
-    strips = []
-    for plan in _strip_plans(target.sites, layout.shape, target.geometry):
+    jobs = []
+    for plan in _job_plans(target.sites, layout.shape, target.geometry):
         block = blocks.low_rank[plan.key]
         weight, scaling = (block.b, block.scaling) if plan.is_b else (block.a, 1.0)
-        strips.append(Strip(plan.name, weight, scaling, plan.runs))
-    write(strips, target.dtype, out)
+        jobs.append(PackJob(plan.name, weight, scaling, plan.spans))
+    write(jobs, target.dtype, out)
 
 
 @dataclass(frozen=True)
-class _StripPlan:
+class _JobPlan:
     """Where one weight goes, whatever its numbers are."""
 
     key: Key
     is_b: bool
     name: str
-    runs: tuple[Run, ...]
+    spans: tuple[Span, ...]
 
 
 @lru_cache(maxsize=16)
-def _strip_plans(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry) -> tuple[_StripPlan, ...]:
+def _job_plans(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry) -> tuple[_JobPlan, ...]:
     layout = place_panels(sites, shape, geometry)
-    plans: list[_StripPlan] = []
+    plans: list[_JobPlan] = []
     for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
         if not matrix.scale_shift:
             plans += _plans_of(matrix, chunks, sites[matrix.site], shape, geometry)
@@ -147,7 +147,7 @@ def _strip_plans(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: Pan
 
 def _plans_of(
     matrix: Matrix, chunks: tuple[PanelPart, ...], site: LoraSite, shape: AdapterShape, geometry: PanelGeometry
-) -> Iterator[_StripPlan]:
+) -> Iterator[_JobPlan]:
     """Of the B of a slice, or of the stacked A: one for each slice that has some."""
     cuts = len(chunks) * RANK_GRANULE // matrix.rank  # of one panel
     is_b, at = matrix.slice >= 0, 0
@@ -156,9 +156,9 @@ def _plans_of(
         if rank == 0 or (is_b and i != matrix.slice):
             continue
         end = at + round_rank(rank) // RANK_GRANULE * cuts
-        runs = runs_of(rank, chunks[at:end], geometry.page_bytes, geometry.itemsize)
+        spans = spans_of(rank, chunks[at:end], geometry.page_bytes, geometry.itemsize)
         name = f"layer {site.layer} {part.module} lora_{'B' if is_b else 'A'}"
-        yield _StripPlan((site.layer, part.module), is_b, name, runs)
+        yield _JobPlan((site.layer, part.module), is_b, name, spans)
         at = end
 
 

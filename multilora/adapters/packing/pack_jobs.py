@@ -20,7 +20,7 @@ UNSIGNED = {2: np.uint16, 4: np.uint32}
 
 
 @dataclass(frozen=True)
-class Run:
+class Span:
     """Rows and columns of a weight that lie together, from byte `at` of the pages on."""
 
     row: int
@@ -31,42 +31,42 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Strip:
+class PackJob:
     """One weight and where it goes. weight: [rank, width], transposed or not."""
 
     name: str  # for errors: "layer 3 q_proj lora_A"
     weight: torch.Tensor
     scaling: float
-    runs: tuple[Run, ...]
+    spans: tuple[Span, ...]
 
 
 Put = Callable[[int, np.ndarray], None]
 """Write a contiguous array from that byte of the pages on."""
 
 
-def write_strips(strips: list[Strip], dtype: torch.dtype, out: torch.Tensor) -> None:
+def write_jobs(jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor) -> None:
     """One after the other, into out: uint8 [pages, page_bytes]. Raises AdapterInvalid for what is not finite."""
     pages = out.view(-1).numpy()
 
     def put(at: int, part: np.ndarray) -> None:
         pages[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
 
-    for strip in strips:
-        write_strip(strip, dtype, put)
+    for job in jobs:
+        write_job(job, dtype, put)
 
 
-def write_strip(strip: Strip, dtype: torch.dtype, put: Put) -> None:
-    rows = _in_order(_cast(strip.weight, strip.scaling, dtype))
+def write_job(job: PackJob, dtype: torch.dtype, put: Put) -> None:
+    rows = _in_order(_cast(job.weight, job.scaling, dtype))
     if not _finite(rows, dtype):
-        raise AdapterInvalid(f"{strip.name}: a weight is not finite in {dtype}")
-    for run in strip.runs:
-        part = rows[run.row : run.row + run.rows, run.col : run.col + run.columns]
-        put(run.at, np.ascontiguousarray(part))
+        raise AdapterInvalid(f"{job.name}: a weight is not finite in {dtype}")
+    for span in job.spans:
+        part = rows[span.row : span.row + span.rows, span.col : span.col + span.columns]
+        put(span.at, np.ascontiguousarray(part))
 
 
-def runs_of(rank: int, chunks: tuple[PanelPart, ...], page_bytes: int, itemsize: int) -> tuple[Run, ...]:
+def spans_of(rank: int, chunks: tuple[PanelPart, ...], page_bytes: int, itemsize: int) -> tuple[Span, ...]:
     """Where a weight of this rank goes, whose panels are `chunks`: those that lie back to back as one."""
-    runs = []
+    spans = []
     top, first = chunks[0].row, 0
     while first < len(chunks):
         chunk, count = chunks[first], 1
@@ -74,9 +74,9 @@ def runs_of(rank: int, chunks: tuple[PanelPart, ...], page_bytes: int, itemsize:
             count += 1
         row = chunk.row - top
         rows = min(RANK_GRANULE * count, rank - row)  # rows beyond the rank stay zero
-        runs.append(Run(row, rows, chunk.col, chunk.columns, chunk.page * page_bytes + chunk.offset))
+        spans.append(Span(row, rows, chunk.col, chunk.columns, chunk.page * page_bytes + chunk.offset))
         first += count
-    return tuple(runs)
+    return tuple(spans)
 
 
 def _follows(first: PanelPart, other: PanelPart, count: int, itemsize: int) -> bool:

@@ -16,7 +16,7 @@ from multilora.adapters.host.shared_buffers import PagePlaces
 from multilora.adapters.loading import packers as module
 from multilora.adapters.loading.packers import Packers, Region, read_cached
 from multilora.adapters.packing.blocks import Blocks, PackTarget, pack
-from multilora.adapters.packing.pack_jobs import Strip
+from multilora.adapters.packing.pack_jobs import PackJob
 from multilora.errors import AdapterInvalid
 from multilora.lora.sites import LoraSite, LoraSlice
 
@@ -69,8 +69,8 @@ def packed(packers: Packers, blocks: Blocks, target: PackTarget) -> torch.Tensor
     out = place.tensor().view(-1, PAGE)
     out.zero_()  # others have been packed there
 
-    def write(strips: list[Strip], dtype: torch.dtype, out: torch.Tensor) -> None:
-        packers.write(strips, dtype, out, place)
+    def write(jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor) -> None:
+        packers.write(jobs, dtype, out, place)
 
     try:
         pack(blocks, target, layout, out, write)
