@@ -35,7 +35,7 @@ def read_nothing(fd: int, slabs: list[Slab], memory: torch.Tensor) -> list[Slab]
     return slabs
 
 
-class Crew:
+class ReaderPool:
     """`threads` 1: no thread is started, the caller works alone. memory: where the crew's results are to lie.
     read_cached: asked before a file is read by the threads."""
 
@@ -84,4 +84,4 @@ class Crew:
         return future
 
 
-ALONE = Crew()
+ALONE = ReaderPool()

@@ -18,7 +18,7 @@ from multilora.adapters.device.ring_copier import RingCopier
 from multilora.adapters.host.cache import HostCache
 from multilora.adapters.host.spare_memory import spare_memory
 from multilora.adapters.host.staging import STAGING_BYTES, Staging
-from multilora.adapters.loading.dora_bias import FinishingLoader
+from multilora.adapters.loading.dora_bias import DoraBiasLoader
 from multilora.adapters.loading.loader import FetchContext, Loader
 from multilora.adapters.loading.process import ProcessLoader
 from multilora.adapters.packing.blocks import PackTarget
@@ -28,8 +28,8 @@ from multilora.attention import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
 from multilora.config import Config
 from multilora.engine.engine import Engine
-from multilora.engine.execution.cuda_graph import DecodeGraphs, graph_sizes
-from multilora.engine.execution.piecewise_cuda_graph import SIZES, PieceGraphs
+from multilora.engine.execution.cuda_graph import DecodeCudaGraphs, graph_sizes
+from multilora.engine.execution.piecewise_cuda_graph import SIZES, PiecewiseCudaGraphs
 from multilora.engine.execution.runner import Graphs, Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
 from multilora.engine.messages import Ready, Stats
@@ -169,7 +169,10 @@ def _capture(
     if not twins or not halves:
         logger.info("CUDA graphs: none, the %s attention backend cannot be captured", attention.name)
         return Graphs()
-    decodes, pieces = DecodeGraphs(model, twins, lora, model.device), PieceGraphs(model, halves, lora, model.device)
+    decodes, pieces = (
+        DecodeCudaGraphs(model, twins, lora, model.device),
+        PiecewiseCudaGraphs(model, halves, lora, model.device),
+    )
     decodes.capture()
     pieces.capture()
     return Graphs(decodes, pieces)
@@ -272,7 +275,7 @@ def _build_lora(
     staging = _staging(arena.device) if make_loader is None else None
     loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
     store = AdapterStore(
-        FinishingLoader(loader, target, model.linear),
+        DoraBiasLoader(loader, target, model.linear),
         HostCache(config.max_loaded_loras, config.lora_host_bytes),
         residency,
         reclaimer,

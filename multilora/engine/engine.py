@@ -35,7 +35,7 @@ from multilora.engine.sampling.grammar import GrammarCache
 from multilora.engine.sampling.logit_edits import LogitEdits
 from multilora.engine.scheduling.request import Request
 from multilora.engine.scheduling.scheduler import Scheduler
-from multilora.engine.stats import Report
+from multilora.engine.stats import StatsReporter
 from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, QueueFull, UnknownAdapter
 from multilora.params import Composition
 
@@ -58,7 +58,7 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
-        self.report = Report(scheduler, adapters)
+        self.report = StatsReporter(scheduler, adapters)
         self._describe = describe
         self._max_queued = max_queued
         self._seeds = random.Random(random_seed)

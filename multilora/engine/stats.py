@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 DECODE_LOG_SECONDS = 2.0
 
 
-class Report:
+class StatsReporter:
     """Reads scheduler and store; changes nothing."""
 
     def __init__(self, scheduler: Scheduler, adapters: AdapterStore | None):

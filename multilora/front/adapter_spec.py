@@ -15,23 +15,23 @@ from typing import Any
 
 from multilora.errors import BadRequest
 
-Choice = tuple[tuple[str, float], ...]
+AdapterSpec = tuple[tuple[str, float], ...]
 """(name, weight) of each adapter; () is the base model, (("a", 1.0),) plainly a."""
 
-BASE: Choice = ()
+BASE: AdapterSpec = ()
 MAX_WEIGHT = 3.4028234663852886e38  # weights are fp32 in the end
 
 
-def parse_choices(value: Any, count: int) -> list[Choice]:
+def parse_specs(value: Any, count: int) -> list[AdapterSpec]:
     """The choice of each of `count` items. Raises BadRequest."""
     if not isinstance(value, list | tuple) or _is_composition(value):
-        return [parse_choice(value)] * count
+        return [parse_spec(value)] * count
     if len(value) != count:
         raise BadRequest(f"lora_path has {len(value)} entries for {count} inputs", param="lora_path")
-    return [parse_choice(entry, f"lora_path[{i}]") for i, entry in enumerate(value)]
+    return [parse_spec(entry, f"lora_path[{i}]") for i, entry in enumerate(value)]
 
 
-def parse_choice(value: Any, what: str = "lora_path") -> Choice:
+def parse_spec(value: Any, what: str = "lora_path") -> AdapterSpec:
     """`what`: the field, for messages."""
     if value is None:
         return BASE
@@ -44,20 +44,20 @@ def parse_choice(value: Any, what: str = "lora_path") -> Choice:
     return parse_composition(value, what)
 
 
-def parse_composition(parts: list[Any] | tuple[Any, ...], what: str = "lora_path") -> Choice:
+def parse_composition(parts: list[Any] | tuple[Any, ...], what: str = "lora_path") -> AdapterSpec:
     """A list of {name, weight}, each name once. Weights are finite, of any sign; 0 leaves the adapter out."""
     if not parts:
         raise _bad(f"{what}: an empty composition; null is the base model")
-    choice = tuple([_part(part, f"{what}[{i}]") for i, part in enumerate(parts)])
-    name, count = Counter(name for name, _ in choice).most_common(1)[0]
+    spec = tuple([_part(part, f"{what}[{i}]") for i, part in enumerate(parts)])
+    name, count = Counter(name for name, _ in spec).most_common(1)[0]
     if count > 1:
         raise _bad(f"{what}: adapter {name!r} comes twice; add its weights")
-    return choice
+    return spec
 
 
-def show(choice: Choice) -> str:
+def show(spec: AdapterSpec) -> str:
     """For people: "0.7 * a + b"."""
-    return " + ".join(name if weight == 1.0 else f"{weight:g} * {name}" for name, weight in choice)
+    return " + ".join(name if weight == 1.0 else f"{weight:g} * {name}" for name, weight in spec)
 
 
 def _is_composition(value: list[Any] | tuple[Any, ...]) -> bool:

@@ -25,13 +25,13 @@ from multilora.errors import (
     UnknownAdapter,
     UnknownModel,
 )
-from multilora.front.adapter_spec import BASE, Choice, show
+from multilora.front.adapter_spec import BASE, AdapterSpec, show
 from multilora.params import Composition
 
 MAX_NAME = 256  # characters
 
 
-class State(enum.Enum):
+class EntryState(enum.Enum):
     LOADING = "loading"
     LOADED = "loaded"
     UNLOADING = "unloading"
@@ -46,9 +46,9 @@ class Entry:
     path: str
     version: int
     pinned: bool
-    state: State = State.LOADING
+    state: EntryState = EntryState.LOADING
     info: AdapterInfo | None = None  # once loaded
-    parts: Choice = ()  # of a composition: plain adapters, by name
+    parts: AdapterSpec = ()  # of a composition: plain adapters, by name
     active: int = 0
     idle_callbacks: list[Callable[[], None]] = field(default_factory=list)
 
@@ -92,7 +92,7 @@ class AdapterRegistry:
         self._loading[name] = entry
         return entry.version
 
-    def compose(self, name: str, parts: Choice, *, replace: bool = False) -> int | None:
+    def compose(self, name: str, parts: AdapterSpec, *, replace: bool = False) -> int | None:
         """`name` is a composition of loaded adapters from now on. Returns what it replaced, as commit_load does."""
         self._check_enabled(name)
         self.check_request([parts])
@@ -112,7 +112,7 @@ class AdapterRegistry:
         """Requests get this version from now on. Returns the version it replaced, if any: the caller unloads that
         one when it is idle and then calls finish_unload."""
         entry = self._versions[version]
-        assert entry.state is State.LOADING
+        assert entry.state is EntryState.LOADING
         del self._loading[entry.name]
         entry.info = info
         return self._make_current(entry)
@@ -120,7 +120,7 @@ class AdapterRegistry:
     def fail_load(self, version: int) -> None:
         """The load failed: as if it had never begun."""
         entry = self._versions[version]
-        assert entry.state is State.LOADING
+        assert entry.state is EntryState.LOADING
         del self._versions[version], self._loading[entry.name]
 
     # unloading
@@ -130,29 +130,29 @@ class AdapterRegistry:
         current = self._current.get(name)
         if current is None:
             raise AdapterNotLoaded(f"adapter {name!r} does not exist", param="lora_name")
-        if current.state is State.UNLOADING:
+        if current.state is EntryState.UNLOADING:
             raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_name")
         if name in self._loading:
             raise AdapterError(f"adapter {name!r} is being replaced; unload it when that is done", param="lora_name")
         self._check_unused(name)
-        current.state = State.UNLOADING
+        current.state = EntryState.UNLOADING
         return current.version
 
     def finish_unload(self, version: int) -> None:
         """The engine has forgotten the version; its name, if it was the current one, is free again."""
         entry = self._versions[version]
-        assert entry.state in (State.UNLOADING, State.REPLACED)
+        assert entry.state in (EntryState.UNLOADING, EntryState.REPLACED)
         assert entry.active == 0
         del self._versions[version]
-        if entry.state is State.UNLOADING:
+        if entry.state is EntryState.UNLOADING:
             del self._current[entry.name]
 
     # requests
 
-    def acquire(self, choice: Choice) -> Held:
-        """What a new request for `choice` runs on, counted until `release`."""
-        names = [self._current_part(name) for name, _ in choice]
-        parts = self._expand(choice)
+    def acquire(self, spec: AdapterSpec) -> Held:
+        """What a new request for `spec` runs on, counted until `release`."""
+        names = [self._current_part(name) for name, _ in spec]
+        parts = self._expand(spec)
         entries = [self._current_part(name) for name, _ in parts]
         for entry in entries:
             self._check_alone(entry, _is_sum(parts))
@@ -186,26 +186,26 @@ class AdapterRegistry:
         else:
             entry.idle_callbacks.append(callback)
 
-    def check_request(self, choices: Iterable[Choice]) -> None:
+    def check_request(self, choices: Iterable[AdapterSpec]) -> None:
         """Raise BadRequest if one request names more different adapters than `max_loaded`."""
-        unique = {name for choice in choices for name, _ in self._expand(choice)}
+        unique = {name for spec in choices for name, _ in self._expand(spec)}
         if self.max_loaded is not None and len(unique) > self.max_loaded:
             raise BadRequest(
                 f"the request names {len(unique)} adapters; --max-loaded-loras is {self.max_loaded}",
                 param="lora_path",
             )
 
-    def sole_version(self, choice: Choice) -> int | None:
+    def sole_version(self, spec: AdapterSpec) -> int | None:
         """Of the one adapter that acts, just as it is; None: the base model, a sum, or an adapter not loaded."""
-        parts = self._expand(choice)
+        parts = self._expand(spec)
         entry = self._current.get(parts[0][0]) if parts and not _is_sum(parts) else None
         return None if entry is None else entry.version
 
-    def resolve_model(self, model: str, lora_path: Choice = BASE) -> Choice:
+    def resolve_model(self, model: str, lora_path: AdapterSpec = BASE) -> AdapterSpec:
         """What an OpenAI request means: by `model` ("base", "base:", "base:adapter", "adapter") and the body's
         `lora_path`. Raises UnknownModel, UnknownAdapter, LoraNotEnabled, BadRequest."""
         name = self._resolve_name(model)
-        by_model: Choice = BASE if name is None else ((name, 1.0),)
+        by_model: AdapterSpec = BASE if name is None else ((name, 1.0),)
         if not lora_path:
             return by_model
         for part, _ in lora_path:
@@ -238,7 +238,7 @@ class AdapterRegistry:
         if name in self._loading:
             raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded or being loaded")
         current = self._current.get(name)
-        if current is not None and current.state is State.UNLOADING:
+        if current is not None and current.state is EntryState.UNLOADING:
             raise AdapterUnloading(f"adapter {name!r} is being unloaded")
         if current is not None and not replace:
             raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded; unload it first")
@@ -250,25 +250,25 @@ class AdapterRegistry:
     def _make_current(self, entry: Entry) -> int | None:
         replaced = self._current.get(entry.name)
         if replaced is not None:
-            replaced.state = State.REPLACED
-        entry.state = State.LOADED
+            replaced.state = EntryState.REPLACED
+        entry.state = EntryState.LOADED
         self._current[entry.name] = entry
         return replaced.version if replaced else None
 
-    def _expand(self, choice: Choice) -> Choice:
+    def _expand(self, spec: AdapterSpec) -> AdapterSpec:
         """The name of a composition, alone and of weight 1, stands for its parts."""
-        entries = [self._current.get(name) for name, _ in choice]
+        entries = [self._current.get(name) for name, _ in spec]
         for entry in entries:
             if entry is not None and entry.parts:
-                if len(choice) == 1 and choice[0][1] == 1.0:
+                if len(spec) == 1 and spec[0][1] == 1.0:
                     return entry.parts
                 raise BadRequest(f"adapter {entry.name!r} is a composition itself: name its parts", param="lora_path")
-        return choice
+        return spec
 
     def _current_part(self, name: str) -> Entry:
         """The entry of `name`, which takes requests."""
         entry = self._find(name)
-        if entry.state is State.UNLOADING:
+        if entry.state is EntryState.UNLOADING:
             raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_path")
         return entry
 
@@ -308,7 +308,7 @@ class AdapterRegistry:
 
     def entries(self) -> list[Entry]:
         """The adapters that take requests, in load order."""
-        return [e for e in self._current.values() if e.state is State.LOADED]
+        return [e for e in self._current.values() if e.state is EntryState.LOADED]
 
     def name_of(self, version: int | None) -> str | None:
         """The name of a version that is not gone yet; None for base and for versions that are gone."""
@@ -316,6 +316,6 @@ class AdapterRegistry:
         return entry.name if entry else None
 
 
-def _is_sum(choice: Choice) -> bool:
+def _is_sum(spec: AdapterSpec) -> bool:
     """More than one adapter, just as it is."""
-    return len(choice) > 1 or any(weight != 1.0 for _, weight in choice)
+    return len(spec) > 1 or any(weight != 1.0 for _, weight in spec)

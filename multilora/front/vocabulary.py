@@ -19,7 +19,7 @@ from multilora.adapters.sources import resolve
 from multilora.adapters.sources.files import open_regular
 from multilora.engine.messages import AdapterInfo, Ready
 from multilora.errors import AdapterError, AdapterInvalid, BadRequest, ConfigError
-from multilora.front.adapter_spec import Choice
+from multilora.front.adapter_spec import AdapterSpec
 from multilora.front.registry import AdapterRegistry
 from multilora.front.tokenizer import Tokenizer
 from multilora.params import SamplingParams
@@ -88,18 +88,18 @@ class Vocabularies:
         self._tokenizers: WeakValueDictionary[bytes, Tokenizer] = WeakValueDictionary()  # by what is in their files
         self._loading = threading.Lock()
 
-    def of(self, choice: Choice) -> Vocabulary:
+    def of(self, spec: AdapterSpec) -> Vocabulary:
         """A composition has the base model's, and what is not loaded too: it will be refused elsewhere."""
-        version = self._registry.sole_version(choice)
+        version = self._registry.sole_version(spec)
         return self.base if version is None else self._own.get(version, self.base)
 
     def encode(
-        self, prompt: str | list[int], choice: Choice, param: str | None = None
+        self, prompt: str | list[int], spec: AdapterSpec, param: str | None = None
     ) -> tuple[list[int], Vocabulary | None]:
         """Text to ids, and whose tokens they are; ids are left as they are. Raises BadRequest."""
         if not isinstance(prompt, str):
             return prompt, None
-        vocabulary = self.of(choice)
+        vocabulary = self.of(spec)
         return vocabulary.writer("text", param).encode(prompt), vocabulary
 
     def concerns(self, info: AdapterInfo) -> bool:

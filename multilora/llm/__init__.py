@@ -29,7 +29,7 @@ from multilora.engine.messages import (
 )
 from multilora.engine.process.local import LocalEngine
 from multilora.errors import BadRequest, from_wire
-from multilora.front.adapter_spec import Choice, parse_choices, parse_composition
+from multilora.front.adapter_spec import AdapterSpec, parse_composition, parse_specs
 from multilora.front.grammar import GrammarCompiler
 from multilora.front.prompt import check_prompt, engine_params
 from multilora.front.registry import AdapterRegistry, Held
@@ -122,14 +122,14 @@ class LLM:
             raise BadRequest(f"top_logprobs_num must be 0 or more, is {top_logprobs_num}", param="top_logprobs_num")
         single, given = read_prompts(prompts)
         params = spread(sampling_params, len(given), "sampling_params")
-        choices = parse_choices(lora_path, len(given))
+        choices = parse_specs(lora_path, len(given))
         self._registry.check_request(choices)
         ids = [self._vocabularies.encode(*pair, "prompts")[0] for pair in zip(given, choices, strict=True)]
         wants = (return_logprob, logprob_start_len, top_logprobs_num)
         jobs: list[_Job] = []
         try:
-            for prompt, raw, choice in zip(ids, params, choices, strict=True):
-                jobs += self._jobs(prompt, read_params(raw), choice, wants)
+            for prompt, raw, spec in zip(ids, params, choices, strict=True):
+                jobs += self._jobs(prompt, read_params(raw), spec, wants)
             self._run(jobs)
         finally:
             for job in jobs:
@@ -140,9 +140,9 @@ class LLM:
         return answers[0] if single and len(answers) == 1 else answers
 
     def _jobs(
-        self, prompt: list[int], params: SamplingParams, choice: Choice, wants: tuple[bool, int, int]
+        self, prompt: list[int], params: SamplingParams, spec: AdapterSpec, wants: tuple[bool, int, int]
     ) -> list[_Job]:
-        ready, vocabulary = self._ready, self._vocabularies.of(choice)
+        ready, vocabulary = self._ready, self._vocabularies.of(spec)
         check_prompt(prompt, ready.context_length, vocabulary.size)
         vocabulary.check_grammar(params)
         grammar = self._grammar(params)
@@ -151,7 +151,7 @@ class LLM:
         for sample in range(params.n):
             sampling = engine_params(params, *limits, sample=sample, ends=vocabulary.ends)
             stream = TextStream(vocabulary.tokenizer, params, prompt, ready.eos_token_ids)
-            held = self._registry.acquire(choice)
+            held = self._registry.acquire(spec)
             message = Submit(
                 rid=str(next(self._rids)),
                 input_ids=prompt,

@@ -69,9 +69,9 @@ class AdapterManager:
         """Let `name` stand for a composition of loaded adapters, each a {name, weight}."""
         if pinned:
             raise BadRequest("pinned: a composition has no weights of its own; pin its parts", param="pinned")
-        choice = parse_composition(parts)
-        replaced = self.registry.compose(name, choice, replace=replace)
-        logger.info("adapter %r is now %s", name, show(choice))
+        spec = parse_composition(parts)
+        replaced = self.registry.compose(name, spec, replace=replace)
+        logger.info("adapter %r is now %s", name, show(spec))
         if replaced is not None:
             self._spawn(self._drop(replaced))
 

@@ -49,14 +49,14 @@ class Choices:
             Job(
                 prompt_ids=ids,
                 sampling=sampling,
-                adapters=choice,
+                adapters=spec,
                 vocabulary=vocabulary,
                 sample=j,
                 return_logprob=with_logprobs,
                 logprob_start_len=0 if with_logprobs and self._echo else -1,
                 top_logprobs_num=check_top_logprobs(body.logprobs or 0, "logprobs"),
             )
-            for (ids, vocabulary), choice in zip(prompts, adapters, strict=True)
+            for (ids, vocabulary), spec in zip(prompts, adapters, strict=True)
             for j in range(sampling.n)
         ]
         self._samples = sampling.n

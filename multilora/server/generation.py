@@ -20,7 +20,7 @@ import msgspec
 from multilora.config import Config
 from multilora.engine.messages import Output, Submit
 from multilora.errors import BadRequest, EngineDead, MultiloraError, QueueFull, from_wire
-from multilora.front.adapter_spec import BASE, Choice
+from multilora.front.adapter_spec import BASE, AdapterSpec
 from multilora.front.prompt import check_prompt, engine_params
 from multilora.front.registry import AdapterRegistry, Held
 from multilora.front.stream import Delta, FinishReason, TextStream
@@ -40,7 +40,7 @@ class Job:
 
     prompt_ids: list[int]
     sampling: SamplingParams
-    adapters: Choice = BASE
+    adapters: AdapterSpec = BASE
     vocabulary: Vocabulary | None = None
     sample: int = 0
     return_logprob: bool = False

@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from multilora.engine.messages import AdapterStats, Stats
-from multilora.front.adapter_spec import Choice
+from multilora.front.adapter_spec import AdapterSpec
 from multilora.front.registry import AdapterRegistry
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -47,24 +47,24 @@ class Metrics:
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"multilora:{name}", text, _PER_ADAPTER, registry=self._registry, buckets=_SECONDS)
 
-    def submitted(self, adapters: Choice) -> None:
+    def submitted(self, adapters: AdapterSpec) -> None:
         for name in self._names(adapters):
             self._seen.setdefault(name, set())
             self._started.labels(name).inc()
 
-    def first_output(self, adapters: Choice, seconds: float, queue_seconds: float) -> None:
+    def first_output(self, adapters: AdapterSpec, seconds: float, queue_seconds: float) -> None:
         for name in self._names(adapters):
             self._first.labels(name).observe(seconds)
             self._queued.labels(name).observe(queue_seconds)
 
-    def ended(self, adapters: Choice, prompt_tokens: int, generated: int, reason: str) -> None:
+    def ended(self, adapters: AdapterSpec, prompt_tokens: int, generated: int, reason: str) -> None:
         for name in self._names(adapters):
             self._seen.setdefault(name, set()).add(reason)
             self._requests.labels(name, reason).inc()
             self._tokens_in.labels(name).inc(prompt_tokens)
             self._tokens_out.labels(name).inc(generated)
 
-    def _names(self, adapters: Choice) -> list[str]:
+    def _names(self, adapters: AdapterSpec) -> list[str]:
         """A request counts under each name that the client used."""
         return [name for name, _ in adapters] or [self._base]
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from multilora.engine.messages import TopLogprobs
 from multilora.errors import BadRequest
-from multilora.front.adapter_spec import parse_choices
+from multilora.front.adapter_spec import parse_specs
 from multilora.front.tokenizer import Tokenizer
 from multilora.params import SamplingParams
 from multilora.server.bodies import GenerateBody
@@ -61,7 +61,7 @@ def make_plan(front: Front, body: GenerateBody) -> Plan:
     samples = sampling[0].n
     if any(params.n != samples for params in sampling):
         raise BadRequest("sampling_params.n must be the same for every item of a batch", param="n")
-    adapters = parse_choices(body.lora_path, count)
+    adapters = parse_specs(body.lora_path, count)
     encoded = [front.vocabularies.encode(*pair, "text") for pair in zip(prompts, adapters, strict=True)]
     logprob = _spread(body.return_logprob, count, "return_logprob")
     start = _spread(body.logprob_start_len, count, "logprob_start_len")

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from multilora.errors import BadRequest, UnknownModel
-from multilora.front.adapter_spec import Choice, parse_choices
+from multilora.front.adapter_spec import AdapterSpec, parse_specs
 from multilora.front.registry import AdapterRegistry
 from multilora.server.errors import StrictRoute
 from multilora.server.generation import Flight, Front, Job, Sequence
@@ -84,9 +84,9 @@ class Reply:
         return await EventStream.begin(request.receive, frames(flight), flight.close)
 
 
-def adapters_of(registry: AdapterRegistry, body: OpenAIBody, prompts: int) -> list[Choice]:
+def adapters_of(registry: AdapterRegistry, body: OpenAIBody, prompts: int) -> list[AdapterSpec]:
     """The adapters of each prompt, by `model` and `lora_path`. Raises UnknownModel, UnknownAdapter, BadRequest."""
-    return [registry.resolve_model(body.model, choice) for choice in parse_choices(body.lora_path, prompts)]
+    return [registry.resolve_model(body.model, spec) for spec in parse_specs(body.lora_path, prompts)]
 
 
 def check_top_logprobs(count: int, field: str) -> int:

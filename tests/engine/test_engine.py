@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from multilora.engine.messages import FlushCache, Outputs, Submit, UnloadAdapter
 from multilora.engine.scheduling.scheduler import Scheduler
-from multilora.engine.stats import Report
+from multilora.engine.stats import StatsReporter
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterNotFound, AdapterNotLoaded
 from multilora.params import SamplingParams
 
@@ -289,7 +289,7 @@ def passed_by(files: Path, max_wait: float, steps: int) -> int:
         max_wait=max_wait,
         clock=lambda: monotonic() + late,
     )
-    engine.report = Report(engine.scheduler, engine.adapters)
+    engine.report = StatsReporter(engine.scheduler, engine.adapters)
     driver.submit(PROMPT, "a", ignore_eos=True)
     driver.step()
     blocked = driver.submit(PROMPT, "b")

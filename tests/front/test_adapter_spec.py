@@ -1,7 +1,7 @@
 import pytest
 
 from multilora.errors import BadRequest
-from multilora.front.adapter_spec import BASE, parse_choices, parse_composition, show
+from multilora.front.adapter_spec import BASE, parse_composition, parse_specs, show
 
 A = {"name": "a", "weight": 0.7}
 B = {"name": "b"}
@@ -24,7 +24,7 @@ MIX = (("a", 0.7), ("b", 1.0))
     ],
 )
 def test_two_items(value, choices):
-    assert parse_choices(value, 2) == choices
+    assert parse_specs(value, 2) == choices
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_two_items(value, choices):
 )
 def test_refused(value, message):
     with pytest.raises(BadRequest, match=message) as e:
-        parse_choices(value, 2)
+        parse_specs(value, 2)
     assert e.value.param == "lora_path"
 
 

@@ -16,7 +16,7 @@ from multilora.errors import (
     UnknownAdapter,
     UnknownModel,
 )
-from multilora.front.adapter_spec import BASE, Choice
+from multilora.front.adapter_spec import BASE, AdapterSpec
 from multilora.front.registry import AdapterRegistry, Held
 from multilora.params import Composition
 
@@ -36,7 +36,7 @@ def load(registry: AdapterRegistry, name: str, path: str = "/p", **options) -> i
     return version
 
 
-def only(name: str | None) -> Choice:
+def only(name: str | None) -> AdapterSpec:
     return BASE if name is None else ((name, 1.0),)
 
 
@@ -278,10 +278,10 @@ def test_an_adapter_being_unloaded_is_not_unknown(registry):
         registry.acquire(only("a"))
 
 
-def some_choice(rng: random.Random, name: str) -> Choice:
+def some_choice(rng: random.Random, name: str) -> AdapterSpec:
     if rng.random() < 0.6:
         return only(name)
-    return tuple((part, rng.choice([0.0, 0.5, 1.0])) for part in rng.sample("abcd", k=rng.randrange(1, 4)))
+    return tuple((part, rng.spec([0.0, 0.5, 1.0])) for part in rng.sample("abcd", k=rng.randrange(1, 4)))
 
 
 def test_random_operations():
@@ -298,7 +298,7 @@ def test_random_operations():
         registry.when_idle(version, lambda: (registry.finish_unload(version), waiting.remove(version)))
 
     for _ in range(5000):
-        name = rng.choice("abcd")
+        name = rng.spec("abcd")
         try:
             match rng.randrange(9):
                 case 0:
@@ -362,9 +362,9 @@ def test_what_is_not_of_low_rank_alone_cannot_be_composed(registry):
     version = registry.begin_load("d", "/p")
     registry.commit_load(version, awkward(version))
     assert registry.acquire(only("d")).composition == plainly(version)
-    for choice in [(("a", 1.0), ("d", 1.0)), (("d", 0.5),), (("d", 0.0),)]:
+    for spec in [(("a", 1.0), ("d", 1.0)), (("d", 0.5),), (("d", 0.0),)]:
         with pytest.raises(BadRequest, match=r"'d' cannot be composed: it uses DoRA") as e:
-            registry.acquire(choice)
+            registry.acquire(spec)
         assert e.value.param == "lora_path"
     with pytest.raises(BadRequest, match="cannot be composed"):
         registry.compose("mix", (("a", 1.0), ("d", 1.0)))
@@ -443,9 +443,9 @@ def test_a_named_composition_is_neither_a_part_nor_weighted(registry):
     load(registry, "a")
     load(registry, "b")
     registry.compose("mix", (("a", 0.5), ("b", 0.5)))
-    for choice in [(("mix", 0.5),), (("mix", 1.0), ("a", 1.0))]:
+    for spec in [(("mix", 0.5),), (("mix", 1.0), ("a", 1.0))]:
         with pytest.raises(BadRequest, match="'mix' is a composition itself: name its parts"):
-            registry.acquire(choice)
+            registry.acquire(spec)
 
 
 def test_parts_count_as_adapters_of_a_request():

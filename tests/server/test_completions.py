@@ -54,16 +54,16 @@ def test_prompts_of_every_kind_and_n():
 
 
 def test_length():
-    choice = complete(server(), max_tokens=1).json()["choices"][0]
-    assert choice["finish_reason"] == "length"
+    spec = complete(server(), max_tokens=1).json()["choices"][0]
+    assert spec["finish_reason"] == "length"
 
 
 def test_stop():
     s = server("one the two")
-    choice = complete(s, stop=["the", "zzz"]).json()["choices"][0]
-    assert (choice["text"], choice["finish_reason"]) == ("one ", "stop")
-    choice = complete(s, stop="the", include_stop_str_in_output=True).json()["choices"][0]
-    assert choice["text"] == "one the"
+    spec = complete(s, stop=["the", "zzz"]).json()["choices"][0]
+    assert (spec["text"], spec["finish_reason"]) == ("one ", "stop")
+    spec = complete(s, stop="the", include_stop_str_in_output=True).json()["choices"][0]
+    assert spec["text"] == "one the"
 
 
 def test_echo():
@@ -79,12 +79,12 @@ def test_echo():
 def test_echo_with_no_new_tokens_scores_the_prompt():
     s = server("")
     s.client.answer = lambda m: []
-    choice = complete(s, echo=True, max_tokens=0, logprobs=1).json()["choices"][0]
-    assert choice["text"] == "x"
-    assert choice["logprobs"]["tokens"] == ["<s>", "x"]
-    assert choice["logprobs"]["token_logprobs"] == [None, -0.25]
-    assert choice["logprobs"]["top_logprobs"] == [None, {TOKENIZER.token_text(3): -0.5}]
-    assert choice["finish_reason"] == "length"
+    spec = complete(s, echo=True, max_tokens=0, logprobs=1).json()["choices"][0]
+    assert spec["text"] == "x"
+    assert spec["logprobs"]["tokens"] == ["<s>", "x"]
+    assert spec["logprobs"]["token_logprobs"] == [None, -0.25]
+    assert spec["logprobs"]["top_logprobs"] == [None, {TOKENIZER.token_text(3): -0.5}]
+    assert spec["finish_reason"] == "length"
 
 
 def test_logprobs_whole_and_streamed_are_the_same():

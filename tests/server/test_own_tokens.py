@@ -104,12 +104,12 @@ def test_chat_with_the_base_models_template(make):
     s = make()
     messages = [{"role": "user", "content": TEXT}]
     body = {"model": "own", "messages": messages, "logprobs": True, "max_tokens": 3}
-    choice = s.post("/v1/chat/completions", body).json()["choices"][0]
+    spec = s.post("/v1/chat/completions", body).json()["choices"][0]
     assert ids(s) == [OWN.encode_chat(messages)] and CALL in ids(s)[0]
     assert OWN.hf.chat_template == BASE.hf.chat_template
-    assert choice["message"]["content"] == f"<|call|>{BASE.token_text(5)}"
-    assert [token["token"] for token in choice["logprobs"]["content"]][::2] == ["<|call|>", "<|end|>"]
-    assert choice["finish_reason"] == "stop"
+    assert spec["message"]["content"] == f"<|call|>{BASE.token_text(5)}"
+    assert [token["token"] for token in spec["logprobs"]["content"]][::2] == ["<|call|>", "<|end|>"]
+    assert spec["finish_reason"] == "stop"
 
 
 LIMITS = [

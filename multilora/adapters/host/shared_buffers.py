@@ -23,7 +23,7 @@ POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python's mmap does not
 
 
 @dataclass(frozen=True)
-class PagePlace:
+class SharedBuffer:
     """`size` zero bytes from `start` on. fd: of a file that is not mapped anywhere else; None: the staging memory."""
 
     memory: mmap.mmap
@@ -36,7 +36,7 @@ class PagePlace:
         return torch.frombuffer(self.memory, dtype=torch.uint8, count=self.size, offset=self.start)
 
 
-class PagePlaces:
+class SharedBuffers:
     """Gives places out. Any thread may call. staging: shared with the engine, zero. in_use: it is not zero, and
     others may read and write there: nothing of it is given out until `take_over`."""
 
@@ -46,25 +46,25 @@ class PagePlaces:
         self._lock = threading.Lock()
         self._zeroing = ThreadPoolExecutor(1, "zeroing")
 
-    def take(self, size: int) -> PagePlace:
+    def take(self, size: int) -> SharedBuffer:
         if self._staging is not None:
             with self._lock:
                 start = self._parts.take(size)
             if start is not None:
-                return PagePlace(self._staging, start, size, None)
+                return SharedBuffer(self._staging, start, size, None)
         fd = anonymous_file(size)
         try:
-            return PagePlace(mmap.mmap(fd, size), 0, size, fd)
+            return SharedBuffer(mmap.mmap(fd, size), 0, size, fd)
         except OSError:
             os.close(fd)
             raise
 
-    def sent(self, place: PagePlace) -> None:
+    def sent(self, place: SharedBuffer) -> None:
         """The engine has it now. Of a file the memory goes with its last user."""
         if place.fd is not None:
             os.close(place.fd)
 
-    def drop(self, place: PagePlace) -> None:
+    def drop(self, place: SharedBuffer) -> None:
         """Nobody got it."""
         self.sent(place)
         if place.fd is None:

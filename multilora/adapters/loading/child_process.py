@@ -19,7 +19,7 @@ LINE_CHARACTERS = 300
 STDERR = 2
 
 
-class Life:
+class ChildProcess:
     """Starts the process. Raises OSError if it cannot be.
 
     fds: that it inherits. What it writes to stderr goes on to ours, at the latest at the next `listen`.

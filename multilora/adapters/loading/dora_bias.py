@@ -6,7 +6,7 @@ model's output y = W x + b after the low-rank part (s · B A is what lies in the
     scale = m / ‖W + s · BA‖, one norm per output (Liu et al. 2024, arXiv:2402.09353); 1 without DoRA
     shift = trained bias (or b) + bias of lora_B - scale · b
 
-`FinishingLoader` wraps any loader. It works in slices of a few milliseconds, between two steps, on its own stream.
+`DoraBiasLoader` wraps any loader. It works in slices of a few milliseconds, between two steps, on its own stream.
 """
 
 from collections import deque
@@ -34,7 +34,7 @@ class _Work:
     steps: Iterator[None]
 
 
-class FinishingLoader:
+class DoraBiasLoader:
     """The contract of `Loader`; what the wrapped loader brings is handed on finished."""
 
     def __init__(self, loader: Loader, target: PackTarget, base: BaseModule, seconds: float = SLICE_SECONDS):

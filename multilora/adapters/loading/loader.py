@@ -13,14 +13,14 @@ import msgspec
 import torch
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
-from multilora.adapters.packing.blocks import Blocks, PackTarget, WriteStrips, pack
-from multilora.adapters.packing.pack_jobs import write_strips
+from multilora.adapters.packing.blocks import Blocks, PackTarget, WriteJobs, pack
+from multilora.adapters.packing.pack_jobs import write_jobs
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.checkpoint import read_adapter
 from multilora.adapters.peft.safetensors_file import MAX_HEADER_BYTES
 from multilora.adapters.sources import resolve
 from multilora.adapters.sources.files import find_files
-from multilora.adapters.thread_pool import ALONE, Crew
+from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
 from multilora.lora.panels import AdapterShape
 
@@ -75,11 +75,11 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
-def read(job: FetchJob, context: FetchContext, crew: Crew = ALONE) -> Adapter:
+def read(job: FetchJob, context: FetchContext, readers: ReaderPool = ALONE) -> Adapter:
     """The files, checked and with PEFT's rules applied."""
     directory = resolve(job.path, context.roots)
     _check_file_size(directory, job, context)
-    adapter = read_adapter(directory, context.base, context.limits, crew)
+    adapter = read_adapter(directory, context.base, context.limits, readers)
     if not adapter.blocks:
         raise AdapterInvalid(f"{directory}: no LoRA weights")
     return adapter
@@ -104,13 +104,13 @@ def fetch(
     job: FetchJob,
     context: FetchContext,
     allocate: "Allocate",
-    crew: Crew = ALONE,
-    write: WriteStrips = write_strips,
+    readers: ReaderPool = ALONE,
+    write: WriteJobs = write_jobs,
 ) -> tuple[Fetched, torch.Tensor | None]:
     """Read, check and pack one adapter. crew: reads; write: packs. Typed errors become part of the result."""
     target = context.target
     try:
-        adapter = read(job, context, crew)
+        adapter = read(job, context, readers)
         blocks = Blocks.of(adapter)
         shape = blocks.shape(target.sites)
         layout = target.layout(shape)

@@ -23,7 +23,7 @@ import torch
 
 from multilora.adapters.host.first_fit import FirstFit
 from multilora.adapters.host.mapping import lies_in_memory
-from multilora.adapters.host.shared_buffers import PagePlace, populate
+from multilora.adapters.host.shared_buffers import SharedBuffer, populate
 from multilora.adapters.packing.pack_jobs import PackJob, Span, write_job, write_jobs
 from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
@@ -140,7 +140,7 @@ class Packers:
         """Where to read weights to, so that the processes see them."""
         return self._region.allocate(nbytes) if self._region else torch.empty(nbytes, dtype=torch.uint8)
 
-    def write(self, jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor, where: PagePlace) -> None:
+    def write(self, jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor, where: SharedBuffer) -> None:
         """Run all jobs into the pages `out`, which lie there. Raises AdapterInvalid."""
         places: list[_Place] = []
         here: list[PackJob] = []
@@ -175,7 +175,7 @@ class Packers:
                 os.waitpid(packer.pid, 0)
             self._packers = []
 
-    def _pack_aside(self, places: list[_Place], dtype: str, where: PagePlace) -> bool:
+    def _pack_aside(self, places: list[_Place], dtype: str, where: SharedBuffer) -> bool:
         """Shared out evenly by size. False: the processes are gone."""
         count = len(self._packers)
         shares: list[list[_Place]] = [[] for _ in range(count)]

@@ -23,15 +23,15 @@ import msgspec
 import torch
 
 from multilora.adapters.host.mapping import map_file
-from multilora.adapters.host.shared_buffers import PagePlace, PagePlaces
+from multilora.adapters.host.shared_buffers import SharedBuffer, SharedBuffers
 from multilora.adapters.host.staging import Staging
-from multilora.adapters.loading.child_process import Life, Starts
+from multilora.adapters.loading.child_process import ChildProcess, Starts
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, fetch
 from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, Start, failed, receive, send
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.packing.pack_jobs import PackJob
-from multilora.adapters.thread_pool import Crew, spare_cores
+from multilora.adapters.thread_pool import ReaderPool, spare_cores
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class ProcessLoader:
         self._to_report: list[tuple[Fetched, torch.Tensor | None]] = []  # at the next poll
         self._page_bytes = context.target.page_bytes
         self._starts = Starts()
-        self._before: list[Life] = []  # that have ended, but something that they forked may be left
+        self._before: list[ChildProcess] = []  # that have ended, but something that they forked may be left
         self._has_staging = True  # the process of now may write there, if there is staging memory
         # Never readable, as nobody can send to it: who polls it sleeps. Made now, as there may be no descriptor left
         # when it is needed.
@@ -88,10 +88,10 @@ class ProcessLoader:
             context.base, dtype, self._page_bytes, context.limits, context.roots, staging, not self._has_staging
         )
 
-    def _spawn(self, connection: int) -> Life:
+    def _spawn(self, connection: int) -> ChildProcess:
         command = [sys.executable, "-m", "multilora.adapters.loading.process", str(connection)]
         fds = [connection] + ([self._staging.fd] if self._staging is not None else [])
-        return Life(command, fds, REUSE_MEMORY | os.environ)
+        return ChildProcess(command, fds, REUSE_MEMORY | os.environ)
 
     def _poll_instead(self, connection: socket.socket) -> None:
         """Who polls knows our socket by its number."""
@@ -169,7 +169,7 @@ class ProcessLoader:
                 return failed(result.version, f"its pages cannot be mapped: {e}"), None
         return result, pages.view(-1, self._page_bytes)
 
-    def _done_with(self, child_process: Life, start: int) -> None:
+    def _done_with(self, child_process: ChildProcess, start: int) -> None:
         """On any thread. A process that took the place of that one takes no notice, should it hear of it."""
         if not child_process.ended:
             with contextlib.suppress(OSError):  # it has died, or is closed
@@ -233,7 +233,7 @@ def serve(connection: socket.socket) -> None:
     gc.freeze()  # what is there now stays; looking through all of it would take as long as half an adapter
     staging = mmap.mmap(start.staging, 0) if start.staging is not None else None
     packers = Packers(cores if cores > 1 else 0, connection, staging)
-    places = PagePlaces(staging, start.staging_in_use)
+    places = SharedBuffers(staging, start.staging_in_use)
     server = _Server(connection, context, packers, places)
     threads = ThreadPoolExecutor(PARALLEL_FETCHES)
     while data := _next_order(connection):
@@ -259,17 +259,17 @@ def _next_order(connection: socket.socket) -> bytes:
 class _Server:
     """What the fetches share."""
 
-    def __init__(self, connection: socket.socket, context: FetchContext, packers: Packers, places: PagePlaces):
+    def __init__(self, connection: socket.socket, context: FetchContext, packers: Packers, places: SharedBuffers):
         self._connection = connection
         self._context = context
         self._packers = packers
         self._places = places
-        self._crew = Crew(spare_cores(MAX_READERS), packers.memory, packers.read)
+        self._readers = ReaderPool(spare_cores(MAX_READERS), packers.memory, packers.read)
         self._sending = threading.Lock()
 
     def answer(self, job: FetchJob) -> None:
         """Fetch one adapter and send it."""
-        taken: list[PagePlace] = []  # one at most
+        taken: list[SharedBuffer] = []  # one at most
 
         def allocate(num_pages: int, page_bytes: int) -> torch.Tensor:
             taken.append(self._places.take(num_pages * page_bytes))
@@ -279,7 +279,7 @@ class _Server:
             self._packers.write(pack_jobs, dtype, out, taken[0])
 
         try:
-            result, buffer = fetch(job, self._context, allocate, self._crew, write)
+            result, buffer = fetch(job, self._context, allocate, self._readers, write)
         except Exception as e:
             logger.exception("reading adapter %s failed", job.path)
             result, buffer = failed(job.version, f"{job.path}: {e!r}"), None
@@ -290,7 +290,7 @@ class _Server:
             else:
                 self._places.drop(place)
 
-    def _send(self, job: FetchJob, result: Fetched, place: PagePlace | None) -> bool:
+    def _send(self, job: FetchJob, result: Fetched, place: SharedBuffer | None) -> bool:
         """False: the engine did not get it. It gets an error instead, if it is still there."""
         message, fds = Message(result), []
         if place is not None:

@@ -17,14 +17,14 @@ from multilora.adapters.peft.base_model import TABLES, BaseModel
 from multilora.adapters.peft.config import PeftConfig, parse_config
 from multilora.adapters.peft.contents import open_tensors, sort_tensors
 from multilora.adapters.sources.files import find_files, fingerprint, read_json_object, show
-from multilora.adapters.thread_pool import ALONE, Crew
+from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 
 __all__ = ["fingerprint", "read_adapter"]
 
 
-def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, crew: Crew = ALONE) -> Adapter:
-    """The adapter in `directory`, for the model `base`; read on the threads of `crew`.
+def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, readers: ReaderPool = ALONE) -> Adapter:
+    """The adapter in `directory`, for the model `base`; read on the threads of `readers`.
 
     Raises AdapterNotFound, AdapterInvalid, AdapterUnsupported or AdapterIncompatible; the message names the file and
     the field, tensor or module. AdapterError if the base model's own files are gone.
@@ -33,7 +33,7 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, crew: 
     files = find_files(directory)
     config = parse_config(read_json_object(files.config), files.config)
     with contextlib.ExitStack() as stack:
-        contents = sort_tensors(open_tensors(files, stack, crew), config, base)
+        contents = sort_tensors(open_tensors(files, stack, readers), config, base)
         with_lora = lora.check(contents)
         others = full_weights.plan(contents)
         _check_rank((lora.rank_of(module, contents) for module in with_lora), limits)

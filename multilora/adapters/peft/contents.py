@@ -16,7 +16,7 @@ from multilora.adapters.peft.config import PeftConfig
 from multilora.adapters.peft.safetensors_file import SafetensorsFile, TensorInfo
 from multilora.adapters.peft.tensor_names import OF_ONE_ADAPTER, Part, parse
 from multilora.adapters.sources.files import INDEX_NAME, AdapterFiles, show
-from multilora.adapters.thread_pool import ALONE, Crew
+from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid
 
 TABLE_PARTS = (Part.WEIGHT, Part.SAVED_WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
@@ -47,9 +47,9 @@ class Tensors:
         return f"{self._file_of[name].path.name}: tensor {show(name)}"
 
 
-def open_tensors(files: AdapterFiles, stack: contextlib.ExitStack, crew: Crew = ALONE) -> Tensors:
+def open_tensors(files: AdapterFiles, stack: contextlib.ExitStack, readers: ReaderPool = ALONE) -> Tensors:
     """Open every file and read its header. Raises AdapterInvalid if the index of shards says something else."""
-    opened = [stack.enter_context(SafetensorsFile(path, crew)) for path in files.weights]
+    opened = [stack.enter_context(SafetensorsFile(path, readers)) for path in files.weights]
     if files.shard_of is not None:
         found = {(name, file.path.name) for file in opened for name in file.tensors}
         for name, shard in sorted(found ^ set(files.shard_of.items())):

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 import torch
 
 from multilora.adapters.sources.files import open_regular, parse_json_object, show
-from multilora.adapters.thread_pool import ALONE, Crew, Slab
+from multilora.adapters.thread_pool import ALONE, ReaderPool, Slab
 from multilora.errors import AdapterInvalid, AdapterUnsupported
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
@@ -62,10 +62,10 @@ class _Shared:
 class SafetensorsFile:
     """An open file. `tensors`: what its header declares, already checked against the file's size."""
 
-    def __init__(self, path: Path, crew: Crew = ALONE):
+    def __init__(self, path: Path, readers: ReaderPool = ALONE):
         """Raises AdapterNotFound, AdapterInvalid naming file and tensor, AdapterUnsupported for another dtype."""
         self.path = path
-        self._crew = crew
+        self._readers = readers
         self._shared: Future[_Shared] | None = None
         self._data: _Shared | None = None  # its result
         self._file = open_regular(path)
@@ -74,7 +74,7 @@ class SafetensorsFile:
         except BaseException:
             self._file.close()
             raise
-        if not crew.alone:
+        if not readers.alone:
             self.read_ahead()
 
     def __enter__(self) -> "SafetensorsFile":
@@ -104,7 +104,7 @@ class SafetensorsFile:
     def read_ahead(self) -> None:
         """Start to read what the first call of `read` would, on another thread if the crew has one."""
         if self._shared is None:
-            self._shared = self._crew.start(self._read_shared)
+            self._shared = self._readers.start(self._read_shared)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor, in its stored dtype and in memory of their own. Raises as `read` does."""
@@ -126,7 +126,7 @@ class SafetensorsFile:
 
     def _read_bytes(self, parts: list[tuple[int, int]]) -> torch.Tensor:
         """Parts of the file, (start, bytes) each, behind each other."""
-        data = self._crew.memory(sum(nbytes for _, nbytes in parts))
+        data = self._readers.memory(sum(nbytes for _, nbytes in parts))
         slabs: list[Slab] = []
         at = 0
         for start, nbytes in _joined(parts):
@@ -135,8 +135,8 @@ class SafetensorsFile:
                 slabs.append((start + first, at, size))
                 at += size
         view = data.numpy().data
-        left = self._crew.read_cached(self._file.fileno(), slabs, data)
-        self._crew.each(lambda slab: self._fill(slab[0], view[slab[1] : slab[1] + slab[2]]), left)
+        left = self._readers.read_cached(self._file.fileno(), slabs, data)
+        self._readers.each(lambda slab: self._fill(slab[0], view[slab[1] : slab[1] + slab[2]]), left)
         return data
 
     def _fill(self, start: int, target: memoryview) -> None:

@@ -36,7 +36,7 @@ def graph_sizes(largest: int) -> list[int]:
     return sorted(s for s in {1, 2, 4, *range(8, largest, 8), largest} if s <= largest)
 
 
-class DecodeGraphs:
+class DecodeCudaGraphs:
     """All captured graphs of one engine. lora: None when LoRA is off."""
 
     def __init__(

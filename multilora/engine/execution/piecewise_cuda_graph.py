@@ -76,7 +76,7 @@ class _Pieces:
     hidden: Tensor  # [size, hidden]
 
 
-class PieceGraphs:
+class PiecewiseCudaGraphs:
     """All captured pieces of one engine. lora: None when LoRA is off."""
 
     def __init__(

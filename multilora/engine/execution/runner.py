@@ -14,9 +14,9 @@ from torch import Tensor
 
 from multilora.attention.base import AttentionBackend
 from multilora.batch import ForwardBatch, LoraSegment
-from multilora.engine.execution.cuda_graph import DecodeGraphs
+from multilora.engine.execution.cuda_graph import DecodeCudaGraphs
 from multilora.engine.execution.inputs import StepInputs, build_inputs, fill_unknown, logit_positions
-from multilora.engine.execution.piecewise_cuda_graph import PieceGraphs
+from multilora.engine.execution.piecewise_cuda_graph import PiecewiseCudaGraphs
 from multilora.engine.plan import Chunk, StepPlan, StepResult
 from multilora.engine.sampling.logprobs import TokenLogprobs, token_logprobs
 from multilora.engine.sampling.sampler import DeviceSampled, Sampler, SampleRow
@@ -93,8 +93,8 @@ class RunnerLora:
 class Graphs:
     """What is replayed instead of launched; None: nothing of the kind."""
 
-    decodes: DecodeGraphs | None = None
-    pieces: PieceGraphs | None = None
+    decodes: DecodeCudaGraphs | None = None
+    pieces: PiecewiseCudaGraphs | None = None
 
 
 class Runner:

@@ -17,7 +17,7 @@ from multilora.adapters.composition.components import Components
 from multilora.adapters.versions.store import LoadStatus
 from multilora.engine.plan import Chunk
 from multilora.engine.scheduling.policy import Policy
-from multilora.engine.scheduling.request import Request, State
+from multilora.engine.scheduling.request import Request, RequestState
 from multilora.engine.scheduling.step_cost import StepCost
 
 MAX_WAIT = 5.0  # seconds
@@ -70,7 +70,7 @@ class Admission:
                 (ready if found is LoadStatus.READY else coming).append(request)
         if full:
             return []
-        if blocked is not None and not ready and not planned and blocked.state is State.WAITING:
+        if blocked is not None and not ready and not planned and blocked.state is RequestState.WAITING:
             self._want(blocked, True)  # nothing will make room but this
         if blocked is not None:
             ready = _grouped(ready)

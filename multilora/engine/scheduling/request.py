@@ -31,7 +31,7 @@ class PageNamespaces:
         return self.edge if page == self.base_pages else self.rest
 
 
-class State(Enum):
+class RequestState(Enum):
     WAITING = "waiting"  # never ran, or preempted: holds no pages and no adapter
     RUNNING = "running"
     FINISHED = "finished"
@@ -55,7 +55,7 @@ class Request:
     edits: LogitEdits | None = None
     activation: int = 0
 
-    state: State = State.WAITING
+    state: RequestState = RequestState.WAITING
     output_ids: list[int] = field(default_factory=list)
     table: PageTable = field(default_factory=PageTable)
     num_computed: int = 0

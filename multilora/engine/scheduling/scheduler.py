@@ -18,7 +18,7 @@ from multilora.engine.messages import Finished, Output
 from multilora.engine.plan import Chunk, StepPlan, StepResult
 from multilora.engine.scheduling.admission import MAX_WAIT, Admission
 from multilora.engine.scheduling.policy import POLICIES
-from multilora.engine.scheduling.request import PageNamespaces, Request, State
+from multilora.engine.scheduling.request import PageNamespaces, Request, RequestState
 from multilora.engine.scheduling.step_cost import StepCost
 from multilora.errors import CannotFit, MultiloraError
 from multilora.memory.page_table import KVPages
@@ -118,12 +118,12 @@ class Scheduler:
     def _plan_decodes(self, chunks: dict[Request, Chunk]) -> None:
         for request in list(self.running):
             ready = request.decoding and not request.at_limit and not request.needs_token
-            if request.state is State.RUNNING and ready:
+            if request.state is RequestState.RUNNING and ready:
                 self._take(chunks, request, 1)
 
     def _plan_prefills(self, chunks: dict[Request, Chunk], budget: int) -> int:
         for request in list(self.running):
-            if request.state is State.RUNNING and not request.decoding and request.remaining and budget:
+            if request.state is RequestState.RUNNING and not request.decoding and request.remaining and budget:
                 budget -= self._take(chunks, request, min(request.remaining, budget))
         return budget
 
@@ -180,7 +180,7 @@ class Scheduler:
             return False
         self._dequeue(request)
         self.running.append(request)
-        request.state = State.RUNNING
+        request.state = RequestState.RUNNING
         request.table = table
         request.num_computed = request.num_scheduled = len(matched) * self.kv.page_size
         if request.admitted is None:
@@ -218,7 +218,7 @@ class Scheduler:
         """Back to the queue, by age. Its full pages stay in the prefix cache as long as nobody needs the room."""
         self.preemptions += 1
         self._release_resources(request)
-        request.state = State.WAITING
+        request.state = RequestState.WAITING
         request.num_computed = request.num_scheduled = 0
         request.epoch += 1
         self._enqueue(request)
@@ -245,7 +245,7 @@ class Scheduler:
             request.in_flight -= chunk.sample
             index = sampled
             sampled += chunk.sample
-            if request.state is State.FINISHED:
+            if request.state is RequestState.FINISHED:
                 continue  # it ended while this step was running: the row was wasted
             self._commit_kv(chunk)
             self._take_prompt_logprobs(chunk, result, i)
@@ -257,7 +257,7 @@ class Scheduler:
     def _commit_kv(self, chunk: Chunk) -> None:
         request = chunk.request
         self.prompt_tokens += max(0, min(chunk.start + chunk.count, len(request.prompt_ids)) - chunk.start)
-        if request.state is State.RUNNING and request.epoch == chunk.epoch:
+        if request.state is RequestState.RUNNING and request.epoch == chunk.epoch:
             request.num_computed += chunk.count
             self.kv.commit(request.table, request.num_computed, request.tokens, request.namespaces.of, self.launched)
 
@@ -317,12 +317,12 @@ class Scheduler:
 
     def _finish(self, request: Request) -> None:
         """The one place where a request ends."""
-        assert request.state is not State.FINISHED
-        if request.state is State.RUNNING:
+        assert request.state is not RequestState.FINISHED
+        if request.state is RequestState.RUNNING:
             self._release_resources(request)
         else:
             self._dequeue(request)
-        request.state = State.FINISHED
+        request.state = RequestState.FINISHED
         self.namespaces.release(request.adapters, request.activation % self.kv.page_size)
         self.namespaces.release(request.adapters)
         del self._requests[request.rid]

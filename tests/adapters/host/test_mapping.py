@@ -9,13 +9,13 @@ import torch
 
 from multilora.adapters.host import mapping
 from multilora.adapters.host.mapping import map_file, own_memory, populate
-from multilora.adapters.host.shared_buffers import PagePlaces
+from multilora.adapters.host.shared_buffers import SharedBuffers
 
 SIZE = 8 * mmap.PAGESIZE
 
 
 def test_a_file_is_mapped_from_its_start_and_shared() -> None:
-    places = PagePlaces()
+    places = SharedBuffers()
     file = places.take(SIZE)
     file.memory[:4] = b"abcd"
     before = len(os.listdir("/proc/self/fd"))
@@ -29,7 +29,7 @@ def test_a_file_is_mapped_from_its_start_and_shared() -> None:
 
 def test_populating_leaves_the_bytes_alone(monkeypatch) -> None:
     monkeypatch.setattr(mapping, "POPULATE_BYTES", 3 * mmap.PAGESIZE)
-    places = PagePlaces()
+    places = SharedBuffers()
     file = places.take(SIZE)
     file.memory[:] = bytes(range(256)) * (SIZE // 256)
     memory = map_file(file.fd, SIZE)
@@ -39,7 +39,7 @@ def test_populating_leaves_the_bytes_alone(monkeypatch) -> None:
 
 
 def test_populating_what_the_file_has_lost_meanwhile_harms_nobody() -> None:
-    places = PagePlaces()
+    places = SharedBuffers()
     file = places.take(SIZE)
     memory = map_file(file.fd, SIZE)
     file.memory[0] = 5

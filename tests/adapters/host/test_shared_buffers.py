@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from multilora.adapters.host.shared_buffers import PagePlace, PagePlaces
+from multilora.adapters.host.shared_buffers import SharedBuffer, SharedBuffers
 
 SIZE = 4 * mmap.PAGESIZE
 STAGING = 4 * SIZE
@@ -17,7 +17,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def until_free(places: PagePlaces, size: int) -> PagePlace:
+def until_free(places: SharedBuffers, size: int) -> SharedBuffer:
     """Zeroing takes its time, on another thread."""
     end = time.monotonic() + 10
     while (place := places.take(size)).fd is not None:
@@ -29,7 +29,7 @@ def until_free(places: PagePlaces, size: int) -> PagePlace:
 
 def test_a_file_is_zero_and_shared_by_its_descriptor() -> None:
     before = descriptors()
-    places = PagePlaces()
+    places = SharedBuffers()
     place = places.take(SIZE)
     assert (place.start, place.size, os.fstat(place.fd).st_size) == (0, SIZE, SIZE)
     assert not place.tensor().any() and place.tensor().numel() == SIZE
@@ -43,7 +43,7 @@ def test_a_file_is_zero_and_shared_by_its_descriptor() -> None:
 
 def test_staging_memory_first_then_files() -> None:
     staging = mmap.mmap(-1, STAGING)
-    places = PagePlaces(staging)
+    places = SharedBuffers(staging)
     first, second, third = places.take(SIZE), places.take(2 * SIZE + 1), places.take(SIZE)
     assert [place.fd is None for place in (first, second, third)] == [True, True, False]
     assert (first.start, second.start) == (0, SIZE)
@@ -54,7 +54,7 @@ def test_staging_memory_first_then_files() -> None:
 
 
 def test_what_is_given_back_is_zero_again() -> None:
-    places = PagePlaces(mmap.mmap(-1, STAGING))
+    places = SharedBuffers(mmap.mmap(-1, STAGING))
     place = places.take(STAGING)
     place.tensor().fill_(255)
     places.sent(place)
@@ -65,7 +65,7 @@ def test_what_is_given_back_is_zero_again() -> None:
 
 
 def test_what_nobody_got_is_free_again() -> None:
-    places = PagePlaces(mmap.mmap(-1, STAGING))
+    places = SharedBuffers(mmap.mmap(-1, STAGING))
     places.drop(places.take(STAGING))
     until_free(places, STAGING)
 
@@ -73,7 +73,7 @@ def test_what_nobody_got_is_free_again() -> None:
 @pytest.mark.parametrize("staging", [None, STAGING])
 def test_a_place_of_which_nobody_knows_is_given_back(staging: int | None) -> None:
     """As a loader is told whose predecessor gave it out."""
-    places = PagePlaces(mmap.mmap(-1, staging) if staging else None)
+    places = SharedBuffers(mmap.mmap(-1, staging) if staging else None)
     taken = places.take(SIZE)
     places._free(SIZE)
     assert places.take(SIZE).start == (SIZE if staging else 0)
@@ -83,7 +83,7 @@ def test_a_place_of_which_nobody_knows_is_given_back(staging: int | None) -> Non
 def test_what_others_use_is_given_out_when_it_is_taken_over_and_zero() -> None:
     staging = mmap.mmap(-1, STAGING)
     staging[:] = b"\7" * STAGING
-    places = PagePlaces(staging, in_use=True)
+    places = SharedBuffers(staging, in_use=True)
     elsewhere = places.take(SIZE)
     assert elsewhere.fd is not None
     places.give_back(0)  # of a loader before this one
@@ -97,8 +97,8 @@ def test_what_others_use_is_given_out_when_it_is_taken_over_and_zero() -> None:
 
 def test_in_any_order_no_two_places_overlap() -> None:
     rng = random.Random(0)
-    places = PagePlaces(mmap.mmap(-1, STAGING))
-    held: list[PagePlace] = []
+    places = SharedBuffers(mmap.mmap(-1, STAGING))
+    held: list[SharedBuffer] = []
     staged = 0
     for value in range(300):
         if held and rng.random() < 0.5:
@@ -121,7 +121,7 @@ def test_in_any_order_no_two_places_overlap() -> None:
 
 def test_where_a_file_cannot_be_had_no_descriptor_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     before = descriptors()
-    places = PagePlaces()
+    places = SharedBuffers()
     with pytest.raises(OSError):
         places.take(1 << 62)
 
@@ -141,11 +141,11 @@ def test_without_memory_files_a_temporary_one_is_reserved_on_its_disk(monkeypatc
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(os, "memfd_create", refuse)
-    place = PagePlaces().take(SIZE)
+    place = SharedBuffers().take(SIZE)
     assert os.fstat(place.fd).st_blocks * 512 >= SIZE
     assert not place.tensor().any()
     os.close(place.fd)
     before = descriptors()
     with pytest.raises(OSError):
-        PagePlaces().take(1 << 60)
+        SharedBuffers().take(1 << 60)
     assert descriptors() == before

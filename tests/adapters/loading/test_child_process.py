@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from multilora.adapters.loading import child_process as module
-from multilora.adapters.loading.child_process import Life, Starts
+from multilora.adapters.loading.child_process import ChildProcess, Starts
 
 
-def life_of(code: str) -> Life:
-    return Life([sys.executable, "-c", code], [], os.environ)
+def life_of(code: str) -> ChildProcess:
+    return ChildProcess([sys.executable, "-c", code], [], os.environ)
 
 
 def until(done: Callable[[], bool]) -> None:
@@ -74,7 +74,7 @@ def test_one_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_one_that_cannot_be_started_leaves_no_descriptor() -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(FileNotFoundError):
-        Life(["/no such program"], [], os.environ)
+        ChildProcess(["/no such program"], [], os.environ)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multilora.adapters.adapter import Adapter, LowRank, Vector, VectorKind
-from multilora.adapters.loading.dora_bias import FinishingLoader, finish
+from multilora.adapters.loading.dora_bias import DoraBiasLoader, finish
 from multilora.adapters.loading.loader import Fetched, FetchJob
 from multilora.adapters.packing.blocks import Blocks, PackTarget, pack, scale_shift_part
 from multilora.lora.panels import PanelLayout
@@ -139,7 +139,7 @@ def test_slices_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("multilora.adapters.loading.dora_bias.monotonic", clock)
     inner = OneByOne([special, plain, failed])
-    loader = FinishingLoader(inner, target, base, seconds=1.5)
+    loader = DoraBiasLoader(inner, target, base, seconds=1.5)
     assert not loader.working
     first = loader.poll()
     assert [r.version for r, _ in first] == [2, 3], "what needs nothing goes straight through"

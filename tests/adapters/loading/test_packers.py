@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from multilora.adapters.adapter import Adapter, LowRank
-from multilora.adapters.host.shared_buffers import PagePlaces
+from multilora.adapters.host.shared_buffers import SharedBuffers
 from multilora.adapters.loading import packers as module
 from multilora.adapters.loading.packers import Packers, Region, read_cached
 from multilora.adapters.packing.blocks import Blocks, PackTarget, pack
@@ -63,7 +63,7 @@ def blocks_in(packers: Packers | None, stored: torch.dtype, rank: int = 40) -> B
 def packed(packers: Packers, blocks: Blocks, target: PackTarget) -> torch.Tensor:
     """In memory that others lie in, too, where it is shared."""
     layout = target.layout(blocks.shape(SITES))
-    places = PagePlaces(packers._staging)
+    places = SharedBuffers(packers._staging)
     before = places.take(5000)
     place = places.take(layout.num_pages * PAGE)
     out = place.tensor().view(-1, PAGE)

@@ -10,7 +10,7 @@ import pytest
 from fakes.tiers import BASE, PAGE_BYTES, TARGET
 
 from multilora.adapters.adapter import AdapterLimits
-from multilora.adapters.host.shared_buffers import PagePlaces
+from multilora.adapters.host.shared_buffers import SharedBuffers
 from multilora.adapters.loading import process as module
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob
 from multilora.adapters.loading.messages import Message, receive
@@ -24,7 +24,7 @@ class Ends:
     """The loader's end in this process, over `fetch` as a test wants it, and the other end of its socket."""
 
     def __init__(self) -> None:
-        self.places = PagePlaces(mmap.mmap(-1, STAGING))
+        self.places = SharedBuffers(mmap.mmap(-1, STAGING))
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server = module._Server(self._theirs, CONTEXT, Packers(0), self.places)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from multilora.adapters.peft.safetensors_file import SLAB_BYTES, SafetensorsFile
-from multilora.adapters.thread_pool import Crew, Slab
+from multilora.adapters.thread_pool import ReaderPool, Slab
 from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -106,7 +106,7 @@ def test_a_file_of_many_slabs_read_by_a_crew(tmp_path: Path) -> None:
     """Tensors lie across the borders of slabs."""
     tensors = {str(i): torch.arange(i, i + 300_000, dtype=torch.float32) for i in range(9)}
     save_file(tensors, tmp_path / "w.safetensors")
-    with SafetensorsFile(tmp_path / "w.safetensors", Crew(3)) as file:
+    with SafetensorsFile(tmp_path / "w.safetensors", ReaderPool(3)) as file:
         assert sum(info.nbytes for info in file.tensors.values()) > 5 * SLAB_BYTES
         for name, tensor in tensors.items():
             assert torch.equal(file.read(name), tensor)
@@ -126,7 +126,7 @@ def test_what_is_not_at_hand_is_read_by_the_crew(tmp_path: Path) -> None:
             view[at : at + nbytes] = os.pread(fd, nbytes, first)
         return slabs[::2]
 
-    with SafetensorsFile(tmp_path / "w.safetensors", Crew(3, read_cached=read_cached)) as file:
+    with SafetensorsFile(tmp_path / "w.safetensors", ReaderPool(3, read_cached=read_cached)) as file:
         for name, tensor in tensors.items():
             assert torch.equal(file.read(name), tensor)
     assert len(asked) == 6
@@ -172,7 +172,7 @@ def test_large_tensors_are_left_out_until_they_are_asked_for(tmp_path: Path, mon
     monkeypatch.setattr("multilora.adapters.peft.safetensors_file.LARGE_BYTES", 100)
     tensors = {"a": torch.randn(5), "b": torch.randn(26), "c": torch.randn(25), "d": torch.randn(2, 200)}
     save_file(tensors, tmp_path / "w.safetensors")
-    with SafetensorsFile(tmp_path / "w.safetensors", Crew(2)) as file:
+    with SafetensorsFile(tmp_path / "w.safetensors", ReaderPool(2)) as file:
         assert file.read("a").untyped_storage().nbytes() == 4 * (5 + 25)
         for name, tensor in tensors.items():
             assert torch.equal(file.read(name), tensor)

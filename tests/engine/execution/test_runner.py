@@ -23,7 +23,7 @@ SERVED = [row for row in REPLAYED if row.refused is None]
 
 
 class FakeGraphs:
-    """Stands where `DecodeGraphs` or `PieceGraphs` stands: the layers alone, with the low-rank pass and nothing else.
+    """Stands where `DecodeCudaGraphs` or `PiecewiseCudaGraphs` stands: the layers alone, with the low-rank pass and nothing else.
     most: larger steps are not replayed."""
 
     def __init__(self, runner: Runner, most: int = 1000):

@@ -25,7 +25,7 @@ from multilora.engine.messages import (
     UnloadAdapter,
 )
 from multilora.engine.plan import StepPlan
-from multilora.engine.scheduling.request import Request, State
+from multilora.engine.scheduling.request import Request, RequestState
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.errors import AdapterError
 from multilora.memory.page_pool import PageKind
@@ -56,7 +56,7 @@ class CheckedScheduler(Scheduler):
             assert request in chunks or request.epoch > epoch, "a decoding request was left out"
         self._check_limits(plan)
         for request, chunk in chunks.items():
-            assert request.state is State.RUNNING
+            assert request.state is RequestState.RUNNING
             assert chunk.epoch == request.epoch
             assert chunk.start == request.num_scheduled
             assert 1 <= chunk.count <= request.remaining

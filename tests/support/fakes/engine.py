@@ -15,7 +15,7 @@ from fakes.tiers import PAGE_BYTES, FakeTiers
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Ready, Stats
 from multilora.engine.plan import Chunk, StepPlan, StepResult
-from multilora.engine.scheduling.request import Request, State
+from multilora.engine.scheduling.request import Request, RequestState
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.memory.page_table import KVPages
 from multilora.params import Composition
@@ -148,7 +148,7 @@ class FakeRunner:
         sampled = self._sampled[request]
         assert len(request.prompt_ids) + len(sampled) == chunk.start + chunk.count, "a token was sampled twice"
         sampled.append(token_of(state))
-        self.rows_wasted += request.state is State.FINISHED
+        self.rows_wasted += request.state is RequestState.FINISHED
         result.token_ids.append(sampled[-1])
         result.logprobs.append(None)
         result.top_logprobs.append(None)
