@@ -23,8 +23,8 @@ SERVED = [row for row in REPLAYED if row.refused is None]
 
 
 class FakeGraphs:
-    """Stands where `DecodeCudaGraphs` or `PiecewiseCudaGraphs` stands: the layers alone, with the low-rank pass and nothing else.
-    most: larger steps are not replayed."""
+    """Stands where `DecodeCudaGraphs` or `PiecewiseCudaGraphs` stands: the layers alone, with the low-rank pass and
+    nothing else. most: larger steps are not replayed."""
 
     def __init__(self, runner: Runner, most: int = 1000):
         self._runner = runner
