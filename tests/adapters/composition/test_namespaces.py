@@ -7,14 +7,14 @@ import pytest
 from multilora.adapters.composition.namespaces import SWEEP_AT, Namespaces
 from multilora.memory.page_pool import PagePool
 from multilora.memory.prefix_cache import PrefixCache
-from multilora.memory.reclaim import Clock
+from multilora.memory.reclaim import GdsfClock
 from multilora.params import Composition
 
 
 class World:
     def __init__(self, pages: int = 64):
         self.pool = PagePool(pages)
-        self.prefix = PrefixCache(self.pool, Clock(), page_size=2)
+        self.prefix = PrefixCache(self.pool, GdsfClock(), page_size=2)
         self.namespaces = Namespaces(self.prefix)
 
     def cache(self, namespace: int, token: int = 5) -> None:
