@@ -81,6 +81,14 @@ class Finished(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: str = ""  # error class name
 
 
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """How likely one token was, and which tokens were the likeliest at its position: raw log-softmax of the logits,
+    before penalties and temperature. What is not finite (a padded vocabulary, NaN) is None, or left out of `top`."""
+
+    logprob: float | None
+    top: list[tuple[float, int]] = []  # (logprob, token id), best first
+
+
 TopLogprobs = list[tuple[float, int]]  # (logprob, token id), best first
 
 
