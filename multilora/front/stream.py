@@ -51,7 +51,7 @@ class Delta:
 
     text: str
     token_ids: list[int]
-    logprobs: list[float] | None = None
+    logprobs: list[float | None] | None = None
     top_logprobs: list[TopLogprobs] | None = None
     input_logprobs: list[float | None] | None = None
     input_top_logprobs: list[TopLogprobs | None] | None = None
@@ -173,10 +173,10 @@ class TextStream:
         delta = Delta(
             text=text,
             token_ids=output.token_ids[:count],
-            logprobs=None if output.logprobs is None else output.logprobs[:count],
-            top_logprobs=None if output.top_logprobs is None else output.top_logprobs[:count],
-            input_logprobs=output.input_logprobs,
-            input_top_logprobs=output.input_top_logprobs,
+            logprobs=[x.logprob for x in output.logprobs[:count]] or None,
+            top_logprobs=[x.top for x in output.logprobs[:count]] or None,
+            input_logprobs=[None if x is None else x.logprob for x in output.input_logprobs] or None,
+            input_top_logprobs=[None if x is None else x.top for x in output.input_logprobs] or None,
             finished=self.finished,
             drop=self.finished is not None and output.finished is None,
         )

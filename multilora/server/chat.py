@@ -80,7 +80,7 @@ class Choices:
                 yield _chunk(index, {}, finish_reason=delta.finished.openai())
 
     def _logprobs(
-        self, tokens: list[int], logprobs: list[float] | None, top: list[TopLogprobs] | None
+        self, tokens: list[int], logprobs: list[float | None] | None, top: list[TopLogprobs] | None
     ) -> dict[str, Any] | None:
         if not self._with_logprobs:
             return None
