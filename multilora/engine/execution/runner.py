@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,7 +167,7 @@ class Runner:
         slots = forward.plan.sampling_slots
         positions = [position for c in chunks for position in c.answer_positions]
         rows = self._sampling_rows(chunks, logits, len(slots))
-        sampled = self._sampler.sample(rows, np.array(slots, np.int32), np.array(positions, np.int32))
+        sampled = self._sampler.sample(rows, slots, positions)
         self._newest = Newest({slot: i for i, slot in enumerate(slots)}, sampled.token_ids)
         prompt = [_prompt_logprobs(c, part) for c, part in zip(chunks, parts, strict=True)]
         on_host = [p.to_cpu() if p is not None else None for p in prompt]
