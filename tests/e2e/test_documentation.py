@@ -302,7 +302,7 @@ def test_sigterm_drains(tmp_path_factory):
 def test_a_dead_engine_is_noticed_at_once(tmp_path_factory):
     server = Server(log=tmp_path_factory.mktemp("server") / "log")
     try:
-        engine = next(p for p in psutil.Process(server.process.pid).children() if "engine.worker" in str(p.cmdline()))
+        engine = next(p for p in psutil.Process(server.process.pid).children() if "engine.process.worker" in str(p.cmdline()))
         with ThreadPoolExecutor(1) as thread:
             sampling = {"max_new_tokens": 2000, "ignore_eos": True}
             waiting = thread.submit(server.generate, PROMPT, None, sampling_params=sampling)
