@@ -169,6 +169,8 @@ class Engine:
         self._check_adapters(message.adapters)
         tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
         self.scheduler.components.check_fit([version for version, _ in message.adapters], tokens)
+        vocab_size = self._vocab_size_of(message.adapters)
+        self.runner.sampler.check(message.sampling, vocab_size, message.grammar)
         seed = message.sampling.sampling_seed
         self._order += 1
         return RequestSpec.of(
@@ -177,7 +179,7 @@ class Engine:
             seed=self._seeds.getrandbits(63) if seed is None else seed,
             order=self._order,
             arrival=self.scheduler.clock(),
-            vocab_size=self._vocab_size_of(message.adapters),
+            vocab_size=vocab_size,
         )
 
     def _check_adapters(self, composition: Composition) -> None:

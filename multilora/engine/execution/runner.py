@@ -129,7 +129,7 @@ class Runner:
         self._lora = lora
         self._device = device
         self._tables = PageTables(page_size)
-        self.sampler = Sampler(model.config.vocab_size, device)
+        self.sampler = Sampler(model.config.vocab_size, device, model.config.eos_token_ids)
         self._newest = Newest({}, torch.empty(0, dtype=torch.int64))
 
     def forward(self, plan: StepPlan) -> Forward:

@@ -140,11 +140,12 @@ class Sampler:
     # ------------------------------------------------------------------ one step
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, slots: Ints, positions: Ints) -> DeviceSampled:
+    def sample(self, logits: Tensor, slots: Sequence[int] | Ints, positions: Sequence[int] | Ints) -> DeviceSampled:
         """One token for each row of `logits`, fp32 [rows, vocab], which is left as it is.
 
         slots: of each row, no slot twice. positions: index of the new token within the answer.
         """
+        slots, positions = np.asarray(slots, dtype=np.int32), np.asarray(positions, dtype=np.int32)
         assert len(logits) == len(slots) == len(positions), (logits.shape, len(slots), len(positions))
         assert logits.dtype == torch.float32 and logits.shape[1] >= self.vocab_size, (logits.dtype, logits.shape)
         batch = self._table.batch(slots, positions)
@@ -170,8 +171,8 @@ class Sampler:
         )
 
     def read(self, sampled: DeviceSampled) -> Sampled:
-        """Fetch a step to the host (after its `Fence`) and advance the grammars of its rows, except by tokens that end
-        the answer and of slots that were freed meanwhile."""
+        """Fetch a step to the host (after its `Fence`) and advance the grammars of its rows, but not by a token that
+        ends the answer, nor for a slot that was freed meanwhile."""
         tokens, finite = sampled.token_ids.tolist(), sampled.finite.tolist()
         allowed = [True] * len(finite) if sampled.allowed is None else sampled.allowed.tolist()
         errors = [
@@ -208,9 +209,7 @@ class Sampler:
     def _edit(self, logits: Tensor, batch: SamplingBatch, on_device: Tensor, masks: Tensor | None) -> Tensor:
         if self.device.type == "cpu":
             return edited(logits, batch.numbers, self._edits, masks, self.vocab_size)
-        return triton_sampling.edited(
-            logits, on_device, self._edits, masks, self.vocab_size, biases=batch.biases
-        )
+        return triton_sampling.edited(logits, on_device, self._edits, masks, self.vocab_size, biases=batch.biases)
 
     def _choose(self, logits: Tensor, best: Tensor, batch: SamplingBatch, on_device: Tensor) -> Tensor:
         """int64 [rows]: the tokens, counted where there are penalties. best: fp32 [rows], the maxima of the rows."""

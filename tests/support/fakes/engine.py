@@ -7,6 +7,7 @@ against it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ class FakeRunner:
         self._last_step = 0
         self.unread: list[int] = []
         self.tokens_sampled = 0
+        self.sampler = SimpleNamespace(check=lambda params, vocab_size, grammar: None)  # what engines ask at the door
 
     def forward(self, plan: StepPlan) -> FakeForward:
         assert plan == StepPlan.decode(plan.encode()), "a plan must survive its way to another rank"
