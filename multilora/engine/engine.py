@@ -127,7 +127,7 @@ class Engine:
             case FlushCache(call):
                 self._answer(call, lambda: self.scheduler.kv.prefix.flush(self.scheduler.launched))
             case UseTokenizer(info):
-                self.runner.sampler.use_tokenizer(info)
+                self.runner.use_tokenizer(info)
             case _:
                 raise TypeError(f"not a message for the engine: {message}")
 
@@ -170,7 +170,7 @@ class Engine:
         tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
         self.scheduler.components.check_fit([version for version, _ in message.adapters], tokens)
         vocab_size = self._vocab_size_of(message.adapters)
-        self.runner.sampler.check(message.sampling, vocab_size, message.grammar)
+        self.runner.check_sampling(message.sampling, vocab_size, message.grammar)
         seed = message.sampling.sampling_seed
         self._order += 1
         return RequestSpec.of(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from multilora.lora.panels import AdapterShape, PanelLayout
 from multilora.lora.sites import MODEL_LEVEL, LoraSite
 from multilora.lora.table import LoraTable
 from multilora.models.llama import LlamaForCausalLM
+from multilora.params import SamplingParams
 from multilora.transfer import Fence, upload
 
 
@@ -129,8 +131,16 @@ class Runner:
         self._lora = lora
         self._device = device
         self._tables = PageTables(page_size)
-        self.sampler = Sampler(model.config.vocab_size, device, model.config.eos_token_ids)
+        self._sampler = Sampler(model.config.vocab_size, device, model.config.eos_token_ids)
         self._newest = Newest({}, torch.empty(0, dtype=torch.int64))
+
+    def use_tokenizer(self, info: str) -> None:
+        """See `Sampler.use_tokenizer`."""
+        self._sampler.use_tokenizer(info)
+
+    def check_sampling(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
+        """Raise BadRequest for what could not be sampled: see `Sampler.check`."""
+        self._sampler.check(params, vocab_size, grammar)
 
     def forward(self, plan: StepPlan) -> Forward:
         """Queue the forward pass of a plan. Needs no token on the host: what is unknown there is on the device.
@@ -138,9 +148,9 @@ class Runner:
         Plans come in order, none is left out, and each is sampled before the next one's forward pass.
         """
         for slot in plan.free:
-            self.sampler.free(slot)
+            self._sampler.free(slot)
         for state in plan.install:
-            self.sampler.install(state)
+            self._sampler.install(state)
         self._tables.update(plan.pages)
         if self._lora is not None:
             self._lora.apply(plan.lora)
@@ -148,7 +158,7 @@ class Runner:
 
     def needs_tokens(self, plan: StepPlan) -> bool:
         """Whether the steps before must have been read before this one can be sampled, as grammars want it."""
-        return self.sampler.needs_tokens(plan.sampling_slots)
+        return self._sampler.needs_tokens(plan.sampling_slots)
 
     @torch.inference_mode()
     def sample(self, forward: Forward) -> Launched:
@@ -156,13 +166,13 @@ class Runner:
         chunks, logits = forward.plan.chunks, forward.logits
         parts = logits.split([logit_count(c) for c in chunks])
         slots = forward.plan.sampling_slots
-        sampled = self.sampler.sample(
-            self._sampling_rows(chunks, logits, len(slots)), slots, [p for c in chunks for p in c.answer_positions]
-        )
+        positions = [position for c in chunks for position in c.answer_positions]
+        rows = self._sampling_rows(chunks, logits, len(slots))
+        sampled = self._sampler.sample(rows, np.array(slots, np.int32), np.array(positions, np.int32))
         self._newest = Newest({slot: i for i, slot in enumerate(slots)}, sampled.token_ids)
         prompt = [_prompt_logprobs(c, part) for c, part in zip(chunks, parts, strict=True)]
         on_host = [p.to_cpu() if p is not None else None for p in prompt]
-        return Launched(forward.plan, sampled.to_cpu(), on_host, Fence(self._device), self.sampler.read)
+        return Launched(forward.plan, sampled.to_cpu(), on_host, Fence(self._device), self._sampler.read)
 
     def _sampling_rows(self, chunks: list[Chunk], logits: Tensor, count: int) -> Tensor:
         """Those rows of the logits that tokens are sampled from: the last ones of each chunk."""

@@ -7,7 +7,6 @@ against it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from multilora.engine.sampling.state import SamplingState
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.lora.table import LoraTable
 from multilora.memory.page_table import KVPages
-from multilora.params import Composition
+from multilora.params import Composition, SamplingParams
 
 VOCAB = 23
 EOS = 2
@@ -131,7 +130,9 @@ class FakeRunner:
         self._last_step = 0
         self.unread: list[int] = []
         self.tokens_sampled = 0
-        self.sampler = SimpleNamespace(check=lambda params, vocab_size, grammar: None)  # what engines ask at the door
+
+    def check_sampling(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
+        """Everything goes."""
 
     def forward(self, plan: StepPlan) -> FakeForward:
         assert plan == StepPlan.decode(plan.encode()), "a plan must survive its way to another rank"
