@@ -1,10 +1,10 @@
 """What requests do to their logits before anything is chosen: penalties, logit bias, `min_new_tokens`, grammar masks.
 
 `EditTables` owns the device's memory of them: a row of token counts for each request with penalties, a row of
-(token, value) pairs for each with `logit_bias` or `min_new_tokens`. Rows are written when a request gets its slot; the
-counts grow on the device, by the sampled tokens themselves, so that nothing waits for the host. Repetition follows
-HF's rule (prompt and output, divide positive logits, multiply negative ones); frequency and presence follow OpenAI's
-(output only). The torch code here serves the CPU and specifies `triton_sampling.py`. Called by `sampler.py`.
+(token, value) pairs for each with `logit_bias` or `min_new_tokens`. Rows are written when a request gets its slot;
+the counts grow on the device, by the sampled tokens themselves, so that nothing waits for the host. Repetition
+follows HF's rule (prompt and output, divide positive logits, multiply negative ones); frequency and presence follow
+OpenAI's (output only). The torch code here serves the CPU and specifies `triton_sampling.py`. Called by `sampler.py`.
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
 """Grammar-constrained output: which tokens may come next, as bit masks from xgrammar.
 
 The front compiles grammars and sends them serialized; `GrammarCache` reads them once, `GrammarState` follows one
-request. The masks of a step are made on the host in one call, on several threads. Called by `engine/sampling/sampler.py`.
+request. The masks of a step are made on the host in one call, on several threads. Called by
+`engine/sampling/sampler.py`.
 """
 
 import hashlib

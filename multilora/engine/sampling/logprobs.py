@@ -65,7 +65,7 @@ def token_logprobs(logits: Tensor, ids: Tensor, top_k: int) -> TokenLogprobs:
 
 
 def _best_ids(logits: Tensor, k: int) -> Tensor:
-    """int64 [rows, k]: the ids of the k highest logits, the lowest ids among equals, ascending. NaN counts as −inf."""
+    """int64 [rows, k]: the ids of the k highest logits, the lowest among equals, ascending. NaN counts as −inf."""
     if logits.is_cuda:
         return triton_sampling.best_ids(logits, k)
     logits = logits.nan_to_num(float("-inf"), float("inf"), float("-inf"))

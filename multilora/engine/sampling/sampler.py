@@ -171,8 +171,8 @@ class Sampler:
         )
 
     def read(self, sampled: DeviceSampled) -> Sampled:
-        """Fetch a step to the host (after its `Fence`) and advance the grammars of its rows, except by tokens that end
-        the answer and of slots that were freed meanwhile."""
+        """Fetch a step to the host (after its `Fence`) and advance the grammars of its rows, but not by a token that
+        ends the answer, nor for a slot that was freed meanwhile."""
         tokens, finite = sampled.token_ids.tolist(), sampled.finite.tolist()
         allowed = [True] * len(finite) if sampled.allowed is None else sampled.allowed.tolist()
         errors = [

@@ -4,8 +4,8 @@
 floats. A token's *weight* is exp((logit − best) / temperature) as an integer, 2^44 for the best token: sums of
 weights are exact, whatever the order of summation, and those of 2^18 tokens fit 63 bits.
 
-The search for a row's cut keeps, per pass and row, int64 [4, BUCKETS]: the pivots (keys, ascending), how many keys from
-the pivot on up to `hi` there are, their weight, and (hi, count above hi, weight above hi, candidates collected).
+The search for a row's cut keeps a state per pass and row, int64 [4, BUCKETS]: the pivots (keys, ascending); how many
+keys from each pivot on up to `hi` there are; their weight; (hi, count above hi, weight above hi, candidates collected).
 """
 
 # mypy: disallow-untyped-defs=False
@@ -163,11 +163,11 @@ def narrow(logits_ptr, best_ptr, numbers_ptr, before_ptr, state_ptr, first_ptr, 
 @triton.jit
 def collect(logits_ptr, numbers_ptr, state_ptr, first_ptr, candidates_ptr, rows, vocab, stride,
             BLOCK: tl.constexpr, BUCKETS: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program per (row, block): copy the logits that the last pass left undecided to `candidates`, in any order."""
+    """One program per (row, block): copy the logits that the passes left undecided to `candidates`, in any order."""
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     if _number(numbers_ptr, KIND, row, rows) == TRUNCATED:
-        lo, hi, above, above_mass = _narrowed(state_ptr, first_ptr, numbers_ptr, row, rows, vocab, BUCKETS)
+        lo, hi, _, _ = _narrowed(state_ptr, first_ptr, numbers_ptr, row, rows, vocab, BUCKETS)
         i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + row * stride + i, mask=i < vocab, other=float("nan"))
         key = _key(x)
@@ -181,8 +181,8 @@ def collect(logits_ptr, numbers_ptr, state_ptr, first_ptr, candidates_ptr, rows,
 
 @triton.jit
 def _bisect(x_ptr, size, best, scale, lo, hi, above, above_mass, count, mass, BLOCK: tl.constexpr):
-    """The last kept key, and how many keys above it there are and their weight, from `size` logits of which those with
-    keys in [lo, hi] matter."""
+    """(last kept key, how many keys there are above it, their weight), from `size` logits of which those with keys in
+    [lo, hi] matter."""
     i = tl.arange(0, BLOCK)
     lowest, highest = hi, lo
     for start in range(0, size, BLOCK):
@@ -214,8 +214,8 @@ def _bisect(x_ptr, size, best, scale, lo, hi, above, above_mass, count, mass, BL
 @triton.jit
 def select(logits_ptr, best_ptr, numbers_ptr, state_ptr, first_ptr, candidates_ptr, cut_ptr, rows, vocab, stride,
            BLOCK: tl.constexpr, BUCKETS: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program per row: bisect the candidates, or all logits if there are more than CAPACITY. Writes the cut, int64
-    [rows, 2]: the last kept key, and how many tokens of that key stay."""
+    """One program per row: bisect the candidates, or all logits if there are more than CAPACITY. Writes the cut,
+    int64 [rows, 2]: the last kept key, and how many tokens of that key stay."""
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     if _number(numbers_ptr, KIND, row, rows) == TRUNCATED:
@@ -337,7 +337,8 @@ def emit(logits_ptr, cut_ptr, ids_ptr, vocab, stride, k, BLOCK: tl.constexpr, PD
 
 
 @triton.jit
-def edit(logits_ptr, out_ptr, numbers_ptr, counts_ptr, masks_ptr, rows, vocab, stride, counts_width, words, mask_vocab,
+def edit(logits_ptr, out_ptr, numbers_ptr, counts_ptr, masks_ptr,
+         rows, vocab, stride, counts_width, words, mask_vocab,
          BLOCK: tl.constexpr, MASKS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per (row, block): a copy of the logits with penalties and grammar masks."""
     wait_for_previous(PDL)

@@ -1,7 +1,7 @@
 """Sampling on CUDA: the same results as `edits.py`, `draw.py` and `logprobs.py`, without a sort and without waiting.
 
-A row is cut where top-k or top-p ends: at a key (the logit as an ordered integer), with a quota of the tokens that have
-just this key, the lowest ids first. The search for it is a radix search by counts and weights at once:
+A row is cut where top-k or top-p ends: at a key (the logit as an ordered integer), with a quota of the tokens that
+have just this key, the lowest ids first. The search for it goes by counts and weights at once:
 
     narrow × PASSES   all logits, on all multiprocessors: how many, and how heavy, from each of BUCKETS pivots on
     collect           the few logits between the pivots that remain
@@ -11,8 +11,8 @@ then `weigh` sums weights per block of tokens and `choose` inverts the cumulativ
 one. A greedy row is one cut at its maximum, with a quota of 1.
 
 Why not FlashInfer's `top_k_renorm_probs` and `top_p_renorm_probs`: they keep every token that equals the pivot, while
-of equals only the lowest ids may stay here (logits that were bf16 have many equals); they renormalize in floats, so
-that a token's mass depends on what was cut before; and top-p after top-k is another set than both on one distribution.
+of equals only the lowest ids may stay here (logits that were bf16 have many equals), and they sum and renormalize
+floats, so that what top-p keeps is decided by rounding, and differently from the specification.
 """
 
 import torch
