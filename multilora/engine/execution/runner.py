@@ -163,7 +163,7 @@ class Runner:
     def sample(self, forward: Forward) -> Launched:
         """Queue the sampling of a step, and the copies of its results to the host."""
         chunks, logits = forward.plan.chunks, forward.logits
-        parts = logits.split([logit_count(c) for c in chunks])
+        parts = torch.split(logits, [logit_count(c) for c in chunks])
         slots = forward.plan.sampling_slots
         positions = [position for c in chunks for position in c.answer_positions]
         rows = self._sampling_rows(chunks, logits, len(slots))
@@ -204,7 +204,8 @@ class Runner:
     def _layers(self, x: Tensor, batch: ForwardBatch, scope: AdapterScope) -> Tensor:
         """x: embedded rows [tokens, hidden]. Returns their hidden rows."""
         self._attention.prepare(batch.attention)
-        return self._model(x, batch.positions, self._prepared(batch.lora, len(x), scope))
+        hidden: Tensor = self._model(x, batch.positions, self._prepared(batch.lora, len(x), scope))
+        return hidden
 
     def _prepared(self, segments: tuple[LoraSegment, ...], rows: int, scope: AdapterScope) -> ForwardContext:
         """The context with the adapters ready for `rows` rows."""

@@ -35,7 +35,7 @@ COPY_CHECK_MS = 1
 class Worker:
     """The loop around one engine."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket, parent: int):
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], parent: int):
         self._engine = engine
         self._socket = socket
         self._draining = False
@@ -123,7 +123,7 @@ def main(address: str, parent: int) -> int:
     return 0
 
 
-def _give_up(context: zmq.Context) -> NoReturn:
+def _give_up(context: zmq.Context[zmq.Socket[bytes]]) -> NoReturn:
     """End here, and free nothing: after a CUDA error whatever lets go of memory of the device's, a thread that ends
     as well as an interpreter, aborts the process. The loader ends when it sees that we have."""
     context.destroy(linger=2000)
