@@ -48,11 +48,10 @@ BASE = LAYERS[-1]
 
 # The same inside adapters/, without an exception: in no row do units import each other.
 ROOMS = [
-    {"composition"},
-    {"versions"},
+    {"lifecycle"},
     {"loading", "device"},
     {"peft", "packing", "host"},
-    {"__init__", "sources", "adapter", "thread_pool"},
+    {"__init__", "sources", "adapter", "thread_pool", "composition"},
 ]
 FLOOR = {unit: len(ROOMS) - i for i, row in enumerate(ROOMS) for unit in row}
 

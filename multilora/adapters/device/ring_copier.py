@@ -69,7 +69,7 @@ class RingCopier:
         self._thread = threading.Thread(target=self._work, args=(ring,), name="adapter-copies", daemon=True)
         self._thread.start()
 
-    def start(self, buffer: torch.Tensor, pages: list[int]) -> RingCopy:
+    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> RingCopy:
         job = RingCopy(buffer, pages)
         self._jobs.put(job)
         return job

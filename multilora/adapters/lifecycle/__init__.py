@@ -1,1 +1,1 @@
-"""The adapter versions that the engine knows, with their way up and down between disk, host and device."""
+"""The life of an adapter version: its states, and the host and device tiers that it passes through."""

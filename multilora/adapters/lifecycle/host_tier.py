@@ -1,94 +1,95 @@
 """The host tier: packed adapters in host memory, bounded by number and by bytes.
 
-Entries that are pinned, or locked because a request waits for their copy to the device, stay. Everything else gives
-way least recently used first; the adapter stays registered and is fetched again when somebody asks for it.
+Entries of pinned adapters stay, and those of adapters that a request has asked for in this plan or that are being
+copied (`AdapterVersion.keep_reason`). Other entries are evicted, the least recently used first; the adapter stays
+registered and is fetched again when somebody asks for it.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Collection
 
-import torch
-
-from multilora.lora.panels import PanelLayout
-
-
-@dataclass
-class HostEntry:
-    """buffer: uint8 [layout.num_pages, page_bytes], ready to copy."""
-
-    layout: PanelLayout
-    buffer: torch.Tensor
-    pinned: bool = False
-    locked: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        return self.buffer.numel()
+from multilora.adapters.host.mapping import HostEntry
+from multilora.adapters.lifecycle.version import AdapterVersion, State
 
 
-class HostCache:
-    """version → HostEntry, in order of use."""
+class HostTier:
+    """Those that are not pinned are kept in the order of their use. max_count, max_bytes: None: no limit."""
 
     def __init__(self, max_count: int | None, max_bytes: int | None):
         self.max_count = max_count
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[int, HostEntry] = OrderedDict()
-        self._bytes = 0
+        self.nbytes = 0
+        self._pinned: dict[int, AdapterVersion] = {}
+        self._pinned_bytes = 0
+        self._by_use: OrderedDict[int, AdapterVersion] = OrderedDict()
 
-    def get(self, version: int) -> HostEntry | None:
-        """The entry, counted as used now."""
-        entry = self._entries.get(version)
-        if entry is not None:
-            self._entries.move_to_end(version)
-        return entry
-
-    def peek(self, version: int) -> HostEntry | None:
-        return self._entries.get(version)
-
-    def has_room_for(self, count: int, nbytes: int, *, ever: bool = False) -> bool:
-        """Could `count` more entries of `nbytes` in all be held once everything that may leave has left?
-
-        ever: suppose that what is only locked has left too.
-        """
-        held = [e for e in self._entries.values() if e.pinned or (e.locked and not ever)]
-        return (self.max_count is None or len(held) + count <= self.max_count) and (
-            self.max_bytes is None or sum(e.nbytes for e in held) + nbytes <= self.max_bytes
+    def has_room_for(self, count: int, nbytes: int, kept: Collection[AdapterVersion] = ()) -> bool:
+        """Could `count` more entries of `nbytes` in all be held once everything has been evicted but the pinned ones
+        and those of `kept`, which are not pinned?"""
+        kept_bytes = sum(adapter.host.nbytes for adapter in kept if adapter.host)
+        return (self.max_count is None or len(self._pinned) + len(kept) + count <= self.max_count) and (
+            self.max_bytes is None or self._pinned_bytes + kept_bytes + nbytes <= self.max_bytes
         )
 
-    def put(self, version: int, entry: HostEntry) -> list[int]:
-        """Add an entry; returns the versions that gave way.
+    def add(self, adapter: AdapterVersion, entry: HostEntry) -> None:
+        """Hold its bytes; evict others for it. The caller moves it to ON_HOST.
 
-        Locked entries may have come to fill the limits since the fetch began; they leave after their copy, and
-        until then the limits are overstepped by what was under way.
+        Entries that must stay may have come to fill the limits since the fetch began; they leave after their copy,
+        and until then the limits are overstepped by what was under way.
         """
-        assert version not in self._entries
-        gone = []
+        assert adapter.host is None
         while self._over(entry.nbytes):
-            victim = next((v for v, e in self._entries.items() if not (e.pinned or e.locked)), None)
+            victim = next((a for a in self._by_use.values() if a.host_evictable), None)
             if victim is None:
                 break
-            self.remove(victim)
-            gone.append(victim)
-        self._entries[version] = entry
-        self._bytes += entry.nbytes
-        return gone
+            self._evict(victim)
+        adapter.host = entry
+        self.nbytes += entry.nbytes
+        if adapter.pinned:
+            self._pinned[adapter.version] = adapter
+            self._pinned_bytes += entry.nbytes
+        else:
+            self._by_use[adapter.version] = adapter
 
-    def remove(self, version: int) -> None:
-        entry = self._entries.pop(version, None)
-        if entry is not None:
-            self._bytes -= entry.nbytes
+    def touch(self, adapter: AdapterVersion) -> None:
+        """Count it as used now."""
+        if not adapter.pinned:
+            self._by_use.move_to_end(adapter.version)
+
+    def remove(self, adapter: AdapterVersion) -> None:
+        """Free its bytes, if it has any here. A copy that reads them keeps them until it is done."""
+        if adapter.host is None:
+            return
+        self.nbytes -= adapter.host.nbytes
+        if adapter.pinned:
+            del self._pinned[adapter.version]
+            self._pinned_bytes -= adapter.host.nbytes
+        else:
+            del self._by_use[adapter.version]
+        adapter.host = None
+
+    def _evict(self, adapter: AdapterVersion) -> None:
+        self.remove(adapter)
+        if adapter.state is State.RESIDENT:
+            adapter.changed()
+        else:
+            adapter.move(State.REGISTERED)
 
     def _over(self, extra: int) -> bool:
-        return (self.max_count is not None and len(self._entries) + 1 > self.max_count) or (
-            self.max_bytes is not None and self._bytes + extra > self.max_bytes
+        return (self.max_count is not None and len(self) + 1 > self.max_count) or (
+            self.max_bytes is not None and self.nbytes + extra > self.max_bytes
         )
 
-    @property
-    def nbytes(self) -> int:
-        return self._bytes
-
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._pinned) + len(self._by_use)
 
-    def __contains__(self, version: int) -> bool:
-        return version in self._entries
+    def versions(self) -> list[int]:
+        """Those held here: the pinned ones first, then the others, the least recently used first."""
+        return [*self._pinned, *self._by_use]
+
+    def check(self) -> None:
+        """Raise AssertionError if the books do not balance."""
+        pinned = sum(a.host.nbytes for a in self._pinned.values() if a.host)
+        others = sum(a.host.nbytes for a in self._by_use.values() if a.host)
+        assert all(a.host for a in (*self._pinned.values(), *self._by_use.values()))
+        assert (self._pinned_bytes, self.nbytes) == (pinned, pinned + others)

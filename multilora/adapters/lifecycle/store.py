@@ -1,11 +1,8 @@
-"""Every adapter version the engine knows, and its way: disk → host → device, and back when others need the room.
+"""Every adapter version that the engine knows, and its way through the tiers (`version.py` draws it).
 
-    REGISTERED ──fetch──► ON_HOST ──copy──► RESIDENT       evicted ones return by themselves when asked for
-         ▲                   │  ▲               │
-         └──── host evicts ──┘  └─ device evicts┘
-
-The engine calls `load`, `unload` and `poll`; the scheduler calls `want`, `acquire` and `release`. Fetching happens in
-the loader, never here. Knows versions, not names.
+The engine calls `load`, `unload` and `poll_loads`; the scheduler asks through `components.py`. Fetching happens in
+the loader, never here. Knows versions, not names. An adapter that does not change costs a step nothing: the sums that
+a step asks for are counted as they change.
 """
 
 from collections.abc import Callable
@@ -15,11 +12,13 @@ from time import monotonic
 
 import torch
 
-from multilora.adapters.device.residency import Fit, Residency
-from multilora.adapters.host.cache import HostCache, HostEntry
-from multilora.adapters.loading.loader import Fetched, FetchJob, Loader
-from multilora.adapters.versions.limits import Limits
-from multilora.adapters.versions.record import Record
+from multilora.adapters.host.mapping import HostEntry
+from multilora.adapters.lifecycle.device_tier import DeviceTier
+from multilora.adapters.lifecycle.fetch_queue import FetchQueue
+from multilora.adapters.lifecycle.host_tier import HostTier
+from multilora.adapters.lifecycle.limits import Limits
+from multilora.adapters.lifecycle.version import AdapterVersion, State
+from multilora.adapters.loading.loader import Fetched, Loader
 from multilora.errors import (
     AdapterError,
     AdapterIncompatible,
@@ -33,11 +32,11 @@ from multilora.memory.reclaim import Reclaimer
 
 
 class LoadStatus(Enum):
-    """What `want` found."""
+    """What `request_load` found."""
 
-    READY = "ready"  # resident: acquire it now
+    READY = "ready"  # resident: acquire its slot now
     COMING = "coming"  # on its way
-    BLOCKED = "blocked"  # everything that could make room is in use
+    BLOCKED = "blocked"  # everything that could be evicted for it is in use
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,14 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Lost:
-    """A version that had been evicted could not be brought back; who waits for it gets this error."""
+    """A version that had been evicted could not be brought back; requests that wait for it get this error."""
 
     version: int
     error: MultiloraError
 
 
 class AdapterStore:
-    """versions → Record, over a host cache, a device tier and a loader.
+    """version → AdapterVersion, over a host tier, a device tier and a loader.
 
     total_pages: of the arena; context_pages: what one full-context request takes (for the starvation rule). settle:
     is told of every adapter that has come to the host tier, and may change where in host memory it lies.
@@ -66,8 +65,8 @@ class AdapterStore:
     def __init__(
         self,
         loader: Loader,
-        host: HostCache,
-        residency: Residency,
+        host: HostTier,
+        device: DeviceTier,
         reclaimer: Reclaimer,
         *,
         layout_of: Callable[[AdapterShape], PanelLayout],
@@ -76,272 +75,288 @@ class AdapterStore:
         page_bytes: int,
         total_pages: int,
         context_pages: int,
-        on_evict: Callable[[int], None] = lambda version: None,
     ):
-        self.loader = loader
         self.host = host
-        self.residency = residency
-        self._reclaimer = reclaimer
+        self.device = device
+        self.reclaimer = reclaimer
+        self._page_bytes = page_bytes
+        self.pinned_count = 0  # of loaded versions, wherever they are, as the pages
+        self.pinned_pages = 0
+        self._loader = loader
         self._layout_of = layout_of
         self._leaves_kv = leaves_kv
         self._settle = settle
-        self._page_bytes = page_bytes
         self._limits = Limits(
-            host, residency, page_bytes=page_bytes, total_pages=total_pages, context_pages=context_pages
+            host, device, page_bytes=page_bytes, total_pages=total_pages, context_pages=context_pages
         )
-        self._on_evict = on_evict
-        self._records: dict[int, Record] = {}
-        self._loading: set[int] = set()  # versions whose first `load` has not ended
-        self._pinned: set[int] = set()
-        self._locked: set[int] = set()  # versions whose host entry is locked
-        self._to_fetch: list[int] = []  # in order
-        self._fetching: dict[int, int] = {}  # version → bytes expected, 0 if not known yet
+        self._adapters: dict[int, AdapterVersion] = {}
+        self._fetches = FetchQueue(loader, host, page_bytes)
+        self._claims: dict[int, AdapterVersion] = {}  # claimed in this plan
+        self._pins_coming: dict[int, AdapterVersion] = {}  # pinned, and not on the device yet
+        self._loaded_count = self._loaded_pages = 0
+        self._changes: dict[int, AdapterVersion] = {}  # since `take_changes`
+        self._gone: list[int] = []  # reported versions that were unloaded since
 
     # ------------------------------------------------------------------ the engine's calls
 
     def load(self, version: int, path: str, pinned: bool) -> None:
-        """Start to bring in a new version. How it ended comes from `poll`."""
-        assert version not in self._records, "versions are never reused"
-        self._records[version] = Record(version, path, pinned)
-        self._loading.add(version)
-        self._ask(self._records[version])
+        """Start to bring in a new version. How it ended comes from `poll_loads`."""
+        assert version not in self._adapters, "versions are never reused"
+        self._adapters[version] = AdapterVersion(version, path, pinned, self._changes)
+        self._enqueue_fetch(self._adapters[version])
 
     def unload(self, version: int, fence: int) -> None:
         """Forget a version and free its memory. No request is on it. Raises AdapterNotLoaded, also while it loads."""
         if not self.known(version):
             raise AdapterNotLoaded(f"adapter version {version} does not exist")
-        self._forget(version, fence)
+        adapter = self._adapters[version]
+        assert adapter.refs == adapter.waiting == 0, "a request needs it"
+        self._loaded_count -= 1
+        self._loaded_pages -= adapter.pages
+        if adapter.pinned:
+            self.pinned_count -= 1
+            self.pinned_pages -= adapter.pages
+            self._pins_coming.pop(version, None)
+        if adapter.reported:
+            self._gone.append(version)
+        self.unclaim([version])
+        self.host.remove(adapter)
+        if adapter.state in (State.FETCHING, State.LOADING):
+            adapter.move(State.DRAINING)
+            return
+        if adapter.state is State.QUEUED:
+            self._fetches.remove(adapter)
+        if adapter.state is State.RESIDENT:
+            self.device.remove(adapter, fence)
+        self._forget(adapter)
 
-    def poll(self, fence: int) -> list[Loaded | Lost]:
+    def poll_loads(self, fence: int) -> list[Loaded | Lost]:
         """Take in what the loader and the copies have finished; start what can start."""
-        for version in self.residency.poll():
-            self._arrived_on_device(version, fence)
-        self.residency.shrink(fence)
-        events = [e for result, buffer in self.loader.poll() if (e := self._arrived(result, buffer, fence))]
-        for version in list(self._pinned):
-            if self.residency.get(version) is None:
-                self.want(version, fence, urgent=True)
-        return events + self._start_fetches(fence)
+        self._poll_copies(fence)
+        self.device.shrink(fence)
+        events = [event for done in self._fetches.poll_fetches() if (event := self._take_fetched(*done))]
+        for version in list(self._pins_coming):
+            self.request_load(version, fence, urgent=True)
+        return events + self._start_fetches()
 
     def set_limits(self, *, device_bytes: int | None, max_count: int | None, fence: int) -> None:
         """Other limits of the device tier from now on, None: none. Where less fits than is resident, idle adapters
-        leave at once and the others as soon as no request runs on them. Raises ConfigError, with nothing changed."""
-        self._limits.check_device(device_bytes, max_count, self.records())
+        are evicted at once, others as soon as no request runs on them. Raises ConfigError, with nothing changed."""
+        self._limits.check_device(device_bytes, max_count, self.loaded())
         max_pages = None if device_bytes is None else device_bytes // self._page_bytes
-        self.residency.set_limits(max_count, max_pages, fence)
+        self.device.set_limits(max_count, max_pages, fence)
 
     @property
     def busy(self) -> bool:
-        """Something is on its way that `poll` will report."""
-        return bool(self._fetching or self._to_fetch)
+        """Something is on its way that `poll_loads` will report."""
+        return bool(self._fetches)
+
+    @property
+    def working(self) -> bool:
+        """`poll_loads` has work to do: call it again without waiting for the loader."""
+        return self._loader.working
+
+    @property
+    def copying(self) -> bool:
+        """Adapters are being copied to the device, which only the next `poll_loads` notices."""
+        return bool(self.device.copying)
+
+    def fileno(self) -> int | None:
+        """Readable when the loader has something to say; None: it has no such descriptor."""
+        return self._loader.fileno()
+
+    def close(self) -> None:
+        self._loader.close()
+        self.device.close()
 
     # ------------------------------------------------------------------ the scheduler's calls
 
     def begin_plan(self) -> None:
-        """A new plan: what nobody asks for in it may leave host memory."""
-        for version in list(self._locked):
-            resident = self.residency.get(version)
-            if resident is None or resident.ready:  # else a copy still reads it
-                self._unlock(version)
+        """A new plan: what nobody asks for in it may be evicted."""
+        self.unclaim(list(self._claims))
 
-    def want(self, version: int, fence: int, *, urgent: bool = False, spare: int = 0) -> LoadStatus:
+    def request_load(self, version: int, fence: int, *, urgent: bool = False, spare: int = 0) -> LoadStatus:
         """Is the version resident? If not, do the next thing that brings it nearer.
 
-        urgent: adapters that other waiting requests will ask for may give way. spare: pages to leave for others.
+        urgent: adapters that other waiting requests will ask for may be evicted. spare: pages to leave for others.
         """
-        record = self._records[version]
-        resident = self.residency.get(version)
-        if resident is not None:
-            return LoadStatus.READY if resident.ready else LoadStatus.COMING
-        entry = self.host.get(version)
-        if entry is None:
-            self._ask(record)
-            return LoadStatus.COMING
-        if record.asked_at is None:
-            record.asked_at = monotonic()
-        pages = entry.layout.num_pages
-        if self.residency.room_for(pages, self._reclaimer.available() - spare, urgent=urgent) is Fit.NO:
-            return LoadStatus.BLOCKED  # not locked: who knows how long it would keep others out of host memory
-        entry.locked = True
-        self._locked.add(version)
-        self.residency.make_room(pages, fence)
-        self._reclaimer.ensure(pages, fence)
-        if self.residency.pool.ready < pages:
+        adapter = self._adapters[version]
+        match adapter.state:
+            case State.RESIDENT:
+                return LoadStatus.READY
+            case State.REGISTERED | State.FAILED:
+                self._enqueue_fetch(adapter)
+            case State.ON_HOST:
+                return self._request_copy(adapter, fence, urgent, spare)
+        return LoadStatus.COMING
+
+    def _request_copy(self, adapter: AdapterVersion, fence: int, urgent: bool, spare: int) -> LoadStatus:
+        self.host.touch(adapter)
+        if adapter.asked_at is None:
+            adapter.asked_at = monotonic()
+        if not self.device.has_room_for(adapter.pages, self.reclaimer.available() - spare, urgent=urgent):
+            return LoadStatus.BLOCKED  # not claimed: who knows how long it would keep others out of host memory
+        self._claim(adapter)
+        self.device.make_room(adapter.pages, fence)
+        self.reclaimer.ensure(adapter.pages, fence)
+        if self.device.pool.ready < adapter.pages:
             return LoadStatus.COMING  # the rest is free once the running step has finished
-        resident = self.residency.start(version, entry, record.pinned)
-        record.loads += 1
-        for finished in self.residency.poll():
-            self._arrived_on_device(finished, fence)
-        return LoadStatus.READY if resident.ready else LoadStatus.COMING
+        self.unclaim([adapter.version])  # its state keeps it from now on
+        self.device.start_copy(adapter)
+        self._poll_copies(fence)
+        return LoadStatus.READY if adapter.state is State.RESIDENT else LoadStatus.COMING
 
-    def acquire(self, version: int) -> int:
-        return self.residency.acquire(version)
+    def claim_on_device(self, version: int) -> bool:
+        """Keep it on the device until the next plan, though nobody runs on it. False: it is not there, or claimed."""
+        adapter = self._adapters[version]
+        if adapter.device is None or adapter.claimed:
+            return False
+        self._claim(adapter)
+        return True
 
-    def release(self, version: int) -> None:
-        self.residency.release(version)
+    def unclaim(self, versions: list[int]) -> None:
+        """End the claims of this plan on those of them that have one."""
+        for version in versions:
+            if adapter := self._claims.pop(version, None):
+                adapter.claimed = False
+                self.device.refile(adapter)
 
-    def pinned_pages(self) -> int:
-        """Of every pinned version, resident already or not."""
-        return sum(self._records[v].pages for v in self._pinned)
+    def _claim(self, adapter: AdapterVersion) -> None:
+        adapter.claimed = True
+        self._claims[adapter.version] = adapter
+        self.device.refile(adapter)
 
-    def host_bytes_of(self, version: int) -> int:
-        entry = self.host.peek(version)
-        return entry.nbytes if entry else 0
-
-    def device_bytes_of(self, version: int) -> int:
-        resident = self.residency.get(version)
-        return len(resident.pages) * self._page_bytes if resident else 0
-
-    def bytes_of(self, version: int) -> int:
-        """Packed size."""
-        return self._records[version].pages * self._page_bytes
-
-    def slot_of(self, version: int) -> int:
-        """In the LoRA table; the version is resident."""
-        resident = self.residency.get(version)
-        assert resident is not None and resident.ready
-        return resident.slot
-
-    def count_request(self, version: int) -> None:
-        """A request asks for it for the first time: a hit if it is resident already."""
-        record, resident = self._records[version], self.residency.get(version)
-        hit = resident is not None and resident.ready
-        record.hits += hit
-        record.misses += not hit
+    # ------------------------------------------------------------------ what is known
 
     def known(self, version: int) -> bool:
-        return version in self._records and version not in self._loading
+        """Its first load has ended well, and it has not been unloaded."""
+        adapter = self._adapters.get(version)
+        return adapter is not None and adapter.known
 
-    def pages_of(self, version: int) -> int:
-        return self._records[version].pages
+    def get(self, version: int) -> AdapterVersion:
+        return self._adapters[version]
 
-    def record(self, version: int) -> Record:
-        return self._records[version]
+    def loaded(self) -> list[AdapterVersion]:
+        """Every known version. O(adapters)."""
+        return [adapter for adapter in self._adapters.values() if adapter.known]
 
-    def records(self) -> list[Record]:
-        """Of every version whose load has ended well."""
-        return [r for v, r in self._records.items() if v not in self._loading]
-
-    def evicted(self, version: int) -> None:
-        """`Residency` tells that this version gave way."""
-        self._records[version].evictions += 1
-        self._on_evict(version)
+    def take_changes(self) -> tuple[list[AdapterVersion], list[int]]:
+        """What differs since the last call: known versions whose statistics have changed, and versions that were
+        reported once and have been unloaded. O(changes)."""
+        changed, gone = [adapter for adapter in self._changes.values() if adapter.known], self._gone
+        self._gone = []
+        self._changes.clear()
+        for adapter in changed:
+            adapter.reported = True
+        return changed, gone
 
     def slots(self) -> tuple[int, int]:
         """(resident now, how many could be: the limit, or what memory holds at the loaded adapters' mean size)."""
-        if self.residency.max_count is not None:
-            return len(self.residency), self.residency.max_count
-        sizes = [r.pages for r in self.records()]
+        if self.device.max_count is not None:
+            return len(self.device), self.device.max_count
         room = self._limits.device_pages
-        return len(self.residency), int(room / (sum(sizes) / len(sizes))) if sizes else 0
+        return len(self.device), room * self._loaded_count // self._loaded_pages if self._loaded_pages else 0
 
     def check(self) -> None:
-        self.residency.check()
-        assert set(self._fetching) | set(self._to_fetch) >= self._loading, "a load that nobody works on"
-
-    def close(self) -> None:
-        self.loader.close()
-        self.residency.close()
+        """Raise AssertionError if the books do not balance. O(adapters)."""
+        adapters, loaded = self._adapters.values(), self.loaded()
+        self.host.check()
+        self.device.check()
+        self._fetches.check(adapters)
+        for adapter in adapters:
+            adapter.check()
+        assert self._claims.keys() == {a.version for a in adapters if a.claimed}
+        assert (self._loaded_count, self._loaded_pages) == (len(loaded), sum(a.pages for a in loaded))
+        pinned = [a for a in loaded if a.pinned]
+        assert (self.pinned_count, self.pinned_pages) == (len(pinned), sum(a.pages for a in pinned))
+        assert self._pins_coming.keys() == {a.version for a in pinned if a.state is not State.RESIDENT}
 
     # ------------------------------------------------------------------ inside
 
-    def _ask(self, record: Record) -> None:
-        if not record.fetching:
-            record.fetching = True
-            if record.version not in self._loading:
-                record.asked_at = monotonic()
-            self._to_fetch.append(record.version)
+    def _enqueue_fetch(self, adapter: AdapterVersion) -> None:
+        if adapter.known:
+            adapter.asked_at = monotonic()
+        self._fetches.add(adapter)
 
-    def _start_fetches(self, fence: int) -> list[Loaded | Lost]:
-        """In order, as long as the host tier can hold what comes. Returns those that it never could."""
+    def _start_fetches(self) -> list[Loaded | Lost]:
+        """Returns what becomes of those that the host tier could never hold."""
         limits = [b for b in (self.host.max_bytes, self._limits.largest_bytes()) if b is not None]
-        failed = []
-        while self._to_fetch:
-            record = self._records[self._to_fetch[0]]
-            expected = record.pages * self._page_bytes
-            if not self.host.has_room_for(1, expected, ever=True):
-                self._to_fetch.pop(0)
-                message = f"{record.path}: pinned adapters fill --max-loaded-loras or --lora-host-bytes"
-                failed.append(self._fail(record, AdapterStarvation(f"starvation: {message}"), fence))
-                continue
-            if not self.host.has_room_for(len(self._fetching) + 1, sum(self._fetching.values()) + expected):
-                break
-            self._to_fetch.pop(0)
-            self._fetching[record.version] = expected
-            record.fetches += 1
-            self.loader.submit(FetchJob(record.version, record.path, min(limits)))
-        return failed
+        hopeless = self._fetches.start_fetches(min(limits), self._kept_on_host())
+        message = "starvation: {}: pinned adapters fill --max-loaded-loras or --lora-host-bytes"
+        return [self._fail(adapter, AdapterStarvation(message.format(adapter.path))) for adapter in hopeless]
 
-    def _arrived(self, result: Fetched, buffer: torch.Tensor | None, fence: int) -> Loaded | Lost | None:
-        self._fetching.pop(result.version, None)
-        record = self._records.get(result.version)
-        if record is None:
-            return None  # unloaded while it was on its way
-        record.fetching = False
-        first = record.version in self._loading
+    def _kept_on_host(self) -> list[AdapterVersion]:
+        """Those that are not pinned and whose bytes must stay on the host all the same."""
+        candidates = {a.version: a for a in (*self._claims.values(), *self.device.copying)}
+        return [a for a in candidates.values() if a.host is not None and not a.pinned and not a.host_evictable]
+
+    def _take_fetched(
+        self, adapter: AdapterVersion, result: Fetched, buffer: torch.Tensor | None
+    ) -> Loaded | Lost | None:
+        if adapter.state is State.DRAINING:
+            self._forget(adapter)
+            return None
+        first = adapter.layout is None
         try:
             if result.kind:
                 raise from_wire(result.kind, result.message)
-            assert buffer is not None
-            self._accept(record, result, buffer, first)
+            assert buffer is not None and result.shape is not None
+            layout = self._layout_of(result.shape)
+            self._check_fetched(adapter, result, layout, buffer.numel())
         except MultiloraError as error:
-            return self._fail(record, error, fence)
-        self._loading.discard(record.version)
-        return Loaded(record.version) if first else None
-
-    def _fail(self, record: Record, error: MultiloraError, fence: int) -> Loaded | Lost:
-        """A fetch ended badly: a new version is forgotten, an old one may be asked for again."""
-        record.fetching = False
-        record.asked_at = None
-        if record.version not in self._loading:
-            return Lost(record.version, error)
-        self._forget(record.version, fence)
-        return Loaded(record.version, error)
-
-    def _accept(self, record: Record, result: Fetched, buffer: torch.Tensor, first: bool) -> None:
-        assert result.shape is not None
-        layout = self._layout_of(result.shape)
-        if not first and result.fingerprint != record.fingerprint:
-            raise AdapterError(f"{record.path} has changed since it was loaded: unload it and load it again")
+            return self._fail(adapter, error)
         if first:
-            self._limits.check_room(record.path, layout.num_pages, self.pinned_pages())
-            if record.pinned:
-                self._limits.check_pin(record.path, layout.num_pages, self.records())
-        if not self.host.has_room_for(1, buffer.numel(), ever=True):
-            raise AdapterIncompatible(f"{record.path}: pinned adapters leave it no room in --lora-host-bytes")
-        entry = HostEntry(layout, buffer, pinned=record.pinned)
-        self.host.put(record.version, entry)
+            self._take_facts(adapter, result, layout)
+        entry = HostEntry(layout, buffer)
+        self.host.add(adapter, entry)
+        adapter.move(State.ON_HOST)
         self._settle(entry)
-        record.layout, record.rank, record.target_modules = layout, result.rank, result.target_modules
-        record.fingerprint, record.invocation_tokens = result.fingerprint, result.invocation_tokens
-        record.leaves_kv = self._leaves_kv(result.shape)
-        if record.pinned:
-            self._pinned.add(record.version)
+        return Loaded(adapter.version) if first else None
 
-    def _arrived_on_device(self, version: int, fence: int) -> None:
-        record = self._records.get(version)
-        if record is None:  # unloaded while it was being copied
-            self.residency.remove(version, fence)
-            return
-        if record.asked_at is not None:
-            record.load_seconds += monotonic() - record.asked_at
-            record.asked_at = None
-        self._unlock(version)
+    def _check_fetched(self, adapter: AdapterVersion, result: Fetched, layout: PanelLayout, nbytes: int) -> None:
+        """Raise AdapterError for one that cannot be taken in."""
+        if adapter.layout is None:
+            self._limits.check_room(adapter.path, layout.num_pages, self.pinned_pages)
+            if adapter.pinned:
+                self._limits.check_pin(adapter.path, layout.num_pages, self.loaded())
+        elif result.fingerprint != adapter.fingerprint:
+            raise AdapterError(f"{adapter.path} has changed since it was loaded: unload it and load it again")
+        if not self.host.has_room_for(1, nbytes):
+            raise AdapterIncompatible(f"{adapter.path}: pinned adapters leave it no room in --lora-host-bytes")
 
-    def _unlock(self, version: int) -> None:
-        self._locked.discard(version)
-        entry = self.host.peek(version)
-        if entry is not None:
-            entry.locked = False
+    def _take_facts(self, adapter: AdapterVersion, result: Fetched, layout: PanelLayout) -> None:
+        """Its first fetch went well: it is known from now on."""
+        adapter.layout, adapter.rank, adapter.target_modules = layout, result.rank, result.target_modules
+        adapter.fingerprint, adapter.invocation_tokens = result.fingerprint, result.invocation_tokens
+        adapter.leaves_kv = self._leaves_kv(layout.shape)
+        self._loaded_count += 1
+        self._loaded_pages += adapter.pages
+        if adapter.pinned:
+            self.pinned_count += 1
+            self.pinned_pages += adapter.pages
+            self._pins_coming[adapter.version] = adapter
 
-    def _forget(self, version: int, fence: int) -> None:
-        resident = self.residency.get(version)
-        if resident is not None and resident.ready:
-            self.residency.remove(version, fence)
-        if version in self._to_fetch:
-            self._to_fetch.remove(version)
-        self._loading.discard(version)
-        self._locked.discard(version)
-        self._pinned.discard(version)
-        self.host.remove(version)
-        del self._records[version]
+    def _fail(self, adapter: AdapterVersion, error: MultiloraError) -> Loaded | Lost:
+        """A fetch ended badly: a new version is forgotten, an old one may be asked for again."""
+        adapter.asked_at = None
+        if adapter.known:
+            adapter.move(State.FAILED)
+            return Lost(adapter.version, error)
+        self._forget(adapter)
+        return Loaded(adapter.version, error)
+
+    def _poll_copies(self, fence: int) -> None:
+        for adapter in self.device.poll_copies():
+            if adapter.state is State.DRAINING:
+                self.device.remove(adapter, fence)
+                self._forget(adapter)
+                continue
+            if adapter.asked_at is not None:
+                adapter.load_seconds += monotonic() - adapter.asked_at
+                adapter.asked_at = None
+            self._pins_coming.pop(adapter.version, None)
+
+    def _forget(self, adapter: AdapterVersion) -> None:
+        adapter.move(State.GONE)
+        del self._adapters[adapter.version]
+        del self._changes[adapter.version]

@@ -11,9 +11,10 @@ import bisect
 from collections.abc import Callable
 from time import monotonic
 
-from multilora.adapters.composition.components import Components
 from multilora.adapters.composition.namespaces import Namespaces
-from multilora.adapters.versions.store import AdapterStore, LoadStatus
+from multilora.adapters.lifecycle.components import Components
+from multilora.adapters.lifecycle.disabled import AnyStore
+from multilora.adapters.lifecycle.store import LoadStatus
 from multilora.engine.messages import Finished, Output
 from multilora.engine.plan import Chunk, StepPlan, StepResult
 from multilora.engine.scheduling.admission import MAX_WAIT, Admission
@@ -26,12 +27,10 @@ from multilora.params import Composition
 
 
 class Scheduler:
-    """adapters: None when LoRA is off."""
-
     def __init__(
         self,
         kv: KVPages,
-        adapters: AdapterStore | None,
+        adapters: AnyStore,
         namespaces: Namespaces,
         *,
         eos_token_ids: tuple[int, ...],
@@ -42,7 +41,6 @@ class Scheduler:
         clock: Callable[[], float] = monotonic,
     ):
         self.kv = kv
-        self.adapters = adapters
         self.namespaces = namespaces
         self.components = Components(adapters, kv)
         self.waiting: list[Request] = []  # by order
@@ -146,7 +144,7 @@ class Scheduler:
         """An adapter comes only if the request could start then, and those that run go on for a while."""
         self._count_hit(request)
         spare = self.kv.pages_for(request.num_tokens + 1) + len(self.running)
-        found = self.components.want(request.versions, self.launched, urgent=urgent, spare=spare)
+        found = self.components.request_load(request.versions, self.launched, urgent=urgent, spare=spare)
         if found is LoadStatus.BLOCKED:
             self._fail_if_unfittable(request)
         return found
@@ -169,14 +167,14 @@ class Scheduler:
 
     def _start(self, request: Request) -> bool:
         """Make a waiting request run, if the pages of all its tokens can be had. Its adapters are resident."""
-        self.components.acquire(request.versions)
+        self.components.acquire_slots(request.versions)
         matched = self.kv.match(request.tokens(), request.namespaces.of, request.match_limit)
         table = self.kv.start(matched)
         spare = len(self.running)  # so that those who decode can go on for a while
         need = self.kv.pages_for(request.num_tokens + 1) - len(matched) + spare
         if self.kv.reclaimer.available() < need:
             self.kv.release(table, self.launched)
-            self.components.release(request.versions)
+            self.components.release_slots(request.versions)
             return False
         self._dequeue(request)
         self.running.append(request)
@@ -331,19 +329,21 @@ class Scheduler:
         """Leave `running`; pages and adapters are fenced by the last step launched, which may still use them."""
         self.running.remove(request)
         self.kv.release(request.table, self.launched)
-        self.components.release(request.versions)
+        self.components.release_slots(request.versions)
 
     def _fail(self, request: Request, error: MultiloraError) -> None:
         self.end(request.rid, Finished(type="error", kind=error.kind, message=error.message))
 
     def _enqueue(self, request: Request) -> None:
         bisect.insort(self.waiting, request, key=lambda r: r.order)
+        self.components.count_waiting(request.versions, 1)
 
     def _dequeue(self, request: Request) -> None:
         self.waiting.remove(request)
+        self.components.count_waiting(request.versions, -1)
         if request.queued_demand:
             request.queued_demand = False
-            self.components.dequeue(request.versions)
+            self.components.count_demand(request.versions, -1)
 
     def _matched_pages(self, request: Request) -> int:
         return len(self.kv.match(request.tokens(), request.namespaces.of, request.match_limit))

@@ -490,5 +490,5 @@ def test_hits_and_misses_are_counted_per_part():
     for rid, adapters in (("a", MIX[:2]), ("b", MIX[1:]), ("c", only(1))):
         driver.submit(rid, prompt(3), adapters=adapters)
         driver.run()
-    records = [driver.tiers.store.record(version) for version in (1, 2, 3)]
+    records = [driver.tiers.store.get(version) for version in (1, 2, 3)]
     assert [(r.hits, r.misses) for r in records] == [(1, 1), (1, 1), (0, 1)]

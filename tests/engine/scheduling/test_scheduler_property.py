@@ -64,7 +64,7 @@ class CheckedScheduler(Scheduler):
             assert chunk.sample == (request.samples and chunk.count == request.remaining)
             assert chunk.known or (chunk.count == 1 and request.in_flight == 1 and request.edits is None)
             assert chunk.answer_index == len(request.output_ids) + request.in_flight
-            assert chunk.slots == tuple(self.adapters.slot_of(v) for v in request.versions)
+            assert chunk.slots == self.components.slots(request.versions)
             assert len(chunk.weights) == len(chunk.slots)
             assert chunk.pre_activation == len(
                 [p for p in range(chunk.start, request.activation) if p < chunk.start + chunk.count]
@@ -306,9 +306,9 @@ class World:
         self.check_pages(running)
         users = Counter(version for r in running for version in r.versions)
         for version in [*self.loaded, *users]:
-            resident = self.tiers.residency.get(version)
-            assert users[version] == (resident.refs if resident else 0)
-            assert not users[version] or self.tiers.weights_are(version, resident.slot)
+            adapter = self.tiers.store.get(version)
+            assert users[version] == adapter.refs
+            assert not users[version] or self.tiers.weights_are(version, adapter.slot)
 
     def check_pages(self, running: list[Request]) -> None:
         """Only full pages are shared, at the same place, and the cache knows by how many."""
@@ -358,12 +358,13 @@ class World:
         assert not self.live, "no progress"
         assert not self.loading
         assert not self.unloading
-        assert not self.tiers.residency.awaited, "somebody who waits no more still keeps an adapter"
+        for adapter in self.tiers.store.loaded():
+            assert adapter.waiting == adapter.queued_demand == 0, "nothing waits for it any more"
         for version in list(self.loaded):
             self.engine.handle(UnloadAdapter(self.next(), version))
         self.engine.handle(FlushCache(self.next()))
         for _ in range(10):  # copies of unloaded adapters come to their end
-            self.tiers.store.poll(self.scheduler.launched)
+            self.tiers.store.poll_loads(self.scheduler.launched)
         self.tiers.check()
         assert self.tiers.pool.free == self.tiers.pool.total
         assert len(self.tiers.host) == 0
