@@ -11,7 +11,7 @@ import torch
 from multilora.lora.panels import PanelLayout
 
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: map pages that are there already, at once instead of by faults
-POPULATE_BYTES = 4 << 20  # at a time, as whoever maps something else in this process waits meanwhile
+POPULATE_BYTES = 4 << 20  # at a time: no other thread of this process can map memory meanwhile
 
 TMPFS = 0x01021994
 
@@ -37,9 +37,9 @@ def map_file(fd: int, nbytes: int) -> torch.Tensor:
     return torch.from_file(f"/dev/fd/{fd}", shared=True, size=nbytes, dtype=torch.uint8)
 
 
-def populate(memory: torch.Tensor) -> None:
-    """Bring in the pages of a contiguous tensor that begins with one, for reading. Holds no GIL. An older kernel does
-    nothing: pages come when they are touched."""
+def populate_for_reading(memory: torch.Tensor) -> None:
+    """Map the pages of a contiguous tensor that begins with one. Does not hold the GIL. An older kernel does nothing:
+    pages are mapped when they are touched."""
     start, nbytes = memory.data_ptr(), memory.nbytes
     for at in range(0, nbytes, POPULATE_BYTES):
         _madvise(start + at, min(POPULATE_BYTES, nbytes - at), POPULATE_READ)
@@ -52,7 +52,7 @@ def lies_in_memory(fd: int) -> bool:
 
 
 def own_memory(nbytes: int) -> torch.Tensor:
-    """uint8 [nbytes], zero; in huge pages if the system has some to give: fewer to bring in and to give back."""
+    """uint8 [nbytes], zero; in huge pages if the system has some free: fewer to map and to free."""
     memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -64,8 +64,8 @@ class DeviceTier:
         self._on_evict = on_evict
         self._residents: dict[int, AdapterVersion] = {}  # those being copied included
         self._in_flight: dict[int, CopyInFlight] = {}  # in the order of their starts
-        self._idle = _Idle()  # nobody will ask for them soon
-        self._demanded = _Idle()  # idle as well, but waiting requests will ask for them
+        self._idle = _Idle()  # no waiting request will ask for them soon
+        self._demanded = _Idle()  # idle as well, but some will
         self._free_slots: list[int] = []
         self._tick = 0
         self._shrinking = False  # a limit was lowered; what is in use still exceeds it

@@ -70,9 +70,9 @@ class FetchQueue:
     def check(self, adapters: Iterable[AdapterVersion]) -> None:
         """Raise AssertionError if these, all there are, are not where their states say."""
         queued = {a.version for a in adapters if a.state is State.QUEUED}
-        assert sorted(a.version for a in self._queued) == sorted(queued), "a load that nobody works on"
+        assert sorted(a.version for a in self._queued) == sorted(queued), "a queued adapter was lost"
         fetching = {
             a.version for a in adapters if a.state is State.FETCHING or (a.state is State.DRAINING and not a.device)
         }
-        assert self._fetching.keys() == fetching, "a fetch that nobody works on"
+        assert self._fetching.keys() == fetching, "a fetch was lost"
         assert self._fetching_bytes == sum(self._nbytes(a) for a in self._fetching.values())

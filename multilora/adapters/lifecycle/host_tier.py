@@ -2,7 +2,7 @@
 
 Entries of pinned adapters stay, and those of adapters that a request has asked for in this plan or that are being
 copied (`AdapterVersion.keep_reason`). Other entries are evicted, the least recently used first; the adapter stays
-registered and is fetched again when somebody asks for it.
+registered and is fetched again when a request asks for it.
 """
 
 from collections import OrderedDict

@@ -172,7 +172,7 @@ class AdapterStore:
     # ------------------------------------------------------------------ the scheduler's calls
 
     def begin_plan(self) -> None:
-        """A new plan: what nobody asks for in it may be evicted."""
+        """A new plan: adapters that no request asks for in it may be evicted."""
         self.unclaim(list(self._claims))
 
     def request_load(self, version: int, fence: int, *, urgent: bool = False, spare: int = 0) -> LoadStatus:
@@ -195,7 +195,7 @@ class AdapterStore:
         if adapter.asked_at is None:
             adapter.asked_at = monotonic()
         if not self.device.has_room_for(adapter.pages, self.reclaimer.available() - spare, urgent=urgent):
-            return LoadStatus.BLOCKED  # not claimed: who knows how long it would keep others out of host memory
+            return LoadStatus.BLOCKED  # not claimed: that could keep others out of host memory for long
         self._claim(adapter)
         self.device.make_room(adapter.pages, fence)
         self.reclaimer.ensure(adapter.pages, fence)
@@ -207,7 +207,8 @@ class AdapterStore:
         return LoadStatus.READY if adapter.state is State.RESIDENT else LoadStatus.COMING
 
     def claim_on_device(self, version: int) -> bool:
-        """Keep it on the device until the next plan, though nobody runs on it. False: it is not there, or claimed."""
+        """Keep it on the device until the next plan, though no request runs on it yet. False: it is not there, or
+        claimed already."""
         adapter = self._adapters[version]
         if adapter.device is None or adapter.claimed:
             return False

@@ -108,8 +108,8 @@ class AdapterVersion:
     hits: int = 0  # requests that found it resident
     misses: int = 0
     load_seconds: float = 0.0
-    asked_at: float | None = None  # since when somebody has waited for it
-    reported: bool = False  # whoever takes the changes has heard of it
+    asked_at: float | None = None  # since when a request, or a pin, has waited for it
+    reported: bool = False  # `take_changes` has returned it
 
     # ------------------------------------------------------------------ states
 
