@@ -58,8 +58,8 @@ class Staging:
         return self._pinned
 
     def view(self, start: int, nbytes: int, release: Callable[[int], None]) -> torch.Tensor:
-        """uint8 [nbytes] from `start` on. `release(start)` is called, on any thread, when no view of it is left; until
-        it has returned the view counts as used."""
+        """uint8 [nbytes] from `start` on. `release(start)` is called, on any thread, when no view of it is left; the
+        view counts as used until it has returned."""
         part = (ctypes.c_ubyte * nbytes).from_buffer(self._memory, start)
         with self._lock:
             self._views += 1
