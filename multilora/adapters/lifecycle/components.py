@@ -2,7 +2,7 @@
 
 A composition waits until every component can be resident beside the others; until then it keeps no slot from others.
 So that two compositions can never wait for each other, components are kept for one only within one plan, oldest
-request first. Called by the scheduler, with versions in ascending order; none of them is the base model.
+request first. Versions come in ascending order; none of them is the base model.
 """
 
 from collections.abc import Sequence

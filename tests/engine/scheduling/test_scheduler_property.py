@@ -305,9 +305,11 @@ class World:
         assert [r.order for r in waiting] == sorted(r.order for r in waiting)
         self.check_pages(running)
         users = Counter(version for r in running for version in r.versions)
-        for version in [*self.loaded, *users]:
+        queued = Counter(version for r in waiting for version in r.versions)
+        for version in [*self.loaded, *users, *queued]:
             adapter = self.tiers.store.get(version)
-            assert users[version] == adapter.refs
+            assert (adapter.refs, adapter.waiting) == (users[version], queued[version])
+            assert adapter.queued_demand <= adapter.waiting
             assert not users[version] or self.tiers.weights_are(version, adapter.slot)
 
     def check_pages(self, running: list[Request]) -> None:
