@@ -49,9 +49,9 @@ BASE = LAYERS[-1]
 # The same inside adapters/, without an exception: in no row do units import each other.
 ROOMS = [
     {"lifecycle"},
-    {"loading", "device"},
+    {"loading", "device", "composition"},
     {"peft", "packing", "host"},
-    {"__init__", "sources", "adapter", "thread_pool", "composition"},
+    {"__init__", "sources", "adapter", "thread_pool"},
 ]
 FLOOR = {unit: len(ROOMS) - i for i, row in enumerate(ROOMS) for unit in row}
 
