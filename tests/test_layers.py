@@ -48,9 +48,8 @@ BASE = LAYERS[-1]
 
 # The same inside adapters/, without an exception: in no row do units import each other.
 ROOMS = [
-    {"composition"},
-    {"versions"},
-    {"loading", "device"},
+    {"lifecycle"},
+    {"loading", "device", "composition"},
     {"peft", "packing", "host"},
     {"__init__", "sources", "adapter", "thread_pool"},
 ]

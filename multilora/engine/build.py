@@ -13,17 +13,18 @@ from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.composition.kv_invariance import leaves_kv
 from multilora.adapters.composition.namespaces import Namespaces
 from multilora.adapters.device.copier import Copier, DirectCopier
-from multilora.adapters.device.residency import Residency
 from multilora.adapters.device.ring_copier import RingCopier
-from multilora.adapters.host.cache import HostCache
 from multilora.adapters.host.spare_memory import spare_memory
 from multilora.adapters.host.staging import STAGING_BYTES, Staging
+from multilora.adapters.lifecycle.device_tier import DeviceTier
+from multilora.adapters.lifecycle.disabled import AnyStore, DisabledStore
+from multilora.adapters.lifecycle.host_tier import HostTier
+from multilora.adapters.lifecycle.store import AdapterStore
 from multilora.adapters.loading.dora_bias import DoraBiasLoader
 from multilora.adapters.loading.loader import FetchContext, Loader
 from multilora.adapters.loading.process import ProcessLoader
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.peft.base_model import BaseModel
-from multilora.adapters.versions.store import AdapterStore
 from multilora.attention import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
 from multilora.config import Config
@@ -150,7 +151,7 @@ def _scheduler(
     model: ModelConfig,
     memory: _Memory,
     reclaimer: Reclaimer,
-    adapters: AdapterStore | None,
+    adapters: AnyStore,
     journal: LoraJournal,
 ) -> Scheduler:
     return Scheduler(
@@ -241,11 +242,11 @@ def _lora(
     journal: LoraJournal,
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
-) -> tuple[AdapterStore | None, RunnerLora | None, Reclaimer]:
+) -> tuple[AnyStore, RunnerLora | None, Reclaimer]:
     """What adapters need, if they are enabled; and who makes room in the arena."""
     if config.enable_lora:
         return _build_lora(config, model, memory, journal, make_loader, make_copier)
-    return None, None, Reclaimer(memory.pool, memory.clock, [memory.prefix])
+    return DisabledStore(), None, Reclaimer(memory.pool, memory.clock, [memory.prefix])
 
 
 def _build_lora(
@@ -264,7 +265,7 @@ def _build_lora(
         config.lora_backend, table, arena.device, sites=sites, chunk_rows=config.max_lora_chunk_size
     )
     limit = config.lora_device_bytes
-    residency = Residency(
+    device = DeviceTier(
         pool,
         clock,
         journal,
@@ -272,9 +273,9 @@ def _build_lora(
         policy=config.lora_eviction_policy,
         max_count=config.max_loras_per_batch,
         max_pages=None if limit is None else limit // layout.page_bytes,
-        on_evict=lambda version: store.evicted(version),
+        on_evict=memory.namespaces.demote,
     )
-    reclaimer = Reclaimer(pool, clock, [memory.prefix, residency])
+    reclaimer = Reclaimer(pool, clock, [memory.prefix, device])
     targets = None if config.lora_target_modules in (None, ("all",)) else config.lora_target_modules
     base = BaseModel.of(model.config, sites, _weights_dir(config))
     context = FetchContext(base, target, AdapterLimits(config.max_lora_rank, targets), config.lora_root)
@@ -282,15 +283,14 @@ def _build_lora(
     loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
     store = AdapterStore(
         DoraBiasLoader(loader, target, model.linear),
-        HostCache(config.max_loaded_loras, config.lora_host_bytes),
-        residency,
+        HostTier(config.max_loaded_loras, config.lora_host_bytes),
+        device,
         reclaimer,
         layout_of=target.layout,
         leaves_kv=lambda shape: leaves_kv(shape, sites),
         page_bytes=layout.page_bytes,
         total_pages=pool.total,
         context_pages=layout.pages_for(model.config.context_length),
-        on_evict=memory.namespaces.demote,
         settle=staging.settle if staging is not None else lambda entry: None,
     )
     return store, RunnerLora(backend, table, sites, target.layout), reclaimer

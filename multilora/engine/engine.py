@@ -8,7 +8,8 @@ import random
 from collections import deque
 from collections.abc import Callable
 
-from multilora.adapters.versions.store import AdapterStore, Loaded, Lost
+from multilora.adapters.lifecycle.disabled import AnyStore
+from multilora.adapters.lifecycle.store import Loaded, Lost
 from multilora.engine.execution.runner import Launched, Runner
 from multilora.engine.messages import (
     Abort,
@@ -36,13 +37,13 @@ from multilora.params import Composition
 
 
 class Engine:
-    """adapters: None when LoRA is off. ahead: how many steps may be launched and not committed: 1 on CUDA, else 0."""
+    """ahead: how many steps may be launched and not committed: 1 on CUDA, else 0."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         runner: Runner,
-        adapters: AdapterStore | None,
+        adapters: AnyStore,
         *,
         describe: Callable[[Stats], Ready],
         max_queued: int,
@@ -93,20 +94,18 @@ class Engine:
     @property
     def running(self) -> bool:
         """A step would compute or say something: do not wait before the next one."""
-        finishing = self.adapters is not None and self.adapters.loader.working
-        return bool(
-            self.scheduler.running or self._in_flight or self._replies or self.scheduler.has_outbox or finishing
-        )
+        waiting = self._in_flight or self._replies or self.scheduler.has_outbox
+        return bool(self.scheduler.running or waiting or self.adapters.working)
 
     @property
     def busy(self) -> bool:
         """Something is unfinished: requests, answers, adapters on their way."""
-        return self.running or bool(self.scheduler.unfinished or (self.adapters and self.adapters.busy))
+        return self.running or bool(self.scheduler.unfinished or self.adapters.busy)
 
     @property
     def copying(self) -> bool:
         """Adapters are on their way to the device, which nothing but the next step notices."""
-        return self.adapters is not None and self.adapters.residency.forecast.copying
+        return self.adapters.copying
 
     # ------------------------------------------------------------------ messages
 
@@ -135,20 +134,16 @@ class Engine:
 
     def set_lora_limits(self, device_bytes: int | None, max_count: int | None) -> None:
         """See `AdapterStore.set_limits`. Raises LoraNotEnabled, ConfigError."""
-        if self.adapters is None:
-            raise LoraNotEnabled("LoRA is not enabled: start with --enable-lora")
         self.adapters.set_limits(device_bytes=device_bytes, max_count=max_count, fence=self.scheduler.launched)
 
     def check(self) -> None:
         """Raise AssertionError if any pool's books do not balance. For tests and for idle moments."""
         self.scheduler.kv.pool.check()
         self.scheduler.kv.prefix.check()
-        if self.adapters:
-            self.adapters.check()
+        self.adapters.check()
 
     def close(self) -> None:
-        if self.adapters:
-            self.adapters.close()
+        self.adapters.close()
 
     # ------------------------------------------------------------------ inside
 
@@ -184,33 +179,31 @@ class Engine:
     def _check_adapters(self, composition: Composition) -> None:
         """All known; several, or one with a weight, only if they are of low rank and nothing else."""
         for version, weight in composition:
-            if self.adapters is None or not self.adapters.known(version):
+            if not self.adapters.known(version):
                 raise UnknownAdapter(f"adapter version {version} has never been loaded, or was unloaded")
-            reason = self.adapters.record(version).not_composable_reason
+            reason = self.adapters.get(version).not_composable_reason
             if reason and (len(composition) > 1 or weight != 1.0):
                 raise BadRequest(f"adapter version {version} cannot be composed: {reason}", param="lora_path")
 
     def _invocation_tokens(self, composition: Composition) -> tuple[int, ...] | None:
-        if self.adapters is None or len(composition) != 1:
+        if len(composition) != 1:
             return None
-        return self.adapters.record(composition[0][0]).invocation_tokens
+        return self.adapters.get(composition[0][0]).invocation_tokens
 
     def _vocab_size_of(self, composition: Composition) -> int:
         """An adapter with its own head may have another one than the base model."""
-        own = [self.adapters.record(v).vocab_size for v, _ in composition] if self.adapters else []
+        own = [self.adapters.get(version).vocab_size for version, _ in composition]
         return own[0] if own and own[0] is not None else self.runner.vocab_size
 
     def _load(self, message: LoadAdapter) -> None:
-        if self.adapters is None:
-            error = UnknownAdapter("LoRA is not enabled: start with --enable-lora")
-            self._replies.append(Reply(call=message.call, ok=False, kind=error.kind, message=error.message))
+        try:
+            self.adapters.load(message.version, message.path, message.pinned)
+        except LoraNotEnabled as e:
+            self._replies.append(Reply(call=message.call, ok=False, kind=e.kind, message=e.message))
             return
         self._calls[message.version] = message.call
-        self.adapters.load(message.version, message.path, message.pinned)
 
     def _unload(self, version: int) -> None:
-        if self.adapters is None:
-            raise UnknownAdapter("LoRA is not enabled: start with --enable-lora")
         self.adapters.unload(version, self.scheduler.launched)
         self.scheduler.namespaces.drop(version, self.scheduler.launched)
 
@@ -222,14 +215,12 @@ class Engine:
             self._replies.append(Reply(call=call, ok=False, kind=e.kind, message=e.message))
 
     def _poll_adapters(self) -> None:
-        if self.adapters is None:
-            return
-        for event in self.adapters.poll(self.scheduler.launched):
+        for event in self.adapters.poll_loads(self.scheduler.launched):
             match event:
                 case Lost(version, error):
                     self.scheduler.fail_waiting(version, error)
                 case Loaded(version, None):
-                    if self.adapters.record(version).leaves_kv:
+                    if self.adapters.get(version).leaves_kv:
                         self.scheduler.namespaces.share_with_base(version)
                     self._replies.append(Reply(call=self._calls.pop(version), info=self._info(version)))
                 case Loaded(version, MultiloraError() as error):
@@ -237,18 +228,17 @@ class Engine:
                     self._replies.append(Reply(call=call, ok=False, kind=error.kind, message=error.message))
 
     def _info(self, version: int) -> AdapterInfo:
-        assert self.adapters is not None
-        record = self.adapters.record(version)
+        adapter = self.adapters.get(version)
         return AdapterInfo(
             version=version,
-            path=record.path,
-            rank=record.rank,
-            target_modules=record.target_modules,
-            nbytes=self.adapters.bytes_of(version),
-            pages=record.pages,
-            not_composable_reason=record.not_composable_reason,
-            vocab_size=record.vocab_size,
-            trains_tokens=record.trains_tokens,
+            path=adapter.path,
+            rank=adapter.rank,
+            target_modules=adapter.target_modules,
+            nbytes=adapter.pages * self.scheduler.kv.page_bytes,
+            pages=adapter.pages,
+            not_composable_reason=adapter.not_composable_reason,
+            vocab_size=adapter.vocab_size,
+            trains_tokens=adapter.trains_tokens,
         )
 
     def _take_replies(self) -> list[FromEngine]:

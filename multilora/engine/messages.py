@@ -160,7 +160,10 @@ class AdapterStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """A snapshot of the engine, sent about once a second while it works and once when it becomes idle."""
+    """The state of the engine, sent about once a second while it works and once when it becomes idle.
+
+    Adapters travel only if they have changed: `AdapterStatsTable` adds the messages up to the whole picture.
+    """
 
     running: int
     waiting: int
@@ -177,7 +180,22 @@ class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     steps: int
     slots_total: int  # how many adapters can be resident: the limit, or what memory allows at their mean size
     slots_used: int
-    adapters: list[AdapterStats]
+    adapters: list[AdapterStats]  # all, or in an update those that have changed since the one before
+    unloaded: list[int] = []  # versions that are gone since the update before
+
+
+class AdapterStatsTable:
+    """The adapters of an engine, as its `Stats` messages so far add up to."""
+
+    def __init__(self) -> None:
+        self._adapters: dict[int, AdapterStats] = {}
+
+    def merge(self, update: Stats) -> Stats:
+        """Take an update in. Returns it with all adapters instead of the changed ones."""
+        self._adapters.update((adapter.version, adapter) for adapter in update.adapters)
+        for version in update.unloaded:
+            self._adapters.pop(version, None)
+        return msgspec.structs.replace(update, adapters=list(self._adapters.values()), unloaded=[])
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):

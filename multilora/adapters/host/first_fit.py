@@ -1,8 +1,8 @@
-"""Parts of a region, given out by first fit. Knows offsets only. Called by the loader."""
+"""First-fit allocator over a region of memory. Knows offsets only."""
 
 
 class FirstFit:
-    """Of `size` bytes. Parts begin at multiples of `align`. Not for several threads at once."""
+    """First-fit allocator over `size` bytes; parts begin at multiples of `align`. Not thread-safe."""
 
     def __init__(self, size: int, align: int):
         self.size = size
@@ -10,7 +10,7 @@ class FirstFit:
         self._used: dict[int, int] = {}  # start → size
 
     def take(self, nbytes: int) -> int | None:
-        """Where a part of `nbytes` begins; None: there is no room."""
+        """Start of a new part of `nbytes`; None: there is no room."""
         at = 0
         for start, size in sorted(self._used.items()):
             if start - at >= nbytes:
@@ -22,7 +22,7 @@ class FirstFit:
         return at
 
     def size_of(self, start: int) -> int | None:
-        """Of the part that begins there; None: there is none."""
+        """Size of the part that begins at `start`; None: there is none."""
         return self._used.get(start)
 
     def give_back(self, start: int) -> None:

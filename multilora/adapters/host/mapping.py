@@ -1,16 +1,17 @@
-"""Memory of packed pages as tensors: mapped files, and pages of our own.
-
-Called by the loader's engine end, the staging memory and the ring."""
+"""Memory of packed pages as tensors: mapped files, and pages of our own."""
 
 import contextlib
 import ctypes
 import mmap
 import sys
+from dataclasses import dataclass
 
 import torch
 
+from multilora.lora.panels import PanelLayout
+
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: map pages that are there already, at once instead of by faults
-POPULATE_BYTES = 4 << 20  # at a time, as whoever maps something else in this process waits meanwhile
+POPULATE_BYTES = 4 << 20  # at a time: no other thread of this process can map memory meanwhile
 
 TMPFS = 0x01021994
 
@@ -19,14 +20,26 @@ _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
+@dataclass
+class HostEntry:
+    """A packed adapter in host memory. buffer: uint8 [layout.num_pages, page_bytes], ready to copy to the device."""
+
+    layout: PanelLayout
+    buffer: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.numel()
+
+
 def map_file(fd: int, nbytes: int) -> torch.Tensor:
     """uint8 [nbytes]. (A Python mmap would keep a descriptor for as long as it lives; this does not.)"""
     return torch.from_file(f"/dev/fd/{fd}", shared=True, size=nbytes, dtype=torch.uint8)
 
 
-def populate(memory: torch.Tensor) -> None:
-    """Bring in the pages of a contiguous tensor that begins with one, for reading. Holds no GIL. An older kernel does
-    nothing: pages come when they are touched."""
+def populate_for_reading(memory: torch.Tensor) -> None:
+    """Map the pages of a contiguous tensor that begins with one. Does not hold the GIL. An older kernel does nothing:
+    pages are mapped when they are touched."""
     start, nbytes = memory.data_ptr(), memory.nbytes
     for at in range(0, nbytes, POPULATE_BYTES):
         _madvise(start + at, min(POPULATE_BYTES, nbytes - at), POPULATE_READ)
@@ -39,7 +52,7 @@ def lies_in_memory(fd: int) -> bool:
 
 
 def own_memory(nbytes: int) -> torch.Tensor:
-    """uint8 [nbytes], zero; in huge pages if the system has some to give: fewer to bring in and to give back."""
+    """uint8 [nbytes], zero; in huge pages if the system has some free: fewer to map and to free."""
     memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,7 +1,7 @@
-"""Where the loader puts packed pages so that the engine can read them: a part of the staging memory, or a file.
+"""Memory into which the loader packs and from which the engine reads: a part of the staging memory, or a file.
 
-Staging memory is one region that both share, made once (its engine's end is `staging.py`). Where there is none, or no
-room in it, an adapter comes in an anonymous memory file of its own. Called by the loader process.
+Staging memory is one region that both processes share, made once (its engine's end is `staging.py`). Where there is
+none, or no room in it, an adapter comes in an anonymous memory file of its own.
 """
 
 import ctypes
@@ -24,7 +24,8 @@ POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python's mmap does not
 
 @dataclass(frozen=True)
 class SharedBuffer:
-    """`size` zero bytes from `start` on. fd: of a file that is not mapped anywhere else; None: the staging memory."""
+    """`size` bytes of `memory` from `start` on, zero at first. fd: of a file that is not mapped anywhere else; None:
+    it is staging memory."""
 
     memory: mmap.mmap
     start: int
@@ -37,8 +38,8 @@ class SharedBuffer:
 
 
 class SharedBuffers:
-    """Gives places out. Any thread may call. staging: shared with the engine, zero. in_use: it is not zero, and
-    others may read and write there: nothing of it is given out until `take_over`."""
+    """Allocates buffers; thread-safe. staging: shared with the engine, zero. in_use: it is not zero, and others may
+    read and write there: no part of it is allocated until `take_over`."""
 
     def __init__(self, staging: mmap.mmap | None = None, in_use: bool = False):
         self._staging = staging
@@ -59,24 +60,24 @@ class SharedBuffers:
             os.close(fd)
             raise
 
-    def sent(self, place: SharedBuffer) -> None:
-        """The engine has it now. Of a file the memory goes with its last user."""
-        if place.fd is not None:
-            os.close(place.fd)
+    def sent(self, buffer: SharedBuffer) -> None:
+        """The engine has it now. The memory of a file is freed with its last user."""
+        if buffer.fd is not None:
+            os.close(buffer.fd)
 
-    def drop(self, place: SharedBuffer) -> None:
-        """Nobody got it."""
-        self.sent(place)
-        if place.fd is None:
-            self.give_back(place.start)
+    def drop(self, buffer: SharedBuffer) -> None:
+        """It was not sent: free it."""
+        self.sent(buffer)
+        if buffer.fd is None:
+            self.give_back(buffer.start)
 
     def give_back(self, start: int) -> None:
-        """Nobody reads that part of the staging memory any more: free as soon as it is zero again."""
+        """The engine does not read that part of the staging memory any more: free it as soon as it is zero again."""
         self._zeroing.submit(self._free, start)
 
     def take_over(self) -> None:
-        """Nobody else uses the staging memory any more, nor will anybody give back a part of before: free as soon as
-        it is zero."""
+        """No other process uses the staging memory any more, and no part that one allocated will be given back: all
+        of it is free as soon as it is zero."""
         self._zeroing.submit(self._free_all)  # after whatever has been given back
 
     def _free_all(self) -> None:
@@ -99,19 +100,19 @@ class SharedBuffers:
         ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self._staging, start)), 0, size)
 
 
-def populate(memory: mmap.mmap, start: int, size: int) -> bool:
-    """Bring in the pages of this part in one go, for writing. Its bytes stay as they are. False: there is too little
-    memory, and who touches them may be ended by a signal."""
+def populate_for_writing(memory: mmap.mmap, start: int, size: int) -> bool:
+    """Allocate the pages of this part in one go. Its bytes stay as they are. False: there is too little memory, and
+    touching the part may end the process by a signal."""
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
     try:
         memory.madvise(POPULATE_WRITE, first, start + size - first)
     except OSError as e:
-        return e.errno == errno.EINVAL  # an older kernel: pages come when they are touched
+        return e.errno == errno.EINVAL  # an older kernel: pages are allocated when they are touched
     return True
 
 
 def anonymous_file(size: int) -> int:
-    """Descriptor of `size` zero bytes in memory that nobody else can open, or of an unlinked temporary file."""
+    """Descriptor of `size` zero bytes in memory that no other process can open, or of an unlinked temporary file."""
     resize: Callable[[int, int], None]
     try:
         fd, resize = os.memfd_create("multilora-adapter"), os.ftruncate
@@ -127,7 +128,7 @@ def anonymous_file(size: int) -> int:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """On a disk: that it is full is an error now, and no SIGBUS later."""
+    """Allocate the file on its disk, so that a full one is an error now and no SIGBUS later."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, 0, size)
     else:

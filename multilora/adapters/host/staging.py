@@ -1,10 +1,9 @@
-"""Staging memory: where the loader has just packed, pinned, so that the device copies at the full speed of the link.
+"""Staging memory: pinned memory into which the loader packs, so that the device copies at the full speed of the link.
 
 One region of fixed size, shared with the loader, pinned once at the start: pinning an adapter's own memory when it
 comes would make a running step late. An adapter stays in it only until a thread of this file has moved it into
 ordinary memory, which it tries again while there is none; then the loader may pack another one there. The loader's
-end is in `page_files.py`.
-Owned by the loader's engine end; the adapter store calls `settle`.
+end is in `shared_buffers.py`. The loader's engine end owns the region; the adapter store calls `settle`.
 """
 
 import contextlib
@@ -20,9 +19,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from multilora.adapters.host.cache import HostEntry
-from multilora.adapters.host.mapping import own_memory
-from multilora.adapters.host.shared_buffers import anonymous_file, populate
+from multilora.adapters.host.mapping import HostEntry, own_memory
+from multilora.adapters.host.shared_buffers import anonymous_file, populate_for_writing
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +31,7 @@ STAGING_BYTES = 1 << 30
 
 
 class Staging:
-    """nbytes: of the region. Its memory is ordinary until `pin`."""
+    """The engine's end of a region of `nbytes`. Its memory is ordinary until `pin`."""
 
     def __init__(self, nbytes: int = STAGING_BYTES):
         self.nbytes = nbytes
@@ -49,9 +47,9 @@ class Staging:
         self._thread.start()
 
     def pin(self) -> bool:
-        """For CUDA. False: it cannot be, as the log says, and is of no use then."""
+        """Pin the memory for CUDA. False: it cannot be pinned, as the log says, and is of no use then."""
         error: object = "too little memory"
-        if populate(self._memory, 0, self.nbytes):
+        if populate_for_writing(self._memory, 0, self.nbytes):
             error = torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, 0)
             self._pinned = error == 0
         if not self._pinned:
@@ -60,8 +58,8 @@ class Staging:
         return self._pinned
 
     def view(self, start: int, nbytes: int, release: Callable[[int], None]) -> torch.Tensor:
-        """uint8 [nbytes]. `release(start)` is called, on any thread, when neither it nor a view of it is left. Until
-        it has returned the view counts as used."""
+        """uint8 [nbytes] from `start` on. `release(start)` is called, on any thread, when no view of it is left; the
+        view counts as used until it has returned."""
         part = (ctypes.c_ubyte * nbytes).from_buffer(self._memory, start)
         with self._lock:
             self._views += 1
@@ -75,12 +73,13 @@ class Staging:
             return not self._views
 
     def settle(self, entry: HostEntry) -> None:
-        """Soon `entry.buffer` is memory of its own, if it is not already. Whoever reads the old one keeps it."""
+        """Move the entry out of the region, if it is there: `entry.buffer` is soon memory of its own. Readers of the
+        old buffer keep it."""
         if 0 <= entry.buffer.data_ptr() - self._address < self.nbytes:
             self._to_settle.put(weakref.ref(entry))
 
     def close(self) -> None:
-        """No more views. The memory goes when the last one has."""
+        """Make no more views. The memory is freed with the last view."""
         with self._lock:
             if self._closed:
                 return
@@ -88,7 +87,7 @@ class Staging:
             os.close(self.fd)
             self._to_settle.put(None)
             self._unpin()
-        self._thread.join(CLOSE_SECONDS)  # without the lock, which it may want
+        self._thread.join(CLOSE_SECONDS)  # without the lock, which the thread may need
 
     def _gone(self, start: int, release: Callable[[int], None]) -> None:
         try:
@@ -113,7 +112,7 @@ class Staging:
                     stay.append(entry)
 
     def _next(self, seconds: float | None) -> list[weakref.ref[HostEntry]] | None:
-        """At most one, and none after that time. None: no more come."""
+        """The next entry to move, or none after that time. None: the region is closed."""
         try:
             found = self._to_settle.get(timeout=seconds)
         except queue.Empty:
@@ -122,14 +121,14 @@ class Staging:
 
 
 def _forget_cuda_error() -> None:
-    """A call that has failed leaves its error behind, for the next kernel launch to raise."""
+    """Clear the error that a failed call leaves behind, which the next kernel launch would raise."""
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device="cuda")
 
 
 def _trouble_moving(found: weakref.ref[HostEntry]) -> str:
-    """Moves it, if it is still there. Says what keeps it from that, if anything does: memory, most likely."""
+    """Move the entry, if it still exists. Returns why that failed (too little memory, most likely), or nothing."""
     entry = found()
     try:
         if entry is not None:

@@ -19,6 +19,7 @@ from multilora.config import Config
 from multilora.engine.messages import (
     Abort,
     AdapterInfo,
+    AdapterStatsTable,
     Failed,
     Finish,
     Finished,
@@ -57,6 +58,7 @@ class EngineClient:
         self._queues: dict[str, asyncio.Queue[Output]] = {}
         self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._last_call = 0
+        self._adapter_stats = AdapterStatsTable()
         self._dead: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -94,7 +96,7 @@ class EngineClient:
         ended.cancel()
         match decode_from_engine(answer.result()):
             case Ready() as ready:
-                self.ready, self.stats = ready, ready.stats
+                self.ready, self.stats = ready, self._adapter_stats.merge(ready.stats)
             case Failed(kind, message):
                 raise from_wire(kind, message)
             case other:
@@ -203,7 +205,7 @@ class EngineClient:
                 if future is not None and not future.done():
                     future.set_result(reply)
             case Stats() as stats:
-                self.stats = stats
+                self.stats = self._adapter_stats.merge(stats)
             case other:
                 raise AssertionError(f"not expected now: {other}")
 

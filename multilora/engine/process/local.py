@@ -34,7 +34,7 @@ class LocalEngine:
     def _wait(self, ms: int) -> None:
         """Less if the loader says something."""
         poller = select.poll()
-        loader = self.engine.adapters.loader.fileno() if self.engine.adapters else None
+        loader = self.engine.adapters.fileno()
         if loader is not None:
             poller.register(loader, select.POLLIN)
         poller.poll(ms)

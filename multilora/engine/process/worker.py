@@ -44,7 +44,7 @@ class Worker:
         self._parent = parent
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
-        loader = engine.adapters.loader.fileno() if engine.adapters else None
+        loader = engine.adapters.fileno()
         if loader is not None:
             self._poller.register(loader, zmq.POLLIN)
 
@@ -82,14 +82,14 @@ class Worker:
         if self._changed:
             self._changed = False
             self._engine.check()
-            self._send(self._engine.report.stats())
+            self._send(self._engine.report.stats_update())
             self._stats_at = 0.0
 
     def _tell_stats(self) -> None:
         now = monotonic()
         if self._engine.busy and now - self._stats_at >= STATS_SECONDS:
             self._stats_at = now
-            self._send(self._engine.report.stats())
+            self._send(self._engine.report.stats_update())
 
     def _send(self, message: FromEngine) -> None:
         self._socket.send(encode(message))

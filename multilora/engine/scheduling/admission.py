@@ -13,8 +13,8 @@ Called by the scheduler, once a plan.
 import bisect
 from collections.abc import Callable, Sequence
 
-from multilora.adapters.composition.components import Components
-from multilora.adapters.versions.store import LoadStatus
+from multilora.adapters.lifecycle.components import Components
+from multilora.adapters.lifecycle.store import LoadStatus
 from multilora.engine.plan import Chunk
 from multilora.engine.scheduling.policy import Policy
 from multilora.engine.scheduling.request import Request, RequestState
@@ -86,7 +86,7 @@ class Admission:
         for request in window:
             if not request.queued_demand:
                 request.queued_demand = True
-                self._components.enqueue(request.versions)
+                self._components.count_demand(request.versions, 1)
 
     def _aged(self, request: Request) -> bool:
         return self._clock() - request.spec.arrival > self._max_wait

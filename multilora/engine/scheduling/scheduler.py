@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
-from multilora.adapters.composition.components import Components
 from multilora.adapters.composition.namespaces import Namespaces
-from multilora.adapters.versions.store import AdapterStore, LoadStatus
+from multilora.adapters.lifecycle.components import Components
+from multilora.adapters.lifecycle.disabled import AnyStore
+from multilora.adapters.lifecycle.store import LoadStatus
 from multilora.engine.messages import Finished, Logprobs, Output
 from multilora.engine.plan import Chunk, PageUpdate, StepPlan, StepResult
 from multilora.engine.sampling.state import SamplingState, needs_prompt
@@ -39,12 +40,12 @@ class _Step:
 
 
 class Scheduler:
-    """adapters: None when LoRA is off. journal: where residency notes what happens to the LoRA table."""
+    """journal: where the device tier notes what happens to the LoRA table."""
 
     def __init__(
         self,
         kv: KVPages,
-        adapters: AdapterStore | None,
+        adapters: AnyStore,
         namespaces: Namespaces,
         journal: LoraJournal,
         *,
@@ -56,7 +57,6 @@ class Scheduler:
         clock: Callable[[], float] = monotonic,
     ):
         self.kv = kv
-        self.adapters = adapters
         self.namespaces = namespaces
         self.components = Components(adapters, kv)
         self.waiting: list[Request] = []  # by order
@@ -165,7 +165,7 @@ class Scheduler:
         """An adapter comes only if the request could start then, and those that run go on for a while."""
         self._count_hit(request)
         spare = self.kv.pages_for(request.progress.num_tokens + 1) + len(self.running)
-        found = self.components.want(request.versions, self.launched, urgent=urgent, spare=spare)
+        found = self.components.request_load(request.versions, self.launched, urgent=urgent, spare=spare)
         if found is LoadStatus.BLOCKED:
             self._fail_if_unfittable(request)
         return found
@@ -199,7 +199,7 @@ class Scheduler:
         own = self.kv.idle_pages(matched) + self.components.idle_pages(request.versions)
         if self.kv.reclaimer.available() - own < need:
             return False
-        self.components.acquire(request.versions)
+        self.components.acquire_slots(request.versions)
         request.lora_slots = self.components.slots(request.versions)
         request.table = self.kv.start(matched)
         self._dequeue(request)
@@ -345,7 +345,7 @@ class Scheduler:
         """Leave `running`; pages and adapters are fenced by the last step launched, which may still use them."""
         self.running.remove(request)
         self.kv.release(request.table, self.launched)
-        self.components.release(request.versions)
+        self.components.release_slots(request.versions)
         request.sent_pages = 0
 
     def _fail(self, request: Request, error: MultiloraError) -> None:
@@ -353,12 +353,14 @@ class Scheduler:
 
     def _enqueue(self, request: Request) -> None:
         bisect.insort(self.waiting, request, key=lambda r: r.spec.order)
+        self.components.count_waiting(request.versions, 1)
 
     def _dequeue(self, request: Request) -> None:
         self.waiting.remove(request)
+        self.components.count_waiting(request.versions, -1)
         if request.queued_demand:
             request.queued_demand = False
-            self.components.dequeue(request.versions)
+            self.components.count_demand(request.versions, -1)
 
     def _match(self, request: Request) -> list[int]:
         """Cached pages of its first tokens."""

@@ -135,8 +135,7 @@ class Follower:
 
 def arena_of(driver: EngineDriver) -> torch.Tensor:
     """uint8 [pages, page_bytes]"""
-    residency = driver.engine.adapters.residency
-    return residency._copier._arena
+    return driver.engine.adapters.device._copier._arena
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

@@ -87,7 +87,7 @@ class Timed(Stepper):
         for adapter in (None, None, 1):
             self.submit("learn", adapter, tokens=2)
             self.run()
-        self.tiers.residency.evict(self.engine.scheduler.launched)
+        self.tiers.device.evict(self.engine.scheduler.launched)
         self.first.clear()
         self.order.clear()
         self.sizes.clear()
@@ -166,8 +166,7 @@ def test_nobody_waits_longer_than_a_step_takes():
         world.submit(f"{adapter}", adapter)
     world.step()
     for version in (2, 3, 4):
-        resident = world.tiers.residency.get(version)
-        resident.copy.at += 5.0
+        world.tiers.device._in_flight[version].copy.at += 5.0
     world.run()
     assert world.first["1"] <= 0.002 + 0.020 + 0.020 + 4 * IDLE
     assert world.first["2"] > 5.0
@@ -269,15 +268,19 @@ def test_a_long_queue_is_not_looked_at_as_a_whole(monkeypatch):
     assert len(world.first) == 50
 
 
-def test_the_books_of_who_is_awaited():
+def test_the_books_of_demand():
     world = Timed(lambda n: 0.010, 2, copy_seconds=0.001, max_running=1)
     world.submit("a", 1, tokens=5)
     world.submit("b", 2)
     world.submit("c", 2)
     world.step()
-    assert world.tiers.residency.awaited == {1: 1, 2: 2}
+    assert demand(world) == [1, 2]
     world.step()
     world.engine.scheduler.end("c", None)
-    assert world.tiers.residency.awaited[2] == 1
+    assert demand(world)[1] == 1
     world.run()
-    assert world.tiers.residency.awaited == {}
+    assert demand(world) == [0, 0]
+
+
+def demand(world: Timed) -> list[int]:
+    return [adapter.queued_demand for adapter in world.tiers.store.loaded()]

@@ -1,6 +1,7 @@
 """What the scheduler promises, one promise a test. Fakes as in `multilora/engine/testing.py`."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -489,7 +490,7 @@ def test_hits_and_misses_are_counted_per_part():
     for rid, adapters in (("a", MIX[:2]), ("b", MIX[1:]), ("c", only(1))):
         driver.submit(rid, prompt(3), adapters=adapters)
         driver.run()
-    records = [driver.tiers.store.record(version) for version in (1, 2, 3)]
+    records = [driver.tiers.store.get(version) for version in (1, 2, 3)]
     assert [(r.hits, r.misses) for r in records] == [(1, 1), (1, 1), (0, 1)]
 
 
@@ -500,10 +501,10 @@ def books(driver: Driver) -> Any:
     """All that decides who is evicted, and what is counted."""
     tiers = driver.tiers
     nodes = [(n.page, n.refs, n.uses, n.score) for n in tiers.prefix._nodes.values()]
-    residents = [r for v in (1, 2) if (r := tiers.residency.get(v)) is not None]
-    use = [(r.version, r.refs, r.uses, r.last_used, r.score) for r in residents]
-    records = [(r.hits, r.misses, r.loads, r.evictions, r.fetches) for r in tiers.store.records()]
-    return nodes, use, records, tiers.clock.now, list(tiers.prefix._heap)
+    adapter = tiers.store.get(1)
+    use = adapter.refs, adapter.device and replace(adapter.device)
+    counted = adapter.hits, adapter.misses, adapter.loads, adapter.evictions, adapter.fetches
+    return nodes, use, counted, tiers.clock.now, list(tiers.prefix._heap)
 
 
 @pytest.mark.parametrize("adapter", [None, 1])

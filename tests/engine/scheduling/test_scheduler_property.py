@@ -70,7 +70,7 @@ class CheckedScheduler(Scheduler):
             assert sampled == (request.spec.samples and progress.remaining == sampled)
             assert chunk.token_ids or (chunk.count == 1 and progress.in_flight == 1 + sampled)
             assert chunk.answer_positions in ((), (len(progress.output_ids) + progress.in_flight - 1,))
-            assert chunk.lora_slots == tuple(self.adapters.slot_of(v) for v in request.versions)
+            assert chunk.lora_slots == self.components.slots(request.versions)
             assert len(chunk.lora_weights) == len(chunk.lora_slots)
             assert chunk.pre_activation == len(
                 [p for p in range(chunk.start, request.spec.activation) if p < chunk.start + chunk.count]
@@ -308,10 +308,12 @@ class World(Stepper):
         assert [r.spec.order for r in waiting] == sorted(r.spec.order for r in waiting)
         self.check_pages(running)
         users = Counter(version for r in running for version in r.versions)
-        for version in [*self.loaded, *users]:
-            resident = self.tiers.residency.get(version)
-            assert users[version] == (resident.refs if resident else 0)
-            assert not users[version] or self.tiers.weights_are(version, resident.slot)
+        queued = Counter(version for r in waiting for version in r.versions)
+        for version in [*self.loaded, *users, *queued]:
+            adapter = self.tiers.store.get(version)
+            assert (adapter.refs, adapter.waiting) == (users[version], queued[version])
+            assert adapter.queued_demand <= adapter.waiting
+            assert not users[version] or self.tiers.weights_are(version, adapter.slot)
 
     def check_pages(self, running: list[Request]) -> None:
         """Only full pages are shared, at the same place, and the cache knows by how many."""
@@ -360,12 +362,13 @@ class World(Stepper):
         assert not self.live, "no progress"
         assert not self.loading
         assert not self.unloading
-        assert not self.tiers.residency.awaited, "somebody who waits no more still keeps an adapter"
+        for adapter in self.tiers.store.loaded():
+            assert adapter.waiting == adapter.queued_demand == 0, "nothing waits for it any more"
         for version in list(self.loaded):
             self.engine.handle(UnloadAdapter(self.next(), version))
         self.engine.handle(FlushCache(self.next()))
         for _ in range(10):  # copies of unloaded adapters come to their end
-            self.tiers.store.poll(self.scheduler.launched)
+            self.tiers.store.poll_loads(self.scheduler.launched)
         self.tiers.check()
         assert self.tiers.pool.free == self.tiers.pool.total
         assert len(self.tiers.host) == 0

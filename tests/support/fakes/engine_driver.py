@@ -239,11 +239,10 @@ class EngineDriver(Stepper):
         assert all(pool.kind(page) is PageKind.KV for page in held)
         assert len(held) == pool.count(PageKind.KV), "KV pages that no request holds"
         assert scheduler.unfinished == len(scheduler.running) + len(scheduler.waiting)
-        if engine.adapters is not None:
-            users = Counter(version for r in scheduler.running for version in r.versions)
-            residency = engine.adapters.residency
-            residents = [r for v in engine.adapters.records() if (r := residency.get(v.version)) is not None]
-            assert {r.version: r.refs for r in residents if r.refs} == users, "an adapter's users are miscounted"
+        for requests, count in ((scheduler.running, "refs"), (scheduler.waiting, "waiting")):
+            expected = Counter(version for request in requests for version in request.versions)
+            found = {a.version: getattr(a, count) for a in engine.adapters.loaded() if getattr(a, count)}
+            assert found == expected, f"{count} of an adapter are miscounted"
 
     def check_at_rest(self) -> None:
         """Every request has had its one ending, and nobody holds anything."""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from fakes.tiers import PAGE_BYTES, FakeFile, FakeTiers
 
-from multilora.adapters.versions.store import LoadStatus
+from multilora.adapters.lifecycle.store import LoadStatus
 from multilora.errors import ConfigError
 
 
@@ -17,18 +17,18 @@ def make(resident: int, *, rank: int = 8, pinned: int = 0, **options: Any) -> Fa
     while tiers.store.busy:
         poll(tiers)
     for version in range(1, resident + 1):
-        assert want(tiers, version) is LoadStatus.READY
+        assert request(tiers, version) is LoadStatus.READY
     return tiers
 
 
 def poll(tiers: FakeTiers) -> None:
-    tiers.store.poll(0)
+    tiers.store.poll_loads(0)
     tiers.check()
 
 
-def want(tiers: FakeTiers, version: int) -> LoadStatus:
+def request(tiers: FakeTiers, version: int) -> LoadStatus:
     tiers.store.begin_plan()
-    found = tiers.store.want(version, 0)
+    found = tiers.store.request_load(version, 0)
     tiers.check()
     return found
 
@@ -39,46 +39,42 @@ def set_limits(tiers: FakeTiers, pages: int | None = None, count: int | None = N
     tiers.check()
 
 
-def resident(tiers: FakeTiers) -> list[int]:
-    return [r.version for r in tiers.store.records() if tiers.residency.get(r.version)]
-
-
 @pytest.mark.parametrize("limit", [{"pages": 4}, {"count": 2}])
-def test_idle_adapters_leave_at_once_the_least_recently_used_first(limit):
+def test_idle_adapters_are_evicted_at_once_the_least_recently_used_first(limit):
     tiers = make(4, rank=16)
-    tiers.store.acquire(1)
-    tiers.store.release(1)
+    tiers.acquire(1)
+    tiers.release(1)
     set_limits(tiers, **limit)
-    assert resident(tiers) == [1, 4]
-    assert want(tiers, 2) is LoadStatus.READY
-    assert resident(tiers) == [1, 2]
+    assert tiers.resident() == [1, 4]
+    assert request(tiers, 2) is LoadStatus.READY
+    assert tiers.resident() == [1, 2]
 
 
 @pytest.mark.parametrize("limit", [{"pages": 1}, {"count": 1}])
-def test_adapters_in_use_leave_when_their_requests_have_ended(limit):
+def test_adapters_in_use_are_evicted_when_their_requests_have_ended(limit):
     tiers = make(3)
     for version in (1, 2):
-        tiers.store.acquire(version)
+        tiers.acquire(version)
     set_limits(tiers, **limit)
-    assert resident(tiers) == [1, 2], "only the idle one could go"
-    assert want(tiers, 3) is LoadStatus.BLOCKED
-    tiers.store.release(1)
+    assert tiers.resident() == [1, 2], "only the idle one could go"
+    assert request(tiers, 3) is LoadStatus.BLOCKED
+    tiers.release(1)
     poll(tiers)
-    assert resident(tiers) == [2]
-    assert want(tiers, 3) is LoadStatus.BLOCKED
-    tiers.store.release(2)
+    assert tiers.resident() == [2]
+    assert request(tiers, 3) is LoadStatus.BLOCKED
+    tiers.release(2)
     poll(tiers)
-    assert resident(tiers) == [2], "one fits"
-    assert want(tiers, 3) is LoadStatus.READY
+    assert tiers.resident() == [2], "one fits"
+    assert request(tiers, 3) is LoadStatus.READY
 
 
 def test_limits_are_lifted():
     tiers = make(4, max_device_pages=4)
     set_limits(tiers, pages=1)
-    assert resident(tiers) == [4]
+    assert tiers.resident() == [4]
     set_limits(tiers)
-    assert [want(tiers, version) for version in (1, 2, 3, 4)] == [LoadStatus.READY] * 4
-    assert resident(tiers) == [1, 2, 3, 4]
+    assert [request(tiers, version) for version in (1, 2, 3, 4)] == [LoadStatus.READY] * 4
+    assert tiers.resident() == [1, 2, 3, 4]
 
 
 def test_a_new_limit_holds_for_adapters_that_come_later():
@@ -87,7 +83,7 @@ def test_a_new_limit_holds_for_adapters_that_come_later():
     tiers.loader.files["/9"] = FakeFile(rank=16)
     tiers.store.load(9, "/9", False)
     poll(tiers)
-    [event] = [e for _ in range(3) for e in tiers.store.poll(0)]
+    [event] = [e for _ in range(3) for e in tiers.store.poll_loads(0)]
     assert event.error.kind == "AdapterIncompatible"
 
 
@@ -103,7 +99,7 @@ def test_a_limit_under_which_a_loaded_adapter_could_never_run_is_refused(limit, 
     tiers = make(3, rank=16)
     with pytest.raises(ConfigError, match=least):
         set_limits(tiers, **limit)
-    assert resident(tiers) == [1, 2, 3]
+    assert tiers.resident() == [1, 2, 3]
 
 
 def test_a_limit_that_only_the_pinned_ones_would_fill_is_refused():
@@ -113,4 +109,4 @@ def test_a_limit_that_only_the_pinned_ones_would_fill_is_refused():
     with pytest.raises(ConfigError, match="--lora-device-bytes 5120: must be at least 6144"):
         set_limits(tiers, pages=5)
     set_limits(tiers, pages=6, count=3)
-    assert resident(tiers) == [1, 2, 3]
+    assert tiers.resident() == [1, 2, 3]

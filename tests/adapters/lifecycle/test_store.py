@@ -1,11 +1,12 @@
-"""The adapter store over fake files and slow copies: the way up, the way down, and who must wait for whom."""
+"""The adapter store over fake files and slow copies: the way up, the way down, and what must wait for what."""
 
 from typing import Any
 
 import pytest
 from fakes.tiers import FakeFile, FakeTiers
 
-from multilora.adapters.versions.store import Loaded, LoadStatus, Lost
+from multilora.adapters.lifecycle.store import Loaded, LoadStatus, Lost
+from multilora.adapters.lifecycle.version import State
 from multilora.errors import (
     AdapterError,
     AdapterIncompatible,
@@ -34,7 +35,7 @@ def load(tiers: FakeTiers, version: int, *, pinned: bool = False, path: str | No
 
 
 def poll(tiers: FakeTiers) -> list[Loaded | Lost]:
-    events = tiers.store.poll(tiers.pool.completed)
+    events = tiers.store.poll_loads(tiers.pool.completed)
     tiers.check()
     return events
 
@@ -42,9 +43,13 @@ def poll(tiers: FakeTiers) -> list[Loaded | Lost]:
 def plan(tiers: FakeTiers, *versions: int) -> list[LoadStatus]:
     """As the scheduler asks for what its waiting requests need."""
     tiers.store.begin_plan()
-    wants = [tiers.store.want(version, tiers.pool.completed) for version in versions]
+    found = [tiers.store.request_load(version, tiers.pool.completed) for version in versions]
     tiers.check()
-    return wants
+    return found
+
+
+def state(tiers: FakeTiers, version: int) -> State:
+    return tiers.store.get(version).state
 
 
 def bring_in(tiers: FakeTiers, version: int) -> None:
@@ -65,17 +70,16 @@ def test_from_disk_to_host_to_device():
     assert poll(tiers) == [] and tiers.store.busy  # fetching begins
     assert poll(tiers) == []
     assert poll(tiers) == [Loaded(1)]
-    assert tiers.store.known(1) and 1 in tiers.host and not tiers.store.busy
-    assert tiers.store.device_bytes_of(1) == 0
+    assert tiers.store.known(1) and state(tiers, 1) is State.ON_HOST and not tiers.store.busy
     assert plan(tiers, 1) == [COMING]
     assert plan(tiers, 1) == [COMING]
     assert poll(tiers) == []
     assert plan(tiers, 1) == [COMING]
     assert poll(tiers) == []
     assert plan(tiers, 1) == [READY]
-    assert tiers.weights_are(1, tiers.store.acquire(1))
-    record = tiers.store.record(1)
-    assert (record.fetches, record.loads, record.evictions, record.rank) == (1, 1, 0, 8)
+    assert tiers.weights_are(1, tiers.acquire(1))
+    adapter = tiers.store.get(1)
+    assert (adapter.fetches, adapter.loads, adapter.evictions, adapter.rank) == (1, 1, 0, 8)
 
 
 def test_an_instant_copy_is_ready_in_the_same_plan():
@@ -104,8 +108,8 @@ def test_a_failed_first_load_changes_nothing(error):
     ended = load(tiers, 2)
     assert type(ended.error) is type(error)
     assert ended.error.message == error.message
-    assert [r.version for r in tiers.store.records()] == [1]
-    assert list(tiers.host._entries) == [1]
+    assert [a.version for a in tiers.store.loaded()] == [1]
+    assert tiers.host.versions() == [1]
     assert not tiers.store.known(2) and not tiers.store.busy
     tiers.loader.files["/2"].error = None
     assert load(tiers, 3, path="/2") == Loaded(3)
@@ -118,15 +122,15 @@ def test_host_eviction_and_silent_return():
     tiers = make(max_loaded_loras=2)
     for version in (1, 2, 3):
         assert load(tiers, version) == Loaded(version)
-    assert 1 not in tiers.host and len(tiers.host) == 2
+    assert state(tiers, 1) is State.REGISTERED and len(tiers.host) == 2
     assert tiers.store.known(1)
     assert plan(tiers, 1) == [COMING]
     assert poll(tiers) == []
     poll(tiers)
     assert plan(tiers, 1) == [READY]
-    assert tiers.weights_are(1, tiers.store.slot_of(1))
+    assert tiers.weights_are(1, tiers.store.get(1).slot)
     assert len(tiers.host) == 2
-    assert tiers.store.record(1).fetches == 2
+    assert tiers.store.get(1).fetches == 2
 
 
 def test_the_least_recently_used_leaves_the_host():
@@ -135,7 +139,7 @@ def test_the_least_recently_used_leaves_the_host():
     load(tiers, 2)
     plan(tiers, 1)
     load(tiers, 3)
-    assert 1 in tiers.host and 2 not in tiers.host
+    assert tiers.host.versions() == [1, 3]
 
 
 def test_what_is_resident_needs_no_host_copy():
@@ -143,9 +147,10 @@ def test_what_is_resident_needs_no_host_copy():
     load(tiers, 1)
     bring_in(tiers, 1)
     load(tiers, 2)
-    assert 1 not in tiers.host
+    assert tiers.host.versions() == [2]
     assert plan(tiers, 1) == [READY]
     assert len(tiers.loader.submitted) == 2
+    assert plan(tiers, 2) == [READY] and plan(tiers, 1) == [READY]
 
 
 def test_changed_files_are_lost_not_served():
@@ -158,8 +163,8 @@ def test_changed_files_are_lost_not_served():
     (lost,) = poll(tiers)
     assert isinstance(lost, Lost) and lost.version == 1
     assert isinstance(lost.error, AdapterError) and "has changed" in lost.error.message
-    assert 1 not in tiers.host and 2 in tiers.host
-    assert tiers.store.known(1), "it may be asked for again"
+    assert tiers.host.versions() == [2]
+    assert state(tiers, 1) is State.FAILED and tiers.store.known(1), "it may be asked for again"
     tiers.loader.files["/1"].fingerprint = "as written"
     bring_in(tiers, 1)
 
@@ -170,10 +175,10 @@ def test_device_eviction_and_return_without_a_fetch():
     load(tiers, 2)
     bring_in(tiers, 1)
     bring_in(tiers, 2)
-    assert tiers.residency.get(1) is None
-    assert tiers.store.record(1).evictions == 1
+    assert state(tiers, 1) is State.ON_HOST
+    assert tiers.store.get(1).evictions == 1
     bring_in(tiers, 1)
-    assert tiers.store.record(1).loads == 2
+    assert tiers.store.get(1).loads == 2
     assert len(tiers.loader.submitted) == 2
 
 
@@ -182,10 +187,10 @@ def test_what_is_in_use_blocks():
     load(tiers, 1)
     load(tiers, 2)
     bring_in(tiers, 1)
-    tiers.store.acquire(1)
+    tiers.acquire(1)
     assert plan(tiers, 2) == [BLOCKED]
-    assert tiers.store.record(1).evictions == 0
-    tiers.store.release(1)
+    assert tiers.store.get(1).evictions == 0
+    tiers.release(1)
     assert plan(tiers, 2) == [READY]
 
 
@@ -195,10 +200,10 @@ def test_fenced_pages_are_waited_for():
     load(tiers, 1)
     pages = tiers.pool.alloc_kv(2)
     tiers.pool.free_pages(pages, fence=7)
-    assert tiers.store.want(1, 7) is COMING
+    assert tiers.store.request_load(1, 7) is COMING
     assert tiers.copier.started == 0
     tiers.pool.complete(7)
-    assert tiers.store.want(1, 7) is READY
+    assert tiers.store.request_load(1, 7) is READY
 
 
 # ---------------------------------------------------------------------- limits
@@ -210,8 +215,8 @@ def test_device_limits_by_count_and_by_pages():
         for version in range(1, 5):
             load(tiers, version)
             bring_in(tiers, version)
-            assert len(tiers.residency) <= 2
-        assert [v for v in range(1, 5) if tiers.residency.get(v)] == [3, 4]
+            assert len(tiers.device) <= 2
+        assert tiers.resident() == [3, 4]
 
 
 def test_host_limits_by_count_and_by_bytes():
@@ -219,7 +224,7 @@ def test_host_limits_by_count_and_by_bytes():
         tiers = make(rank=16, **limit)
         for version in range(1, 5):
             load(tiers, version)
-        assert list(tiers.host._entries) == [3, 4]
+        assert tiers.host.versions() == [3, 4]
 
 
 def test_an_adapter_larger_than_a_limit_is_refused():
@@ -230,28 +235,16 @@ def test_an_adapter_larger_than_a_limit_is_refused():
         assert not tiers.store.known(1)
 
 
-def test_locked_host_entries_hold_back_fetches_until_their_copies_are_done():
+def test_host_entries_that_a_copy_needs_hold_back_fetches_until_it_is_done():
     tiers = make(max_loaded_loras=1, copy_delay=lambda: 3)
     load(tiers, 1)
     load(tiers, 2)
     seen = []
     for _ in range(30):
-        seen.append((plan(tiers, 2, 1), list(tiers.host._entries)))
+        seen.append((plan(tiers, 2, 1), tiers.host.versions()))
         poll(tiers)
     assert seen[-1][0] == [READY, READY]
     assert all(len(held) <= 1 for _, held in seen)
-
-
-def test_a_copy_may_outlive_its_host_entry():
-    tiers = make(max_loaded_loras=1, copy_delay=lambda: 6)
-    load(tiers, 1)
-    plan(tiers, 1)
-    load(tiers, 2)  # fetched while 1 is still being copied
-    tiers.host.remove(1)
-    for _ in range(8):
-        poll(tiers)
-    assert plan(tiers, 1) == [READY]
-    assert tiers.weights_are(1, tiers.store.slot_of(1))
 
 
 @pytest.mark.parametrize("copy_delay", [0, 3])
@@ -269,12 +262,12 @@ def test_many_adapters_through_a_host_tier_of_one(fetch_delay, copy_delay):
         poll(tiers)
         for job in [job for job in running if job[0] == 0]:
             running.remove(job)
-            tiers.store.release(job[1])
+            tiers.release(job[1])
         running = [[left - 1, version] for left, version in running]
         tiers.store.begin_plan()
         for version in list(queue):
-            if tiers.store.want(version, 0) is READY:
-                tiers.store.acquire(version)
+            if tiers.store.request_load(version, 0) is READY:
+                tiers.acquire(version)
                 queue.remove(version)
                 served.append(version)
                 running.append([2, version])
@@ -283,42 +276,53 @@ def test_many_adapters_through_a_host_tier_of_one(fetch_delay, copy_delay):
     assert sorted(served) == sorted([1, 2, 3, 4, 5] * 3)
 
 
-def test_who_is_blocked_keeps_nobody_out_of_host_memory():
-    """Two that wait for a place on the device fill the host tier; a third comes nevertheless."""
+def test_a_blocked_adapter_keeps_no_other_out_of_host_memory():
+    """Two that wait for a slot on the device fill the host tier; a third comes nevertheless."""
     tiers = make(4, max_loaded_loras=2, max_loras_per_batch=1)
     load(tiers, 4)
     bring_in(tiers, 4)
-    tiers.store.acquire(4)
+    tiers.acquire(4)
     for version in (3, 1, 2):
         load(tiers, version)
     assert plan(tiers, 2, 1, 3) == [BLOCKED, BLOCKED, COMING]
     poll(tiers)
     poll(tiers)
-    assert 3 in tiers.host and len(tiers.host) == 2
+    assert 3 in tiers.host.versions() and len(tiers.host) == 2
     assert plan(tiers, 3) == [BLOCKED]
-    tiers.store.release(4)
+    tiers.release(4)
     assert plan(tiers, 3) == [READY]
 
 
 # ---------------------------------------------------------------------- pinned
 
 
-def test_pinned_stay_on_host_and_device_and_come_back_by_themselves():
+def test_pinned_adapters_go_to_the_device_by_themselves_and_stay_in_both_tiers():
     tiers = make(max_loaded_loras=2, max_loras_per_batch=2)
     load(tiers, 1, pinned=True)
     poll(tiers)
-    assert tiers.residency.get(1).ready, "a pinned adapter goes to the device unasked"
+    assert tiers.resident() == [1], "unasked"
     for version in (2, 3, 4, 2, 3):
         if not tiers.store.known(version):
             load(tiers, version)
         bring_in(tiers, version)
-        assert 1 in tiers.host and tiers.residency.get(1) is not None
-    tiers.residency.remove(1, 0)
-    poll(tiers)
-    assert tiers.residency.get(1).ready
+        assert 1 in tiers.host.versions() and 1 in tiers.resident()
 
 
-def test_the_last_place_of_a_batch_cannot_be_pinned():
+def test_a_pinned_adapter_comes_as_soon_as_there_is_room():
+    tiers = make(2, max_loras_per_batch=2, copy_delay=lambda: 1)
+    tiers.loader.files["/large"] = FakeFile(rank=32)
+    kv = tiers.pool.alloc_kv(13)
+    assert load(tiers, 1, path="/large", pinned=True) == Loaded(1)
+    for _ in range(3):
+        poll(tiers)
+    assert state(tiers, 1) is State.ON_HOST
+    tiers.pool.free_pages(kv, tiers.pool.completed)
+    for _ in range(3):
+        poll(tiers)
+    assert tiers.resident() == [1]
+
+
+def test_the_last_slot_of_a_batch_cannot_be_pinned():
     tiers = make(max_loras_per_batch=2)
     assert load(tiers, 1, pinned=True) == Loaded(1)
     ended = load(tiers, 2, pinned=True)
@@ -345,7 +349,7 @@ def test_a_pin_must_leave_room_under_the_device_limit():
     assert isinstance(ended.error, AdapterStarvation) and "--lora-device-bytes" in ended.error.message
 
 
-def test_a_pin_must_leave_a_host_place_for_those_loaded_already():
+def test_a_pin_must_leave_room_on_the_host_for_those_loaded_already():
     tiers = make(3, max_loaded_loras=2)
     load(tiers, 1)
     assert load(tiers, 2, pinned=True) == Loaded(2)
@@ -354,7 +358,7 @@ def test_a_pin_must_leave_a_host_place_for_those_loaded_already():
     bring_in(tiers, 1)
 
 
-def test_all_host_places_may_be_pinned_while_nobody_else_is_loaded():
+def test_the_whole_host_tier_may_be_pinned_while_nothing_else_is_loaded():
     tiers = make(3, max_loaded_loras=2)
     assert load(tiers, 1, pinned=True) == Loaded(1)
     assert load(tiers, 2, pinned=True) == Loaded(2)
@@ -413,7 +417,7 @@ def test_unload_while_it_is_fetched_again():
     for _ in range(5):
         assert poll(tiers) == []
     assert not tiers.store.busy
-    assert list(tiers.host._entries) == [2]
+    assert tiers.host.versions() == [2]
 
 
 def test_unload_while_it_waits_to_be_fetched_again():
@@ -431,11 +435,12 @@ def test_unload_while_it_is_copied():
     load(tiers, 1)
     plan(tiers, 1)
     tiers.store.unload(1, 0)
+    assert state(tiers, 1) is State.DRAINING and len(tiers.host) == 0
     assert tiers.pool.free == tiers.pool.total - 1, "the copy still writes to its page"
     poll(tiers)
     poll(tiers)
     assert tiers.pool.free == tiers.pool.total
-    assert len(tiers.residency) == 0
+    assert len(tiers.device) == 0
 
 
 # ---------------------------------------------------------------------- numbers
