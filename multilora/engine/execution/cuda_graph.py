@@ -20,7 +20,7 @@ from multilora.attention.base import StepAttention
 from multilora.batch import AttentionMeta, ForwardBatch
 from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
-from multilora.models.llama import LlamaForCausalLM
+from multilora.models.base import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class DecodeCudaGraphs:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         twins: dict[int, StepAttention],
         lora: LoraBackend | None,
         device: torch.device,

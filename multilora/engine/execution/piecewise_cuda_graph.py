@@ -26,7 +26,7 @@ from multilora.attention.rotate import CosSin
 from multilora.batch import ForwardBatch
 from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
-from multilora.models.llama import LlamaForCausalLM
+from multilora.models.base import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class PiecewiseCudaGraphs:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         attention: dict[int, PieceAttention],
         lora: LoraBackend | None,
         device: torch.device,
