@@ -12,7 +12,10 @@ from multilora.layers.matmul import linear
 
 
 class Weight(nn.Module, ABC):
-    """The contract: a matrix W [out, in] that may be stored in another form than it has in the arithmetic."""
+    """The contract: a matrix W [out, in] that may be stored in another form than it has in the arithmetic.
+
+    What it is stored in are parameters of the module, which is how the bytes of a model are counted.
+    """
 
     @abstractmethod
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
