@@ -16,9 +16,8 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.jit import env as jit_env
 from flashinfer.jit import get_batch_prefill_uri
 
-from multilora.attention.base import PieceAttention, StepAttention
+from multilora.attention.base import AttentionShape, KVViews, PieceAttention, StepAttention
 from multilora.attention.rotate import CosSin
-from multilora.attention.torch_sdpa import KVViews
 from multilora.attention.triton_decode import PIECE_WORDS, SPAN_WORDS, budget, cut, decode, split_budget
 from multilora.attention.triton_kernels import list_pages, rotate_and_write
 from multilora.batch import AttentionMeta
@@ -29,15 +28,12 @@ WORKSPACE_BYTES = 256 << 20  # of FlashInfer
 REQUEST_WORDS = 5  # see `list_pages`
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+@dataclass(frozen=True)
+class _Shape(AttentionShape):
+    """`AttentionShape`, and what the arena adds. The KV cache has the dtype of the queries."""
+
     page_size: int
     num_pages: int  # of the arena
-    scale: float
-    window: int | None
     dtype: torch.dtype
     device: torch.device
 
@@ -45,7 +41,7 @@ class _Shape:
     def plan_options(self) -> dict[str, Any]:
         return {
             "sm_scale": self.scale,
-            "window_left": -1 if self.window is None else self.window - 1,  # FlashInfer counts the token itself out
+            "window_left": (self.sliding_window or 0) - 1,  # FlashInfer counts the token itself out; -1: no window
             "q_data_type": self.dtype,
             "kv_data_type": self.dtype,
         }
@@ -55,7 +51,8 @@ def _requests(shape: _Shape, meta: AttentionMeta, rows: np.ndarray, padded_to: i
     """int32 [5, requests] as `list_pages` takes them: the requests `rows`, then padding without pages. Pages before a
     window are left out: positions count from a request's end."""
     kv, q = np.array(meta.kv_lens)[rows], np.array(meta.q_lens)[rows]
-    first = np.zeros_like(kv) if shape.window is None else np.maximum(kv - q - shape.window + 1, 0) // shape.page_size
+    window = shape.sliding_window
+    first = np.zeros_like(kv) if window is None else np.maximum(kv - q - window + 1, 0) // shape.page_size
     last = kv - 1
     requests = np.zeros((REQUEST_WORDS, max(len(rows), padded_to)), dtype=np.int32)
     requests[0] = -1
@@ -85,7 +82,8 @@ class _Decode:
         requests = _requests(shape, meta, rows, self._size)
         pages = requests[3]
         tokens = np.where(pages > 0, (pages - 1) * shape.page_size + requests[4] + 1, 0)
-        skip = np.zeros_like(tokens) if shape.window is None else np.maximum(tokens - shape.window, 0)
+        window = shape.sliding_window
+        skip = np.zeros_like(tokens) if window is None else np.maximum(tokens - window, 0)
         plan = cut(pages, tokens, skip, shape.page_size, self._pieces)
         return np.concatenate((requests.ravel(), plan.spans.ravel(), plan.pieces.ravel())), int(pages.sum())
 
@@ -151,26 +149,21 @@ class _Prefill:
 class FlashInferAttention:
     """The `flashinfer` backend over the arena's per-layer views, each [num_pages, page_size, kv_heads, head_dim].
 
-    fp16 or bf16, head_dim 64, 128 or 256 (see `make_attention`).
+    fp16 or bf16, head_dim 64, 128 or 256 (see `flashinfer_obstacle`).
     """
 
     name = "flashinfer"
 
-    def __init__(
-        self,
-        kv_views: KVViews,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        scale: float,
-        sliding_window: int | None,
-    ):
+    def __init__(self, kv_views: KVViews, shape: AttentionShape):
         pages = kv_views[0][0]
         self._kv_views = kv_views
         self._shape = _Shape(
-            num_heads, num_kv_heads, head_dim, pages.shape[1], pages.shape[0], scale, sliding_window, pages.dtype,
-            pages.device,
-        )  # fmt: skip
+            **vars(shape),
+            page_size=pages.shape[1],
+            num_pages=pages.shape[0],
+            dtype=pages.dtype,
+            device=pages.device,
+        )
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=pages.device)
         self._graph_scratch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._prefill = _Prefill(self._shape, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device))
@@ -337,7 +330,7 @@ def _is_compiled(shape: _Shape) -> bool:
     kind, dim = shape.dtype, shape.head_dim
     names = [
         get_batch_prefill_uri(
-            backend, kind, kind, kind, torch.int32, dim, dim, 0, shape.window is not None, False, False
+            backend, kind, kind, kind, torch.int32, dim, dim, 0, shape.sliding_window is not None, False, False
         )
         for backend in ("fa2", "fa3")
     ]

@@ -25,7 +25,7 @@ from multilora.adapters.loading.loader import FetchContext, Loader
 from multilora.adapters.loading.process import ProcessLoader
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.peft.base_model import BaseModel
-from multilora.attention import choose_attention, make_attention
+from multilora.attention.backends import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
 from multilora.config import Config
 from multilora.engine.engine import Engine
@@ -39,7 +39,7 @@ from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
 from multilora.lora.base import LoraBackend
 from multilora.lora.device_table import table_bytes_per_page
-from multilora.lora.panels import PanelGeometry
+from multilora.lora.sites import module_shapes
 from multilora.lora.table import LoraTable
 from multilora.memory.kv_layout import KVLayout
 from multilora.memory.page_pool import PagePool
@@ -47,9 +47,9 @@ from multilora.memory.page_table import KVPages
 from multilora.memory.plan import DeviceMemory, MemoryPlan, format_bytes, plan_memory
 from multilora.memory.prefix_cache import PrefixCache
 from multilora.memory.reclaim import GdsfClock, Reclaimer
+from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig
-from multilora.models.llama import LlamaForCausalLM
-from multilora.models.load import load_model
+from multilora.models.load import make_model
 from multilora.models.weights import checkpoint_files
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def build_engine(
     started = monotonic()
     device = choose_device(config.device)
     model = _load(config, device)
-    over_arena = _attention_maker(config, model.config, device)
+    over_arena = _attention_maker(config, model)
     memory = _memory(config, model, over_arena)
     attention = over_arena(memory.layout.views(memory.arena))
     journal = LoraJournal()
@@ -119,22 +119,43 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _load(config: Config, device: torch.device) -> LlamaForCausalLM:
+def _load(config: Config, device: torch.device) -> CausalLM:
+    """The model with its weights. What it does not serve is refused before any weight is fetched."""
+    path = _model_path(config)
     with asking_for("the weights of the base model", "take a smaller model, or a GPU with more memory"):
-        model, _ = load_model(
-            config.model_path or str(demo.base_model_path()),
+        model = make_model(
+            path,
             dtype=config.dtype,
             device=device,
-            load_format=config.load_format,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             context_length=config.context_length,
-            seed=config.random_seed or 0,
         )
+        _adapter_limits(config, model)
+        model.load(path, load_format=config.load_format, revision=config.revision, seed=config.random_seed or 0)
     return model
 
 
-def _memory(config: Config, model: LlamaForCausalLM, over_arena: MakeAttention) -> _Memory:
+def _model_path(config: Config) -> str:
+    return config.model_path or str(demo.base_model_path())
+
+
+def _adapter_limits(config: Config, model: CausalLM) -> AdapterLimits:
+    """What adapters may be. Raises ConfigError for --lora-target-modules that the model does not have."""
+    targets = config.lora_target_modules
+    if targets is None or targets == ("all",):
+        return AdapterLimits(config.max_lora_rank)
+    known = module_shapes(model.lora_sites())
+    for target in targets:
+        if target not in known:
+            raise ConfigError(
+                f"--lora-target-modules: {model.config.architecture} has no module {target!r}; it has "
+                f"{', '.join(known)}"
+            )
+    return AdapterLimits(config.max_lora_rank, targets)
+
+
+def _memory(config: Config, model: CausalLM, over_arena: MakeAttention) -> _Memory:
     """As planned from what the model leaves."""
     layout = model.kv_layout(config.page_size)
     plan = _plan(config, model, layout, over_arena)
@@ -167,7 +188,7 @@ def _scheduler(
 
 
 def _capture(
-    config: Config, model: LlamaForCausalLM, attention: AttentionBackend, lora: LoraBackend | None
+    config: Config, model: CausalLM, attention: AttentionBackend, lora: LoraBackend | None
 ) -> CudaGraphs | None:
     """None where device or attention backend have none. Nothing runs yet, so page 0 is free to write."""
     sizes = _graph_sizes(config, model.device)
@@ -190,24 +211,17 @@ def _graph_sizes(config: Config, device: torch.device) -> list[int]:
     return decode_sizes(min(config.cuda_graph_max_bs or 256, config.max_running_requests))
 
 
-def _attention_maker(config: Config, model: ModelConfig, device: torch.device) -> MakeAttention:
-    """Of the backend that was chosen, over any arena."""
-    name = choose_attention(config.attention_backend, device, model.dtype, model.head_dim)
-    return lambda kv_views: make_attention(
-        name,
-        kv_views=kv_views,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        scale=model.head_dim**-0.5,
-        sliding_window=model.sliding_window,
-    )
+def _attention_maker(config: Config, model: CausalLM) -> MakeAttention:
+    """Makes the attention backend that was chosen, over any arena."""
+    shape, dtypes = model.attention_shape, (model.config.dtype, model.config.kv_dtype)
+    name = choose_attention(config.attention_backend, model.device, *dtypes, shape.head_dim)
+    return lambda kv_views: make_attention(name, kv_views, shape)
 
 
-def _plan(config: Config, model: LlamaForCausalLM, layout: KVLayout, over_arena: MakeAttention) -> MemoryPlan:
+def _plan(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAttention) -> MemoryPlan:
     return plan_memory(
         layout,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=model.weight_bytes,
         context_length=model.config.context_length,
         max_running_requests=config.max_running_requests,
         arena_bytes=config.arena_bytes,
@@ -217,9 +231,7 @@ def _plan(config: Config, model: LlamaForCausalLM, layout: KVLayout, over_arena:
     )
 
 
-def _device_memory(
-    config: Config, model: LlamaForCausalLM, layout: KVLayout, over_arena: MakeAttention
-) -> DeviceMemory:
+def _device_memory(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAttention) -> DeviceMemory:
     """Measured by running the largest step."""
     tokens, requests = config.chunked_prefill_size, config.max_running_requests
     with asking_for(f"a step of {tokens} tokens", "lower --chunked-prefill-size or --max-running-requests"):
@@ -231,13 +243,14 @@ def _device_memory(
         graphs += graph_bytes(PIECE_SIZES, row_bytes, variants, pieces=1 + model.config.num_layers)
     tables = 0
     if config.enable_lora:
-        tables = table_bytes_per_page(model.lora_sites(), PanelGeometry(layout.page_bytes, layout.dtype.itemsize))
+        target = _pack_target(model, layout)
+        tables = table_bytes_per_page(target.sites, target.geometry)
     return DeviceMemory(torch.cuda.mem_get_info(model.device)[0], step, graphs, tables)
 
 
 def _lora(
     config: Config,
-    model: LlamaForCausalLM,
+    model: CausalLM,
     memory: _Memory,
     journal: LoraJournal,
     make_loader: MakeLoader | None,
@@ -251,18 +264,18 @@ def _lora(
 
 def _build_lora(
     config: Config,
-    model: LlamaForCausalLM,
+    model: CausalLM,
     memory: _Memory,
     journal: LoraJournal,
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
 ) -> tuple[AdapterStore, RunnerLora, Reclaimer]:
     layout, arena, pool, clock = memory.layout, memory.arena, memory.pool, memory.clock
-    sites = model.lora_sites()
-    target = PackTarget(sites, layout.dtype, layout.page_bytes)
-    table = LoraTable(arena, layout.dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
+    target = _pack_target(model, layout)
+    sites = target.sites
+    table = LoraTable(arena, target.dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
     backend = make_lora_backend(
-        config.lora_backend, table, arena.device, sites=sites, chunk_rows=config.max_lora_chunk_size
+        config.lora_backend, table, sites=sites, dtype=model.config.dtype, chunk_rows=config.max_lora_chunk_size
     )
     limit = config.lora_device_bytes
     device = DeviceTier(
@@ -276,24 +289,28 @@ def _build_lora(
         on_evict=memory.namespaces.demote,
     )
     reclaimer = Reclaimer(pool, clock, [memory.prefix, device])
-    targets = None if config.lora_target_modules in (None, ("all",)) else config.lora_target_modules
-    base = BaseModel.of(model.config, sites, _weights_dir(config))
-    context = FetchContext(base, target, AdapterLimits(config.max_lora_rank, targets), config.lora_root)
+    base = BaseModel.of(model, _weights_dir(config))
+    context = FetchContext(base, target, _adapter_limits(config, model), config.lora_root)
     staging = _staging(arena.device) if make_loader is None else None
     loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
     store = AdapterStore(
-        DoraBiasLoader(loader, target, model.linear),
+        DoraBiasLoader(loader, target, model.base_weight),
         HostTier(config.max_loaded_loras, config.lora_host_bytes),
         device,
         reclaimer,
         layout_of=target.layout,
-        leaves_kv=lambda shape: leaves_kv(shape, sites),
+        leaves_kv=lambda shape: leaves_kv(shape, base),
         page_bytes=layout.page_bytes,
         total_pages=pool.total,
         context_pages=layout.pages_for(model.config.context_length),
         settle=staging.settle if staging is not None else lambda entry: None,
     )
     return store, RunnerLora(backend, table, sites, target.layout), reclaimer
+
+
+def _pack_target(model: CausalLM, layout: KVLayout) -> PackTarget:
+    """Adapters lie in the pages of the KV cache, in a dtype of their own."""
+    return PackTarget(model.lora_sites(), model.config.adapter_dtype, layout.page_bytes)
 
 
 def _staging(device: torch.device) -> Staging | None:
@@ -319,8 +336,7 @@ def _weights_dir(config: Config) -> str | None:
     """Where the base model's own weights lie, by now on this machine."""
     if config.load_format == "dummy":
         return None
-    path = config.model_path or str(demo.base_model_path())
-    return str(checkpoint_files(path, config.revision)[0].parent)
+    return str(checkpoint_files(_model_path(config), config.revision)[0].parent)
 
 
 def _copier(config: Config, arena: torch.Tensor) -> Copier:

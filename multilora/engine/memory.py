@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from multilora.attention.base import AttentionBackend
-from multilora.attention.torch_sdpa import KVViews
+from multilora.attention.base import AttentionBackend, KVViews
 from multilora.batch import AttentionMeta
 from multilora.engine.sampling.sampler import Sampler
 from multilora.engine.sampling.state import SamplingState
@@ -17,7 +16,7 @@ from multilora.errors import OutOfMemory
 from multilora.layers.context import ForwardContext
 from multilora.memory.kv_layout import KVLayout
 from multilora.memory.plan import format_bytes
-from multilora.models.llama import LlamaForCausalLM
+from multilora.models.base import CausalLM
 from multilora.params import SamplingParams
 
 MakeAttention = Callable[[KVViews], AttentionBackend]
@@ -41,9 +40,7 @@ def asking_for(what: str, lower: str) -> Iterator[None]:
         ) from e
 
 
-def measure_step(
-    model: LlamaForCausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int
-) -> int:
+def measure_step(model: CausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int) -> int:
     """Bytes that the largest step takes at its peak, the attention backend's workspace included. CUDA only."""
     device = model.device
     torch.cuda.synchronize(device)
@@ -56,9 +53,7 @@ def measure_step(
     return peak - arena_bytes
 
 
-def largest_step(
-    model: LlamaForCausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int
-) -> int:
+def largest_step(model: CausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int) -> int:
     """`tokens` new prompt tokens, the logits of every one of them (prompt logprobs), `requests` random tokens drawn
     from those, all with penalties. Returns the bytes of its own little arena."""
     context = model.config.context_length

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from multilora.attention import choose_attention, make_attention
-from multilora.attention.base import AttentionBackend
+from multilora.attention.backends import choose_attention, make_attention
+from multilora.attention.base import AttentionBackend, AttentionShape
 from multilora.attention.rotate import CosSin
 from multilora.attention.torch_sdpa import KVViews, TorchAttention
 from multilora.batch import AttentionMeta
@@ -99,9 +99,8 @@ def make_case(
 def flashinfer(case: Case, window: int | None) -> AttentionBackend:
     heads, kv_heads, _ = case.heads
     return make_attention(
-        "flashinfer", kv_views=case.views(), num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=case.layout.head_dim, scale=0.09, sliding_window=window,
-    )  # fmt: skip
+        "flashinfer", case.views(), AttentionShape(heads, kv_heads, case.layout.head_dim, 0.09, window)
+    )
 
 
 def expected(case: Case, window: int | None, device: str = "cpu") -> list[torch.Tensor]:
@@ -109,7 +108,7 @@ def expected(case: Case, window: int | None, device: str = "cpu") -> list[torch.
     heads, kv_heads, _ = case.heads
     wide = replace(case.layout, dtype=torch.float32)
     views = wide.views(case.arena.to(device).view(case.layout.dtype).float().view(torch.uint8))
-    attention = TorchAttention(views, heads, kv_heads, case.layout.head_dim, 0.09, window)
+    attention = TorchAttention(views, AttentionShape(heads, kv_heads, case.layout.head_dim, 0.09, window))
     meta, (cos, sin), qkv = case.meta, case.rope, case.qkv.to(device).float()
     tensors = (t.to(device) for t in (meta.page_table, meta.token_page, meta.token_slot))
     attention.prepare(AttentionMeta(meta.q_lens, meta.kv_lens, *tensors))
@@ -353,7 +352,7 @@ def test_the_host_may_run_ahead() -> None:
 
 def test_auto_takes_it_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "multilora.attention"):
-        assert choose_attention("auto", DEVICE, KIND, 128) == "flashinfer"
+        assert choose_attention("auto", DEVICE, KIND, KIND, 128) == "flashinfer"
     assert "attention backend: flashinfer" in caplog.text
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from multilora.attention.base import AttentionShape
 from multilora.attention.torch_sdpa import TorchAttention
 from multilora.batch import AttentionMeta
 from multilora.memory.kv_layout import KVLayout
@@ -80,15 +81,18 @@ def unrotated(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(k.shape[0], 1, k.shape[2] // 2), torch.zeros(k.shape[0], 1, k.shape[2] // 2)
 
 
-def run(case: Case, heads: int, window: int | None, atol: float) -> None:
+def run(case: Case, heads: int, window: int | None, atol: float, computed_in: torch.dtype | None = None) -> None:
+    """computed_in: dtype of q, k and v; None: that of the cache."""
     kv_heads, head_dim = case.views[0][0].shape[2:]
     scale = 0.7 / math.sqrt(head_dim)
-    attention = TorchAttention(case.views, heads, kv_heads, head_dim, scale, window)
+    attention = TorchAttention(case.views, AttentionShape(heads, kv_heads, head_dim, scale, window))
     attention.prepare(case.meta)
     generator = torch.Generator().manual_seed(1)
     for layer in range(LAYERS):
         new = [h[layer, :, h.shape[2] - n :] for h, n in zip(case.history, case.meta.q_lens, strict=True)]
         k, v = torch.cat(new, dim=1)
+        if computed_in is not None:
+            k, v = (t.to(computed_in) * (1 + 2**-12) for t in (k, v))
         q = torch.randn(k.shape[0], heads, head_dim, generator=generator).to(k.dtype)
         got = attention.forward(layer, q, k, v, unrotated(k))
         assert got.dtype == q.dtype
@@ -138,6 +142,11 @@ def test_dtypes(dtype: torch.dtype, atol: float) -> None:
     run(make_case(BATCHES["everything"], 16, 2, 32, dtype), 4, None, atol)
 
 
+def test_keys_and_values_are_rounded_to_the_dtype_of_the_cache_wherever_they_are_read_from() -> None:
+    """Queries in fp32 over a bf16 cache; what the layer brings rounds to what is in the history."""
+    run(make_case(BATCHES["everything"], 16, 2, 32, torch.bfloat16), 4, None, 1e-5, computed_in=torch.float32)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_batches(seed: int) -> None:
     rng = random.Random(seed)
@@ -153,7 +162,7 @@ def test_padding_stays_bounded() -> None:
     """Short decodes do not pay for a long one beside them."""
     lens = [(1, 400)] + [(1, 10)] * 30
     case = make_case(lens, 4, 1, 8, torch.float32)
-    attention = TorchAttention(case.views, 1, 1, 8, 1.0, None)
+    attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, None))
     attention.prepare(case.meta)
     gathered = sum(d.pages.numel() for d in attention._decodes)
     needed = sum(-(-total // 4) for _, total in lens)
@@ -163,7 +172,7 @@ def test_padding_stays_bounded() -> None:
 
 def test_window_reads_no_page_before_it() -> None:
     case = make_case([(1, 400)], 4, 1, 8, torch.float32)
-    attention = TorchAttention(case.views, 1, 1, 8, 1.0, 10)
+    attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, 10))
     attention.prepare(case.meta)
     [plan] = attention._decodes
     assert plan.pages.numel() <= 4

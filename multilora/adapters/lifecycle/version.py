@@ -16,6 +16,7 @@ from enum import Enum
 
 from multilora.adapters.host.mapping import HostEntry
 from multilora.lora.panels import PanelLayout, ScaleShift
+from multilora.lora.sites import EMBED, HEAD
 
 
 class State(Enum):
@@ -186,12 +187,12 @@ class AdapterVersion:
     def vocab_size(self) -> int | None:
         """How many tokens it has, where it brings its own head; None: as many as the base model."""
         full_weights = self.layout.shape.full_weights if self.layout else ()
-        return next((w.rows for w in full_weights if w.module == "lm_head" and not w.token_ids), None)
+        return next((w.rows for w in full_weights if w.module == HEAD and not w.token_ids), None)
 
     @property
     def trains_tokens(self) -> bool:
         """Whether it changes token embeddings: it may have tokens that the base model's tokenizer does not know."""
-        return "embed_tokens" in self.target_modules
+        return EMBED in self.target_modules
 
     @property
     def not_composable_reason(self) -> str:

@@ -32,7 +32,7 @@ from multilora.attention.rotate import CosSin
 from multilora.batch import AttentionMeta, ForwardBatch, LoraSegment
 from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
-from multilora.models.llama import LlamaForCausalLM
+from multilora.models.base import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class _GraphSet:
     def __init__(
         self,
         what: str,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         attention: Mapping[int, _Decodes] | Mapping[int, _Pieces],
         lora: LoraBackend | None,
         device: torch.device,
@@ -244,7 +244,7 @@ class CudaGraphs:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         decodes: Mapping[int, StepAttention],
         pieces: Mapping[int, PieceAttention],
         lora: LoraBackend | None,

@@ -24,9 +24,9 @@ from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
 from multilora.lora.full_weights import FullWeightModules
 from multilora.lora.panels import AdapterShape, PanelLayout
-from multilora.lora.sites import MODEL_LEVEL, LoraSite
+from multilora.lora.sites import EMBED, MODEL_LEVEL, TABLES, LoraSite
 from multilora.lora.table import LoraTable
-from multilora.models.llama import LlamaForCausalLM
+from multilora.models.base import CausalLM
 from multilora.params import SamplingParams
 from multilora.transfer import Fence, upload
 
@@ -39,7 +39,7 @@ class AdapterScope(IntEnum):
     MODULES = 2  # instead of modules between those two: no graph serves that
 
 
-ENDS = {(MODEL_LEVEL, "embed_tokens"), (MODEL_LEVEL, "lm_head")}
+ENDS = {(MODEL_LEVEL, table) for table in TABLES}
 
 
 class RunnerLora:
@@ -59,7 +59,7 @@ class RunnerLora:
         self._table = table
         self._layout_of = layout_of
         self._model_level = frozenset(s.index for s in sites if s.layer == MODEL_LEVEL)
-        self._embed_site = next(s.index for s in sites if s.name == "embed_tokens")
+        self._embed_site = next(s.index for s in sites if s.name == EMBED)
 
     def apply(self, changes: Sequence[LoraChange]) -> None:
         """Bring the table up to date, in order."""
@@ -116,7 +116,7 @@ class Runner:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         attention: AttentionBackend,
         lora: RunnerLora | None,
         page_size: int,

@@ -31,8 +31,8 @@ from multilora.memory.page_pool import PagePool
 from multilora.memory.prefix_cache import PrefixCache
 from multilora.memory.reclaim import GdsfClock, Reclaimer
 
-SITE = LoraSite(index=0, layer=0, name="o_proj", in_features=16, slices=(LoraSlice("o_proj", 0, 16),))
-BASE = BaseModel((SITE,), vocab_size=23, hidden_size=16, tie_word_embeddings=False, norms={}, biased=())
+SITE = LoraSite(index=0, layer=0, name="o_proj", in_features=16, slices=(LoraSlice("o_proj", 0, 16, "self_attn"),))
+BASE = BaseModel((SITE,), (), vocab_size=23, hidden_size=16, tie_word_embeddings=False)
 PAGE_BYTES = 1024
 TARGET = PackTarget((SITE,), torch.float32, PAGE_BYTES)
 BEING_COPIED = 0xAA  # what a page holds while an adapter is on its way into it
