@@ -1,4 +1,4 @@
-"""How long a step takes, learnt from the steps that have run. Admission asks whether waiting a little saves a step."""
+"""How long a step takes, learnt from those that have run. Admission asks whether waiting a little saves a step."""
 
 FORGET = 0.95  # weight that older steps keep with every new one
 LONGEST = 0.25  # seconds; longer steps, such as those that compile kernels, count as this
