@@ -5,7 +5,7 @@ floats. A token's *weight* is exp((logit − best) / temperature) as an integer,
 weights are exact, whatever the order of summation, and those of 2^18 tokens fit 63 bits.
 
 The search for a row's cut keeps a state per pass and row, int64 [4, BUCKETS]: the pivots (keys, ascending); how many
-keys from each pivot on up to `hi` there are; their weight; (hi, count above hi, weight above hi, candidates collected).
+keys there are from each pivot on up to `hi`; their weight; (hi, count above hi, weight above hi, candidates found).
 """
 
 # mypy: disallow-untyped-defs=False
