@@ -80,7 +80,7 @@ def parse_size(text: str) -> int:
         raise ConfigError(f"{text!r} is not a size; write for example 4096, 512M or 8GiB")
     number, unit, suffix = match.groups()
     base = 1000 if (suffix or "").lower() == "b" else 1024
-    return round(float(number) * base ** _UNITS[unit.lower()])
+    return round(float(number) * int(base ** _UNITS[unit.lower()]))
 
 
 @dataclass(frozen=True)

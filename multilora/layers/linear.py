@@ -78,5 +78,6 @@ class GateUp(Linear):
         """x: [tokens, in_features], contiguous. Returns [tokens, out_features / 2]."""
         y = self._product(x, ctx)
         if ctx.lora is None:
-            return self.silu_and_mul(y)
+            activated: torch.Tensor = self.silu_and_mul(y)
+            return activated
         return ctx.lora.apply_gated(y, x, self.site.index, self.silu_and_mul)

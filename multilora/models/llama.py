@@ -56,7 +56,8 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, hidden]. Returns the same shape."""
-        return self.down_proj(self.gate_up_proj(x, ctx), ctx)
+        y: torch.Tensor = self.down_proj(self.gate_up_proj(x, ctx), ctx)
+        return y
 
 
 class DecoderLayer(nn.Module):
@@ -128,10 +129,13 @@ class LlamaForCausalLM(CausalLM):
         return {"qkv_bias": hf.attention_bias, "o_bias": hf.attention_bias, "mlp_bias": hf.mlp_bias}
 
     def embed(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return self.model.embed_tokens(ids, ctx)
+        x: torch.Tensor = self.model.embed_tokens(ids, ctx)
+        return x
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return self.model(x, positions, ctx)
+        hidden: torch.Tensor = self.model(x, positions, ctx)
+        return hidden
 
     def logits(self, hidden_rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return self.lm_head(hidden_rows, ctx)
+        logits: torch.Tensor = self.lm_head(hidden_rows, ctx)
+        return logits
