@@ -17,7 +17,9 @@ from multilora.params import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 301
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter: inf − inf and 0 · inf
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy's, of the interpreter: inf − inf and 0 · inf
 CASES = [
     {},
     {"temperature": 0.5},
@@ -38,7 +40,14 @@ CASES = [
 def small_blocks(monkeypatch):
     """Several blocks in a small vocabulary."""
     if DEVICE.type == "cpu":
-        for name, size in {"NARROW": 256, "COLLECT": 256, "SELECT": 256, "DRAW": 64, "EMIT": 256, "EDIT": 256}.items():
+        for name, size in {
+            "NARROW": 256,
+            "COLLECT": 256,
+            "SELECT": 256,
+            "DRAW": 64,
+            "EMIT": 256,
+            "EDIT": 256,
+        }.items():
             monkeypatch.setattr(triton_sampling, f"{name}_BLOCK", size)
 
 
