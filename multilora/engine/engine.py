@@ -65,13 +65,12 @@ class Engine:
     # ------------------------------------------------------------------ one step
 
     def step(self) -> list[FromEngine]:
-        """Schedule → load → forward → sample → commit. Returns what the front should hear.
+        """Load → schedule → forward → sample → commit. Returns what the front should hear.
 
-        With `ahead` 1 the step that is committed is the one before: the device computes while the host commits. What
-        samples under a grammar is queued when that commit has told the grammar its last token; by then the device
-        has the forward pass to work on.
+        With `ahead` 1 the step that is committed is the one before: the device computes while the host commits.
+        Grammars must know the tokens of that step before this one is sampled, but not before its forward pass.
         """
-        self._take_arrivals()
+        self._poll_adapters()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
@@ -222,7 +221,7 @@ class Engine:
         except MultiloraError as e:
             self._replies.append(Reply(call=call, ok=False, kind=e.kind, message=e.message))
 
-    def _take_arrivals(self) -> None:
+    def _poll_adapters(self) -> None:
         if self.adapters is None:
             return
         for event in self.adapters.poll(self.scheduler.launched):

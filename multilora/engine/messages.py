@@ -214,8 +214,10 @@ def encode(message: ToEngine | FromEngine) -> bytes:
 
 
 def decode_to_engine(data: bytes) -> ToEngine:
-    return _to_engine.decode(data)
+    message: ToEngine = _to_engine.decode(data)
+    return message
 
 
 def decode_from_engine(data: bytes) -> FromEngine:
-    return _from_engine.decode(data)
+    message: FromEngine = _from_engine.decode(data)
+    return message

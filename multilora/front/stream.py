@@ -76,7 +76,7 @@ class TextStream:
         self.prompt_tokens = len(prompt_ids)
         self.cached_tokens = 0
         self.token_ids: list[int] = []
-        self.logprobs: list[float] | None = None
+        self.logprobs: list[float | None] | None = None
         self.top_logprobs: list[TopLogprobs] | None = None
         self.input_logprobs: list[float | None] | None = None
         self.input_top_logprobs: list[TopLogprobs | None] | None = None

@@ -50,7 +50,7 @@ class Generation:
     finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int
-    logprobs: list[float] | None = None
+    logprobs: list[float | None] | None = None
     top_logprobs: list[TopLogprobs] | None = None
     input_logprobs: list[float | None] | None = None
     input_top_logprobs: list[TopLogprobs | None] | None = None

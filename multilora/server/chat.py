@@ -91,7 +91,7 @@ class Choices:
         ]
         return {"content": content, "refusal": None}
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._tokenizer.token_text(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 

@@ -61,11 +61,9 @@ def test_a_plan_survives_its_way_as_bytes(seed: int, ahead: bool) -> None:
     assert [plan.number for plan in found] == list(range(1, len(found) + 1))
     for plan in found:
         assert StepPlan.decode(plan.encode()) == plan
-    chunks = [chunk for plan in found for chunk in plan.chunks]
     assert any(plan.lora for plan in found)
     assert any(plan.free for plan in found)
-    assert any(chunk.prompt_logprobs for chunk in chunks) or seed  # not for every seed
-    assert ahead == any(not chunk.token_ids for chunk in chunks)
+    assert ahead == any(not chunk.token_ids for plan in found for chunk in plan.chunks)
 
 
 def test_what_is_no_plan_is_refused() -> None:

@@ -210,7 +210,8 @@ class _GraphSet:
         rows, positions = self._rows[:size], self._positions[:size]
 
         def forward(cut: Callable[[], None]) -> Tensor:
-            return self._model(rows, positions, ForwardContext(attention.layers(cut), backend))
+            hidden: Tensor = self._model(rows, positions, ForwardContext(attention.layers(cut), backend))
+            return hidden
 
         attention.prepare_capture()
         forward(lambda: None)  # compiles and allocates outside the graphs

@@ -89,7 +89,8 @@ def build_inputs(plan: StepPlan, tables: PageTables, newest: Newest, device: tor
         np.array(unknown, np.int64).reshape(-1, 2).T.ravel(),
         page_table.ravel(),
     ]
-    on_device = upload(torch.from_numpy(np.concatenate(parts)), device).split([part.size for part in parts])
+    uploaded = upload(torch.from_numpy(np.concatenate(parts)), device)
+    on_device = torch.split(uploaded, [part.size for part in parts])
     if unknown:
         rows, index = on_device[5].view(2, -1)
         on_device[0][rows] = newest.tokens[index]

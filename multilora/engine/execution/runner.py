@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,11 +163,11 @@ class Runner:
     def sample(self, forward: Forward) -> Launched:
         """Queue the sampling of a step, and the copies of its results to the host."""
         chunks, logits = forward.plan.chunks, forward.logits
-        parts = logits.split([logit_count(c) for c in chunks])
+        parts = torch.split(logits, [logit_count(c) for c in chunks])
         slots = forward.plan.sampling_slots
         positions = [position for c in chunks for position in c.answer_positions]
         rows = self._sampling_rows(chunks, logits, len(slots))
-        sampled = self._sampler.sample(rows, np.array(slots, np.int32), np.array(positions, np.int32))
+        sampled = self._sampler.sample(rows, slots, positions)
         self._newest = Newest({slot: i for i, slot in enumerate(slots)}, sampled.token_ids)
         prompt = [_prompt_logprobs(c, part) for c, part in zip(chunks, parts, strict=True)]
         on_host = [p.to_cpu() if p is not None else None for p in prompt]
@@ -205,7 +204,8 @@ class Runner:
     def _layers(self, x: Tensor, batch: ForwardBatch, scope: AdapterScope) -> Tensor:
         """x: embedded rows [tokens, hidden]. Returns their hidden rows."""
         self._attention.prepare(batch.attention)
-        return self._model(x, batch.positions, self._prepared(batch.lora, len(x), scope))
+        hidden: Tensor = self._model(x, batch.positions, self._prepared(batch.lora, len(x), scope))
+        return hidden
 
     def _prepared(self, segments: tuple[LoraSegment, ...], rows: int, scope: AdapterScope) -> ForwardContext:
         """The context with the adapters ready for `rows` rows."""

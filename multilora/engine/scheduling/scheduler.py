@@ -335,6 +335,7 @@ class Scheduler:
         request.state = RequestState.FINISHED
         if request.slot is not None:
             self._slots.release(request.slot, self.launched)
+            self._installs = [state for state in self._installs if state.slot != request.slot]
         spec = request.spec
         self.namespaces.release(spec.adapters, spec.activation % self.kv.page_size)
         self.namespaces.release(spec.adapters)

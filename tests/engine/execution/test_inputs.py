@@ -1,4 +1,4 @@
-"""From plans to tensors: pages that travel as changes, tokens that only the device knows, rows of adapters and logits."""
+"""From plans to tensors: pages travel as changes, some tokens are known to the device alone."""
 
 import random
 
@@ -61,7 +61,7 @@ def build(tables: PageTables, chunks: list[Chunk], newest: Newest = NOTHING) -> 
 
 
 def test_a_mixed_step():
-    """A piece of a prompt with two prompt logprobs, the end of another prompt, and a decode whose token is unknown."""
+    """A piece of a prompt with two prompt logprobs, the end of another prompt, a decode whose token is unknown."""
     tables = PageTables(PAGE)
     tables.update([PageUpdate(3, 0, [9, 8, 7]), PageUpdate(0, 0, [5]), PageUpdate(7, 0, [1, 2])])
     chunks = [

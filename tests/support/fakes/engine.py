@@ -156,7 +156,7 @@ class FakeRunner:
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.free:
-            del self._sequences[slot]
+            self._sequences.pop(slot, None)
         for state in plan.install:
             assert state.slot not in self._sequences, "the slot is in use"
             self._sequences[state.slot] = _Sequence(state)
