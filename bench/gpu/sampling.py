@@ -121,9 +121,11 @@ def _grammar(bench: Bench) -> str:
     """Hands the engine the tokenizer that it is compiled for."""
     rng = random.Random(0)
     alphabet = string.ascii_letters + string.digits + ' _,:"{}[]'
-    tokens = [bytes([i]) for i in range(256)]
-    tokens += ["".join(rng.choices(alphabet, k=rng.randint(2, 7))).encode() for _ in range(bench.dims.vocab - 256)]
     ends = bench.llm.engine.ready().eos_token_ids or [0]
+    texts = [bytes([i]) for i in sorted(range(256), key=lambda i: not 32 <= i < 127)]  # what JSON needs comes first
+    texts += ["".join(rng.choices(alphabet, k=rng.randint(2, 7))).encode() for _ in range(bench.dims.vocab)]
+    source = iter(texts)
+    tokens = [b"<end>" if i in ends else next(source) for i in range(bench.dims.vocab)]
     info = xgrammar.TokenizerInfo(
         tokens, vocab_type=xgrammar.VocabType.RAW, vocab_size=bench.dims.vocab, stop_token_ids=ends
     )
