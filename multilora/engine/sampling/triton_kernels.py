@@ -35,6 +35,7 @@ TRUNCATED = tl.constexpr(int(Kind.TRUNCATED))
 
 ONE = tl.constexpr(2.0**36)  # the weight of a row's best token
 COUNT_BITS = tl.constexpr(50)  # counts stand above the weights of 2^13 tokens, in the same 64 bits
+COUNT = tl.constexpr(1 << 50)
 LOWEST = tl.constexpr(-2139095041)  # the key of −inf
 BELOW_ALL = tl.constexpr(-2147483648)  # a pivot that every key is above
 NO_MASS = tl.constexpr((1 << 63) - 1)  # more than any row weighs
@@ -153,13 +154,13 @@ def narrow(logits_ptr, best_ptr, numbers_ptr, before_ptr, state_ptr, first_ptr, 
         key = _key(x)  # that of NaN is above every hi
         weight = _weight(x, best, _scale(numbers_ptr, row, rows))
         key = tl.where((i < vocab) & (key <= hi), key, BELOW_ALL)
-        both = weight + (1 << COUNT_BITS)  # one sum for two: 8192 times both fit 64 bits, without a sign
+        both = weight + COUNT  # one sum for two: 8192 times both fit 64 bits, without a sign
         for bucket in tl.static_range(1 - FIRST, BUCKETS):
             pivot = tl.sum(tl.where(j == bucket, pivots, 0), axis=0).to(tl.int32)
             found = tl.sum(tl.where(key >= pivot, both, 0), axis=0)
             if found != 0:
                 tl.atomic_add(at + BUCKETS + bucket, (found.to(tl.uint64) >> COUNT_BITS).to(tl.int64))
-                tl.atomic_add(at + 2 * BUCKETS + bucket, found & ((1 << COUNT_BITS) - 1))
+                tl.atomic_add(at + 2 * BUCKETS + bucket, found & (COUNT - 1))
 
 
 @triton.jit
