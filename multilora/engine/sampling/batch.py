@@ -105,18 +105,20 @@ class SlotTable:
         """The rows of one step: `positions` are those of the new tokens within their answers."""
         numbers = self._numbers.take(slots, axis=1)  # contiguous, unlike [:, slots]
         biased, ends, minimum, top_logprobs = self._ints[:, slots]
-        numbers[Column.UNIFORM] = uniforms(self._streams[slots], positions)
         numbers[Column.BIASED] = biased + ends * (positions < minimum)
         asked = np.flatnonzero(top_logprobs >= 0)
         numbers[Column.ASKED, : len(asked)] = asked
         masked = numbers[Column.MASK] >= 0
         numbers[Column.MASK] = np.where(masked, masked.cumsum() - 1, -1)
         kinds = numbers[Column.KIND]
+        all_greedy = bool((kinds == Kind.GREEDY).all())
+        if not all_greedy:
+            numbers[Column.UNIFORM] = uniforms(self._streams[slots], positions)
         return SamplingBatch(
             numbers=numbers,
             top_logprobs=top_logprobs,
             asked=asked,
-            all_greedy=bool((kinds == Kind.GREEDY).all()),
+            all_greedy=all_greedy,
             truncates=bool((kinds == Kind.TRUNCATED).any()),
             penalises=bool(numbers[Column.COUNTS].any()),
             biases=bool(numbers[Column.BIASED].any()),

@@ -109,8 +109,9 @@ def edited(logits: Tensor, numbers: Numbers, tables: EditTables, masks: Tensor |
     """A copy of logits fp32 [rows, vocab] with every row's edits. masks: int32 [lines, words], see `GrammarCache`;
     of rows that have one, tokens from `vocab_size` on are never allowed."""
     logits = logits.clone()
-    for row in np.flatnonzero(numbers[Column.COUNTS]):
-        _penalise(logits[row], numbers[:, row], tables.counts[int(numbers[Column.COUNTS, row])])
+    penalised = np.flatnonzero(numbers[Column.COUNTS])
+    if len(penalised):
+        _penalise(logits, penalised, numbers[:, penalised], tables.counts)
     if masks is not None:
         _mask(logits, numbers[Column.MASK], masks, vocab_size)
     for row in np.flatnonzero(numbers[Column.BIASED]):
@@ -120,14 +121,17 @@ def edited(logits: Tensor, numbers: Numbers, tables: EditTables, masks: Tensor |
     return logits
 
 
-def _penalise(logits: Tensor, numbers: npt.NDArray[np.float64], counted: Tensor) -> None:
-    """In place on one row: fp32 [vocab], counts int32 [vocab' ≤ vocab]."""
-    repetition, frequency, presence = numbers[[Column.REPETITION, Column.FREQUENCY, Column.PRESENCE]].tolist()
-    ids = torch.from_numpy(np.flatnonzero(counted.numpy()))
-    counts = counted[ids] // IN_OUTPUT
-    old = logits[ids]
+def _penalise(logits: Tensor, rows: npt.NDArray[np.intp], numbers: Numbers, counts: Tensor) -> None:
+    """In place on `rows` of the logits; `numbers`: those of these rows. Touches only tokens that occurred."""
+    counted = counts.numpy()[numbers[Column.COUNTS].astype(np.int64)]
+    which, ids = np.divmod(np.flatnonzero(counted != 0), counted.shape[1])  # [n], n tokens of all rows together
+    factors = numbers[[Column.REPETITION, Column.FREQUENCY, Column.PRESENCE]][:, which]
+    repetition, frequency, presence = torch.from_numpy(factors).float()
+    times = torch.from_numpy(counted[which, ids] // IN_OUTPUT)
+    index = torch.from_numpy(rows[which]), torch.from_numpy(ids)
+    old = logits[index]
     new = torch.where(old < 0, old * repetition, old / repetition)
-    logits[ids] = new - (counts * frequency + (counts > 0) * presence)
+    logits[index] = new - (times * frequency + (times > 0) * presence)
 
 
 def _mask(logits: Tensor, lines: npt.NDArray[np.float64], masks: Tensor, vocab_size: int) -> None:
@@ -141,6 +145,9 @@ def _mask(logits: Tensor, lines: npt.NDArray[np.float64], masks: Tensor, vocab_s
 
 def count(tokens: Tensor, numbers: Numbers, tables: EditTables) -> None:
     """Count the sampled `tokens`, int64 [rows], for the rows that have penalties."""
-    counts = tables.counts
-    for row in np.flatnonzero(numbers[Column.COUNTS]):
-        counts[int(numbers[Column.COUNTS, row]), tokens[row].clamp(max=counts.shape[1] - 1)] += IN_OUTPUT
+    rows = np.flatnonzero(numbers[Column.COUNTS])
+    if len(rows):
+        counts = tables.counts.numpy()
+        counts[numbers[Column.COUNTS, rows].astype(np.int64), tokens.numpy()[rows].clip(max=counts.shape[1] - 1)] += (
+            IN_OUTPUT
+        )

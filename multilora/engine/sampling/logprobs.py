@@ -14,7 +14,7 @@ from multilora.engine.messages import Logprobs
 from multilora.engine.sampling import triton_sampling
 from multilora.transfer import download
 
-_PASS_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
+_PASS_ELEMENTS = {"cpu": 2**22, "cuda": 2**23}
 
 
 @dataclass(frozen=True, slots=True)

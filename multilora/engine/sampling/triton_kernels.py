@@ -1,8 +1,9 @@
 """The kernels of sampling on CUDA; `triton_sampling.py` launches them and explains how they work together.
 
 `numbers` is `SamplingBatch.numbers`, float64 [len(Column), rows]. A logit's *key* is the int32 in the order of the
-floats. A token's *weight* is exp((logit − best) / temperature) as an integer, 2^44 for the best token: sums of
-weights are exact, whatever the order of summation, and those of 2^18 tokens fit 63 bits.
+floats. A token's *weight* is exp((logit − best) / temperature) as an integer, 2^36 for the best token: sums of
+weights are exact, whatever the order of summation. What is below 2^-36 weighs nothing: in a vocabulary of 2^17 that
+is 2e-6 of the best token's share at most, all such tokens together, which is what fp32 gets wrong anyway.
 
 The search for a row's cut keeps a state per pass and row, int64 [4, BUCKETS]: the pivots (keys, ascending); how many
 keys there are from each pivot on up to `hi`; their weight; (hi, count above hi, weight above hi, candidates found).
@@ -32,7 +33,9 @@ MASK = tl.constexpr(int(Column.MASK))
 GREEDY = tl.constexpr(int(Kind.GREEDY))
 TRUNCATED = tl.constexpr(int(Kind.TRUNCATED))
 
-ONE = tl.constexpr(2.0**44)  # the weight of a row's best token
+ONE = tl.constexpr(2.0**36)  # the weight of a row's best token
+COUNT_BITS = tl.constexpr(50)  # counts stand above the weights of 2^13 tokens, in the same 64 bits
+COUNT = tl.constexpr(1 << 50)
 LOWEST = tl.constexpr(-2139095041)  # the key of −inf
 BELOW_ALL = tl.constexpr(-2147483648)  # a pivot that every key is above
 NO_MASS = tl.constexpr((1 << 63) - 1)  # more than any row weighs
@@ -99,8 +102,8 @@ def _narrowed(state_ptr, first_ptr, numbers_ptr, row, rows, vocab, BUCKETS: tl.c
     counts = tl.load(at + BUCKETS + j) + above
     masses = tl.load(at + 2 * BUCKETS + j) + above_mass
     count, mass = _wanted(numbers_ptr, first_ptr, row, rows, vocab, BUCKETS)
-    enough = (counts >= count) | (masses >= mass)  # true up to some pivot
-    bucket = tl.maximum(tl.sum(enough.to(tl.int32), axis=0) - 1, 0)
+    enough = (j == 0) | (counts >= count) | (masses >= mass)  # true up to some pivot, of the lowest by construction
+    bucket = tl.sum(enough.to(tl.int32), axis=0) - 1
     lo = tl.sum(tl.where(j == bucket, pivots, 0), axis=0)
     if bucket < BUCKETS - 1:
         hi = tl.sum(tl.where(j == bucket + 1, pivots, 0), axis=0) - 1
@@ -151,13 +154,13 @@ def narrow(logits_ptr, best_ptr, numbers_ptr, before_ptr, state_ptr, first_ptr, 
         key = _key(x)  # that of NaN is above every hi
         weight = _weight(x, best, _scale(numbers_ptr, row, rows))
         key = tl.where((i < vocab) & (key <= hi), key, BELOW_ALL)
-        for bucket in tl.static_range(BUCKETS):
+        both = weight + COUNT  # one sum for two: 8192 times both fit 64 bits, without a sign
+        for bucket in tl.static_range(1 - FIRST, BUCKETS):
             pivot = tl.sum(tl.where(j == bucket, pivots, 0), axis=0).to(tl.int32)
-            inside = key >= pivot
-            count = tl.sum(inside.to(tl.int32), axis=0)
-            if count > 0:
-                tl.atomic_add(at + BUCKETS + bucket, count.to(tl.int64))
-                tl.atomic_add(at + 2 * BUCKETS + bucket, tl.sum(tl.where(inside, weight, 0), axis=0))
+            found = tl.sum(tl.where(key >= pivot, both, 0), axis=0)
+            if found != 0:
+                tl.atomic_add(at + BUCKETS + bucket, (found.to(tl.uint64) >> COUNT_BITS).to(tl.int64))
+                tl.atomic_add(at + 2 * BUCKETS + bucket, found & (COUNT - 1))
 
 
 @triton.jit
@@ -359,7 +362,7 @@ def edit(logits_ptr, out_ptr, numbers_ptr, counts_ptr, masks_ptr,
         line = _number(numbers_ptr, MASK, row, rows).to(tl.int64)
         if line >= 0:
             word = tl.load(masks_ptr + line * words + i // 32, mask=i < tl.minimum(mask_vocab, words * 32), other=0)
-            x = tl.where((word >> (i % 32)) & 1, x, float("-inf"))
+            x = tl.where(((word >> (i % 32)) & 1) == 1, x, float("-inf"))
     tl.store(out_ptr + row * vocab + i, x, mask=i < vocab)
 
 

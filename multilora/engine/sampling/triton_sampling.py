@@ -23,9 +23,9 @@ from multilora.engine.sampling.batch import Column, Kind
 from multilora.engine.sampling.edits import EditTables
 from multilora.kernels.triton_launch import can_launch_early, launch
 
-PASSES, BUCKETS, CANDIDATES = 4, 8, 8192
+PASSES, BUCKETS, CANDIDATES = 3, 8, 8192
 NARROW_BLOCK, COLLECT_BLOCK, SELECT_BLOCK, DRAW_BLOCK, EMIT_BLOCK, EDIT_BLOCK, BIAS_BLOCK = (
-    8192, 4096, 4096, 2048, 8192, 4096, 128,
+    8192, 4096, 4096, 2048, 8192, 2048, 128,
 )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def _search(logits: Tensor, best: Tensor, numbers: Tensor) -> Tensor:
         (logits, best, numbers, last, first, candidates, cut, *size),
         {"BLOCK": SELECT_BLOCK, "BUCKETS": BUCKETS, "CAPACITY": CANDIDATES, "PDL": early},
         early=early,
-        num_warps=8,
+        num_warps=16,
     )
     return cut
 

@@ -16,7 +16,10 @@ from multilora.engine.sampling.sampler import Sampled, Sampler
 from multilora.params import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VOCAB = 701
+VOCAB = 301
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy's, of the interpreter: inf − inf and 0 · inf
 CASES = [
     {},
     {"temperature": 0.5},
@@ -25,7 +28,7 @@ CASES = [
     {"min_p": 0.2},
     {"temperature": 0.0},
     {"temperature": 1.5, "top_k": 60, "top_p": 0.8},
-    {"top_k": 500, "top_p": 0.95, "min_p": 0.01},
+    {"top_k": 200, "top_p": 0.95, "min_p": 0.01},
     {"temperature": 2.0, "top_p": 0.999},
     {"top_p": 1e-9},
     {"top_k": 1},
@@ -37,7 +40,14 @@ CASES = [
 def small_blocks(monkeypatch):
     """Several blocks in a small vocabulary."""
     if DEVICE.type == "cpu":
-        for name, size in {"NARROW": 512, "COLLECT": 256, "SELECT": 64, "DRAW": 64, "EMIT": 256, "EDIT": 256}.items():
+        for name, size in {
+            "NARROW": 256,
+            "COLLECT": 256,
+            "SELECT": 256,
+            "DRAW": 64,
+            "EMIT": 256,
+            "EDIT": 256,
+        }.items():
             monkeypatch.setattr(triton_sampling, f"{name}_BLOCK", size)
 
 
@@ -65,13 +75,13 @@ def drawn(x: torch.Tensor, numbers) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["peaked", "flat", "ties", "equal", "holes"])
 def test_draws_what_the_specification_draws(kind):
-    n = 2 * len(CASES)
+    n = len(CASES)
     x = logits_of(kind, n)
-    numbers = batch_of([SamplingParams(**CASES[i % len(CASES)]) for i in range(n)], list(range(n)), [3] * n).numbers
+    numbers = batch_of([SamplingParams(**fields) for fields in CASES], list(range(n)), [3] * n).numbers
     assert drawn(x, numbers) == draw(x, numbers).tolist()
 
 
-@pytest.mark.parametrize("fields", [{"top_k": 5}, {"top_p": 0.5}, {"top_k": 400, "top_p": 0.6}], ids=str)
+@pytest.mark.parametrize("fields", [{"top_k": 5}, {"top_p": 0.5}, {"top_k": 150, "top_p": 0.6}], ids=str)
 @pytest.mark.parametrize("kind", ["ties", "equal", "flat"])
 def test_what_is_kept_is_exactly_what_the_specification_keeps(kind, fields):
     """The tokens at both ends of the cumulative distribution, and where its last kept token begins."""
@@ -89,11 +99,11 @@ def test_more_candidates_than_their_buffer_holds(monkeypatch):
     assert drawn(x, numbers) == draw(x, numbers).tolist()
 
 
-@pytest.mark.parametrize("passes", [1, 2, 7])
+@pytest.mark.parametrize("passes", [1, 6])
 def test_the_number_of_passes_changes_nothing(monkeypatch, passes):
     monkeypatch.setattr(triton_sampling, "PASSES", passes)
-    x = logits_of("peaked", len(CASES))
-    numbers = batch_of([SamplingParams(**fields) for fields in CASES], [1] * len(CASES), [0] * len(CASES)).numbers
+    x = logits_of("peaked", 2)
+    numbers = batch_of([SamplingParams(top_k=40, top_p=0.9), SamplingParams(top_p=0.99)], [1, 2], [0, 0]).numbers
     assert drawn(x, numbers) == draw(x, numbers).tolist()
 
 
@@ -108,7 +118,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         assert drawn(x[i : i + 1], numbers[:, i : i + 1].copy()) == [together[i]]
 
 
-@pytest.mark.parametrize("k", [1, 4, 20, 700, 701])
+@pytest.mark.parametrize("k", [1, 20, 301])
 @pytest.mark.parametrize("kind", ["peaked", "ties", "equal"])
 def test_best_ids(kind, k):
     x = logits_of(kind, 2)
@@ -118,22 +128,22 @@ def test_best_ids(kind, k):
 
 def test_a_signed_zero_is_no_better_than_the_other():
     x = torch.full((1, VOCAB), -1.0)
-    x[0, [5, 9, 300]] = torch.tensor([-0.0, 0.0, -0.0])
+    x[0, [5, 9, 290]] = torch.tensor([-0.0, 0.0, -0.0])
     assert triton_sampling.best_ids(x.to(DEVICE), 2).tolist() == [[5, 9]]
     numbers = batch_of([SamplingParams(temperature=0.0)], [0], [0]).numbers
     assert drawn(x, numbers) == [5]
 
 
 def test_edits_equal_the_specification():
-    info = xgrammar.TokenizerInfo([bytes([i]) for i in range(256)], vocab_size=650, stop_token_ids=[2])
+    info = xgrammar.TokenizerInfo([bytes([i]) for i in range(256)], vocab_size=290, stop_token_ids=[2])
     sampler = Sampler(VOCAB, torch.device("cpu"), [2])
     sampler.use_tokenizer(info.serialize_json())
     grammar = xgrammar.GrammarCompiler(info).compile_regex("[a-z]+").serialize_json()
     penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.7}
     rows = [
         row(),
-        row(output=(5, 5, 700), prompt=(9, 12), **penalties),
-        row(logit_bias={str(i): i / 7 for i in range(0, 701, 4)}),
+        row(output=(5, 5, 300), prompt=(9, 12), **penalties),
+        row(logit_bias={str(i): i / 7 for i in range(0, 301, 4)}),
         row(ends=(3, 4), min_new_tokens=9, logit_bias={"4": 5.0}),
         row(grammar=grammar, logit_bias={"97": 3.0, "5": 9.0}),
         row(output=(97,), vocab_size=VOCAB + 20, repetition_penalty=0.5),
