@@ -2,7 +2,7 @@
 
 Owns the text, the stop strings and the one ending of its request: where a stop string is complete, text, tokens and
 logprobs are cut after the token that completed it. Sans-IO: the caller sends `Finish` when a Delta says `drop`.
-Used by the server (one TextStream per choice) and by `LLM`.
+One TextStream belongs to one sample of a request.
 """
 
 from collections.abc import Sequence
@@ -69,11 +69,9 @@ class TextStream:
         self,
         tokenizer: Tokenizer | None,
         params: SamplingParams,
-        prompt_ids: list[int],
         eos_token_ids: Sequence[int] = (),
     ):
         self.params = params
-        self.prompt_tokens = len(prompt_ids)
         self.cached_tokens = 0
         self.token_ids: list[int] = []
         self.logprobs: list[float] | None = None

@@ -24,7 +24,7 @@ def one_by_one(text: str) -> list[int]:
 
 
 def stream(tokenizer=BYTES, **params) -> TextStream:
-    return TextStream(tokenizer, SamplingParams(**params), prompt_ids=[0, 5, 6], eos_token_ids=(EOS, 9))
+    return TextStream(tokenizer, SamplingParams(**params), eos_token_ids=(EOS, 9))
 
 
 def output(token_ids=(), finished: str | None = None, matched: int | None = None, **fields) -> Output:
@@ -39,7 +39,7 @@ def test_plain_text_to_the_limit():
     assert "".join(d.text for d in deltas) == s.text == "the cat 日本"
     assert s.token_ids == ids
     assert [d.finished for d in deltas] == [None] * (len(ids) - 1) + [FinishReason("length", length=len(ids))]
-    assert (s.prompt_tokens, s.cached_tokens, s.completion_tokens) == (3, 2, len(ids))
+    assert (s.cached_tokens, s.completion_tokens) == (2, len(ids))
     assert not any(d.drop for d in deltas)
 
 

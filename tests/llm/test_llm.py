@@ -63,7 +63,7 @@ def llm(files: Path) -> Iterator[LLM]:
 @pytest.fixture
 def bare(files: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes an LLM that loads adapters in this process, which is quicker."""
-    monkeypatch.setattr("multilora.llm.build_engine", partial(build_engine, make_loader=InlineLoader))
+    monkeypatch.setattr("multilora.llm.offline.build_engine", partial(build_engine, make_loader=InlineLoader))
     return lambda **options: LLM(str(files / "model"), **({"device": "cpu", "max_total_tokens": 2048} | options))
 
 
@@ -177,7 +177,7 @@ def test_grammars(llm: LLM) -> None:
         ([TEXT, [5, 9999]], None, None, BadRequest, "9999"),
         ([TEXT, [5] * 256], None, None, PromptTooLong, "256"),
         ([TEXT, TEXT], {"temperature": "hot"}, None, BadRequest, "temperature"),
-        ([TEXT, TEXT], [GREEDY], None, BadRequest, "1 entries for 2 prompts"),
+        ([TEXT, TEXT], [GREEDY], None, BadRequest, "1 entries for 2 inputs"),
         ([TEXT, TEXT], None, ["a"], BadRequest, "1 entries for 2 inputs"),
         ([TEXT, TEXT], None, ["a", "nobody"], UnknownAdapter, "nobody"),
         ([TEXT, TEXT], [GREEDY, {"regex": "("}], "a", BadRequest, "regex"),

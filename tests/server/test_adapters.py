@@ -202,9 +202,9 @@ def test_a_failed_swap_keeps_the_old_version():
 def test_lora_paths_are_all_loaded_in_their_order():
     s = server()
     paths = [LoraPath(f"n{i}", f"/p/{i}", i == 3) for i in range(20)]
-    run(s.app.state.adapters.load_all(paths))
+    run(s.load_many(paths))
     assert list(s.registry.loaded()) == [p.lora_name for p in paths]
-    assert [e.pinned for e in s.registry.entries()] == [p.pinned for p in paths]
+    assert [e.pinned for e in s.registry.refs()] == [p.pinned for p in paths]
     assert len(s.client.loaded) == 20
 
 
@@ -212,5 +212,5 @@ def test_one_bad_path_of_lora_paths_is_an_error_and_leaves_nothing():
     s = server()
     s.client.load_errors = {"/p/1": AdapterNotFound("no such directory: /p/1")}
     with pytest.raises(AdapterNotFound, match="/p/1"):
-        run(s.app.state.adapters.load_all([LoraPath("x", "/p/0"), LoraPath("y", "/p/1")]))
+        run(s.load_many([LoraPath("x", "/p/0"), LoraPath("y", "/p/1")]))
     assert s.registry.loaded() == {}

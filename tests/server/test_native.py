@@ -209,7 +209,7 @@ def test_bad_input_is_named_and_changes_nothing(body, words):
     assert answer.status == 400, answer.text
     assert words in answer.error["message"]
     assert s.client.submitted == []
-    assert s.registry.active(1) == 0
+    assert s.registry.num_requests(1) == 0
 
 
 def test_sglangs_fields_are_tolerated_when_empty():
