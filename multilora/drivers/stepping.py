@@ -42,7 +42,7 @@ class SteppingDriver:
         task = _Task(steps, self)
         task.advance()
         try:
-            while not task.done:
+            while not task.done or self._engine.calling:  # what it has spawned asks the engine too
                 self._engine.step()
         except BaseException as e:  # of the engine, or an interrupt: the work must clean up
             task.interrupt(e)

@@ -62,6 +62,7 @@ class AdapterManager:
             self.spool.remove(version)
             if isinstance(e, MultiloraError) and path:
                 e.message = e.message.replace(path, TENSOR_ROOT)
+                e.args = (e.message,)
             raise
         yield from self._commit(name, info)
         return info

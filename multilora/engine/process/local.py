@@ -44,6 +44,11 @@ class LocalEngine:
     def stats(self) -> Stats:
         return self.engine.report.stats()
 
+    @property
+    def calling(self) -> bool:
+        """Whether a call has no reply yet."""
+        return bool(self._callers)
+
     def submit(self, message: Submit, deliver: Callable[[Output], None]) -> None:
         """`deliver` gets the request's outputs; the last one has `finished`."""
         self._receivers[message.rid] = deliver

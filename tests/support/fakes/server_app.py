@@ -114,11 +114,15 @@ class LocalServer:
         defaults: dict[str, Any] | None = None,
         **config: Any,
     ):
-        self.config = Config.make(**({"served_model_name": "base", "enable_lora": True} | config))
+        self.config = self.config_of(**config)
         self.client = client
         self.app = create_app(self.config, client, tokenizer, defaults)
         self.driver: AsyncDriver = self.app.state.driver
         self.registry = self.driver.front.registry
+
+    @staticmethod
+    def config_of(**config: Any) -> Config:
+        return Config.make(**({"served_model_name": "base", "enable_lora": True} | config))
 
     def connect(self, method: str, path: str, body: Any = None, **headers: str) -> Connection:
         return Connection(self.app, method, path, body, headers)
