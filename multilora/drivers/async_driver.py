@@ -131,7 +131,7 @@ class AsyncDriver:
             case Gather(children, limit):
                 return await self._gather(children, limit)
             case other:
-                raise AssertionError(f"not an effect: {other}")
+                raise AssertionError(f"not an effect: {other!r:.100}")
 
     async def _gather(self, children: Sequence[Steps[T]], limit: int) -> list[T | BaseException]:
         free = asyncio.Semaphore(limit)

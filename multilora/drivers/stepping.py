@@ -67,7 +67,7 @@ class SteppingDriver:
                 task.group = _Group([_Task(child, self) for child in children], limit, task)
                 task.group.start()
             case other:
-                raise AssertionError(f"not an effect: {other}")
+                raise AssertionError(f"not an effect: {other!r:.100}")
 
 
 class _Task(Generic[T]):

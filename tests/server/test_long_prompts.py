@@ -24,10 +24,10 @@ def tokenizer() -> Tokenizer:
 
 @pytest.mark.parametrize("route", PROMPTS)
 def test_others_go_on_while_it_is_tokenized(tokenizer: Tokenizer, route: str) -> None:
-    endless = {"model": "base", "prompt": [5], "stream": True, "max_tokens": 1_000_000}
-    server = LocalServer(
-        FakeEngineClient(vocab_size=1024, context_length=1_000_000, answer=lambda submit: [5] * 1_000_000), tokenizer
-    )
+    word = tokenizer.encode("the")[-1]
+    endless = {"model": "base", "prompt": [word], "stream": True, "max_tokens": 90_000}
+    client = FakeEngineClient(vocab_size=1024, context_length=100_000, answer=lambda submit: [word] * 90_000)
+    server = LocalServer(client, tokenizer)
 
     async def scenario() -> tuple[float, float, int]:
         stream = server.connect("POST", "/v1/completions", endless)
