@@ -114,7 +114,8 @@ class _Task(Generic[T]):
     def outcome(self) -> T | BaseException:
         """Once done."""
         assert self.done
-        return self._outcome
+        found: T | BaseException = self._outcome
+        return found
 
     def _next(self, value: Any, error: BaseException | None) -> Effect[Any] | None:
         try:

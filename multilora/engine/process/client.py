@@ -169,7 +169,7 @@ class EngineClient:
     async def _call(self, call: int, message: ToEngine) -> Reply:
         if self._dead is not None:
             raise EngineDead(self._dead)
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._calls[call] = future
         self._send(message)
         reply = await future
