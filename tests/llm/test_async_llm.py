@@ -197,7 +197,26 @@ def test_one_prompt_at_a_time(running: Running, llm: AsyncLLM) -> None:
         running.run(anext(llm.generate([TEXT, TEXT])))  # type: ignore[list-item]
 
 
-def test_before_the_start_and_after_a_bad_one(files: Path) -> None:
+def test_a_bad_start_leaves_nothing_behind(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    class Engine(InProcessEngine):
+        async def shutdown(self) -> None:
+            ended.append(self)
+            await super().shutdown()
+
+    monkeypatch.setattr("fakes.async_engine.build_engine", partial(build_engine, make_loader=InlineLoader))
+    monkeypatch.setattr(online, "EngineClient", Engine)
+    paths = {"a": str(files / "a"), "x": str(files / "nowhere")}
+    llm = AsyncLLM(str(files / "model"), lora_paths=paths, device="cpu", max_total_tokens=512)
+    with pytest.raises(AdapterNotFound):
+        asyncio.run(llm.start())
+    assert len(ended) == 1
+    with pytest.raises(RuntimeError, match="not running"):
+        llm.stats()
+
+
+def test_before_the_start_and_with_a_wrong_option(files: Path) -> None:
     llm = AsyncLLM(str(files / "model"))
     for early in (llm.loaded_adapters, llm.stats, lambda: asyncio.run(anext(llm.generate(TEXT)))):
         with pytest.raises(RuntimeError, match="not running"):
@@ -219,8 +238,5 @@ def test_over_an_engine_process(files: Path) -> None:
                 await llm.load_lora_adapter("x", str(files / "nowhere"))
             process = llm._started.engine._process  # type: ignore[attr-defined]
         assert process.returncode == 0
-        llm = AsyncLLM(str(files / "model"), lora_paths={"x": str(files / "nowhere")}, log_level="error")
-        with pytest.raises(AdapterNotFound):
-            await llm.start()
 
     asyncio.run(asyncio.wait_for(scenario(), 3 * SECONDS))

@@ -12,7 +12,6 @@ from multilora.front.tokenizer import Tokenizer
 TEXT = ("the cat and the dog, \u65e5\u672c then the end. def f(x): return x + 1\n" * 40_000)[:2_000_000]
 PROMPTS = {
     "/generate": {"text": TEXT},
-    "/v1/completions": {"model": "base", "prompt": TEXT},
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": TEXT}]},
 }
 
