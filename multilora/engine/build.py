@@ -28,11 +28,11 @@ from multilora.attention import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
 from multilora.config import Config
 from multilora.engine.engine import Engine
-from multilora.engine.execution.cuda_graph import DecodeCudaGraphs, graph_sizes
-from multilora.engine.execution.piecewise_cuda_graph import SIZES, PiecewiseCudaGraphs
-from multilora.engine.execution.runner import Graphs, Runner, RunnerLora
+from multilora.engine.execution.cuda_graphs import PIECE_SIZES, CudaGraphs, decode_sizes
+from multilora.engine.execution.runner import Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
 from multilora.engine.messages import Ready, Stats
+from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
@@ -89,8 +89,11 @@ def build_engine(
     over_arena = _attention_maker(config, model.config, device)
     memory = _memory(config, model, over_arena)
     attention = over_arena(memory.layout.views(memory.arena))
-    adapters, lora, reclaimer = _lora(config, model, memory, make_loader, make_copier or partial(_copier, config))
-    scheduler = _scheduler(config, model.config, memory, reclaimer, adapters)
+    journal = LoraJournal()
+    adapters, lora, reclaimer = _lora(
+        config, model, memory, journal, make_loader, make_copier or partial(_copier, config)
+    )
+    scheduler = _scheduler(config, model.config, memory, reclaimer, adapters, journal)
     backend = lora.backend if lora else None
     with asking_for("CUDA graphs", "lower --mem-fraction-static, or start with --disable-cuda-graph"):
         graphs = _capture(config, model, attention, backend)
@@ -103,7 +106,6 @@ def build_engine(
         describe=partial(_describe, model.config, device, backend.name if backend else "off", attention.name),
         max_queued=config.max_queued_requests,
         random_seed=config.random_seed,
-        device=device,
         ahead=int(device.type == "cuda") if ahead is None else ahead,
     )
 
@@ -144,12 +146,18 @@ def _memory(config: Config, model: LlamaForCausalLM, over_arena: MakeAttention) 
 
 
 def _scheduler(
-    config: Config, model: ModelConfig, memory: _Memory, reclaimer: Reclaimer, adapters: AdapterStore | None
+    config: Config,
+    model: ModelConfig,
+    memory: _Memory,
+    reclaimer: Reclaimer,
+    adapters: AdapterStore | None,
+    journal: LoraJournal,
 ) -> Scheduler:
     return Scheduler(
         KVPages(memory.pool, memory.prefix, reclaimer, memory.arena.shape[1]),
         adapters,
         memory.namespaces,
+        journal,
         eos_token_ids=model.eos_token_ids,
         max_running=config.max_running_requests,
         chunk_tokens=config.chunked_prefill_size,
@@ -159,30 +167,26 @@ def _scheduler(
 
 def _capture(
     config: Config, model: LlamaForCausalLM, attention: AttentionBackend, lora: LoraBackend | None
-) -> Graphs:
-    """Where device and attention backend have them. Nothing runs yet, so page 0 is free to write."""
+) -> CudaGraphs | None:
+    """None where device or attention backend have none. Nothing runs yet, so page 0 is free to write."""
     sizes = _graph_sizes(config, model.device)
     if not sizes:
-        return Graphs()
+        return None
     twins = {size: twin for size in sizes if (twin := attention.for_graph(size)) is not None}
-    halves = {size: half for size in reversed(SIZES) if (half := attention.for_pieces(size)) is not None}
+    halves = {size: half for size in reversed(PIECE_SIZES) if (half := attention.for_pieces(size)) is not None}
     if not twins or not halves:
         logger.info("CUDA graphs: none, the %s attention backend cannot be captured", attention.name)
-        return Graphs()
-    decodes, pieces = (
-        DecodeCudaGraphs(model, twins, lora, model.device),
-        PiecewiseCudaGraphs(model, halves, lora, model.device),
-    )
-    decodes.capture()
-    pieces.capture()
-    return Graphs(decodes, pieces)
+        return None
+    graphs = CudaGraphs(model, twins, halves, lora, model.device)
+    graphs.capture()
+    return graphs
 
 
 def _graph_sizes(config: Config, device: torch.device) -> list[int]:
     """Batches whose decode steps are captured; none on CPU."""
     if device.type != "cuda" or config.disable_cuda_graph:
         return []
-    return graph_sizes(min(config.cuda_graph_max_bs or 256, config.max_running_requests))
+    return decode_sizes(min(config.cuda_graph_max_bs or 256, config.max_running_requests))
 
 
 def _attention_maker(config: Config, model: ModelConfig, device: torch.device) -> MakeAttention:
@@ -223,7 +227,7 @@ def _device_memory(
     sizes, variants = _graph_sizes(config, model.device), 1 + config.enable_lora
     graphs = graph_bytes(sizes, row_bytes, variants)
     if sizes:
-        graphs += graph_bytes(SIZES, row_bytes, variants, pieces=1 + model.config.num_layers)
+        graphs += graph_bytes(PIECE_SIZES, row_bytes, variants, pieces=1 + model.config.num_layers)
     tables = 0
     if config.enable_lora:
         tables = table_bytes_per_page(model.lora_sites(), PanelGeometry(layout.page_bytes, layout.dtype.itemsize))
@@ -234,12 +238,13 @@ def _lora(
     config: Config,
     model: LlamaForCausalLM,
     memory: _Memory,
+    journal: LoraJournal,
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
 ) -> tuple[AdapterStore | None, RunnerLora | None, Reclaimer]:
     """What adapters need, if they are enabled; and who makes room in the arena."""
     if config.enable_lora:
-        return _build_lora(config, model, memory, make_loader, make_copier)
+        return _build_lora(config, model, memory, journal, make_loader, make_copier)
     return None, None, Reclaimer(memory.pool, memory.clock, [memory.prefix])
 
 
@@ -247,6 +252,7 @@ def _build_lora(
     config: Config,
     model: LlamaForCausalLM,
     memory: _Memory,
+    journal: LoraJournal,
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
 ) -> tuple[AdapterStore, RunnerLora, Reclaimer]:
@@ -261,7 +267,7 @@ def _build_lora(
     residency = Residency(
         pool,
         clock,
-        table,
+        journal,
         make_copier(arena),
         policy=config.lora_eviction_policy,
         max_count=config.max_loras_per_batch,
@@ -287,7 +293,7 @@ def _build_lora(
         on_evict=memory.namespaces.demote,
         settle=staging.settle if staging is not None else lambda entry: None,
     )
-    return store, RunnerLora(backend, table, sites), reclaimer
+    return store, RunnerLora(backend, table, sites, target.layout), reclaimer
 
 
 def _staging(device: torch.device) -> Staging | None:

@@ -7,9 +7,6 @@ Owns the scheduler, the runner and the adapter store; `build.py` puts them toget
 import random
 from collections import deque
 from collections.abc import Callable
-from time import monotonic
-
-import torch
 
 from multilora.adapters.versions.store import AdapterStore, Loaded, Lost
 from multilora.engine.execution.runner import Launched, Runner
@@ -31,9 +28,7 @@ from multilora.engine.messages import (
     UnloadAdapter,
     UseTokenizer,
 )
-from multilora.engine.sampling.grammar import GrammarCache
-from multilora.engine.sampling.logit_edits import LogitEdits
-from multilora.engine.scheduling.request import Request
+from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.stats import StatsReporter
 from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, QueueFull, UnknownAdapter
@@ -52,7 +47,6 @@ class Engine:
         describe: Callable[[Stats], Ready],
         max_queued: int,
         random_seed: int | None,
-        device: torch.device,
         ahead: int = 0,
     ):
         self.scheduler = scheduler
@@ -62,8 +56,6 @@ class Engine:
         self._describe = describe
         self._max_queued = max_queued
         self._seeds = random.Random(random_seed)
-        self._device = device
-        self._grammars: GrammarCache | None = None
         self._calls: dict[int, int] = {}  # version being loaded → call to answer
         self._replies: list[FromEngine] = []
         self._order = 0
@@ -73,21 +65,30 @@ class Engine:
     # ------------------------------------------------------------------ one step
 
     def step(self) -> list[FromEngine]:
-        """Load → schedule → launch (forward and sample) → commit. Returns what the front should hear.
+        """Load → schedule → forward → sample → commit. Returns what the front should hear.
 
         With `ahead` 1 the step that is committed is the one before: the device computes while the host commits.
+        Grammars must know the tokens of that step before this one is sampled, but not before its forward pass.
         """
         self._poll_adapters()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
-            self.scheduler.launch(plan)
-            self._in_flight.append(self.runner.launch(plan))
-        while len(self._in_flight) > (self._ahead if plan else 0):
+            forward = self.runner.forward(plan)
+            if self.runner.needs_tokens(plan):
+                outputs += self._commit(0)
+            self._in_flight.append(self.runner.sample(forward))
+        outputs += self._commit(self._ahead if plan is not None else 0)
+        return self._take_replies() + ([Outputs(outputs)] if outputs else [])
+
+    def _commit(self, ahead: int) -> list[Output]:
+        """Read and commit the oldest steps until only `ahead` are in flight."""
+        outputs = []
+        while len(self._in_flight) > ahead:
             done = self._in_flight.popleft()
             outputs += self.scheduler.commit(done.plan, done.result())
             self.report.step(done.plan)
-        return self._take_replies() + ([Outputs(outputs)] if outputs else [])
+        return outputs
 
     @property
     def running(self) -> bool:
@@ -125,7 +126,7 @@ class Engine:
             case FlushCache(call):
                 self._answer(call, lambda: self.scheduler.kv.prefix.flush(self.scheduler.launched))
             case UseTokenizer(info):
-                self._grammars = GrammarCache(info, self._vocab_size)
+                self.runner.use_tokenizer(info)
             case _:
                 raise TypeError(f"not a message for the engine: {message}")
 
@@ -151,10 +152,6 @@ class Engine:
 
     # ------------------------------------------------------------------ inside
 
-    @property
-    def _vocab_size(self) -> int:
-        return self.runner.vocab_size
-
     def _submit(self, message: Submit) -> None:
         try:
             self.scheduler.add(self._admit(message))
@@ -162,8 +159,8 @@ class Engine:
             finished = Finished(type="error", kind=e.kind, message=e.message)
             self._replies.append(Outputs([Output(rid=message.rid, finished=finished)]))
 
-    def _admit(self, message: Submit) -> Request:
-        """Checks that only the engine can make, then the request object."""
+    def _admit(self, message: Submit) -> RequestSpec:
+        """Checks that only the engine can make, then what the scheduler must know."""
         if self.scheduler.get(message.rid) is not None:
             raise BadRequest(f"request id {message.rid!r} is already in use", param="rid")
         if len(self.scheduler.waiting) >= self._max_queued:
@@ -171,23 +168,18 @@ class Engine:
         self._check_adapters(message.adapters)
         tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
         self.scheduler.components.check_fit([version for version, _ in message.adapters], tokens)
+        vocab_size = self._vocab_size_of(message.adapters)
+        self.runner.check_sampling(message.sampling, vocab_size, message.grammar)
         seed = message.sampling.sampling_seed
         self._order += 1
-        request = Request.of(
+        return RequestSpec.of(
             message,
             self._invocation_tokens(message.adapters),
             seed=self._seeds.getrandbits(63) if seed is None else seed,
             order=self._order,
-            arrival=monotonic(),
+            arrival=self.scheduler.clock(),
+            vocab_size=vocab_size,
         )
-        ends = self.scheduler.eos_token_ids
-        vocab_size = self._vocab_size_of(message.adapters)
-        request.edits = LogitEdits.make(request.params, request.prompt_ids, ends, vocab_size, self._device)
-        if message.grammar is not None:
-            if self._grammars is None:
-                raise BadRequest("grammars need a tokenizer; this server runs without one", param="json_schema")
-            request.grammar = self._grammars.start(message.grammar, ends)
-        return request
 
     def _check_adapters(self, composition: Composition) -> None:
         """All known; several, or one with a weight, only if they are of low rank and nothing else."""
@@ -206,7 +198,7 @@ class Engine:
     def _vocab_size_of(self, composition: Composition) -> int:
         """An adapter with its own head may have another one than the base model."""
         own = [self.adapters.record(v).vocab_size for v, _ in composition] if self.adapters else []
-        return own[0] if own and own[0] is not None else self._vocab_size
+        return own[0] if own and own[0] is not None else self.runner.vocab_size
 
     def _load(self, message: LoadAdapter) -> None:
         if self.adapters is None:

@@ -25,6 +25,9 @@ class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     logprob_start_len: int = -1  # first prompt position whose logprob is wanted; -1: none of the prompt
     top_logprobs_num: int = 0
     grammar: str | None = None  # an xgrammar CompiledGrammar, serialized to JSON
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None  # monotonic seconds of this machine
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -81,14 +84,22 @@ class Finished(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: str = ""  # error class name
 
 
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """How likely one token was, and which tokens were the likeliest at its position: raw log-softmax of the logits,
+    before penalties and temperature. What is not finite (a padded vocabulary, NaN) is None, or left out of `top`."""
+
+    logprob: float | None
+    top: list[tuple[float, int]] = []  # (logprob, token id), best first
+
+
 TopLogprobs = list[tuple[float, int]]  # (logprob, token id), best first
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """New tokens of one request. The last one carries `finished`; nothing follows it.
 
-    Logprobs are parallel to `token_ids`; `input_*` come with the first Output, one entry per prompt token from
-    `logprob_start_len` on (the first prompt token of all has none: NaN never travels, its entry is None).
+    logprobs: parallel to `token_ids`; empty where not asked for. input_logprobs come with the first Output, one per
+    prompt token from `logprob_start_len` on; None for the first prompt token of all, which has none.
     """
 
     rid: str
@@ -97,10 +108,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     queue_seconds: float = 0.0
-    logprobs: list[float] | None = None
-    top_logprobs: list[TopLogprobs] | None = None
-    input_logprobs: list[float | None] | None = None
-    input_top_logprobs: list[TopLogprobs | None] | None = None
+    logprobs: list[Logprobs] = []
+    input_logprobs: list[Logprobs | None] = []
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):
@@ -205,8 +214,10 @@ def encode(message: ToEngine | FromEngine) -> bytes:
 
 
 def decode_to_engine(data: bytes) -> ToEngine:
-    return _to_engine.decode(data)
+    message: ToEngine = _to_engine.decode(data)
+    return message
 
 
 def decode_from_engine(data: bytes) -> FromEngine:
-    return _from_engine.decode(data)
+    message: FromEngine = _from_engine.decode(data)
+    return message

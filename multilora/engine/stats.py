@@ -27,7 +27,7 @@ class StatsReporter:
     def step(self, plan: StepPlan) -> None:
         """After a step: a line for every prefill, one for decoding every two seconds."""
         if logger.isEnabledFor(logging.INFO):
-            prefill = [c for c in plan.chunks if not c.request.decoding_chunk(c.start)]
+            prefill = [c for c in plan.chunks if not c.decodes]
             if prefill:
                 self._log_prefill(len(prefill), sum(c.count for c in prefill))
             decodes = len(plan.chunks) - len(prefill)

@@ -20,7 +20,7 @@ class Completion:
     finish_reason: FinishReason | None
     prompt_tokens: int
     cached_tokens: int
-    logprobs: list[float] | None = None
+    logprobs: list[float | None] | None = None
     top_logprobs: list[TopLogprobs] | None = None
     input_logprobs: list[float | None] | None = None
     input_top_logprobs: list[TopLogprobs | None] | None = None
@@ -41,10 +41,10 @@ class Completion:
             finish_reason=stream.finished,
             prompt_tokens=len(sample.prompt_ids),
             cached_tokens=stream.cached_tokens,
-            logprobs=stream.logprobs,
-            top_logprobs=stream.top_logprobs,
-            input_logprobs=stream.input_logprobs,
-            input_top_logprobs=stream.input_top_logprobs,
+            logprobs=[one.logprob for one in stream.logprobs] or None,
+            top_logprobs=[one.top for one in stream.logprobs] or None,
+            input_logprobs=[None if one is None else one.logprob for one in stream.input_logprobs] or None,
+            input_top_logprobs=[None if one is None else one.top for one in stream.input_logprobs] or None,
             request_id=sample.rid,
             index=sample.number,
         )

@@ -6,7 +6,7 @@ A `PageTable` belongs to one sequence; `KVPages` does the work on pool and prefi
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from multilora.memory.page_pool import PagePool
+from multilora.memory.page_pool import PageKind, PagePool
 from multilora.memory.prefix_cache import NamespaceOf, PrefixCache
 from multilora.memory.reclaim import Reclaimer
 
@@ -40,6 +40,10 @@ class KVPages:
         """A new table that begins with these matched pages, now in use."""
         self.prefix.acquire(matched)
         return PageTable(list(matched), len(matched))
+
+    def idle_pages(self, pages: list[int]) -> int:
+        """How many of these matched pages no sequence holds."""
+        return sum(self.pool.kind(page) is PageKind.PREFIX for page in pages)
 
     def grow(self, table: PageTable, tokens: int, fence: int) -> bool:
         """Make the table hold `tokens` tokens, evicting what is idle. False, and nothing changed, if that fails."""

@@ -75,15 +75,14 @@ def _logprobs(sample: Sample, part: TextStream | Delta) -> dict[str, Any] | None
     if not sample.job.return_logprob:
         return None
     tokenizer = sample.vocabulary.reader("logprobs", "logprobs")
-    tops = part.top_logprobs or [[] for _ in part.token_ids]
     content = [
-        _token(tokenizer, token, logprob) | {"top_logprobs": [_token(tokenizer, t, lp) for lp, t in best]}
-        for token, logprob, best in zip(part.token_ids, part.logprobs or [], tops, strict=False)
+        _token(tokenizer, token, one.logprob) | {"top_logprobs": [_token(tokenizer, t, lp) for lp, t in one.top]}
+        for token, one in zip(part.token_ids, part.logprobs, strict=False)
     ]
     return {"content": content, "refusal": None}
 
 
-def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def _token(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
     text = tokenizer.token_text(token)
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 

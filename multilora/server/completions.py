@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from multilora.drivers.async_driver import AsyncDriver
-from multilora.engine.messages import TopLogprobs
+from multilora.engine.messages import Logprobs
 from multilora.errors import BadRequest
 from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
@@ -71,23 +71,19 @@ class CompletionRequest(OpenAIRequest):
     def _choice(self, sample: Sample, part: TextStream | Delta, *, first: bool) -> Choice:
         """`part`: all of the answer or what is new of it; `first`: the echo comes before it."""
         text, tokens = part.text, part.token_ids
-        logprobs: list[float | None] = [*(part.logprobs or ())]
-        top: list[TopLogprobs | None] = [*(part.top_logprobs or ())]
+        logprobs: list[Logprobs | None] = [*part.logprobs]
         if self._echo and first:
             text = _prompt_text(sample) + text
             tokens = [*sample.prompt_ids, *tokens]
-            logprobs = [*(part.input_logprobs or ()), *logprobs]
-            top = [*(part.input_top_logprobs or ()), *top]
+            logprobs = [*part.input_logprobs, *logprobs]
         return {
             "index": sample.index,
             "text": text,
-            "logprobs": self._logprobs(sample, tokens, logprobs, top) if sample.job.return_logprob else None,
+            "logprobs": self._logprobs(sample, tokens, logprobs) if sample.job.return_logprob else None,
             "finish_reason": part.finished.openai() if part.finished else None,
         }
 
-    def _logprobs(
-        self, sample: Sample, tokens: list[int], logprobs: list[float | None], top: list[TopLogprobs | None]
-    ) -> dict[str, Any]:
+    def _logprobs(self, sample: Sample, tokens: list[int], logprobs: list[Logprobs | None]) -> dict[str, Any]:
         text_of = sample.vocabulary.reader("logprobs", "logprobs").token_text
         texts = [text_of(token) for token in tokens]
         offsets = []
@@ -95,11 +91,15 @@ class CompletionRequest(OpenAIRequest):
             offsets.append(self._offsets.setdefault(sample.index, 0))
             self._offsets[sample.index] += len(text)
 
-        def named(entry: TopLogprobs | None) -> dict[str, float] | None:
-            return None if entry is None else {text_of(token): logprob for logprob, token in entry}
+        def top_of(one: Logprobs | None) -> dict[str, float] | None:
+            return None if one is None else {text_of(token): logprob for logprob, token in one.top}
 
-        tops = [named(entry) for entry in top] if sample.job.top_logprobs_num else None
-        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+        return {
+            "tokens": texts,
+            "token_logprobs": [None if one is None else one.logprob for one in logprobs],
+            "top_logprobs": [top_of(one) for one in logprobs] if sample.job.top_logprobs_num else None,
+            "text_offset": offsets,
+        }
 
 
 def _prompt_text(sample: Sample) -> str:

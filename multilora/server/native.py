@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from multilora.drivers.async_driver import AsyncDriver, AsyncGeneration
-from multilora.engine.messages import TopLogprobs
 from multilora.errors import BadRequest
 from multilora.front.adapter_spec import parse_specs
 from multilora.front.generation import Job, Sample
@@ -146,18 +145,18 @@ class NativeAnswers:
         stream, job = sample.stream, sample.job
         tokenizer = sample.vocabulary.tokenizer if self._with_text else None
         prompt = sample.prompt_ids[job.logprob_start_len :] if job.logprob_start_len >= 0 else []
-        found: dict[str, Any] = {
-            "input_token_logprobs": _triples(zip(stream.input_logprobs or [], prompt, strict=False), tokenizer),
-            "output_token_logprobs": _triples(zip(stream.logprobs or [], stream.token_ids, strict=False), tokenizer),
-        }
+        pairs = zip(stream.input_logprobs, prompt, strict=False), zip(stream.logprobs, stream.token_ids, strict=False)
+        found: dict[str, Any] = {}
+        for side, own in zip(("input", "output"), pairs, strict=True):
+            found[f"{side}_token_logprobs"] = _triples(
+                [(None if one is None else one.logprob, token) for one, token in own], tokenizer
+            )
         if job.top_logprobs_num:
-            found["input_top_logprobs"] = [_top(top, tokenizer) for top in stream.input_top_logprobs or []]
-            found["output_top_logprobs"] = [_top(top, tokenizer) for top in stream.top_logprobs or []]
+            for side, logprobs in (("input", stream.input_logprobs), ("output", stream.logprobs)):
+                found[f"{side}_top_logprobs"] = [
+                    None if one is None else _triples(one.top, tokenizer) for one in logprobs
+                ]
         return found
-
-
-def _top(top: TopLogprobs | None, tokenizer: Tokenizer | None) -> list[Triple] | None:
-    return None if top is None else _triples(top, tokenizer)
 
 
 def _triples(pairs: Iterable[tuple[float | None, int]], tokenizer: Tokenizer | None) -> list[Triple]:

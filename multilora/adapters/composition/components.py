@@ -96,6 +96,11 @@ class Components:
         for version in versions:
             self._store.release(version)
 
+    def idle_pages(self, versions: Versions) -> int:
+        """Of those that no request runs on. All are resident."""
+        residents = [self._store.residency.get(v) for v in versions]
+        return sum(len(r.pages) for r in residents if r is not None and r.idle)
+
     def slots(self, versions: Versions) -> tuple[int, ...]:
         """In the LoRA table; all are resident."""
         return tuple([self._store.slot_of(v) for v in versions])

@@ -17,7 +17,7 @@ from multilora.adapters.device.eviction import EVICTION_POLICIES
 from multilora.adapters.device.forecast import CopyForecast
 from multilora.adapters.host.cache import HostEntry
 from multilora.lora.panels import PanelLayout
-from multilora.lora.table import LoraTable
+from multilora.lora.table import TableWriter
 from multilora.memory.page_pool import PagePool
 from multilora.memory.reclaim import ADAPTER_PAGE_COST, GdsfClock
 
@@ -64,7 +64,7 @@ class Residency:
         self,
         pool: PagePool,
         clock: GdsfClock,
-        table: LoraTable,
+        table: TableWriter,
         copier: Copier,
         *,
         policy: str = "lru",

@@ -11,7 +11,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multilora.engine.messages import AdapterInfo, Finished, Output, Ready, Stats, Submit, decode_to_engine, encode
+from multilora.engine.messages import (
+    AdapterInfo,
+    Finished,
+    Logprobs,
+    Output,
+    Ready,
+    Stats,
+    Submit,
+    decode_to_engine,
+    encode,
+)
 from multilora.errors import EngineDead, MultiloraError
 
 if TYPE_CHECKING:
@@ -220,11 +230,10 @@ class FakeEngineClient:
         fields: dict[str, Any] = {}
         top = [(-0.5, 3), (-1.5, 4), (-2.5, 5)][: message.top_logprobs_num]
         if message.return_logprob:
-            fields = {"logprobs": [-0.5] * len(tokens), "top_logprobs": [top] * len(tokens)}
+            fields = {"logprobs": [Logprobs(-0.5, top)] * len(tokens)}
             if index == 0 and message.logprob_start_len >= 0:
                 positions = range(message.logprob_start_len, len(message.input_ids))
-                fields["input_logprobs"] = [-0.25 if p else None for p in positions]
-                fields["input_top_logprobs"] = [top if p else None for p in positions]
+                fields["input_logprobs"] = [Logprobs(-0.25, top) if p else None for p in positions]
         return Output(
             rid=message.rid,
             token_ids=tokens,

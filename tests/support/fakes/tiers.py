@@ -22,8 +22,9 @@ from multilora.adapters.loading.loader import Fetched, FetchJob
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.versions.store import AdapterStore
+from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.errors import AdapterIncompatible, AdapterNotFound, MultiloraError
-from multilora.lora.panels import AdapterShape
+from multilora.lora.panels import AdapterShape, PanelLayout
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
 from multilora.memory.page_pool import PagePool
@@ -180,6 +181,22 @@ class TimedCopy:
         return self.now() >= self.at and self.copy.done()
 
 
+@dataclass
+class _Both:
+    """A table as it will be when the next plan is executed, and the journal that the plan takes its changes from."""
+
+    table: LoraTable
+    journal: LoraJournal
+
+    def install(self, slot: int, layout: PanelLayout, pages: list[int]) -> None:
+        self.table.install(slot, layout, pages)
+        self.journal.install(slot, layout, pages)
+
+    def remove(self, slot: int) -> None:
+        self.table.remove(slot)
+        self.journal.remove(slot)
+
+
 class FakeTiers:
     """The real tiers over the fakes. Limits as in `Config`, in adapters and in pages."""
 
@@ -207,6 +224,7 @@ class FakeTiers:
         self.prefix = PrefixCache(self.pool, self.clock, page_size, enabled=prefix_cache)
         self.namespaces = Namespaces(self.prefix)
         self.table = LoraTable(self.arena, TARGET.dtype, ((0,),))
+        self.journal = LoraJournal()
         self.loader = FakeLoader(files, fetch_delay)
         self.copier: FakeCopier | TimedCopier = FakeCopier(self.arena, copy_delay)
         if copy_seconds is not None:
@@ -215,7 +233,7 @@ class FakeTiers:
         self.residency = Residency(
             self.pool,
             self.clock,
-            self.table,
+            _Both(self.table, self.journal),
             self.copier,
             policy=policy,
             max_count=max_loras_per_batch,
