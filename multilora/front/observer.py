@@ -1,10 +1,10 @@
-"""What the front tells whoever counts: the server's metrics. This one counts nothing, which is enough for `LLM`."""
+"""The events that the front reports, for the server's metrics. This base class ignores them, as `LLM` does."""
 
 from multilora.front.adapter_spec import AdapterSpec
 
 
 class Observer:
-    """Methods are called from the front's thread and must not block."""
+    """Receives the events; its methods are called from the front's thread and must not block."""
 
     def submitted(self, adapters: AdapterSpec) -> None:
         """A sample has gone to the engine."""

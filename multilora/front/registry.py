@@ -40,7 +40,7 @@ class RefState(enum.Enum):
 
 @dataclass
 class AdapterRef:
-    """One version of one adapter, or a named composition. `num_requests`: how many requests hold it."""
+    """Reference to one version of one adapter, or a named composition. `num_requests`: how many requests hold it."""
 
     name: str
     path: str

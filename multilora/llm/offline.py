@@ -131,7 +131,7 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """The engine underneath, for those who step it themselves."""
+        """The engine underneath, for callers that step it themselves."""
         return self._local.engine
 
     def set_lora_limits(self, *, lora_device_bytes: int | None, max_loras_per_batch: int | None) -> None:

@@ -121,7 +121,7 @@ def make_adapter(
 
 
 def train_randomly(model: PeftModel, dtype: str = "float32") -> None:
-    """Random numbers for lora_A and lora_B; whatever else PEFT would train goes astray a little. In place."""
+    """Random numbers for lora_A and lora_B; everything else that PEFT would train changes a little. In place."""
     import torch
 
     for name, weight in model.named_parameters():
