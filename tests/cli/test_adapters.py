@@ -28,7 +28,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """(exit code, stdout, stderr) of a command line, in this process."""
-    monkeypatch.setattr("multilora.llm.build_engine", partial(build_engine, make_loader=InlineLoader))
+    monkeypatch.setattr("multilora.llm.offline.build_engine", partial(build_engine, make_loader=InlineLoader))
     monkeypatch.setattr("multilora.logs.setup", lambda level, role: None)
 
     def call(*argv: str | Path) -> tuple[int, str, str]:
