@@ -5,6 +5,7 @@ Called once per process by its entry point, never at import.
 
 import logging
 import sys
+from typing import TextIO
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 FORMAT = "%(asctime)s %(levelname)-7s {role:<6} %(message)s"
@@ -13,12 +14,12 @@ FORMAT = "%(asctime)s %(levelname)-7s {role:<6} %(message)s"
 class OneLine(logging.Formatter):
     """A message stays on its line whatever a client put into it; only a traceback may follow."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the standard library's name)
         record.message = record.message.replace("\r", "\\r").replace("\n", "\\n")
         return super().formatMessage(record)
 
 
-class _Handler(logging.StreamHandler):
+class _Handler(logging.StreamHandler[TextIO]):
     """Marks the handler that `setup` made, so that a second call replaces it."""
 
 

@@ -63,7 +63,7 @@ def copies_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     assert len(ordinary) == COPIED, "they have not settled yet"
     nbytes = ordinary[0].numel()
     fit = range(min(COPIED, staging.nbytes // nbytes))
-    pinned = [staging.view(i * nbytes, nbytes, lambda start: None).view(ordinary[0].shape) for i in fit]
+    pinned = [staging.view(i * nbytes, nbytes, lambda _: None).view(ordinary[0].shape) for i in fit]
     for to, source in zip(pinned, ordinary, strict=False):
         to.copy_(source)
     target, link = round(0.8 * bench.machine.link / 1e9, 1), bench.machine.link / 1e9

@@ -81,12 +81,12 @@ def profiled(step: Callable[[], Any], steps: int) -> Profile:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    events = []
-    for event in record.profiler.kineto_results.events():
-        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.name().startswith("Memcpy HtoD"):
-            events.append((event.start_ns(), event.start_ns() + event.duration_ns(), event.name()[:NAME]))
+    events = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns(), event.name()[:NAME])
+        for event in record.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.name().startswith("Memcpy HtoD")
+    )
     assert events, "the profiler has seen nothing of the device"
-    events.sort()
     kernels: Counter[str] = Counter()
     until = events[0][0]
     for start, end, name in events:

@@ -54,15 +54,8 @@ def method(raw: Mapping[str, Any]) -> str:
         found.append("activated")
     if raw.get("bias") in ("all", "lora_only"):
         found.append(f"biases ({raw['bias']})")
-    for field in (
-        "lora_bias",
-        "modules_to_save",
-        "trainable_token_indices",
-        "layer_replication",
-        "target_parameters",
-    ):
-        if raw.get(field):
-            found.append(field)
+    further = "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"
+    found.extend(field for field in further if raw.get(field))
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() != "gaussian":
         found.append(f"initialised by {init[:40]}")

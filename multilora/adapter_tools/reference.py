@@ -60,7 +60,7 @@ class Reference:
         if self._invocation:  # PEFT would look for it in the answer too
             start = _last(prompt, self._invocation)
             options["alora_offsets"] = [None if start is None else len(ids) - start]
-        logits = self._model(torch.tensor([ids], device=self._device), **options).logits[0]
+        logits: torch.Tensor = self._model(torch.tensor([ids], device=self._device), **options).logits[0]
         return logits.float().log_softmax(-1).cpu()
 
 

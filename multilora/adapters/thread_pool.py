@@ -30,8 +30,8 @@ def private_memory(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def read_nothing(fd: int, slabs: list[Slab], memory: torch.Tensor) -> list[Slab]:
-    """The ReadCached of who has no help."""
+def read_nothing(_fd: int, slabs: list[Slab], _memory: torch.Tensor) -> list[Slab]:
+    """A `ReadCached` that reads nothing: everything is left to the caller."""
     return slabs
 
 
@@ -79,7 +79,7 @@ class ReaderPool:
         future: Future[T] = Future()
         try:
             future.set_result(work())
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 (the future carries it to the caller, as a thread's would)
             future.set_exception(e)
         return future
 

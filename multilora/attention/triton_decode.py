@@ -12,8 +12,6 @@ idle programs at their end.
              (span, head): the pieces of one head put together
 """
 
-# mypy: disallow-untyped-defs=False
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 Called by `flashinfer.py`; also run in Triton's interpreter by the tests, against plain torch.
 """
 
-# mypy: disallow-untyped-defs=False
-
 import torch
 import triton
 import triton.language as tl

@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 class _Ignore(argparse.Action):
     """A flag of SGLang's that this server does not need: noted, its values dropped."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, _values: Any, flag: str | None = None) -> None:
         if flag not in ALWAYS_ON:
             setattr(namespace, _IGNORED, [*getattr(namespace, _IGNORED, ()), flag])
 
@@ -82,7 +82,7 @@ class _Ignore(argparse.Action):
 class _Refuse(argparse.Action):
     """A flag of SGLang's that must not be ignored."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+    def __call__(self, _parser: Any, _namespace: argparse.Namespace, _values: Any, flag: str | None = None) -> None:
         raise ConfigError(f"{flag}: {REFUSED[str(flag)]}")
 
 

@@ -9,8 +9,6 @@ only once per kind of arguments and keeps what it compiled. `Repeated` is for la
 with nearly the same arguments: 2 µs instead of 10. Used by `lora/`, `attention/` and `layers/`.
 """
 
-# mypy: disallow-untyped-defs=False
-
 import functools
 from typing import Any
 
@@ -19,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_compiled: dict[tuple, Any] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 @triton.jit

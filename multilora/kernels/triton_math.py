@@ -1,7 +1,5 @@
 """Arithmetic that kernels of `layers/` and `lora/` share, so that they give the same bits."""
 
-# mypy: disallow-untyped-defs=False
-
 import torch
 import triton
 import triton.language as tl

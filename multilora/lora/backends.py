@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 Sites = tuple[LoraSite, ...]
 
 
-def _torch(table: LoraTable, sites: Sites, chunk_rows: int) -> LoraBackend:
+def _torch(table: LoraTable, _sites: Sites, _chunk_rows: int) -> LoraBackend:
     return TorchLora(table)
 
 

@@ -60,7 +60,8 @@ class DeviceTable:
     def used_sites(self, slots: Collection[int]) -> np.ndarray:
         """Of these adapters together, int32 [3, sites]: largest stacked rank, largest rank of a slice, whether one
         of them touches the site at all."""
-        return np.max([self._placed[slot].sites for slot in slots], axis=0)
+        used: np.ndarray = np.max([self._placed[slot].sites for slot in slots], axis=0)
+        return used
 
     def installed(self, slot: int, layout: PanelLayout, pages: list[int]) -> None:
         first = self._find(len(layout.positions))

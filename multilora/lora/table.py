@@ -170,7 +170,7 @@ class LoraTable:
 
     def _pieces(self, width: int, chunks: tuple[PanelPart, ...], pages: list[int]) -> tuple[Piece, ...]:
         """Chunks that follow each other in one page become one piece, so that a matmul serves them together."""
-        runs: list[list] = []  # [row, col, rows, columns, element address]
+        runs: list[list[int]] = []  # [row, col, rows, columns, element address]
         for chunk in chunks:
             address = self._address(chunk, pages)
             last = runs[-1] if runs else None

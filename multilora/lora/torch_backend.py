@@ -21,7 +21,7 @@ class TorchLora:
         self._table = table
         self._segments: tuple[LoraSegment, ...] = ()
 
-    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
+    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:  # noqa: ARG002 (the contract's)
         self._segments = segments
 
     def begin(self) -> None: ...

@@ -93,7 +93,7 @@ class TritonLora:
         """Programmatic dependent launch, in small steps: a kernel starts while the one before it ends."""
         self._align = math.gcd(table.page_elements, 8)
         self._columns: dict[tuple[int, int], Columns] = {}
-        shapes: dict[tuple, int] = {}
+        shapes: dict[tuple[object, ...], int] = {}
         self._shape = [shapes.setdefault((s.in_features, s.slices), len(shapes)) for s in sites]
         words = FURTHER * ENTRY_WORDS + graph_rows * TILE_WORDS
         self._fixed = torch.zeros(words, dtype=torch.int32, device=self._device)

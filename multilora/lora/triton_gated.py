@@ -15,8 +15,6 @@ Every row of y must be in out, so the table lists all rows of the step. A tile h
     several       composed rows: adapter by adapter, h summed anew for each TILE_N columns
 """
 
-# mypy: disallow-untyped-defs=False
-
 import triton
 import triton.language as tl
 

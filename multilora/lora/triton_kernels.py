@@ -22,8 +22,6 @@ weights, which that one does not write, and waits before it touches x, h or y. E
 so that a finished kernel means that all before it have finished.
 """
 
-# mypy: disallow-untyped-defs=False
-
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait

@@ -4,8 +4,6 @@ The tables are drawn in `triton_steps.py` (tiles, entries) and `device_table.py`
 `panels.py`. No kernels here; used by `triton_kernels.py` and `triton_gated.py`.
 """
 
-# mypy: disallow-untyped-defs=False
-
 import triton
 import triton.language as tl
 

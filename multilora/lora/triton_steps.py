@@ -119,7 +119,7 @@ class Group:
     vector: bool
     tile_rows: int
     any_rank: bool  # one kernel serves every rank
-    launches: dict[tuple, Repeated] = field(default_factory=dict)  # those of one layer serve all others
+    launches: dict[tuple[object, ...], Repeated] = field(default_factory=dict)  # those of one layer serve all others
 
     def rank(self, site: int, stacked: bool) -> int:
         """The largest rank at a site, stacked or of a slice; MAX_RANK if anything may come."""

@@ -44,9 +44,7 @@ class PagePool:
 
     def alloc_kv(self, n: int) -> list[int]:
         """n pages for the compute stream, which may take fenced ones. The caller has seen that `free >= n`."""
-        pages = []
-        for _ in range(n):
-            pages.append(self._fenced.popleft()[1] if self._fenced else self._ready.pop())
+        pages = [self._fenced.popleft()[1] if self._fenced else self._ready.pop() for _ in range(n)]
         return self._take(pages, PageKind.KV)
 
     def alloc_adapter(self, n: int) -> list[int]:

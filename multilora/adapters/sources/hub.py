@@ -57,7 +57,7 @@ class HubSource:
         from huggingface_hub import snapshot_download
         from tqdm import tqdm
 
-        class Silent(tqdm):  # progress of several loads at once would garble the log
+        class Silent(tqdm):  # type: ignore[misc]  # tqdm has no types; bars of several loads would garble the log
             def __init__(self, *args: Any, **kwargs: Any):
                 super().__init__(*args, **{**kwargs, "disable": True})
 
