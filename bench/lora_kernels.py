@@ -20,7 +20,7 @@ import torch
 from bench.common import environment, finish, read_bandwidth, say
 from multilora.batch import LoraSegment
 from multilora.layers.triton_ops import silu_and_mul
-from multilora.lora.panels import AdapterShape, PanelGeometry, place_panels
+from multilora.lora.panels import AdapterShape, PanelGeometry, make_layout
 from multilora.lora.reference import ReferenceLora
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
@@ -101,7 +101,7 @@ class World:
     def __post_init__(self) -> None:
         geometry = PanelGeometry(PAGE_BYTES, DTYPE.itemsize)
         self.layouts = [
-            place_panels(self.sites, AdapterShape(tuple(tuple(rank for _ in s.slices) for s in self.sites)), geometry)
+            make_layout(self.sites, AdapterShape(tuple(tuple(rank for _ in s.slices) for s in self.sites)), geometry)
             for rank in self.ranks
         ]
         pages = sum(layout.num_pages for layout in self.layouts)

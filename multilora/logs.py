@@ -1,6 +1,6 @@
 """What a log line looks like, for every process of the server: time, level, role (front, engine), message; one line.
 
-Called once per process by its entry point, never at import.
+Called once per process, by `__main__.py` and `engine/process/worker.py`; never at import.
 """
 
 import logging

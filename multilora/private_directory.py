@@ -1,7 +1,7 @@
 """Directories in TMPDIR that only we can read, and that nothing leaves behind.
 
 One goes with `close` or with the process; after a `kill -9` when anybody asks for `remove_orphans`: its owner holds a
-lock on it as long as it lives. Called by the spool of adapters and by the front for its socket.
+lock on it as long as it lives. Called by `adapters/sources/spool.py` and `engine/process/client.py`.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """What an adapter's files say of themselves: its method, and rank and scaling of each module.
 
 Reads the config leniently and of the weights only the headers, so that it can say something of adapters that are not
-served too. Whether one can be served is asked of `adapters/peft/checkpoint.py`, not decided here. Called by
-`inspect`.
+served too. Whether one can be served is asked of `adapters/peft/checkpoint.py`, not decided here.
+Called by `inspect.py`.
 """
 
 import re

@@ -1,7 +1,7 @@
 """`multilora adapters inspect`: what one adapter is, and whether a base model can serve it.
 
 Its verdict is the loader's: the adapter takes the road of a load as far as host memory. Of a base model only the
-config is read, and what the adapter has a copy of. Called by `commands`.
+config is read, and what the adapter has a copy of. Called by `cli/adapter_commands.py`.
 """
 
 import contextlib

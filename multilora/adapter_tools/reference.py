@@ -1,7 +1,7 @@
 """What transformers and PEFT make of an adapter: the truth that `verify` holds the engine against, in fp32.
 
 Owns the way PEFT is used. PEFT is not needed for serving, so it may be missing: it is imported only when it is asked
-for. Called by `verify`.
+for. Called by `verify.py`.
 """
 
 import importlib.util

@@ -2,7 +2,7 @@
 
 The engine answers every prompt with the adapter and without, in one batch, greedily; then PEFT reads the same
 sequences, and each token must be PEFT's choice and each logprob PEFT's. Owns prompts and comparison; what PEFT says
-comes from `reference`. Called by `commands`.
+comes from `reference`. Called by `cli/adapter_commands.py`.
 """
 
 import math

@@ -1,6 +1,6 @@
 """A few threads over one list of work, for what releases the GIL: reading, casting, copying.
 
-Owns its threads, nothing else. Called by the loader (files, packing) and by the copies to a GPU.
+Owns its threads, nothing else. Called by `loading/`, `peft/` and `device/`.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Attention over the paged KV cache. Backends by name; `base.py` is the contract.
 
-Called by `engine/execution/runner.py`, once, when the arena exists.
+Called by `engine/build.py`, once the arena exists.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """Rotary rotation of queries and keys in plain torch: the specification of the fused kernel.
 
-Called by the torch backend; knows neither positions nor frequencies, only the angles' cos and sin.
+Called by `torch_sdpa.py`; knows neither positions nor frequencies, only the angles' cos and sin.
 """
 
 import torch

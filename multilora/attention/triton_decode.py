@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from multilora.kernels.integers import power_of_two
 from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 
 PIECE_WORDS, SPAN_WORDS = 5, 3
@@ -198,13 +199,9 @@ def decode(
         q, k_pages, v_pages, indices, pieces, out, partial, lse,
         k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), group, scale,
     )  # fmt: skip
-    constants = {"PAGE": k_pages.shape[1], "DIM": dim, "GROUP": max(16, _power_of_two(group))}
+    constants = {"PAGE": k_pages.shape[1], "DIM": dim, "GROUP": max(16, power_of_two(group))}
     options = {"num_warps": WARPS, "num_stages": STAGES}
     blocks = constants | {"BLOCK": BLOCK, "PDL": early}
     launch(_attend, (pieces.shape[0], kv_heads), args, blocks, early=early, **options)
     constants = {"DIM": dim, "SLOTS": MERGE_ELEMENTS // dim, "PDL": early}
     launch(_merge, (spans.shape[0], heads), (partial, lse, spans, out), constants, early=early, num_warps=4)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from multilora.kernels.integers import power_of_two
 from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 
 PAGE_BLOCK = 256  # pages that one iteration of `_list_pages` copies
@@ -103,7 +104,7 @@ def rotate_and_write(
     )  # fmt: skip
     constants = {
         "HALF": head_dim // 2,
-        "GROUP": triton.next_power_of_2(heads // kv_heads),
+        "GROUP": power_of_two(heads // kv_heads),
         "MOVE_ROWS": out_row is not None,
         "PDL": early,
     }

@@ -1,4 +1,4 @@
-"""Runs `multilora adapters …`: arguments in, text or JSON on stdout, exit code out. Called by `__main__`."""
+"""Runs `multilora adapters …`: arguments in, text or JSON on stdout, exit code out. Called by `__main__.py`."""
 
 import dataclasses
 import json

@@ -1,7 +1,7 @@
 """Grammars for constrained decoding, compiled at the door so that a bad one is the client's error.
 
 Owns the compiler and a cache of its results, as the JSON that travels to the engine. May be called from a worker
-thread: a large schema over a large vocabulary takes seconds. Called by the server and by `LLM`.
+thread: a large schema over a large vocabulary takes seconds. Called by `server/` and `llm/`.
 """
 
 import json

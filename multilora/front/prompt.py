@@ -1,6 +1,6 @@
 """Checks at the door: what of a request depends on the model's context and vocabulary.
 
-Pure functions; raise BadRequest. Called by the server and by `LLM` before a request goes to the engine.
+Pure functions; raise BadRequest. Called by `server/` and `llm/` before a request goes to the engine.
 """
 
 import itertools

@@ -3,7 +3,7 @@
 A name points to at most one *current* version; a reload makes a new one, and requests in flight stay on theirs. A
 named composition is an entry too, without weights of its own: its parts are resolved anew for every request.
 Owns names, states and the count of requests per version. Knows nothing of weights, memory or the engine, and is used
-from one thread only. Called by the server's adapter routes, by every request (acquire, release) and by `LLM`.
+from one thread only. Called by `server/` (its adapter routes, and every request: acquire, release) and `llm/`.
 
     begin_load → LOADING ─ commit_load → LOADED ─ begin_unload → UNLOADING ─ finish_unload → gone
                                   compose ─┘

@@ -1,7 +1,7 @@
 """The tokenizer: text to ids and back, chat templates.
 
 Owns the transformers tokenizer and the facts that the streaming detokenizer needs of it. Knows nothing of requests,
-models or HTTP. Called by the server and by `LLM`.
+models or HTTP. Called by `server/` and `llm/`.
 """
 
 import inspect

@@ -3,7 +3,7 @@
 An adapter that trains token embeddings may have been trained with added tokens. The tokenizer that lies beside its
 weights, where it has other tokens than the base model's, then reads and writes the text of its requests; its head may
 have more or fewer rows. Such vocabularies are found when an adapter is loaded, kept by version, and dropped with it.
-Plain adapters are never looked at. Called by the server and by `LLM`.
+Plain adapters are never looked at. Called by `server/` and `llm/`.
 """
 
 import logging

@@ -2,7 +2,7 @@
 
 The unit is a panel: 8 rank rows of one matrix over its whole width, contiguous inside one page. A matrix is either
 the stacked A of a site (`[sum of its slices' ranks, in]`, so that one shrink serves q, k and v) or the B of one
-slice (`[rank, out]`). Only a panel wider than a page is cut, by columns, into equal chunks (tiny models).
+slice (`[rank, out]`). Only a panel wider than a page is cut, by columns, into equal parts (tiny models).
 
     site qkv_proj, ranks q 16, v 8 (k absent)
       A  [24, in]   panels: q rows 0-7, q rows 8-15, v rows 0-7
@@ -10,7 +10,7 @@ slice (`[rank, out]`). Only a panel wider than a page is cut, by columns, into e
 
 Ranks are rounded up to the granule of 8 with zero rows; nothing is ever padded to another adapter's rank.
 
-A slice may have a scale-shift pair besides (DoRA, biases): `y = scale · y + shift`, fp32 [2, columns] per chunk,
+A slice may have a scale-shift pair besides (DoRA, biases): `y = scale · y + shift`, fp32 [2, columns] per part,
 scale first, cut into the same columns as a panel of B. Whole modules and token rows are row-major, cut by rows.
 """
 
@@ -45,13 +45,13 @@ class PanelGeometry:
             need = RANK_GRANULE * COLUMN_GRANULE * self.itemsize
             raise ValueError(f"a page of {self.page_bytes} bytes is too small for LoRA panels, which need {need}")
 
-    def chunk_columns(self, width: int) -> int:
-        """Columns of one chunk of a panel `width` columns wide; `width` itself when a whole panel fits a page."""
+    def part_columns(self, width: int) -> int:
+        """Columns of one part of a panel `width` columns wide; `width` itself when a whole panel fits a page."""
         limit = self.page_bytes // (RANK_GRANULE * self.itemsize)
         return width if width <= limit else limit // COLUMN_GRANULE * COLUMN_GRANULE
 
-    def chunks(self, width: int) -> int:
-        return -(-width // self.chunk_columns(width))
+    def num_parts(self, width: int) -> int:
+        return -(-width // self.part_columns(width))
 
 
 class ScaleShift(enum.IntFlag):
@@ -127,14 +127,14 @@ class PanelPart:
 class PanelLayout:
     """The placement of a whole adapter: a function of its shape only.
 
-    `chunks[i]` are the chunks of `matrices[i]`, row by row, then column by column; `full_weights[i]` those of
+    `parts[i]` are the parts of `matrices[i]`, row by row, then column by column; `full_weights[i]` those of
     `shape.full_weights[i]`, by rows.
     """
 
     num_pages: int
     shape: AdapterShape
     matrices: tuple[Matrix, ...]
-    chunks: tuple[tuple[PanelPart, ...], ...]
+    parts: tuple[tuple[PanelPart, ...], ...]
     full_weights: tuple[tuple[PanelPart, ...], ...]
     used_bytes: int
 
@@ -145,8 +145,8 @@ class PanelLayout:
 
     @cached_property
     def positions(self) -> np.ndarray:
-        """int64 [all chunks, 2]: page and offset of each, matrix by matrix."""
-        return np.array([(c.page, c.offset) for chunks in self.chunks for c in chunks], np.int64).reshape(-1, 2)
+        """int64 [all parts, 2]: page and offset of each, matrix by matrix."""
+        return np.array([(c.page, c.offset) for parts in self.parts for c in parts], np.int64).reshape(-1, 2)
 
 
 def matrices_of(sites: Sequence[LoraSite], shape: AdapterShape) -> tuple[Matrix, ...]:
@@ -166,8 +166,8 @@ def matrices_of(sites: Sequence[LoraSite], shape: AdapterShape) -> tuple[Matrix,
 
 
 @lru_cache(maxsize=256)
-def place_panels(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry) -> PanelLayout:
-    """First-fit-decreasing: the largest chunks first, each into the first page with room.
+def make_layout(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry) -> PanelLayout:
+    """First-fit-decreasing: the largest parts first, each into the first page with room.
 
     Raises ValueError if one row of a whole module is larger than a page.
     """
@@ -177,24 +177,24 @@ def place_panels(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: Pan
         *(_cut_full_weight(w, geometry) for w in shape.full_weights),
     ]
     fit = _FirstFit(geometry.page_bytes)
-    chunks: list[tuple[PanelPart, ...]] = [()] * len(cuts)
+    parts: list[tuple[PanelPart, ...]] = [()] * len(cuts)
     for i in sorted(range(len(cuts)), key=lambda i: -cuts[i].size):
         cut = cuts[i]
-        chunks[i] = tuple(PanelPart(row, col, columns, *fit.place(cut.size)) for row, col, columns in cut.parts)
+        parts[i] = tuple(PanelPart(row, col, columns, *fit.place(cut.size)) for row, col, columns in cut.parts)
     split = len(matrices)
-    return PanelLayout(len(fit.used), shape, matrices, tuple(chunks[:split]), tuple(chunks[split:]), sum(fit.used))
+    return PanelLayout(len(fit.used), shape, matrices, tuple(parts[:split]), tuple(parts[split:]), sum(fit.used))
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """Equal chunks of `size` bytes each: (row, col, columns)."""
+    """Equal parts of `size` bytes each: (row, col, columns)."""
 
     size: int
     parts: list[tuple[int, int, int]]
 
 
 def _cut_matrix(matrix: Matrix, geometry: PanelGeometry) -> _Cut:
-    step = geometry.chunk_columns(matrix.width)
+    step = geometry.part_columns(matrix.width)
     column_bytes = SCALE_SHIFT_BYTES if matrix.scale_shift else RANK_GRANULE * geometry.itemsize
     columns = [(col, min(step, matrix.width - col)) for col in range(0, matrix.width, step)]
     rows = range(0, max(1, matrix.rank), RANK_GRANULE)

@@ -122,17 +122,17 @@ class LoraTable:
 
     def _make_views(self, layout: PanelLayout, pages: list[int]) -> dict[int, SiteWeights]:
         sites: dict[int, SiteWeights] = {}
-        for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+        for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
             site = sites.get(matrix.site, SiteWeights(0, (), ()))
             if matrix.slice < 0:
-                site = SiteWeights(matrix.rank, self._pieces(matrix.width, chunks, pages), ())
+                site = SiteWeights(matrix.rank, self._pieces(matrix.width, parts, pages), ())
             elif matrix.scale_shift:
-                pieces = tuple(self._scale_shift(chunk, pages) for chunk in chunks)
+                pieces = tuple(self._scale_shift(part, pages) for part in parts)
                 site = self._with_scale_shift(site, matrix, pieces)
             else:
                 offset = self._slice_offsets[matrix.site][matrix.slice]
                 first = sum(s.rank for s in site.b)
-                pieces = self._pieces(matrix.width, chunks, pages)
+                pieces = self._pieces(matrix.width, parts, pages)
                 part = SliceWeights(offset, matrix.width, first, matrix.rank, pieces)
                 site = replace(site, b=(*site.b, part))
             sites[matrix.site] = site
@@ -146,39 +146,39 @@ class LoraTable:
         part = SliceWeights(offset, matrix.width, sum(s.rank for s in site.b), 0, (), scale_shift)
         return replace(site, b=(*site.b, part))
 
-    def _scale_shift(self, chunk: PanelPart, pages: list[int]) -> Piece:
-        at = self._address(chunk, pages)
-        size = SCALE_SHIFT_BYTES * chunk.columns // self.weights.itemsize
-        return Piece(0, chunk.col, self.weights[at : at + size].view(torch.float32).view(2, chunk.columns))
+    def _scale_shift(self, part: PanelPart, pages: list[int]) -> Piece:
+        at = self._address(part, pages)
+        size = SCALE_SHIFT_BYTES * part.columns // self.weights.itemsize
+        return Piece(0, part.col, self.weights[at : at + size].view(torch.float32).view(2, part.columns))
 
     def _make_full_weights(self, layout: PanelLayout, pages: list[int]) -> dict[tuple[int, str], list[FullWeight]]:
         found: dict[tuple[int, str], list[FullWeight]] = {}
-        for shape, chunks in zip(layout.shape.full_weights, layout.full_weights, strict=True):
-            ends = [*(chunk.row for chunk in chunks[1:]), shape.rows]
+        for shape, parts in zip(layout.shape.full_weights, layout.full_weights, strict=True):
+            ends = [*(part.row for part in parts[1:]), shape.rows]
             pieces = []
-            for chunk, end in zip(chunks, ends, strict=True):
-                at, rows = self._address(chunk, pages), end - chunk.row
+            for part, end in zip(parts, ends, strict=True):
+                at, rows = self._address(part, pages), end - part.row
                 weight = self.weights[at : at + rows * shape.cols].view(rows, shape.cols)
-                pieces.append(Piece(chunk.row, 0, weight))
+                pieces.append(Piece(part.row, 0, weight))
             ids = torch.tensor(shape.token_ids, device=self.weights.device) if shape.token_ids else None
             weights = FullWeight(shape.rows, shape.cols, tuple(pieces), ids)
             found.setdefault((shape.layer, shape.module), []).append(weights)
         return found
 
-    def _address(self, chunk: PanelPart, pages: list[int]) -> int:
-        return pages[chunk.page] * self.page_elements + chunk.offset // self.weights.itemsize
+    def _address(self, part: PanelPart, pages: list[int]) -> int:
+        return pages[part.page] * self.page_elements + part.offset // self.weights.itemsize
 
-    def _pieces(self, width: int, chunks: tuple[PanelPart, ...], pages: list[int]) -> tuple[Piece, ...]:
+    def _pieces(self, width: int, parts: tuple[PanelPart, ...], pages: list[int]) -> tuple[Piece, ...]:
         """Chunks that follow each other in one page become one piece, so that a matmul serves them together."""
         runs: list[list[int]] = []  # [row, col, rows, columns, element address]
-        for chunk in chunks:
-            address = self._address(chunk, pages)
+        for part in parts:
+            address = self._address(part, pages)
             last = runs[-1] if runs else None
-            entire = chunk.columns == width
+            entire = part.columns == width
             if last and entire and last[3] == width and address == last[4] + last[2] * width:
                 last[2] += RANK_GRANULE
             else:
-                runs.append([chunk.row, chunk.col, RANK_GRANULE, chunk.columns, address])
+                runs.append([part.row, part.col, RANK_GRANULE, part.columns, address])
         return tuple(
             Piece(row, col, self.weights[at : at + rows * cols].view(rows, cols)) for row, col, rows, cols, at in runs
         )

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from multilora.kernels.integers import cdiv, power_of_two
 from multilora.kernels.triton_launch import Repeated, can_launch_early
 from multilora.kernels.triton_math import fast_silu
 from multilora.lora.base import Activation
-from multilora.lora.device_table import DeviceTable, upload
+from multilora.lora.device_table import DeviceTable
 from multilora.lora.sites import LoraSite
 from multilora.lora.table import LoraTable
 from multilora.lora.triton_gated import gated_kernel
@@ -36,14 +37,13 @@ from multilora.lora.triton_steps import (
     Step,
     StepTiles,
     base_tiles,
-    cdiv,
     in_single_rows,
     make_tiles,
-    power_of_two,
     split_singles,
     splits_of,
 )
 from multilora.lora.tuning import BESIDE_ROWS, CSGMV, GRAPH_ROWS, TRITON, ExpandBlocks, Phase, ShrinkBlocks, Tuning
+from multilora.transfer import upload_into
 
 H_BYTES = 64 << 20
 """The fixed intermediate: room for 64 rows of stacked rank 9,000, in 28 splits."""
@@ -171,7 +171,7 @@ class TritonLora:
     def _on_device(self, words: np.ndarray, to: torch.Tensor | None) -> torch.Tensor:
         if to is None:
             to = torch.empty(len(words), dtype=torch.int32, device=self._device)
-        upload(words, to[: len(words)])
+        upload_into(to[: len(words)], words)
         return to
 
     def begin(self) -> None:
@@ -249,11 +249,11 @@ class TritonLora:
         blocks, splits = group.blocks.shrink(site.in_features), group.splits(site)
         tile_r = group.tile_r(blocks.tile_r, rank)
         parts = group.parts(blocks.parts, rank, tile_r, early)
-        chunk = table.geometry.chunk_columns(site.in_features)
-        rest = (*self._tables(group), len(table.sites), site.in_features, chunk, group.h_split(splits))
+        cut = table.geometry.part_columns(site.in_features)
+        rest = (*self._tables(group), len(table.sites), site.in_features, cut, group.h_split(splits))
         constants = {
             "RECORD": table.record_words,
-            "WHOLE": chunk == site.in_features,
+            "WHOLE": cut == site.in_features,
             "ALIGN": self._align,
             "VECTOR": group.vector,
             "BLOCK_K": blocks.k,
@@ -295,11 +295,11 @@ class TritonLora:
         gate, up = site.slices
         assert gate.offset == 0 and gate.out_features == up.offset == up.out_features
         table, blocks, splits, width = self._table, group.blocks.gated, group.splits(site), gate.out_features
-        chunk = table.geometry.chunk_columns(width)
-        rest = (*self._tables(group), len(table.sites), width, chunk, group.h_split(splits), splits)
+        cut = table.geometry.part_columns(width)
+        rest = (*self._tables(group), len(table.sites), width, cut, group.h_split(splits), splits)
         constants = {
             "RECORD": table.record_words,
-            "WHOLE": chunk == width,
+            "WHOLE": cut == width,
             "ALIGN": self._align,
             "BLOCK_N": blocks.n,
             "TILE_M": group.tile_rows,
@@ -320,14 +320,14 @@ class TritonLora:
         if key not in self._columns:
             geometry, widths = self._table.geometry, [s.out_features for s in site.slices]
             rows = [
-                (i, col, s.out_features, s.offset, geometry.chunk_columns(s.out_features), 0, 0, 0)
+                (i, col, s.out_features, s.offset, geometry.part_columns(s.out_features), 0, 0, 0)
                 for i, s in enumerate(site.slices)
                 for col in range(0, s.out_features, block_n)
             ]
             assert len(rows[0]) == BLOCK_WORDS
             self._columns[key] = Columns(
                 torch.tensor(rows, dtype=torch.int32, device=self._device),
-                whole=all(geometry.chunks(w) == 1 for w in widths),
+                whole=all(geometry.num_parts(w) == 1 for w in widths),
                 align=math.gcd(16, *widths, *(s.offset for s in site.slices)),
             )
         return self._columns[key]

@@ -40,7 +40,7 @@ def gated_base(y, out, rows, n0, n_end, width, TILE_M: tl.constexpr, TILE_N: tl.
 
 @triton.jit
 def gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, record, weight, n0, n_end, width,
-               chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+               cut, WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
                TILE_R: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """Rows of one adapter. A slice that it does not touch has rank 0: its h is zero, and y stays as it is."""
     m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
@@ -55,18 +55,18 @@ def gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, r
         inside = (m < rows)[:, None] & (col < width)[None, :]
         at = y + m[:, None] * (2 * width) + col[None, :]
         gate, up = tl.load(at, mask=inside, other=0.0), tl.load(at + width, mask=inside, other=0.0)
-        b0 = load_block(weights, addresses, start0, r, rank0, col, width, chunk, WHOLE, ALIGN)
-        b1 = load_block(weights, addresses, start1, r, rank1, col, width, chunk, WHOLE, ALIGN)
+        b0 = load_block(weights, addresses, start0, r, rank0, col, width, cut, WHOLE, ALIGN)
+        b1 = load_block(weights, addresses, start1, r, rank1, col, width, cut, WHOLE, ALIGN)
         gate = tile_after(gate, hs0, next0, b0, weight, rows, h0, h_stride, h_split, splits, weights, addresses,
-                          start0, rank0, scale_shift0, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+                          start0, rank0, scale_shift0, col, width, cut, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
         up = tile_after(up, hs1, next1, b1, weight, rows, h1, h_stride, h_split, splits, weights, addresses, start1,
-                        rank1, scale_shift1, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+                        rank1, scale_shift1, col, width, cut, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
         tl.store(out + m[:, None] * width + col[None, :], silu_times(gate, up, FAST), mask=inside)
 
 
 @triton.jit
 def gated_rows(y, out, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further, count,
-               site, sites, n0, n_end, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+               site, sites, n0, n_end, width, cut, RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
                TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """Rows of several adapters. (None of those has a scale-shift pair.)"""
     m = tl.arange(0, TILE_M)
@@ -76,18 +76,18 @@ def gated_rows(y, out, rows, h, h_stride, h_split, splits, weights, addresses, r
         at = y + m[:, None] * (2 * width) + col[None, :]
         gate, up = tl.load(at, mask=inside, other=0.0), tl.load(at + width, mask=inside, other=0.0)
         total, _ = rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                            count, site, sites, 0, col, width, chunk, RECORD, WHOLE, ALIGN, TILE_M, TILE_R,
+                            count, site, sites, 0, col, width, cut, RECORD, WHOLE, ALIGN, TILE_M, TILE_R,
                             TILE_N)  # fmt: skip
         gate = (gate.to(tl.float32) + total).to(gate.dtype)
         total, _ = rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                            count, site, sites, 1, col, width, chunk, RECORD, WHOLE, ALIGN, TILE_M, TILE_R,
+                            count, site, sites, 1, col, width, cut, RECORD, WHOLE, ALIGN, TILE_M, TILE_R,
                             TILE_N)  # fmt: skip
         up = (up.to(tl.float32) + total).to(up.dtype)
         tl.store(out + m[:, None] * width + col[None, :], silu_times(gate, up, FAST), mask=inside)
 
 
 @triton.jit(do_not_specialize=["site", "splits"])
-def gated_kernel(y, out, site, h, weights, addresses, records, tiles, entries, sites, width, chunk, h_split, splits,
+def gated_kernel(y, out, site, h, weights, addresses, records, tiles, entries, sites, width, cut, h_split, splits,
                  RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
                  TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """y: [rows, 2 · width], out: [rows, width]. Grid (tiles, blocks of BLOCK_N columns of out)."""
@@ -104,8 +104,8 @@ def gated_kernel(y, out, site, h, weights, addresses, records, tiles, entries, s
         slot, weight = load_entry(tile, entries, further, 0)
         record = records + (slot * sites + site) * RECORD
         gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, record, weight, n0, n_end, width,
-                   chunk, WHOLE, ALIGN, TILE_M, TILE_N, TILE_R, FAST)  # fmt: skip
+                   cut, WHOLE, ALIGN, TILE_M, TILE_N, TILE_R, FAST)  # fmt: skip
     else:
         gated_rows(y, out, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                   count, site, sites, n0, n_end, width, chunk, RECORD, WHOLE, ALIGN, TILE_M, TILE_N,
+                   count, site, sites, n0, n_end, width, cut, RECORD, WHOLE, ALIGN, TILE_M, TILE_N,
                    TILE_R, FAST)  # fmt: skip

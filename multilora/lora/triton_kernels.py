@@ -38,7 +38,7 @@ from multilora.lora.triton_panels import (
     prefetch_rows,
 )
 
-BLOCK_WORDS = 8  # slice, first column, width, offset in y, chunk, -
+BLOCK_WORDS = 8  # slice, first column, width, offset in y, cut, -
 
 _TILE_WORDS = tl.constexpr(TILE_WORDS)
 _BLOCK_WORDS = tl.constexpr(BLOCK_WORDS)
@@ -52,7 +52,7 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def shrink_row(x, h, part, weights, addresses, start, rank, k0, width, chunk, WHOLE: tl.constexpr,
+def shrink_row(x, h, part, weights, addresses, start, rank, k0, width, cut, WHOLE: tl.constexpr,
                ALIGN: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One row, one adapter, BLOCK_K columns, every PARTS-th panel: h[r] = Σ x[k] A[r, k]. Two panels are under way at
     a time."""
@@ -60,19 +60,19 @@ def shrink_row(x, h, part, weights, addresses, start, rank, k0, width, chunk, WH
     at0 = panel_address(addresses, start, part, panels, WHOLE, ALIGN)
     at1 = panel_address(addresses, start, part + PARTS, panels, WHOLE, ALIGN)
     at2 = panel_address(addresses, start, part + 2 * PARTS, panels, WHOLE, ALIGN)
-    now = load_panel(weights, addresses, at0, start, part, panels, k, width, chunk, WHOLE, ALIGN)
-    next = load_panel(weights, addresses, at1, start, part + PARTS, panels, k, width, chunk, WHOLE, ALIGN)
+    now = load_panel(weights, addresses, at0, start, part, panels, k, width, cut, WHOLE, ALIGN)
+    next = load_panel(weights, addresses, at1, start, part + PARTS, panels, k, width, cut, WHOLE, ALIGN)
     wait_for_previous(PDL)
     xs = tl.load(x + k, mask=k < tl.where(rank > 0, width, 0), other=0.0).to(tl.float32)
     for p in range(part, panels, PARTS):
         tl.store(h + p * _GRANULE + r, tl.sum(now.to(tl.float32) * xs[None, :], 1))
         now = next
-        next = load_panel(weights, addresses, at2, start, p + 2 * PARTS, panels, k, width, chunk, WHOLE, ALIGN)
+        next = load_panel(weights, addresses, at2, start, p + 2 * PARTS, panels, k, width, cut, WHOLE, ALIGN)
         at2 = panel_address(addresses, start, p + 3 * PARTS, panels, WHOLE, ALIGN)
 
 
 @triton.jit
-def shrink_rows(x, x_stride, rows, h, h_stride, part, parts, weights, addresses, start, rank, k0, k_end, width, chunk,
+def shrink_rows(x, x_stride, rows, h, h_stride, part, parts, weights, addresses, start, rank, k0, k_end, width, cut,
                 WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr,
                 TILE_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Several rows, one adapter, columns [k0, k_end), one part of the rank rows: h[m, r] = Σ x[m, k] A[r, k]."""
@@ -81,7 +81,7 @@ def shrink_rows(x, x_stride, rows, h, h_stride, part, parts, weights, addresses,
         total = tl.zeros([TILE_M, TILE_R], tl.float32)
         for k1 in range(k0, k_end, TILE_K):
             col = k1 + k
-            a = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
+            a = load_block(weights, addresses, start, r0 + r, rank, col, width, cut, WHOLE, ALIGN)
             wait_for_previous(PDL)
             xs = tl.load(x + m[:, None] * x_stride + col[None, :], mask=(m < rows)[:, None] & (col < width)[None, :],
                          other=0.0)  # fmt: skip
@@ -91,7 +91,7 @@ def shrink_rows(x, x_stride, rows, h, h_stride, part, parts, weights, addresses,
 
 
 @triton.jit(do_not_specialize=["site"])
-def shrink_kernel(x, site, h, weights, addresses, records, tiles, entries, sites, width, chunk, h_split,
+def shrink_kernel(x, site, h, weights, addresses, records, tiles, entries, sites, width, cut, h_split,
                   RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, VECTOR: tl.constexpr,
                   BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_R: tl.constexpr,
                   PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -109,7 +109,7 @@ def shrink_kernel(x, site, h, weights, addresses, records, tiles, entries, sites
         slot, _ = load_entry(tile, entries, further, 0)
         record = records + (slot * sites + site) * RECORD
         shrink_row(x, h, tl.program_id(2), weights, addresses, tl.load(record), tl.load(record + 1), k0, width,
-                   chunk, WHOLE, ALIGN, BLOCK_K, PARTS, PDL)  # fmt: skip
+                   cut, WHOLE, ALIGN, BLOCK_K, PARTS, PDL)  # fmt: skip
     else:
         part, parts = part * tl.num_programs(2) + tl.program_id(2), parts * tl.num_programs(2)
         for e in range(count):
@@ -117,7 +117,7 @@ def shrink_kernel(x, site, h, weights, addresses, records, tiles, entries, sites
             record = records + (slot * sites + site) * RECORD
             start, rank = tl.load(record), tl.multiple_of(tl.load(record + 1), _GRANULE)
             shrink_rows(x, width, rows, h, h_stride, part, parts, weights, addresses, start, rank, k0, k0 + BLOCK_K,
-                        width, chunk, WHOLE, ALIGN, TILE_M, TILE_R, TILE_K, PDL)  # fmt: skip
+                        width, cut, WHOLE, ALIGN, TILE_M, TILE_R, TILE_K, PDL)  # fmt: skip
             h += rank
         wait_for_previous(PDL)
 
@@ -131,7 +131,7 @@ def load_h(h, h_split, splits, p, panels, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, scale_shift, n0, width, chunk,
+def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, scale_shift, n0, width, cut,
                WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
                PDL: tl.constexpr):  # fmt: skip
     """One row, one adapter, BLOCK_N columns: y[n] += w Σ h[r] B[r, n]. Two panels are under way at a time."""
@@ -139,8 +139,8 @@ def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, s
     at0 = panel_address(addresses, start, 0, panels, WHOLE, ALIGN)
     at1 = panel_address(addresses, start, 1, panels, WHOLE, ALIGN)
     at2 = panel_address(addresses, start, 2, panels, WHOLE, ALIGN)
-    now = load_panel(weights, addresses, at0, start, 0, panels, col, width, chunk, WHOLE, ALIGN)
-    next = load_panel(weights, addresses, at1, start, 1, panels, col, width, chunk, WHOLE, ALIGN)
+    now = load_panel(weights, addresses, at0, start, 0, panels, col, width, cut, WHOLE, ALIGN)
+    next = load_panel(weights, addresses, at1, start, 1, panels, col, width, cut, WHOLE, ALIGN)
     wait_for_previous(PDL)
     if rank + scale_shift > 0:
         before = tl.load(y + col, mask=col < width, other=0.0)
@@ -150,12 +150,12 @@ def expand_row(y, h, h_split, splits, weight, weights, addresses, start, rank, s
         for p in range(panels):
             total += tl.sum(now.to(tl.float32) * (tl.sum(h_now, 0) * weight)[:, None], 0)
             now, h_now = next, h_next
-            next = load_panel(weights, addresses, at2, start, p + 2, panels, col, width, chunk, WHOLE, ALIGN)
+            next = load_panel(weights, addresses, at2, start, p + 2, panels, col, width, cut, WHOLE, ALIGN)
             at2 = panel_address(addresses, start, p + 3, panels, WHOLE, ALIGN)
             h_next = load_h(h, h_split, splits, p + 2, panels, BLOCK_S)
         after = before.to(tl.float32) + total
         if scale_shift > 0:
-            scale, shift = load_scale_shift(weights, addresses, start, rank, col, width, chunk, WHOLE)
+            scale, shift = load_scale_shift(weights, addresses, start, rank, col, width, cut, WHOLE)
             after = scale * after + shift
         tl.store(y + col, after.to(before.dtype), mask=col < width)
 
@@ -190,29 +190,29 @@ def first_h(h, h_stride, h_split, splits, weight, rank, rows, KIND: tl.constexpr
 
 @triton.jit
 def tile_after(before, hs, hs_next, b, weight, rows, h, h_stride, h_split, splits, weights, addresses, start, rank,
-               scale_shift, col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr,
+               scale_shift, col, width, cut, WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr,
                TILE_R: tl.constexpr):  # fmt: skip
     """`before` [rows, col] with one adapter. hs, hs_next: see `first_h`; b: the first TILE_R rows of B. What is left
     of h is summed here, and anew for all other columns: it would not fit into registers."""
     r = tl.arange(0, TILE_R)
     total = tl.dot(hs, b, input_precision="ieee")
     if rank > TILE_R:
-        b = load_block(weights, addresses, start, TILE_R + r, rank, col, width, chunk, WHOLE, ALIGN)
+        b = load_block(weights, addresses, start, TILE_R + r, rank, col, width, cut, WHOLE, ALIGN)
         total = tl.dot(hs_next, b, total, input_precision="ieee")
     for r0 in range(2 * TILE_R, rank, TILE_R):
         more = sum_h(h, h_stride, h_split, splits, r0 + r, rank, rows, TILE_M, TILE_R) * weight
-        b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
+        b = load_block(weights, addresses, start, r0 + r, rank, col, width, cut, WHOLE, ALIGN)
         total = tl.dot(more.to(b.dtype), b, total, input_precision="ieee")
     after = before.to(tl.float32) + total
     if scale_shift > 0:
-        scale, shift = load_scale_shift(weights, addresses, start, rank, col, width, chunk, WHOLE)
+        scale, shift = load_scale_shift(weights, addresses, start, rank, col, width, cut, WHOLE)
         after = scale[None, :] * after + shift[None, :]
     return after.to(before.dtype)
 
 
 @triton.jit
 def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                site, sites, index, n0, n_end, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr,
+                site, sites, index, n0, n_end, width, cut, RECORD: tl.constexpr, WHOLE: tl.constexpr,
                 ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
     """expand_rows() for one adapter and columns [n0, n_end): the first columns of h are summed only once."""
     m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
@@ -227,15 +227,15 @@ def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
             to = y + m[:, None] * y_stride + col[None, :]
             inside = (m < rows)[:, None] & (col < width)[None, :]
             before = tl.load(to, mask=inside, other=0.0)
-            b = load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE, ALIGN)
+            b = load_block(weights, addresses, start, r, rank, col, width, cut, WHOLE, ALIGN)
             after = tile_after(before, hs, hs_next, b, weight, rows, h, h_stride, h_split, splits, weights, addresses,
-                               start, rank, scale_shift, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+                               start, rank, scale_shift, col, width, cut, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
             tl.store(to, after, mask=inside)
 
 
 @triton.jit
 def rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further, count, site,
-             sites, index, col, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+             sites, index, col, width, cut, RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
              TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
     """Σ w Σ h[m, r] B[r, col] over every adapter, fp32, and whether one of them touches the slice at all (> 0). h is
     rounded to B's type."""
@@ -247,7 +247,7 @@ def rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, ti
         stacked, first, rank, scale_shift, start = load_slice(records + (slot * sites + site) * RECORD, index)
         for r0 in range(0, rank, TILE_R):
             hs = sum_h(h + first, h_stride, h_split, splits, r0 + r, rank, rows, TILE_M, TILE_R) * weight
-            b = load_block(weights, addresses, start, r0 + r, rank, col, width, chunk, WHOLE, ALIGN)
+            b = load_block(weights, addresses, start, r0 + r, rank, col, width, cut, WHOLE, ALIGN)
             total = tl.dot(hs.to(b.dtype), b, total, input_precision="ieee")
         h += stacked
         touched += rank + scale_shift
@@ -256,7 +256,7 @@ def rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, ti
 
 @triton.jit
 def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                count, site, sites, index, n, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr,
+                count, site, sites, index, n, width, cut, RECORD: tl.constexpr, WHOLE: tl.constexpr,
                 ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
     """Several rows, every adapter, TILE_N columns: y[m, n] += Σ w Σ h[m, r] B[r, n]."""
     m, col = tl.arange(0, TILE_M), n + tl.arange(0, TILE_N)
@@ -264,7 +264,7 @@ def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
     inside = (m < rows)[:, None] & (col < width)[None, :]
     before = tl.load(to, mask=inside, other=0.0)
     total, touched = rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                              count, site, sites, index, col, width, chunk, RECORD, WHOLE, ALIGN, TILE_M, TILE_R,
+                              count, site, sites, index, col, width, cut, RECORD, WHOLE, ALIGN, TILE_M, TILE_R,
                               TILE_N)  # fmt: skip
     if touched > 0:
         after = before.to(tl.float32) + total
@@ -272,7 +272,7 @@ def expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
             slot, _ = load_entry(tile, entries, further, 0)
             _, _, rank, scale_shift, start = load_slice(records + (slot * sites + site) * RECORD, index)
             if scale_shift > 0:
-                scale, shift = load_scale_shift(weights, addresses, start, rank, col, width, chunk, WHOLE)
+                scale, shift = load_scale_shift(weights, addresses, start, rank, col, width, cut, WHOLE)
                 after = scale[None, :] * after + shift[None, :]
         tl.store(to, after.to(before.dtype), mask=inside)
 
@@ -282,14 +282,14 @@ def expand_kernel(y, site, h, weights, addresses, records, tiles, entries, block
                   RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_N: tl.constexpr,
                   VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
                   TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y: [rows, y_stride]; blocks: int32 [blocks, 8]: slice, first column, width, offset in y, chunk; BLOCK_N columns
+    """y: [rows, y_stride]; blocks: int32 [blocks, 8]: slice, first column, width, offset in y, cut; BLOCK_N columns
     of one slice each. Grid (tiles, blocks)."""
     if PDL:
         gdc_launch_dependents()
     tile = tiles + tl.program_id(0) * _TILE_WORDS
     row, h_start, h_stride, rows, count, further, part, parts = load_tile(tile)
     block = blocks + tl.program_id(1) * _BLOCK_WORDS
-    index, chunk = tl.load(block), tl.load(block + 4)
+    index, cut = tl.load(block), tl.load(block + 4)
     n0 = tl.multiple_of(tl.load(block + 1), BLOCK_N)
     width = tl.multiple_of(tl.load(block + 2), ALIGN_N)
     y += row * y_stride + tl.multiple_of(tl.load(block + 3), ALIGN_N)
@@ -298,7 +298,7 @@ def expand_kernel(y, site, h, weights, addresses, records, tiles, entries, block
         slot, weight = load_entry(tile, entries, further, 0)
         _, first, rank, scale_shift, start = load_slice(records + (slot * sites + site) * RECORD, index)
         expand_row(y, h + first, h_split, splits, weight, weights, addresses, start, rank, scale_shift, n0,
-                   width, chunk, WHOLE, ALIGN, BLOCK_S, BLOCK_N, PDL)  # fmt: skip
+                   width, cut, WHOLE, ALIGN, BLOCK_S, BLOCK_N, PDL)  # fmt: skip
     else:
         n1 = n0 + part * TILE_N
         if PDL and WHOLE and count > 0:
@@ -308,10 +308,10 @@ def expand_kernel(y, site, h, weights, addresses, records, tiles, entries, block
         wait_for_previous(PDL)
         if (not PDL) and count == 1 and parts == 1:
             expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries,
-                        further, site, sites, index, n1, tl.minimum(n0 + BLOCK_N, width), width, chunk, RECORD, WHOLE,
+                        further, site, sites, index, n1, tl.minimum(n0 + BLOCK_N, width), width, cut, RECORD, WHOLE,
                         ALIGN, TILE_M, TILE_R, TILE_N)  # fmt: skip
         elif count > 0:
             for n in range(n1, tl.minimum(n0 + BLOCK_N, width), parts * TILE_N):
                 expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile,
-                            entries, further, count, site, sites, index, n, width, chunk, RECORD, WHOLE, ALIGN,
+                            entries, further, count, site, sites, index, n, width, cut, RECORD, WHOLE, ALIGN,
                             TILE_M, TILE_R, TILE_N)  # fmt: skip

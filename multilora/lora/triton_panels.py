@@ -43,17 +43,17 @@ def load_slice(record, index):
 
 
 @triton.jit
-def load_scale_shift(weights, addresses, start, rank, col, width, chunk, WHOLE: tl.constexpr):
+def load_scale_shift(weights, addresses, start, rank, col, width, cut, WHOLE: tl.constexpr):
     """Scales and shifts of columns `col`, fp32. They lie behind the `rank` rows of B that begin at addresses[start],
-    cut as those are: of each chunk the scales, then the shifts."""
+    cut as those are: of each cut the scales, then the shifts."""
     mask = col < width
     if WHOLE:
         at = tl.load(addresses + start + rank // _GRANULE)
         columns, i = width, col
     else:
-        chunks, c = (width + chunk - 1) // chunk, col // chunk
-        at = tl.load(addresses + start + rank // _GRANULE * chunks + c, mask=mask, other=0)
-        columns, i = tl.minimum(chunk, width - c * chunk), col % chunk
+        parts, c = (width + cut - 1) // cut, col // cut
+        at = tl.load(addresses + start + rank // _GRANULE * parts + c, mask=mask, other=0)
+        columns, i = tl.minimum(cut, width - c * cut), col % cut
     pair = (weights + at).to(tl.pointer_type(tl.float32), bitcast=True)
     return tl.load(pair + i, mask=mask, other=0.0), tl.load(pair + columns + i, mask=mask, other=0.0)
 
@@ -72,10 +72,10 @@ def prefetch_rows(weights, addresses, start, rank, col0, width, COLUMNS: tl.cons
 
 
 @triton.jit
-def load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
+def load_block(weights, addresses, start, r, rank, col, width, cut, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
     """[r, col] of the matrix whose panels begin at addresses[start]; zero from `rank` and from `width` on.
 
-    WHOLE: a panel is one chunk; otherwise chunks of `chunk` columns, the last one shorter.
+    WHOLE: a panel is one cut; otherwise parts of `cut` columns, the last one shorter.
     """
     inside = r < rank
     mask = inside[:, None] & (col < width)[None, :]
@@ -84,11 +84,11 @@ def load_block(weights, addresses, start, r, rank, col, width, chunk, WHOLE: tl.
         at = tl.multiple_of(at, ALIGN)
         offset = (at + (r % _GRANULE) * width)[:, None] + col[None, :]
     else:
-        chunks = (width + chunk - 1) // chunk
-        c = col // chunk
-        at = tl.load(addresses + start + (r // _GRANULE)[:, None] * chunks + c[None, :], mask=mask, other=0)
-        columns = tl.minimum(chunk, width - c * chunk)
-        offset = at + (r % _GRANULE)[:, None] * columns[None, :] + (col % chunk)[None, :]
+        parts = (width + cut - 1) // cut
+        c = col // cut
+        at = tl.load(addresses + start + (r // _GRANULE)[:, None] * parts + c[None, :], mask=mask, other=0)
+        columns = tl.minimum(cut, width - c * cut)
+        offset = at + (r % _GRANULE)[:, None] * columns[None, :] + (col % cut)[None, :]
     return tl.load(weights + offset, mask=mask, other=0.0)
 
 
@@ -104,7 +104,7 @@ def panel_address(addresses, start, p, panels, WHOLE: tl.constexpr, ALIGN: tl.co
 
 
 @triton.jit
-def load_panel(weights, addresses, at, start, p, panels, col, width, chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
+def load_panel(weights, addresses, at, start, p, panels, col, width, cut, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
     """load_block() for the 8 rank rows of panel p, which are read once: one address, and no place in L2."""
     r = tl.arange(0, _GRANULE)
     if WHOLE:
@@ -113,6 +113,6 @@ def load_panel(weights, addresses, at, start, p, panels, col, width, chunk, WHOL
         block = tl.load(weights + at + offset, mask=mask, other=0.0, eviction_policy="evict_first")
     else:
         block = load_block(
-            weights, addresses, start, r + p * _GRANULE, panels * _GRANULE, col, width, chunk, WHOLE, ALIGN
+            weights, addresses, start, r + p * _GRANULE, panels * _GRANULE, col, width, cut, WHOLE, ALIGN
         )
     return block

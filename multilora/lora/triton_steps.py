@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from multilora.batch import LoraSegment
+from multilora.kernels.integers import cdiv, power_of_two
 from multilora.kernels.triton_launch import Repeated
 from multilora.lora.sites import LoraSite
 from multilora.lora.tuning import FEW_ROWS, Phase
@@ -160,13 +161,3 @@ class Step:
 
 def splits_of(blocks: Phase, site: LoraSite) -> int:
     return cdiv(site.in_features, blocks.shrink(site.in_features).k)
-
-
-def cdiv(a: int, b: int) -> int:
-    """Rounded up. (Triton's own takes ten times as long on the host.)"""
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """The next one, 1 for 0."""
-    return 1 << max(0, n - 1).bit_length()

@@ -4,7 +4,7 @@
 
 A page freed at step N may be reused by the compute stream at once (later steps run after N), but by any other
 stream only when step N has completed: that is the fence. On CPU a fence is just the step's number.
-Single-threaded; called by the scheduler, the prefix cache and adapter residency.
+Single-threaded; called by `memory/` and `adapters/device/residency.py`.
 """
 
 from collections import deque

@@ -1,6 +1,7 @@
 """The pages of running sequences: match a cached prefix, grow, give keys to full pages, let go.
 
-A `PageTable` belongs to one sequence; `KVPages` does the work on pool and prefix cache. Called by the scheduler.
+A `PageTable` belongs to one sequence; `KVPages` does the work on pool and prefix cache.
+Called by `engine/scheduling/`.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""How large the arena is, and a plan a person can read. Called once at start by `engine/engine.py`."""
+"""How large the arena is, and a plan a person can read. Called by `engine/build.py`, once, at start."""
 
 from dataclasses import dataclass
 

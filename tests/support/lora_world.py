@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from multilora.batch import LoraSegment
-from multilora.lora.panels import AdapterShape, PanelGeometry, place_panels
+from multilora.lora.panels import AdapterShape, PanelGeometry, make_layout
 from multilora.lora.reference import ReferenceLora
 from multilora.lora.table import LoraTable
 from multilora.lora.triton_backend import TritonLora
@@ -37,7 +37,7 @@ class World:
         self.sites, self.dtype = sites, dtype
         self.geometry = PanelGeometry(page_bytes, dtype.itemsize)
         shapes = [AdapterShape(*parts) for parts in zip(ranks, scale_shift or [()] * len(ranks), strict=True)]
-        self.layouts = [place_panels(sites, shape, self.geometry) for shape in shapes]
+        self.layouts = [make_layout(sites, shape, self.geometry) for shape in shapes]
         total = sum(layout.num_pages for layout in self.layouts) + spare_pages
         g = torch.Generator().manual_seed(0)
         self.free = torch.randperm(total, generator=g).tolist()

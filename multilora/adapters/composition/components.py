@@ -2,7 +2,7 @@
 
 A composition waits until every component can be resident beside the others; until then it takes nobody's place. So
 that two compositions can never wait for each other, components are kept for one only within one plan, oldest request
-first. Called by the scheduler, with versions in ascending order; none of them is the base model.
+first. Called by `engine/scheduling/`, with versions in ascending order; none of them is the base model.
 """
 
 from collections.abc import Sequence

@@ -5,8 +5,8 @@
     -1, -2, …   every other composition, and the page in which an activated adapter begins to act: its KV depends on
                 where in the page that is. Given out when first asked for, never again.
 
-A negative number is remembered while a request holds it or the cache has pages under it. Called by the scheduler; the
-engine and the adapter store tell of versions that are gone.
+A negative number is remembered while a request holds it or the cache has pages under it.
+Called by `engine/scheduling/scheduler.py`; the engine and the adapter store tell of versions that are gone.
 """
 
 from dataclasses import dataclass

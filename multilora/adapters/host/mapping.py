@@ -1,6 +1,7 @@
-"""Memory of packed pages as tensors: mapped files, and pages of our own.
+"""Memory of packed pages as tensors: mapped files, and private pages.
 
-Called by the loader's engine end, the staging memory and the ring."""
+Called by `loading/`, `staging.py` and `device/ring_copier.py`.
+"""
 
 import contextlib
 import ctypes

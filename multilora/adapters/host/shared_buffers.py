@@ -1,7 +1,7 @@
 """Where the loader puts packed pages so that the engine can read them: a part of the staging memory, or a file.
 
 Staging memory is one region that both share, made once (its engine's end is `staging.py`). Where there is none, or no
-room in it, an adapter comes in an anonymous memory file of its own. Called by the loader process.
+room in it, an adapter comes in an anonymous memory file of its own. Called by `loading/`.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from multilora.adapters.host.first_fit import FirstFit
+from multilora.memory.first_fit import FirstFit
 
 STAGING_ALIGN = 4096
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python's mmap does not name it
@@ -87,7 +87,7 @@ class SharedBuffers:
 
     def _free(self, start: int) -> None:
         with self._lock:
-            size = self._parts.size_of(start)
+            size = self._parts.length_of(start)
         if size is None or self._staging is None:
             return  # of a loader before this one
         self._zero(start, size)

@@ -1,7 +1,7 @@
 """One life of the loader process, seen from the engine: its start, what it says on stderr, how it ended, and when the
 next one may start.
 
-Owns the process and two pipes; knows no messages. Called by `process.ProcessLoader`.
+Owns the process and two pipes; knows no messages. Called by `process.py`.
 """
 
 import contextlib

@@ -18,7 +18,7 @@ from time import monotonic
 import torch
 
 from multilora.adapters.loading.loader import Fetched, FetchJob, Loader
-from multilora.adapters.packing.blocks import PackTarget, place, scale_shift_part
+from multilora.adapters.packing.blocks import PackTarget, part_view, scale_shift_view
 from multilora.lora.panels import RANK_GRANULE, PanelLayout, PanelPart, ScaleShift
 
 SLICE_SECONDS = 0.002
@@ -59,7 +59,8 @@ class DoraBiasLoader:
                 done.append((result, buffer))
             else:
                 layout = self._target.layout(result.shape)
-                self._queue.append(_Work(result, buffer, finish(buffer, layout, self._target, self._base)))
+                steps = complete_scale_shifts(buffer, layout, self._target, self._base)
+                self._queue.append(_Work(result, buffer, steps))
         return done + self._work()
 
     def fileno(self) -> int | None:
@@ -88,44 +89,46 @@ class DoraBiasLoader:
         return torch.cuda.stream(self._stream)
 
 
-def finish(buffer: torch.Tensor, layout: PanelLayout, target: PackTarget, base: BaseModule) -> Iterator[None]:
+def complete_scale_shifts(
+    buffer: torch.Tensor, layout: PanelLayout, target: PackTarget, base: BaseModule
+) -> Iterator[None]:
     """Finish every scale-shift pair of `buffer`, uint8 [pages, page_bytes], in place; yields after each."""
     a: tuple[PanelPart, ...] = ()
-    b: dict[int, tuple[int, int, tuple[PanelPart, ...]]] = {}  # slice → first row in A, rank, chunks of B
-    for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+    b: dict[int, tuple[int, int, tuple[PanelPart, ...]]] = {}  # slice → first row in A, rank, parts of B
+    for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
         site = target.sites[matrix.site]
         if matrix.slice < 0:
-            a, b = chunks, {}
+            a, b = parts, {}
         elif not matrix.scale_shift:
-            b[matrix.slice] = sum(rank for _, rank, _ in b.values()), matrix.rank, chunks
+            b[matrix.slice] = sum(rank for _, rank, _ in b.values()), matrix.rank, parts
         else:
             kind = ScaleShift(layout.shape.scale_shift[matrix.site][matrix.slice])
             weight, bias = base(site.layer, site.slices[matrix.slice].module)
-            pair = torch.cat([scale_shift_part(buffer, chunk) for chunk in chunks], dim=1).to(weight.device)
+            pair = torch.cat([scale_shift_view(buffer, part) for part in parts], dim=1).to(weight.device)
             if kind & ScaleShift.DORA:
                 assert matrix.slice in b, "a magnitude without low rank"
-                first, rank, b_chunks = b[matrix.slice]
+                first, rank, b_parts = b[matrix.slice]
                 delta_a = _read(buffer, target, a, first, rank, site.in_features).to(weight.device)
-                delta_b = _read(buffer, target, b_chunks, 0, rank, matrix.width).to(weight.device)
+                delta_b = _read(buffer, target, b_parts, 0, rank, matrix.width).to(weight.device)
                 pair[0] /= torch.addmm(weight.float(), delta_b.T, delta_a).norm(dim=1)
             if bias is not None:
                 kept = bias.float() if not kind & ScaleShift.BIAS else torch.zeros_like(bias, dtype=torch.float32)
                 pair[1] += kept - pair[0] * bias.float()
             pair = pair.cpu()
-            for chunk in chunks:
-                scale_shift_part(buffer, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
+            for part in parts:
+                scale_shift_view(buffer, part).copy_(pair[:, part.col : part.col + part.columns])
             yield
 
 
 def _read(
-    buffer: torch.Tensor, target: PackTarget, chunks: tuple[PanelPart, ...], first: int, rank: int, width: int
+    buffer: torch.Tensor, target: PackTarget, parts: tuple[PanelPart, ...], first: int, rank: int, width: int
 ) -> torch.Tensor:
     """Rows [first, first + rank) of a packed matrix, fp32 [rank, width]."""
     found = torch.zeros(rank, width)
-    for chunk in chunks:
-        row = chunk.row - first
+    for part in parts:
+        row = part.row - first
         if 0 <= row < rank:
-            found[row : row + RANK_GRANULE, chunk.col : chunk.col + chunk.columns] = place(
-                buffer, target, chunk, RANK_GRANULE
+            found[row : row + RANK_GRANULE, part.col : part.col + part.columns] = part_view(
+                buffer, target, part, RANK_GRANULE
             )
     return found

@@ -3,7 +3,7 @@
 They are forked when the loader starts and share one region of memory with it, into which files are read, and the
 staging memory. An order names places in the region, and where the pages are: in the staging memory, or in a file
 whose descriptor comes along. They end with the loader.
-Called by the loader process.
+Called by `process.py`.
 """
 
 import ctypes
@@ -21,12 +21,12 @@ import msgspec
 import numpy as np
 import torch
 
-from multilora.adapters.host.first_fit import FirstFit
 from multilora.adapters.host.mapping import lies_in_memory
 from multilora.adapters.host.shared_buffers import SharedBuffer, populate
 from multilora.adapters.packing.pack_jobs import PackJob, Span, write_job, write_jobs
 from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
+from multilora.memory.first_fit import FirstFit
 
 logger = logging.getLogger(__name__)
 

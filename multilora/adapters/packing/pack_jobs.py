@@ -64,17 +64,17 @@ def write_job(job: PackJob, dtype: torch.dtype, put: Put) -> None:
         put(span.at, np.ascontiguousarray(part))
 
 
-def spans_of(rank: int, chunks: tuple[PanelPart, ...], page_bytes: int, itemsize: int) -> tuple[Span, ...]:
-    """Where a weight of this rank goes, whose panels are `chunks`: those that lie back to back as one."""
+def spans_of(rank: int, parts: tuple[PanelPart, ...], page_bytes: int, itemsize: int) -> tuple[Span, ...]:
+    """Where a weight of this rank goes, whose panels are `parts`: those that lie back to back as one."""
     spans = []
-    top, first = chunks[0].row, 0
-    while first < len(chunks):
-        chunk, count = chunks[first], 1
-        while first + count < len(chunks) and _follows(chunk, chunks[first + count], count, itemsize):
+    top, first = parts[0].row, 0
+    while first < len(parts):
+        part, count = parts[first], 1
+        while first + count < len(parts) and _follows(part, parts[first + count], count, itemsize):
             count += 1
-        row = chunk.row - top
+        row = part.row - top
         rows = min(RANK_GRANULE * count, rank - row)  # rows beyond the rank stay zero
-        spans.append(Span(row, rows, chunk.col, chunk.columns, chunk.page * page_bytes + chunk.offset))
+        spans.append(Span(row, rows, part.col, part.columns, part.page * page_bytes + part.offset))
         first += count
     return tuple(spans)
 

@@ -3,7 +3,7 @@
 Everything is checked from headers before the first weight is read. What the config means is in `config`, which
 files there are in `sources/files.py`, which tensors in `contents`, the blocks in `checkpoint_lora` and
 `checkpoint_full_weights`. Does not know where the directory came from (`sources/`), nor how blocks are packed.
-Called by the loader process.
+Called by `loading/loader.py`.
 """
 
 import contextlib

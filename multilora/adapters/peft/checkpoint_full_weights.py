@@ -10,7 +10,7 @@ PEFT knows four roads for these, and each gives the tensor another name (`tensor
 
 Of a table, however it came, only the rows that differ from the base model's are handed on, if these are few; none, if
 all are equal. With added tokens both tables are there, larger than the base model's, and LoRA on them is added in.
-`plan` looks at headers only, `read` is for what has passed it. Called by `checkpoint`.
+`plan` looks at headers only, `read` is for what has passed it. Called by `checkpoint.py`.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,7 @@
 """The low-rank part of an adapter's files: lora_A and lora_B, DoRA's magnitudes, biases on lora_B.
 
 Owns shapes, orientation and scalings. `check` looks at headers only, `read` is for what has passed it.
-Called by `checkpoint`.
+Called by `checkpoint.py`.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """`adapter_config.json` as PEFT writes it, checked, with PEFT's rules for what a config means for a module.
 
 Which fields there may be is in `fields`, how patterns match in `match`. Knows nothing of tensors. Module
-names are those inside the base model: "model.layers.0.self_attn.q_proj". Called by `checkpoint` and its parts.
+names are those inside the base model: "model.layers.0.self_attn.q_proj". Called by `checkpoint.py`.
 """
 
 import math

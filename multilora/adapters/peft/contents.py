@@ -1,7 +1,7 @@
 """An adapter's tensors, in however many files, sorted by the base model's modules. Headers only, until one is read.
 
 Owns that every tensor has a name that PEFT gives, and a place in the base model, once. What must be there and how it
-acts is for `checkpoint_lora` and `checkpoint_full_weights`. Called by `checkpoint`.
+acts is for `checkpoint_lora` and `checkpoint_full_weights`. Called by `checkpoint.py`.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The fields of `adapter_config.json`: which there may be, and what each may hold.
 
 Owns the three lists of fields: used, harmless at inference, refused. A field in none of them is refused unless it is
-null, false or empty, so that nothing which changes the arithmetic is ever ignored. Called by `config`.
+null, false or empty, so that nothing which changes the arithmetic is ever ignored. Called by `config.py`.
 """
 
 from dataclasses import dataclass

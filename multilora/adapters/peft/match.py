@@ -1,8 +1,8 @@
 """PEFT's rules for which names a pattern means, as PEFT 0.21 applies them.
 
 Module names are those inside the base model: "model.layers.0.self_attn.q_proj".
-Patterns come from a file nobody has to trust, so their size is bounded, and each match has a time limit. Called by
-`config`.
+Patterns come from a file nobody has to trust, so their size is bounded, and each match has a time limit.
+Called by `config.py`.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 The header is checked at once. Several threads read the data while the caller looks at the header; without threads
 they are read when they are first used. A file that is cut meanwhile is an error and not a signal, which a memory map
-would give. Knows nothing of LoRA. Called by `contents`.
+would give. Knows nothing of LoRA. Called by `contents.py`.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
 """

@@ -3,7 +3,7 @@
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight
     └── PREFIX ─────┘└── module inside the base model ─┘└ mark┘└adapter┘└leaf┘   prefix and adapter may be missing
 
-Owns PEFT's spellings, old and new. Knows neither the base model nor the config. Called by `contents`.
+Owns PEFT's spellings, old and new. Knows neither the base model nor the config. Called by `contents.py`.
 """
 
 import enum

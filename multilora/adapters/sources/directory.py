@@ -1,7 +1,7 @@
 """Adapters in local directories, and `--lora-root`, which says where those may be.
 
 Owns the rule: with roots set, the real path of the directory and of every file in it that would be read lies inside
-one of them, through `..` and symbolic links too. Called by `resolve`.
+one of them, through `..` and symbolic links too. Called by `sources/__init__.py`.
 """
 
 import os

@@ -1,7 +1,7 @@
 """The files of one adapter directory: which are read, whether they changed, and how a small JSON file is read safely.
 
 Owns file names, sizes and identities. Knows nothing of PEFT's fields or of tensors.
-Called by `peft/` and the sources.
+Called by `peft/` and `sources/`.
 """
 
 import hashlib

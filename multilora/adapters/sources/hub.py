@@ -1,7 +1,7 @@
 """Adapters from the Hugging Face hub, `org/name[@revision]`, through huggingface_hub and its cache.
 
 Owns the form of such a path, which files are fetched, and the meaning of the hub's errors. HF_ENDPOINT, HF_TOKEN,
-HF_HOME and HF_HUB_OFFLINE work as everywhere else. Called by `resolve`, in the loader process.
+HF_HOME and HF_HUB_OFFLINE work as everywhere else. Called by `sources/__init__.py`.
 """
 
 import logging

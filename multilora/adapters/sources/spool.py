@@ -3,7 +3,7 @@
 Owns one private directory (made when it is first needed) with a folder for each version, as PEFT would have saved it.
 A folder goes with `remove`, the directory with `close` or with the process; after a `kill -9` with the next spool.
 Knows neither names nor requests, and does not look into the weights: the loader checks them as if they had come from
-anywhere else. Called by the server's adapter routes and by `LLM`.
+anywhere else. Called by `server/adapters.py` and `llm/`.
 """
 
 import dataclasses
