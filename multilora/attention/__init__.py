@@ -8,30 +8,20 @@ import logging
 
 import torch
 
-from multilora.attention.base import AttentionBackend
+from multilora.attention.base import AttentionBackend, AttentionShape
 from multilora.attention.torch_sdpa import KVViews, TorchAttention
 from multilora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 
-def make_attention(
-    name: str,
-    *,
-    kv_views: KVViews,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    scale: float,
-    sliding_window: int | None,
-) -> AttentionBackend:
+def make_attention(name: str, kv_views: KVViews, shape: AttentionShape) -> AttentionBackend:
     """The backend `name`, flashinfer or torch, over `KVLayout.views(arena)`."""
-    shape = (kv_views, num_heads, num_kv_heads, head_dim, scale, sliding_window)
     if name == "torch":
-        return TorchAttention(*shape)
+        return TorchAttention(kv_views, shape)
     from multilora.attention.flashinfer import FlashInferAttention
 
-    return FlashInferAttention(*shape)
+    return FlashInferAttention(kv_views, shape)
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

@@ -4,12 +4,25 @@ Called by `engine/` (prepare, once a step; what graphs need) and `layers/attenti
 A backend owns its workspace; the KV pages belong to the arena.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from multilora.attention.rotate import CosSin
 from multilora.batch import AttentionMeta
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a backend must know of the model. `scale` multiplies the scores; `sliding_window` counts the tokens that
+    a token sees, itself included (None: all before it)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sliding_window: int | None
 
 
 class LayerAttention(Protocol):

@@ -16,7 +16,7 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.jit import env as jit_env
 from flashinfer.jit import get_batch_prefill_uri
 
-from multilora.attention.base import PieceAttention, StepAttention
+from multilora.attention.base import AttentionShape, PieceAttention, StepAttention
 from multilora.attention.rotate import CosSin
 from multilora.attention.torch_sdpa import KVViews
 from multilora.attention.triton_decode import PIECE_WORDS, SPAN_WORDS, budget, cut, decode, split_budget
@@ -30,28 +30,31 @@ REQUEST_WORDS = 5  # see `list_pages`
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+class _PagedShape:
+    """The model's shape, and the pages of the arena that hold its keys and values."""
+
+    model: AttentionShape
     page_size: int
     num_pages: int  # of the arena
-    scale: float
-    window: int | None
     dtype: torch.dtype
     device: torch.device
 
     @property
+    def window(self) -> int | None:
+        return self.model.sliding_window
+
+    @property
     def plan_options(self) -> dict[str, Any]:
+        """Arguments of FlashInfer's `plan` that every step shares."""
         return {
-            "sm_scale": self.scale,
+            "sm_scale": self.model.scale,
             "window_left": -1 if self.window is None else self.window - 1,  # FlashInfer counts the token itself out
             "q_data_type": self.dtype,
             "kv_data_type": self.dtype,
         }
 
 
-def _requests(shape: _Shape, meta: AttentionMeta, rows: np.ndarray, padded_to: int = 0) -> np.ndarray:
+def _requests(shape: _PagedShape, meta: AttentionMeta, rows: np.ndarray, padded_to: int = 0) -> np.ndarray:
     """int32 [5, requests] as `list_pages` takes them: the requests `rows`, then padding without pages. Pages before a
     window are left out: positions count from a request's end."""
     kv, q = np.array(meta.kv_lens)[rows], np.array(meta.q_lens)[rows]
@@ -72,10 +75,10 @@ def _pinned(values: np.ndarray) -> torch.Tensor:
 class _Decode:
     """Requests of one new token each. Of a step: int32 words on the device, views of which are its tables."""
 
-    def __init__(self, shape: _Shape, size: int):
+    def __init__(self, shape: _PagedShape, size: int):
         """size: how many requests."""
         self._shape, self._size = shape, size
-        self._pieces = budget(size, shape.num_kv_heads)
+        self._pieces = budget(size, shape.model.num_kv_heads)
         self._sizes = REQUEST_WORDS * size, SPAN_WORDS * split_budget(size), PIECE_WORDS * self._pieces
         self.num_words = sum(self._sizes)
 
@@ -91,8 +94,8 @@ class _Decode:
 
     def scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial results of requests that are split."""
-        shape = (self._pieces, self._shape.num_heads)
-        partial = torch.empty(*shape, self._shape.head_dim, dtype=torch.float32, device=self._shape.device)
+        shape = (self._pieces, self._shape.model.num_heads)
+        partial = torch.empty(*shape, self._shape.model.head_dim, dtype=torch.float32, device=self._shape.device)
         return partial, torch.empty(shape, dtype=torch.float32, device=self._shape.device)
 
     def requests(self, words: torch.Tensor) -> torch.Tensor:
@@ -110,7 +113,7 @@ class _Decode:
         """q, out: [size, heads, head_dim]."""
         _, spans, pieces = words.split(self._sizes)
         tables = pieces.view(-1, PIECE_WORDS), spans.view(-1, SPAN_WORDS)
-        decode(q, kv, indices, *tables, *scratch, out, self._shape.scale)
+        decode(q, kv, indices, *tables, *scratch, out, self._shape.model.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +126,10 @@ class _DecodeStep:
     scratch: tuple[torch.Tensor, torch.Tensor]
 
 
-class _Prefill:
+class _PrefillWrapper:
     """FlashInfer's prefill wrapper: requests of any number of new tokens, causal. FA3 on Hopper, FA2 elsewhere."""
 
-    def __init__(self, shape: _Shape, workspace: torch.Tensor):
+    def __init__(self, shape: _PagedShape, workspace: torch.Tensor):
         self._shape = shape
         self._wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
         self._planned = torch.cuda.Event()
@@ -138,7 +141,8 @@ class _Prefill:
         indptr = _pinned(np.cumsum([0, *requests[3]], dtype=np.int32))
         self._planned.synchronize()  # the last plan has left the wrapper's one pinned buffer
         self._wrapper.plan(
-            q_indptr, indptr, indices, _pinned(requests[4] + 1), s.num_heads, s.num_kv_heads, s.head_dim,
+            q_indptr, indptr, indices, _pinned(requests[4] + 1), s.model.num_heads, s.model.num_kv_heads,
+            s.model.head_dim,
             s.page_size, causal=True, **s.plan_options,
         )  # fmt: skip
         self._planned.record()
@@ -156,24 +160,15 @@ class FlashInferAttention:
 
     name = "flashinfer"
 
-    def __init__(
-        self,
-        kv_views: KVViews,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        scale: float,
-        sliding_window: int | None,
-    ):
+    def __init__(self, kv_views: KVViews, shape: AttentionShape):
         pages = kv_views[0][0]
         self._kv_views = kv_views
-        self._shape = _Shape(
-            num_heads, num_kv_heads, head_dim, pages.shape[1], pages.shape[0], scale, sliding_window, pages.dtype,
-            pages.device,
-        )  # fmt: skip
+        self._shape = _PagedShape(shape, pages.shape[1], pages.shape[0], pages.dtype, pages.device)
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=pages.device)
         self._graph_scratch: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._prefill = _Prefill(self._shape, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device))
+        self._prefill = _PrefillWrapper(
+            self._shape, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
+        )
         self._meta: AttentionMeta | None = None
         self._step: _DecodeStep | None = None
         self._decodes = 0  # rows that go through it
@@ -235,7 +230,7 @@ class FlashInferAttention:
         """See `AttentionBackend`."""
         shape = self._shape
         if self._piece_memory is None:
-            size = (2, rows, shape.num_heads, shape.head_dim)
+            size = (2, rows, shape.model.num_heads, shape.model.head_dim)
             self._piece_memory = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         assert rows <= self._piece_memory.shape[1], "the largest comes first"
         q, out = self._piece_memory[:, :rows]
@@ -267,7 +262,7 @@ class _GraphAttention:
 
     def __init__(
         self,
-        shape: _Shape,
+        shape: _PagedShape,
         kv_views: KVViews,
         decode: _Decode,
         batch_size: int,
@@ -333,8 +328,8 @@ class _PieceAttention:
         self._attention.attend_to(layer, self._q[: self._tokens], self.out[: self._tokens])
 
 
-def _is_compiled(shape: _Shape) -> bool:
-    kind, dim = shape.dtype, shape.head_dim
+def _is_compiled(shape: _PagedShape) -> bool:
+    kind, dim = shape.dtype, shape.model.head_dim
     names = [
         get_batch_prefill_uri(
             backend, kind, kind, kind, torch.int32, dim, dim, 0, shape.window is not None, False, False

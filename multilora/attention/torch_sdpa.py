@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from multilora.attention.base import PieceAttention, StepAttention
+from multilora.attention.base import AttentionShape, PieceAttention, StepAttention
 from multilora.attention.rotate import CosSin, rotate
 from multilora.batch import AttentionMeta
 
@@ -20,7 +20,7 @@ KVViews = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Decodes:
+class _DecodePlan:
     """B requests of one new token each, padded to the pages of the longest."""
 
     rows: torch.Tensor  # int64 [B], their rows of q
@@ -29,7 +29,7 @@ class _Decodes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prefill:
+class _PrefillPlan:
     """One request with new tokens in rows [start, end)."""
 
     start: int
@@ -43,26 +43,15 @@ class TorchAttention:
 
     name = "torch"
 
-    def __init__(
-        self,
-        kv_views: KVViews,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        scale: float,
-        sliding_window: int | None,
-    ):
+    def __init__(self, kv_views: KVViews, shape: AttentionShape):
         self.kv_views = kv_views
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.scale = scale
-        self.window = sliding_window
+        self.shape = shape
+        self.window = shape.sliding_window
         self.page_size = kv_views[0][0].shape[1]
         self._meta: AttentionMeta | None = None
         self._begun: torch.Tensor | None = None  # int64 [n], pages begun in this step and not filled by it
-        self._decodes: list[_Decodes] = []
-        self._prefills: list[_Prefill] = []
+        self._decodes: list[_DecodePlan] = []
+        self._prefills: list[_PrefillPlan] = []
 
     def prepare(self, meta: AttentionMeta) -> None:
         """See `AttentionBackend`. Builds the masks once; every layer uses them."""
@@ -143,7 +132,7 @@ class TorchAttention:
         seen = key <= query
         return seen if self.window is None else seen & (key > query - self.window)
 
-    def _plan_decodes(self, meta: AttentionMeta, group: list[int], starts: list[int]) -> _Decodes:
+    def _plan_decodes(self, meta: AttentionMeta, group: list[int], starts: list[int]) -> _DecodePlan:
         device = meta.page_table.device
         width = self._num_pages(meta, group[0])  # the longest comes first
         table = torch.tensor(
@@ -154,40 +143,44 @@ class TorchAttention:
         columns = columns.minimum((query // self.page_size)[:, None])  # never another request's page
         key = first[:, None] * self.page_size + torch.arange(width * self.page_size, device=device)
         mask = self._visible(query[:, None], key)
-        return _Decodes(rows, meta.page_table[requests[:, None], columns], mask[:, None, None, :])
+        return _DecodePlan(rows, meta.page_table[requests[:, None], columns], mask[:, None, None, :])
 
-    def _plan_prefill(self, meta: AttentionMeta, r: int, start: int) -> _Prefill:
+    def _plan_prefill(self, meta: AttentionMeta, r: int, start: int) -> _PrefillPlan:
         device = meta.page_table.device
         q_len, kv_len = meta.q_lens[r], meta.kv_lens[r]
         query = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
         if q_len == kv_len:
             unbounded = self.window is None or self.window >= kv_len
             mask = None if unbounded else self._visible(query, query[:, 0])
-            return _Prefill(start, start + q_len, None, mask)
+            return _PrefillPlan(start, start + q_len, None, mask)
         first = self._first_page(meta, r)
         pages = meta.page_table[r, first : first + self._num_pages(meta, r)]
         key = torch.arange(pages.shape[0] * self.page_size, device=device) + first * self.page_size
-        return _Prefill(start, start + q_len, pages, self._visible(query, key))
+        return _PrefillPlan(start, start + q_len, pages, self._visible(query, key))
 
     # arithmetic, once a layer
 
-    def _decode(self, plan: _Decodes, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
+    def _decode(
+        self, plan: _DecodePlan, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+    ) -> torch.Tensor:
         """q: [B, heads, head_dim]. The query heads of one KV head stand where query tokens usually do."""
-        grouped = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, kv_heads, group, head_dim]
+        grouped = q.reshape(
+            q.shape[0], self.shape.num_kv_heads, -1, self.shape.head_dim
+        )  # [B, kv_heads, group, head_dim]
         keys = _tokens(k_pages, plan.pages).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
         values = _tokens(v_pages, plan.pages).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
         # both [B, kv_heads, keys, head_dim]
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask, scale=self.scale)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask, scale=self.shape.scale)
         return out.reshape(q.shape)
 
     def _prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """q: [q, heads, head_dim]; k, v: [keys, kv_heads, head_dim]. The group is the batch: as heads of stride 0 it
         makes PyTorch's CUDA kernel wrong in the last query of 64 n + 1 (pytorch issue 191937)."""
-        grouped = q.unflatten(1, (self.num_kv_heads, -1)).permute(2, 1, 0, 3)  # [group, kv_heads, q, head_dim]
+        grouped = q.unflatten(1, (self.shape.num_kv_heads, -1)).permute(2, 1, 0, 3)  # [group, kv_heads, q, head_dim]
         keys = k.transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)  # [group, kv_heads, keys, head_dim]
         values = v.transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)
         out = F.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
+            grouped, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.shape.scale
         )
         return out.permute(2, 1, 0, 3).flatten(1, 2)
 

@@ -25,7 +25,7 @@ from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.versions.store import AdapterStore
 from multilora.attention import choose_attention, make_attention
-from multilora.attention.base import AttentionBackend
+from multilora.attention.base import AttentionBackend, AttentionShape
 from multilora.config import Config
 from multilora.engine.engine import Engine
 from multilora.engine.execution.cuda_graph import DecodeCudaGraphs, graph_sizes
@@ -188,15 +188,9 @@ def _graph_sizes(config: Config, device: torch.device) -> list[int]:
 def _attention_maker(config: Config, model: ModelConfig, device: torch.device) -> MakeAttention:
     """Of the backend that was chosen, over any arena."""
     name = choose_attention(config.attention_backend, device, model.dtype, model.head_dim)
-    return lambda kv_views: make_attention(
-        name,
-        kv_views=kv_views,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        scale=model.head_dim**-0.5,
-        sliding_window=model.sliding_window,
-    )
+    scale = model.head_dim**-0.5
+    shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, scale, model.sliding_window)
+    return lambda kv_views: make_attention(name, kv_views, shape)
 
 
 def _plan(config: Config, model: LlamaForCausalLM, layout: KVLayout, over_arena: MakeAttention) -> MemoryPlan:

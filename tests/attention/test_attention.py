@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from multilora.attention import choose_attention, flashinfer_obstacle, make_attention
+from multilora.attention.base import AttentionShape
 from multilora.errors import ConfigError
 from multilora.memory.kv_layout import KVLayout
 
@@ -61,7 +62,5 @@ def test_obstacles_are_named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_backend_over_an_arena() -> None:
     layout = KVLayout(1, 4, 2, 64, torch.float32)
     views = layout.views(torch.zeros(3, layout.page_bytes, dtype=torch.uint8))
-    backend = make_attention(
-        "torch", kv_views=views, num_heads=2, num_kv_heads=2, head_dim=64, scale=1.0, sliding_window=None
-    )
+    backend = make_attention("torch", views, AttentionShape(2, 2, 64, 1.0, None))
     assert backend.name == "torch"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multilora.attention import choose_attention, make_attention
-from multilora.attention.base import AttentionBackend
+from multilora.attention.base import AttentionBackend, AttentionShape
 from multilora.attention.rotate import CosSin
 from multilora.attention.torch_sdpa import KVViews, TorchAttention
 from multilora.batch import AttentionMeta
@@ -98,10 +98,8 @@ def make_case(
 
 def flashinfer(case: Case, window: int | None) -> AttentionBackend:
     heads, kv_heads, _ = case.heads
-    return make_attention(
-        "flashinfer", kv_views=case.views(), num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=case.layout.head_dim, scale=0.09, sliding_window=window,
-    )  # fmt: skip
+    shape = AttentionShape(heads, kv_heads, case.layout.head_dim, 0.09, window)
+    return make_attention("flashinfer", case.views(), shape)
 
 
 def expected(case: Case, window: int | None, device: str = "cpu") -> list[torch.Tensor]:
@@ -109,7 +107,7 @@ def expected(case: Case, window: int | None, device: str = "cpu") -> list[torch.
     heads, kv_heads, _ = case.heads
     wide = replace(case.layout, dtype=torch.float32)
     views = wide.views(case.arena.to(device).view(case.layout.dtype).float().view(torch.uint8))
-    attention = TorchAttention(views, heads, kv_heads, case.layout.head_dim, 0.09, window)
+    attention = TorchAttention(views, AttentionShape(heads, kv_heads, case.layout.head_dim, 0.09, window))
     meta, (cos, sin), qkv = case.meta, case.rope, case.qkv.to(device).float()
     tensors = (t.to(device) for t in (meta.page_table, meta.token_page, meta.token_slot))
     attention.prepare(AttentionMeta(meta.q_lens, meta.kv_lens, *tensors))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from multilora.attention.base import AttentionShape
 from multilora.attention.torch_sdpa import TorchAttention
 from multilora.batch import AttentionMeta
 from multilora.memory.kv_layout import KVLayout
@@ -83,7 +84,7 @@ def unrotated(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def run(case: Case, heads: int, window: int | None, atol: float) -> None:
     kv_heads, head_dim = case.views[0][0].shape[2:]
     scale = 0.7 / math.sqrt(head_dim)
-    attention = TorchAttention(case.views, heads, kv_heads, head_dim, scale, window)
+    attention = TorchAttention(case.views, AttentionShape(heads, kv_heads, head_dim, scale, window))
     attention.prepare(case.meta)
     generator = torch.Generator().manual_seed(1)
     for layer in range(LAYERS):
@@ -153,7 +154,7 @@ def test_padding_stays_bounded() -> None:
     """Short decodes do not pay for a long one beside them."""
     lens = [(1, 400)] + [(1, 10)] * 30
     case = make_case(lens, 4, 1, 8, torch.float32)
-    attention = TorchAttention(case.views, 1, 1, 8, 1.0, None)
+    attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, None))
     attention.prepare(case.meta)
     gathered = sum(d.pages.numel() for d in attention._decodes)
     needed = sum(-(-total // 4) for _, total in lens)
@@ -163,7 +164,7 @@ def test_padding_stays_bounded() -> None:
 
 def test_window_reads_no_page_before_it() -> None:
     case = make_case([(1, 400)], 4, 1, 8, torch.float32)
-    attention = TorchAttention(case.views, 1, 1, 8, 1.0, 10)
+    attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, 10))
     attention.prepare(case.meta)
     [plan] = attention._decodes
     assert plan.pages.numel() <= 4

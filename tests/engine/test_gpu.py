@@ -20,6 +20,7 @@ from fakes.engine_driver import Answer, EngineDriver
 from fakes.models import make_adapter, make_tiny_model
 
 from multilora.attention import make_attention
+from multilora.attention.base import AttentionShape
 from multilora.batch import ForwardBatch
 from multilora.engine.execution.runner import AdapterScope
 from multilora.engine.memory import measure_step
@@ -263,9 +264,7 @@ def test_the_largest_step_is_measured(llama: Family, caplog: pytest.LogCaptureFi
     model, layout = driver.engine.runner._model, driver.engine.runner._model.kv_layout(16)
 
     def over_arena(kv_views: Any) -> Any:
-        return make_attention(
-            "torch", kv_views=kv_views, num_heads=2, num_kv_heads=1, head_dim=128, scale=1.0, sliding_window=None
-        )
+        return make_attention("torch", kv_views, AttentionShape(2, 1, 128, 1.0, None))
 
     sizes = [measure_step(model, layout, over_arena, tokens, 8) for tokens in (64, 256)]
     assert sizes[0] >= 64 * SIZES["vocab_size"] * 4

@@ -8,6 +8,7 @@ import torch
 from fakes.models import make_tiny_model
 
 from multilora.attention import make_attention
+from multilora.attention.base import AttentionShape
 from multilora.engine import memory
 from multilora.engine.memory import asking_for, graph_bytes, largest_step
 from multilora.errors import OutOfMemory
@@ -25,15 +26,8 @@ def test_the_largest_step_has_every_token_and_all_logits(tokens: int, tmp_path: 
     monkeypatch.setattr(model, "logits", lambda rows, ctx: seen.append(rows.shape) or logits(rows, ctx))
 
     def over_arena(views: Any) -> Any:
-        attention = make_attention(
-            "torch",
-            kv_views=views,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            scale=1.0,
-            sliding_window=None,
-        )
+        shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, 1.0, None)
+        attention = make_attention("torch", views, shape)
         prepare = attention.prepare
         monkeypatch.setattr(attention, "prepare", lambda meta: seen.append(meta) or prepare(meta))
         return attention

@@ -10,6 +10,7 @@ from fakes.models import make_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from multilora.attention import make_attention
+from multilora.attention.base import AttentionShape
 from multilora.batch import AttentionMeta
 from multilora.layers.context import ForwardContext
 from multilora.models.llama import LlamaForCausalLM
@@ -58,15 +59,9 @@ class Driver:
             v.fill_(torch.nan)
         self.model = model
         self.free = [(7 * i + 3) % num_pages for i in range(num_pages)]
-        self.attention = make_attention(
-            attention,
-            kv_views=views,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            scale=config.head_dim**-0.5,
-            sliding_window=config.sliding_window,
-        )
+        scale, window = config.head_dim**-0.5, config.sliding_window
+        shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, scale, window)
+        self.attention = make_attention(attention, views, shape)
 
     @torch.inference_mode()
     def step(self, work: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
