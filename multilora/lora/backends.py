@@ -1,4 +1,4 @@
-"""LoRA backends by name. Adding one is a function and a line here."""
+"""LoRA backends by name. A new one is a function and a line in `BACKENDS`. Called by `engine/build.py`."""
 
 import importlib.util
 import logging
@@ -46,8 +46,9 @@ BACKENDS: dict[str, Callable[[LoraTable, Sites, int], LoraBackend]] = {
 def make_lora_backend(
     name: str, table: LoraTable, device: torch.device, *, sites: Sites, chunk_rows: int = 32
 ) -> LoraBackend:
-    """`auto` takes the best that this device can run and logs its choice. chunk_rows: --max-lora-chunk-size.
-    Raises ConfigError by name.
+    """The backend `name` over `table`; `auto` is the best that `device` can run, and is logged.
+
+    chunk_rows: --max-lora-chunk-size. Raises ConfigError for an unknown name and for what cannot run here.
     """
     if name == "auto":
         name = "csgmv" if device.type == "cuda" else "torch"

@@ -1,16 +1,16 @@
 """The LoRA backends of Triton: `csgmv`, and `triton`, which takes the tile path for everything.
 
-Host side only: tiles of the step to the device, then two launches a site. Owns the intermediate and the tables of the
-step; for up to GRAPH_ROWS rows both are fixed, so a captured graph over N rows serves every later step of N rows:
-prepare(), then replay.
+This is the host side: it copies the tiles of the step to the device, then makes two launches per site. It owns the
+intermediate and the tables of the step. For up to GRAPH_ROWS rows both are fixed, so a graph captured over N rows
+serves every later step of N rows: prepare(), then replay. Called by `backends.py`.
 
     words of the step    entries | tiles                                 up to GRAPH_ROWS rows
                          entries | tiles | base rows | single rows       larger steps
                                    `----- gated ----'
 
 In larger steps grids are exact and nothing starts early. With csgmv, single rows (decodes among prompts) are a group
-of their own there, launched with the blocks of small steps, and gate and up are expanded inside their activation. To
-that kernel single rows are base rows: their adapters have been added to y before.
+of their own there, launched with the block sizes of small steps, and gate and up are expanded inside their
+activation. That kernel sees single rows as base rows: their adapters have been added to y before.
 """
 
 import math
@@ -52,24 +52,27 @@ MAX_TILE_ROWS = 32
 """Tiles of 64 rows need more registers than there are: 8 to 50 % slower on an H200."""
 
 MAX_PARTS = 8
-"""How many programs share a tile of several rows where the grid has room for them."""
+"""The most programs that share a tile of several rows, where the grid has room for them."""
 
 FURTHER = 256
-"""Further adapters of composed rows that the fixed tables hold."""
+"""Entries of the fixed tables: the second and further adapters of composed rows."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """How the output columns of a site are shared out. table: int32 [blocks, 8], see `expand_kernel`; whole: no panel
-    is cut; align: of all widths and offsets, in columns."""
+    """How the output columns of a site are shared out among programs.
+
+    table: int32 [blocks, 8], see `expand_kernel`; uncut: no panel is cut; align: columns by which all widths and
+    offsets are divisible.
+    """
 
     table: torch.Tensor
-    whole: bool
+    uncut: bool
     align: int
 
 
 class TritonLora:
-    """The contract of `lora/base.py` with kernels. chunk_rows: most rows of a tile of a large step."""
+    """The contract of `base.py` with Triton kernels. chunk_rows: the most rows of a tile in a large step."""
 
     def __init__(
         self,
@@ -85,12 +88,12 @@ class TritonLora:
         self.tuning = tuning or (CSGMV if name == "csgmv" else TRITON)
         self._vector = name == "csgmv"
         self._table = DeviceTable(table, sites)
-        self._applied = [site for site in sites if site.name != "embed_tokens"]  # that one's input is no matrix
+        self._applied = [site for site in sites if site.name != "embed_tokens"]  # its input is token ids
         self._device = table.weights.device
         self._chunk_rows = min(chunk_rows, MAX_TILE_ROWS)
         self._graph_rows = graph_rows
         self.overlap = can_launch_early(self._device)
-        """Programmatic dependent launch, in small steps: a kernel starts while the one before it ends."""
+        """Whether kernels of small steps start while the one before still runs (programmatic dependent launch)."""
         self._align = math.gcd(table.page_elements, 8)
         self._columns: dict[tuple[int, int], Columns] = {}
         shapes: dict[tuple[object, ...], int] = {}
@@ -102,16 +105,17 @@ class TritonLora:
         self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._begun = False
         self.replayable = False
-        """Whether a graph captured over as many rows may be replayed for the step last prepared."""
+        """See `LoraBackend`."""
 
     def prepare(self, segments: Segments, num_rows: int) -> None:
+        """See `LoraBackend`."""
         if num_rows <= self._graph_rows:
             self._step = self._small_step(segments, num_rows)
         else:
             self._step = self._large_step(segments, num_rows)
 
     def _small_step(self, segments: Segments, num_rows: int) -> Step:
-        """The same launches for every step of as many rows."""
+        """The step of a fixed grid: the launches are the same for every step of as many rows."""
         if self._vector:
             segments = in_single_rows(segments)
         found = make_tiles(segments, MIN_TILE, self._table.stacked_rank, MAX_PARTS)
@@ -130,7 +134,7 @@ class TritonLora:
         return Step((group,), on_device[:at], 0, self.overlap and not beside, beside)
 
     def _large_step(self, segments: Segments, num_rows: int) -> Step:
-        """Exact grids."""
+        """The step of exact grids: what is launched follows from the segments."""
         self.replayable = False
         small, large, rows = self.tuning.small, self.tuning.large, self._chunk_rows
         apart = self._vector and self.tuning.singles_apart
@@ -163,7 +167,7 @@ class TritonLora:
         return size * max(splits_of(blocks, site) for site in self._applied)
 
     def _room(self, need: int) -> torch.Tensor:
-        """The intermediate; the whole fixed one where it is large enough."""
+        """The intermediate, fp32 [≥ need]: the fixed one if it is large enough, else a new one."""
         if need <= len(self._fixed_h):
             return self._fixed_h
         return torch.empty(need, dtype=torch.float32, device=self._device)
@@ -175,12 +179,14 @@ class TritonLora:
         return to
 
     def begin(self) -> None:
+        """See `LoraBackend`."""
         assert self._step is not None
         if self._step.beside and self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self._device))
             self._begun = True
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+        """See `LoraBackend`."""
         if self._begun and self._side is not None:
             self._begun = False
             with torch.cuda.stream(self._side):
@@ -191,6 +197,7 @@ class TritonLora:
         self.expand(y, site)
 
     def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:
+        """See `LoraBackend`."""
         assert self._step is not None
         if not self._step.gated or not self._step.groups[0].touches(site):
             self.apply(y, x, site)
@@ -253,7 +260,7 @@ class TritonLora:
         rest = (*self._tables(group), len(table.sites), site.in_features, cut, group.h_split(splits))
         constants = {
             "RECORD": table.record_words,
-            "WHOLE": cut == site.in_features,
+            "UNCUT": cut == site.in_features,
             "ALIGN": self._align,
             "VECTOR": group.vector,
             "BLOCK_K": blocks.k,
@@ -276,7 +283,7 @@ class TritonLora:
         rest = (*self._tables(group), columns.table, *sizes)
         constants = {
             "RECORD": table.record_words,
-            "WHOLE": columns.whole,
+            "UNCUT": columns.uncut,
             "ALIGN": self._align,
             "ALIGN_N": columns.align,
             "VECTOR": group.vector,
@@ -299,7 +306,7 @@ class TritonLora:
         rest = (*self._tables(group), len(table.sites), width, cut, group.h_split(splits), splits)
         constants = {
             "RECORD": table.record_words,
-            "WHOLE": cut == width,
+            "UNCUT": cut == width,
             "ALIGN": self._align,
             "BLOCK_N": blocks.n,
             "TILE_M": group.tile_rows,
@@ -327,7 +334,7 @@ class TritonLora:
             assert len(rows[0]) == BLOCK_WORDS
             self._columns[key] = Columns(
                 torch.tensor(rows, dtype=torch.int32, device=self._device),
-                whole=all(geometry.num_parts(w) == 1 for w in widths),
+                uncut=all(geometry.num_parts(w) == 1 for w in widths),
                 align=math.gcd(16, *widths, *(s.offset for s in site.slices)),
             )
         return self._columns[key]
