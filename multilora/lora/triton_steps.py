@@ -88,7 +88,8 @@ def in_single_rows(segments: Segments) -> Segments:
 
 
 def split_singles(segments: Segments) -> tuple[Segments, Segments]:
-    """Segments of several rows or several adapters, and those of one row and one adapter (decodes in a large step)."""
+    """Segments of several rows or several adapters, and those of one row and one adapter (decodes in a large
+    step)."""
     singles = tuple(s for s in segments if s.end - s.start == 1 and len(s.slots) == 1)
     return tuple(s for s in segments if s.end - s.start > 1 or len(s.slots) > 1), singles
 
@@ -154,8 +155,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Step:
-    """What the launches of one step need. gated: the number of tiles, those of groups[0] and the base rows after them,
-    that cover all rows for the gated kernel; 0: gate and up are expanded as every other site is."""
+    """What the launches of one step need. gated: the number of tiles, those of groups[0] and the base rows after
+    them, that cover all rows for the gated kernel; 0: gate and up are expanded as every other site is."""
 
     groups: tuple[Group, ...]
     entries: torch.Tensor

@@ -7,8 +7,8 @@ GRAPH_ROWS = 256
 be captured in a CUDA graph. Larger steps (prefill) take exact grids."""
 
 BESIDE_ROWS = 8
-"""Captured steps of this many rows or more shrink beside the layer's own product, on a stream of their own. In smaller
-steps it is faster to start early (programmatic dependent launch)."""
+"""Captured steps of this many rows or more shrink beside the layer's own product, on a stream of their own. In
+smaller steps it is faster to start early (programmatic dependent launch)."""
 
 FEW_ROWS = 4
 """In small steps, up to this many rows of one adapter are computed one by one, as single rows are."""
@@ -63,8 +63,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Tuning:
-    """small: steps of up to GRAPH_ROWS rows; large: the others. singles_apart: in large steps, single rows are launched
-    apart, with the block sizes of small steps."""
+    """small: steps of up to GRAPH_ROWS rows; large: the others. singles_apart: in large steps, single rows are
+    launched apart, with the block sizes of small steps."""
 
     small: Phase
     large: Phase
