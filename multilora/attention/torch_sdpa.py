@@ -1,8 +1,8 @@
-"""Attention in plain torch: any device, any dtype. The specification for the faster backends.
+"""Attention in plain torch, for any device and dtype: the specification of the faster backends.
 
-Requests with one new token (decode) are gathered into few padded calls, the others (prefill) go one by one.
-Grouped queries are not expanded: their heads become a dimension of the query. A page comes with whatever it held
-before, and a masked NaN is still a NaN, so the open end of a request's last page is zeroed when the page is begun.
+Requests with one new token (decode) are gathered into few padded calls, the others (prefill) are computed one by one.
+Grouped queries are not expanded: their heads become a dimension of the query. A page still holds what its last user
+wrote, and a masked NaN is a NaN after the product, so a page is zeroed when a step begins it without filling it.
 """
 
 from collections.abc import Iterator
@@ -63,7 +63,8 @@ class TorchAttention:
         self._prefills = [self._plan_prefill(meta, r, starts[r]) for r, n in enumerate(meta.q_lens) if n > 1]
 
     def for_graph(self, batch_size: int) -> StepAttention | None:  # noqa: ARG002 (the contract's)
-        """See `AttentionBackend`. Masks and gathers here follow the lengths, so there is nothing to replay."""
+        """See `AttentionBackend`. Masks and gathers follow the lengths here, so no captured step could be
+        replayed."""
         return None
 
     def for_pieces(self, rows: int) -> PieceAttention | None:  # noqa: ARG002 (the contract's)
@@ -95,6 +96,7 @@ class TorchAttention:
     # planning, once a step
 
     def _begun_pages(self, meta: AttentionMeta) -> torch.Tensor | None:
+        """Pages whose first token is new in this step, and which the step does not fill."""
         found = []
         for r, (q_len, kv_len) in enumerate(zip(meta.q_lens, meta.kv_lens, strict=True)):
             slots_used = kv_len % self.page_size
@@ -106,17 +108,18 @@ class TorchAttention:
         return meta.page_table[requests, columns]
 
     def _first_page(self, meta: AttentionMeta, r: int) -> int:
-        """The first page that any new token of request r can see."""
+        """Index, in the request's pages, of the first page that any new token of request r can see."""
         if self.window is None:
             return 0
         first_query = meta.kv_lens[r] - meta.q_lens[r]
         return max(0, first_query - self.window + 1) // self.page_size
 
     def _num_pages(self, meta: AttentionMeta, r: int) -> int:
+        """How many pages request r's new tokens can see."""
         return -(-meta.kv_lens[r] // self.page_size) - self._first_page(meta, r)
 
     def _groups(self, meta: AttentionMeta, requests: list[int]) -> Iterator[list[int]]:
-        """Requests of similar length: padding at most doubles what a group reads."""
+        """Groups of requests of similar length, so that padding at most doubles what a group reads."""
         lengths = {r: self._num_pages(meta, r) for r in requests}
         group: list[int] = []
         for r in sorted(requests, key=lambda r: (-lengths[r], r)):
@@ -128,7 +131,7 @@ class TorchAttention:
             yield group
 
     def _visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Bool mask from absolute positions, which broadcast against each other."""
+        """Bool mask, true where `query` sees `key`: absolute positions that broadcast against each other."""
         seen = key <= query
         return seen if self.window is None else seen & (key > query - self.window)
 
