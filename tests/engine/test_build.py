@@ -60,7 +60,11 @@ def refused(*args: object) -> int:
     [
         (build, {"spare_memory": lambda: 1 << 30}, r"1\.0+ GiB of memory are left, too little"),
         (build, {"Staging": refused}, "no memory to stage them: .* Cannot allocate memory"),
-        ("multilora.adapters.host.staging", {"populate": lambda *args: False}, "cannot be pinned: too little memory"),
+        (
+            "multilora.adapters.host.staging",
+            {"prefault_write": lambda *args: False},
+            "cannot be pinned: too little memory",
+        ),
         (torch.cuda, {"cudart": lambda: SimpleNamespace(cudaHostRegister=lambda *args: 2)}, "cannot be pinned: 2"),
     ],
 )

@@ -11,7 +11,7 @@ import sys
 import torch
 
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: map pages that are there already, at once instead of by faults
-POPULATE_BYTES = 4 << 20  # at a time, as whoever maps something else in this process waits meanwhile
+POPULATE_BYTES = 4 << 20  # per call, because other threads of the process cannot map memory meanwhile
 
 TMPFS = 0x01021994
 
@@ -21,26 +21,26 @@ _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def map_file(fd: int, nbytes: int) -> torch.Tensor:
-    """uint8 [nbytes]. (A Python mmap would keep a descriptor for as long as it lives; this does not.)"""
+    """The first bytes of a file, shared, uint8 [nbytes]. Unlike a Python mmap it keeps no descriptor open."""
     return torch.from_file(f"/dev/fd/{fd}", shared=True, size=nbytes, dtype=torch.uint8)
 
 
-def populate(memory: torch.Tensor) -> None:
-    """Bring in the pages of a contiguous tensor that begins with one, for reading. Holds no GIL. An older kernel does
-    nothing: pages come when they are touched."""
+def prefault_read(memory: torch.Tensor) -> None:
+    """Fault in the pages of a contiguous, page-aligned tensor for reading, without the GIL. An older kernel does
+    nothing: pages are faulted in when they are touched. See `shared_buffers.prefault_write` for writing."""
     start, nbytes = memory.data_ptr(), memory.nbytes
     for at in range(0, nbytes, POPULATE_BYTES):
         _madvise(start + at, min(POPULATE_BYTES, nbytes - at), POPULATE_READ)
 
 
 def lies_in_memory(fd: int) -> bool:
-    """Whether the file is on a file system of memory (Linux' tmpfs)."""
+    """Whether the file lies on a file system in memory (Linux' tmpfs)."""
     status = (ctypes.c_long * 64)()  # a struct statfs, which begins with the file system's type
     return _fstatfs is not None and _fstatfs(fd, status) == 0 and status[0] == TMPFS
 
 
 def own_memory(nbytes: int) -> torch.Tensor:
-    """uint8 [nbytes], zero; in huge pages if the system has some to give: fewer to bring in and to give back."""
+    """Private uint8 [nbytes], all zero, in huge pages if the system has some: fewer faults, and faster to free."""
     memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,7 +1,7 @@
 """Where the loader puts packed pages so that the engine can read them: a part of the staging memory, or a file.
 
-Staging memory is one region that both share, made once (its engine's end is `staging.py`). Where there is none, or no
-room in it, an adapter comes in an anonymous memory file of its own. Called by `loading/`.
+Staging memory is one region that both processes share, made once (the engine's end is `staging.py`). Where there is
+none, or no room in it, an adapter comes in an anonymous memory file of its own. Called by `loading/`.
 """
 
 import ctypes
@@ -24,7 +24,8 @@ POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python's mmap does not
 
 @dataclass(frozen=True)
 class SharedBuffer:
-    """`size` zero bytes from `start` on. fd: of a file that is not mapped anywhere else; None: the staging memory."""
+    """Bytes [start, start + size) of `memory`, which are zero at first. fd: the file behind it, which is not mapped
+    anywhere else; None: it is the staging memory."""
 
     memory: mmap.mmap
     start: int
@@ -37,8 +38,8 @@ class SharedBuffer:
 
 
 class SharedBuffers:
-    """Gives places out. Any thread may call. staging: shared with the engine, zero. in_use: it is not zero, and
-    others may read and write there: nothing of it is given out until `take_over`."""
+    """Gives buffers out; thread-safe. staging: shared with the engine, all zero; in_use: it is not zero, and others
+    may read and write there, so nothing of it is given out until `take_over`."""
 
     def __init__(self, staging: mmap.mmap | None = None, in_use: bool = False):
         self._staging = staging
@@ -47,6 +48,7 @@ class SharedBuffers:
         self._zeroing = ThreadPoolExecutor(1, "zeroing")
 
     def take(self, size: int) -> SharedBuffer:
+        """A buffer of `size` zero bytes, which the caller hands to `sent` or `drop`. Raises OSError."""
         if self._staging is not None:
             with self._lock:
                 start = self._parts.take(size)
@@ -59,28 +61,27 @@ class SharedBuffers:
             os.close(fd)
             raise
 
-    def sent(self, place: SharedBuffer) -> None:
-        """The engine has it now. Of a file the memory goes with its last user."""
-        if place.fd is not None:
-            os.close(place.fd)
+    def sent(self, buffer: SharedBuffer) -> None:
+        """The engine owns the buffer now: a file until its last user is gone, a part until `give_back`."""
+        if buffer.fd is not None:
+            os.close(buffer.fd)
 
-    def drop(self, place: SharedBuffer) -> None:
-        """Nobody got it."""
-        self.sent(place)
-        if place.fd is None:
-            self.give_back(place.start)
+    def drop(self, buffer: SharedBuffer) -> None:
+        """Free a buffer that the engine did not get."""
+        self.sent(buffer)
+        if buffer.fd is None:
+            self.give_back(buffer.start)
 
     def give_back(self, start: int) -> None:
-        """Nobody reads that part of the staging memory any more: free as soon as it is zero again."""
+        """Free the part of the staging memory at `start`, which is not read any more, once it is zero again."""
         self._zeroing.submit(self._free, start)
 
     def take_over(self) -> None:
-        """Nobody else uses the staging memory any more, nor will anybody give back a part of before: free as soon as
-        it is zero."""
-        self._zeroing.submit(self._free_all)  # after whatever has been given back
+        """Free all of the staging memory, once it is zero: nobody uses it, and no earlier part will be given back."""
+        self._zeroing.submit(self._free_all)  # after the parts that were given back before
 
     def _free_all(self) -> None:
-        assert self._staging is not None and not self._parts.size, "it is this loader's already"
+        assert self._staging is not None and not self._parts.size, "this loader owns it already"
         self._zero(0, len(self._staging))
         with self._lock:
             self._parts = FirstFit(len(self._staging), STAGING_ALIGN)
@@ -89,7 +90,7 @@ class SharedBuffers:
         with self._lock:
             size = self._parts.length_of(start)
         if size is None or self._staging is None:
-            return  # of a loader before this one
+            return  # a part that a predecessor gave out
         self._zero(start, size)
         with self._lock:
             self._parts.give_back(start)
@@ -99,19 +100,20 @@ class SharedBuffers:
         ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self._staging, start)), 0, size)
 
 
-def populate(memory: mmap.mmap, start: int, size: int) -> bool:
-    """Bring in the pages of this part in one go, for writing. Its bytes stay as they are. False: there is too little
-    memory, and who touches them may be ended by a signal."""
+def prefault_write(memory: mmap.mmap, start: int, size: int) -> bool:
+    """Fault in the pages of a part for writing, in one call; its bytes stay as they are. False: there is too little
+    memory, so that touching them may end the process with a signal. See `mapping.prefault_read` for reading."""
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
     try:
         memory.madvise(POPULATE_WRITE, first, start + size - first)
     except OSError as e:
-        return e.errno == errno.EINVAL  # an older kernel: pages come when they are touched
+        return e.errno == errno.EINVAL  # an older kernel: pages are faulted in when they are touched
     return True
 
 
 def anonymous_file(size: int) -> int:
-    """Descriptor of `size` zero bytes in memory that nobody else can open, or of an unlinked temporary file."""
+    """The descriptor of `size` zero bytes of anonymous memory or, where there is none, of an unlinked temporary file.
+    Raises OSError."""
     resize: Callable[[int, int], None]
     try:
         fd, resize = os.memfd_create("multilora-adapter"), os.ftruncate
@@ -127,7 +129,7 @@ def anonymous_file(size: int) -> int:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """On a disk: that it is full is an error now, and no SIGBUS later."""
+    """Allocate the blocks of a file on disk, so that a full disk is an error now and no SIGBUS later."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, 0, size)
     else:

@@ -1,12 +1,13 @@
-"""The last touch to a packed adapter, which needs the base model's weights: DoRA's norms and trained biases.
+"""The last stage of packing, which needs the base model's weights: DoRA's norms and trained biases.
 
-The packer leaves a scale-shift pair as magnitude m and bias; here it becomes what the kernels apply to the base
-model's output y = W x + b after the low-rank part (s · B A is what lies in the pages):
+The packer leaves a scale-shift pair as magnitude m and bias. This file turns it into what the kernels apply to the
+base model's output y = W x + b after the low-rank part (the pages hold s · B and A):
 
     scale = m / ‖W + s · BA‖, one norm per output (Liu et al. 2024, arXiv:2402.09353); 1 without DoRA
     shift = trained bias (or b) + bias of lora_B - scale · b
 
-`DoraBiasLoader` wraps any loader. It works in slices of a few milliseconds, between two steps, on its own stream.
+`DoraBiasLoader` wraps any loader. It works for a few milliseconds at a time, between two steps, on its own stream.
+Called by `engine/build.py`.
 """
 
 from collections import deque
@@ -29,13 +30,15 @@ BaseModule = Callable[[int, str], tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclass
 class _Work:
+    """An adapter that is being completed, one pair per step of `steps`."""
+
     result: Fetched
     buffer: torch.Tensor
     steps: Iterator[None]
 
 
 class DoraBiasLoader:
-    """The contract of `Loader`; what the wrapped loader brings is handed on finished."""
+    """The contract of `Loader`: it completes what the wrapped loader returns. seconds: the time for one `poll`."""
 
     def __init__(self, loader: Loader, target: PackTarget, base: BaseModule, seconds: float = SLICE_SECONDS):
         self._loader = loader
@@ -47,12 +50,15 @@ class DoraBiasLoader:
 
     @property
     def working(self) -> bool:
+        """See `Loader`."""
         return bool(self._queue) or self._loader.working
 
     def submit(self, job: FetchJob) -> None:
+        """See `Loader`."""
         self._loader.submit(job)
 
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        """See `Loader`. Adapters without scale-shift pairs pass at once."""
         done = []
         for result, buffer in self._loader.poll():
             if buffer is None or result.shape is None or not result.shape.scale_shift:
@@ -64,9 +70,11 @@ class DoraBiasLoader:
         return done + self._work()
 
     def fileno(self) -> int | None:
+        """See `Loader`."""
         return self._loader.fileno()
 
     def close(self) -> None:
+        """See `Loader`."""
         self._queue.clear()
         self._loader.close()
 
@@ -81,7 +89,7 @@ class DoraBiasLoader:
         return done
 
     def _side_stream(self) -> AbstractContextManager[object]:
-        """The base model's weights never change, so nothing has to wait for the running step."""
+        """A stream of its own: the base model's weights never change, so nothing has to wait for the running step."""
         if not self._queue or not torch.cuda.is_available():
             return nullcontext()
         if self._stream is None:
@@ -92,7 +100,7 @@ class DoraBiasLoader:
 def complete_scale_shifts(
     buffer: torch.Tensor, layout: PanelLayout, target: PackTarget, base: BaseModule
 ) -> Iterator[None]:
-    """Finish every scale-shift pair of `buffer`, uint8 [pages, page_bytes], in place; yields after each."""
+    """Complete every scale-shift pair of `buffer`, uint8 [pages, page_bytes], in place; yields after each."""
     a: tuple[PanelPart, ...] = ()
     b: dict[int, tuple[int, int, tuple[PanelPart, ...]]] = {}  # slice → first row in A, rank, parts of B
     for matrix, parts in zip(layout.matrices, layout.parts, strict=True):

@@ -1,8 +1,8 @@
-"""Packing: an adapter's blocks become the bytes of its pages, ready to copy.
+"""Packing: an adapter's blocks become the bytes of its pages, ready to copy to the device.
 
-The layout is `lora/panels.py`'s; here scalings are folded in, the numbers are cast to the model's dtype and put in
-their place. What needs the base model's weights (norms of DoRA, differences of biases) is left to
-`loading/finish.py`. Called in the loader process; knows neither files nor the device.
+`lora/panels.py` decides the layout; here scalings are folded in, and the numbers are cast to the model's dtype and
+written. What needs the base model's weights (DoRA's norms, differences of biases) is left to `loading/dora_bias.py`.
+It knows neither files nor the device. Called by `loading/loader.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,19 +48,20 @@ class PackTarget:
         return PanelGeometry(self.page_bytes, self.dtype.itemsize)
 
     def layout(self, shape: AdapterShape) -> PanelLayout:
-        """Raises AdapterIncompatible if a row of a whole module is larger than a page."""
+        """The layout of an adapter. Raises AdapterIncompatible if one row of a full weight is larger than a page."""
         try:
             return make_layout(self.sites, shape, self.geometry)
         except ValueError as e:
             raise AdapterIncompatible(f"incompatible: {e}; start with a larger --page-size") from None
 
 
-ModuleKey = tuple[int, str]  # layer, module
+ModuleKey = tuple[int, str]
+"""Layer and module."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """An adapter's blocks by where they act. `full_weights` is in the order of the shape."""
+    """An adapter's blocks by the module they act on; `full_weights` are in the order of the shape's."""
 
     low_rank: dict[ModuleKey, LowRank]
     vectors: dict[ModuleKey, dict[ScaleShift, Vector]]
@@ -68,6 +69,7 @@ class Blocks:
 
     @classmethod
     def of(cls, adapter: Adapter) -> "Blocks":
+        """The blocks of `adapter`."""
         vectors: dict[ModuleKey, dict[ScaleShift, Vector]] = {}
         for block in adapter.blocks:
             if isinstance(block, Vector):
@@ -79,6 +81,7 @@ class Blocks:
         )
 
     def shape(self, sites: tuple[LoraSite, ...]) -> AdapterShape:
+        """What decides their layout over these sites."""
         ranks = tuple(tuple(self._rank(site, s) for s in site.slices) for site in sites)
         scale_shift: tuple[tuple[int, ...], ...] = ()
         if self.vectors:
@@ -101,6 +104,7 @@ def _full_weight_shape(block: Full | Rows) -> FullWeightShape:
 
 
 WriteJobs = Callable[[list[PackJob], torch.dtype, torch.Tensor], None]
+"""(jobs, target dtype, pages): see `pack_jobs.write_jobs`."""
 
 
 def pack(
@@ -127,7 +131,7 @@ def pack(
 
 @dataclass(frozen=True)
 class _JobPlan:
-    """Where one weight goes, whatever its numbers are."""
+    """Where one weight goes. It depends on the adapter's shape only, so adapters of one shape share it."""
 
     key: ModuleKey
     is_b: bool
@@ -148,8 +152,8 @@ def _job_plans(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: Panel
 def _plans_of(
     matrix: Matrix, parts: tuple[PanelPart, ...], site: LoraSite, shape: AdapterShape, geometry: PanelGeometry
 ) -> Iterator[_JobPlan]:
-    """Of the B of a slice, or of the stacked A: one for each slice that has some."""
-    cuts = len(parts) * RANK_GRANULE // matrix.rank  # of one panel
+    """One plan for the B of a slice; for the stacked A, one for each slice that has a rank."""
+    cuts = len(parts) * RANK_GRANULE // matrix.rank  # parts of one panel
     is_b, at = matrix.slice >= 0, 0
     for i, output in enumerate(site.slices):
         rank = shape.ranks[site.index][i]
@@ -189,13 +193,13 @@ def _pack_full_weight(
 
 
 def part_view(out: torch.Tensor, target: PackTarget, part: PanelPart, rows: int) -> torch.Tensor:
-    """Where a part lies, [rows, columns] in the target dtype. out: uint8 [pages, page_bytes]."""
+    """The memory of a part, [rows, columns] in the target dtype. out: uint8 [pages, page_bytes]."""
     size = rows * part.columns * target.dtype.itemsize
     return out[part.page, part.offset : part.offset + size].view(target.dtype).view(rows, part.columns)
 
 
 def scale_shift_view(out: torch.Tensor, part: PanelPart) -> torch.Tensor:
-    """Where a part of a scale-shift pair lies: fp32 [2, columns], scale and shift."""
+    """The memory of a part of a scale-shift pair: fp32 [2, columns], scale and shift. out: as for `part_view`."""
     size = 8 * part.columns
     return out[part.page, part.offset : part.offset + size].view(torch.float32).view(2, part.columns)
 

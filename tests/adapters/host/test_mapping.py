@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 
 from multilora.adapters.host import mapping
-from multilora.adapters.host.mapping import map_file, own_memory, populate
+from multilora.adapters.host.mapping import map_file, own_memory, prefault_read
 from multilora.adapters.host.shared_buffers import SharedBuffers
 
 SIZE = 8 * mmap.PAGESIZE
 
 
 def test_a_file_is_mapped_from_its_start_and_shared() -> None:
-    places = SharedBuffers()
-    file = places.take(SIZE)
+    buffers = SharedBuffers()
+    file = buffers.take(SIZE)
     file.memory[:4] = b"abcd"
     before = len(os.listdir("/proc/self/fd"))
     memory = map_file(file.fd, SIZE // 2)
     assert len(os.listdir("/proc/self/fd")) == before
-    places.sent(file)
+    buffers.sent(file)
     assert memory[:4].tolist() == list(b"abcd") and memory.nbytes == SIZE // 2
     file.memory[SIZE // 2 - 1] = 7
     assert memory[-1] == 7
@@ -29,29 +29,29 @@ def test_a_file_is_mapped_from_its_start_and_shared() -> None:
 
 def test_populating_leaves_the_bytes_alone(monkeypatch) -> None:
     monkeypatch.setattr(mapping, "POPULATE_BYTES", 3 * mmap.PAGESIZE)
-    places = SharedBuffers()
-    file = places.take(SIZE)
+    buffers = SharedBuffers()
+    file = buffers.take(SIZE)
     file.memory[:] = bytes(range(256)) * (SIZE // 256)
     memory = map_file(file.fd, SIZE)
-    populate(memory)
+    prefault_read(memory)
     assert memory.numpy().tobytes() == bytes(file.memory)
-    places.sent(file)
+    buffers.sent(file)
 
 
 def test_populating_what_the_file_has_lost_meanwhile_harms_nobody() -> None:
-    places = SharedBuffers()
-    file = places.take(SIZE)
+    buffers = SharedBuffers()
+    file = buffers.take(SIZE)
     memory = map_file(file.fd, SIZE)
     file.memory[0] = 5
     os.ftruncate(file.fd, mmap.PAGESIZE)
-    populate(memory)
+    prefault_read(memory)
     assert memory[0] == 5
-    places.sent(file)
+    buffers.sent(file)
 
 
 def test_populating_private_memory() -> None:
     memory = torch.arange(100, dtype=torch.uint8)
-    populate(memory[3:])
+    prefault_read(memory[3:])
     assert memory.tolist() == list(range(100))
 
 
