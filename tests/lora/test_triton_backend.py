@@ -253,7 +253,7 @@ def test_pages_at_the_end_of_a_large_arena():
     table = LoraTable(arena, torch.bfloat16, tuple(tuple(s.offset for s in site.slices) for site in sites))
     layout = make_layout(sites, AdapterShape(same_rank(sites, 16)), PanelGeometry(page_bytes, 2))
     arena[-layout.num_pages :].view(torch.bfloat16).normal_(std=0.1)
-    table.install(count - 1, layout, list(range(count - layout.num_pages, count)))  # the last place, too
+    table.install(count - 1, layout, list(range(count - layout.num_pages, count)))  # the last slot, too
     backend, reference = TritonLora(table, sites, graph_rows=16), ReferenceLora(table)
     for segments, rows in (
         (segments_of((0, 1, count - 1), (1, 9, count - 1)), 9),
