@@ -44,7 +44,7 @@ class KVPages:
 
     def start(self, matched: list[int]) -> PageTable:
         """A new table that begins with these matched pages, on which it takes references."""
-        self.prefix.acquire(matched)
+        self.prefix.acquire(matched)  # before any eviction can run: matched pages may be idle
         return PageTable(list(matched), len(matched))
 
     def grow(self, table: PageTable, tokens: int, fence: int) -> bool:

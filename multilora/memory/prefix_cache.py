@@ -60,7 +60,7 @@ class PrefixCache:
         """Take a reference on each of these matched pages: they cannot be evicted until it is released."""
         for page in pages:
             node = self._by_page[page]
-            if node.refs == 0:
+            if node.refs == 0:  # its entry in the heap is stale from now on
                 self.pool.move(page, PageKind.KV)
             node.refs += 1
             node.uses += 1
@@ -98,6 +98,7 @@ class PrefixCache:
         """Return a request's pages: those with a key lose a reference and become idle at zero, private ones are
         freed. Steps up to `fence` may still use them."""
         private = []
+        # children first, so that a parent never has fewer references than its child
         for page in reversed(pages):
             node = self._by_page.get(page)
             if node is None:
@@ -213,7 +214,7 @@ class PrefixCache:
         parent = node.parent
         if parent is not None:
             parent.children -= 1
-            if parent.children == 0 and parent.refs == 0:
+            if parent.children == 0 and parent.refs == 0:  # an idle leaf now, with the score of its last use
                 heapq.heappush(self._heap, (parent.score, parent.id, parent))
 
     def _remove_all(self, nodes: list[Node], fence: int) -> None:

@@ -83,7 +83,7 @@ class SharedBuffers:
     def _free_all(self) -> None:
         assert self._staging is not None and not self._parts.size, "this loader owns it already"
         self._zero(0, len(self._staging))
-        with self._lock:
+        with self._lock:  # an allocator of size 0 until here: nothing could be given out
             self._parts = FirstFit(len(self._staging), STAGING_ALIGN)
 
     def _free(self, start: int) -> None:
@@ -91,6 +91,7 @@ class SharedBuffers:
             size = self._parts.length_of(start)
         if size is None or self._staging is None:
             return  # a part that a predecessor gave out
+        # the part stays taken until it is zero: take() promises zero bytes
         self._zero(start, size)
         with self._lock:
             self._parts.give_back(start)

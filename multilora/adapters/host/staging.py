@@ -147,4 +147,4 @@ def _move_error(found: weakref.ref[HostEntry]) -> str:
 def _move(entry: HostEntry) -> None:
     own = own_memory(entry.buffer.numel()).view(entry.buffer.shape)
     np.copyto(own.numpy(), entry.buffer.numpy())  # releases the GIL
-    entry.buffer = own
+    entry.buffer = own  # drops a reference to the staging memory; the part is free with the last reader's

@@ -46,6 +46,11 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
 
 
+def failed(version: int, message: str) -> Fetched:
+    """The result of a fetch that failed for a reason outside the adapter."""
+    return Fetched(version=version, kind="AdapterError", message=message)
+
+
 @dataclass(frozen=True)
 class FetchContext:
     """What every fetch of one engine shares. roots: --lora-root."""
@@ -133,9 +138,7 @@ def fetch(
     except MultiloraError as e:
         return Fetched(version=job.version, kind=e.kind, message=e.message), None
     except (OSError, MemoryError) as e:
-        return Fetched(
-            version=job.version, kind="AdapterError", message=f"{job.path}: {str(e) or 'out of memory'}"
-        ), None
+        return failed(job.version, f"{job.path}: {str(e) or 'out of memory'}"), None
     result = Fetched(
         version=job.version,
         shape=shape,

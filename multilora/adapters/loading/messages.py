@@ -53,11 +53,6 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     start: int | None = None
 
 
-def failed(version: int, message: str) -> Fetched:
-    """The result of a fetch that failed for a reason outside the adapter."""
-    return Fetched(version=version, kind="AdapterError", message=message)
-
-
 def send(connection: socket.socket, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
     """Send one message and descriptors. Raises OSError, also for a message over MAX_MESSAGE bytes."""
     data = msgspec.msgpack.encode(message)

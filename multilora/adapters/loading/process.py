@@ -26,8 +26,8 @@ from multilora.adapters.host.mapping import map_file
 from multilora.adapters.host.shared_buffers import SharedBuffer, SharedBuffers
 from multilora.adapters.host.staging import Staging
 from multilora.adapters.loading.child_process import ChildProcess, RestartPolicy
-from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, fetch
-from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, Start, failed, receive, send
+from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, failed, fetch
+from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, Start, receive, send
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.packing.pack_jobs import PackJob
