@@ -127,7 +127,7 @@ def test_the_vocabulary_as_an_input_needs_no_room():
     assert backend.replayable
 
 
-def test_sites_that_nobody_touches_are_not_launched(monkeypatch):
+def test_sites_that_no_adapter_touches_are_not_launched(monkeypatch):
     sites = make_sites(*ROUND)
     world = World(sites, [((0, 8, 0), (0,)), ((0, 0, 0), (0,))], scale_shift=[(), ((0, PAIR, 0), (0,))])
     for slot in range(2):

@@ -38,7 +38,7 @@ def test_populating_leaves_the_bytes_alone(monkeypatch) -> None:
     buffers.sent(file)
 
 
-def test_populating_what_the_file_has_lost_meanwhile_harms_nobody() -> None:
+def test_prefaulting_what_the_file_has_lost_meanwhile_is_harmless() -> None:
     buffers = SharedBuffers()
     file = buffers.take(SIZE)
     memory = map_file(file.fd, SIZE)

@@ -64,14 +64,14 @@ def test_what_is_given_back_is_zero_again() -> None:
     assert not again.tensor().any()
 
 
-def test_what_nobody_got_is_free_again() -> None:
+def test_a_dropped_buffer_is_free_again() -> None:
     buffers = SharedBuffers(mmap.mmap(-1, STAGING))
     buffers.drop(buffers.take(STAGING))
     until_free(buffers, STAGING)
 
 
 @pytest.mark.parametrize("staging", [None, STAGING])
-def test_a_place_of_which_nobody_knows_is_given_back(staging: int | None) -> None:
+def test_an_unknown_part_may_be_given_back(staging: int | None) -> None:
     """As a loader is told whose predecessor gave it out."""
     buffers = SharedBuffers(mmap.mmap(-1, staging) if staging else None)
     taken = buffers.take(SIZE)

@@ -1,4 +1,4 @@
-"""A process' child as its starter sees it: how it ended, what it said, who of it is left, when another may start."""
+"""A child process as its parent sees it: how it ended, its stderr, what it forked, and when another may start."""
 
 import os
 import sys

@@ -131,7 +131,8 @@ def in_staging(loader: ProcessLoader, pages: torch.Tensor) -> bool:
 
 
 def test_adapters_come_in_the_staging_memory(staged: ProcessLoader, tmp_path: Path) -> None:
-    """No two share a part of it, whatever their sizes, and parts are used again when nobody holds them any more."""
+    """No two adapters share a part of it, whatever their sizes, and a part is used again once no view of it is
+    left."""
     held: dict[int, torch.Tensor] = {}
     paths = [write_adapter(tmp_path / str(i), rank=rank, seed=i) for i, rank in enumerate((30, 20, 8, 60))]
     expected = [fetch(FetchJob(0, path), CONTEXT, allocate_private)[1] for path in paths]
@@ -193,7 +194,7 @@ def until_staged(loader: ProcessLoader, path: str, versions: Iterator[int]) -> t
 
 
 @pytest.mark.slow
-def test_after_a_death_the_staging_memory_is_used_again_when_nobody_holds_it(
+def test_after_a_death_the_staging_memory_is_used_again_once_no_view_is_left(
     staged: ProcessLoader, tmp_path: Path
 ) -> None:
     path, small = write_adapter(tmp_path / "a", rank=60, seed=1), write_adapter(tmp_path / "b", rank=20)
@@ -307,7 +308,7 @@ def test_with_packing_processes(tmp_path: Path, many_cores: None, staging: int) 
 
 
 @pytest.mark.slow
-def test_while_a_packing_process_of_the_dead_loader_is_left_nobody_else_gets_the_staging_memory(
+def test_while_a_packing_process_of_the_dead_loader_is_left_the_next_gets_no_staging_memory(
     tmp_path: Path, many_cores: None
 ) -> None:
     path, versions = write_adapter(tmp_path / "a", rank=20), itertools.count()
@@ -365,7 +366,7 @@ def test_a_death_between_two_jobs_costs_nothing(own: ProcessLoader, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_death_that_nobody_has_noticed_yet(own: ProcessLoader, tmp_path: Path, monkeypatch) -> None:
+def test_a_death_that_has_not_been_noticed_yet(own: ProcessLoader, tmp_path: Path, monkeypatch) -> None:
     """The process has closed its end but is not a zombie yet."""
     path = write_adapter(tmp_path / "a")
     own._child.process.kill()
@@ -467,10 +468,10 @@ def test_what_the_process_had_to_do_when_it_died_at_its_start_fails_once(python:
 
 
 @pytest.mark.slow
-def test_in_a_pause_nobody_is_told_which_parts_are_free(
+def test_in_a_pause_released_parts_are_not_sent(
     python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody reads it, and who tells would have to wait in the end."""
+    """Nothing reads the socket, so that sending would block in the end."""
     monkeypatch.setattr(child_process, "FIRST_PAUSE_SECONDS", 60.0)
     python.code = None
     loader = ProcessLoader(CONTEXT, Staging(STAGING))
@@ -506,7 +507,8 @@ def no_descriptor_left() -> Iterator[None]:
 def test_no_descriptor_is_left_when_it_dies(
     own: ProcessLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noticed_by: str
 ) -> None:
-    """A start that fails, as others do: what was asked for fails, who polls may sleep, and later all works again."""
+    """A start that fails like any other: pending jobs fail, the polled descriptor is silent, and later all works
+    again."""
     monkeypatch.setattr(child_process, "FIRST_PAUSE_SECONDS", 0.3)
     path = write_adapter(tmp_path / "a")
     descriptor, before = own.fileno(), open_files()
@@ -563,7 +565,7 @@ def test_what_the_process_had_answered_before_it_died_counts(tmp_path: Path, sta
 def test_a_death_that_is_noticed_late_is_one_at_its_start_all_the_same(
     python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who has answered nothing was of no use, however long nobody looked."""
+    """A process that has answered nothing counts as a failed start, however late its end is noticed."""
     clock, late = time.monotonic, 0.0
     monkeypatch.setattr(child_process, "monotonic", lambda: clock() + late)
     loader = ProcessLoader(CONTEXT)

@@ -113,7 +113,7 @@ def test_a_file_of_many_slabs_read_by_a_pool(tmp_path: Path) -> None:
 
 
 def test_what_is_not_at_hand_is_read_by_the_pool(tmp_path: Path) -> None:
-    """Every second slab is read by somebody else, the first of them only half and so not at all."""
+    """Every second slab comes from the page cache; of the first only half is there, so all of it is read again."""
     tensors = {name: torch.randn(SLAB_BYTES // 4 + 100) for name in "abcde"}
     save_file(tensors, tmp_path / "w.safetensors")
     asked: list[Slab] = []
