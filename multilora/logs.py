@@ -24,8 +24,7 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 
 def setup(level: str = "info", role: str = "front") -> None:
-    """Log to stderr: this package's lines from `level` on, other libraries' from the higher of `level` and
-    warning."""
+    """Log to stderr: this package from `level` on, other libraries from warning on (or `level`, if higher)."""
     own = LEVELS[level]
     handler = _Handler(sys.stderr)
     handler.setFormatter(OneLine(FORMAT.format(role=role), datefmt="%Y-%m-%d %H:%M:%S"))

@@ -24,8 +24,7 @@ def upload_into(target: Tensor, values: np.ndarray) -> None:
 
 
 def download(tensor: Tensor) -> Tensor:
-    """Start a copy to pinned host memory, which is valid once a `Fence` made afterwards has passed. On CPU it returns
-    the tensor itself."""
+    """Start a copy to pinned host memory, valid once a `Fence` made afterwards has passed. On CPU: the tensor."""
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -33,8 +33,7 @@ TEXTS = ("Write a short story about a lighthouse.", "The quick brown fox")
 
 @dataclass(frozen=True)
 class Check:
-    """The result for one prompt. equal: how many of the `tokens` new tokens are the reference's choice, or tie with
-    it."""
+    """The result for one prompt. equal: how many of the `tokens` new tokens the reference would choose, too."""
 
     prompt: str
     length: int

@@ -63,8 +63,7 @@ class TorchAttention:
         self._prefills = [self._plan_prefill(meta, r, starts[r]) for r, n in enumerate(meta.q_lens) if n > 1]
 
     def for_graph(self, batch_size: int) -> StepAttention | None:  # noqa: ARG002 (the contract's)
-        """See `AttentionBackend`. Masks and gathers follow the lengths here, so no captured step could be
-        replayed."""
+        """See `AttentionBackend`. There is none: masks and gathers follow the lengths here."""
         return None
 
     def for_pieces(self, rows: int) -> PieceAttention | None:  # noqa: ARG002 (the contract's)

@@ -18,8 +18,7 @@ def _rotate_and_write(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, out_row_pt
                       token_page, token_slot, q_token, q_head, k_token, k_head, v_token, v_head,
                       page_stride, slot_stride, head_stride, group, HALF: tl.constexpr, GROUP: tl.constexpr,
                       MOVE_ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program per (token, KV head) handles a group of query heads, one k and one v. GROUP: `group` rounded up to
-    a power of two."""
+    """One program per (token, KV head): its query heads, its k, its v. GROUP: `group` rounded up to a power of 2."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)

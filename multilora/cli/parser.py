@@ -48,8 +48,7 @@ class ServeArgs:
 
 
 def parse(argv: Sequence[str]) -> ServeArgs | AdapterArgs:
-    """The parsed arguments. Raises ConfigError for a bad command line, SystemExit(0) after `--help` and
-    `--version`."""
+    """The parsed arguments. Raises ConfigError if they are wrong, SystemExit(0) after `--help` and `--version`."""
     namespace, unknown = _parser().parse_known_args(argv)
     options = vars(namespace)
     if "command" in options:  # one of `adapters`

@@ -66,8 +66,7 @@ class DeviceTable:
         return self._installed[slot].stacked
 
     def used_sites(self, slots: Collection[int]) -> np.ndarray:
-        """int32 [3, sites], over the adapters in these slots: largest stacked rank, largest rank of a slice, 1 if any
-        of them touches the site."""
+        """int32 [3, sites], over these slots: largest stacked rank, largest rank of a slice, 1 if one acts there."""
         used: np.ndarray = np.max([self._installed[slot].sites for slot in slots], axis=0)
         return used
 

@@ -87,8 +87,7 @@ class FullWeightShape:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Everything that decides the layout of an adapter. scale_shift: values of `ScaleShift`, indexed like `ranks`;
-    empty: there are none."""
+    """Everything that decides the layout of an adapter. scale_shift: a `ScaleShift` per slice; empty: all are 0."""
 
     ranks: Ranks
     scale_shift: tuple[tuple[int, ...], ...] = ()
@@ -102,8 +101,7 @@ class AdapterShape:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of an adapter: the stacked A of a site (slice -1), the B of a slice, or the scale-shift pair of a
-    slice (rank 0)."""
+    """The stacked A of a site (slice -1), the B of a slice, or the scale-shift pair of a slice (rank 0)."""
 
     site: int
     slice: int

@@ -56,8 +56,7 @@ def wait_for_inputs(PDL: tl.constexpr):
 @triton.jit
 def shrink_row(x, h, part, weights, addresses, start, rank, k0, width, cut, UNCUT: tl.constexpr,
                ALIGN: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One row, one adapter, BLOCK_K columns, every PARTS-th panel: h[r] = Σ x[k] A[r, k]. Two panels are in
-    flight."""
+    """One row, one adapter, BLOCK_K columns, every PARTS-th panel: h[r] = Σ x[k] A[r, k], two panels in flight."""
     r, panels, k = tl.arange(0, _GRANULE), rank // _GRANULE, k0 + tl.arange(0, BLOCK_K)
     at0 = panel_address(addresses, start, part, panels, UNCUT, ALIGN)
     at1 = panel_address(addresses, start, part + PARTS, panels, UNCUT, ALIGN)

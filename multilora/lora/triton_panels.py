@@ -80,8 +80,7 @@ def prefetch_rows(weights, addresses, start, rank, col0, width, COLUMNS: tl.cons
 
 @triton.jit
 def load_block(weights, addresses, start, r, rank, col, width, cut, UNCUT: tl.constexpr, ALIGN: tl.constexpr):
-    """Elements [r, col] of the matrix whose panels begin at addresses[start]; zero from `rank` and from `width`
-    on."""
+    """Elements [r, col] of the matrix that begins at addresses[start]; zero from `rank` and from `width` on."""
     inside = r < rank
     mask = inside[:, None] & (col < width)[None, :]
     if UNCUT:

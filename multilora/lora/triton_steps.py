@@ -88,8 +88,7 @@ def in_single_rows(segments: Segments) -> Segments:
 
 
 def split_singles(segments: Segments) -> tuple[Segments, Segments]:
-    """Segments of several rows or several adapters, and those of one row and one adapter (decodes in a large
-    step)."""
+    """Segments of several rows or adapters, and those of one row and one adapter (decodes in a large step)."""
     singles = tuple(s for s in segments if s.end - s.start == 1 and len(s.slots) == 1)
     return tuple(s for s in segments if s.end - s.start > 1 or len(s.slots) > 1), singles
 

@@ -11,8 +11,8 @@ CPU_ARENA_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """An arena of `num_pages` pages of `page_bytes`. reason: the rule that decided; beside: what else takes memory,
-    as a clause for the log."""
+    """An arena of `num_pages` pages of `page_bytes`; `reason`: the rule that decided; `beside`: what else takes
+    memory."""
 
     num_pages: int
     page_bytes: int

@@ -113,8 +113,7 @@ def prefault_write(memory: mmap.mmap, start: int, size: int) -> bool:
 
 
 def anonymous_file(size: int) -> int:
-    """The descriptor of `size` zero bytes of anonymous memory or, where there is none, of an unlinked temporary file.
-    Raises OSError."""
+    """The descriptor of `size` zero bytes: memory, or else an unlinked temporary file. Raises OSError."""
     resize: Callable[[int, int], None]
     try:
         fd, resize = os.memfd_create("multilora-adapter"), os.ftruncate

@@ -78,8 +78,7 @@ class Staging:
             return not self._views
 
     def settle(self, entry: HostEntry) -> None:
-        """Have `entry.buffer` moved to memory of its own, soon, if it lies in the region. Readers of the old buffer
-        keep it alive."""
+        """Have `entry.buffer` moved out of the region, soon, if it lies there. Readers keep the old one alive."""
         if 0 <= entry.buffer.data_ptr() - self._address < self.nbytes:
             self._to_settle.put(weakref.ref(entry))
 

@@ -58,8 +58,8 @@ class ChildProcess:
                 os.write(STDERR, data)
 
     def end(self) -> None:
-        """Wait for the process, which has closed its end of the socket or soon will; kill it after END_SECONDS. What
-        it has forked may go on."""
+        """Wait for the process, which has closed its socket or soon will; kill it, not its forks, after
+        END_SECONDS."""
         try:
             self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:  # in the middle of a download

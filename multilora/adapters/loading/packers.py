@@ -48,8 +48,7 @@ class _RegionJob(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Pack(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """An order to pack. start: the byte of the staging memory at which the pages begin; None: they are the file whose
-    descriptor comes along."""
+    """An order to pack. start: where the pages begin in the staging memory; None: in the file that comes along."""
 
     dtype: str
     jobs: list[_RegionJob]

@@ -53,8 +53,7 @@ class FullWeightPlan:
 
 
 def plan(contents: Contents) -> FullWeightPlan:
-    """Check everything beside the low rank, and say what to read. Raises AdapterInvalid, AdapterIncompatible or
-    AdapterUnsupported."""
+    """What to read. Raises AdapterInvalid, AdapterIncompatible or AdapterUnsupported."""
     config, base = contents.config, contents.base
     trained = config.tokens(base)
     if config.ties_tokens(base):

@@ -60,8 +60,7 @@ def open_tensors(files: AdapterFiles, stack: contextlib.ExitStack, readers: Read
 
 @dataclass(frozen=True)
 class Module:
-    """What the files hold for one module. name: the module's path in the base model, as the tensors' names spell
-    it."""
+    """What the files hold for one module. name: its path in the base model, as the tensors' names spell it."""
 
     place: Place
     name: str

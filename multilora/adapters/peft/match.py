@@ -75,8 +75,7 @@ def matches_modules(modules: str | Sequence[str], name: str) -> bool:
 
 
 def layer_index(layers_pattern: Sequence[str], name: str) -> int | None:
-    """The layer of `name` as layers_to_transform counts it: the first number after the pattern (or after any
-    name)."""
+    """The layer of `name` as layers_to_transform counts it: the first number after the pattern (or any name)."""
     if not layers_pattern:
         found = _match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
         return int(found["idx"]) if found else None
