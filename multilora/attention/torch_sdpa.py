@@ -62,11 +62,11 @@ class TorchAttention:
         self._decodes = [self._plan_decodes(meta, group, starts) for group in self._groups(meta, single)]
         self._prefills = [self._plan_prefill(meta, r, starts[r]) for r, n in enumerate(meta.q_lens) if n > 1]
 
-    def for_graph(self, batch_size: int) -> StepAttention | None:
+    def for_graph(self, batch_size: int) -> StepAttention | None:  # noqa: ARG002 - part of the contract
         """See `AttentionBackend`. Masks and gathers here follow the lengths, so there is nothing to replay."""
         return None
 
-    def for_pieces(self, rows: int) -> PieceAttention | None:
+    def for_pieces(self, rows: int) -> PieceAttention | None:  # noqa: ARG002 - part of the contract
         """See `AttentionBackend`."""
         return None
 

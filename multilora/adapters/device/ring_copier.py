@@ -92,7 +92,7 @@ class RingCopier:
                     else:
                         self._through_ring(job, slots)
                     job.queued(self._stream)
-                except Exception as e:  # `done` raises it
+                except Exception as e:  # `done` raises it  # noqa: BLE001 - the step loop raises it
                     job.fail(e)
                 del job
             with contextlib.suppress(RuntimeError):  # a broken device writes nothing
