@@ -41,6 +41,9 @@ class NamedCall(CallScanner):
         self._state = self._in_arguments
         return self._in_arguments(ch)
 
+    def _in_string(self) -> bool:
+        return self._state == self._in_arguments and self._object.in_string
+
     def _in_arguments(self, ch: str) -> bool:
         text = self._object.feed(ch)
         if text is None:

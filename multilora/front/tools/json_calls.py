@@ -46,6 +46,9 @@ class JsonCalls(CallScanner):
             return self._take(ch)
         return self._take(ch) if ch.isspace() else self._fail()
 
+    def _in_string(self) -> bool:
+        return self._state == self._in_call and self._call.in_string
+
     def _in_call(self, ch: str) -> bool:
         if not self._call.feed(ch):
             return self._fail()

@@ -43,6 +43,11 @@ class JsonObject:
         self._item_ends = False
         self._hex_left = 0
 
+    @property
+    def in_string(self) -> bool:
+        """What comes next is inside a string, so that a run of plain characters can be fed like one."""
+        return self._state == self._string
+
     def feed(self, ch: str) -> str | None:
         """The character, escaped if JSON wants it so; None: not JSON, or an outermost key that came before."""
         self.closed = None
@@ -197,6 +202,11 @@ class CallObject:
         self._json = JsonObject()
         self._arguments: list[str] | None = None  # pieces not yet taken; None: none have come
         self._read = False  # the arguments are complete
+
+    @property
+    def in_string(self) -> bool:
+        """As of JsonObject."""
+        return self._json.in_string
 
     @property
     def started(self) -> bool:

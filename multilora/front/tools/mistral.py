@@ -66,6 +66,9 @@ class MistralCalls(JsonCalls):
         self._id += ch
         return self._take(ch) if _of_a_name(ch) else self._fail()
 
+    def _in_string(self) -> bool:
+        return (self._state == self._in_arguments and self._object.in_string) or super()._in_string()
+
     def _in_arguments(self, ch: str) -> bool:
         text = self._object.feed(ch)
         if text is None:

@@ -29,6 +29,8 @@ from multilora.front.tools.definitions import Tool
 MAX_HELD_SPACE = 256  # characters of white space before a call that count as its markup; more is content
 _PIECE = 4096  # characters read at once: what a marker costs grows with the text around it
 
+_PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
+
 # Reads one character inside a call. False: the parser is outside again and the character was not taken.
 State = Callable[[str], bool]
 
@@ -64,6 +66,7 @@ class CallScanner:
         self._new_id = new_id
         self._markers = MarkerSearch(markers)
         self._events: list[Event] = []
+        self._pieces: list[str] = []  # text of the event to come: arguments while a call is open, else content
         self._state: State | None = None  # None: outside of calls
         self._held = ""  # outside: white space and the possible beginning of a marker
         self._taken: list[str] = []  # inside: what becomes content if this is no call
@@ -83,8 +86,10 @@ class CallScanner:
         while at < len(text):
             if self._state is None:
                 at = self._read_outside(text, at)
-            elif self._state(text[at]):
-                at += 1
+                continue
+            run = _PLAIN.match(text, at) if self._in_string() else None
+            if self._state(run.group() if run else text[at]):
+                at = run.end() if run else at + 1
 
     def finish(self) -> list[Event]:
         """The events that the end of the answer completes."""
@@ -98,6 +103,10 @@ class CallScanner:
     def _opened(self, marker: str) -> None:
         """Sets the state in which the text after `marker` is read. Overridden by formats that have markers."""
         raise NotImplementedError
+
+    def _in_string(self) -> bool:
+        """Whether the state takes a run of characters that are plain in a JSON string as it takes one."""
+        return False
 
     def _read_outside(self, text: str, at: int) -> int:
         """Reads text[at:] as far as the end of the first marker; returns where reading goes on."""
@@ -133,17 +142,16 @@ class CallScanner:
         return read if read in texts else ""
 
     def _start(self, name: str, call_id: str | None = None) -> None:
-        self._events.append(CallStarted(self._count, call_id or self._new_id(), name))
+        self._emit(CallStarted(self._count, call_id or self._new_id(), name))
         self._open = True
         self._count += 1
 
     def _arguments(self, text: str) -> None:
-        if text:
-            self._events.append(Arguments(self._count - 1, text))
+        self._pieces.append(text)
 
     def _end(self) -> None:
         """The call is complete; what comes next is taken anew."""
-        self._events.append(CallEnded(self._count - 1))
+        self._emit(CallEnded(self._count - 1))
         self._open = False
         self._after_call = True
         self._taken = []
@@ -164,9 +172,9 @@ class CallScanner:
         text = "".join(self._taken)
         self._reset()
         if self._open:
+            self._emit(CallAbandoned(self._count - 1, text))
             self._open = False
             self._after_call = False
-            self._events.append(CallAbandoned(self._count - 1, text))
         elif self._after_call and text.isspace():
             self._held = text
         else:
@@ -180,9 +188,21 @@ class CallScanner:
 
     def _content(self, text: str) -> None:
         if text:
-            self._events.append(Content(text))
+            self._pieces.append(text)
             self._after_call = False
 
+    def _emit(self, event: Event) -> None:
+        self._join_pieces()
+        self._events.append(event)
+
+    def _join_pieces(self) -> None:
+        """Pieces that no other event parts become one: of arguments while a call is open, else of content."""
+        text = "".join(self._pieces)
+        self._pieces = []
+        if text:
+            self._events.append(Arguments(self._count - 1, text) if self._open else Content(text))
+
     def _take_events(self) -> list[Event]:
+        self._join_pieces()
         events, self._events = self._events, []
         return events

@@ -150,9 +150,9 @@ def test_arguments_stream_as_they_come():
     assert parser.push('call>{"name": "search", ') == []
     assert parser.push('"arguments": {"que') == [
         CallStarted(0, "id0", "search"),
-        *[Arguments(0, ch) for ch in '{"que'],
+        Arguments(0, '{"que'),
     ]
-    assert parser.push('ry": 1}') == [Arguments(0, ch) for ch in 'ry": 1}']
+    assert parser.push('ry": 1}') == [Arguments(0, 'ry": 1}')]
     assert parser.push("}") == [CallEnded(0)]
     assert parser.push("</tool_call>") == []
     assert parser.finish() == []
@@ -203,5 +203,6 @@ def test_long_nonsense(text):
 def test_the_longest_space_that_is_markup():
     call, space = f"<tool_call>{PARIS}</tool_call>", " " * 300
     assert answer_of(HermesCalls, f"a{space}{call}")[0] == "a" + " " * (300 - MAX_HELD_SPACE)
-    assert answer_of(HermesCalls, f"{call}{space}")[0] == " " * (300 - MAX_HELD_SPACE)
+    assert answer_of(HermesCalls, f"{call}{space}")[0] == space
+    assert answer_of(HermesCalls, f"{call}{space[:MAX_HELD_SPACE]}")[0] == ""
     assert answer_of(HermesCalls, f"{call}{space}b")[0] == f"{space}b"

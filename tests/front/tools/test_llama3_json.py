@@ -61,7 +61,7 @@ def test_what_is_no_call_is_content(text):
 def test_other_json_streams_from_its_first_other_member_on():
     parser = Llama3JsonCalls(TOOLS, counter())
     assert parser.push('{"city') == []
-    assert parser.push('"') == [Content('{"city'), Content('"')]
+    assert parser.push('"') == [Content('{"city"')]
     assert parser.push(' "Paris"') == [Content(' "Paris"')]
 
 
