@@ -1,4 +1,4 @@
-"""The tool-call formats by name, and which of them a chat template speaks.
+"""The tool-call formats by name, and the detection of the format that a chat template teaches.
 
 The names are those that users of SGLang and of vLLM type after `--tool-call-parser`.
 """
@@ -22,36 +22,47 @@ from multilora.front.tools.qwen3_coder import Qwen3CoderCalls
 class Family:
     """parser: makes the parser of one answer; new_id: makes call ids that the family's templates accept.
 
-    strict: trigger, begin and end of a call for `schema.strict_tag`; None: the format has no one beginning of a call.
+    markers: texts that are special tokens in tokenizers of the family, without which the parser sees no call: the
+    detokenizer must not skip them. strict: trigger, begin and end of a call for `schema.strict_tag`; None: the
+    format has no one beginning of a call.
     """
 
     parser: ParserFactory
+    markers: tuple[str, ...]
     new_id: NewId = openai_call_id
     strict: tuple[str, str, str] | None = None
-
-    def open(self, choice: ToolChoice, tools: Sequence[Tool]) -> ToolCallParser:
-        """The parser for one answer under `choice`; forced answers are JSON in every family."""
-        return open_forced(choice, tools, self.new_id) or self.parser(tools, self.new_id)
 
     def strict_tag(self, tools: Sequence[Tool], *, parallel: bool = True) -> dict[str, Any] | None:
         """The structural tag that strict tools want under "auto"; None: none is strict, or the format has no tag."""
         return schema.strict_tag(tools, *self.strict, parallel=parallel) if self.strict else None
 
 
-def open_forced(
-    choice: ToolChoice, tools: Sequence[Tool], new_id: NewId = openai_call_id
-) -> RequiredCalls | NamedCall | None:
-    """The parser of an answer made under `schema.forced_schema`; None: the choice forces nothing."""
+def open_parser(family: Family | None, choice: ToolChoice, tools: Sequence[Tool]) -> ToolCallParser | None:
+    """The parser for one answer; None: all text is content. family: None if the model has no known format.
+
+    Forced answers are made under `schema.forced_schema`, so they are JSON whatever the family.
+    """
+    new_id = family.new_id if family else openai_call_id
     if choice.name is not None:
         return NamedCall(choice.name, new_id)
-    return RequiredCalls(tools, new_id) if choice.forced else None
+    if choice.forced:
+        return RequiredCalls(tools, new_id)
+    return family.parser(tools, new_id) if family and choice.mode == "auto" else None
 
 
 _HERMES = Family(
-    HermesCalls, strict=("<tool_call>", '<tool_call>\n{"name": "{name}", "arguments": ', "}\n</tool_call>")
+    HermesCalls,
+    ("<tool_call>", "</tool_call>"),
+    strict=("<tool_call>", '<tool_call>\n{"name": "{name}", "arguments": ', "}\n</tool_call>"),
 )
-_LLAMA3 = Family(Llama3JsonCalls, strict=("<|python_tag|>", '<|python_tag|>{"name": "{name}", "parameters": ', "}"))
-_MISTRAL = Family(MistralCalls, new_id=mistral_call_id)
+_LLAMA3 = Family(
+    Llama3JsonCalls,
+    ("<|python_tag|>",),
+    strict=("<|python_tag|>", '<|python_tag|>{"name": "{name}", "parameters": ', "}"),
+)
+_MISTRAL = Family(MistralCalls, ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), new_id=mistral_call_id)
+_PYTHONIC = Family(PythonicCalls, ("<|python_start|>", "<|python_end|>"))
+_QWEN3_CODER = Family(Qwen3CoderCalls, ("<tool_call>", "</tool_call>"))
 
 FAMILIES: dict[str, Family] = {
     "hermes": _HERMES,
@@ -62,16 +73,16 @@ FAMILIES: dict[str, Family] = {
     "llama3_json": _LLAMA3,
     "llama4_json": _LLAMA3,
     "mistral": _MISTRAL,
-    "pythonic": Family(PythonicCalls),
-    "llama4_pythonic": Family(PythonicCalls),
-    "qwen3_coder": Family(Qwen3CoderCalls),
-    "qwen3_xml": Family(Qwen3CoderCalls),
+    "pythonic": _PYTHONIC,
+    "llama4_pythonic": _PYTHONIC,
+    "qwen3_coder": _QWEN3_CODER,
+    "qwen3_xml": _QWEN3_CODER,
 }
 
 
 def choose(chat_template: str) -> str | None:
     """The name of the family whose format `chat_template` teaches; None unless exactly one of the rules knows it."""
-    found = [name for name, speaks in _RULES if speaks(chat_template)]
+    found = [name for name, matches in _RULES if matches(chat_template)]
     return found[0] if len(found) == 1 else None
 
 

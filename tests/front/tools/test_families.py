@@ -5,7 +5,7 @@ from answers import TOOLS, counter, read
 
 from multilora.front.tools.base import CallStarted, collect
 from multilora.front.tools.definitions import ToolChoice
-from multilora.front.tools.families import FAMILIES, choose
+from multilora.front.tools.families import FAMILIES, choose, open_parser
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
 HERMES = (
@@ -44,19 +44,22 @@ def test_the_family_of_a_template(template, name):
     assert name is None or name in FAMILIES
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", [*sorted(FAMILIES), None])
 def test_each_family(name):
-    family = FAMILIES[name]
+    family = FAMILIES[name] if name else None
     text = "No call here, [1] <b> {."
-    assert collect(read(family.open(ToolChoice("auto"), TOOLS), [text])).content == text
-    required = family.open(ToolChoice("required"), TOOLS)
+    auto = open_parser(family, ToolChoice("auto"), TOOLS)
+    assert (auto is None) == (name is None)
+    assert auto is None or collect(read(auto, [text])).content == text
+    required = open_parser(family, ToolChoice("required"), TOOLS)
     (call,) = collect(read(required, ['[{"name": "get_time", "parameters": {}}]'])).calls
     assert (call.name, call.arguments) == ("get_time", "{}")
-    named = family.open(ToolChoice("named", "search"), TOOLS)
+    named = open_parser(family, ToolChoice("named", "search"), TOOLS)
     (call,) = collect(read(named, ['{"query": "x"}'])).calls
     assert (call.name, call.arguments) == ("search", '{"query": "x"}')
     pattern = "[A-Za-z0-9]{9}" if name == "mistral" else "call_[0-9a-f]{24}"
     assert re.fullmatch(pattern, call.id)
+    assert open_parser(family, ToolChoice("none"), TOOLS) is None
 
 
 @pytest.mark.parametrize("name", ["hermes", "qwen", "qwen25", "qwen3"])

@@ -46,7 +46,7 @@ FRAGMENTS = [
         (f"<tool_call>{PARIS}<tool_call>{PARIS}</tool_call>", "", [("get_weather", '{"city": "Paris"}')] * 2),
         (f"<tool_call>\n{PARIS}\n{PARIS}\n</tool_call>", "", [("get_weather", '{"city": "Paris"}')] * 2),
         (f"<tool_call>[{PARIS}, {PARIS}]</tool_call>", "", [("get_weather", '{"city": "Paris"}')] * 2),
-        # What the peers trip over: markup in strings, brackets in strings, escaped quotes.
+        # Markup, brackets and escaped quotes inside strings.
         (
             '<tool_call>{"name": "search", "arguments": {"query": "</tool_call> \\"}{[ <tool_call>"}}</tool_call>',
             "",
