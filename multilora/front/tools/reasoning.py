@@ -14,6 +14,7 @@ from multilora.front.tools.scanner import MAX_HELD_SPACE, MarkerSearch
 _THINK = "<think>"
 _END_THINK = "</think>"
 _TOOL_CALL = "\n<tool_call>"  # at the beginning of a line: thoughts may mention the tag
+_LINE = "\n"  # put before the thoughts, which begin a line too; dropped with the white space there
 
 
 class ReasoningParser(Protocol):
@@ -60,11 +61,11 @@ class ThinkTags:
         stripped = self._held.lstrip()
         if len(self._held) - len(stripped) <= MAX_HELD_SPACE:
             if stripped.startswith(_THINK):
-                return self._go_on(self._thoughts, "\n" + stripped.removeprefix(_THINK))
+                return self._go_on(self._thoughts, _LINE + stripped.removeprefix(_THINK))
             if _THINK.startswith(stripped):
                 return []
         if self._inside:
-            return self._go_on(self._thoughts, "\n" + self._held)
+            return self._go_on(self._thoughts, _LINE + self._held)
         return self._go_on(self._answer, self._held)
 
     def _go_on(self, read: Callable[[str], list[Event]], text: str) -> list[Event]:
@@ -83,7 +84,7 @@ class ThinkTags:
             return events
         if found.group() == _END_THINK:
             return events + self._go_on(self._before_answer, buffer[found.end() :])
-        return events + self._go_on(self._answer, buffer[found.start() :])
+        return events + self._go_on(self._answer, buffer[found.start() :].lstrip())
 
     def _before_answer(self, text: str) -> list[Event]:
         stripped = text.lstrip()

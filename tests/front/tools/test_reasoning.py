@@ -45,8 +45,9 @@ def test_deepseek_r1(text, reasoning, content):
         ("<b>42</b>", "", "<b>42</b>"),
         ("42 <think>a</think>", "", "42 <think>a</think>"),
         ("<think>cut", "cut", ""),
-        ("<think>a\n<tool_call>\n{}", "a", "\n<tool_call>\n{}"),
-        ("<think>\n<tool_call>\n{}", "", "\n<tool_call>\n{}"),
+        ("<think>a\n<tool_call>\n{}", "a", "<tool_call>\n{}"),
+        ("<think>\n<tool_call>\n{}", "", "<tool_call>\n{}"),
+        ("<think><tool_call>{}", "", "<tool_call>{}"),
         ("<think>a, by <tool_call> perhaps</think>b", "a, by <tool_call> perhaps", "b"),
         ("<think>a\n<tool_c", "a\n<tool_c", ""),
     ],
@@ -57,6 +58,7 @@ def test_qwen3(text, reasoning, content):
 
 def test_the_prompt_may_have_opened_or_closed_the_thoughts():
     assert parts("qwen3", "a</think>b", "<|im_start|>assistant\n<think>\n") == ("a", "b")
+    assert parts("qwen3", "<tool_call>\n{}", "assistant\n<think>\n") == ("", "<tool_call>\n{}")
     assert parts("qwen3", "b", "assistant\n<think>\n\n</think>\n\n") == ("", "b")
     assert parts("deepseek_r1", "b", "assistant\n<think>\n\n</think>\n\n") == ("", "b")
     assert parts("qwen3-thinking", "a</think>b") == ("a", "b")
@@ -81,6 +83,8 @@ def test_any_text_in_any_pieces(name, text, places):
     events = read(REASONING[name](""), [text])
     assert joined(read(REASONING[name](""), cut(text, places))) == joined(events)
     answer = collect(events)
+    every = iter(text)
+    assert all(ch in every for ch in answer.reasoning + answer.content), "nothing is added"
     kept, written = ("".join(t.split()) for t in (answer.reasoning + answer.content, text))
     letters = iter(written)
     assert all(ch in letters for ch in kept)
