@@ -1,0 +1,1 @@
+"""Tool calls and reasoning in answers, tools and tool choices in requests: pure text and data, without I/O."""
