@@ -87,6 +87,16 @@ class Config:
     context_length: int | None = _model(None, "longest prompt plus answer, in tokens (default: the model's own)")
     served_model_name: str | None = _model(None, "name clients use for the base model (default: --model-path)")
     chat_template: str | None = _model(None, "file, or the template itself (default: the tokenizer's)")
+    tool_call_parser: str | None = _model(
+        None,
+        "how the model writes tool calls (default: as its chat template teaches, if that is a known format)",
+        choices=(KeysOf("multilora.front.tools.families:FAMILIES"),),
+    )
+    reasoning_parser: str | None = _model(
+        None,
+        "how the model marks its thoughts, which then become reasoning_content (default: they stay in the answer)",
+        choices=(KeysOf("multilora.front.tools.reasoning:REASONING"),),
+    )
     skip_tokenizer_init: bool = _model(False, "no tokenizer: requests carry input_ids, answers output_ids")
 
     enable_lora: bool = _adapters(False, "allow adapters (on by itself when --lora-paths is given)")

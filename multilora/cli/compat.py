@@ -129,7 +129,7 @@ _ONE_VALUE = """
     prefill-delayer-max-delay-ms prefill-delayer-max-delay-passes prefill-delayer-queue-min-ratio
     prefill-delayer-token-usage-low-watermark prefill-kv-cache-dequant-dtype prefill-max-requests
     priority-scheduling-preemption-threshold qsa-indexer-dtype quantization quantization-param-path
-    radix-cache-backend radix-eviction-policy radix-eviction-policy-config reasoning-parser
+    radix-cache-backend radix-eviction-policy radix-eviction-policy-config
     remote-instance-weight-loader-backend remote-instance-weight-loader-seed-instance-ip
     remote-instance-weight-loader-seed-instance-service-port remote-instance-weight-loader-send-weights-group-ports
     retraction-policy return-hidden-states-mode rl-on-policy-target rl-quant-profile sampling-backend
@@ -149,7 +149,7 @@ _ONE_VALUE = """
     speculative-ngram-min-bfs-breadth speculative-ngram-min-match-window-size speculative-num-draft-tokens
     speculative-num-steps speculative-token-map startup-weight-load-mode stream-interval swa-full-tokens-ratio
     swa-prefix-tails tbo-token-distribution-threshold tokenizer-backend tokenizer-metrics-custom-labels-header
-    tokenizer-mode tokenizer-worker-num tool-call-parser tool-server torch-compile-max-bs torchao-config
+    tokenizer-mode tokenizer-worker-num tool-server torch-compile-max-bs torchao-config
     trace-modules triton-attention-num-kv-splits triton-attention-split-tile-size
     unified-cache-external-linker-backend unified-cache-external-linker-config uno-lora-path warmups
     watchdog-timeout watermark-config weight-cache-mode weight-cache-socket weight-cache-timeout

@@ -17,11 +17,17 @@ _MAX_PENDING = 16  # tokens; a character in the making has at most 3
 
 
 class Detokenizer:
+    """kept: special tokens whose text comes out even when the others are skipped."""
+
     def __init__(
-        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        kept: Iterable[str] = (),
     ):
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids - tokenizer.special_ids_of(kept) if skip_special_tokens else frozenset()
         self._spaces = spaces_between_special_tokens
         self._prefix: list[int] = []  # the last tokens that are out entirely
         self._prefix_text = ""  # what they decode to, alone

@@ -131,7 +131,8 @@ class Front:
             vocabulary.reader("a stop string", "stop")
         samples = []
         for number in range(job.sampling.n):
-            stream = TextStream(vocabulary.tokenizer, job.sampling, self.engine.ready.eos_token_ids)
+            eos_token_ids = self.engine.ready.eos_token_ids
+            stream = TextStream(vocabulary.tokenizer, job.sampling, eos_token_ids, job.kept_tokens)
             held = self.registry.acquire(job.adapters)
             rid, index = next(rids), len(generation.samples)
             key = f"{rid}@{next(self._serial)}"

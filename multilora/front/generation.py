@@ -22,7 +22,10 @@ from multilora.params import SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One prompt of a request; `sampling.n` says how many samples of it are wanted."""
+    """One prompt of a request; `sampling.n` says how many samples of it are wanted.
+
+    kept_tokens: texts of special tokens that stay in the answer whatever `sampling.skip_special_tokens` says.
+    """
 
     prompt: Prompt
     sampling: SamplingParams
@@ -30,6 +33,7 @@ class Job:
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
+    kept_tokens: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from multilora.errors import BadRequest, PromptTooLong
+from multilora.front.tools.messages import prepare_messages
 from multilora.front.vocabulary import Vocabulary
 from multilora.params import SamplingParams
 
@@ -39,7 +40,9 @@ class ChatPrompt:
     options: dict[str, Any] = field(default_factory=dict)
 
     def encode(self, vocabulary: Vocabulary) -> list[int]:
-        return vocabulary.writer("chat", "messages").encode_chat(self.messages, **self.options)
+        tokenizer = vocabulary.writer("chat", "messages")
+        knows_developer = "developer" in tokenizer.chat_template
+        return tokenizer.encode_chat(prepare_messages(self.messages, knows_developer=knows_developer), **self.options)
 
 
 Prompt = TextPrompt | ChatPrompt | list[int]

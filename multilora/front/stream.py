@@ -60,7 +60,7 @@ class Delta:
 class TextStream:
     """Cumulative: text, token_ids, logprobs, …; `tokenizer` None: ids only, no text and no stop strings.
 
-    Raises BadRequest when made with a bad stop_regex.
+    kept: special tokens that `skip_special_tokens` does not skip. Raises BadRequest when made with a bad stop_regex.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class TextStream:
         tokenizer: Tokenizer | None,
         params: SamplingParams,
         eos_token_ids: Sequence[int] = (),
+        kept: Sequence[str] = (),
     ):
         self.params = params
         self.cached_tokens = 0
@@ -79,7 +80,7 @@ class TextStream:
         self._pieces: list[str] = []  # join to what is out
         self._out = 0  # characters of it
         self._held = ""  # text after it: perhaps the beginning of a stop
-        self._detokenizer = None if tokenizer is None else _detokenizer(tokenizer, params)
+        self._detokenizer = None if tokenizer is None else _detokenizer(tokenizer, params, kept)
         self._matcher: StopMatcher | None = None
         if params.stop_strings or params.stop_regexes:
             if tokenizer is None:
@@ -178,5 +179,5 @@ class TextStream:
         return delta
 
 
-def _detokenizer(tokenizer: Tokenizer, params: SamplingParams) -> Detokenizer:
-    return Detokenizer(tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens)
+def _detokenizer(tokenizer: Tokenizer, params: SamplingParams, kept: Sequence[str]) -> Detokenizer:
+    return Detokenizer(tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens, kept)

@@ -7,6 +7,7 @@ models or HTTP. Encoding is safe in several threads at once, and lets others run
 import inspect
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jinja2
@@ -38,7 +39,8 @@ class Tokenizer:
         self.hf = hf
         self.eos_token_id: int | None = hf.eos_token_id
         self.vocab_size: int = len(hf)
-        self.special_ids = frozenset(i for i, token in hf.added_tokens_decoder.items() if token.special)
+        self._special = {token.content: i for i, token in hf.added_tokens_decoder.items() if token.special}
+        self.special_ids = frozenset(self._special.values())
         self._token_texts: dict[int, str] = {}
         self._fast = all(getattr(type(hf), f) is getattr(PreTrainedTokenizerFast, f) for f in _ENCODERS)
         backend = hf.backend_tokenizer
@@ -78,6 +80,18 @@ class Tokenizer:
         if chat_template is not None:
             hf.chat_template = _read_template(chat_template)
         return cls(hf)
+
+    @property
+    def chat_template(self) -> str:
+        """The template, of several the one for conversations with tools; "": the model has none."""
+        template = self.hf.chat_template or ""
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default") or ""
+        return str(template)
+
+    def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """Ids of the special tokens among `texts`."""
+        return frozenset(self._special[text] for text in texts if text in self._special)
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer adds; a BOS that the text itself begins with is not doubled."""

@@ -7,14 +7,21 @@ from fastapi import APIRouter, Request, Response
 
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import BadRequest
+from multilora.front.adapter_spec import AdapterSpec
 from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import ChatPrompt
 from multilora.front.stream import Delta, TextStream
 from multilora.front.tokenizer import Tokenizer
+from multilora.front.tools.answer import AnswerReader
+from multilora.front.tools.request import ToolRequest
+from multilora.server.chat_answer import MessageStream, finish_reason, whole_message
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
 from multilora.server.openai_bodies import ChatBody
+
+PROMPT_END_TOKENS = 32
+"""Tokens of the prompt that are read again to see whether it leaves thoughts open."""
 
 
 def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
@@ -36,10 +43,14 @@ class ChatRequest(OpenAIRequest):
     def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any]):
         if body.top_logprobs is not None and not body.logprobs:
             raise BadRequest("top_logprobs: only together with logprobs", param="top_logprobs")
+        adapters = adapters_of(front.registry, body, 1)[0]
+        self._tools = _tools(front, body, adapters)
+        self._streams: dict[int, MessageStream] = {}  # by the sample's index
         job = Job(
-            prompt=_prompt(body),
-            sampling=body.sampling(sampling_defaults, _limit(body)),
-            adapters=adapters_of(front.registry, body, 1)[0],
+            prompt=_prompt(body, self._tools),
+            sampling=self._tools.constrain(body.sampling(sampling_defaults, _limit(body))),
+            adapters=adapters,
+            kept_tokens=self._tools.markers,
             return_logprob=bool(body.logprobs),
             top_logprobs_num=check_top_logprobs(body.top_logprobs or 0, "top_logprobs"),
         )
@@ -47,21 +58,37 @@ class ChatRequest(OpenAIRequest):
 
     def whole(self, sample: Sample) -> Choice:
         stream = sample.stream
+        message = whole_message(self._reader(sample), stream.text, thinks=self._tools.reasoning is not None)
         return {
             "index": sample.index,
-            "message": {"role": "assistant", "content": stream.text, "refusal": None},
+            "message": message,
             "logprobs": _logprobs(sample, stream),
-            "finish_reason": stream.finished.openai() if stream.finished else None,
+            "finish_reason": finish_reason(stream.finished, called="tool_calls" in message),
         }
 
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         if first:
+            self._streams[sample.index] = MessageStream(self._reader(sample))
             yield _chunk(sample.index, {"role": "assistant", "content": ""})
+        stream = self._streams[sample.index]
+        deltas = stream.push(delta.text, delta.finished)
         logprobs = _logprobs(sample, delta)
-        if delta.text or (logprobs and logprobs["content"]):
-            yield _chunk(sample.index, {"content": delta.text}, logprobs)
+        if not deltas and logprobs and logprobs["content"]:
+            deltas = [{"content": ""}]
+        for one in deltas:
+            yield _chunk(sample.index, one, logprobs)
+            logprobs = None  # the first one has them
         if delta.finished:
-            yield _chunk(sample.index, {}, finish_reason=delta.finished.openai())
+            yield _chunk(sample.index, {}, finish_reason=finish_reason(delta.finished, called=stream.called))
+
+    def _reader(self, sample: Sample) -> AnswerReader:
+        """The reader of the sample's answer."""
+
+        def prompt_end() -> str:
+            ids = sample.prompt_ids[-PROMPT_END_TOKENS:]
+            return sample.vocabulary.reader("reasoning").decode(ids, skip_special_tokens=False)
+
+        return self._tools.reader(prompt_end)
 
 
 def _chunk(
@@ -87,16 +114,16 @@ def _token(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str,
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def _prompt(body: ChatBody) -> ChatPrompt:
+def _prompt(body: ChatBody, tools: ToolRequest) -> ChatPrompt:
     options: dict[str, Any] = {
-        "tools": _tools(body),
+        "tools": tools.offered,
         "add_generation_prompt": body.add_generation_prompt is not False and not body.continue_final_message,
         "continue_final_message": bool(body.continue_final_message),
     }
     own = body.chat_template_kwargs or {}
     if taken := options.keys() & own.keys():
         raise BadRequest(f"{min(taken)!r} cannot be given to the chat template", param="chat_template_kwargs")
-    return ChatPrompt([message.plain() for message in body.messages], options | own)
+    return ChatPrompt([message.model_dump(exclude_unset=True) for message in body.messages], options | own)
 
 
 def _limit(body: ChatBody) -> int | None:
@@ -107,8 +134,13 @@ def _limit(body: ChatBody) -> int | None:
     return old if new is None else new
 
 
-def _tools(body: ChatBody) -> list[dict[str, Any]] | None:
-    """Tools go into the template; an answer that calls one comes back as text. Forcing a call is not served."""
-    if body.tool_choice not in (None, "auto", "none"):
-        raise BadRequest("tool_choice: only 'auto' and 'none' are served", param="tool_choice")
-    return None if body.tool_choice == "none" else body.tools or None
+def _tools(front: Front, body: ChatBody, adapters: AdapterSpec) -> ToolRequest:
+    tokenizer = front.vocabularies.of(adapters).tokenizer
+    return ToolRequest.parse(
+        body.tools,
+        body.tool_choice,
+        parallel=body.parallel_tool_calls is not False,
+        chat_template=tokenizer.chat_template if tokenizer else "",
+        tool_call_parser=front.config.tool_call_parser,
+        reasoning_parser=None if body.separate_reasoning is False else front.config.reasoning_parser,
+    )

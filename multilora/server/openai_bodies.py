@@ -15,8 +15,8 @@ from multilora.params import SamplingParams
 from multilora.server.bodies import Body, Prompts, Texts, TokenIds, words
 
 _IGNORED = words(
-    """user store metadata service_tier parallel_tool_calls safety_identifier prompt_cache_key prompt_cache_retention
-    prompt_cache_options verbosity priority request_id separate_reasoning stream_reasoning reasoning_effort
+    """user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention
+    prompt_cache_options verbosity priority request_id stream_reasoning reasoning_effort
     include_reasoning return_cached_tokens_details custom_labels"""
 )
 _UNSERVED = words(
@@ -128,22 +128,11 @@ class CompletionBody(OpenAIBody):
 
 
 class ChatMessage(BaseModel):
-    """One message; further fields (name, tool_calls, …) go to the chat template as they are."""
+    """One message, with all that the client says of it: `front.tools.messages` checks and prepares it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     role: str
     content: str | list[dict[str, Any]] | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """As the chat template wants it: text parts joined. Raises BadRequest for parts that are not text."""
-        if isinstance(self.content, list):
-            texts = []
-            for part in self.content:
-                if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    raise BadRequest("messages: only parts of type 'text' are served", param="messages")
-                texts.append(part["text"])
-            return self.model_dump(exclude_unset=True) | {"content": "\n".join(texts)}
-        return self.model_dump(exclude_unset=True) | {"content": self.content or ""}
 
 
 class ChatBody(OpenAIBody):
@@ -153,8 +142,10 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Any = None  # see front/tools/definitions.py, as for tool_choice
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -103,7 +103,6 @@ def test_tools_go_into_the_template():
     assert chat(s, tools=tools, tool_choice="auto").status == 200
     assert chat(s, tools=tools, tool_choice="none").status == 200
     assert [m.input_ids for m in s.client.submitted] == [TOKENIZER.encode(text)[1:] for text in ("findhi", "hi")]
-    assert chat(s, tools=tools, tool_choice="required").error["param"] == "tool_choice"
 
 
 BAD = [
@@ -111,7 +110,10 @@ BAD = [
     ({"messages": "hi"}, "messages"),
     ({"messages": [{"content": "hi"}]}, "messages"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0].type",
+    ),
     ({"top_logprobs": 1}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": 2}, "logprobs"),

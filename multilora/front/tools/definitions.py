@@ -1,7 +1,7 @@
 """The tools and the tool choice of a request, checked at the door.
 
-Pure functions over decoded JSON; every error is a BadRequest whose `param` is the path of the field. Called by the
-OpenAI routes and by `LLM.chat`.
+Pure functions over decoded JSON; every error is a BadRequest whose `param` is the path of the field. Called by
+`request.py`.
 """
 
 import re

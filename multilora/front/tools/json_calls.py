@@ -29,7 +29,7 @@ class JsonCalls(CallScanner):
         self._may_list = self.lists  # a "[" may come
         self._call = CallObject()
 
-    def _opened(self, marker: str) -> None:
+    def _opened(self, marker: str) -> None:  # noqa: ARG002 - part of the contract
         self._known = None
         self._in_list = False
         self._may_list = self.lists

@@ -8,7 +8,7 @@ character; whatever it has taken since the last complete call is kept in `_taken
     mode     |-- outside --|------------------- inside -------------------------------|- outside
     _taken                 |--------------------------------------------| then empty: the call has ended
 
-Nothing is read twice, so the work is linear in the length of the answer. Called by the format modules.
+Nothing is read twice, so the work is linear in the length of the answer. The format modules build on it.
 """
 
 import re

@@ -1,0 +1,83 @@
+"""What one chat request says of tools and thoughts, and what follows from it for its prompt, grammar and answers.
+
+Made once for each request, before anything is submitted. Called by `chat.py`; knows nothing of HTTP.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import msgspec
+
+from multilora.errors import BadRequest
+from multilora.front.tools.answer import AnswerReader
+from multilora.front.tools.definitions import Tool, ToolChoice, parse_tool_choice, parse_tools
+from multilora.front.tools.families import FAMILIES, Family, choose, open_parser
+from multilora.front.tools.reasoning import REASONING, ReasoningParser
+from multilora.front.tools.schema import forced_schema
+from multilora.params import SamplingParams
+
+_THINK_TAGS = ("<think>", "</think>")
+
+
+@dataclass(frozen=True)
+class ToolRequest:
+    """offered: the tools as the client sent them, for the chat template; None: it sees none.
+
+    family: the format in which the model writes its calls; None: not known, so that calls under "auto" are content.
+    reasoning: makes the reasoning parser of one answer from the end of its prompt; None: thoughts are content.
+    """
+
+    offered: list[dict[str, Any]] | None
+    tools: Sequence[Tool]
+    choice: ToolChoice
+    parallel: bool
+    family: Family | None
+    reasoning: Callable[[str], ReasoningParser] | None
+
+    @classmethod
+    def parse(
+        cls,
+        tools: Any,
+        tool_choice: Any,
+        *,
+        parallel: bool,
+        chat_template: str,
+        tool_call_parser: str | None,
+        reasoning_parser: str | None,
+    ) -> Self:
+        """From the fields of a body and the names of the parsers; a null `tool_call_parser` is chosen from the
+        template. Raises BadRequest naming the field."""
+        parsed = parse_tools(tools)
+        choice = parse_tool_choice(tool_choice, parsed)
+        name = tool_call_parser or choose(chat_template)
+        return cls(
+            offered=tools if parsed and choice.mode != "none" else None,
+            tools=parsed,
+            choice=choice,
+            parallel=parallel,
+            family=FAMILIES[name] if name else None,
+            reasoning=REASONING[reasoning_parser] if reasoning_parser and not choice.forced else None,
+        )
+
+    def constrain(self, sampling: SamplingParams) -> SamplingParams:
+        """`sampling` with the grammar of a forced call; unchanged where none is forced. Raises BadRequest."""
+        schema = forced_schema(self.choice, self.tools, parallel=self.parallel)
+        if schema is None:
+            return sampling
+        if sampling.grammar_field is not None:
+            message = "'required' or a named function cannot be combined with response_format or another grammar"
+            raise BadRequest(f"tool_choice: {message}", param="tool_choice")
+        return msgspec.structs.replace(sampling, json_schema=json.dumps(schema))
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Special tokens that have to stay in the answer's text, because a parser looks for them."""
+        calls = self.family.markers if self.family and self.choice.mode == "auto" else ()
+        return calls + _THINK_TAGS if self.reasoning else calls
+
+    def reader(self, prompt_end: Callable[[], str]) -> AnswerReader:
+        """The reader of one answer. prompt_end: gives the end of its rendered prompt."""
+        reasoning = self.reasoning(prompt_end()) if self.reasoning else None
+        return AnswerReader(reasoning, open_parser(self.family, self.choice, self.tools), parallel=self.parallel)
