@@ -90,11 +90,13 @@ class Config:
     tool_call_parser: str | None = _model(
         None,
         "how the model writes tool calls (default: as its chat template teaches, if that is a known format)",
+        metavar="NAME",
         choices=(KeysOf("multilora.front.tools.families:FAMILIES"),),
     )
     reasoning_parser: str | None = _model(
         None,
         "how the model marks its thoughts, which then become reasoning_content (default: they stay in the answer)",
+        metavar="NAME",
         choices=(KeysOf("multilora.front.tools.reasoning:REASONING"),),
     )
     skip_tokenizer_init: bool = _model(False, "no tokenizer: requests carry input_ids, answers output_ids")

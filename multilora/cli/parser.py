@@ -131,7 +131,7 @@ def _kind(opt: Option) -> dict[str, Any]:
     if opt.type is bool:
         return {"action": argparse.BooleanOptionalAction if opt.default else "store_true"}
     if opt.choices:
-        return {"type": opt.type, "metavar": f"{{{','.join(map(str, opt.choices))}}}"}
+        return {"type": opt.type, "metavar": opt.metavar or f"{{{','.join(map(str, opt.choices))}}}"}
     if opt.many:
         return {"action": "extend", "nargs": "*" if opt.type is LoraPath else "+", "metavar": opt.metavar}
     if opt.size:
