@@ -134,11 +134,11 @@ class Peers:
         """Where a name that a module imports is defined; None for what lies outside the wheels."""
         dotted, original = module.imports.get(name, ("", ""))
         wheel = self._wheels.get(dotted.partition(".")[0])
-        if wheel is None:
-            return None
         base = dotted.replace(".", "/")
-        path = next((p for p in (f"{base}.py", f"{base}/__init__.py") if p in wheel.namelist()), None)
-        return (self.module(path), original) if path else None
+        for path in (f"{base}.py", f"{base}/__init__.py"):
+            if wheel is not None and path in wheel.NameToInfo:
+                return self.module(path), original
+        return None
 
     def find_class(self, module: Module, name: str) -> tuple[Module, ast.ClassDef] | None:
         if name in module.classes:
@@ -236,7 +236,8 @@ def main() -> None:
     data = read_bodies(Path(sys.argv[1]))
     text = json.dumps(data, indent=1, ensure_ascii=False)
     # one line for each field: a change of a peer's version is then a readable difference
-    text = re.sub(r"\{\n\s+((?:\"(?:class|file|line|default|required|computed)\": [^\n{}]*\n?\s*)+)\}", _one_line, text)
+    facts = r"\{\n\s+((?:\"(?:class|file|line|default|required|computed)\": [^\n{}]*\n?\s*)+)\}"
+    text = re.sub(facts, _one_line, text)
     sys.stdout.write(text + "\n")
 
 
