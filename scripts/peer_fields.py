@@ -155,9 +155,9 @@ class Peers:
                     yield name, {"class": found[1].name, "file": found[0].path} | facts
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                name = self._body_name(item)
-                if name is not None:
-                    yield name, {"line": item.lineno} | self._default(module, item)
+                own = self._body_name(item)
+                if own is not None:
+                    yield own, {"line": item.lineno} | self._default(module, item)
 
     @staticmethod
     def _body_name(item: ast.AnnAssign) -> str | None:

@@ -90,9 +90,10 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
 
     def weights(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What PEFT would save: the tensors by name, and the config."""
+        """What PEFT would save: the tensors by name, and the config as JSON has it."""
         tensors = {name: t.detach().clone() for name, t in get_peft_model_state_dict(self.model).items()}
-        return tensors, self.model.peft_config["default"].to_dict()
+        config = self.model.peft_config["default"].to_dict()
+        return tensors, {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every answer's tokens, `[rollouts, longest answer]`, and the mask of those that exist."""
