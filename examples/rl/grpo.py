@@ -43,7 +43,7 @@ class Settings:
     """`prompts` × `group` answers a step; `held_out` sums of the 100 are never trained on."""
 
     steps: int = 50
-    prompts: int = 10
+    prompts: int = 8
     group: int = 8
     held_out: int = 30
     max_new_tokens: int = 16
