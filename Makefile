@@ -5,21 +5,25 @@
 #   make serve       the server, until Ctrl-C;          ARGS="--port 8000 --lora-paths …"
 #   make check       format, lint, types, layer order
 #   make test        the tests (CPU, minutes);          ARGS="-k scheduler"
+#   make test-slow   deaths, restarts and real waits of whole processes (CPU)
+#   make coverage    both, with the share of lines that they run
 #   make test-gpu    those that need a CUDA device, and on it those that compare with PEFT
 #   make bench       benchmarks;                        ARGS="--help"
 #
 # PYTHON       the interpreter that .venv is made with, 3.11 or newer
+# WORKERS      how many processes run the tests, 0 for none of their own
 # TORCH_INDEX  where torch comes from: the URL of another index, for those who want the CPU build from elsewhere
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-gpu bench clean
+.PHONY: help setup demo serve check test test-slow coverage test-gpu bench clean
 
 help:
 	@sed -n 's/^#  *make /make /p' Makefile
@@ -47,8 +51,17 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layers.py
 
+# A file's tests stay on one worker, so that what they share is built once.
 test: $(READY)
-	$(BIN)/pytest -q -m 'not gpu' $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not slow' $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/pytest -q -m 'slow and not gpu' $(ARGS)
+
+coverage: $(READY)
+	rm -f .coverage*
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu' --cov --cov-report= $(ARGS)
+	$(BIN)/coverage report --skip-covered --sort=cover
 
 # With pytest-xdist, PYTEST_ADDOPTS="-n 8" shortens it to minutes. Of test_parity.py the two families that the table of
 # test_peft_parity.py lacks; without -k all five.

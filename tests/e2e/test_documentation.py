@@ -290,6 +290,7 @@ def test_a_hang_up_aborts(server):
     assert server.metric("vllm:num_requests_running") == 0
 
 
+@pytest.mark.slow
 def test_sigterm_drains(tmp_path_factory):
     with serving(tmp_path_factory, "--lora-paths", f"sql={PATHS['sql']}") as server, ThreadPoolExecutor(1) as thread:
         running = thread.submit(server.generate, PROMPT, "sql")
@@ -299,10 +300,13 @@ def test_sigterm_drains(tmp_path_factory):
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_a_dead_engine_is_noticed_at_once(tmp_path_factory):
     server = Server(log=tmp_path_factory.mktemp("server") / "log")
     try:
-        engine = next(p for p in psutil.Process(server.process.pid).children() if "engine.worker" in str(p.cmdline()))
+        engine = next(
+            p for p in psutil.Process(server.process.pid).children() if "engine.process.worker" in str(p.cmdline())
+        )
         with ThreadPoolExecutor(1) as thread:
             sampling = {"max_new_tokens": 2000, "ignore_eos": True}
             waiting = thread.submit(server.generate, PROMPT, None, sampling_params=sampling)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from multilora.demo import adapter_paths, base_model_path
 
 HELPER = Path(__file__).parents[1] / "adapters" / "sources" / "hub_server.py"
@@ -26,6 +28,7 @@ def run(cache: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_everything_from_the_hub_then_offline_from_its_cache(tmp_path):
     spec = importlib.util.spec_from_file_location("hub_server", HELPER)
     hub = importlib.util.module_from_spec(spec)

@@ -281,7 +281,7 @@ def test_an_adapter_being_unloaded_is_not_unknown(registry):
 def some_choice(rng: random.Random, name: str) -> AdapterSpec:
     if rng.random() < 0.6:
         return only(name)
-    return tuple((part, rng.spec([0.0, 0.5, 1.0])) for part in rng.sample("abcd", k=rng.randrange(1, 4)))
+    return tuple((part, rng.choice([0.0, 0.5, 1.0])) for part in rng.sample("abcd", k=rng.randrange(1, 4)))
 
 
 def test_random_operations():
@@ -298,7 +298,7 @@ def test_random_operations():
         registry.when_idle(version, lambda: (registry.finish_unload(version), waiting.remove(version)))
 
     for _ in range(5000):
-        name = rng.spec("abcd")
+        name = rng.choice("abcd")
         try:
             match rng.randrange(9):
                 case 0:

@@ -176,7 +176,7 @@ def test_adapters_come_and_go_and_their_tables_are_compacted():
     for slot in range(3):
         world.install(slot)
     addresses = backend._table
-    panels = len(world.layouts[0].slots)
+    panels = len(world.layouts[0].positions)
     addresses.addresses = addresses.addresses[: panels * 5 + panels // 2]  # a gap of one adapter, then room for 2.5
     gone = world.table.lookup(1)[1]
     world.table.remove(1)

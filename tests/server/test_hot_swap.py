@@ -143,6 +143,7 @@ def test_swap_in_the_middle_of_answers(world: World, files: Files) -> None:
     world.play(scenario)
 
 
+@pytest.mark.slow
 def test_the_same_path_with_other_files(world: World, files: Files, tmp_path: Path) -> None:
     async def scenario(server: LocalServer) -> None:
         shutil.copytree(files.path / "old", tmp_path / "a")
@@ -169,6 +170,7 @@ def test_unload_and_load_again(world: World, files: Files) -> None:
     world.play(scenario)
 
 
+@pytest.mark.slow
 def test_a_composition_follows_its_parts(world: World, files: Files) -> None:
     async def scenario(server: LocalServer) -> None:
         await load(server, files.path / "old")

@@ -68,6 +68,7 @@ def is_staged(staging: Staging, pages: torch.Tensor) -> bool:
     return 0 <= pages.data_ptr() - staging._address < STAGING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deaths", [(), (100, 250, 400)])
 def test_in_any_order(loader: ProcessLoader, tmp_path: Path, deaths: tuple[int, ...]) -> None:
     """deaths: after how many loads the loader is killed."""

@@ -192,6 +192,7 @@ def until_staged(loader: ProcessLoader, path: str, versions: Iterator[int]) -> t
         assert time.monotonic() < end, "it is not used again"
 
 
+@pytest.mark.slow
 def test_after_a_death_the_staging_memory_is_used_again_when_nobody_holds_it(
     staged: ProcessLoader, tmp_path: Path
 ) -> None:
@@ -278,6 +279,7 @@ def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", popen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staging", [0, STAGING])
 def test_with_packing_processes(tmp_path: Path, many_cores: None, staging: int) -> None:
     """The same bytes, and they end with the loader however it ends."""
@@ -304,6 +306,7 @@ def test_with_packing_processes(tmp_path: Path, many_cores: None, staging: int) 
     assert not psutil.wait_procs(packers, SECONDS)[1]
 
 
+@pytest.mark.slow
 def test_while_a_packing_process_of_the_dead_loader_is_left_nobody_else_gets_the_staging_memory(
     tmp_path: Path, many_cores: None
 ) -> None:
@@ -332,6 +335,7 @@ def test_while_a_packing_process_of_the_dead_loader_is_left_nobody_else_gets_the
         loader.close()
 
 
+@pytest.mark.slow
 def test_when_the_process_dies_what_was_pending_fails_and_the_next_job_works(
     own: ProcessLoader, tmp_path: Path
 ) -> None:
@@ -351,6 +355,7 @@ def test_when_the_process_dies_what_was_pending_fails_and_the_next_job_works(
     assert not psutil.pid_exists(process.pid)
 
 
+@pytest.mark.slow
 def test_a_death_between_two_jobs_costs_nothing(own: ProcessLoader, tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a")
     own._life.process.kill()
@@ -359,6 +364,7 @@ def test_a_death_between_two_jobs_costs_nothing(own: ProcessLoader, tmp_path: Pa
     assert wait_for(own, 1)[1][0].kind == ""
 
 
+@pytest.mark.slow
 def test_a_death_that_nobody_has_noticed_yet(own: ProcessLoader, tmp_path: Path, monkeypatch) -> None:
     """The process has closed its end but is not a zombie yet."""
     path = write_adapter(tmp_path / "a")
@@ -408,6 +414,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ENDS)
 def test_a_process_that_always_dies_at_its_start(
     code: str, python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -442,6 +449,7 @@ def test_a_process_that_always_dies_at_its_start(
         loader.close()
 
 
+@pytest.mark.slow
 def test_what_the_process_had_to_do_when_it_died_at_its_start_fails_once(python: Python, tmp_path: Path) -> None:
     python.code = "import time; time.sleep(0.2); raise ImportError('no tensors here')"
     loader = ProcessLoader(CONTEXT)
@@ -458,6 +466,7 @@ def test_what_the_process_had_to_do_when_it_died_at_its_start_fails_once(python:
         loader.close()
 
 
+@pytest.mark.slow
 def test_in_a_pause_nobody_is_told_which_parts_are_free(
     python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,6 +501,7 @@ def no_descriptor_left() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noticed_by", ["poll", "submit"])
 def test_no_descriptor_is_left_when_it_dies(
     own: ProcessLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noticed_by: str
@@ -520,6 +530,7 @@ def test_no_descriptor_is_left_when_it_dies(
     assert open_files() <= before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("staging", "noticed_by"), [(0, "submit"), (STAGING, "submit"), (STAGING, "poll")])
 def test_what_the_process_had_answered_before_it_died_counts(tmp_path: Path, staging: int, noticed_by: str) -> None:
     """The answer lies there, unread, also when it is a new job that finds it dead; and the process was of use."""
@@ -548,6 +559,7 @@ def test_what_the_process_had_answered_before_it_died_counts(tmp_path: Path, sta
         loader.close()
 
 
+@pytest.mark.slow
 def test_a_death_that_is_noticed_late_is_one_at_its_start_all_the_same(
     python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -589,6 +601,7 @@ def test_close_leaves_neither_process_nor_descriptor() -> None:
     assert open_files() <= before
 
 
+@pytest.mark.slow
 def test_close_does_not_wait_for_a_process_that_hangs() -> None:
     loader = ProcessLoader(CONTEXT)
     os.kill(loader._life.process.pid, signal.SIGSTOP)
@@ -618,6 +631,7 @@ process.main()
 """
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_its_engine_in_the_middle_of_a_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

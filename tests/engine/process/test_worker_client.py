@@ -224,6 +224,7 @@ def test_requests_go_on_while_an_adapter_loads(front: Front, files: Path) -> Non
     front.run(front.client.unload_adapter(30))
 
 
+@pytest.mark.slow
 def test_the_loader_may_die_and_the_engine_sleeps_when_idle(front: Front, files: Path) -> None:
     engine = front.engine()
     (loader,) = engine.children()
@@ -238,6 +239,7 @@ def test_the_loader_may_die_and_the_engine_sleeps_when_idle(front: Front, files:
     assert after.user + after.system - before.user - before.system < 0.3
 
 
+@pytest.mark.slow
 def test_while_the_loader_cannot_be_started_what_is_loaded_is_served(front: Front, files: Path) -> None:
     versions = itertools.count(41)
 
@@ -306,6 +308,7 @@ def test_stats_are_true_after_a_call_to_an_idle_engine(front: Front, files: Path
 # ---------------------------------------------------------------------- ends
 
 
+@pytest.mark.slow
 def test_when_the_engine_is_killed_everyone_hears_at_once(files: Path) -> None:
     front = Front(config(files))
     queues = [front.submit(max_new_tokens=LONG) for i in range(3)]
@@ -335,6 +338,7 @@ def test_when_the_engine_is_killed_everyone_hears_at_once(files: Path) -> None:
     assert not gone(loaders, SECONDS), "the loader outlives its engine"
 
 
+@pytest.mark.slow
 def test_when_a_step_fails_everyone_hears_and_the_log_says_why(files: Path, capfd: pytest.CaptureFixture) -> None:
     """As a CUDA error would: a token that the front would never let in makes the forward pass raise."""
     front = Front(config(files))
@@ -352,6 +356,7 @@ def test_when_a_step_fails_everyone_hears_and_the_log_says_why(files: Path, capf
     assert "IndexError" in log, "why"
 
 
+@pytest.mark.slow
 def test_messages_that_cannot_be_read_end_the_engine(
     files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -414,6 +419,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["starting", "loading", "busy"])
 def test_the_engine_ends_with_its_parent(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
