@@ -11,7 +11,6 @@ from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import ChatPrompt
 from multilora.front.stream import Delta, TextStream
-from multilora.front.tokenizer import Tokenizer
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
 from multilora.server.openai_bodies import ChatBody
@@ -34,7 +33,7 @@ class ChatRequest(OpenAIRequest):
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any]):
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs: only together with logprobs", param="top_logprobs")
         job = Job(
             prompt=_prompt(body),
@@ -43,25 +42,44 @@ class ChatRequest(OpenAIRequest):
             return_logprob=bool(body.logprobs),
             top_logprobs_num=check_top_logprobs(body.top_logprobs or 0, "top_logprobs"),
         )
-        super().__init__(body, [job])
+        super().__init__(body, [job], front.config.model_name)
 
     def whole(self, sample: Sample) -> Choice:
         stream = sample.stream
         return {
             "index": sample.index,
             "message": {"role": "assistant", "content": stream.text, "refusal": None},
-            "logprobs": _logprobs(sample, stream),
+            "logprobs": self._logprobs(sample, stream),
             "finish_reason": stream.finished.openai() if stream.finished else None,
-        }
+        } | self._token_ids(stream)
+
+    def prompt_token_ids(self, sample: Sample) -> dict[str, Any]:
+        return {"prompt_token_ids": sample.prompt_ids} if self._body.return_token_ids else {}
 
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         if first:
             yield _chunk(sample.index, {"role": "assistant", "content": ""})
-        logprobs = _logprobs(sample, delta)
-        if delta.text or (logprobs and logprobs["content"]):
-            yield _chunk(sample.index, {"content": delta.text}, logprobs)
+        logprobs, token_ids = self._logprobs(sample, delta), self._token_ids(delta)
+        if delta.text or (logprobs and logprobs["content"]) or token_ids.get("token_ids"):
+            yield _chunk(sample.index, {"content": delta.text}, logprobs) | token_ids
         if delta.finished:
             yield _chunk(sample.index, {}, finish_reason=delta.finished.openai())
+
+    def _logprobs(self, sample: Sample, part: TextStream | Delta) -> dict[str, Any] | None:
+        """`part`: all of the answer, or what is new of it."""
+        if not sample.job.return_logprob:
+            return None
+        tokenizer = sample.vocabulary.reader("logprobs", "logprobs")
+
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            text = tokenizer.token_text(token)
+            return {"token": self._token_name(token, text), "logprob": logprob, "bytes": list(text.encode())}
+
+        content = [
+            entry(token, one.logprob) | {"top_logprobs": [entry(t, lp) for lp, t in one.top]}
+            for token, one in zip(part.token_ids, part.logprobs, strict=False)
+        ]
+        return {"content": content, "refusal": None}
 
 
 def _chunk(
@@ -70,29 +88,14 @@ def _chunk(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _logprobs(sample: Sample, part: TextStream | Delta) -> dict[str, Any] | None:
-    """`part`: all of the answer, or what is new of it."""
-    if not sample.job.return_logprob:
-        return None
-    tokenizer = sample.vocabulary.reader("logprobs", "logprobs")
-    content = [
-        _token(tokenizer, token, one.logprob) | {"top_logprobs": [_token(tokenizer, t, lp) for lp, t in one.top]}
-        for token, one in zip(part.token_ids, part.logprobs, strict=False)
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _token(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
-    text = tokenizer.token_text(token)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
 def _prompt(body: ChatBody) -> ChatPrompt:
     options: dict[str, Any] = {
         "tools": _tools(body),
         "add_generation_prompt": body.add_generation_prompt is not False and not body.continue_final_message,
         "continue_final_message": bool(body.continue_final_message),
     }
+    if body.reasoning_effort is not None:
+        options["reasoning_effort"] = body.reasoning_effort
     own = body.chat_template_kwargs or {}
     if taken := options.keys() & own.keys():
         raise BadRequest(f"{min(taken)!r} cannot be given to the chat template", param="chat_template_kwargs")

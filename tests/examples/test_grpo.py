@@ -61,7 +61,7 @@ def _wait(url, process, log):
     pytest.fail(f"the server did not start:\n{log.read_text()}")
 
 
-@pytest.fixture(params=["in_process", "over_http"])
+@pytest.fixture(params=["in_process", pytest.param("over_http", marks=pytest.mark.slow)])
 def rollouts(request, rl):
     found = rl.InProcess() if request.param == "in_process" else rl.OverHttp(request.getfixturevalue("url"))
     yield found
@@ -72,6 +72,7 @@ def small(rl, **changes):
     return rl.Settings(steps=2, prompts=3, group=4, held_out=6, **changes)
 
 
+@pytest.mark.slow
 def test_each_step_publishes_a_version_that_the_trainer_agrees_with(rl, rollouts):
     loop = rl.Loop(small(rl), rollouts)
     loop.publish(0)
@@ -105,6 +106,7 @@ def test_rollouts_come_from_the_weights_that_were_published_last(rl, rollouts):
     assert before[0].tolist() != pytest.approx(of_base.logprobs, abs=0.1)  # those weights are another model
 
 
+@pytest.mark.slow
 def test_both_ways_sample_the_same_tokens(rl, url):
     settings = small(rl)
     params = {"temperature": 1.0, "max_new_tokens": 8, "sampling_seed": 7}
