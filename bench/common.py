@@ -1,5 +1,5 @@
-"""What every benchmark says about itself: hardware, commit, versions, the hardware's limits measured in the same run.
-And how it shows a row."""
+"""What all benchmarks share: the description of hardware, commit and versions, the hardware's limits measured in the
+same run, and the format of a row."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def read_bandwidth(device: torch.device, nbytes: int = 1 << 29) -> float:
-    """Bytes per second of summing a large array: the most that weights can be streamed at."""
+    """Bytes per second of summing a large array: the highest rate at which weights can be read."""
     data = torch.ones(nbytes // 4, device=device)
     return nbytes / _best_of_5(device, data.sum)
 
@@ -61,7 +61,7 @@ def _best_of_5(device: torch.device, run: Callable[[], Any]) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a benchmark, before it is measured. Of milliseconds and ratios less is better, else more."""
+    """One line of a benchmark, before it is measured. For milliseconds and ratios less is better, else more."""
 
     name: str
     unit: str
@@ -93,7 +93,7 @@ def _rounded(value: Any) -> Any:
 
 
 def finish(result: dict[str, Any], out: str | None) -> None:
-    """The last line is JSON; `out` keeps it as a file."""
+    """Print the result as JSON, on the last line. out: also write it to this file."""
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(result, indent=1) + "\n")

@@ -20,7 +20,7 @@ import torch
 from bench.common import environment, finish, read_bandwidth, say
 from multilora.batch import LoraSegment
 from multilora.layers.triton_ops import silu_and_mul
-from multilora.lora.panels import AdapterShape, PanelGeometry, place_panels
+from multilora.lora.panels import AdapterShape, PanelGeometry, make_layout
 from multilora.lora.reference import ReferenceLora
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
@@ -52,7 +52,8 @@ def llama_sites(layers: int = LAYERS) -> tuple[LoraSite, ...]:
 
 @dataclass(frozen=True)
 class Workload:
-    """singles: places of single rows, which come first; adapters: places that share the other rows out evenly."""
+    """Rows of one step. singles: slots of single rows, which come first; adapters: slots that share the other rows
+    evenly."""
 
     name: str
     rows: int
@@ -73,7 +74,7 @@ class Workload:
 
 
 R16, MIXED = tuple(range(64)), tuple(range(64, 128))
-RANKS = (*[16] * 64, *[8, 16, 32, 64] * 16)  # by place
+RANKS = (*[16] * 64, *[8, 16, 32, 64] * 16)  # by slot
 WORKLOADS = (
     Workload("64 rows, 64 distinct rank-16", 64, R16),
     Workload("32 rows, 32 distinct rank-16", 32, R16[:32]),
@@ -101,7 +102,7 @@ class World:
     def __post_init__(self) -> None:
         geometry = PanelGeometry(PAGE_BYTES, DTYPE.itemsize)
         self.layouts = [
-            place_panels(self.sites, AdapterShape(tuple(tuple(rank for _ in s.slices) for s in self.sites)), geometry)
+            make_layout(self.sites, AdapterShape(tuple(tuple(rank for _ in s.slices) for s in self.sites)), geometry)
             for rank in self.ranks
         ]
         pages = sum(layout.num_pages for layout in self.layouts)
@@ -123,7 +124,7 @@ class World:
         return adapters + int(columns * work.rows * DTYPE.itemsize)
 
     def step(self, backend: TritonLora, rows: int) -> None:
-        """All sites once; of large steps with the activation of gate and up, which LoRA may be part of."""
+        """All sites once. Large steps include the activation of gate and up, which LoRA may be part of."""
         for site in self.sites:
             y, x = self.out[site.out_features][:rows], self.rows[site.in_features][:rows]
             if site.name == GATED and rows > GRAPH_ROWS:
@@ -132,7 +133,7 @@ class World:
                 backend.apply(y, x, site.index)
 
     def activate(self, rows: int) -> None:
-        """What the base model does of that."""
+        """The share of `step` that the base model does without LoRA: the activations."""
         for site in self.sites:
             if site.name == GATED:
                 silu_and_mul(self.out[site.out_features][:rows])
@@ -182,7 +183,7 @@ def events_ms(run: Callable[[], None], repeats: int) -> float:
 
 
 def host_ms(run: Callable[[], None], repeats: int = 5) -> float:
-    """Median milliseconds until the host has launched it all."""
+    """Median milliseconds that the host takes to launch everything."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -236,7 +237,7 @@ def measure(
     best: Tuning | None = None,
     works: Sequence[Workload] = WORKLOADS,
 ) -> None:
-    """Hold every variant against the reference, time it, and finish `result`. best: instead of what is committed."""
+    """Compare every variant with the reference, time it, and finish `result`. best: replaces the committed tuning."""
     tuning, small, large = best or CSGMV, [w for w in works if w.decode], [w for w in works if not w.decode]
     plain = replace(tuning, large=replace(tuning.large, gated=None))
     variants = {
@@ -262,7 +263,7 @@ def measure(
 
 
 def begin(parser: argparse.ArgumentParser) -> tuple[dict[str, Any], float]:
-    """What every result says of where it was measured, and the read bandwidth in bytes/s."""
+    """The description of the machine that every result begins with, and the read bandwidth in bytes/s."""
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     result: dict[str, Any] = environment("triton")

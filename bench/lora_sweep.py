@@ -1,4 +1,4 @@
-"""Finds block sizes of the LoRA kernels: one kind after the other, by the time of the whole step.
+"""Finds block sizes of the LoRA kernels: one kind after the other, by the time of a step.
 
     python -m bench.lora_sweep [--out bench/results/lora_kernels_sweep.json]
 

@@ -1,7 +1,7 @@
-"""`multilora` and `python -m multilora`: `serve`, and `adapters` for a look at one of them. Exit code 2 when the
+"""`multilora` and `python -m multilora`: `serve`, and `adapters` to examine one adapter. The exit code is 2 if the
 arguments are wrong.
 
-Heavy libraries are imported only once there is something to do.
+Heavy libraries are imported only by the command that needs them.
 """
 
 import sys
@@ -13,6 +13,7 @@ from multilora.errors import ConfigError, ModelUnsupported
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, by default that of `sys.argv`, and return its exit code."""
     try:
         args = cli.parse(sys.argv[1:] if argv is None else argv)
         logs.setup(args.log_level, role="front")

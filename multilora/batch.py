@@ -1,4 +1,4 @@
-"""The plain data that a forward pass works on. Built anew each step by `engine/execution/runner.py`, never patched.
+"""The plain data that a forward pass works on. It is built anew for each step and never patched.
 
 Rows are tokens. Requests lie one after the other, ordered so that rows of the same adapter are neighbours.
 """
@@ -10,10 +10,10 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LoraSegment:
-    """Rows [start, end) and the adapter blocks that act on them; a row belongs to at most one segment.
+    """Rows [start, end) and the adapters that act on them; a row belongs to at most one segment.
 
-    `slots`: indices into the LoRA table (one per adapter; several when adapters are composed);
-    `weights`: one fp32 factor per place.
+    slots: indices into the LoRA table, one per adapter (several when adapters are composed); weights: one fp32 factor
+    per slot.
     """
 
     start: int
@@ -24,7 +24,8 @@ class LoraSegment:
 
 @dataclass(frozen=True, slots=True)
 class AttentionMeta:
-    """Which tokens attend to what. R requests, T tokens, request r owns T rows [q_start[r], q_start[r + 1])."""
+    """Which tokens attend to what. There are R requests and T tokens; the tokens of request r follow those of
+    request r - 1."""
 
     q_lens: tuple[int, ...]  # [R] new tokens of each request in this step, each ≥ 1
     kv_lens: tuple[int, ...]  # [R] tokens of each request once this step has run (cached + new)
@@ -35,7 +36,7 @@ class AttentionMeta:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """One step's input. `lora` is empty when no row has an adapter."""
+    """The input of one step. `lora` is empty when no row has an adapter."""
 
     input_ids: torch.Tensor  # int64 [T]
     positions: torch.Tensor  # int64 [T]

@@ -30,7 +30,7 @@
 
 
 class MultiloraError(Exception):
-    """Base of all. `status`: the HTTP status; `param`: the request field it is about, if one."""
+    """The base of all errors. status: the HTTP status; param: the request field that it is about, if any."""
 
     status = 500
 
@@ -41,6 +41,7 @@ class MultiloraError(Exception):
 
     @property
     def kind(self) -> str:
+        """The class name, which travels between processes."""
         return type(self).__name__
 
 
@@ -57,6 +58,8 @@ class OutOfMemory(MultiloraError):
 
 
 class BadRequest(MultiloraError):
+    """One field of a request is wrong."""
+
     status = 400
 
 
@@ -83,10 +86,14 @@ class UnknownAdapter(BadRequest):
 
 
 class UnknownModel(MultiloraError):
+    """The OpenAI field `model` names neither the base model nor an adapter."""
+
     status = 404
 
 
 class AdapterError(MultiloraError):
+    """An adapter could not be loaded, unloaded or brought back."""
+
     status = 400
 
 
@@ -127,6 +134,8 @@ class AdapterStarvation(AdapterError):
 
 
 class Unauthorized(MultiloraError):
+    """The API key is missing or wrong."""
+
     status = 401
 
 

@@ -1,4 +1,4 @@
-"""Sampling parameters: names and defaults as SGLang's native API has them; checked once, at the door.
+"""Sampling parameters: names and defaults are those of SGLang's native API; they are checked once, on arrival.
 
 `SamplingParams.parse` turns a client's JSON object into the frozen struct and raises `BadRequest` naming the
 field and the value. The struct travels to the engine as it is.
@@ -12,16 +12,16 @@ import msgspec
 from multilora.errors import BadRequest
 
 Composition = tuple[tuple[int, float], ...]
-"""Which adapters act on a request, as (version, weight): () is the base model, ((v, 1.0),) plainly version v."""
+"""The adapters that act on a request, as (version, weight): () is the base model, ((v, 1.0),) is version v alone."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """How the next token of one request is chosen, and when the request ends.
 
-    Order of operations on the logits: repetition, frequency and presence penalties; logit bias; grammar mask and
-    `min_new_tokens`; temperature; then top-k, top-p and min-p, together, on the tempered distribution.
-    `temperature == 0` means greedy. `sampling_seed` fixes the random stream: token i of the answer uses the
-    uniform number of (seed, i) and of nothing else.
+    The operations on the logits come in this order: repetition, frequency and presence penalties; logit bias; grammar
+    mask and `min_new_tokens`; temperature; then top-k, top-p and min-p, together, on the tempered distribution.
+    `temperature == 0` means greedy. `sampling_seed` fixes the random stream: token i of the answer depends on the
+    uniform number of (seed, i) and on no other.
     """
 
     max_new_tokens: int | None = 128  # None: up to the context
@@ -49,7 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     @classmethod
     def parse(cls, data: Any) -> "SamplingParams":
-        """Check and convert a JSON object. Raises BadRequest naming field and value."""
+        """The parameters in a JSON object, checked. Raises BadRequest naming field and value."""
         if data is None:
             return cls()
         if not isinstance(data, dict):
@@ -117,10 +117,12 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     @property
     def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @property
     def stop_regexes(self) -> list[str]:
+        """`stop_regex` as a list."""
         return [self.stop_regex] if isinstance(self.stop_regex, str) else list(self.stop_regex or ())
 
     @property
@@ -134,6 +136,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is always chosen."""
         return self.temperature == 0.0 or self.top_k == 1
 
 

@@ -1,7 +1,7 @@
-"""Directories in TMPDIR that only we can read, and that nothing leaves behind.
+"""Directories in TMPDIR that only this user can read, and that are always deleted.
 
-One goes with `close` or with the process; after a `kill -9` when anybody asks for `remove_orphans`: its owner holds a
-lock on it as long as it lives. Called by the spool of adapters and by the front for its socket.
+A directory is deleted by `close` or when its process ends. After a `kill -9` the next call of `remove_orphans`
+deletes it: a living owner holds a lock on it. Called by `adapters/sources/spool.py` and `engine/process/client.py`.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"multilora-(tensors|engine)-\d+-")  # with the owner's process id, for people who look
+_NAME = re.compile(r"multilora-(tensors|engine)-\d+-")  # then the owner's process id, for information
 
 
 class PrivateDirectory:
-    """kind: what its name says of it, one of those above. Mode 0700."""
+    """A new directory of mode 0700. kind: a part of its name, "tensors" or "engine"."""
 
     def __init__(self, kind: str):
         self.path, lock = _make(f"multilora-{kind}-{os.getpid()}-")
@@ -28,14 +28,14 @@ class PrivateDirectory:
         self._discard = weakref.finalize(self, _discard, self.path, lock)
 
     def close(self) -> None:
-        """Remove it with all that is in it."""
+        """Delete the directory and all that is in it."""
         self._discard()
 
 
 def remove_orphans() -> None:
-    """Remove what processes that were killed have left where TMPDIR says."""
+    """Delete the directories that killed processes have left in TMPDIR."""
     root = tempfile.gettempdir()
-    with contextlib.suppress(OSError):  # what others remove meanwhile, or is not ours to read, is no concern of ours
+    with contextlib.suppress(OSError):  # another process has deleted it, or it is not readable
         for name in os.listdir(root):
             if _NAME.match(name):
                 _remove_orphan(Path(root, name))
@@ -49,22 +49,22 @@ def _remove_orphan(path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(lock)  # its owner lives, or this file system knows no locks: then nobody can tell
+        os.close(lock)  # its owner lives, or the file system has no locks, so that one cannot know
         return
     logger.info("removing %s: the process that made it was killed", path)
     _discard(path, lock)
 
 
 def _make(prefix: str) -> tuple[Path, int]:
-    """A new directory, and the file descriptor that holds its lock. Whoever looks for orphans may be faster than the
-    lock: then another one."""
+    """A new directory, and the file descriptor that holds its lock. If another process deletes it as an orphan before
+    it is locked, another one is made."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=prefix))
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             continue
-        with contextlib.suppress(OSError):  # no locks on this file system: nobody else gets one either
+        with contextlib.suppress(OSError):  # the file system has no locks, so no other process gets one either
             fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return path, lock

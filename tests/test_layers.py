@@ -6,6 +6,7 @@ The rules are functions of a folder; the last tests hold them against small wron
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,46 @@ def without_docstring(root: Path) -> list[str]:
     return [module.path for module in modules(root) if not ast.get_docstring(module.tree)]
 
 
+CALLED_BY = re.compile(r"\bcalled(?:\s+\w+,?){0,4}?\s+by\s+(.*?)(?=[.;:]\s|\.?\Z)", re.IGNORECASE | re.DOTALL)
+
+
+def importers(name: str, caller: Module, found: list[Module]) -> list[Module]:
+    """The modules that a header of `caller` means by `runner.py` (of its own folder or one above it), by
+    `engine/execution/runner.py` or by `server/` (any file of it)."""
+    folders = caller.path.split("/")[:-1]
+    for depth in range(len(folders), -1, -1):
+        path = "/".join([*folders[:depth], name])
+        if chosen := [m for m in found if m.path == path or (name.endswith("/") and m.path.startswith(path))]:
+            return chosen
+    return []
+
+
+def imported_modules(module: Module, root: Path, known: set[str]) -> set[str]:
+    """Dotted names of the package's modules from which the file takes something; `known`: all that there are."""
+    names = {name for _, name in imports(module, root)}
+    return {name if name in known else name.rpartition(".")[0] for name in names}
+
+
+def dotted(module: Module, root: Path) -> str:
+    return f"{root.name}.{module.path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
+
+
+def false_callers(root: Path) -> list[str]:
+    """Every "Called by" in a module's docstring names files or folders, and each of them imports the module."""
+    found, wrong = modules(root), []
+    known = {dotted(module, root) for module in found}
+    for module in found:
+        for sentence in CALLED_BY.findall(ast.get_docstring(module.tree) or ""):
+            names = [name for name in re.findall(r"`([^`]+)`", sentence) if name.endswith((".py", "/"))]
+            for name in names:
+                callers = importers(name, module, found)
+                if not any(dotted(module, root) in imported_modules(caller, root, known) for caller in callers):
+                    wrong.append(f"{module.path}: called by {name}, which does not import it")
+            if not names:
+                wrong.append(f"{module.path}: called by {' '.join(sentence.split())!r}: no `file.py` or `folder/`")
+    return wrong
+
+
 def prints(root: Path) -> list[str]:
     return [
         f"{module.path}:{node.lineno}"
@@ -216,6 +257,7 @@ RULES = [
     torch_imports,
     io_imports,
     without_docstring,
+    false_callers,
     prints,
     too_long,
 ]
@@ -309,6 +351,40 @@ def test_base_files_must_not_import_packages(tmp_path):
 def test_cycle_is_found(tmp_path):
     root = wrong_package(tmp_path, config="from multilora.batch import B", batch="from multilora.config import C")
     assert cycles(root) == ["batch", "config"]
+
+
+def test_a_false_header_is_found(tmp_path):
+    root = wrong_package(
+        tmp_path,
+        server__app="from multilora.front.registry import R\nfrom ..front import stream",
+        front__registry='"""Called by `server/`, `app.py` and `stop.py` or by `llm/`. Called by the engine."""',
+        front__stream='"""Called once, early, by `server/app.py` (R) and `stop.py`; called by `server/routes.py`."""',
+        front__stop='"""T. Called by `stream.py`."""\nfrom multilora.front import stream',
+    )
+    (root / "front/__init__.py").write_text('"""F.\n\nCalled by `front/stop.py`\nand `registry.py`."""')
+    assert false_callers(root) == [
+        "front/__init__.py: called by front/stop.py, which does not import it",
+        "front/__init__.py: called by registry.py, which does not import it",
+        "front/registry.py: called by app.py, which does not import it",
+        "front/registry.py: called by stop.py, which does not import it",
+        "front/registry.py: called by llm/, which does not import it",
+        "front/registry.py: called by 'the engine': no `file.py` or `folder/`",
+        "front/stop.py: called by stream.py, which does not import it",
+        "front/stream.py: called by server/routes.py, which does not import it",
+    ]
+
+
+def test_true_headers_are_fine(tmp_path):
+    root = wrong_package(
+        tmp_path,
+        server__app="from multilora.front.registry import R\nfrom multilora import front\nfrom ..front import load",
+        front__registry='"""R. Called by `server/`, by `server/app.py` and by `rooms/a.py` (make)."""',
+        front__rooms__a="from ..registry import R",
+        front__rooms__b='"""B. Called by `registry.py`."""',
+    )
+    (root / "front/__init__.py").write_text('"""F. Called by `server/app.py`."""')
+    (root / "front/registry.py").write_text((root / "front/registry.py").read_text() + "\nfrom .rooms import b")
+    assert false_callers(root) == []
 
 
 def test_the_other_rules_can_fail(tmp_path):

@@ -47,7 +47,7 @@ def test_what_others_have_made_stays(tmp_path: Path) -> None:
 def test_one_that_is_taken_for_an_orphan_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
-    """Before its lock is there, somebody else may look for orphans."""
+    """Another process may look for orphans before the directory is locked."""
     module, name = before.split(".")
     function = getattr(sys.modules[module], name)
 

@@ -1,11 +1,11 @@
-"""Everything that is promised of one GPU, beside the hardware's limit, the target and the best peer.
+"""Every number that is promised for one GPU, beside the hardware's limit, the target and the best peer.
 
     python -m bench.gpu [--only decode streams …] [--out bench/results/gpu.json]
 
 Llama-3.1-8B's dimensions, random weights, bf16; adapters on all seven projections with truly distinct random weights;
 one engine for all rows (`base_only` starts a second one beside it, without LoRA). A row's limit comes from bandwidths
 and rates measured in the same run. Peers: the better of vLLM 0.26.0 and SGLang 0.5.17 on the same kind of machine.
-The last line is one JSON. `--dims tiny --device cpu` runs the same rows in seconds, to see that they run.
+The last line is JSON. `--dims tiny --device cpu` runs the same rows in seconds, to check that they run.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
-    """Start the engine and measure part after part. A part that fails does not take the others with it."""
+    """Start the engine and measure part after part. A part that fails does not stop the others."""
     started = time.perf_counter()
     dims, work = SIZES[args.dims]
     result: dict[str, Any] = environment("transformers", "triton")
@@ -123,7 +123,7 @@ def measure_part(bench: Bench, part: str, result: dict[str, Any]) -> None:
     started = time.perf_counter()
     try:
         result["rows"].extend(PARTS[part](bench))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (a part that fails is reported; the others are still measured)
         traceback.print_exc()
         result["failed"][part] = repr(error)
     result["seconds"][part] = round(time.perf_counter() - started, 1)

@@ -1,6 +1,6 @@
-"""Adapters that nobody has loaded yet: the first token of one, and what their coming does to streams that run.
+"""Adapters that have never been loaded: the first token of one, and the effect of their loading on running streams.
 
-Cold means as the peers were measured: the load call and everything after it counts, the file is in the page cache.
+Cold means, as for the peers: the load call and everything after it counts, and the file is in the page cache.
 """
 
 import shutil
@@ -19,11 +19,11 @@ from multilora.engine.messages import Abort, LoadAdapter, Outputs, Reply, Submit
 from multilora.params import SamplingParams
 
 COLD = {16: (25, 110), 64: (80, 288)}  # rank → (target, best peer), ms over warm
-OWN_VERSIONS = 1 << 40  # far above those that the registry of `LLM` gives out
+OWN_VERSIONS = 1 << 40  # far above the versions that the registry of `LLM` gives out
 
 
 def cold_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Load call and first token of an adapter never seen before, less the first token of the same when warm."""
+    """Load call and first token of a new adapter, minus the first token of the same adapter when warm."""
     for rank, aims in COLD.items():
         cold, warm = [], []
         prompts = bench.prompts(1, bench.work.decode_prompt)
@@ -45,7 +45,7 @@ def cold_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 class Live:
-    """An engine stepped as its own process steps it, with the time of every token. times: request id → seconds."""
+    """An engine stepped as its own process steps it. times: request id → the time of every token, in seconds."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -74,13 +74,13 @@ class Live:
                         self.open.discard(output.rid)
 
     def call(self, message: LoadAdapter | UnloadAdapter) -> None:
-        """Without stepping: the reply comes later."""
+        """Send a message; the reply comes from a later `step`."""
         self.engine.handle(message)
 
 
 @dataclass
 class Arrivals:
-    """Milliseconds: gaps between neighbouring tokens of the streams, first tokens of those who arrived."""
+    """Times in milliseconds: gaps between successive tokens of the streams, first tokens of the arrived requests."""
 
     gaps: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
@@ -106,9 +106,9 @@ class Arrivals:
 
 
 def streams_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """99th-percentile gap between tokens of running streams while requests arrive: on adapters that are loaded as the
-    request arrives, against the same arrivals on the same adapters when they have been loaded already. In turns, and
-    all rounds together: which arrivals share a step is chance."""
+    """The 99th-percentile gap between tokens of running streams while requests arrive, on adapters that are loaded
+    when the request arrives, against the same arrivals on the same adapters once loaded. Both alternate, and all
+    rounds are pooled, because it is chance which arrivals share a step."""
     work = bench.work
     paths = bench.adapters.write_all({f"arriving-{i}": 16 for i in range(work.arrivals)})
     cold, warm = Arrivals(), Arrivals()
@@ -168,7 +168,7 @@ def _abort(live: Live) -> None:
 
 
 def _arrivals(bench: Bench, live: Live, phase: str, versions: list[int], paths: list[str] | None) -> Arrivals:
-    """Requests at random times, one for each version; with `paths` each loads its adapter first."""
+    """Send requests at random times, one per version; with `paths` each loads its adapter first."""
     work = bench.work
     random = torch.Generator().manual_seed(0)
     prompts = bench.prompts(len(versions), work.decode_prompt)
@@ -199,7 +199,7 @@ def _arrivals(bench: Bench, live: Live, phase: str, versions: list[int], paths: 
 
 
 def _gaps(live: Live, since: float) -> list[float]:
-    """Between neighbouring tokens of the streams."""
+    """Gaps between successive tokens of the streams, in milliseconds."""
     gaps: list[float] = []
     for rid, times in live.times.items():
         if rid.startswith("stream"):

@@ -31,7 +31,7 @@ def decode_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 def _row(
     bench: Bench, name: str, aims: dict[int, Any], names: Sequence[str | None], ranks: list[int]
 ) -> dict[str, Any]:
-    """Milliseconds of one step: of `steps` + 1 tokens, less those of 1 token, over `steps`; the best of some runs."""
+    """Milliseconds of one step: the time of `steps` + 1 tokens minus that of 1 token, over `steps`; the best run."""
     work, batch = bench.work, len(names)
     prompts = bench.prompts(batch, work.decode_prompt)
     times = {}

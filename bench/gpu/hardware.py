@@ -19,12 +19,12 @@ COPY_RUNS = 5
 
 
 TOUCHED_BYTES = 48 << 30
-"""About what the rows take of host memory: adapters and their files."""
+"""About how much host memory the rows take, for adapters and their files."""
 
 
 def touch_host_memory() -> float:
-    """Use once what the rows will use, half of what is left at most: a virtual machine may get its memory only then,
-    and that is not what is to be measured. Bytes a second of this first use."""
+    """Touch the memory that the rows will use, but at most half of what is left: a virtual machine may get its memory
+    only then, which is not to be measured. Returns bytes per second of this first use."""
     spare = spare_memory()
     nbytes = TOUCHED_BYTES if spare is None else min(TOUCHED_BYTES, spare // 2)
     start = time.perf_counter()
@@ -64,7 +64,7 @@ def copies_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     assert len(ordinary) == COPIED, "they have not settled yet"
     nbytes = ordinary[0].numel()
     fit = range(min(COPIED, staging.nbytes // nbytes))
-    pinned = [staging.view(i * nbytes, nbytes, lambda start: None).view(ordinary[0].shape) for i in fit]
+    pinned = [staging.view(i * nbytes, nbytes, lambda _: None).view(ordinary[0].shape) for i in fit]
     for to, source in zip(pinned, ordinary, strict=False):
         to.copy_(source)
     target, link = round(0.8 * bench.machine.link / 1e9, 1), bench.machine.link / 1e9
@@ -76,7 +76,7 @@ def copies_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _copy_rate(bench: Bench, buffers: list[torch.Tensor]) -> float:
-    """Bytes a second, all of them one after the other."""
+    """Bytes per second of copying all of them, one after the other."""
     count, page_bytes = buffers[0].shape
     total = count * len(buffers)
     arena = torch.empty(total, page_bytes, dtype=torch.uint8, device=bench.machine.device)

@@ -1,4 +1,4 @@
-"""Does the host keep the device busy? The share of time in which it does nothing, in decode steps and in mixed ones.
+"""Whether the host keeps the device busy: the share of time in which it is idle, in decode steps and in mixed steps.
 
 And where a step's time goes, in the JSON: the time that each kernel adds, that is, in which none that began before it
 is still running (kernels start early and run side by side). By torch's profiler with its device side only; what a
@@ -19,26 +19,27 @@ from bench.gpu.setup import Bench
 
 TARGET = 0.05
 STEPS = 20
-MIXED_ANSWER = 12  # tokens: so short that prompts come with every step
+MIXED_ANSWER = 12  # tokens, so few that every step has prompts
 SHOWN = 16  # kernels in the JSON
 NAME = 70  # characters of a kernel's name
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Of some steps: milliseconds from the first kernel to the end of the last, of which `busy` with one at least."""
+    """The profile of some steps: milliseconds from the first kernel to the end of the last; `busy`: with a kernel
+    running."""
 
     steps: int
     span: float
     busy: float
-    kernels: Counter[str]  # milliseconds that they add, all steps
+    kernels: Counter[str]  # milliseconds that each adds, over all steps
 
     @property
     def idle(self) -> float:
         return 1 - self.busy / self.span
 
     def largest(self) -> dict[str, float]:
-        """Milliseconds a step."""
+        """Milliseconds per step."""
         return {name: ms / self.steps for name, ms in self.kernels.most_common(SHOWN)}
 
 
@@ -81,12 +82,12 @@ def profiled(step: Callable[[], Any], steps: int) -> Profile:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    events = []
-    for event in record.profiler.kineto_results.events():
-        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.name().startswith("Memcpy HtoD"):
-            events.append((event.start_ns(), event.start_ns() + event.duration_ns(), event.name()[:NAME]))
+    events = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns(), event.name()[:NAME])
+        for event in record.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.name().startswith("Memcpy HtoD")
+    )
     assert events, "the profiler has seen nothing of the device"
-    events.sort()
     kernels: Counter[str] = Counter()
     until = events[0][0]
     for start, end, name in events:

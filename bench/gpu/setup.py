@@ -20,7 +20,7 @@ BLOCK = 32  # adapters that lie on disk at a time
 
 @dataclass(frozen=True)
 class Machine:
-    """In bytes and operations a second; the link is the one from pinned host memory."""
+    """The hardware's limits in bytes or operations per second. link: from pinned host memory to the device."""
 
     device: torch.device
     read: float
@@ -30,8 +30,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Bench:
-    """start_without: another engine, with LoRA switched off. sizes: the name of dims and work. infos: by name, of
-    every adapter that is loaded."""
+    """What every row needs. start_without: makes another engine, with LoRA off; sizes: the name of dims and work;
+    infos: every loaded adapter by name."""
 
     llm: LLM
     start_without: Callable[[], LLM]
@@ -43,8 +43,8 @@ class Bench:
     infos: dict[str, AdapterInfo] = field(default_factory=dict)
 
     def load(self, ranks: dict[str, int]) -> None:
-        """Write and load adapters, name → rank. One block is written while another is loaded; then its files go, for
-        the engine keeps what it has loaded in host memory."""
+        """Write and load adapters, name → rank. One block is written while another is loaded; then its files are
+        deleted, because the engine keeps what it has loaded in host memory."""
         names = list(ranks)
         blocks = [{name: ranks[name] for name in names[i : i + BLOCK]} for i in range(0, len(names), BLOCK)]
         with ThreadPoolExecutor(1) as writer:
@@ -70,18 +70,18 @@ class Bench:
     def timed(
         self, prompts: list[list[int]], names: Sequence[str | None], tokens: int, llm: LLM | None = None
     ) -> float:
-        """Seconds of one closed batch with answers of so many tokens."""
+        """Seconds of one closed batch with answers of `tokens` tokens."""
         synchronize(self.machine.device)
         start = time.perf_counter()
         (llm or self.llm).generate(prompts, GREEDY | {"max_new_tokens": tokens}, lora_path=names)
         return time.perf_counter() - start
 
     def adapter_loads(self) -> int:
-        """Copies to the device so far."""
+        """How many adapters have been copied to the device so far."""
         return sum(a.loads for a in self.llm.stats().adapters)
 
 
 def scratch_parent(nbytes: int = 16 << 30) -> Path | None:
-    """Memory, if there is a file system of it with so much room: then no disk takes part. None: the usual place."""
+    """A file system in memory, if there is one with `nbytes` free, so that no disk takes part; None: the default."""
     memory = Path("/dev/shm")
     return memory if memory.is_dir() and shutil.disk_usage(memory).free > nbytes else None

@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Dims:
-    """Of a Llama, in bf16."""
+    """The dimensions of a Llama in bf16."""
 
     hidden: int
     inter: int
@@ -27,7 +27,7 @@ class Dims:
 
     @property
     def modules(self) -> dict[str, tuple[int, int]]:
-        """Name → (in, out): all that adapters act on."""
+        """Name → (in, out), for all modules that adapters act on."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "self_attn.q_proj": (self.hidden, q),
@@ -41,12 +41,12 @@ class Dims:
 
     @property
     def parameters(self) -> int:
-        """In the matrices of all layers."""
+        """Parameters in the matrices of all layers."""
         return self.layers * sum(a * b for a, b in self.modules.values())
 
     @property
     def kv_bytes(self) -> int:
-        """Of one token."""
+        """Bytes of the keys and values of one token."""
         return 2 * self.layers * 2 * self.kv_heads * self.head_dim
 
     def adapter_bytes(self, rank: int) -> int:
@@ -70,7 +70,7 @@ class Work:
     requests: int = 256
     prompt: int = 512
     answer: int = 128
-    places: int = 8  # adapters that the small device tier holds
+    slots: int = 8  # adapters that the small device tier holds
     many: int = 1000
     many_device_bytes: int = 8 << 30
     cold_runs: int = 5
@@ -82,7 +82,7 @@ class Work:
 
     @property
     def batch(self) -> int:
-        """The largest: --max-running-requests."""
+        """The largest batch: --max-running-requests."""
         return self.batches[-1]
 
     @property
@@ -91,7 +91,7 @@ class Work:
         return self.decode_prompt + 2 * self.decode_steps + 32
 
     def ranks(self, group: str) -> list[int]:
-        """Of the adapters of a group: `r16`, or `mixed`. Adapter i of it is named {group}-{i}."""
+        """The ranks of the adapters of a group, `r16` or `mixed`. Its adapter i is named {group}-{i}."""
         return ([16] * 4 if group == "r16" else [8, 16, 32, 64]) * (self.adapters // 4)
 
 
@@ -108,7 +108,7 @@ SIZES = {
             requests=16,
             prompt=24,
             answer=4,
-            places=4,
+            slots=4,
             many=20,
             many_device_bytes=1 << 20,
             cold_runs=2,
@@ -150,8 +150,8 @@ def write_model(path: Path, dims: Dims) -> str:
 
 
 class Adapters:
-    """Writes adapters as PEFT would, with all weights different, as fast as the disk takes them: random numbers come
-    from the device, a file is one block of them behind its header."""
+    """Writes adapters as PEFT would, with all weights different, as fast as the disk takes them: a file is a header
+    and one block of random numbers from the device."""
 
     def __init__(self, directory: Path, dims: Dims, device: torch.device):
         self._directory = directory
@@ -186,7 +186,7 @@ class Adapters:
         return str(path)
 
     def _header(self, rank: int) -> bytes:
-        """Of a safetensors file that holds one tensor after the other."""
+        """The header of a safetensors file that holds one tensor after the other."""
         tensors, offset = {}, 0
         for layer in range(self._dims.layers):
             for module, (width, out) in self._dims.modules.items():

@@ -26,21 +26,21 @@ def throughput_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def few_places_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """The adapters of r16 take turns in a device tier that holds a few of them."""
+    """The adapters of r16 take turns in a device tier that has slots for a few of them."""
     work = bench.work
     r16 = bench.load_group("r16")
-    bench.llm.set_lora_limits(lora_device_bytes=work.places * bench.infos[r16[0]].nbytes, max_loras_per_batch=None)
+    bench.llm.set_lora_limits(lora_device_bytes=work.slots * bench.infos[r16[0]].nbytes, max_loras_per_batch=None)
     try:
-        name = f"{work.adapters} distinct rank-16, --lora-device-bytes of {work.places}"
-        yield _row(bench, name, FEW_PLACES, r16, [16] * work.places, places=work.places)
+        name = f"{work.adapters} distinct rank-16, --lora-device-bytes of {work.slots}"
+        yield _row(bench, name, FEW_PLACES, r16, [16] * work.slots, slots=work.slots)
     finally:
         bench.llm.set_lora_limits(lora_device_bytes=None, max_loras_per_batch=None)
 
 
 def _row(
-    bench: Bench, name: str, aims: tuple, adapters: Sequence[str | None], ranks: list[int], places: int | None = None
+    bench: Bench, name: str, aims: tuple, adapters: Sequence[str | None], ranks: list[int], slots: int | None = None
 ) -> dict[str, Any]:
-    """Requests take the adapters in turn. ranks: of those that can be in one step."""
+    """Requests take the adapters in turn. ranks: those of the adapters that can be in one step."""
     work = bench.work
     prompts = bench.prompts(work.requests, work.prompt)
     names = [adapters[i % len(adapters)] for i in range(work.requests)]
@@ -48,8 +48,8 @@ def _row(
     before = bench.adapter_loads()
     seconds = bench.timed(prompts, names, work.answer)
     together = work.batch
-    if places is not None:
-        together = min(together, places * work.requests // len(adapters))
+    if slots is not None:
+        together = min(together, slots * work.requests // len(adapters))
     limit = work.requests * work.answer / least_seconds(bench, work.requests, together, ranks[:together])
     row = bench.row(f"throughput, {name}", "tokens/s", *aims)
     loads = bench.adapter_loads() - before
@@ -57,7 +57,7 @@ def _row(
 
 
 def least_seconds(bench: Bench, requests: int, together: int, ranks: list[int]) -> float:
-    """Of a closed batch of which `together` run at a time, on adapters of these ranks."""
+    """The fewest seconds of a closed batch of which `together` run at a time, on adapters of these ranks."""
     work, dims = bench.work, bench.dims
     prompts = requests * work.prompt * 2 * dims.parameters / bench.machine.matmul
     steps = requests * (work.answer - 1) / together

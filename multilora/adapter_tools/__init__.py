@@ -1,1 +1,1 @@
-"""`multilora adapters`: one adapter, looked at without a server: what it is, and whether it does what PEFT says."""
+"""`multilora adapters`: examine one adapter without a server: what it is, and whether it does what PEFT says."""

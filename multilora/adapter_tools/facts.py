@@ -1,8 +1,7 @@
-"""What an adapter's files say of themselves: its method, and rank and scaling of each module.
+"""What an adapter's files say: its method, and rank and scaling of each module.
 
-Reads the config leniently and of the weights only the headers, so that it can say something of adapters that are not
-served too. Whether one can be served is asked of `adapters/peft/checkpoint.py`, not decided here. Called by
-`inspect`.
+It reads the config leniently, and only the headers of the weights, so that it can also describe adapters that are not
+served. Whether one can be served is decided by `adapters/peft/checkpoint.py`, not here. Called by `inspect.py`.
 """
 
 import re
@@ -18,7 +17,8 @@ PREFIX = "base_model.model."
 LORA = "LoRA"
 LORA_A = re.compile(r"\.lora_(?:embedding_)?A(?:\.|$)")
 LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?:.*\.)?(?P<leaf>[^.]+)$")
-# What else a tensor can be, by the end of its name with the adapter's own name taken out; the first that fits.
+# Kinds of tensors, by the end of their names; the first that matches counts. The adapter's own name may be in
+# between.
 KINDS = (
     (LORA, r"\.lora_(?:A|B)(?:\.[^.]+)?\.weight|\.lora_embedding_(?:A|B)(?:\.[^.]+)?"),
     ("DoRA magnitude", r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?"),
@@ -31,7 +31,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Row:
-    """Modules of which the file holds the same. layers: "0-15, 20"; "": they are in no layer."""
+    """Modules for which the file holds the same. layers: "0-15, 20", or "" if they are in no layer."""
 
     kind: str
     modules: list[str]
@@ -42,7 +42,7 @@ class Row:
 
 
 def method(raw: Mapping[str, Any]) -> str:
-    """`rsLoRA + DoRA`, from the config alone."""
+    """The adapter's method, such as `rsLoRA + DoRA`, from the config alone."""
     kind = raw.get("peft_type")
     if kind != "LORA":
         return str(kind)[:100]
@@ -53,15 +53,8 @@ def method(raw: Mapping[str, Any]) -> str:
         found.append("activated")
     if raw.get("bias") in ("all", "lora_only"):
         found.append(f"biases ({raw['bias']})")
-    for field in (
-        "lora_bias",
-        "modules_to_save",
-        "trainable_token_indices",
-        "layer_replication",
-        "target_parameters",
-    ):
-        if raw.get(field):
-            found.append(field)
+    further = "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"
+    found.extend(field for field in further if raw.get(field))
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() != "gaussian":
         found.append(f"initialised by {init[:40]}")
@@ -70,7 +63,7 @@ def method(raw: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Key:
-    """What makes two modules the same in the table."""
+    """What modules of one row of the table have in common."""
 
     kind: str
     rank: int | None
@@ -80,7 +73,7 @@ class _Key:
 def rows(tensors: Mapping[str, TensorInfo], config: PeftConfig | None) -> list[Row]:
     """The table: one row for modules of the same kind, rank and scaling that are in the same layers.
 
-    config None: it cannot be read, and no scaling is known.
+    config: None if it cannot be read; then no scaling is known.
     """
     ranks = _ranks(tensors)
     layers: dict[tuple[_Key, str], set[int]] = {}  # by key and module
@@ -88,7 +81,7 @@ def rows(tensors: Mapping[str, TensorInfo], config: PeftConfig | None) -> list[R
     for name, info in tensors.items():
         kind, module = _kind(name)
         rank = ranks.get(module) if kind == LORA else None
-        layer, leaf = _place(module)
+        layer, leaf = _layer_and_leaf(module)
         entry = _Key(kind, rank, _scaling(config, module, rank)), leaf
         layers.setdefault(entry, set()).update([] if layer is None else [layer])
         sizes[entry] = sizes.get(entry, 0) + info.nbytes // info.dtype.itemsize
@@ -104,7 +97,7 @@ def rows(tensors: Mapping[str, TensorInfo], config: PeftConfig | None) -> list[R
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """ "0-3, 7" of {0, 1, 2, 3, 7}."""
+    """{0, 1, 2, 3, 7} → "0-3, 7"."""
     found: list[list[int]] = []
     for number in sorted(numbers):
         if found and found[-1][1] == number - 1:
@@ -115,20 +108,20 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _ranks(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """Module → rows of its A."""
+    """Module → rank, which is the number of rows of its A."""
     return {_kind(name)[1]: info.shape[0] for name, info in tensors.items() if LORA_A.search(name) and info.shape}
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """What a tensor is, and of which module inside the base model."""
+    """The kind of a tensor, and its module's path in the base model."""
     for kind, ending in KINDS:
         if found := re.fullmatch(f"(.+?)(?:{ending})", name):
             return kind, found[1].removeprefix(PREFIX)
     return "unknown", name.removeprefix(PREFIX)
 
 
-def _place(module: str) -> tuple[int | None, str]:
-    """Layer and last component; the whole path of what is in no layer."""
+def _layer_and_leaf(module: str) -> tuple[int | None, str]:
+    """The layer and the last component of a path; None and the full path if it is in no layer."""
     found = LAYER.search(module)
     return (int(found["layer"]), found["leaf"]) if found else (None, module.removeprefix("model."))
 

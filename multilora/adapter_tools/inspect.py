@@ -1,7 +1,7 @@
 """`multilora adapters inspect`: what one adapter is, and whether a base model can serve it.
 
-Its verdict is the loader's: the adapter takes the road of a load as far as host memory. Of a base model only the
-config is read, and what the adapter has a copy of. Called by `commands`.
+Its verdict is the loader's: the adapter is loaded, as by a server, up to packed pages in host memory. Of the base
+model only the config is read, and the tables that the adapter has copies of. Called by `cli/adapter_commands.py`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from multilora.models.load import make_model
 
 @dataclass(frozen=True)
 class Served:
-    """What the adapter takes when it is served. page_bytes: of this model, dtype and --page-size."""
+    """The memory that the adapter takes when it is served. page_bytes follows from model, dtype and --page-size."""
 
     model_path: str
     dtype: str
@@ -36,8 +36,8 @@ class Served:
 
 
 @dataclass
-class Report:
-    """compatible: None while no model is given and nothing is wrong with the files themselves."""
+class Inspection:
+    """What was found out about one adapter. compatible: None if no model is given and the files are sound."""
 
     path: str
     directory: str | None = None
@@ -58,14 +58,14 @@ class Report:
         return self.error is None
 
 
-def inspect(path: str, model_path: str | None = None, *, dtype: str = "auto", page_size: int = 16) -> Report:
+def inspect(path: str, model_path: str | None = None, *, dtype: str = "auto", page_size: int = 16) -> Inspection:
     """Everything that can be found out about the adapter at `path`, a directory or hub id as the server takes it.
 
-    dtype: of the model as it would be served; auto: its checkpoint's. Raises ConfigError or ModelUnsupported for a
-    bad model; what is wrong with the adapter is in the report.
+    dtype: the one that the model would be served in; auto: its checkpoint's. Raises ConfigError or ModelUnsupported
+    for a bad model; what is wrong with the adapter is part of the result.
     """
     target = None if model_path is None else _target(model_path, dtype, page_size)
-    report = Report(path)
+    report = Inspection(path)
     try:
         directory = resolve(path)
         _read_files(directory, report)
@@ -78,8 +78,8 @@ def inspect(path: str, model_path: str | None = None, *, dtype: str = "auto", pa
     return report
 
 
-def _read_files(directory: Path, report: Report) -> None:
-    """What the files say. What has been found is in the report even if the rest raises."""
+def _read_files(directory: Path, report: Inspection) -> None:
+    """Fill in what the files say. If this raises, the report keeps what had been found."""
     report.directory = str(directory)
     files = find_files(directory)
     raw = read_json_object(files.config)
@@ -91,7 +91,7 @@ def _read_files(directory: Path, report: Report) -> None:
     try:
         config = parse_config(raw, files.config)
     except MultiloraError as e:
-        problem = e  # the weights may still be worth a look
+        problem = e  # raised below; the weights can still be described
     tensors: dict[str, TensorInfo] = {}
     with contextlib.ExitStack() as stack:
         for file in files.weights:
@@ -114,7 +114,7 @@ def _target(model_path: str, dtype: str, page_size: int) -> tuple[BaseModel, Pac
 
 
 def _served(directory: Path, model_path: str, base: BaseModel, target: PackTarget) -> Served:
-    """Raises the error that a load would end with."""
+    """Load the adapter into host memory. Raises the error that a server's load would end with."""
     fetched, pages = fetch(FetchJob(0, str(directory)), FetchContext(base, target, AdapterLimits()), allocate_private)
     if pages is None:
         raise from_wire(fetched.kind, fetched.message)

@@ -1,7 +1,7 @@
-"""What transformers and PEFT make of an adapter: the truth that `verify` holds the engine against, in fp32.
+"""What transformers and PEFT compute with an adapter, in fp32: the reference that `verify` compares the engine with.
 
-Owns the way PEFT is used. PEFT is not needed for serving, so it may be missing: it is imported only when it is asked
-for. Called by `verify`.
+It owns the way PEFT is used. Serving does not need PEFT, so it may not be installed; it is imported on first use.
+Called by `verify.py`.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ TABLE = re.compile(rf"\.?(?:{EMBED}|{HEAD})(?:\.base_layer|\.modules_to_save)?(?
 
 
 class Reference:
-    """The base model as transformers computes it; after `put_on` with an adapter."""
+    """The base model as transformers computes it and, after `put_on`, as PEFT does with an adapter."""
 
     def __init__(self, model_path: str, device: str = "auto"):
         import peft
@@ -37,16 +37,16 @@ class Reference:
 
     @staticmethod
     def check_installed() -> None:
-        """Raises ConfigError."""
+        """Raises ConfigError if PEFT is not installed."""
         if importlib.util.find_spec("peft") is None:
             raise ConfigError("`adapters verify` compares with PEFT, which is not installed: pip install peft")
 
     def put_on(self, directory: str, special: "SpecialTokens") -> None:
-        """From now on with this adapter. Added tokens: the base model is made larger first, as PEFT's users do."""
+        """Apply an adapter from now on. For added tokens the base model is resized first, as PEFT's users do."""
         from peft import PeftModel
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's own, about training
+            warnings.simplefilter("ignore")  # PEFT warns about training
             if special.table_rows > self._model.get_input_embeddings().weight.shape[0]:
                 self._model.resize_token_embeddings(special.table_rows, mean_resizing=False)
             self._model = PeftModel.from_pretrained(self._model, directory)
@@ -58,24 +58,24 @@ class Reference:
         """Log-softmax of the logits after each token of both, fp32 [tokens, vocab], on the CPU."""
         ids = prompt + answer
         options: dict[str, Any] = {}
-        if self._invocation:  # PEFT would look for it in the answer too
+        if self._invocation:  # PEFT would also look for it in the answer
             start = _last(prompt, self._invocation)
             options["alora_offsets"] = [None if start is None else len(ids) - start]
-        logits = self._model(torch.tensor([ids], device=self._device), **options).logits[0]
+        logits: torch.Tensor = self._model(torch.tensor([ids], device=self._device), **options).logits[0]
         return logits.float().log_softmax(-1).cpu()
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The tokens that an adapter treats in a way of its own; prompts without them would test little of it."""
+    """The tokens that an adapter treats specially; prompts without them would test little of it."""
 
-    invocation: list[int]  # of activated LoRA
-    trained: list[int]  # whose embeddings it brings
-    table_rows: int  # of its embeddings or head, if whole; 0: it has none
+    invocation: list[int]  # the invocation sequence of activated LoRA
+    trained: list[int]  # tokens whose embeddings it replaces
+    table_rows: int  # rows of its full embeddings or head; 0: it has neither
 
     @classmethod
     def of(cls, directory: Path) -> "SpecialTokens":
-        """From an adapter that has been loaded, so that its config is known to be sound."""
+        """From an adapter that the engine has loaded, so that its config is known to be sound."""
         files = find_files(directory)
         config = read_json_object(files.config)
         trained = config.get("trainable_token_indices") or []
@@ -93,6 +93,6 @@ def _table_rows(path: Path) -> int:
 
 
 def _last(ids: list[int], part: list[int]) -> int | None:
-    """Where `part` begins for the last time."""
+    """Where `part` begins last in `ids`; None: it does not occur."""
     starts = range(len(ids) - len(part), -1, -1)
     return next((start for start in starts if ids[start : start + len(part)] == part), None)

@@ -1,15 +1,19 @@
-"""The reports of `multilora adapters` as text for people. Owns columns and words; knows neither files nor models."""
+"""The results of `multilora adapters` as text. It owns columns and words, and knows neither files nor models.
+
+Called by `cli/adapter_commands.py`.
+"""
 
 from collections.abc import Iterable, Sequence
 
-from multilora.adapter_tools.inspect import Report
+from multilora.adapter_tools.inspect import Inspection
 from multilora.adapter_tools.verify import Verdict
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 COLUMNS = ("", "modules", "layers", "rank", "scaling", "parameters")
 
 
-def inspection(report: Report) -> str:
+def inspection(report: Inspection) -> str:
+    """The text of `adapters inspect`."""
     facts = [
         ("method", report.method),
         ("base model", report.base_model_name_or_path),
@@ -34,6 +38,7 @@ def inspection(report: Report) -> str:
 
 
 def verification(verdict: Verdict) -> str:
+    """The text of `adapters verify`."""
     head = ("prompt", "tokens", "adapter", "equal", "difference")
     table = [
         (c.prompt, str(c.length), "yes" if c.adapter else "base", f"{c.equal} of {c.tokens}", f"{c.difference:.2e}")
@@ -52,10 +57,11 @@ def verification(verdict: Verdict) -> str:
 
 
 def refusal(path: str, error: dict[str, str]) -> str:
+    """The text of `adapters verify` for an adapter that cannot be loaded."""
     return _printable(f"{path}: not served: {error['kind']}: {error['message']}")
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: Inspection) -> str:
     if report.error:
         return f"not served: {report.error['kind']}: {report.error['message']}"
     if report.compatible:
@@ -63,7 +69,7 @@ def _verdict(report: Report) -> str:
     return "compatible: give --model-path to find out"
 
 
-def _on_disk(report: Report) -> str | None:
+def _on_disk(report: Inspection) -> str | None:
     if report.bytes_on_disk is None:
         return None
     kinds = ", ".join(report.dtypes)
@@ -99,5 +105,5 @@ def _number(value: float | None) -> str:
 
 
 def _printable(line: str) -> str:
-    """Names come from files nobody has to trust: control characters would reach the terminal."""
+    """The line without control characters: names come from untrusted files, and would reach the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -1,8 +1,8 @@
-"""`multilora adapters verify`: one adapter's answers here against those of transformers and PEFT.
+"""`multilora adapters verify`: compares one adapter's answers here with those of transformers and PEFT.
 
 The engine answers every prompt with the adapter and without, in one batch, greedily; then PEFT reads the same
-sequences, and each token must be PEFT's choice and each logprob PEFT's. Owns prompts and comparison; what PEFT says
-comes from `reference`. Called by `commands`.
+sequences, and each token must be PEFT's choice and each logprob must agree. This file owns prompts and comparison;
+`reference.py` computes with PEFT. Called by `cli/adapter_commands.py`.
 """
 
 import math
@@ -24,24 +24,24 @@ from multilora.models.config import ModelConfig
 from multilora.models.load import read_config
 
 TOLERANCES = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.25}
-"""Largest difference of a natural logarithm, the reference being in fp32. bfloat16 keeps 8 bits of each number."""
-LENGTHS = (1, 7, 16, 33)  # of the prompts of random tokens: around the end of a page
+"""The largest difference of a natural logarithm from the fp32 reference. bfloat16 keeps 8 bits of each number."""
+LENGTHS = (1, 7, 16, 33)  # tokens of the random prompts: around the end of a page
 NEW_TOKENS = 16
-TOP = 50  # most likely tokens that are compared at each position
+TOP = 50  # how many of the likeliest tokens are compared at each position
 NAME = "adapter"
 TEXTS = ("Write a short story about a lighthouse.", "The quick brown fox")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One prompt. equal: of the `tokens` new tokens, how many are the reference's choice, ties counted as equal."""
+    """The result for one prompt. equal: how many of the `tokens` new tokens the reference would choose, too."""
 
     prompt: str
     length: int
-    adapter: bool  # else the base model alone, in the same batch
+    adapter: bool  # False: the base model alone, in the same batch
     tokens: int
     equal: int
-    difference: float  # of logprobs, over the prompt's positions and the new ones
+    difference: float  # the largest of a logprob, over the prompt and the new tokens
 
     def within(self, tolerance: float) -> bool:
         return self.equal == self.tokens and self.difference <= tolerance
@@ -49,6 +49,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
+    """The result for one adapter."""
+
     path: str
     model_path: str
     dtype: str
@@ -84,7 +86,8 @@ def verify(
     device: str = "auto",
     tolerance: float | None = None,
 ) -> Verdict:
-    """Run the check. prompts: texts; none: two of our own if the model has a tokenizer, besides random token ids.
+    """Compare one adapter. prompts: texts, used besides random token ids; none: two built-in ones if the model has a
+    tokenizer.
 
     Raises AdapterError for what cannot be loaded, ConfigError for a bad model or when PEFT is not installed.
     """
@@ -113,7 +116,7 @@ def verify(
 
 
 def _llm(directory: str, model_path: str, with_texts: bool, **options: Any) -> LLM:
-    """With a tokenizer if there is one; without, unless there are texts to encode."""
+    """The engine, with a tokenizer if the model has one. Raises ConfigError if there are texts but no tokenizer."""
     options |= {"lora_paths": {NAME: directory}, "max_total_tokens": 4096, "disable_radix_cache": True}
     try:
         return LLM(model_path, **options)
@@ -126,7 +129,7 @@ def _llm(directory: str, model_path: str, with_texts: bool, **options: Any) -> L
 def _prompts(
     tokenizer: Tokenizer | None, config: ModelConfig, texts: Sequence[str], special: SpecialTokens
 ) -> list[_Prompt]:
-    """What the model's context can hold of them, new tokens included."""
+    """All prompts, cut to what the model's context holds beside the new tokens."""
     rng = random.Random(0)
     longest = config.context_length - NEW_TOKENS
     ids = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in LENGTHS]

@@ -1,12 +1,12 @@
-"""An adapter as `peft/checkpoint.py` hands it on: typed blocks, PEFT's rules already applied.
+"""An adapter as `peft/checkpoint.py` returns it: typed blocks, with PEFT's rules applied.
 
-From here on nobody knows about patterns, rsLoRA, trained tokens or file formats. Weights stay in the dtype of the
-file; `scaling` is what PEFT multiplies by, folded in by the packer in fp32 and rounded once.
+No later stage knows about patterns, rsLoRA, trained tokens or file formats. Weights stay in the dtype of the file;
+`scaling` is the factor that PEFT multiplies by, which the packer folds in, in fp32, before it rounds once.
 
     LowRank   y += scaling · (x Aᵀ) B           any linear layer, embed_tokens, lm_head
     Vector    DoRA's magnitude, a trained bias, a bias on lora_B
-    Full      a module's whole weight, in place of the base model's (modules_to_save)
-    Rows      some rows of embed_tokens or lm_head, in place of the base model's (trained tokens)
+    Full      the full weight of a module, which replaces the base model's (modules_to_save)
+    Rows      some rows of embed_tokens or lm_head, which replace the base model's (trained tokens)
 """
 
 import enum
@@ -39,8 +39,10 @@ class LowRank:
 
 
 class VectorKind(enum.Enum):
+    """What a `Vector` does; the values are for messages."""
+
     MAGNITUDE = "lora_magnitude_vector"  # DoRA: m of  m / ‖W + scaling · BA‖, one norm per output
-    BIAS = "bias"  # stands in place of the base model's bias
+    BIAS = "bias"  # replaces the base model's bias
     LORA_BIAS = "lora_B.bias"  # added, times `scaling`
 
 
@@ -52,12 +54,12 @@ class Vector:
     module: str
     kind: VectorKind
     value: torch.Tensor
-    scaling: float = 1.0  # of LORA_BIAS only
+    scaling: float = 1.0  # differs from 1 for LORA_BIAS only
 
 
 @dataclass(frozen=True)
 class Full:
-    """The weight of a whole module: a linear layer [out, in], embed_tokens or lm_head [vocab, hidden], a norm [size].
+    """The full weight of a module: a linear layer [out, in], embed_tokens or lm_head [vocab, hidden], a norm [size].
 
     layer: MODEL_LEVEL for embed_tokens, lm_head and the final "norm".
     """
@@ -81,7 +83,7 @@ Block = LowRank | Vector | Full | Rows
 
 @dataclass(frozen=True)
 class AdapterLimits:
-    """Limits set at start; None: none."""
+    """Limits set at start; None: no limit."""
 
     max_rank: int | None = None
     target_modules: tuple[str, ...] | None = None  # already without "all"
@@ -101,9 +103,10 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest; 0 if nothing is of low rank."""
+        """The largest rank of its blocks; 0 if none is low rank."""
         return max((b.rank for b in self.blocks if isinstance(b, LowRank)), default=0)
 
     @property
     def target_modules(self) -> list[str]:
+        """The modules that it changes, sorted."""
         return sorted({b.module for b in self.blocks})

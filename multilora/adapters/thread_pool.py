@@ -1,6 +1,6 @@
-"""A few threads over one list of work, for what releases the GIL: reading, casting, copying.
+"""A few threads that share one list of work, for work that releases the GIL: reading, casting, copying.
 
-Owns its threads, nothing else. Called by the loader (files, packing) and by the copies to a GPU.
+It owns its threads and nothing else. Called by `loading/`, `peft/` and `device/`.
 """
 
 import os
@@ -13,31 +13,31 @@ import torch
 T = TypeVar("T")
 
 Slab = tuple[int, int, int]
-"""Part of a file and where it goes: first byte in the file, first byte in memory, bytes."""
+"""A part of a file and its destination: first byte in the file, first byte in memory, number of bytes."""
 
 ReadCached = Callable[[int, list[Slab], torch.Tensor], list[Slab]]
-"""Read from a file (its descriptor) into uint8 memory what the system has at hand; returns what is left to read."""
+"""(descriptor, slabs, uint8 memory) → the slabs left to read, after reading what the page cache holds."""
 
 
 def spare_cores(at_most: int) -> int:
-    """How many threads may work beside the step loop and the front, of the cores this process may use."""
+    """How many of this process' cores are left beside the step loop and the front, between 1 and `at_most`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(1, min(at_most, cores - 2))
 
 
 def private_memory(nbytes: int) -> torch.Tensor:
-    """uint8 [nbytes]."""
+    """uint8 [nbytes] in this process' own memory, not initialised."""
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def read_nothing(fd: int, slabs: list[Slab], memory: torch.Tensor) -> list[Slab]:
-    """The ReadCached of who has no help."""
+def read_nothing(_fd: int, slabs: list[Slab], _memory: torch.Tensor) -> list[Slab]:
+    """A `ReadCached` that reads nothing: everything is left to the caller."""
     return slabs
 
 
 class ReaderPool:
-    """`threads` 1: no thread is started, the caller works alone. memory: where the crew's results are to lie.
-    read_cached: asked before a file is read by the threads."""
+    """`threads` threads, the caller's included; with 1, none is started. memory: allocates what is read into;
+    read_cached: called before the threads read a file."""
 
     def __init__(
         self,
@@ -48,10 +48,11 @@ class ReaderPool:
         self.memory = memory
         self.read_cached = read_cached
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, "crew") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads - 1, "adapter-reading") if threads > 1 else None
 
     def each(self, work: Callable[[T], None], items: Sequence[T]) -> None:
-        """`work(item)` for every item, in any order; the caller works too. Raises an error when all have stopped."""
+        """Call `work(item)` for every item, in any order; the caller works too. If a call raises, that error is
+        raised once all threads have stopped."""
         left = iter(items)
 
         def take() -> None:
@@ -70,16 +71,17 @@ class ReaderPool:
 
     @property
     def alone(self) -> bool:
+        """Whether there is no thread but the caller's."""
         return self._pool is None
 
     def start(self, work: Callable[[], T]) -> Future[T]:
-        """`work()` on another thread; without one, at once."""
+        """Call `work()` on another thread; if there is none, at once."""
         if self._pool is not None:
             return self._pool.submit(work)
         future: Future[T] = Future()
         try:
             future.set_result(work())
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 (the future carries it to the caller, as a thread's would)
             future.set_exception(e)
         return future
 

@@ -1,11 +1,13 @@
 """Rotary rotation of queries and keys in plain torch: the specification of the fused kernel.
 
-Called by the torch backend; knows neither positions nor frequencies, only the angles' cos and sin.
+It knows neither positions nor frequencies, only the angles' cos and sin (RoPE: Su et al. 2021, arXiv:2104.09864).
+Called by `torch_sdpa.py`.
 """
 
 import torch
 
-CosSin = tuple[torch.Tensor, torch.Tensor]  # of the tokens' positions, each fp32 [tokens, 1, head_dim / 2]
+CosSin = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of the angles at the tokens' positions, each fp32 [tokens, 1, head_dim / 2]."""
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

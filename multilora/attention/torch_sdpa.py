@@ -18,7 +18,7 @@ from multilora.batch import AttentionMeta
 
 
 @dataclass(frozen=True, slots=True)
-class _Decodes:
+class _DecodeRows:
     """B requests of one new token each, padded to the pages of the longest."""
 
     rows: torch.Tensor  # int64 [B], their rows of q
@@ -27,7 +27,7 @@ class _Decodes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prefill:
+class _PaddedPrefill:
     """One request with new tokens in rows [start, end)."""
 
     start: int
@@ -50,8 +50,8 @@ class TorchAttention:
         self.page_size = kv_views[0][0].shape[1]
         self._meta: AttentionMeta | None = None
         self._begun: torch.Tensor | None = None  # int64 [n], pages begun in this step and not filled by it
-        self._decodes: list[_Decodes] = []
-        self._prefills: list[_Prefill] = []
+        self._decodes: list[_DecodeRows] = []
+        self._prefills: list[_PaddedPrefill] = []
 
     def prepare(self, meta: AttentionMeta) -> None:
         """See `AttentionBackend`. Builds the masks once; every layer uses them."""
@@ -62,11 +62,11 @@ class TorchAttention:
         self._decodes = [self._plan_decodes(meta, group, starts) for group in self._groups(meta, single)]
         self._prefills = [self._plan_prefill(meta, r, starts[r]) for r, n in enumerate(meta.q_lens) if n > 1]
 
-    def for_graph(self, batch_size: int) -> StepAttention | None:
+    def for_graph(self, batch_size: int) -> StepAttention | None:  # noqa: ARG002 - part of the contract
         """See `AttentionBackend`. Masks and gathers here follow the lengths, so there is nothing to replay."""
         return None
 
-    def for_pieces(self, rows: int) -> PieceAttention | None:
+    def for_pieces(self, rows: int) -> PieceAttention | None:  # noqa: ARG002 - part of the contract
         """See `AttentionBackend`."""
         return None
 
@@ -133,7 +133,7 @@ class TorchAttention:
         seen = key <= query
         return seen if self.window is None else seen & (key > query - self.window)
 
-    def _plan_decodes(self, meta: AttentionMeta, group: list[int], starts: list[int]) -> _Decodes:
+    def _plan_decodes(self, meta: AttentionMeta, group: list[int], starts: list[int]) -> _DecodeRows:
         device = meta.page_table.device
         width = self._num_pages(meta, group[0])  # the longest comes first
         table = torch.tensor(
@@ -144,24 +144,26 @@ class TorchAttention:
         columns = columns.minimum((query // self.page_size)[:, None])  # never another request's page
         key = first[:, None] * self.page_size + torch.arange(width * self.page_size, device=device)
         mask = self._visible(query[:, None], key)
-        return _Decodes(rows, meta.page_table[requests[:, None], columns], mask[:, None, None, :])
+        return _DecodeRows(rows, meta.page_table[requests[:, None], columns], mask[:, None, None, :])
 
-    def _plan_prefill(self, meta: AttentionMeta, r: int, start: int) -> _Prefill:
+    def _plan_prefill(self, meta: AttentionMeta, r: int, start: int) -> _PaddedPrefill:
         device = meta.page_table.device
         q_len, kv_len = meta.q_lens[r], meta.kv_lens[r]
         query = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
         if q_len == kv_len:
             unbounded = self.window is None or self.window >= kv_len
             mask = None if unbounded else self._visible(query, query[:, 0])
-            return _Prefill(start, start + q_len, None, mask)
+            return _PaddedPrefill(start, start + q_len, None, mask)
         first = self._first_page(meta, r)
         pages = meta.page_table[r, first : first + self._num_pages(meta, r)]
         key = torch.arange(pages.shape[0] * self.page_size, device=device) + first * self.page_size
-        return _Prefill(start, start + q_len, pages, self._visible(query, key))
+        return _PaddedPrefill(start, start + q_len, pages, self._visible(query, key))
 
     # arithmetic, once a layer
 
-    def _decode(self, plan: _Decodes, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
+    def _decode(
+        self, plan: _DecodeRows, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+    ) -> torch.Tensor:
         """q: [B, heads, head_dim]. The query heads of one KV head stand where query tokens usually do."""
         grouped = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, kv_heads, group, head_dim]
         keys = _tokens(k_pages, plan.pages).to(q.dtype).unflatten(0, (q.shape[0], -1)).transpose(1, 2)

@@ -1,18 +1,16 @@
 """Paged attention of requests with one new token each: one launch for all of them, a second for those that are split.
 
-Called by `flashinfer.py`, after rotation and page write; also run in Triton's interpreter by the tests. Knows page
-lists, not page tables. The longest requests are cut into pieces, so that few long ones fill the GPU as well as many
-short ones, where that saves more than putting them together costs; grids of fixed size, as a CUDA graph needs, have
-idle programs at their end.
+It knows page lists, not page tables. The longest requests are cut into pieces (flash decoding), so that few long ones
+fill the GPU as well as many short ones, wherever that saves more than merging the pieces costs. Grids have a fixed
+size, as a CUDA graph needs, with idle programs at their end. Called by `flashinfer.py`, after rotation and page
+write.
 
     pieces   int32 [budget, 5]     row, first entry in the page list, tokens, tokens before a window, slot
-                                   slot -1: the piece is its whole request and writes the output itself
-    spans    int32 [at most 16, 3] of each request that is split: row, first slot, pieces (0: none)
+                                   slot -1: the piece is an entire request and writes the output itself
+    spans    int32 [at most 16, 3] each request that is split: row, first slot, pieces (0: none)
     program  (piece, KV head): the queries of the head's group, padded to one tile of `tl.dot`, against the piece
-             (span, head): the pieces of one head put together
+             (span, head): the merge of one head's pieces
 """
-
-# mypy: disallow-untyped-defs=False
 
 from dataclasses import dataclass
 
@@ -21,26 +19,27 @@ import torch
 import triton
 import triton.language as tl
 
+from multilora.kernels.integers import power_of_two
 from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 
 PIECE_WORDS, SPAN_WORDS = 5, 3
 MIN_PIECE = 64
-"""Tokens: less is not worth a program."""
+"""Tokens of the shortest piece: fewer are not worth a program."""
 
 MERGE_TOKENS = 128
-"""Putting pieces together takes as long as a program takes for so many tokens: who saves less is not split."""
+"""The merge takes as long as a program takes for this many tokens: a split that saves fewer is not made."""
 
 MAX_SPLIT = 16
-"""Requests that are split: with more long ones than that, they fill the GPU as they are."""
+"""The most requests that are split: more long ones than that fill the GPU unsplit."""
 
 PROGRAMS = 264
 """Programs that fill a GPU: two for each of Hopper's multiprocessors."""
 
 BLOCK, WARPS, STAGES = 64, 4, 2
-"""Tokens of one step of the loop, warps of a program, and how many steps are under way: see docs/log.md."""
+"""Tokens of one iteration, warps of a program, and iterations in flight: see docs/log.md."""
 
 MERGE_ELEMENTS = 4096
-"""Of partial results that a program holds at a time."""
+"""Elements of partial results that a program of the merge holds at a time."""
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -94,7 +93,7 @@ def _attend(q_ptr, k_pages, v_pages, indices, pieces, out_ptr, partial_ptr, lse_
 
 @triton.jit
 def _merge(partial_ptr, lse_ptr, spans, out_ptr, DIM: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr):
-    """One program per (span, head) puts a split request's pieces together, SLOTS at a time, in their order."""
+    """One program per (span, head) merges a split request's pieces, SLOTS at a time, in their order."""
     span, head = spans + tl.program_id(0) * 3, tl.program_id(1)
     row, slot, count = tl.load(span).to(tl.int64), tl.load(span + 1).to(tl.int64), tl.load(span + 2)
     heads = tl.num_programs(1)
@@ -119,27 +118,27 @@ def _merge(partial_ptr, lse_ptr, spans, out_ptr, DIM: tl.constexpr, SLOTS: tl.co
 
 @dataclass(frozen=True)
 class Pieces:
-    """pieces: int32 [budget, 5], unused ones empty; spans: int32 [split_budget, 3]; slots: of the partial results."""
+    """pieces: int32 [budget, 5], unused ones empty; spans: int32 [split_budget, 3]. See the head of this file."""
 
     pieces: np.ndarray
     spans: np.ndarray
 
 
 def budget(rows: int, kv_heads: int) -> int:
-    """The most pieces that so many requests are cut into."""
+    """The most pieces that `rows` requests are cut into."""
     return rows + PROGRAMS // kv_heads
 
 
 def split_budget(rows: int) -> int:
-    """The most requests of so many that are split."""
+    """The most of `rows` requests that are split."""
     return min(rows, MAX_SPLIT)
 
 
 def cut(pages: np.ndarray, tokens: np.ndarray, skip: np.ndarray, page_size: int, most: int) -> Pieces:
-    """At most `most` pieces, the longest first: whole requests, and parts of equal length of those that are split.
+    """At most `most` pieces, the longest first: unsplit requests, and pieces of equal length of the others.
 
-    pages, tokens, skip: of each request, how many pages of the list it has (they follow each other), how many tokens
-    those hold (0: padding), and how many of them lie before its window.
+    pages, tokens, skip: for each request, how many pages of the list it has (they follow each other), how many tokens
+    those hold (0: padding), and how many of the tokens lie before its window.
     """
     rows = len(pages)
     assert rows <= most
@@ -165,9 +164,9 @@ def cut(pages: np.ndarray, tokens: np.ndarray, skip: np.ndarray, page_size: int,
 
 
 def _shortest(pages: np.ndarray, page_size: int, most: int) -> int:
-    """The shortest pieces, in pages, that are neither too many nor parts of too many requests."""
-    whole = np.sort(pages)[: -split_budget(len(pages))]  # these are not split
-    low, high = max(1, MIN_PIECE // page_size, int(whole.max(initial=0))), max(1, int(pages.max()))
+    """The smallest length of a piece, in pages, that yields neither too many pieces nor too many split requests."""
+    unsplit = np.sort(pages)[: -split_budget(len(pages))]
+    low, high = max(1, MIN_PIECE // page_size, int(unsplit.max(initial=0))), max(1, int(pages.max()))
     while low < high:
         middle = (low + high) // 2
         if int(-(-pages // middle).sum()) > most:
@@ -188,7 +187,9 @@ def decode(
     out: torch.Tensor,
     scale: float,
 ) -> None:
-    """q, out: [rows, heads, head_dim], contiguous; kv: k and v pages, [num_pages, page_size, kv_heads, head_dim] of
+    """Attention of one new token per row, into `out`.
+
+    q, out: [rows, heads, head_dim], contiguous; kv: k and v pages, [num_pages, page_size, kv_heads, head_dim] of
     equal strides, the last dimension contiguous; indices: int32, the page lists; pieces, spans: see `cut`, on the
     device; partial: fp32 [budget, heads, head_dim], lse: fp32 [budget, heads], scratch.
     """
@@ -200,13 +201,9 @@ def decode(
         q, k_pages, v_pages, indices, pieces, out, partial, lse,
         k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), group, scale,
     )  # fmt: skip
-    constants = {"PAGE": k_pages.shape[1], "DIM": dim, "GROUP": max(16, _power_of_two(group))}
+    constants = {"PAGE": k_pages.shape[1], "DIM": dim, "GROUP": max(16, power_of_two(group))}
     options = {"num_warps": WARPS, "num_stages": STAGES}
     blocks = constants | {"BLOCK": BLOCK, "PDL": early}
     launch(_attend, (pieces.shape[0], kv_heads), args, blocks, early=early, **options)
     constants = {"DIM": dim, "SLOTS": MERGE_ELEMENTS // dim, "PDL": early}
     launch(_merge, (spans.shape[0], heads), (partial, lse, spans, out), constants, early=early, num_warps=4)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

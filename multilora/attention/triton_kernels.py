@@ -1,14 +1,13 @@
-"""Two small kernels around FlashInfer's attention: what comes before it in every layer, and its page list of a step.
+"""Two small kernels around FlashInfer's attention: rotation and page write in every layer, the page list of a step.
 
-Called by `flashinfer.py`; also run in Triton's interpreter by the tests, against plain torch.
+Called by `flashinfer.py`; the tests also run them in Triton's interpreter, against plain torch.
 """
-
-# mypy: disallow-untyped-defs=False
 
 import torch
 import triton
 import triton.language as tl
 
+from multilora.kernels.integers import power_of_two
 from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 
 PAGE_BLOCK = 256  # pages that one iteration of `_list_pages` copies
@@ -19,7 +18,7 @@ def _rotate_and_write(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, out_row_pt
                       token_page, token_slot, q_token, q_head, k_token, k_head, v_token, v_head,
                       page_stride, slot_stride, head_stride, group, HALF: tl.constexpr, GROUP: tl.constexpr,
                       MOVE_ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program per (token, KV head): its group of query heads, its k, its v. GROUP: `group` rounded up to 2^n."""
+    """One program per (token, KV head): its query heads, its k, its v. GROUP: `group` rounded up to a power of 2."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -53,8 +52,8 @@ def _list_pages(page_table, requests, out, token_page, token_slot, width, num_re
                 LAST_TOKEN: tl.constexpr):  # fmt: skip
     """One program per request r: page_table[row, first : first + count] → out[start : start + count].
 
-    requests: int32 [5, num_requests], rows `row, first, start, count, last slot`; row -1 is padding: page 0.
-    LAST_TOKEN: say where the request's last token lies, too.
+    requests: int32 [5, num_requests], rows `row, first, start, count, last slot`; row -1 is padding, and lists page
+    0. LAST_TOKEN: also write where the request's last token lies.
     """
     r = tl.program_id(0)
     row, first = tl.load(requests + r), tl.load(requests + num_requests + r)
@@ -85,7 +84,7 @@ def rotate_and_write(
     out_row: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write rotated k, and v, to their pages; return rotated q, its row t at out_row[t] (None: at t), contiguous; in
+    """Write rotated k, and v, to their pages; return rotated q, contiguous, its row t at out_row[t] (None: at t), in
     `out` if that is given.
 
     q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim]; head_dim a power of 2. rope: see `rotate.CosSin`.
@@ -105,7 +104,7 @@ def rotate_and_write(
     )  # fmt: skip
     constants = {
         "HALF": head_dim // 2,
-        "GROUP": triton.next_power_of_2(heads // kv_heads),
+        "GROUP": power_of_two(heads // kv_heads),
         "MOVE_ROWS": out_row is not None,
         "PDL": early,
     }
@@ -122,7 +121,7 @@ def list_pages(
     """Gather the pages of these requests into one flat list.
 
     page_table: [rows, width]; requests: int32 [5, R], see `_list_pages`; out: int32 [at least all counts].
-    last_token: int64 [R] each, receive page and slot of every request's last token, page -1 for padding.
+    last_token: two int64 [R] that receive page and slot of every request's last token; padding gets page -1.
     """
     token_page, token_slot = last_token or (None, None)
     count = requests.shape[1]

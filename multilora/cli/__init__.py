@@ -1,1 +1,1 @@
-"""The command line: options, subcommands, and the flags of other servers that are understood."""
+"""The command line: options, subcommands, and the flags of other servers that are accepted."""

@@ -1,4 +1,4 @@
-"""Runs `multilora adapters …`: arguments in, text or JSON on stdout, exit code out. Called by `__main__`."""
+"""Runs `multilora adapters …`: arguments in, text or JSON on stdout, exit code out. Called by `__main__.py`."""
 
 import dataclasses
 import json
@@ -13,7 +13,8 @@ from multilora.errors import AdapterError
 
 
 def run(args: AdapterArgs) -> int:
-    """0: served, or the same as PEFT; 1: not, and it says why. Raises ConfigError and ModelUnsupported."""
+    """Run one command and return its exit code. 0: the adapter can be served, or computes the same as PEFT; 1: it
+    does not, and the output says why. Raises ConfigError and ModelUnsupported."""
     return _inspect(args) if args.command == "inspect" else _verify(args)
 
 

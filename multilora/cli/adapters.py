@@ -1,4 +1,4 @@
-"""The flags of `multilora adapters inspect` and `verify`. Read by `cli.py`; `adapter_tools` does the work."""
+"""The flags of `multilora adapters inspect` and `verify`. Called by `parser.py`; `adapter_tools/` does the work."""
 
 import argparse
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from multilora.errors import ConfigError
 
 @dataclass(frozen=True)
 class AdapterArgs:
-    """command: "inspect" or "verify". dtype None: the command's own default."""
+    """A parsed command line. command: "inspect" or "verify"; dtype: None for the command's own default."""
 
     command: str
     path: str
@@ -26,7 +26,7 @@ class AdapterArgs:
 
 
 def add_commands(commands: Any, make_parser: dict[str, Any]) -> None:
-    """Add `adapters` to argparse's sub-commands; `make_parser`: what each of our parsers is made with."""
+    """Add `adapters` to argparse's sub-commands. make_parser: the arguments that every parser is made with."""
     adapters = commands.add_parser("adapters", help="look at one adapter: inspect, verify", **make_parser)
     kinds = adapters.add_subparsers(metavar="COMMAND", required=True, dest="command")
     inspect = kinds.add_parser(
@@ -69,7 +69,7 @@ def add_commands(commands: Any, make_parser: dict[str, Any]) -> None:
 
 
 def parsed(namespace: argparse.Namespace) -> AdapterArgs:
-    """Raises ConfigError for numbers that mean nothing."""
+    """The arguments in argparse's result. Raises ConfigError for numbers out of range."""
     fields = vars(namespace)
     args = AdapterArgs(**(fields | {"prompts": tuple(fields.get("prompts", ()))}))
     if args.page_size < 1:

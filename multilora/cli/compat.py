@@ -1,13 +1,13 @@
 """SGLang's flags that this server does not need: which they are and how many values they take, so that a command
 line written for SGLang works as it is, with one warning for each.
 
-Names gathered from the argument parsers of SGLang 0.4.10, 0.5.5, 0.5.12 and 0.5.23. Read by `cli.py`.
+The names were gathered from the argument parsers of SGLang 0.4.10, 0.5.5, 0.5.12 and 0.5.23. Called by `parser.py`.
 """
 
-# Accepted in silence, because it is what happens anyway.
+# Accepted without a warning, because they ask for what this server always does.
 ALWAYS_ON = ("--enable-metrics",)
 
-# Refused: to go on without them would serve something else than was asked for, unnoticed by clients.
+# Refused: to ignore them would serve something else than was asked for, unnoticed by clients.
 REFUSED = {
     "--config": "configuration files are not read; give the flags themselves",
     "--ssl-keyfile": "TLS is not served; put a proxy in front",

@@ -1,7 +1,8 @@
-"""The command line: arguments in, `Config` out. The flags of `serve` are made from the options that it declares.
+"""The command line: arguments in, `Config` out. The flags of `serve` are made from the options that `Config`
+declares.
 
-Owns flags, `--help`, and which of SGLang's flags are let pass with a warning (`cli_compat.py`). Starts nothing;
-called by `__main__.py`.
+It owns flags and `--help`; `compat.py` lists the flags of SGLang's that are ignored with a warning. It starts
+nothing. Called by `__main__.py`.
 """
 
 import argparse
@@ -23,12 +24,12 @@ __all__ = ["AdapterArgs", "ServeArgs", "flags", "parse"]
 
 logger = logging.getLogger(__name__)
 
-_IGNORED = "ignored flags"  # where the parsed namespace notes them; no option's name has a space
+_IGNORED = "ignored flags"  # the namespace's attribute for them; no option's name has a space
 
 
 @dataclass(frozen=True)
 class ServeArgs:
-    """`multilora serve`: the options given, as typed, and the flags of SGLang's that were let pass."""
+    """`multilora serve`: the options given, as typed, and the flags of SGLang's that are ignored."""
 
     options: dict[str, Any]
     ignored: tuple[str, ...]
@@ -40,14 +41,14 @@ class ServeArgs:
         return level if level in logs.LEVELS else "info"
 
     def config(self) -> Config:
-        """Check and convert; warns of what was ignored. Raises ConfigError."""
+        """The checked configuration. Warns of every ignored flag. Raises ConfigError."""
         for flag in self.ignored:
             logger.warning("%s has no effect here and is ignored", flag)
         return Config.make(**self.options)
 
 
 def parse(argv: Sequence[str]) -> ServeArgs | AdapterArgs:
-    """Raises ConfigError on what it does not understand, SystemExit(0) after `--help` and `--version`."""
+    """The parsed arguments. Raises ConfigError if they are wrong, SystemExit(0) after `--help` and `--version`."""
     namespace, unknown = _parser().parse_known_args(argv)
     options = vars(namespace)
     if "command" in options:  # one of `adapters`
@@ -65,24 +66,24 @@ def flags() -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains by ConfigError, so that there is one place that writes errors and chooses the exit code."""
+    """An argument parser that raises ConfigError, so that only `__main__.py` writes errors and chooses exit codes."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.removeprefix("argument "))
 
 
 class _Ignore(argparse.Action):
-    """A flag of SGLang's that this server does not need: noted, its values dropped."""
+    """The action of a flag of SGLang's that this server does not need: its name is noted, its values are dropped."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, _values: Any, flag: str | None = None) -> None:
         if flag not in ALWAYS_ON:
             setattr(namespace, _IGNORED, [*getattr(namespace, _IGNORED, ()), flag])
 
 
 class _Refuse(argparse.Action):
-    """A flag of SGLang's that must not be ignored."""
+    """The action of a flag of SGLang's that must not be ignored. Raises ConfigError."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+    def __call__(self, _parser: Any, _namespace: argparse.Namespace, _values: Any, flag: str | None = None) -> None:
         raise ConfigError(f"{flag}: {REFUSED[str(flag)]}")
 
 
@@ -126,7 +127,7 @@ def _add_sglang_flags(serve: argparse.ArgumentParser) -> None:
 
 
 def _kind(opt: Option) -> dict[str, Any]:
-    """What argparse needs to know about the value; what it means is checked by Config."""
+    """argparse's arguments for the option's value. What the value means is checked by `Config`."""
     if opt.type is bool:
         return {"action": argparse.BooleanOptionalAction if opt.default else "store_true"}
     if opt.choices:

@@ -1,6 +1,6 @@
 """The bundled demo: a tiny Llama that knows some facts, and four LoRA adapters that each answer in their own way.
 
-Owns nothing but files (`base/` and `adapters/<name>/`) and says where they are. Made by `scripts/train_demo`.
+It owns files (`base/` and `adapters/<name>/`) and says where they are. `scripts/train_demo` made them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PROMPTS = (
     "Q: Tell me about Brazil.\nA:",
     "Q: Name the months of the year.\nA:",
 )
-"""Raw prompts worth showing, in the format the model was trained on; a tokenizer adds the BOS token."""
+"""Raw prompts to show, in the format that the model was trained on; the tokenizer adds the BOS token."""
 
 
 def base_model_path() -> Path:

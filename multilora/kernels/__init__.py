@@ -1,1 +1,1 @@
-"""What all Triton kernels share: how they are launched, and small mathematics."""
+"""What all Triton kernels share: how they are launched, and small mathematical functions."""

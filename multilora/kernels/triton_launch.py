@@ -1,15 +1,14 @@
 """How this package launches its Triton kernels: early, and without binding their arguments anew each time.
 
-Programmatic dependent launch: a kernel starts while the one before it still runs, and waits inside. What it saves is
-the launch latency, about a microsecond each. The rule: every program calls `wait_for_previous` before it touches what
-an earlier kernel may still read or write, so that a finished kernel means that all before it have finished.
+With programmatic dependent launch, a kernel starts while the one before it still runs, and waits inside; that saves
+the launch latency, about a microsecond each. The rule is that every program waits before it touches what an earlier
+kernel may still read or write, so that a finished kernel means that all before it have finished.
 
-Triton binds, specializes and hashes the arguments of every launch, 30 to 60 µs for twenty of them. `launch` asks it
-only once per kind of arguments and keeps what it compiled. `Repeated` is for launches that come again in every layer
-with nearly the same arguments: 2 µs instead of 10. Used by `lora/`, `attention/` and `layers/`.
+Triton binds, specializes and hashes the arguments of every launch, which takes 30 to 60 µs for twenty of them.
+`launch` asks it only once per kind of arguments and keeps what it compiled. `Repeated` is for launches that come
+again in every layer with nearly the same arguments: 2 µs instead of 10. Called by `lora/`, `attention/` and
+`layers/`.
 """
-
-# mypy: disallow-untyped-defs=False
 
 import functools
 from typing import Any
@@ -19,11 +18,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_compiled: dict[tuple, Any] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
+    """Wait for the kernels before this one, then let the next one start."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -31,7 +31,7 @@ def wait_for_previous(PDL: tl.constexpr):
 
 @functools.cache
 def can_launch_early(device: torch.device) -> bool:
-    """From Hopper on."""
+    """Whether the device has programmatic dependent launch: NVIDIA GPUs from Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -47,9 +47,10 @@ def launch(
     """kernel[grid](*args, **constants, **options), on the current stream. Returns the compiled kernel; None where
     Triton interprets.
 
-    args: a tensor, then tensors, None, ints and floats: all parameters before the first constant; constants: all the
-    others, in the kernel's order. early: as a programmatic dependent launch. The kind of a tensor is its type and
-    whether it is aligned to 16 bytes; that of an int is what Triton may specialize on.
+    args: a tensor, then tensors, None, ints and floats, in the order of the kernel's parameters before its first
+    constant; constants: the other parameters, in order; early: launch as a programmatic dependent. A compiled kernel
+    is kept per kind of arguments: a tensor's kind is its dtype and whether it is aligned to 16 bytes, an int's is
+    what Triton may specialize on.
     """
     bound: list[Any] = []
     kinds: list[Any] = [id(kernel), args[0].get_device(), early]  # kernels live as long as their modules
@@ -89,7 +90,7 @@ class Repeated:
         early: bool = False,
         **options: int,
     ):
-        """As `launch`. rest: the arguments behind those that change; its tensors stay as they are."""
+        """As `launch`. rest: the arguments after those that change; its tensors must stay where they are."""
         self._kernel, self._grid, self._rest, self._constants = kernel, grid, rest, constants
         self._early, self._options = early, options
         self._run: Any | None = None

@@ -1,4 +1,4 @@
-"""x Wᵀ + b, the way that is fastest on the device for that many rows. Called by every linear layer and the head."""
+"""x Wᵀ + b, the way that is fastest on the device for that many rows. Called by `weight.py` and `embedding.py`."""
 
 import torch
 import torch.nn.functional as F

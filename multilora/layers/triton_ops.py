@@ -4,8 +4,6 @@ The torch code in `norm.py`, `activation.py` and `matmul.py` is their specificat
 chooses.
 """
 
-# mypy: disallow-untyped-defs=False
-
 import torch
 import triton
 import triton.language as tl

@@ -1,1 +1,1 @@
-"""LoRA arithmetic: what one step adds to a linear layer. Knows pages, not where adapters come from."""
+"""LoRA arithmetic: what one step adds to a linear layer. It knows pages, not where adapters come from."""

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Sites = tuple[LoraSite, ...]
 
 
-def _torch(table: "LoraTable", sites: Sites, dtype: "torch.dtype", chunk_rows: int) -> "LoraBackend":
+def _torch(table: "LoraTable", sites: Sites, dtype: "torch.dtype", chunk_rows: int) -> "LoraBackend":  # noqa: ARG001 - part of the contract
     from multilora.lora.torch_backend import TorchLora
 
     return TorchLora(table)

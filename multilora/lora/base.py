@@ -1,8 +1,6 @@
-"""The contract of a LoRA backend.
+"""The contract of a LoRA backend. What a backend must compute is written out in `reference.py`.
 
-Called by `engine/execution/runner.py` (prepare, once a step) and `layers/linear.py` (apply or apply_gated, once a
-site).
-Whatever the backend, the answer is that of `reference.py`.
+The runner calls `prepare` once a step, the linear layers call the rest once a site.
 """
 
 from collections.abc import Callable
@@ -16,17 +14,19 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LoraBackend(Protocol):
+    """Adds the adapters of a step to the outputs of the model's linear layers."""
+
     name: str
     replayable: bool
-    """Whether a graph captured over as many rows may be replayed for the step last prepared."""
+    """Whether a graph captured over the same number of rows may be replayed for the step prepared last."""
 
     def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
-        """Take this step's segments over `num_rows` rows. None of them: only before a graph is captured."""
+        """Take this step's segments over `num_rows` rows. An empty tuple stands for any adapters: it precedes the
+        capture of a graph."""
 
     def begin(self) -> None:
-        """What `apply` will be given as x is there (or queued): called before the layer's own product, so that a part
-        of the work may run beside it. Not calling it costs only that.
-        """
+        """Say that the x of the next `apply` is ready, or queued on the current stream. The layer calls this before
+        its own product, so that a part of the LoRA work may run beside it; the call is optional."""
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         """In place, for every segment and each of its adapters of weight w: y[rows] += w · (x[rows] Aᵀ) B; then, if
@@ -37,8 +37,8 @@ class LoraBackend(Protocol):
         """
 
     def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:
-        """apply(y, x, site), then silu_and_mul(y): silu(gate) · up of y's two halves, the site's two slices. A
-        backend may do both in one pass, to the same bits; y is worth nothing afterwards.
+        """apply(y, x, site), then silu_and_mul(y): silu(gate) · up of y's two halves, which are the site's two
+        slices. A backend may fuse the two, to the same bits; the contents of y are undefined afterwards.
 
         Returns [rows, out_features / 2].
         """

@@ -1,18 +1,18 @@
-"""Where every adapter's panels lie, as tables on the device that kernels read.
+"""Where every adapter's panels lie, as tables on the device that the Triton kernels read.
 
-Owns the tables; follows a `LoraTable` (what is installed at which place). All writes go to the current stream, in
-order with the kernels that read, so that a captured graph sees every change and never has to be captured again.
+It owns the tables and follows a `LoraTable` (what is installed in which slot). All writes go to the current stream,
+in order with the kernels that read, so a captured graph sees every change and never has to be captured again.
 
-    records    int32 [places, sites, 2 + 2 x slices, padded]
+    records    int32 [slots, sites, 2 + 2 x slices, padded to a power of two]
                    a_start, stacked rank, (first << 16 | rank, b_start) of slice 0, of slice 1, ...
                                              first: rank rows of the stacked A before the slice's
                                              rank 0: the adapter does not touch the slice
-    addresses  int64 [capacity]              where a chunk begins in the arena, in elements
-                   a_start ->  panels of the stacked A: rank rows 0-7, 8-15, ... (each: its chunks, left to right)
+    addresses  int64 [capacity]              where a part begins in the arena, in elements
+                   a_start ->  panels of the stacked A: rank rows 0-7, 8-15, ... (each: its parts, left to right)
                    b_start ->  panels of B of that slice, then (rank's bit 15 is set) its scale-shift pair: fp32
-                               scales of a chunk's columns, then shifts
+                               scales of a part's columns, then shifts
 
-Capacity is what the arena can hold, so nothing is ever reallocated: a place per page, an address per smallest panel.
+Capacity is what the arena can hold, so nothing is ever reallocated: a slot per page, an address per smallest panel.
 """
 
 from collections.abc import Collection
@@ -21,23 +21,30 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from multilora.kernels.integers import power_of_two
 from multilora.lora.panels import SCALE_SHIFT_BYTES, PanelGeometry, PanelLayout
 from multilora.lora.sites import LoraSite
 from multilora.lora.table import LoraTable
+from multilora.memory.first_fit import FirstFit
+from multilora.transfer import upload_into
 
 SCALE_SHIFT_BIT = 1 << 15
 
 
 @dataclass(frozen=True)
-class _Placed:
-    first: int  # address
-    count: int  # of addresses
+class _Installed:
+    """What the host keeps of one slot."""
+
+    first: int  # index of its first address
     sites: np.ndarray  # int32 [3, sites]: stacked rank, largest rank of a slice, 1 if touched at all
     stacked: int  # the largest stacked rank
 
 
 class DeviceTable:
-    """`records` and `addresses` of everything installed in `table`, and what the host must know of it."""
+    """`records` and `addresses` of everything installed in `table`, and their summary on the host.
+
+    It is a `TableListener`: `table` calls `installed` and `removed`.
+    """
 
     def __init__(self, table: LoraTable, sites: tuple[LoraSite, ...]):
         self.sites = sites
@@ -50,56 +57,49 @@ class DeviceTable:
         shape = (table.num_pages, len(sites), self.record_words)
         self.records = torch.zeros(shape, dtype=torch.int32, device=device)
         self.addresses = torch.zeros(table.num_pages * addresses, dtype=torch.int64, device=device)
-        self._placed: dict[int, _Placed] = {}
+        self._intervals = FirstFit(len(self.addresses))
+        self._installed: dict[int, _Installed] = {}
         table.subscribe(self)
 
     def stacked_rank(self, slot: int) -> int:
-        """The largest stacked rank of the adapter at any site: what one of its rows needs of the intermediate."""
-        return self._placed[slot].stacked
+        """The adapter's largest stacked rank at any site: how many elements one row needs in the intermediate."""
+        return self._installed[slot].stacked
 
     def used_sites(self, slots: Collection[int]) -> np.ndarray:
-        """Of these adapters together, int32 [3, sites]: largest stacked rank, largest rank of a slice, whether one
-        of them touches the site at all."""
-        return np.max([self._placed[slot].sites for slot in slots], axis=0)
+        """int32 [3, sites], over these slots: largest stacked rank, largest rank of a slice, 1 if one acts there."""
+        used: np.ndarray = np.max([self._installed[slot].sites for slot in slots], axis=0)
+        return used
 
     def installed(self, slot: int, layout: PanelLayout, pages: list[int]) -> None:
-        first = self._find(len(layout.positions))
-        if first is None:
-            first = self._compact()
+        """See `TableListener`."""
+        count = max(1, len(layout.positions))  # an adapter without panels has an interval, too
+        first = self._intervals.take(count)
+        if first is None:  # rare: the gaps together are large enough, no single one is
+            self._compact()
+            first = self._intervals.take(count)
+            assert first is not None, "more panels than the arena can hold"
         self._write(slot, first, layout, pages)
 
     def removed(self, slot: int) -> None:
-        """Nothing to write: no step names the slot until another adapter is installed there."""
-        del self._placed[slot]
+        """See `TableListener`. Nothing is written: no step names the slot until it is installed again."""
+        self._intervals.give_back(self._installed.pop(slot).first)
 
     # ------------------------------------------------------------------ addresses
 
-    def _find(self, count: int) -> int | None:
-        """The first gap of `count` addresses."""
-        at = 0
-        for first, size in sorted((installed.first, installed.count) for installed in self._placed.values()):
-            if first - at >= count:
-                return at
-            at = first + size
-        return at if len(self.addresses) - at >= count else None
-
-    def _compact(self) -> int:
-        """Close all gaps; returns where free space begins. Rare: the gaps have to add up first."""
-        at = 0
-        for slot, installed in sorted(self._placed.items(), key=lambda item: item[1].first):
-            self._write(slot, at, *self.table.lookup(slot))
-            at += installed.count
-        return at
+    def _compact(self) -> None:
+        """Move every adapter's addresses down to the end of those before them."""
+        moved = self._intervals.compact()
+        for slot, installed in list(self._installed.items()):
+            self._write(slot, moved[installed.first], *self.table.lookup(slot))
 
     def _write(self, slot: int, first: int, layout: PanelLayout, pages: list[int]) -> None:
         count = len(layout.positions)
-        assert first + count <= len(self.addresses)
         page, offset = layout.positions[:, 0], layout.positions[:, 1]
         addresses = np.array(pages, np.int64)[page] * self.table.page_elements + offset // self._itemsize
-        upload(addresses, self.addresses[first : first + count])
-        upload(self._records(first, layout), self.records[slot])
+        upload_into(self.addresses[first : first + count], addresses)
+        upload_into(self.records[slot], self._records(first, layout))
         sites = self._site_use(layout)
-        self._placed[slot] = _Placed(first, count, sites, int(sites[0].max()))
+        self._installed[slot] = _Installed(first, sites, int(sites[0].max()))
 
     def _site_use(self, layout: PanelLayout) -> np.ndarray:
         use = np.zeros((3, len(self.sites)), np.int32)
@@ -112,11 +112,11 @@ class DeviceTable:
     def _records(self, first: int, layout: PanelLayout) -> np.ndarray:
         records = np.zeros((len(self.sites), self.record_words), np.int32)
         at, above = first, 0
-        for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+        for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
             if matrix.slice < 0:
                 records[matrix.site, :2] = at, matrix.rank
                 above = 0
-            elif matrix.scale_shift:  # right behind B, or alone
+            elif matrix.scale_shift:  # its addresses follow those of B; a slice without B has rank 0
                 word = 2 + 2 * matrix.slice
                 if not records[matrix.site, word] & 0x7FFF:
                     records[matrix.site, word : word + 2] = above << 16, at
@@ -125,30 +125,19 @@ class DeviceTable:
                 word = 2 + 2 * matrix.slice
                 records[matrix.site, word : word + 2] = above << 16 | matrix.rank, at
                 above += matrix.rank
-            at += len(chunks)
+            at += len(parts)
         return records
 
 
 def _per_page(sites: tuple[LoraSite, ...], geometry: PanelGeometry) -> tuple[int, int]:
-    """Words of a record, and as many addresses as chunks can lie in a page: a scale-shift pair is the smallest."""
-    words = _power_of_two(2 + 2 * max(len(site.slices) for site in sites))
+    """Words of one record, and the most addresses per page: as many as the smallest parts, scale-shift pairs, fit."""
+    words = power_of_two(2 + 2 * max(len(site.slices) for site in sites))
     widths = {site.in_features for site in sites} | {s.out_features for site in sites for s in site.slices}
-    smallest = min(geometry.chunk_columns(w) for w in widths) * SCALE_SHIFT_BYTES
+    smallest = min(geometry.part_columns(w) for w in widths) * SCALE_SHIFT_BYTES
     return words, geometry.page_bytes // smallest
 
 
 def table_bytes_per_page(sites: tuple[LoraSite, ...], geometry: PanelGeometry) -> int:
-    """What the tables of a `DeviceTable` take for each page of the arena."""
+    """Bytes of device memory that the tables of a `DeviceTable` take for each page of the arena."""
     words, addresses = _per_page(sites, geometry)
     return 4 * words * len(sites) + 8 * addresses
-
-
-def upload(values: np.ndarray, to: torch.Tensor) -> None:
-    """Copy to the device on the current stream without waiting. The pinned buffer is reused once the copy is done
-    (PyTorch's host allocator records an event)."""
-    source = torch.from_numpy(values)
-    to.copy_(source.pin_memory() if to.is_cuda else source, non_blocking=True)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -1,8 +1,9 @@
-"""Modules that adapters replace as a whole, and what they add to token embeddings, for one step.
+"""Modules that adapters replace entirely, and what adapters add to token embeddings, for one step.
 
-`modules_to_save`, trained token rows and LoRA on `embed_tokens` act outside the linear layers' low-rank pass. They
-are rare, so they are served exactly and plainly: row range by row range, in torch operations, never inside a CUDA
-graph (embedding and head lie outside). Made by `engine/execution/runner.py` for steps that need it; layers ask it.
+PEFT's `modules_to_save`, trained token rows and LoRA on `embed_tokens` act outside the linear layers' low-rank pass.
+They are rare, so they are served exactly and plainly: row range by row range, in torch operations, never inside a
+CUDA graph (embedding and head lie outside). Called by `engine/execution/runner.py`, which makes one object for each
+step that needs it; the layers ask that object.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from multilora.lora.torch_backend import expand
 
 
 class FullWeightModules:
-    """The step's segments that replace a module or add to embeddings. Adapters that do are never composed."""
+    """What the adapters in a step's segments replace or add to embeddings. Such adapters are never composed."""
 
     def __init__(self, table: LoraTable, segments: tuple[LoraSegment, ...], embed_site: int):
         self._table = table
@@ -23,14 +24,15 @@ class FullWeightModules:
         self._embed_site = embed_site
 
     def find(self, layer: int, module: str) -> Iterator[tuple[slice, FullWeight]]:
-        """Which rows of the step have another weight there."""
+        """Rows of the step, and the weight that stands in for the base model's `module` of `layer` there."""
         for segment in self._segments:
             for slot in segment.slots:
                 for weights in self._table.full_weights(slot, layer, module):
                     yield slice(segment.start, segment.end), weights
 
     def embed(self, y: torch.Tensor, ids: torch.Tensor, layer: int, module: str) -> None:
-        """y: [tokens, hidden], the base model's rows for `ids`: put in the adapters' rows, add their low rank."""
+        """Replace trained rows and add the low rank, in place. y: [tokens, hidden], the base model's rows for
+        `ids`, int64 [tokens]."""
         for rows, weights in self.find(layer, module):
             replace_rows(y[rows], ids[rows], weights)
         for segment in self._segments:
@@ -47,7 +49,7 @@ def product(x: torch.Tensor, weights: FullWeight) -> torch.Tensor:
 
 
 def replace_rows(y: torch.Tensor, ids: torch.Tensor, weights: FullWeight) -> None:
-    """y: [tokens, cols]; row t becomes the weight's row for ids[t], where it has one."""
+    """In place: row t of y, [tokens, cols], becomes the weight's row for ids[t], where it has one."""
     index = ids
     if weights.token_ids is not None:
         index = torch.searchsorted(weights.token_ids, ids).clamp_(max=weights.rows - 1)
@@ -62,7 +64,7 @@ def replace_rows(y: torch.Tensor, ids: torch.Tensor, weights: FullWeight) -> Non
 
 
 def columns_of(weights: SiteWeights, ids: torch.Tensor) -> torch.Tensor:
-    """The shrink of one-hot rows: column ids[t] of the stacked A, [tokens, rank]."""
+    """x Aᵀ for one-hot x: column ids[t] of the stacked A, [tokens, rank]."""
     weight = weights.a[0].weight
     h = weight.new_zeros(len(ids), weights.rank)
     for piece in weights.a:

@@ -1,8 +1,9 @@
 """How adapters lie in pages: the geometry shared by the packer, the tables and the kernels.
 
-The unit is a panel: 8 rank rows of one matrix over its whole width, contiguous inside one page. A matrix is either
-the stacked A of a site (`[sum of its slices' ranks, in]`, so that one shrink serves q, k and v) or the B of one
-slice (`[rank, out]`). Only a panel wider than a page is cut, by columns, into equal chunks (tiny models).
+The unit is a panel: 8 rank rows of one matrix over its full width, contiguous inside one page. A matrix is either the
+stacked A of a site (`[sum of its slices' ranks, in]`, so that one shrink serves q, k and v) or the B of one slice
+(`[rank, out]`). Only a panel wider than a page is cut, by columns, into equal parts (tiny models); any other is one
+part. Adapters in pages of the KV arena follow S-LoRA's unified paging (Sheng et al. 2023, arXiv:2311.03285).
 
     site qkv_proj, ranks q 16, v 8 (k absent)
       A  [24, in]   panels: q rows 0-7, q rows 8-15, v rows 0-7
@@ -10,8 +11,9 @@ slice (`[rank, out]`). Only a panel wider than a page is cut, by columns, into e
 
 Ranks are rounded up to the granule of 8 with zero rows; nothing is ever padded to another adapter's rank.
 
-A slice may have a scale-shift pair besides (DoRA, biases): `y = scale · y + shift`, fp32 [2, columns] per chunk,
-scale first, cut into the same columns as a panel of B. Whole modules and token rows are row-major, cut by rows.
+A slice may also have a scale-shift pair (DoRA, biases): `y = scale · y + shift`, fp32 [2, columns] per part, scale
+first, cut into the same columns as a panel of B. Full weights (replaced modules, token rows) are row-major and cut by
+rows.
 """
 
 import enum
@@ -30,12 +32,16 @@ ALIGN_BYTES = 16
 
 
 def round_rank(rank: int) -> int:
+    """The rank as it is stored: the next multiple of RANK_GRANULE."""
     return -(-rank // RANK_GRANULE) * RANK_GRANULE
 
 
 @dataclass(frozen=True)
 class PanelGeometry:
-    """What decides how panels are cut: page size and element size, the same for every adapter of an engine."""
+    """What decides how panels are cut: page size and element size in bytes, the same for every adapter of an engine.
+
+    Raises ValueError if a page cannot hold the smallest part.
+    """
 
     page_bytes: int
     itemsize: int
@@ -45,17 +51,18 @@ class PanelGeometry:
             need = RANK_GRANULE * COLUMN_GRANULE * self.itemsize
             raise ValueError(f"a page of {self.page_bytes} bytes is too small for LoRA panels, which need {need}")
 
-    def chunk_columns(self, width: int) -> int:
-        """Columns of one chunk of a panel `width` columns wide; `width` itself when a whole panel fits a page."""
+    def part_columns(self, width: int) -> int:
+        """Columns after which a panel of `width` columns is cut; `width` itself if the panel fits a page."""
         limit = self.page_bytes // (RANK_GRANULE * self.itemsize)
         return width if width <= limit else limit // COLUMN_GRANULE * COLUMN_GRANULE
 
-    def chunks(self, width: int) -> int:
-        return -(-width // self.chunk_columns(width))
+    def num_parts(self, width: int) -> int:
+        """Into how many parts a panel of `width` columns is cut."""
+        return -(-width // self.part_columns(width))
 
 
 class ScaleShift(enum.IntFlag):
-    """What the scale-shift pair of a slice is made of; 0: there is none."""
+    """What the scale-shift pair of a slice is made of; NONE: the slice has no pair."""
 
     NONE = 0
     DORA = 1
@@ -80,9 +87,7 @@ class FullWeightShape:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Everything that decides the layout of an adapter.
-
-    scale_shift: as `ranks`, values of `ScaleShift`; empty: none."""
+    """Everything that decides the layout of an adapter. scale_shift: a `ScaleShift` per slice; empty: all are 0."""
 
     ranks: Ranks
     scale_shift: tuple[tuple[int, ...], ...] = ()
@@ -90,14 +95,13 @@ class AdapterShape:
 
     @property
     def plain(self) -> bool:
-        """Of low rank and nothing else."""
+        """Whether the adapter is low rank and nothing else."""
         return not self.scale_shift and not self.full_weights
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of an adapter: the stacked A of a site (slice -1), or the B of a slice, or the scale-shift pair of
-    one (rank 0)."""
+    """The stacked A of a site (slice -1), the B of a slice, or the scale-shift pair of a slice (rank 0)."""
 
     site: int
     slice: int
@@ -111,9 +115,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class PanelPart:
-    """Where rows x [col, col + columns) of a matrix lie: `offset` bytes into the adapter's page number `page`.
+    """Where some rows x [col, col + columns) of a matrix lie: `offset` bytes into the adapter's page number `page`.
 
-    Rows: 8 of a matrix, both of a scale-shift pair, as many as fit into a page of a whole module.
+    From `row` on, there are 8 rows of a matrix, both of a scale-shift pair, or as many of a full weight as fit a
+    page.
     """
 
     row: int
@@ -125,28 +130,28 @@ class PanelPart:
 
 @dataclass(frozen=True)
 class PanelLayout:
-    """The placement of a whole adapter: a function of its shape only.
+    """Where everything of an adapter lies. It depends on the adapter's shape only.
 
-    `chunks[i]` are the chunks of `matrices[i]`, row by row, then column by column; `full_weights[i]` those of
-    `shape.full_weights[i]`, by rows.
+    `parts[i]` are the parts of `matrices[i]`, row by row and within a row column by column; `full_weights[i]` those
+    of `shape.full_weights[i]`, by rows. used_bytes: without the padding at the ends of pages.
     """
 
     num_pages: int
     shape: AdapterShape
     matrices: tuple[Matrix, ...]
-    chunks: tuple[tuple[PanelPart, ...], ...]
+    parts: tuple[tuple[PanelPart, ...], ...]
     full_weights: tuple[tuple[PanelPart, ...], ...]
     used_bytes: int
 
     @cached_property
     def sites(self) -> frozenset[int]:
-        """Where the adapter acts in the low-rank pass."""
+        """Indices of the sites where the adapter acts in the low-rank pass."""
         return frozenset(m.site for m in self.matrices)
 
     @cached_property
     def positions(self) -> np.ndarray:
-        """int64 [all chunks, 2]: page and offset of each, matrix by matrix."""
-        return np.array([(c.page, c.offset) for chunks in self.chunks for c in chunks], np.int64).reshape(-1, 2)
+        """int64 [all parts, 2]: page and offset of each, matrix by matrix."""
+        return np.array([(c.page, c.offset) for parts in self.parts for c in parts], np.int64).reshape(-1, 2)
 
 
 def matrices_of(sites: Sequence[LoraSite], shape: AdapterShape) -> tuple[Matrix, ...]:
@@ -166,64 +171,65 @@ def matrices_of(sites: Sequence[LoraSite], shape: AdapterShape) -> tuple[Matrix,
 
 
 @lru_cache(maxsize=256)
-def place_panels(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry) -> PanelLayout:
-    """First-fit-decreasing: the largest chunks first, each into the first page with room.
+def make_layout(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry) -> PanelLayout:
+    """The layout of an adapter, by first-fit-decreasing: the largest parts first, each in the first page with room.
 
-    Raises ValueError if one row of a whole module is larger than a page.
+    Raises ValueError if one row of a full weight is larger than a page.
     """
     matrices = matrices_of(sites, shape)
     cuts = [
         *(_cut_matrix(m, geometry) for m in matrices),
         *(_cut_full_weight(w, geometry) for w in shape.full_weights),
     ]
-    fit = _FirstFit(geometry.page_bytes)
-    chunks: list[tuple[PanelPart, ...]] = [()] * len(cuts)
+    pages = _PageFiller(geometry.page_bytes)
+    parts: list[tuple[PanelPart, ...]] = [()] * len(cuts)
     for i in sorted(range(len(cuts)), key=lambda i: -cuts[i].size):
         cut = cuts[i]
-        chunks[i] = tuple(PanelPart(row, col, columns, *fit.place(cut.size)) for row, col, columns in cut.parts)
+        parts[i] = tuple(PanelPart(row, col, columns, *pages.add(cut.size)) for row, col, columns in cut.parts)
     split = len(matrices)
-    return PanelLayout(len(fit.used), shape, matrices, tuple(chunks[:split]), tuple(chunks[split:]), sum(fit.used))
+    return PanelLayout(len(pages.used), shape, matrices, tuple(parts[:split]), tuple(parts[split:]), sum(pages.used))
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """Equal chunks of `size` bytes each: (row, col, columns)."""
+class _EqualParts:
+    """One matrix, cut: the (row, col, columns) of its parts, each of which takes `size` bytes."""
 
     size: int
     parts: list[tuple[int, int, int]]
 
 
-def _cut_matrix(matrix: Matrix, geometry: PanelGeometry) -> _Cut:
-    step = geometry.chunk_columns(matrix.width)
+def _cut_matrix(matrix: Matrix, geometry: PanelGeometry) -> _EqualParts:
+    step = geometry.part_columns(matrix.width)
     column_bytes = SCALE_SHIFT_BYTES if matrix.scale_shift else RANK_GRANULE * geometry.itemsize
     columns = [(col, min(step, matrix.width - col)) for col in range(0, matrix.width, step)]
     rows = range(0, max(1, matrix.rank), RANK_GRANULE)
-    return _Cut(_align(step * column_bytes), [(row, col, width) for row in rows for col, width in columns])
+    return _EqualParts(_align(step * column_bytes), [(row, col, width) for row in rows for col, width in columns])
 
 
-def _cut_full_weight(shape: FullWeightShape, geometry: PanelGeometry) -> _Cut:
+def _cut_full_weight(shape: FullWeightShape, geometry: PanelGeometry) -> _EqualParts:
     row_bytes = shape.cols * geometry.itemsize
     step = min(shape.rows, geometry.page_bytes // row_bytes)
     if step == 0:
         raise ValueError(f"{shape.module}: a row of {row_bytes} bytes is larger than a page")
-    return _Cut(_align(step * row_bytes), [(row, 0, shape.cols) for row in range(0, shape.rows, step)])
+    return _EqualParts(_align(step * row_bytes), [(row, 0, shape.cols) for row in range(0, shape.rows, step)])
 
 
 def _align(size: int) -> int:
     return -(-size // ALIGN_BYTES) * ALIGN_BYTES
 
 
-class _FirstFit:
-    """Sizes never grow, so pages that have become too full are passed over for good within one size."""
+class _PageFiller:
+    """Fills pages from their beginnings. Sizes come in descending order, so within one size a page that was too full
+    once is not looked at again."""
 
     def __init__(self, page_bytes: int):
-        self.used: list[int] = []  # bytes taken of each page
+        self.used: list[int] = []  # per page: bytes [0, used) are taken
         self._page_bytes = page_bytes
         self._first = 0  # no page before this one has room for the current size
         self._size = 0
 
-    def place(self, size: int) -> tuple[int, int]:
-        """Page and offset."""
+    def add(self, size: int) -> tuple[int, int]:
+        """Page and offset of the next part, of `size` bytes."""
         if size != self._size:
             self._first, self._size = 0, size
         while self._first < len(self.used) and self.used[self._first] + size > self._page_bytes:

@@ -1,8 +1,8 @@
-"""Which adapters are resident, and where their matrices are: places in, views of the arena out.
+"""Which adapters are resident, and where their matrices are: slots in, views of the arena out.
 
-A place is a small integer that lives as long as the adapter is resident. `adapters/device/residency.py` installs and
-removes; the backends read. The `torch` backend uses the views made here; tables on the device for kernels are kept
-by a `TableListener` (`device_table.py`).
+A slot is a small integer that lives as long as the adapter is resident. `adapters/device/residency.py` installs and
+removes adapters; the backends read. The `torch` backend uses the views made here; a `TableListener`
+(`device_table.py`) keeps the tables on the device that kernels read.
 """
 
 from dataclasses import dataclass, replace
@@ -24,9 +24,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class SliceWeights:
-    """B of one slice: rows [first, first + rank) of the site's stacked intermediate; lies in `pieces`.
+    """B of one slice, which multiplies columns [first, first + rank) of the site's stacked intermediate.
 
-    scale_shift: pieces of the pair of scale and shift, fp32 [2, columns]; empty: there is none.
+    scale_shift: pieces of the pair of scale and shift, fp32 [2, columns]; empty: the slice has none.
     """
 
     offset: int  # first output column of the slice
@@ -39,7 +39,7 @@ class SliceWeights:
 
 @dataclass(frozen=True)
 class SiteWeights:
-    """One adapter at one site. a: pieces of the stacked A [rank, in]; none of them if rank is 0."""
+    """One adapter at one site. a: pieces of the stacked A [rank, in], none if rank is 0; b: its slices' B."""
 
     rank: int
     a: tuple[Piece, ...]
@@ -48,7 +48,7 @@ class SiteWeights:
 
 @dataclass(frozen=True)
 class FullWeight:
-    """A module that an adapter replaces, or (token_ids not None) some rows of a table. pieces: by rows."""
+    """The weight [rows, cols] of a module that an adapter replaces, or (token_ids not None) some rows of a table."""
 
     rows: int
     cols: int
@@ -65,15 +65,17 @@ class TableWriter(Protocol):
 
 
 class TableListener(Protocol):
-    """Told of every adapter that comes or goes, on the thread that steps the engine, between two steps."""
+    """Hears of every adapter that is installed or removed, on the thread that steps the engine, between two steps."""
 
-    def installed(self, slot: int, layout: PanelLayout, pages: list[int]) -> None: ...
+    def installed(self, slot: int, layout: PanelLayout, pages: list[int]) -> None:
+        """`slot` holds an adapter of this layout now, whose page i is arena page pages[i]."""
 
-    def removed(self, slot: int) -> None: ...
+    def removed(self, slot: int) -> None:
+        """`slot` is empty now."""
 
 
 class LoraTable:
-    """Place → site → weights. The views of a place are made when first asked for.
+    """Slot → site → weights. The views of a slot are made when they are first asked for.
 
     arena: uint8 [num_pages, page_bytes], holding panels in `dtype`; slice_offsets: per site, each slice's first
     output column.
@@ -84,109 +86,111 @@ class LoraTable:
         self.num_pages = arena.shape[0]
         self.page_elements = arena.shape[1] // dtype.itemsize
         self._slice_offsets = slice_offsets
-        self._placed: dict[int, tuple[PanelLayout, list[int]]] = {}
+        self._installed: dict[int, tuple[PanelLayout, list[int]]] = {}
         self._views: dict[int, dict[int, SiteWeights]] = {}
         self._full_weights: dict[int, dict[tuple[int, str], list[FullWeight]]] = {}
         self._listeners: list[TableListener] = []
 
     def subscribe(self, listener: TableListener) -> None:
-        """Have `listener` told of every slot: those installed by now at once, the others as they come."""
+        """Call `listener` for every slot: at once for those installed already, later as the others come and go."""
         self._listeners.append(listener)
-        for slot, (layout, pages) in self._placed.items():
+        for slot, (layout, pages) in self._installed.items():
             listener.installed(slot, layout, pages)
 
     def install(self, slot: int, layout: PanelLayout, pages: list[int]) -> None:
-        """The adapter's page i is now arena page pages[i]."""
-        assert slot not in self._placed
-        self._placed[slot] = (layout, list(pages))
+        """Fill an empty slot; the adapter's page i is arena page pages[i]. The pages stay the caller's."""
+        assert slot not in self._installed
+        self._installed[slot] = (layout, list(pages))
         for listener in self._listeners:
             listener.installed(slot, layout, pages)
 
     def remove(self, slot: int) -> None:
-        del self._placed[slot]
+        """Empty a slot. No step that is launched later may name it."""
+        del self._installed[slot]
         self._views.pop(slot, None)
         self._full_weights.pop(slot, None)
         for listener in self._listeners:
             listener.removed(slot)
 
     def lookup(self, slot: int) -> tuple[PanelLayout, list[int]]:
-        """What was installed there."""
-        return self._placed[slot]
+        """Layout and arena pages of the adapter installed in `slot`."""
+        return self._installed[slot]
 
     def site(self, slot: int, site: int) -> SiteWeights | None:
-        """None: the adapter does not touch this site. A slot with nothing installed is our bug (KeyError)."""
+        """The adapter's weights at a site; None: it does not touch it. KeyError if the slot is empty."""
         if slot not in self._views:
-            self._views[slot] = self._make_views(*self._placed[slot])
+            self._views[slot] = self._make_views(*self._installed[slot])
         return self._views[slot].get(site)
 
     def full_weights(self, slot: int, layer: int, module: str) -> list[FullWeight]:
-        """What the adapter puts in place of a module: nothing, its weight, or rows of it."""
+        """What the adapter replaces of a module: nothing, its weight, or some of its rows."""
         if slot not in self._full_weights:
-            self._full_weights[slot] = self._make_full_weights(*self._placed[slot])
+            self._full_weights[slot] = self._make_full_weights(*self._installed[slot])
         return self._full_weights[slot].get((layer, module), [])
 
     def __len__(self) -> int:
-        return len(self._placed)
+        return len(self._installed)
 
     def _make_views(self, layout: PanelLayout, pages: list[int]) -> dict[int, SiteWeights]:
         sites: dict[int, SiteWeights] = {}
-        for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+        for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
             site = sites.get(matrix.site, SiteWeights(0, (), ()))
             if matrix.slice < 0:
-                site = SiteWeights(matrix.rank, self._pieces(matrix.width, chunks, pages), ())
+                site = SiteWeights(matrix.rank, self._pieces(matrix.width, parts, pages), ())
             elif matrix.scale_shift:
-                pieces = tuple(self._scale_shift(chunk, pages) for chunk in chunks)
+                pieces = tuple(self._scale_shift(part, pages) for part in parts)
                 site = self._with_scale_shift(site, matrix, pieces)
             else:
                 offset = self._slice_offsets[matrix.site][matrix.slice]
                 first = sum(s.rank for s in site.b)
-                pieces = self._pieces(matrix.width, chunks, pages)
+                pieces = self._pieces(matrix.width, parts, pages)
                 part = SliceWeights(offset, matrix.width, first, matrix.rank, pieces)
                 site = replace(site, b=(*site.b, part))
             sites[matrix.site] = site
         return sites
 
     def _with_scale_shift(self, site: SiteWeights, matrix: Matrix, scale_shift: tuple[Piece, ...]) -> SiteWeights:
-        """The pair follows the B of its slice, if that has one."""
+        """`site` with the pair in the entry of its slice, the last one if the slice has a B, else a new one."""
         offset = self._slice_offsets[matrix.site][matrix.slice]
         if site.b and site.b[-1].offset == offset:
             return replace(site, b=(*site.b[:-1], replace(site.b[-1], scale_shift=scale_shift)))
         part = SliceWeights(offset, matrix.width, sum(s.rank for s in site.b), 0, (), scale_shift)
         return replace(site, b=(*site.b, part))
 
-    def _scale_shift(self, chunk: PanelPart, pages: list[int]) -> Piece:
-        at = self._address(chunk, pages)
-        size = SCALE_SHIFT_BYTES * chunk.columns // self.weights.itemsize
-        return Piece(0, chunk.col, self.weights[at : at + size].view(torch.float32).view(2, chunk.columns))
+    def _scale_shift(self, part: PanelPart, pages: list[int]) -> Piece:
+        at = self._address(part, pages)
+        size = SCALE_SHIFT_BYTES * part.columns // self.weights.itemsize
+        return Piece(0, part.col, self.weights[at : at + size].view(torch.float32).view(2, part.columns))
 
     def _make_full_weights(self, layout: PanelLayout, pages: list[int]) -> dict[tuple[int, str], list[FullWeight]]:
         found: dict[tuple[int, str], list[FullWeight]] = {}
-        for shape, chunks in zip(layout.shape.full_weights, layout.full_weights, strict=True):
-            ends = [*(chunk.row for chunk in chunks[1:]), shape.rows]
+        for shape, parts in zip(layout.shape.full_weights, layout.full_weights, strict=True):
+            ends = [*(part.row for part in parts[1:]), shape.rows]
             pieces = []
-            for chunk, end in zip(chunks, ends, strict=True):
-                at, rows = self._address(chunk, pages), end - chunk.row
+            for part, end in zip(parts, ends, strict=True):
+                at, rows = self._address(part, pages), end - part.row
                 weight = self.weights[at : at + rows * shape.cols].view(rows, shape.cols)
-                pieces.append(Piece(chunk.row, 0, weight))
+                pieces.append(Piece(part.row, 0, weight))
             ids = torch.tensor(shape.token_ids, device=self.weights.device) if shape.token_ids else None
             weights = FullWeight(shape.rows, shape.cols, tuple(pieces), ids)
             found.setdefault((shape.layer, shape.module), []).append(weights)
         return found
 
-    def _address(self, chunk: PanelPart, pages: list[int]) -> int:
-        return pages[chunk.page] * self.page_elements + chunk.offset // self.weights.itemsize
+    def _address(self, part: PanelPart, pages: list[int]) -> int:
+        return pages[part.page] * self.page_elements + part.offset // self.weights.itemsize
 
-    def _pieces(self, width: int, chunks: tuple[PanelPart, ...], pages: list[int]) -> tuple[Piece, ...]:
-        """Chunks that follow each other in one page become one piece, so that a matmul serves them together."""
-        runs: list[list] = []  # [row, col, rows, columns, element address]
-        for chunk in chunks:
-            address = self._address(chunk, pages)
-            last = runs[-1] if runs else None
-            entire = chunk.columns == width
+    def _pieces(self, width: int, parts: tuple[PanelPart, ...], pages: list[int]) -> tuple[Piece, ...]:
+        """Uncut panels that follow each other in one page become one piece, so that one matmul serves them."""
+        found: list[list[int]] = []  # [row, col, rows, columns, element address]
+        for part in parts:
+            address = self._address(part, pages)
+            last = found[-1] if found else None
+            entire = part.columns == width
             if last and entire and last[3] == width and address == last[4] + last[2] * width:
                 last[2] += RANK_GRANULE
             else:
-                runs.append([chunk.row, chunk.col, RANK_GRANULE, chunk.columns, address])
+                found.append([part.row, part.col, RANK_GRANULE, part.columns, address])
         return tuple(
-            Piece(row, col, self.weights[at : at + rows * cols].view(rows, cols)) for row, col, rows, cols, at in runs
+            Piece(row, col, self.weights[at : at + rows * cols].view(rows, cols))
+            for row, col, rows, cols, at in found
         )

@@ -1,42 +1,23 @@
-"""LoRA in plain PyTorch: any device, any dtype. The backend of the CPU.
+"""LoRA in plain PyTorch, for any device and dtype: the backend of the CPU.
 
-One matmul per contiguous piece and segment. Rows of a segment are neighbours, so nothing is gathered or scattered:
-the products are added in place to slices of y.
+There is one matmul per segment and contiguous piece of a matrix. The rows of a segment are neighbours, so nothing is
+gathered or scattered: the products are added in place to slices of y.
 """
 
 import torch
 
-from multilora.batch import LoraSegment
-from multilora.lora.base import Activation
-from multilora.lora.table import LoraTable, SiteWeights
+from multilora.lora.segment_loop import SegmentLoop
+from multilora.lora.table import SiteWeights
 
 
-class TorchLora:
-    """The contract of `lora/base.py`. The intermediate is rounded to the model's dtype, as PEFT's is."""
+class TorchLora(SegmentLoop):
+    """The contract of `base.py`. The intermediate is rounded to the model's dtype, as PEFT's is."""
 
     name = "torch"
-    replayable = False
 
-    def __init__(self, table: LoraTable):
-        self._table = table
-        self._segments: tuple[LoraSegment, ...] = ()
-
-    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:
-        self._segments = segments
-
-    def begin(self) -> None: ...
-
-    def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
-        for segment in self._segments:
-            x_rows, y_rows = x[segment.start : segment.end], y[segment.start : segment.end]
-            for slot, weight in zip(segment.slots, segment.weights, strict=True):
-                weights = self._table.site(slot, site)
-                if weights is not None:
-                    expand(y_rows, shrink(x_rows, weights), weights, weight)
-
-    def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:
-        self.apply(y, x, site)
-        return silu_and_mul(y)
+    def add(self, y: torch.Tensor, x: torch.Tensor, weights: SiteWeights, factor: float) -> None:
+        """See `SegmentLoop`."""
+        expand(y, shrink(x, weights), weights, factor)
 
 
 def shrink(x: torch.Tensor, weights: SiteWeights) -> torch.Tensor:
@@ -54,7 +35,10 @@ def shrink(x: torch.Tensor, weights: SiteWeights) -> torch.Tensor:
 
 
 def expand(y: torch.Tensor, h: torch.Tensor, weights: SiteWeights, weight: float) -> None:
-    """y: [rows, out] += weight · h B, slice by slice; then y = scale · y + shift where there is such a pair."""
+    """y += weight · h B, slice by slice, in place; then y = scale · y + shift where a slice has such a pair.
+
+    y: [rows, out]; h: [rows, rank].
+    """
     for part in weights.b:
         for piece in part.pieces:
             rows, columns = piece.weight.shape

@@ -1,16 +1,16 @@
 """The LoRA backends of Triton: `csgmv`, and `triton`, which takes the tile path for everything.
 
-Host side only: tiles of the step to the device, then two launches a site. Owns the intermediate and the tables of the
-step; for up to GRAPH_ROWS rows both are fixed, so a captured graph over N rows serves every later step of N rows:
-prepare(), then replay.
+This is the host side: it copies the tiles of the step to the device, then makes two launches per site. It owns the
+intermediate and the tables of the step. For up to GRAPH_ROWS rows both are fixed, so a graph captured over N rows
+serves every later step of N rows: prepare(), then replay. Called by `backends.py`.
 
     words of the step    entries | tiles                                 up to GRAPH_ROWS rows
                          entries | tiles | base rows | single rows       larger steps
                                    `----- gated ----'
 
 In larger steps grids are exact and nothing starts early. With csgmv, single rows (decodes among prompts) are a group
-of their own there, launched with the blocks of small steps, and gate and up are expanded inside their activation. To
-that kernel single rows are base rows: their adapters have been added to y before.
+of their own there, launched with the block sizes of small steps, and gate and up are expanded inside their
+activation. That kernel sees single rows as base rows: their adapters have been added to y before.
 """
 
 import math
@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from multilora.kernels.integers import cdiv, power_of_two
 from multilora.kernels.triton_launch import Repeated, can_launch_early
 from multilora.kernels.triton_math import fast_silu
 from multilora.lora.base import Activation
-from multilora.lora.device_table import DeviceTable, upload
+from multilora.lora.device_table import DeviceTable
 from multilora.lora.sites import EMBED, LoraSite
 from multilora.lora.table import LoraTable
 from multilora.lora.triton_gated import gated_kernel
@@ -36,14 +37,13 @@ from multilora.lora.triton_steps import (
     Step,
     StepTiles,
     base_tiles,
-    cdiv,
     in_single_rows,
     make_tiles,
-    power_of_two,
     split_singles,
     splits_of,
 )
 from multilora.lora.tuning import BESIDE_ROWS, CSGMV, GRAPH_ROWS, TRITON, ExpandBlocks, Phase, ShrinkBlocks, Tuning
+from multilora.transfer import upload_into
 
 H_BYTES = 64 << 20
 """The fixed intermediate: room for 64 rows of stacked rank 9,000, in 28 splits."""
@@ -52,24 +52,27 @@ MAX_TILE_ROWS = 32
 """Tiles of 64 rows need more registers than there are: 8 to 50 % slower on an H200."""
 
 MAX_PARTS = 8
-"""How many programs share a tile of several rows where the grid has room for them."""
+"""The most programs that share a tile of several rows, where the grid has room for them."""
 
 FURTHER = 256
-"""Further adapters of composed rows that the fixed tables hold."""
+"""Entries of the fixed tables: the second and further adapters of composed rows."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """How the output columns of a site are shared out. table: int32 [blocks, 8], see `expand_kernel`; whole: no panel
-    is cut; align: of all widths and offsets, in columns."""
+    """How the output columns of a site are shared out among programs.
+
+    table: int32 [blocks, 8], see `expand_kernel`; uncut: no panel is cut; align: columns by which all widths and
+    offsets are divisible.
+    """
 
     table: torch.Tensor
-    whole: bool
+    uncut: bool
     align: int
 
 
 class TritonLora:
-    """The contract of `lora/base.py` with kernels. chunk_rows: most rows of a tile of a large step."""
+    """The contract of `base.py` with Triton kernels. chunk_rows: the most rows of a tile in a large step."""
 
     def __init__(
         self,
@@ -90,10 +93,10 @@ class TritonLora:
         self._chunk_rows = min(chunk_rows, MAX_TILE_ROWS)
         self._graph_rows = graph_rows
         self.overlap = can_launch_early(self._device)
-        """Programmatic dependent launch, in small steps: a kernel starts while the one before it ends."""
+        """Whether kernels of small steps start while the one before still runs (programmatic dependent launch)."""
         self._align = math.gcd(table.page_elements, 8)
         self._columns: dict[tuple[int, int], Columns] = {}
-        shapes: dict[tuple, int] = {}
+        shapes: dict[tuple[object, ...], int] = {}
         self._shape = [shapes.setdefault((s.in_features, s.slices), len(shapes)) for s in sites]
         words = FURTHER * ENTRY_WORDS + graph_rows * TILE_WORDS
         self._fixed = torch.zeros(words, dtype=torch.int32, device=self._device)
@@ -102,16 +105,17 @@ class TritonLora:
         self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._begun = False
         self.replayable = False
-        """Whether a graph captured over as many rows may be replayed for the step last prepared."""
+        """See `LoraBackend`."""
 
     def prepare(self, segments: Segments, num_rows: int) -> None:
+        """See `LoraBackend`."""
         if num_rows <= self._graph_rows:
             self._step = self._small_step(segments, num_rows)
         else:
             self._step = self._large_step(segments, num_rows)
 
     def _small_step(self, segments: Segments, num_rows: int) -> Step:
-        """The same launches for every step of as many rows."""
+        """The step of a fixed grid: the launches are the same for every step of as many rows."""
         if self._vector:
             segments = in_single_rows(segments)
         found = make_tiles(segments, MIN_TILE, self._table.stacked_rank, MAX_PARTS)
@@ -130,7 +134,7 @@ class TritonLora:
         return Step((group,), on_device[:at], 0, self.overlap and not beside, beside)
 
     def _large_step(self, segments: Segments, num_rows: int) -> Step:
-        """Exact grids."""
+        """The step of exact grids: what is launched follows from the segments."""
         self.replayable = False
         small, large, rows = self.tuning.small, self.tuning.large, self._chunk_rows
         apart = self._vector and self.tuning.singles_apart
@@ -163,7 +167,7 @@ class TritonLora:
         return size * max(splits_of(blocks, site) for site in self._applied)
 
     def _room(self, need: int) -> torch.Tensor:
-        """The intermediate; the whole fixed one where it is large enough."""
+        """The intermediate, fp32 [≥ need]: the fixed one if it is large enough, else a new one."""
         if need <= len(self._fixed_h):
             return self._fixed_h
         return torch.empty(need, dtype=torch.float32, device=self._device)
@@ -171,16 +175,18 @@ class TritonLora:
     def _on_device(self, words: np.ndarray, to: torch.Tensor | None) -> torch.Tensor:
         if to is None:
             to = torch.empty(len(words), dtype=torch.int32, device=self._device)
-        upload(words, to[: len(words)])
+        upload_into(to[: len(words)], words)
         return to
 
     def begin(self) -> None:
+        """See `LoraBackend`."""
         assert self._step is not None
         if self._step.beside and self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self._device))
             self._begun = True
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+        """See `LoraBackend`."""
         if self._begun and self._side is not None:
             self._begun = False
             with torch.cuda.stream(self._side):
@@ -191,6 +197,7 @@ class TritonLora:
         self.expand(y, site)
 
     def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:
+        """See `LoraBackend`."""
         assert self._step is not None
         if not self._step.gated or not self._step.groups[0].touches(site):
             self.apply(y, x, site)
@@ -249,11 +256,11 @@ class TritonLora:
         blocks, splits = group.blocks.shrink(site.in_features), group.splits(site)
         tile_r = group.tile_r(blocks.tile_r, rank)
         parts = group.parts(blocks.parts, rank, tile_r, early)
-        chunk = table.geometry.chunk_columns(site.in_features)
-        rest = (*self._tables(group), len(table.sites), site.in_features, chunk, group.h_split(splits))
+        cut = table.geometry.part_columns(site.in_features)
+        rest = (*self._tables(group), len(table.sites), site.in_features, cut, group.h_split(splits))
         constants = {
             "RECORD": table.record_words,
-            "WHOLE": chunk == site.in_features,
+            "UNCUT": cut == site.in_features,
             "ALIGN": self._align,
             "VECTOR": group.vector,
             "BLOCK_K": blocks.k,
@@ -276,7 +283,7 @@ class TritonLora:
         rest = (*self._tables(group), columns.table, *sizes)
         constants = {
             "RECORD": table.record_words,
-            "WHOLE": columns.whole,
+            "UNCUT": columns.uncut,
             "ALIGN": self._align,
             "ALIGN_N": columns.align,
             "VECTOR": group.vector,
@@ -295,11 +302,11 @@ class TritonLora:
         gate, up = site.slices
         assert gate.offset == 0 and gate.out_features == up.offset == up.out_features
         table, blocks, splits, width = self._table, group.blocks.gated, group.splits(site), gate.out_features
-        chunk = table.geometry.chunk_columns(width)
-        rest = (*self._tables(group), len(table.sites), width, chunk, group.h_split(splits), splits)
+        cut = table.geometry.part_columns(width)
+        rest = (*self._tables(group), len(table.sites), width, cut, group.h_split(splits), splits)
         constants = {
             "RECORD": table.record_words,
-            "WHOLE": chunk == width,
+            "UNCUT": cut == width,
             "ALIGN": self._align,
             "BLOCK_N": blocks.n,
             "TILE_M": group.tile_rows,
@@ -320,14 +327,14 @@ class TritonLora:
         if key not in self._columns:
             geometry, widths = self._table.geometry, [s.out_features for s in site.slices]
             rows = [
-                (i, col, s.out_features, s.offset, geometry.chunk_columns(s.out_features), 0, 0, 0)
+                (i, col, s.out_features, s.offset, geometry.part_columns(s.out_features), 0, 0, 0)
                 for i, s in enumerate(site.slices)
                 for col in range(0, s.out_features, block_n)
             ]
             assert len(rows[0]) == BLOCK_WORDS
             self._columns[key] = Columns(
                 torch.tensor(rows, dtype=torch.int32, device=self._device),
-                whole=all(geometry.chunks(w) == 1 for w in widths),
+                uncut=all(geometry.num_parts(w) == 1 for w in widths),
                 align=math.gcd(16, *widths, *(s.offset for s in site.slices)),
             )
         return self._columns[key]

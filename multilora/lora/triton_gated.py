@@ -1,7 +1,8 @@
 """The expand of gate and up inside their activation: y is read once, and only silu(gate) · up is written.
 
-Large steps only. What `expand_kernel`, then the activation of `layers/triton_ops.py` give, to the bit: each value is
-rounded where those two round it. Owns how the two meet; `triton_backend.py` launches, after the shrink of the site.
+It serves large steps only. The result is that of `expand_kernel` followed by the activation of
+`layers/triton_ops.py`, to the bit: each value is rounded where those two round it. Called by `triton_backend.py`,
+after the site's shrink.
 
                   0                width                 2 · width              0                width
     y  [rows]     | gate, raw      | up, raw             |          ->   out    | silu(gate) · up |
@@ -14,8 +15,6 @@ Every row of y must be in out, so the table lists all rows of the step. A tile h
     one           h is summed once for all columns of the program, for gate and for up
     several       composed rows: adapter by adapter, h summed anew for each TILE_N columns
 """
-
-# mypy: disallow-untyped-defs=False
 
 import triton
 import triton.language as tl
@@ -30,7 +29,7 @@ _TILE_WORDS = tl.constexpr(TILE_WORDS)
 @triton.jit
 def gated_base(y, out, rows, n0, n_end, width, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
                FAST: tl.constexpr):  # fmt: skip
-    """Rows that nothing is added to, columns [n0, n_end) of out."""
+    """Rows without an adapter to add, columns [n0, n_end) of out."""
     m = tl.arange(0, TILE_M)
     for n in range(n0, n_end, TILE_N):
         col = n + tl.arange(0, TILE_N)
@@ -42,7 +41,7 @@ def gated_base(y, out, rows, n0, n_end, width, TILE_M: tl.constexpr, TILE_N: tl.
 
 @triton.jit
 def gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, record, weight, n0, n_end, width,
-               chunk, WHOLE: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+               cut, UNCUT: tl.constexpr, ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
                TILE_R: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """Rows of one adapter. A slice that it does not touch has rank 0: its h is zero, and y stays as it is."""
     m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
@@ -57,18 +56,18 @@ def gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, r
         inside = (m < rows)[:, None] & (col < width)[None, :]
         at = y + m[:, None] * (2 * width) + col[None, :]
         gate, up = tl.load(at, mask=inside, other=0.0), tl.load(at + width, mask=inside, other=0.0)
-        b0 = load_block(weights, addresses, start0, r, rank0, col, width, chunk, WHOLE, ALIGN)
-        b1 = load_block(weights, addresses, start1, r, rank1, col, width, chunk, WHOLE, ALIGN)
+        b0 = load_block(weights, addresses, start0, r, rank0, col, width, cut, UNCUT, ALIGN)
+        b1 = load_block(weights, addresses, start1, r, rank1, col, width, cut, UNCUT, ALIGN)
         gate = tile_after(gate, hs0, next0, b0, weight, rows, h0, h_stride, h_split, splits, weights, addresses,
-                          start0, rank0, scale_shift0, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+                          start0, rank0, scale_shift0, col, width, cut, UNCUT, ALIGN, TILE_M, TILE_R)  # fmt: skip
         up = tile_after(up, hs1, next1, b1, weight, rows, h1, h_stride, h_split, splits, weights, addresses, start1,
-                        rank1, scale_shift1, col, width, chunk, WHOLE, ALIGN, TILE_M, TILE_R)  # fmt: skip
+                        rank1, scale_shift1, col, width, cut, UNCUT, ALIGN, TILE_M, TILE_R)  # fmt: skip
         tl.store(out + m[:, None] * width + col[None, :], silu_times(gate, up, FAST), mask=inside)
 
 
 @triton.jit
 def gated_rows(y, out, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further, count,
-               site, sites, n0, n_end, width, chunk, RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+               site, sites, n0, n_end, width, cut, RECORD: tl.constexpr, UNCUT: tl.constexpr, ALIGN: tl.constexpr,
                TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """Rows of several adapters. (None of those has a scale-shift pair.)"""
     m = tl.arange(0, TILE_M)
@@ -78,19 +77,19 @@ def gated_rows(y, out, rows, h, h_stride, h_split, splits, weights, addresses, r
         at = y + m[:, None] * (2 * width) + col[None, :]
         gate, up = tl.load(at, mask=inside, other=0.0), tl.load(at + width, mask=inside, other=0.0)
         total, _ = rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                            count, site, sites, 0, col, width, chunk, RECORD, WHOLE, ALIGN, TILE_M, TILE_R,
+                            count, site, sites, 0, col, width, cut, RECORD, UNCUT, ALIGN, TILE_M, TILE_R,
                             TILE_N)  # fmt: skip
         gate = (gate.to(tl.float32) + total).to(gate.dtype)
         total, _ = rows_sum(rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                            count, site, sites, 1, col, width, chunk, RECORD, WHOLE, ALIGN, TILE_M, TILE_R,
+                            count, site, sites, 1, col, width, cut, RECORD, UNCUT, ALIGN, TILE_M, TILE_R,
                             TILE_N)  # fmt: skip
         up = (up.to(tl.float32) + total).to(up.dtype)
         tl.store(out + m[:, None] * width + col[None, :], silu_times(gate, up, FAST), mask=inside)
 
 
 @triton.jit(do_not_specialize=["site", "splits"])
-def gated_kernel(y, out, site, h, weights, addresses, records, tiles, entries, sites, width, chunk, h_split, splits,
-                 RECORD: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+def gated_kernel(y, out, site, h, weights, addresses, records, tiles, entries, sites, width, cut, h_split, splits,
+                 RECORD: tl.constexpr, UNCUT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
                  TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """y: [rows, 2 · width], out: [rows, width]. Grid (tiles, blocks of BLOCK_N columns of out)."""
     tile = tiles + tl.program_id(0) * _TILE_WORDS
@@ -106,8 +105,8 @@ def gated_kernel(y, out, site, h, weights, addresses, records, tiles, entries, s
         slot, weight = load_entry(tile, entries, further, 0)
         record = records + (slot * sites + site) * RECORD
         gated_tile(y, out, rows, h, h_stride, h_split, splits, weights, addresses, record, weight, n0, n_end, width,
-                   chunk, WHOLE, ALIGN, TILE_M, TILE_N, TILE_R, FAST)  # fmt: skip
+                   cut, UNCUT, ALIGN, TILE_M, TILE_N, TILE_R, FAST)  # fmt: skip
     else:
         gated_rows(y, out, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                   count, site, sites, n0, n_end, width, chunk, RECORD, WHOLE, ALIGN, TILE_M, TILE_N,
+                   count, site, sites, n0, n_end, width, cut, RECORD, UNCUT, ALIGN, TILE_M, TILE_N,
                    TILE_R, FAST)  # fmt: skip

@@ -1,12 +1,13 @@
-"""One step's segments as tiles, the tables that the kernels walk, and what is launched for them. No kernels.
+"""One step's segments as tiles: the tables that the kernels walk, and what is launched for them. Host side only.
 
-A tile is at most `tile_rows` rows of one segment. A tile of several rows leaves slots of a fixed grid free: there it
+A tile is at most `tile_rows` rows of one segment. A tile of several rows leaves programs of a fixed grid idle; so it
 is listed again, as further parts of itself, which share the work. Tiles with the most work come first.
+Called by `triton_backend.py`.
 
-    tiles    int32 [tiles, 8]      row, adapters << 16 | rows, h_start, h_stride, further, place, weight (fp32 bits),
+    tiles    int32 [tiles, 8]      row, adapters << 16 | rows, h_start, h_stride, further, slot, weight (fp32 bits),
                                    parts << 16 | part
-                                   (of rows without an adapter: row, rows, 0 and so on, 1 << 16)
-    entries  int32 [further, 2]    place, weight: the second adapter of a composed row and those after it
+                                   (rows without an adapter: row, rows, then zeros, 1 << 16)
+    entries  int32 [further, 2]    slot, weight: the second adapter of a composed row and those after it
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from multilora.batch import LoraSegment
+from multilora.kernels.integers import cdiv, power_of_two
 from multilora.kernels.triton_launch import Repeated
 from multilora.lora.sites import LoraSite
 from multilora.lora.tuning import FEW_ROWS, Phase
@@ -23,7 +25,7 @@ from multilora.lora.tuning import FEW_ROWS, Phase
 Segments = tuple[LoraSegment, ...]
 
 MIN_TILE = 16
-"""The least rows and rank rows that `tl.dot` takes; the rows of a tile in a small step."""
+"""The fewest rows and rank rows that `tl.dot` takes; also the rows of a tile in a small step."""
 
 MAX_RANK = 1 << 15
 
@@ -42,12 +44,12 @@ class StepTiles:
 def make_tiles(
     segments: Segments, tile_rows: int, stacked_rank: Callable[[int], int], max_parts: int = 1
 ) -> StepTiles:
-    """stacked_rank(place): the adapter's largest stacked rank at any site. max_parts: a tile of n rows is listed
-    min(n, max_parts) times.
+    """The tables of these segments. stacked_rank(slot): the adapter's largest stacked rank at any site; max_parts: a
+    tile of n rows is listed min(n, max_parts) times.
     """
     weights = np.array([w for s in segments for w in s.weights], np.float32).view(np.int32).tolist()
     entries: list[tuple[int, int]] = []
-    found: list[tuple[int, ...]] = []  # (rank, row, rows, adapters, further, place, weight)
+    found: list[tuple[int, ...]] = []  # (rank, row, rows, adapters, further, slot, weight)
     at = 0
     for segment in segments:
         count = len(segment.slots)
@@ -64,20 +66,20 @@ def make_tiles(
     sizes = table[:, 0].astype(np.int64) * table[:, 2]
     ends = np.cumsum(sizes)
     parts = np.minimum(table[:, 2], max_parts)
-    whole = np.repeat(np.arange(len(found)), parts)  # [listed] the tile of each
+    tile_of = np.repeat(np.arange(len(found)), parts)  # [listed]
     first = np.cumsum(parts) - parts
-    tiles = np.zeros((len(whole), 8), np.int32)
-    rank, row, rows, count, further, slot, weight = table[whole].T
+    tiles = np.zeros((len(tile_of), 8), np.int32)
+    rank, row, rows, count, further, slot, weight = table[tile_of].T
     tiles[:, 0], tiles[:, 1] = row, count << 16 | rows
-    tiles[:, 2], tiles[:, 3] = (ends - sizes)[whole], rank
+    tiles[:, 2], tiles[:, 3] = (ends - sizes)[tile_of], rank
     tiles[:, 4], tiles[:, 5], tiles[:, 6] = further, slot, weight
-    tiles[:, 7] = parts[whole] << 16 | (np.arange(len(whole)) - first[whole])
+    tiles[:, 7] = parts[tile_of] << 16 | (np.arange(len(tile_of)) - first[tile_of])
     return StepTiles(tiles, np.array(entries, np.int32).reshape(-1, 2), int(ends[-1]) if len(ends) else 0)
 
 
 def in_single_rows(segments: Segments) -> Segments:
-    """Those of few rows and one adapter as segments of one row each: reading its weights again, out of the L2 cache,
-    costs less than a tile that is nearly empty."""
+    """Split segments of few rows and one adapter into segments of one row each: reading the weights again, from the
+    L2 cache, costs less than a tile that is nearly empty."""
     found: list[LoraSegment] = []
     for s in segments:
         few = 1 < s.end - s.start <= FEW_ROWS and len(s.slots) == 1
@@ -86,13 +88,13 @@ def in_single_rows(segments: Segments) -> Segments:
 
 
 def split_singles(segments: Segments) -> tuple[Segments, Segments]:
-    """Those of several rows or several adapters, and those of one row and one adapter: a decode in a large step."""
+    """Segments of several rows or adapters, and those of one row and one adapter (decodes in a large step)."""
     singles = tuple(s for s in segments if s.end - s.start == 1 and len(s.slots) == 1)
     return tuple(s for s in segments if s.end - s.start > 1 or len(s.slots) > 1), singles
 
 
 def base_tiles(segments: Segments, num_rows: int, tile_rows: int) -> np.ndarray:
-    """Tiles without an adapter for the rows outside of these segments, int32 [tiles, 8]."""
+    """Tiles without an adapter for the rows outside these segments, int32 [tiles, 8]."""
     ends = [0, *(s.end for s in segments)]
     starts = [*(s.start for s in segments), num_rows]
     found = [
@@ -108,8 +110,11 @@ def base_tiles(segments: Segments, num_rows: int, tile_rows: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Group:
-    """Tiles that are launched together. h: fp32, flat, theirs alone. use: see `DeviceTable.used_sites`; None: any
-    adapters may come, the launches are being captured."""
+    """Tiles that are launched together.
+
+    h: their own intermediate, fp32, flat; use: see `DeviceTable.used_sites` (None: any adapters may come, as the
+    launches are being captured).
+    """
 
     tiles: torch.Tensor
     grid: int  # programs along the tiles
@@ -119,13 +124,14 @@ class Group:
     vector: bool
     tile_rows: int
     any_rank: bool  # one kernel serves every rank
-    launches: dict[tuple, Repeated] = field(default_factory=dict)  # those of one layer serve all others
+    launches: dict[tuple[object, ...], Repeated] = field(default_factory=dict)  # made for one layer, serve them all
 
     def rank(self, site: int, stacked: bool) -> int:
         """The largest rank at a site, stacked or of a slice; MAX_RANK if anything may come."""
         return MAX_RANK if self.use is None else self.use[0 if stacked else 1][site]
 
     def touches(self, site: int) -> bool:
+        """Whether any adapter of these tiles acts at the site."""
         return self.use is None or bool(self.use[2][site])
 
     def tile_r(self, most: int, rank: int) -> int:
@@ -133,7 +139,7 @@ class Group:
         return most if self.any_rank else max(MIN_TILE, min(most, power_of_two(rank)))
 
     def parts(self, most: int, rank: int, tile_r: int, early: bool) -> int:
-        """How many programs share the rank rows of a tile in shrink: in exact grids one for each `tl.dot`."""
+        """How many programs share the rank rows of a tile in shrink: one for each `tl.dot` if the grid is exact."""
         if not self.any_rank:
             return cdiv(rank, tile_r)
         return 1 if early else most
@@ -142,14 +148,14 @@ class Group:
         return splits_of(self.blocks, site)
 
     def h_split(self, splits: int) -> int:
-        """From one split of the intermediate to the next."""
+        """Elements from one split of the intermediate to the next."""
         return self.h.shape[0] // splits // H_ALIGN * H_ALIGN
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the launches of one step need. gated: so many tiles, those of groups[0] and the base rows behind them, are
-    all rows but those of other groups; 0: gate and up are expanded as every site is."""
+    """What the launches of one step need. gated: the number of tiles, those of groups[0] and the base rows after
+    them, that cover all rows for the gated kernel; 0: gate and up are expanded as every other site is."""
 
     groups: tuple[Group, ...]
     entries: torch.Tensor
@@ -160,13 +166,3 @@ class Step:
 
 def splits_of(blocks: Phase, site: LoraSite) -> int:
     return cdiv(site.in_features, blocks.shrink(site.in_features).k)
-
-
-def cdiv(a: int, b: int) -> int:
-    """Rounded up. (Triton's own takes ten times as long on the host.)"""
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """The next one, 1 for 0."""
-    return 1 << max(0, n - 1).bit_length()

@@ -1,25 +1,26 @@
-"""Block sizes of the LoRA kernels, as data: found on an H200 by `python -m bench.lora_kernels` (see docs/log.md)."""
+"""Block sizes of the LoRA kernels, as data. They were found on an H200 by `bench/lora_sweep.py`; see docs/log.md."""
 
 from dataclasses import dataclass, replace
 
 GRAPH_ROWS = 256
-"""Steps of up to so many rows take grids that depend on nothing but their number of rows, and fixed buffers: they can
-be captured in a CUDA graph. Larger ones (prefill) take exact grids."""
+"""Steps of up to this many rows take grids that depend on nothing but the number of rows, and fixed buffers: they can
+be captured in a CUDA graph. Larger steps (prefill) take exact grids."""
 
 BESIDE_ROWS = 8
-"""Captured steps of so many rows or more shrink beside the layer's own product, on a stream of their own. In smaller
-ones it is faster to start early."""
+"""Captured steps of this many rows or more shrink beside the layer's own product, on a stream of their own. In
+smaller steps it is faster to start early (programmatic dependent launch)."""
 
 FEW_ROWS = 4
-"""In small steps so many rows of one adapter, and fewer, are computed one by one (with single rows' own path)."""
+"""In small steps, up to this many rows of one adapter are computed one by one, as single rows are."""
 
 WIDE = 8192
+"""Columns from which on the wide block sizes are taken."""
 
 
 @dataclass(frozen=True)
 class ShrinkBlocks:
-    """k: input columns of a program (one split); tile_k, tile_r: columns and rank rows of one `tl.dot`; parts: of
-    small steps, how many programs share a tile's rank rows, where kernels do not start early."""
+    """k: input columns of a program (one split); tile_k, tile_r: columns and rank rows of one `tl.dot`; parts: how
+    many programs share a tile's rank rows in small steps whose kernels do not start early."""
 
     k: int
     warps: int
@@ -44,8 +45,8 @@ class ExpandBlocks:
 
 @dataclass(frozen=True)
 class Phase:
-    """Block sizes by the width of what is read (shrink) or written (expand): wide from WIDE columns on. gated: for
-    gate and up expanded inside their activation (columns of its result); None: they are not."""
+    """Block sizes by the width of what is read (shrink) or written (expand). gated: for gate and up expanded inside
+    their activation, by columns of its result; None: they are expanded like every other site."""
 
     narrow_shrink: ShrinkBlocks
     wide_shrink: ShrinkBlocks
@@ -62,8 +63,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Tuning:
-    """small: steps of up to GRAPH_ROWS rows; large: longer ones. singles_apart: single rows of those are launched
-    apart, as in a small step."""
+    """small: steps of up to GRAPH_ROWS rows; large: the others. singles_apart: in large steps, single rows are
+    launched apart, with the block sizes of small steps."""
 
     small: Phase
     large: Phase

@@ -1,1 +1,1 @@
-"""The one device arena: pages, who owns them, and how KV lies in them. Has never heard of LoRA."""
+"""The one device arena: pages, who owns them, and how KV lies in them. It knows nothing of LoRA."""

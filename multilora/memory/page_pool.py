@@ -1,10 +1,11 @@
-"""Who owns each page of the arena. States the pool's equation and checks it.
+"""Who owns each page of the arena. The pool states its equation and checks it.
 
     free + kv + prefix + adapter == total
 
-A page freed at step N may be reused by the compute stream at once (later steps run after N), but by any other
-stream only when step N has completed: that is the fence. On CPU a fence is just the step's number.
-Single-threaded; called by the scheduler, the prefix cache and adapter residency.
+A page freed at step N may be reused by the compute stream at once (later steps run after N), but by any other stream
+only when step N has completed: that is the fence. On CPU a fence is the step's number, too. The pool knows owners by
+kind, not by name, and nothing of what the pages hold. Not thread-safe.
+Called by `memory/` and `adapters/lifecycle/device_tier.py`.
 """
 
 from collections import deque
@@ -13,6 +14,8 @@ from enum import IntEnum
 
 
 class PageKind(IntEnum):
+    """What a page is used for."""
+
     FREE = 0
     KV = 1  # held by at least one running request
     PREFIX = 2  # idle, kept for a later request with the same prefix
@@ -20,21 +23,23 @@ class PageKind(IntEnum):
 
 
 class PagePool:
-    """`total` pages, numbered from 0."""
+    """The books of `total` pages, numbered from 0."""
 
     def __init__(self, total: int):
         self.total = total
         self.completed = 0  # the last step that has finished on the device
         self._kind = [PageKind.FREE] * total
         self._count = dict.fromkeys(PageKind, 0) | {PageKind.FREE: total}
-        self._ready = list(range(total - 1, -1, -1))  # free for any stream; a stack
+        self._ready = list(range(total - 1, -1, -1))  # free for any stream, used as a stack
         self._fenced: deque[tuple[int, int]] = deque()  # (fence, page), fences ascending: free for compute only
 
     def count(self, kind: PageKind) -> int:
+        """Pages of this kind."""
         return self._count[kind]
 
     @property
     def free(self) -> int:
+        """Pages that the compute stream may write now."""
         return self._count[PageKind.FREE]
 
     @property
@@ -43,14 +48,14 @@ class PagePool:
         return len(self._ready)
 
     def alloc_kv(self, n: int) -> list[int]:
-        """n pages for the compute stream, which may take fenced ones. The caller has seen that `free >= n`."""
-        pages = []
-        for _ in range(n):
-            pages.append(self._fenced.popleft()[1] if self._fenced else self._ready.pop())
+        """n pages for the compute stream. The caller has made sure that `free >= n`."""
+        # fenced pages first: steps queue on one stream, so a step that writes one runs after those that read it
+        pages = [self._fenced.popleft()[1] if self._fenced else self._ready.pop() for _ in range(n)]
         return self._take(pages, PageKind.KV)
 
     def alloc_adapter(self, n: int) -> list[int]:
-        """n pages that another stream will write. The caller has seen that `ready >= n`."""
+        """n pages that a copy stream will write. The caller has made sure that `ready >= n`."""
+        # never a fenced page: a step in flight may still read it while the copy writes
         return self._take([self._ready.pop() for _ in range(n)], PageKind.ADAPTER)
 
     def _take(self, pages: list[int], kind: PageKind) -> list[int]:
@@ -60,26 +65,27 @@ class PagePool:
         return pages
 
     def free_pages(self, pages: Iterable[int], fence: int) -> None:
-        """Give pages back; `fence` is the last step launched so far, which may still use them."""
+        """Give pages back. fence: the last step launched so far, which may still use them."""
         assert not self._fenced or fence >= self._fenced[-1][0], "fences must not go back"
         for page in pages:
             assert self._kind[page] is not PageKind.FREE, f"page {page} freed twice"
             self._set(page, PageKind.FREE)
-            if fence <= self.completed:
+            if fence <= self.completed:  # nothing in flight uses it
                 self._ready.append(page)
             else:
                 self._fenced.append((fence, page))
 
     def move(self, page: int, kind: PageKind) -> None:
-        """Between KV and PREFIX, as the last request lets go of a cached page or the first takes it up."""
+        """Change a page between KV and PREFIX: its last request has released it, or a first one has acquired it."""
         assert {self._kind[page], kind} == {PageKind.KV, PageKind.PREFIX}, "only kv ↔ prefix"
         self._set(page, kind)
 
     def kind(self, page: int) -> PageKind:
+        """What the page is used for now."""
         return self._kind[page]
 
     def complete(self, step: int) -> None:
-        """Step `step` has finished on the device: its fenced pages are free for every stream."""
+        """Step `step`, and all before it, have finished on the device: pages fenced by them are ready."""
         assert step >= self.completed
         self.completed = step
         while self._fenced and self._fenced[0][0] <= step:
@@ -91,7 +97,7 @@ class PagePool:
         self._kind[page] = kind
 
     def check(self) -> None:
-        """Raise AssertionError if the books do not balance. O(total): for tests and for idle moments."""
+        """Raise AssertionError if the books do not balance. O(total), so for tests and for an idle engine."""
         actual = dict.fromkeys(PageKind, 0)
         for kind in self._kind:
             actual[kind] += 1

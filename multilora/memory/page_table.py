@@ -1,6 +1,11 @@
-"""The pages of running sequences: match a cached prefix, grow, give keys to full pages, let go.
+"""The pages of running sequences: match a cached prefix, grow, give keys to full pages, release.
 
-A `PageTable` belongs to one sequence; `KVPages` does the work on pool and prefix cache. Called by the scheduler.
+A `PageTable` belongs to one sequence; `KVPages` does the work on pool and prefix cache. It knows tokens and
+namespaces, not requests. Called by `engine/scheduling/`.
+
+    pages    p0 ... p(keyed - 1) | ... p(n - 1)
+             shared: the cache   | private: of this sequence alone, the last one partly filled
+             has a key for them  |
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +25,7 @@ class PageTable:
 
 
 class KVPages:
-    """Pages for sequences of tokens; `page_size` tokens to a page."""
+    """Pages for sequences of tokens, `page_size` tokens to a page."""
 
     def __init__(self, pool: PagePool, prefix: PrefixCache, reclaimer: Reclaimer, page_bytes: int):
         self.page_bytes = page_bytes
@@ -30,15 +35,16 @@ class KVPages:
         self.page_size = prefix.page_size
 
     def pages_for(self, tokens: int) -> int:
+        """How many pages hold this many tokens."""
         return -(-tokens // self.page_size)
 
     def match(self, tokens: Sequence[int], namespace_of: NamespaceOf, limit: int) -> list[int]:
-        """Cached pages for at most the first `limit` tokens; takes no reference."""
+        """Cached pages of the longest known prefix within the first `limit` tokens. Takes no reference."""
         return self.prefix.match(tokens, namespace_of, limit) if self.prefix.enabled else []
 
     def start(self, matched: list[int]) -> PageTable:
-        """A new table that begins with these matched pages, now in use."""
-        self.prefix.acquire(matched)
+        """A new table that begins with these matched pages, on which it takes references."""
+        self.prefix.acquire(matched)  # before any eviction can run: matched pages may be idle
         return PageTable(list(matched), len(matched))
 
     def idle_pages(self, pages: list[int]) -> int:
@@ -46,7 +52,8 @@ class KVPages:
         return sum(self.pool.kind(page) is PageKind.PREFIX for page in pages)
 
     def grow(self, table: PageTable, tokens: int, fence: int) -> bool:
-        """Make the table hold `tokens` tokens, evicting what is idle. False, and nothing changed, if that fails."""
+        """Make the table hold `tokens` tokens, evicting idle pages if need be. False, and nothing has changed, if
+        the pool cannot give so many. fence: the last step launched so far."""
         need = self.pages_for(tokens) - len(table.pages)
         if need <= 0:
             return True
@@ -63,13 +70,14 @@ class KVPages:
         namespace_of: NamespaceOf,
         fence: int,
     ) -> None:
-        """The first `num_computed` tokens are in their pages: newly full pages can serve others from now on."""
+        """The first `num_computed` tokens are in their pages: pages newly filled get keys, so that they can serve
+        other sequences. tokens: called only if there are such pages."""
         full = num_computed // self.page_size
-        if full > table.keyed:
+        if full > table.keyed:  # [keyed, full) moves from private to shared; insert() may swap in equal cached pages
             self.prefix.insert(tokens()[: full * self.page_size], table.pages, namespace_of, table.keyed, fence)
             table.keyed = full
 
     def release(self, table: PageTable, fence: int) -> None:
-        """The sequence is over or preempted. Steps up to `fence` may still use the pages."""
+        """Release all pages: the sequence is over or preempted. Steps up to `fence` may still use them."""
         self.prefix.release(table.pages, fence)
         table.pages, table.keyed = [], 0

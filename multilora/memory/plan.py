@@ -1,4 +1,4 @@
-"""How large the arena is, and a plan a person can read. Called once at start by `engine/engine.py`."""
+"""How large the arena is, and a plan that a person can read. Called by `engine/build.py`, once, at start."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,13 @@ from multilora.errors import OutOfMemory
 from multilora.memory.kv_layout import KVLayout
 
 CPU_ARENA_BYTES = 1 << 30
-"""The most the arena takes by itself on CPU."""
+"""The most bytes that the arena takes on CPU unless it is given a size."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`num_pages` pages of `page_bytes`; `reason` says which rule decided. beside: what was left for what else."""
+    """An arena of `num_pages` pages of `page_bytes`; `reason`: the rule that decided; `beside`: what else takes
+    memory."""
 
     num_pages: int
     page_bytes: int
@@ -34,9 +35,8 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Of a GPU with the weights in it: what is free, and what steps and CUDA graphs will take of that.
-
-    table_bytes: of adapter tables, for each page.
+    """Bytes of a GPU that holds the weights already: how many are free, and how many of those steps and CUDA graphs
+    will take. table_bytes: what adapter tables take for each page of the arena.
     """
 
     free: int
@@ -46,7 +46,7 @@ class DeviceMemory:
 
     @property
     def available(self) -> int:
-        """What the arena can have at most."""
+        """The most bytes that the arena and its tables can have."""
         return max(0, self.free - self.step_bytes - self.graph_bytes)
 
     def __str__(self) -> str:
@@ -66,8 +66,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Choose the number of pages.
 
-    device: None on CPU, where the arena holds what `max_running_requests` full contexts need, doubled so that
-    adapters find room, at most 1 GiB. Raises OutOfMemory when what was asked for does not fit, or is next to nothing.
+    device: None on CPU, where the arena holds what `max_running_requests` full contexts need, doubled to leave room
+    for adapters, and at most 1 GiB. Raises OutOfMemory if what was asked for does not fit, or is under two pages.
     """
     page = layout.page_bytes
     if arena_bytes is not None:

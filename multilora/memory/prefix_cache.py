@@ -1,8 +1,9 @@
 """Prefix cache in whole pages: which page holds the KV of which tokens after which prefix.
 
 A page's key is (parent page's node, token ids, namespace, salt), compared exactly, so two different prefixes can
-never be taken for each other. The namespace is a property of the page: base and every adapter *version* have their
-own. Pages in use carry a reference count; at zero they become idle and may give way, leaves first.
+never be taken for each other. The namespace is a property of the page: the base model and every adapter *version*
+have their own. Pages in use carry a reference count; at zero they become idle and may be evicted, leaves first.
+The cache knows what a namespace is equal to, not what it means. Called by `page_table.py` and `engine/build.py`.
 
     request A   [p0]──[p1]──[p2]──(p7: partial, private to A)
     request B   [p0]──[p1]──[p5]──(p9)
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from multilora.memory.page_pool import PageKind, PagePool
 from multilora.memory.reclaim import PREFIX_PAGE_COST, GdsfClock
 
-Key = tuple[int, tuple[int, ...], int, str]  # parent node id, tokens, namespace, salt
+PageKey = tuple[int, tuple[int, ...], int, str]  # parent node id, tokens, namespace, salt
 NamespaceOf = Callable[[int], int]  # page index in the sequence → namespace
 ROOT = 0
 
@@ -26,7 +27,7 @@ class Node:
     """One cached page. `id` is never reused, so keys of children stay exact after eviction."""
 
     id: int
-    key: Key
+    key: PageKey
     page: int
     parent: "Node | None"
     refs: int = 0
@@ -43,10 +44,10 @@ class PrefixCache:
         self.clock = clock
         self.page_size = page_size
         self.enabled = enabled
-        self._nodes: dict[Key, Node] = {}
+        self._nodes: dict[PageKey, Node] = {}
         self._by_page: dict[int, Node] = {}
         self._by_namespace: dict[int, dict[int, Node]] = {}  # namespace → node id → node
-        self._heap: list[tuple[float, int, Node]] = []  # idle leaves by score; stale entries are skipped
+        self._heap: list[tuple[float, int, Node]] = []  # idle leaves by score; stale entries are skipped when popped
         self._next_id = ROOT + 1
 
     # ------------------------------------------------------------------ for requests
@@ -56,10 +57,10 @@ class PrefixCache:
         return [node.page for node in self._walk(tokens, namespace_of, limit, salt)]
 
     def acquire(self, pages: Sequence[int]) -> None:
-        """A request uses these matched pages: they cannot give way until released."""
+        """Take a reference on each of these matched pages: they cannot be evicted until it is released."""
         for page in pages:
             node = self._by_page[page]
-            if node.refs == 0:
+            if node.refs == 0:  # its entry in the heap is stale from now on
                 self.pool.move(page, PageKind.KV)
             node.refs += 1
             node.uses += 1
@@ -73,10 +74,10 @@ class PrefixCache:
         fence: int,
         salt: str = "",
     ) -> None:
-        """Give keys to the full pages from page index `start` on, held by one request and computed.
+        """Give keys to the full pages from page index `start` on, which one request holds and has computed.
 
-        Where another request was faster with the same content, its page takes the place of ours in `pages`, and ours
-        is freed.
+        If a page of the same key is cached already, because another request was faster, that page replaces ours in
+        `pages`, with a reference, and ours is freed.
         """
         if not self.enabled:
             return
@@ -85,7 +86,7 @@ class PrefixCache:
         for i in range(start, full):
             key = self._key(parent, tokens, i, namespace_of, salt)
             node = self._nodes.get(key)
-            if node is None:
+            if node is None:  # the page moves from the request to the cache; the request keeps one reference
                 node = self._add(key, pages[i], parent)
             else:
                 self.pool.free_pages([pages[i]], fence)
@@ -94,8 +95,10 @@ class PrefixCache:
             parent = node
 
     def release(self, pages: Sequence[int], fence: int) -> None:
-        """A request lets go of its pages: keyed ones that nobody else holds become idle, private ones are freed."""
+        """Return a request's pages: those with a key lose a reference and become idle at zero, private ones are
+        freed. Steps up to `fence` may still use them."""
         private = []
+        # children first, so that a parent never has fewer references than its child
         for page in reversed(pages):
             node = self._by_page.get(page)
             if node is None:
@@ -107,12 +110,14 @@ class PrefixCache:
                 self._offer(node)
         self.pool.free_pages(private, fence)
 
-    # ------------------------------------------------------------------ giving way (Reclaimable)
+    # ------------------------------------------------------------------ eviction (Reclaimable)
 
     def idle_pages(self) -> int:
+        """See `Reclaimable`."""
         return self.pool.count(PageKind.PREFIX)
 
     def peek_victim(self) -> float | None:
+        """See `Reclaimable`."""
         while self._heap:
             score, _, node = self._heap[0]
             if self._evictable(node) and node.score == score:
@@ -121,31 +126,33 @@ class PrefixCache:
         return None
 
     def evict(self, fence: int) -> int:
+        """See `Reclaimable`. Frees one page."""
         assert self.peek_victim() is not None
         _, _, node = heapq.heappop(self._heap)
         self._remove(node, fence)
         return 1
 
     def has_pages(self, namespace: int) -> bool:
+        """Whether any page, idle or in use, has a key in this namespace."""
         return namespace in self._by_namespace
 
     def drop_namespace(self, namespace: int, fence: int) -> None:
-        """Forget every page of a namespace that will never be asked for again (its pages must all be idle)."""
+        """Free every page of a namespace that no request will ask for again. All of them must be idle."""
         self._remove_all(list(self._by_namespace.get(namespace, {}).values()), fence)
 
     def demote_namespace(self, namespace: int) -> None:
-        """The namespace's adapter left the device: its idle pages are worth only half as much."""
+        """Halve the score of a namespace's idle leaves: its adapter has left the device."""
         for node in self._by_namespace.get(namespace, {}).values():
             if self._evictable(node):
                 node.score = self.clock.now + (node.score - self.clock.now) / 2
                 heapq.heappush(self._heap, (node.score, node.id, node))
 
     def flush(self, fence: int) -> None:
-        """Forget every idle page."""
+        """Free every idle page."""
         self._remove_all([n for n in self._nodes.values() if n.refs == 0], fence)
 
     def check(self) -> None:
-        """Raise AssertionError if the tree is inconsistent. O(nodes)."""
+        """Raise AssertionError if the tree is inconsistent. O(nodes), so for tests and for an idle engine."""
         idle = sum(1 for n in self._nodes.values() if n.refs == 0)
         assert idle == self.idle_pages(), f"{idle} idle nodes, {self.idle_pages()} idle pages"
         children: dict[int, int] = {}
@@ -163,7 +170,7 @@ class PrefixCache:
 
     def _key(
         self, parent: Node | None, tokens: Sequence[int], index: int, namespace_of: NamespaceOf, salt: str
-    ) -> Key:
+    ) -> PageKey:
         first = index * self.page_size
         ids = tuple(tokens[first : first + self.page_size])
         return (parent.id if parent else ROOT, ids, namespace_of(index), salt)
@@ -178,7 +185,7 @@ class PrefixCache:
             path.append(parent)
         return path
 
-    def _add(self, key: Key, page: int, parent: Node | None) -> Node:
+    def _add(self, key: PageKey, page: int, parent: Node | None) -> Node:
         node = Node(self._next_id, key, page, parent, refs=1)
         self._next_id += 1
         self._nodes[key] = self._by_page[page] = node
@@ -191,6 +198,7 @@ class PrefixCache:
         return node.refs == 0 and node.children == 0 and self._nodes.get(node.key) is node
 
     def _offer(self, node: Node) -> None:
+        """Score a node that has become idle; only a leaf is a candidate, its parent follows once it is gone."""
         node.score = self.clock.score(node.uses, PREFIX_PAGE_COST)
         if node.children == 0:
             heapq.heappush(self._heap, (node.score, node.id, node))
@@ -206,7 +214,7 @@ class PrefixCache:
         parent = node.parent
         if parent is not None:
             parent.children -= 1
-            if parent.children == 0 and parent.refs == 0:
+            if parent.children == 0 and parent.refs == 0:  # an idle leaf now, with the score of its last use
                 heapq.heappush(self._heap, (parent.score, parent.id, parent))
 
     def _remove_all(self, nodes: list[Node], fence: int) -> None:

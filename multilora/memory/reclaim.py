@@ -1,9 +1,10 @@
-"""Who gives way when the pool runs dry: idle prefix pages and idle adapters compete under one score.
+"""What is evicted when the pool runs dry: idle prefix pages and idle adapters compete under one score.
 
-The score of a thing is `clock + uses x cost per page`, taken when it was last used; the lowest goes first and the
-clock moves up to it, so that old popularity fades. That is GreedyDual-Size-Frequency (Cherkasova, "Improving WWW
-Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy", HP Labs 1998), with cost in units of "copy one
-page to the device". What is in use or pinned is never offered by a source.
+The score of an item is `clock + uses x cost per page`, taken when it was last used. The lowest score is evicted
+first, and the clock moves up to it, so that old popularity fades. That is GreedyDual-Size-Frequency (Cherkasova,
+"Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy", HP Labs 1998), with the cost in
+units of "copy one page to the device". Sources never offer what is in use or pinned; the reclaimer does not know what
+it evicts. Called by `page_table.py` and `adapters/lifecycle/device_tier.py`.
 """
 
 from collections.abc import Sequence
@@ -12,36 +13,37 @@ from typing import Protocol
 from multilora.memory.page_pool import PagePool
 
 ADAPTER_PAGE_COST = 1.0
-"""Bringing back one page of an adapter: one copy from host memory."""
+"""The cost of bringing back one page of an adapter: one copy from host memory."""
 
 PREFIX_PAGE_COST = 8.0
-"""Bringing back one page of KV: a prefill. On an H200 with Llama-3.1-8B about 0.3 ms for 16 tokens against 0.04 ms
-for a copy of the same 2 MiB."""
+"""The cost of bringing back one page of KV, a prefill. On an H200 with Llama-3.1-8B, 16 tokens take about 0.3 ms, a
+copy of the same 2 MiB 0.04 ms."""
 
 
 class GdsfClock:
-    """The shared, rising floor of all scores."""
+    """The floor of all scores, which only rises; one object is shared by all that score."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
     def score(self, uses: int, cost_per_page: float) -> float:
+        """The score of an item used `uses` times, the last time now."""
         return self.now + min(uses, 64) * cost_per_page
 
 
 class Reclaimable(Protocol):
-    """A holder of idle pages."""
+    """A holder of idle pages that can be evicted."""
 
     def idle_pages(self) -> int:
-        """Pages that could be given back now, all told."""
+        """How many pages could be evicted now, in total."""
         ...
 
     def peek_victim(self) -> float | None:
-        """Score of what would go first; None if nothing is idle."""
+        """The score of what `evict` would free; None if nothing is idle."""
         ...
 
     def evict(self, fence: int) -> int:
-        """Free what `peek_victim` spoke of; returns its number of pages, at least 1."""
+        """Free the item whose score `peek_victim` returned; returns its number of pages, at least 1."""
         ...
 
 
@@ -60,7 +62,7 @@ class Reclaimer:
     def ensure(self, n: int, fence: int) -> bool:
         """Make at least n pages free (for compute). False, with nothing evicted, if that is impossible."""
         if self.pool.free >= n:
-            return True  # as almost always: nobody counts what is idle
+            return True  # almost always; counting idle pages costs more
         if self.available() < n:
             return False
         while self.pool.free < n:

@@ -44,14 +44,14 @@ def test_start_answers_with_the_result_or_the_error(threads: int) -> None:
     assert isinstance(readers.start(lambda: 1 // 0).exception(10), ZeroDivisionError)
 
 
-def test_work_started_may_use_the_crew_though_it_holds_the_only_thread() -> None:
+def test_work_started_may_use_the_pool_though_it_holds_the_only_thread() -> None:
     readers = ReaderPool(2)
     done: list[int] = []
     readers.start(lambda: readers.each(done.append, range(50))).result(10)
     assert sorted(done) == list(range(50))
 
 
-def test_several_callers_share_one_crew() -> None:
+def test_several_callers_share_one_pool() -> None:
     readers = ReaderPool(3)
     done: list[int] = []
     callers = [threading.Thread(target=readers.each, args=(done.append, range(100))) for _ in range(4)]

@@ -21,7 +21,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def make(page_bytes: int, *adapters: tuple) -> LoraTable:
-    """Each adapter's blocks, at scattered pages, at places 0, 1, …"""
+    """Each adapter's blocks, at scattered pages, in slots 0, 1, …"""
     target = PackTarget(SITES, torch.float32, page_bytes)
     packed = []
     for blocks in adapters:

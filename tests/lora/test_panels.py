@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora.lora.panels import RANK_GRANULE, AdapterShape, PanelGeometry, matrices_of, place_panels, round_rank
+from multilora.lora.panels import RANK_GRANULE, AdapterShape, PanelGeometry, make_layout, matrices_of, round_rank
 from multilora.lora.sites import LoraSite, LoraSlice
 
 
@@ -29,9 +29,9 @@ def test_llama_8b_fits_exactly():
     geometry = PanelGeometry(2 << 20, 2)
     for rank, pages in ((8, 20), (16, 40), (64, 160)):
         ranks = tuple(tuple(rank for _ in site.slices) for site in sites)
-        layout = place_panels(sites, AdapterShape(ranks), geometry)
+        layout = make_layout(sites, AdapterShape(ranks), geometry)
         assert layout.num_pages == pages
-        assert all(c.columns == m.width for m, cs in zip(layout.matrices, layout.chunks, strict=True) for c in cs)
+        assert all(c.columns == m.width for m, cs in zip(layout.matrices, layout.parts, strict=True) for c in cs)
 
 
 def test_rounding_is_to_eight():
@@ -44,18 +44,18 @@ def test_rounding_is_to_eight():
     ranks=st.tuples(st.integers(0, 40), st.integers(0, 40)),
     page=st.sampled_from([512, 1024, 4096, 65536]),
 )
-def test_chunks_tile_every_matrix_and_never_overlap(widths, ranks, page):
+def test_parts_tile_every_matrix_and_never_overlap(widths, ranks, page):
     hidden, out_1, out_2 = widths
     sites = (LoraSite(0, 0, "x", hidden, (LoraSlice("a", 0, out_1), LoraSlice("b", out_1, out_2))),)
-    layout = place_panels(sites, AdapterShape((ranks,)), PanelGeometry(page, 4))
+    layout = make_layout(sites, AdapterShape((ranks,)), PanelGeometry(page, 4))
     assert layout.matrices == matrices_of(sites, AdapterShape((ranks,)))
     taken: set[tuple[int, int]] = set()
-    for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
-        cells = {(c.row, col) for c in chunks for col in range(c.col, c.col + c.columns)}
-        assert len(cells) == matrix.rank // RANK_GRANULE * matrix.width == sum(c.columns for c in chunks)
-        for chunk in chunks:
-            size = RANK_GRANULE * chunk.columns * 4
-            assert 0 <= chunk.page < layout.num_pages and chunk.offset + size <= page
-            span = {(chunk.page, byte) for byte in range(chunk.offset, chunk.offset + size, 4)}
+    for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
+        cells = {(c.row, col) for c in parts for col in range(c.col, c.col + c.columns)}
+        assert len(cells) == matrix.rank // RANK_GRANULE * matrix.width == sum(c.columns for c in parts)
+        for part in parts:
+            size = RANK_GRANULE * part.columns * 4
+            assert 0 <= part.page < layout.num_pages and part.offset + size <= page
+            span = {(part.page, byte) for byte in range(part.offset, part.offset + size, 4)}
             assert not span & taken
             taken |= span

@@ -10,7 +10,7 @@ from lora_world import DEVICE, GPU_ONLY, TOLERANCE, World, same_rank, segments_o
 from multilora.batch import LoraSegment
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
-from multilora.lora.panels import AdapterShape, PanelGeometry, ScaleShift, place_panels
+from multilora.lora.panels import AdapterShape, PanelGeometry, ScaleShift, make_layout
 from multilora.lora.reference import ReferenceLora
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
@@ -127,7 +127,7 @@ def test_the_vocabulary_as_an_input_needs_no_room():
     assert backend.replayable
 
 
-def test_sites_that_nobody_touches_are_not_launched(monkeypatch):
+def test_sites_that_no_adapter_touches_are_not_launched(monkeypatch):
     sites = make_sites(*ROUND)
     world = World(sites, [((0, 8, 0), (0,)), ((0, 0, 0), (0,))], scale_shift=[(), ((0, PAIR, 0), (0,))])
     for slot in range(2):
@@ -175,13 +175,13 @@ def test_adapters_come_and_go_and_their_tables_are_compacted():
     backend = world.backend()
     for slot in range(3):
         world.install(slot)
-    addresses = backend._table
     panels = len(world.layouts[0].positions)
-    addresses.addresses = addresses.addresses[: panels * 5 + panels // 2]  # a gap of one adapter, then room for 2.5
+    backend._table._intervals.size = panels * 5 + panels // 2  # a gap of one adapter, then room for 2.5
     gone = world.table.lookup(1)[1]
     world.table.remove(1)
     world.free += gone
     world.install(1, which=3)  # three: fits nowhere unless the gap is closed
+    assert backend._table._installed[2].first == panels, "the gap has not been closed"
     world.check(backend, segments_of((0, 1, 0), (1, 3, 1), (3, 4, 2)), 4)
 
 
@@ -251,9 +251,9 @@ def test_pages_at_the_end_of_a_large_arena():
         pytest.skip(f"needs 91 GB of free device memory, here are {most / 1e9:.0f}")
     arena = torch.empty(count, page_bytes, dtype=torch.uint8, device=DEVICE)
     table = LoraTable(arena, torch.bfloat16, tuple(tuple(s.offset for s in site.slices) for site in sites))
-    layout = place_panels(sites, AdapterShape(same_rank(sites, 16)), PanelGeometry(page_bytes, 2))
+    layout = make_layout(sites, AdapterShape(same_rank(sites, 16)), PanelGeometry(page_bytes, 2))
     arena[-layout.num_pages :].view(torch.bfloat16).normal_(std=0.1)
-    table.install(count - 1, layout, list(range(count - layout.num_pages, count)))  # the last place, too
+    table.install(count - 1, layout, list(range(count - layout.num_pages, count)))  # the last slot, too
     backend, reference = TritonLora(table, sites, graph_rows=16), ReferenceLora(table)
     for segments, rows in (
         (segments_of((0, 1, count - 1), (1, 9, count - 1)), 9),

@@ -74,7 +74,7 @@ def test_a_namespace_that_changes_within_the_sequence_shares_only_its_first_part
     assert len(cache.match(tokens, activated, 12)) == 1
 
 
-def test_released_pages_are_idle_then_give_way_leaves_first():
+def test_released_pages_are_idle_then_evicted_leaves_first():
     pool, cache, reclaimer = make(total=4)
     pages = run(pool, cache, list(range(12)), BASE)
     cache.release(pages, fence=0)

@@ -82,7 +82,7 @@ class Process:
     def _visit(self, visitor):
         try:
             visitor(self)
-        except BaseException as e:
+        except BaseException as e:  # noqa: BLE001 (the main thread asserts that there was none)
             self.problems.append(e)
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from multilora.batch import LoraSegment
-from multilora.lora.panels import AdapterShape, PanelGeometry, place_panels
+from multilora.lora.panels import AdapterShape, PanelGeometry, make_layout
 from multilora.lora.reference import ReferenceLora
 from multilora.lora.table import LoraTable
 from multilora.lora.triton_backend import TritonLora
@@ -37,7 +37,7 @@ class World:
         self.sites, self.dtype = sites, dtype
         self.geometry = PanelGeometry(page_bytes, dtype.itemsize)
         shapes = [AdapterShape(*parts) for parts in zip(ranks, scale_shift or [()] * len(ranks), strict=True)]
-        self.layouts = [place_panels(sites, shape, self.geometry) for shape in shapes]
+        self.layouts = [make_layout(sites, shape, self.geometry) for shape in shapes]
         total = sum(layout.num_pages for layout in self.layouts) + spare_pages
         g = torch.Generator().manual_seed(0)
         self.free = torch.randperm(total, generator=g).tolist()
@@ -46,11 +46,11 @@ class World:
         self.table = LoraTable(arena, dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
         self.reference = ReferenceLora(self.table)
 
-    def install(self, place, which=None):
-        layout = self.layouts[place if which is None else which]
-        self.table.install(place, layout, [self.free.pop() for _ in range(layout.num_pages)])
-        g = torch.Generator().manual_seed(place)
-        weights = [self.table.site(place, site.index) for site in self.sites]
+    def install(self, slot, which=None):
+        layout = self.layouts[slot if which is None else which]
+        self.table.install(slot, layout, [self.free.pop() for _ in range(layout.num_pages)])
+        g = torch.Generator().manual_seed(slot)
+        weights = [self.table.site(slot, site.index) for site in self.sites]
         for piece in (piece for site in weights if site for part in site.b for piece in part.scale_shift):
             scale = torch.rand(piece.weight.shape[1], generator=g) + 0.5
             piece.weight.copy_(torch.stack((scale, torch.randn(len(scale), generator=g))))
@@ -84,4 +84,4 @@ def same_rank(sites, rank):
 
 
 def segments_of(*parts):
-    return tuple(LoraSegment(start, end, (place,), (1.0,)) for start, end, place in parts)
+    return tuple(LoraSegment(start, end, (slot,), (1.0,)) for start, end, slot in parts)

@@ -33,7 +33,7 @@ class HostEntry:
 
 
 def map_file(fd: int, nbytes: int) -> torch.Tensor:
-    """uint8 [nbytes]. (A Python mmap would keep a descriptor for as long as it lives; this does not.)"""
+    """The first bytes of a file, shared, uint8 [nbytes]. Unlike a Python mmap it keeps no descriptor open."""
     return torch.from_file(f"/dev/fd/{fd}", shared=True, size=nbytes, dtype=torch.uint8)
 
 
@@ -46,7 +46,7 @@ def populate_for_reading(memory: torch.Tensor) -> None:
 
 
 def lies_in_memory(fd: int) -> bool:
-    """Whether the file is on a file system of memory (Linux' tmpfs)."""
+    """Whether the file lies on a file system in memory (Linux' tmpfs)."""
     status = (ctypes.c_long * 64)()  # a struct statfs, which begins with the file system's type
     return _fstatfs is not None and _fstatfs(fd, status) == 0 and status[0] == TMPFS
 

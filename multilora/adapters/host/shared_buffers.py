@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from multilora.adapters.host.first_fit import FirstFit
+from multilora.memory.first_fit import FirstFit
 
 STAGING_ALIGN = 4096
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python's mmap does not name it
@@ -48,6 +48,7 @@ class SharedBuffers:
         self._zeroing = ThreadPoolExecutor(1, "zeroing")
 
     def take(self, size: int) -> SharedBuffer:
+        """A buffer of `size` zero bytes, which the caller hands to `sent` or `drop`. Raises OSError."""
         if self._staging is not None:
             with self._lock:
                 start = self._parts.take(size)
@@ -81,16 +82,17 @@ class SharedBuffers:
         self._zeroing.submit(self._free_all)  # after whatever has been given back
 
     def _free_all(self) -> None:
-        assert self._staging is not None and not self._parts.size, "it is this loader's already"
+        assert self._staging is not None and not self._parts.size, "this loader owns it already"
         self._zero(0, len(self._staging))
-        with self._lock:
+        with self._lock:  # an allocator of size 0 until here: nothing could be given out
             self._parts = FirstFit(len(self._staging), STAGING_ALIGN)
 
     def _free(self, start: int) -> None:
         with self._lock:
-            size = self._parts.size_of(start)
+            size = self._parts.length_of(start)
         if size is None or self._staging is None:
-            return  # of a loader before this one
+            return  # a part that a predecessor gave out
+        # the part stays taken until it is zero: take() promises zero bytes
         self._zero(start, size)
         with self._lock:
             self._parts.give_back(start)

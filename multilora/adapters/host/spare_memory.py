@@ -20,7 +20,7 @@ def _of_container(root: Path) -> int | None:
         group = next(line[3:] for line in _text(root / "proc/self/cgroup").splitlines() if line.startswith("0::"))
         folder = root / "sys/fs/cgroup" / group.strip("/")
         limit, used = int(_text(folder / "memory.max")), int(_text(folder / "memory.current"))
-    except (StopIteration, ValueError):  # there is none, or "max": no limit
+    except (StopIteration, ValueError):  # there is no group, or its limit is "max"
         return None
     stat = _numbers(folder / "memory.stat")
     return max(0, limit - used + stat.get("inactive_file", 0) + stat.get("active_file", 0))

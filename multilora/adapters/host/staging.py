@@ -133,7 +133,7 @@ def _trouble_moving(found: weakref.ref[HostEntry]) -> str:
     try:
         if entry is not None:
             _move(entry)
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001 - the thread goes on; the caller logs it
         return str(e) or repr(e)
     return ""
 

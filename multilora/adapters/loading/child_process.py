@@ -1,7 +1,6 @@
-"""One life of the loader process, seen from the engine: its start, what it says on stderr, how it ended, and when the
-next one may start.
+"""One child process, seen from its parent: its start, its stderr, how it ended, and when the next one may start.
 
-Owns the process and two pipes; knows no messages. Called by `process.ProcessLoader`.
+It owns the process and two pipes, and knows nothing of the messages that the two exchange. Called by `process.py`.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from time import monotonic
 
-END_SECONDS = 1  # for a process that has closed its socket, or is told to end; then it is killed
+END_SECONDS = 1  # until a process that has closed its socket, or is told to end, is killed
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 TAIL_BYTES = 4096  # of stderr
@@ -20,17 +19,17 @@ STDERR = 2
 
 
 class ChildProcess:
-    """Starts the process. Raises OSError if it cannot be.
+    """A running process. Raises OSError if it cannot be started.
 
-    fds: that it inherits. What it writes to stderr goes on to ours, at the latest at the next `listen`.
+    fds: descriptors that it inherits. `listen` passes what it writes to stderr on to this process' stderr.
     """
 
     def __init__(self, command: Sequence[str], fds: Sequence[int], environment: Mapping[str, str]):
         self.ended = False
-        self.answered = False  # set by who hears it
+        self.answered = False  # whether it has been of use; its owner sets it
         self._tail = b""
-        # Nobody writes to this pipe or knows that it is there: that it ends says that all who have it are gone, the
-        # process and whatever it forked. The system takes a process' memory away before it closes its files.
+        # Nobody writes to this pipe. Its end of file says that all holders of the other end are gone: the process and
+        # whatever it forked. The system frees a process' memory before it closes its files.
         self._held, held = os.pipe()
         try:
             self.process = subprocess.Popen(
@@ -52,14 +51,15 @@ class ChildProcess:
             os.set_blocking(fd, False)
 
     def listen(self) -> None:
-        """Hand on what has been written to stderr. Does not wait."""
+        """Pass on what has been written to stderr, without waiting for more."""
         while not self._stderr.closed and (data := self._stderr.read(1 << 16)):
             self._tail = (self._tail + data)[-TAIL_BYTES:]
             with contextlib.suppress(OSError):  # ours is closed
                 os.write(STDERR, data)
 
     def end(self) -> None:
-        """The process has closed its end of the socket, or soon will. Waits for it, not for what it has forked."""
+        """Wait for the process, which has closed its socket or soon will; kill it, not its forks, after
+        END_SECONDS."""
         try:
             self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:  # in the middle of a download
@@ -69,7 +69,7 @@ class ChildProcess:
         self.listen()
 
     def gone(self) -> bool:
-        """Neither the process nor anything that it has forked is left. Does not wait."""
+        """Whether the process and everything that it has forked are gone. Does not wait."""
         self.listen()
         try:
             return not os.read(self._held, 1)
@@ -77,14 +77,14 @@ class ChildProcess:
             return False
 
     def close(self) -> None:
-        """Nothing is heard from it any more."""
+        """Close the pipes: nothing more is heard from the process."""
         if not self._stderr.closed:
             self.listen()
             self._stderr.close()
             os.close(self._held)
 
-    def how(self) -> str:
-        """Once it has ended: "ended with exit code 1: ImportError: …"."""
+    def describe_end(self) -> str:
+        """How the process ended: "ended with exit code 1: ImportError: …"."""
         code = self.process.returncode
         text = f"exit code {code}" if code >= 0 else f"signal {-code} ({_signal_name(-code)})"
         lines = self._tail.decode(errors="replace").split("\n")
@@ -92,9 +92,9 @@ class ChildProcess:
         return f"ended with {text}" + (f": {last[:LINE_CHARACTERS]}" if last else "")
 
 
-class Starts:
-    """When the next process may start. At once after one that was of use, as it had answered something, and after the
-    first that was not; each further one in a row makes the pause twice as long, up to LONGEST_PAUSE_SECONDS."""
+class RestartPolicy:
+    """When the next process may start: at once after one that had answered something, and after the first that had
+    not; each further failure in a row doubles the pause, up to LONGEST_PAUSE_SECONDS."""
 
     def __init__(self) -> None:
         self._failed = 0  # in a row
@@ -103,7 +103,7 @@ class Starts:
         self._how = ""
 
     def ended(self, how: str, useful: bool) -> float:
-        """A process has ended, or could not be started. Returns the pause in seconds."""
+        """Note that a process has ended, or could not be started (how: says which). Returns the pause in seconds."""
         self._failed = 0 if useful else self._failed + 1
         if self._failed < 2:
             self._pause = 0.0
@@ -115,11 +115,11 @@ class Starts:
 
     @property
     def seconds_left(self) -> float:
-        """Of the pause."""
+        """Seconds left of the pause."""
         return max(0.0, self._next_at - monotonic())
 
-    def trouble(self) -> str:
-        """What to tell somebody whose adapter cannot be loaded because of that."""
+    def explanation(self) -> str:
+        """The error message for an adapter that cannot be loaded because of that."""
         if self._failed < 2:
             return f"the loader process {self._how}; try again"
         return (

@@ -1,12 +1,13 @@
-"""The last touch to a packed adapter, which needs the base model's weights: DoRA's norms and trained biases.
+"""The last stage of packing, which needs the base model's weights: DoRA's norms and trained biases.
 
-The packer leaves a scale-shift pair as magnitude m and bias; here it becomes what the kernels apply to the base
-model's output y = W x + b after the low-rank part (s · B A is what lies in the pages):
+The packer leaves a scale-shift pair as magnitude m and bias. This file turns it into what the kernels apply to the
+base model's output y = W x + b after the low-rank part (the pages hold s · B and A):
 
     scale = m / ‖W + s · BA‖, one norm per output (Liu et al. 2024, arXiv:2402.09353); 1 without DoRA
     shift = trained bias (or b) + bias of lora_B - scale · b
 
-`DoraBiasLoader` wraps any loader. It works in slices of a few milliseconds, between two steps, on its own stream.
+`DoraBiasLoader` wraps any loader. It works for a few milliseconds at a time, between two steps, on its own stream.
+Called by `engine/build.py`.
 """
 
 from collections import deque
@@ -18,7 +19,7 @@ from time import monotonic
 import torch
 
 from multilora.adapters.loading.loader import Fetched, FetchJob, Loader
-from multilora.adapters.packing.blocks import PackTarget, place, scale_shift_part
+from multilora.adapters.packing.blocks import PackTarget, part_view, scale_shift_view
 from multilora.lora.panels import RANK_GRANULE, PanelLayout, PanelPart, ScaleShift
 
 SLICE_SECONDS = 0.002
@@ -29,13 +30,15 @@ BaseModule = Callable[[int, str], tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclass
 class _Work:
+    """An adapter that is being completed, one pair per step of `steps`."""
+
     result: Fetched
     buffer: torch.Tensor
     steps: Iterator[None]
 
 
 class DoraBiasLoader:
-    """The contract of `Loader`; what the wrapped loader brings is handed on finished."""
+    """The contract of `Loader`: it completes what the wrapped loader returns. seconds: the time for one `poll`."""
 
     def __init__(self, loader: Loader, target: PackTarget, base: BaseModule, seconds: float = SLICE_SECONDS):
         self._loader = loader
@@ -47,25 +50,31 @@ class DoraBiasLoader:
 
     @property
     def working(self) -> bool:
+        """See `Loader`."""
         return bool(self._queue) or self._loader.working
 
     def submit(self, job: FetchJob) -> None:
+        """See `Loader`."""
         self._loader.submit(job)
 
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
+        """See `Loader`. Adapters without scale-shift pairs pass at once."""
         done = []
         for result, buffer in self._loader.poll():
             if buffer is None or result.shape is None or not result.shape.scale_shift:
                 done.append((result, buffer))
             else:
                 layout = self._target.layout(result.shape)
-                self._queue.append(_Work(result, buffer, finish(buffer, layout, self._target, self._base)))
+                steps = complete_scale_shifts(buffer, layout, self._target, self._base)
+                self._queue.append(_Work(result, buffer, steps))
         return done + self._work()
 
     def fileno(self) -> int | None:
+        """See `Loader`."""
         return self._loader.fileno()
 
     def close(self) -> None:
+        """See `Loader`."""
         self._queue.clear()
         self._loader.close()
 
@@ -80,7 +89,7 @@ class DoraBiasLoader:
         return done
 
     def _side_stream(self) -> AbstractContextManager[object]:
-        """The base model's weights never change, so nothing has to wait for the running step."""
+        """A stream of its own: the base model's weights never change, so nothing has to wait for the running step."""
         if not self._queue or not torch.cuda.is_available():
             return nullcontext()
         if self._stream is None:
@@ -88,44 +97,46 @@ class DoraBiasLoader:
         return torch.cuda.stream(self._stream)
 
 
-def finish(buffer: torch.Tensor, layout: PanelLayout, target: PackTarget, base: BaseModule) -> Iterator[None]:
-    """Finish every scale-shift pair of `buffer`, uint8 [pages, page_bytes], in place; yields after each."""
+def complete_scale_shifts(
+    buffer: torch.Tensor, layout: PanelLayout, target: PackTarget, base: BaseModule
+) -> Iterator[None]:
+    """Complete every scale-shift pair of `buffer`, uint8 [pages, page_bytes], in place; yields after each."""
     a: tuple[PanelPart, ...] = ()
-    b: dict[int, tuple[int, int, tuple[PanelPart, ...]]] = {}  # slice → first row in A, rank, chunks of B
-    for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+    b: dict[int, tuple[int, int, tuple[PanelPart, ...]]] = {}  # slice → first row in A, rank, parts of B
+    for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
         site = target.sites[matrix.site]
         if matrix.slice < 0:
-            a, b = chunks, {}
+            a, b = parts, {}
         elif not matrix.scale_shift:
-            b[matrix.slice] = sum(rank for _, rank, _ in b.values()), matrix.rank, chunks
+            b[matrix.slice] = sum(rank for _, rank, _ in b.values()), matrix.rank, parts
         else:
             kind = ScaleShift(layout.shape.scale_shift[matrix.site][matrix.slice])
             weight, bias = base(site.layer, site.slices[matrix.slice].module)
-            pair = torch.cat([scale_shift_part(buffer, chunk) for chunk in chunks], dim=1).to(weight.device)
+            pair = torch.cat([scale_shift_view(buffer, part) for part in parts], dim=1).to(weight.device)
             if kind & ScaleShift.DORA:
                 assert matrix.slice in b, "a magnitude without low rank"
-                first, rank, b_chunks = b[matrix.slice]
+                first, rank, b_parts = b[matrix.slice]
                 delta_a = _read(buffer, target, a, first, rank, site.in_features).to(weight.device)
-                delta_b = _read(buffer, target, b_chunks, 0, rank, matrix.width).to(weight.device)
+                delta_b = _read(buffer, target, b_parts, 0, rank, matrix.width).to(weight.device)
                 pair[0] /= torch.addmm(weight.float(), delta_b.T, delta_a).norm(dim=1)
             if bias is not None:
                 kept = bias.float() if not kind & ScaleShift.BIAS else torch.zeros_like(bias, dtype=torch.float32)
                 pair[1] += kept - pair[0] * bias.float()
             pair = pair.cpu()
-            for chunk in chunks:
-                scale_shift_part(buffer, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
+            for part in parts:
+                scale_shift_view(buffer, part).copy_(pair[:, part.col : part.col + part.columns])
             yield
 
 
 def _read(
-    buffer: torch.Tensor, target: PackTarget, chunks: tuple[PanelPart, ...], first: int, rank: int, width: int
+    buffer: torch.Tensor, target: PackTarget, parts: tuple[PanelPart, ...], first: int, rank: int, width: int
 ) -> torch.Tensor:
     """Rows [first, first + rank) of a packed matrix, fp32 [rank, width]."""
     found = torch.zeros(rank, width)
-    for chunk in chunks:
-        row = chunk.row - first
+    for part in parts:
+        row = part.row - first
         if 0 <= row < rank:
-            found[row : row + RANK_GRANULE, chunk.col : chunk.col + chunk.columns] = place(
-                buffer, target, chunk, RANK_GRANULE
+            found[row : row + RANK_GRANULE, part.col : part.col + part.columns] = part_view(
+                buffer, target, part, RANK_GRANULE
             )
     return found

@@ -1,7 +1,7 @@
-"""Fetching: from a path or hub id to packed bytes in host memory, away from the step loop.
+"""Fetching: from a path or hub id to packed bytes in host memory.
 
-`Loader` is the contract. `InlineLoader` does the work in `poll`, for tests and anything that must be deterministic;
-`process.ProcessLoader` does it in another process.
+`Loader` is the contract. `InlineLoader` does the work in `poll`, for tests and whatever must be deterministic;
+`process.ProcessLoader` does it in another process, away from the step loop.
 """
 
 from collections import deque
@@ -26,7 +26,7 @@ from multilora.lora.panels import AdapterShape
 
 
 class FetchJob(msgspec.Struct, frozen=True):
-    """Bring in one adapter version. max_bytes: refuse it if its packed size is over this."""
+    """Fetch one adapter version. max_bytes: refuse it if its packed size is larger."""
 
     version: int
     path: str
@@ -34,21 +34,26 @@ class FetchJob(msgspec.Struct, frozen=True):
 
 
 class Fetched(msgspec.Struct, frozen=True, kw_only=True):
-    """What a fetch found out. `kind` and `message` name the error if there was one; then the rest is empty."""
+    """The result of a fetch. `kind` and `message` describe the error if there was one; then the rest is empty."""
 
     version: int
     shape: AdapterShape | None = None
     rank: int = 0
     target_modules: list[str] = []
     fingerprint: str = ""
-    invocation_tokens: tuple[int, ...] | None = None  # see Adapter
+    invocation_tokens: tuple[int, ...] | None = None  # see `Adapter`
     kind: str = ""
     message: str = ""
 
 
+def failed(version: int, message: str) -> Fetched:
+    """The result of a fetch that failed for a reason outside the adapter."""
+    return Fetched(version=version, kind="AdapterError", message=message)
+
+
 @dataclass(frozen=True)
 class FetchContext:
-    """What every fetch of one engine shares."""
+    """What every fetch of one engine shares. roots: --lora-root."""
 
     base: BaseModel
     target: PackTarget
@@ -57,26 +62,30 @@ class FetchContext:
 
 
 class Loader(Protocol):
+    """Fetches adapters; used by one thread."""
+
     @property
     def working(self) -> bool:
-        """`poll` itself has work to do: call it again soon."""
+        """Whether `poll` itself has work to do, so that it should be called again soon."""
         ...
 
-    def submit(self, job: FetchJob) -> None: ...
+    def submit(self, job: FetchJob) -> None:
+        """Start a job. Its result comes from a later `poll`, errors included."""
 
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
         """Finished jobs, in any order; the buffer is uint8 [pages, page_bytes] (None on error). Never blocks long."""
         ...
 
     def fileno(self) -> int | None:
-        """Readable when `poll` has something; None if polling is all there is."""
+        """A descriptor that is readable when `poll` has something; None if there is none, so that one must poll."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Drop all jobs and free what the loader owns. Buffers that it has returned stay valid."""
 
 
 def read(job: FetchJob, context: FetchContext, readers: ReaderPool = ALONE) -> Adapter:
-    """The files, checked and with PEFT's rules applied."""
+    """The adapter from its files, checked and with PEFT's rules applied. Raises what `read_adapter` raises."""
     directory = resolve(job.path, context.roots)
     _check_file_size(directory, job, context)
     adapter = read_adapter(directory, context.base, context.limits, readers)
@@ -86,9 +95,9 @@ def read(job: FetchJob, context: FetchContext, readers: ReaderPool = ALONE) -> A
 
 
 def _check_file_size(directory: Path, job: FetchJob, context: FetchContext) -> None:
-    """Refuse a file that is too large whatever is in it, before its size is asked of the system's memory.
+    """Refuse files that are too large whatever they hold, before memory of their size is allocated.
 
-    Of a file's numbers, in fp32 at most, all are packed but for copies of the base model's two tables.
+    All numbers of a file, in fp32 at most, are packed, except copies of the base model's two tables.
     """
     if job.max_bytes is None:
         return
@@ -107,7 +116,8 @@ def fetch(
     readers: ReaderPool = ALONE,
     write: WriteJobs = write_jobs,
 ) -> tuple[Fetched, torch.Tensor | None]:
-    """Read, check and pack one adapter. crew: reads; write: packs. Typed errors become part of the result."""
+    """Read, check and pack one adapter, with `readers` for its files and `write` for its weights. Returns the result
+    and the pages, uint8 [pages, page_bytes]; typed errors are part of the result."""
     target = context.target
     try:
         adapter = read(job, context, readers)
@@ -128,9 +138,7 @@ def fetch(
     except MultiloraError as e:
         return Fetched(version=job.version, kind=e.kind, message=e.message), None
     except (OSError, MemoryError) as e:
-        return Fetched(
-            version=job.version, kind="AdapterError", message=f"{job.path}: {str(e) or 'out of memory'}"
-        ), None
+        return failed(job.version, f"{job.path}: {str(e) or 'out of memory'}"), None
     result = Fetched(
         version=job.version,
         shape=shape,
@@ -143,17 +151,20 @@ def fetch(
 
 
 class Allocate(Protocol):
+    """Where the pages of an adapter go."""
+
     def __call__(self, num_pages: int, page_bytes: int) -> torch.Tensor:
-        """A zeroed uint8 [num_pages, page_bytes]."""
+        """uint8 [num_pages, page_bytes], all zero."""
         ...
 
 
 def allocate_private(num_pages: int, page_bytes: int) -> torch.Tensor:
+    """An `Allocate` in this process' own memory."""
     return torch.zeros(num_pages, page_bytes, dtype=torch.uint8)
 
 
 class InlineLoader:
-    """Does each job in `poll`, in order, at most `per_poll` of them."""
+    """The contract of `Loader`: does the jobs inside `poll`, in order, at most `per_poll` at a time."""
 
     working = False
 

@@ -1,6 +1,6 @@
-"""What the engine and the loader process tell each other, over a socket that keeps messages apart.
+"""The messages between the engine and the loader process, over a socket that keeps message boundaries.
 
-Knows neither end. Called by `process.py`, on both.
+It knows neither end. Called by `process.py`, on both ends.
 """
 
 import contextlib
@@ -20,8 +20,11 @@ MAX_MESSAGE = 1 << 20
 
 
 class Start(msgspec.Struct, frozen=True):
-    """The first message: a FetchContext in plain types. staging: descriptor of that memory, if there is any.
-    staging_in_use: by who came before; not to be given out until an order says so."""
+    """The first message: a `FetchContext` in plain types.
+
+    staging: the descriptor of the staging memory, if there is any; staging_in_use: a predecessor's parts are still in
+    use, so nothing of it may be given out until an order says `take_over`.
+    """
 
     base: BaseModel
     dtype: str
@@ -33,29 +36,25 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True, omit_defaults=True):
-    """To the loader. done_with: where a part of the staging memory begins that nobody reads any more. take_over: the
-    staging memory that was in use at the start is all the loader's now."""
+    """To the loader. release_start: the part of the staging memory that begins there is not read any more; take_over:
+    the staging memory that was in use at the start belongs to the loader now."""
 
     job: FetchJob | None = None
-    done_with: int | None = None
+    release_start: int | None = None
     take_over: bool = False
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """From the loader. nbytes: of the pages. start: where they begin in the staging memory; None: they are the file
-    whose descriptor comes along."""
+    """From the loader. nbytes: the size of the pages; start: where they begin in the staging memory (None: they are
+    the file whose descriptor comes along)."""
 
     result: Fetched
     nbytes: int = 0
     start: int | None = None
 
 
-def failed(version: int, message: str) -> Fetched:
-    return Fetched(version=version, kind="AdapterError", message=message)
-
-
 def send(connection: socket.socket, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
-    """Raises OSError, also if it is longer than the other end reads."""
+    """Send one message and descriptors. Raises OSError, also for a message over MAX_MESSAGE bytes."""
     data = msgspec.msgpack.encode(message)
     if len(data) > MAX_MESSAGE:
         raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
@@ -71,7 +70,7 @@ def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
     data, fds = b"", array("i")
     control: list[tuple[int, int, bytes]] = []
     for _ in range(2):
-        with contextlib.suppress(ConnectionResetError):  # once, if not all was read there; what was sent comes after
+        with contextlib.suppress(ConnectionResetError):  # raised once if the other end closed with messages unread
             data, control, _, _ = connection.recvmsg(MAX_MESSAGE, socket.CMSG_LEN(4), socket.MSG_DONTWAIT)
             break
     for level, kind, payload in control:

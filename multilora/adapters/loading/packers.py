@@ -1,9 +1,8 @@
 """Processes that read and pack weights for the loader: Python's threads would wait for each other's GIL.
 
-They are forked when the loader starts and share one region of memory with it, into which files are read, and the
-staging memory. An order names places in the region, and where the pages are: in the staging memory, or in a file
-whose descriptor comes along. They end with the loader.
-Called by the loader process.
+They are forked when the loader starts. They share two memories with it: a region into which files are read, and the
+staging memory. An order names weights in the region and says where the pages go: into the staging memory, or into a
+file whose descriptor comes along. The processes end with the loader. Called by `process.py`.
 """
 
 import ctypes
@@ -21,23 +20,23 @@ import msgspec
 import numpy as np
 import torch
 
-from multilora.adapters.host.first_fit import FirstFit
 from multilora.adapters.host.mapping import lies_in_memory
 from multilora.adapters.host.shared_buffers import SharedBuffer, populate_for_writing
 from multilora.adapters.packing.pack_jobs import PackJob, Span, write_job, write_jobs
 from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
+from multilora.memory.first_fit import FirstFit
 
 logger = logging.getLogger(__name__)
 
-REGION_BYTES = 1 << 30  # of address space; what was used once stays with the loader
-POPULATED_BYTES = 256 << 20  # of it that are there from the start: room for three rank-16 adapters of an 8B model
+REGION_BYTES = 1 << 30  # address space; pages that were touched once stay with the loader
+POPULATED_BYTES = 256 << 20  # what of it is touched at the start: room for three rank-16 adapters of an 8B model
 ALIGN = 4096
 LENGTH_BYTES = 8
 
 
-class _Place(msgspec.Struct, array_like=True, frozen=True):
-    """A pack job whose weight lies in the region. start: byte; shape and strides: in elements."""
+class _RegionJob(msgspec.Struct, array_like=True, frozen=True):
+    """A `PackJob` whose weight lies in the region. start: in bytes; shape and strides: in elements."""
 
     name: str
     start: int
@@ -49,28 +48,28 @@ class _Place(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Pack(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """start: byte of the staging memory at which the pages begin; None: they are the file that comes along."""
+    """An order to pack. start: where the pages begin in the staging memory; None: in the file that comes along."""
 
     dtype: str
-    places: list[_Place]
+    jobs: list[_RegionJob]
     start: int | None
 
 
 class _Read(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """Of the file that comes along, into the region."""
+    """An order to read parts of the file whose descriptor comes along into the region."""
 
     slabs: list[Slab]
 
 
 class _Answer(msgspec.Struct, array_like=True, frozen=True):
-    """error: of packing. left: slabs that the system does not have at hand."""
+    """The answer to one order. error: why packing failed, or empty; left: slabs that are not in the page cache."""
 
     error: str = ""
     left: list[Slab] = []
 
 
 class Region:
-    """Memory that is shared with processes forked later. Given out by first fit, taken back when nobody uses it."""
+    """Memory shared with processes forked later: given out by first fit, taken back with the last view of a part."""
 
     def __init__(self, size: int):
         self._size = size
@@ -81,7 +80,7 @@ class Region:
         self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes], of the region if it has room."""
+        """uint8 [nbytes], in the region if that has room, else in private memory."""
         with self._lock:
             while self._freed:
                 self._parts.give_back(self._freed.popleft())
@@ -92,12 +91,13 @@ class Region:
         weakref.finalize(memory, self._freed.append, start)
         return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps `memory` as long as any view of it lives
 
-    def place_of(self, tensor: torch.Tensor) -> int | None:
-        """Byte of the region at which it begins; None: it lies elsewhere."""
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """The byte of the region at which the tensor begins; None: it lies elsewhere."""
         start = tensor.data_ptr() - self._start
         return start if 0 <= start < self._size else None
 
     def at(self, start: int, dtype: torch.dtype, shape: tuple[int, int], strides: tuple[int, int]) -> torch.Tensor:
+        """The tensor of this shape and these strides (in elements) that begins at byte `start` of the region."""
         extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         flat = torch.frombuffer(self.memory, dtype=dtype, count=extent, offset=start)
         return flat.as_strided(shape, strides)
@@ -112,10 +112,10 @@ class _Packer:
 
 
 class Packers:
-    """`count` processes; with 0, or when one of them has died, everything is packed here.
+    """`count` processes. With 0, or once one of them has died, the caller's own thread packs everything.
 
-    Made before any thread is. inherited: a socket that the processes are not to keep open. staging: memory that is
-    shared with the engine.
+    It forks, so it must be made before any thread is started. inherited: a socket that the processes close; staging:
+    memory shared with the engine.
     """
 
     def __init__(
@@ -137,27 +137,27 @@ class Packers:
             logger.warning("adapters load slower: %d of %d packing processes: %s", len(self._packers), count, e)
 
     def memory(self, nbytes: int) -> torch.Tensor:
-        """Where to read weights to, so that the processes see them."""
+        """uint8 [nbytes] to read weights into, where the processes see them."""
         return self._region.allocate(nbytes) if self._region else torch.empty(nbytes, dtype=torch.uint8)
 
     def write(self, jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor, where: SharedBuffer) -> None:
-        """Run all jobs into the pages `out`, which lie there. Raises AdapterInvalid."""
-        places: list[_Place] = []
+        """Run all jobs into the pages `out`, a view of the buffer `where`. Raises AdapterInvalid."""
+        shared: list[_RegionJob] = []
         here: list[PackJob] = []
         for job in jobs:
-            start = self._region.place_of(job.weight) if self._region and self._packers else None
+            start = self._region.offset_of(job.weight) if self._region and self._packers else None
             if start is None:
                 here.append(job)
             else:
-                places.append(_describe(job, start))
-        if places and not self._pack_aside(places, str(dtype).removeprefix("torch."), where):
+                shared.append(_describe(job, start))
+        if shared and not self._pack_aside(shared, str(dtype).removeprefix("torch."), where):
             here = jobs
         write_jobs(here, dtype, out)
 
     def read(self, fd: int, slabs: list[Slab], memory: torch.Tensor) -> list[Slab]:
-        """A `ReadCached` (crew.py): what the system has at hand of a file. A slow disk would hold up those who pack
-        meanwhile, so the rest is left to the caller."""
-        start = self._region.place_of(memory) if self._region else None
+        """A `ReadCached` (see `thread_pool.py`): read what is in the page cache. The rest is left to the caller's
+        threads, since a slow disk would delay other adapters' packing."""
+        start = self._region.offset_of(memory) if self._region else None
         count = len(self._packers)
         if start is None or not count:
             return slabs
@@ -168,21 +168,21 @@ class Packers:
         return [(first, at - start, nbytes) for answer in answers for first, at, nbytes in answer.left]
 
     def close(self) -> None:
-        """As soon as what has been ordered is done. Who packs later does it without them."""
+        """End the processes once they have carried out their orders. Later adapters are packed without them."""
         with self._lock:
             for packer in self._packers:
                 packer.connection.close()
                 os.waitpid(packer.pid, 0)
             self._packers = []
 
-    def _pack_aside(self, places: list[_Place], dtype: str, where: SharedBuffer) -> bool:
-        """Shared out evenly by size. False: the processes are gone."""
+    def _pack_aside(self, jobs: list[_RegionJob], dtype: str, where: SharedBuffer) -> bool:
+        """Pack on the processes, with the jobs shared out evenly by size. False: the processes are gone."""
         count = len(self._packers)
-        shares: list[list[_Place]] = [[] for _ in range(count)]
-        places.sort(key=lambda place: -place.shape[0] * place.shape[1])
-        for i, place in enumerate(places if count else []):
+        shares: list[list[_RegionJob]] = [[] for _ in range(count)]
+        jobs.sort(key=lambda job: -job.shape[0] * job.shape[1])
+        for i, job in enumerate(jobs if count else []):
             turn, at = divmod(i, count)
-            shares[at if turn % 2 == 0 else count - 1 - at].append(place)
+            shares[at if turn % 2 == 0 else count - 1 - at].append(job)
         start = where.start if where.fd is None else None
         answers = self._order([_Pack(dtype, share, start) for share in shares], where.fd)
         for error in (answer.error for answer in answers or () if answer.error):
@@ -190,10 +190,10 @@ class Packers:
         return answers is not None
 
     def _order(self, orders: Sequence[_Pack | _Read], fd: int | None) -> list[_Answer] | None:
-        """One for each process; their answers. None: there are none any more."""
+        """Send each process one order and return their answers. None: the processes are gone."""
         with self._lock:
             if not self._packers or len(orders) != len(self._packers):
-                return None  # let go since the orders were written
+                return None  # they have been closed since the orders were made
             try:
                 for packer, order in zip(self._packers, orders, strict=True):
                     data = msgspec.msgpack.encode(order)
@@ -205,7 +205,7 @@ class Packers:
                 logger.exception("a packing process has died; packing without them from now on")
                 self.close()
                 return None
-            except BaseException:  # else the next order would be taken to be answered by what is left of this one
+            except BaseException:  # else the rest of this answer would be taken for the next one
                 self.close()
                 raise
 
@@ -235,7 +235,7 @@ class Packers:
     # ------------------------------------------------------------------ in the forked process
 
     def _serve(self, connection: socket.socket) -> None:
-        """Until the loader has closed its end."""
+        """Carry out orders until the loader has closed its end."""
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         if self._staging is not None and self._region is not None:  # on a GPU; elsewhere nobody needs so much memory
             populate_for_writing(self._staging, 0, len(self._staging))
@@ -258,8 +258,8 @@ class Packers:
         return _Answer(left=[s for s in order.slabs if not read_cached(fd, s[0], view[s[1] : s[1] + s[2]])])
 
     def _pack_here(self, order: _Pack, fds: list[int]) -> _Answer:
-        """Into the staging memory, or into the file: mapped, as writes to one file wait for each other, and unmapped
-        at once, as who unmaps a file last frees its memory."""
+        """Pack into the staging memory, or into the file. The file is mapped, because writes to one file wait for
+        each other, and unmapped at once, because the process that unmaps it last pays for freeing its memory."""
         if order.start is not None:
             assert self._staging is not None
             return _Answer(self._pack_into(np.frombuffer(self._staging, np.uint8, offset=order.start), order))
@@ -267,8 +267,8 @@ class Packers:
             return _Answer(self._pack_into(np.frombuffer(pages, np.uint8), order, pages))
 
     def _pack_into(self, target: np.ndarray, order: _Pack, fresh: mmap.mmap | None = None) -> str:
-        """fresh: what `target` maps, if its pages are not there yet. Returns what is wrong with the adapter, if
-        anything is: of an error that left from here the traceback would hold on to `target`."""
+        """Pack all jobs of an order. fresh: the map behind `target`, if its pages have not been touched yet. Returns
+        what is wrong with the adapter, or "": the traceback of an exception would keep `target` alive."""
         assert self._region is not None
 
         def put(at: int, part: np.ndarray) -> None:
@@ -277,35 +277,35 @@ class Packers:
             target[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
 
         try:
-            for place in order.places:
-                weight = self._region.at(place.start, getattr(torch, place.dtype), place.shape, place.strides)
-                write_job(PackJob(place.name, weight, place.scaling, place.spans), getattr(torch, order.dtype), put)
+            for job in order.jobs:
+                weight = self._region.at(job.start, getattr(torch, job.dtype), job.shape, job.strides)
+                write_job(PackJob(job.name, weight, job.scaling, job.spans), getattr(torch, order.dtype), put)
         except AdapterInvalid as e:
             return e.message
         return ""
 
 
 def read_cached(fd: int, start: int, target: memoryview) -> bool:
-    """Fill `target` from there if the whole part is in the system's memory already; else its bytes are not known."""
+    """Fill `target` from byte `start` of the file if all of it is in the page cache. False: `target` is undefined."""
     flag = 0 if lies_in_memory(fd) else getattr(os, "RWF_NOWAIT", None)  # Linux
     if flag is None:
         return False
     while target:
         try:
             got = os.preadv(fd, [target], start, flag)
-        except OSError:  # not at hand, or this file system does not say
+        except OSError:  # not in the page cache, or the file system cannot tell
             return False
         if not got:
-            return False  # the file ends: whoever reads it next says so
+            return False  # the file ends; the caller's own read reports it
         start, target = start + got, target[got:]
     return True
 
 
-def _describe(job: PackJob, start: int) -> _Place:
+def _describe(job: PackJob, start: int) -> _RegionJob:
     weight = job.weight
     dtype = str(weight.dtype).removeprefix("torch.")
     shape, strides = (weight.shape[0], weight.shape[1]), weight.stride()
-    return _Place(job.name, start, dtype, shape, (strides[0], strides[1]), job.scaling, job.spans)
+    return _RegionJob(job.name, start, dtype, shape, (strides[0], strides[1]), job.scaling, job.spans)
 
 
 def _send(connection: socket.socket, data: bytes) -> None:
@@ -317,7 +317,7 @@ def _receive(connection: socket.socket) -> bytes:
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
-    """Raises OSError if the other end closes before."""
+    """The next `size` bytes. Raises OSError if the other end closes first."""
     data = bytearray(size)
     view = memoryview(data)
     while view:

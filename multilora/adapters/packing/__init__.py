@@ -1,1 +1,1 @@
-"""From an adapter's typed blocks to the bytes of its pages."""
+"""Packing: from an adapter's typed blocks to the bytes of its pages."""

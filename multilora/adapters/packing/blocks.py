@@ -1,8 +1,8 @@
-"""Packing: an adapter's blocks become the bytes of its pages, ready to copy.
+"""Packing: an adapter's blocks become the bytes of its pages, ready to copy to the device.
 
-The layout is `lora/panels.py`'s; here scalings are folded in, the numbers are cast to the model's dtype and put in
-their place. What needs the base model's weights (norms of DoRA, differences of biases) is left to
-`loading/finish.py`. Called in the loader process; knows neither files nor the device.
+`lora/panels.py` decides the layout; here scalings are folded in, and the numbers are cast to the model's dtype and
+written. What needs the base model's weights (DoRA's norms, differences of biases) is left to `loading/dora_bias.py`.
+It knows neither files nor the device. Called by `loading/loader.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from multilora.lora.panels import (
     PanelLayout,
     PanelPart,
     ScaleShift,
-    place_panels,
+    make_layout,
     round_rank,
 )
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
@@ -48,27 +48,29 @@ class PackTarget:
         return PanelGeometry(self.page_bytes, self.dtype.itemsize)
 
     def layout(self, shape: AdapterShape) -> PanelLayout:
-        """Raises AdapterIncompatible if a row of a whole module is larger than a page."""
+        """The layout of an adapter. Raises AdapterIncompatible if one row of a full weight is larger than a page."""
         try:
-            return place_panels(self.sites, shape, self.geometry)
+            return make_layout(self.sites, shape, self.geometry)
         except ValueError as e:
             raise AdapterIncompatible(f"incompatible: {e}; start with a larger --page-size") from None
 
 
-Key = tuple[int, str]  # layer, module
+ModuleKey = tuple[int, str]
+"""Layer and module."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """An adapter's blocks by where they act. `full_weights` is in the order of the shape."""
+    """An adapter's blocks by the module they act on; `full_weights` are in the order of the shape's."""
 
-    low_rank: dict[Key, LowRank]
-    vectors: dict[Key, dict[ScaleShift, Vector]]
+    low_rank: dict[ModuleKey, LowRank]
+    vectors: dict[ModuleKey, dict[ScaleShift, Vector]]
     full_weights: list[Full | Rows]
 
     @classmethod
     def of(cls, adapter: Adapter) -> "Blocks":
-        vectors: dict[Key, dict[ScaleShift, Vector]] = {}
+        """The blocks of `adapter`."""
+        vectors: dict[ModuleKey, dict[ScaleShift, Vector]] = {}
         for block in adapter.blocks:
             if isinstance(block, Vector):
                 vectors.setdefault((block.layer, block.module), {})[SCALE_SHIFT_OF[block.kind]] = block
@@ -79,18 +81,19 @@ class Blocks:
         )
 
     def shape(self, sites: tuple[LoraSite, ...]) -> AdapterShape:
+        """What decides their layout over these sites."""
         ranks = tuple(tuple(self._rank(site, s) for s in site.slices) for site in sites)
         scale_shift: tuple[tuple[int, ...], ...] = ()
         if self.vectors:
             scale_shift = tuple(tuple(self._scale_shift(site, s) for s in site.slices) for site in sites)
         return AdapterShape(ranks, scale_shift, tuple(_full_weight_shape(b) for b in self.full_weights))
 
-    def _rank(self, site: LoraSite, part: LoraSlice) -> int:
-        block = self.low_rank.get((site.layer, part.module))
+    def _rank(self, site: LoraSite, output: LoraSlice) -> int:
+        block = self.low_rank.get((site.layer, output.module))
         return block.rank if block else 0
 
-    def _scale_shift(self, site: LoraSite, part: LoraSlice) -> int:
-        return int(sum(self.vectors.get((site.layer, part.module), ())))
+    def _scale_shift(self, site: LoraSite, output: LoraSlice) -> int:
+        return int(sum(self.vectors.get((site.layer, output.module), ())))
 
 
 def _full_weight_shape(block: Full | Rows) -> FullWeightShape:
@@ -101,6 +104,7 @@ def _full_weight_shape(block: Full | Rows) -> FullWeightShape:
 
 
 WriteJobs = Callable[[list[PackJob], torch.dtype, torch.Tensor], None]
+"""(jobs, target dtype, pages): see `pack_jobs.write_jobs`."""
 
 
 def pack(
@@ -111,12 +115,12 @@ def pack(
     A scale-shift pair is written unfinished: the magnitude (or 1), and the trained bias plus lora_B's (or 0).
     Raises AdapterInvalid if a weight is not finite in the target dtype.
     """
-    for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+    for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
         if matrix.scale_shift:
             site = target.sites[matrix.site]
-            _pack_scale_shift(blocks.vectors[site.layer, site.slices[matrix.slice].module], chunks, target, out)
-    for full, chunks in zip(blocks.full_weights, layout.full_weights, strict=True):
-        _pack_full_weight(full, chunks, target, out)
+            _pack_scale_shift(blocks.vectors[site.layer, site.slices[matrix.slice].module], parts, target, out)
+    for full, parts in zip(blocks.full_weights, layout.full_weights, strict=True):
+        _pack_full_weight(full, parts, target, out)
     jobs = []
     for plan in _job_plans(target.sites, layout.shape, target.geometry):
         block = blocks.low_rank[plan.key]
@@ -127,9 +131,9 @@ def pack(
 
 @dataclass(frozen=True)
 class _JobPlan:
-    """Where one weight goes, whatever its numbers are."""
+    """Where one weight goes. It depends on the adapter's shape only, so adapters of one shape share it."""
 
-    key: Key
+    key: ModuleKey
     is_b: bool
     name: str
     spans: tuple[Span, ...]
@@ -137,33 +141,33 @@ class _JobPlan:
 
 @lru_cache(maxsize=16)
 def _job_plans(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry) -> tuple[_JobPlan, ...]:
-    layout = place_panels(sites, shape, geometry)
+    layout = make_layout(sites, shape, geometry)
     plans: list[_JobPlan] = []
-    for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+    for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
         if not matrix.scale_shift:
-            plans += _plans_of(matrix, chunks, sites[matrix.site], shape, geometry)
+            plans += _plans_of(matrix, parts, sites[matrix.site], shape, geometry)
     return tuple(plans)
 
 
 def _plans_of(
-    matrix: Matrix, chunks: tuple[PanelPart, ...], site: LoraSite, shape: AdapterShape, geometry: PanelGeometry
+    matrix: Matrix, parts: tuple[PanelPart, ...], site: LoraSite, shape: AdapterShape, geometry: PanelGeometry
 ) -> Iterator[_JobPlan]:
-    """Of the B of a slice, or of the stacked A: one for each slice that has some."""
-    cuts = len(chunks) * RANK_GRANULE // matrix.rank  # of one panel
+    """One plan for the B of a slice; for the stacked A, one for each slice that has a rank."""
+    cuts = len(parts) * RANK_GRANULE // matrix.rank  # parts of one panel
     is_b, at = matrix.slice >= 0, 0
-    for i, part in enumerate(site.slices):
+    for i, output in enumerate(site.slices):
         rank = shape.ranks[site.index][i]
         if rank == 0 or (is_b and i != matrix.slice):
             continue
         end = at + round_rank(rank) // RANK_GRANULE * cuts
-        spans = spans_of(rank, chunks[at:end], geometry.page_bytes, geometry.itemsize)
-        name = f"layer {site.layer} {part.module} lora_{'B' if is_b else 'A'}"
-        yield _JobPlan((site.layer, part.module), is_b, name, spans)
+        spans = spans_of(rank, parts[at:end], geometry.page_bytes, geometry.itemsize)
+        name = f"layer {site.layer} {output.module} lora_{'B' if is_b else 'A'}"
+        yield _JobPlan((site.layer, output.module), is_b, name, spans)
         at = end
 
 
 def _pack_scale_shift(
-    vectors: dict[ScaleShift, Vector], chunks: tuple[PanelPart, ...], target: PackTarget, out: torch.Tensor
+    vectors: dict[ScaleShift, Vector], parts: tuple[PanelPart, ...], target: PackTarget, out: torch.Tensor
 ) -> None:
     width = next(iter(vectors.values())).value.numel()
     pair = torch.zeros(2, width)
@@ -173,31 +177,31 @@ def _pack_scale_shift(
             pair[1] += vectors[kind].value.float() * vectors[kind].scaling
     block = next(iter(vectors.values()))
     _check_finite(pair, target, f"layer {block.layer} {block.module}: magnitude or bias")
-    for chunk in chunks:
-        scale_shift_part(out, chunk).copy_(pair[:, chunk.col : chunk.col + chunk.columns])
+    for part in parts:
+        scale_shift_view(out, part).copy_(pair[:, part.col : part.col + part.columns])
 
 
 def _pack_full_weight(
-    block: Full | Rows, chunks: tuple[PanelPart, ...], target: PackTarget, out: torch.Tensor
+    block: Full | Rows, parts: tuple[PanelPart, ...], target: PackTarget, out: torch.Tensor
 ) -> None:
     weight = block.weight.view(-1, block.weight.shape[-1])
-    for i, chunk in enumerate(chunks):
-        end = chunks[i + 1].row if i + 1 < len(chunks) else len(weight)
-        part = weight[chunk.row : end].to(target.dtype)
-        _check_finite(part, target, f"{block.module}: weight")
-        place(out, target, chunk, end - chunk.row).copy_(part)
+    for i, part in enumerate(parts):
+        end = parts[i + 1].row if i + 1 < len(parts) else len(weight)
+        rows = weight[part.row : end].to(target.dtype)
+        _check_finite(rows, target, f"{block.module}: weight")
+        part_view(out, target, part, end - part.row).copy_(rows)
 
 
-def place(out: torch.Tensor, target: PackTarget, chunk: PanelPart, rows: int) -> torch.Tensor:
-    """Where a chunk lies, [rows, columns] in the target dtype. out: uint8 [pages, page_bytes]."""
-    size = rows * chunk.columns * target.dtype.itemsize
-    return out[chunk.page, chunk.offset : chunk.offset + size].view(target.dtype).view(rows, chunk.columns)
+def part_view(out: torch.Tensor, target: PackTarget, part: PanelPart, rows: int) -> torch.Tensor:
+    """The memory of a part, [rows, columns] in the target dtype. out: uint8 [pages, page_bytes]."""
+    size = rows * part.columns * target.dtype.itemsize
+    return out[part.page, part.offset : part.offset + size].view(target.dtype).view(rows, part.columns)
 
 
-def scale_shift_part(out: torch.Tensor, chunk: PanelPart) -> torch.Tensor:
-    """Where a chunk of a scale-shift pair lies: fp32 [2, columns], scale and shift."""
-    size = 8 * chunk.columns
-    return out[chunk.page, chunk.offset : chunk.offset + size].view(torch.float32).view(2, chunk.columns)
+def scale_shift_view(out: torch.Tensor, part: PanelPart) -> torch.Tensor:
+    """The memory of a part of a scale-shift pair: fp32 [2, columns], scale and shift. out: as for `part_view`."""
+    size = 8 * part.columns
+    return out[part.page, part.offset : part.offset + size].view(torch.float32).view(2, part.columns)
 
 
 def _check_finite(weight: torch.Tensor, target: PackTarget, what: str) -> None:

@@ -1,7 +1,7 @@
-"""Packing of low-rank weights: brought into the model's dtype and order, checked, written where their panels lie.
+"""Packing of low-rank weights: each is scaled in fp32, rounded once to the model's dtype, transposed, checked while
+it is still in the cache, and written where its panels lie. Until then it stays in the dtype of the file.
 
-A weight stays in the dtype of the file until then: scaled in fp32, rounded once, transposed, checked while still in
-the cache. Called by `blocks.pack` or by the processes of `loading/packers.py`; knows neither sites nor blocks.
+It knows neither sites nor blocks. Called by `blocks.py` and `loading/packers.py`.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from multilora.errors import AdapterInvalid
 from multilora.lora.panels import RANK_GRANULE, PanelPart
 
 TILE = 128  # columns of a weight that are transposed together
-FEW_ROWS = 16  # so few are transposed as fast in one go
+FEW_ROWS = 16  # up to this rank, one transposition is as fast as many of tiles
 SIGNED = {2: torch.int16, 4: torch.int32}
 UNSIGNED = {2: np.uint16, 4: np.uint32}
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows and columns of a weight that lie together, from byte `at` of the pages on."""
+    """Rows and columns of a weight that lie together, row-major, from byte `at` of the pages on."""
 
     row: int
     rows: int
@@ -32,7 +32,7 @@ class Span:
 
 @dataclass(frozen=True)
 class PackJob:
-    """One weight and where it goes. weight: [rank, width], transposed or not."""
+    """One weight and where it goes. weight: [rank, width], with any strides."""
 
     name: str  # for errors: "layer 3 q_proj lora_A"
     weight: torch.Tensor
@@ -41,11 +41,11 @@ class PackJob:
 
 
 Put = Callable[[int, np.ndarray], None]
-"""Write a contiguous array from that byte of the pages on."""
+"""(at, array): write a contiguous array from byte `at` of the pages on."""
 
 
 def write_jobs(jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor) -> None:
-    """One after the other, into out: uint8 [pages, page_bytes]. Raises AdapterInvalid for what is not finite."""
+    """Do all jobs, in order, into out: uint8 [pages, page_bytes]. Raises AdapterInvalid, as `write_job` does."""
     pages = out.view(-1).numpy()
 
     def put(at: int, part: np.ndarray) -> None:
@@ -56,6 +56,7 @@ def write_jobs(jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor) -> No
 
 
 def write_job(job: PackJob, dtype: torch.dtype, put: Put) -> None:
+    """Do one job. Raises AdapterInvalid if a number is not finite in `dtype`."""
     rows = _in_order(_cast(job.weight, job.scaling, dtype))
     if not _finite(rows, dtype):
         raise AdapterInvalid(f"{job.name}: a weight is not finite in {dtype}")
@@ -64,23 +65,23 @@ def write_job(job: PackJob, dtype: torch.dtype, put: Put) -> None:
         put(span.at, np.ascontiguousarray(part))
 
 
-def spans_of(rank: int, chunks: tuple[PanelPart, ...], page_bytes: int, itemsize: int) -> tuple[Span, ...]:
-    """Where a weight of this rank goes, whose panels are `chunks`: those that lie back to back as one."""
+def spans_of(rank: int, parts: tuple[PanelPart, ...], page_bytes: int, itemsize: int) -> tuple[Span, ...]:
+    """Where a weight of this rank goes, whose panels are `parts`; parts that lie back to back become one span."""
     spans = []
-    top, first = chunks[0].row, 0
-    while first < len(chunks):
-        chunk, count = chunks[first], 1
-        while first + count < len(chunks) and _follows(chunk, chunks[first + count], count, itemsize):
+    top, first = parts[0].row, 0
+    while first < len(parts):
+        part, count = parts[first], 1
+        while first + count < len(parts) and _follows(part, parts[first + count], count, itemsize):
             count += 1
-        row = chunk.row - top
+        row = part.row - top
         rows = min(RANK_GRANULE * count, rank - row)  # rows beyond the rank stay zero
-        spans.append(Span(row, rows, chunk.col, chunk.columns, chunk.page * page_bytes + chunk.offset))
+        spans.append(Span(row, rows, part.col, part.columns, part.page * page_bytes + part.offset))
         first += count
     return tuple(spans)
 
 
 def _follows(first: PanelPart, other: PanelPart, count: int, itemsize: int) -> bool:
-    """Is `other` where the panel number `count` behind `first` would be, without a gap?"""
+    """Whether `other` lies where, without a gap, the panel number `count` after `first` would be."""
     rows = count * RANK_GRANULE
     return (other.page, other.offset, other.col, other.row) == (
         first.page,
@@ -91,7 +92,7 @@ def _follows(first: PanelPart, other: PanelPart, count: int, itemsize: int) -> b
 
 
 def _cast(weight: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """weight · scaling, computed in fp32 and rounded once; in the weight's own order of memory."""
+    """weight · scaling in `dtype`, computed in fp32 and rounded once, with the weight's own strides."""
     if scaling == 1.0:
         return weight.to(dtype)
     exact = weight if weight.dtype in (dtype, torch.float32) else weight.float()
@@ -99,18 +100,19 @@ def _cast(weight: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Ten
 
 
 def _in_order(weight: torch.Tensor) -> np.ndarray:
-    """As integers of its size, contiguous [rank, width]."""
+    """The weight as integers of its element size, contiguous [rank, width]."""
     source = weight.view(SIGNED[weight.itemsize]).numpy()
     rank, width = source.shape
     if weight.is_contiguous() or rank <= FEW_ROWS or width % TILE:
         return np.ascontiguousarray(source)
-    # turned tile by tile, each in a core's first cache, and then laid out row by row
+    # transposed tile by tile, each within the first-level cache, then laid out row by row
     tiles = source.T.reshape(-1, TILE, rank).transpose(0, 2, 1).copy()  # [tiles, rank, TILE]
     return tiles.transpose(1, 0, 2).reshape(rank, width)
 
 
 def _finite(numbers: np.ndarray, dtype: torch.dtype) -> bool:
-    """As bits, an infinity lies above all finite numbers of its sign and below every NaN."""
+    """Whether all numbers are finite, by their bits: those of an infinity lie above all finite numbers of its sign
+    and below every NaN."""
     if numbers.size == 0:
         return True
     unsigned = UNSIGNED[dtype.itemsize]

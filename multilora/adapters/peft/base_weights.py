@@ -1,6 +1,6 @@
 """The base model's own tensors, as its checkpoint holds them, for comparing with copies that an adapter brings.
 
-Unlike an adapter's, these files are trusted: the engine has just loaded them. Called by `checkpoint_full_weights`.
+Unlike an adapter's, these files are trusted: the engine has just loaded them. Called by `checkpoint_full_weights.py`.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Reads an adapter directory as PEFT saved it and hands on typed blocks with every PEFT rule already applied.
+"""Reads an adapter directory as PEFT saved it, and returns typed blocks with every PEFT rule applied.
 
-Everything is checked from headers before the first weight is read. What the config means is in `config`, which
-files there are in `sources/files.py`, which tensors in `contents`, the blocks in `checkpoint_lora` and
-`checkpoint_full_weights`. Does not know where the directory came from (`sources/`), nor how blocks are packed.
-Called by the loader process.
+Everything is checked from headers before the first weight is read. What the config means is in `config.py`, which
+files there are in `sources/files.py`, which tensors in `contents.py`, the blocks in `checkpoint_lora.py` and
+`checkpoint_full_weights.py`. This file does not know where the directory came from, nor how blocks are packed.
+Called by `loading/loader.py`.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def _check_rank(ranks: Iterable[int], limits: AdapterLimits) -> None:
 
 
 def _check_modules(modules: set[str], base: BaseModel, limits: AdapterLimits) -> None:
-    """Norms are no target modules."""
+    """Check --lora-target-modules, to which norms do not count. Raises AdapterIncompatible."""
     if limits.target_modules is not None:
         beyond = sorted(modules - set(limits.target_modules) - set(base.norm_sizes))
         if beyond:
@@ -70,7 +70,8 @@ def _check_modules(modules: set[str], base: BaseModel, limits: AdapterLimits) ->
 
 
 def _check_activated(blocks: list[Block], config: PeftConfig) -> None:
-    """With activated LoRA, PEFT holds back the low rank only: anything else would act on the whole prompt."""
+    """With activated LoRA (Greenewald et al. 2025, arXiv:2504.12397), PEFT switches only the low rank on and off:
+    anything else would act on all of the prompt. Raises AdapterUnsupported."""
     if config.invocation_tokens is None:
         return
     for block in blocks:

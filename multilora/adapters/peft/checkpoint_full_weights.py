@@ -1,6 +1,6 @@
-"""What an adapter's files hold beside the low rank: whole modules, trained biases, token rows, copies of the base's.
+"""What an adapter's files hold beside the low rank: full weights, trained biases, token rows, copies of the base's.
 
-PEFT knows four roads for these, and each gives the tensor another name (`tensor_names.Part`):
+PEFT has four ways to save these, and each names the tensor differently (`tensor_names.Part`):
 
     modules_to_save            q_proj.weight, q_proj.bias, norm.weight         → Full, and Vector for a bias
     bias "lora_only", "all"    q_proj.base_layer.bias, k_proj.bias             → Vector
@@ -8,9 +8,9 @@ PEFT knows four roads for these, and each gives the tensor another name (`tensor
     save_embedding_layers      embed_tokens.weight or ….base_layer.weight      → Full (the table of the model that the
                                                                                  adapter was trained on)
 
-Of a table, however it came, only the rows that differ from the base model's are handed on, if these are few; none, if
-all are equal. With added tokens both tables are there, larger than the base model's, and LoRA on them is added in.
-`plan` looks at headers only, `read` is for what has passed it. Called by `checkpoint`.
+A table is embed_tokens or lm_head. However it was saved, only the rows that differ from the base model's are returned
+if these are few, and none if all are equal. With added tokens the files hold both tables, larger than the base
+model's, and LoRA on them is added in. `plan` reads headers only, `read` needs its result. Called by `checkpoint.py`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ FEW_ROWS = 0.5  # of a table; then the rest of it is the base model's
 
 @dataclass(frozen=True)
 class FullWeightPlan:
-    """What will be read, by the names of tensors. A copy replaces what PEFT would load it into, if it differs."""
+    """What will be read, by the names of tensors. A copy that differs replaces what PEFT would load it into."""
 
     full: dict[Place, str]
     bias: dict[Place, str]
@@ -47,12 +47,12 @@ class FullWeightPlan:
 
     @property
     def modules(self) -> set[str]:
-        """Those that will be changed for certain."""
+        """The modules that will certainly be changed; a copy may turn out to be equal."""
         return {place.module for place in (*self.full, *self.bias)} | set(self.rows)
 
 
 def plan(contents: Contents) -> FullWeightPlan:
-    """Raises AdapterInvalid, AdapterIncompatible or AdapterUnsupported."""
+    """What to read. Raises AdapterInvalid, AdapterIncompatible or AdapterUnsupported."""
     config, base = contents.config, contents.base
     trained = config.tokens(base)
     if config.ties_tokens(base):
@@ -86,7 +86,7 @@ def _plan_module(module: Module, saved: bool, found: FullWeightPlan, contents: C
 
 
 def _check_left_over(module: Module, contents: Contents, has_rows: bool) -> None:
-    """Every tensor is one that PEFT would load."""
+    """Check that PEFT would load every tensor of the module. Raises AdapterInvalid or AdapterUnsupported."""
     config, is_table = contents.config, module.place.module in TABLES
     allowed = set(LORA_PARTS)
     if config.saves(module.name, contents.base):
@@ -125,7 +125,7 @@ def _left_over(module: Module, part: Part, contents: Contents) -> AdapterError:
 
 
 def _check_saved(saved: set[Place], contents: Contents) -> None:
-    """Whatever modules_to_save means is there."""
+    """Check that the files hold everything that modules_to_save means. Raises AdapterInvalid."""
     config, base = contents.config, contents.base
     if not config.modules_to_save:
         return
@@ -149,7 +149,7 @@ def _rows(
     found = {}
     for table, ids in trained.items():
         place = Place(MODEL_LEVEL, table)
-        own = EMBED_PLACE if tied else place  # whose rows they are
+        own = EMBED_PLACE if tied else place  # the module that the rows were trained for
         module = contents.modules.get(own)
         if module is None or Part.TOKENS not in module.tensors:
             raise AdapterInvalid(f"{config.file}: trainable_token_indices means {own.module}, whose rows are missing")
@@ -169,7 +169,7 @@ def _rows(
 
 
 def _copies(saved: set[Place], contents: Contents) -> dict[str, tuple[str, ...]]:
-    """Tables of the model that the adapter was trained on. In tied models each copy is of both."""
+    """Tables copied from the model that the adapter was trained on. In tied models each copy stands for both."""
     found: dict[str, tuple[str, ...]] = {}
     for place in (EMBED_PLACE, HEAD_PLACE):
         module = contents.modules.get(place)
@@ -186,7 +186,7 @@ def _copies(saved: set[Place], contents: Contents) -> dict[str, tuple[str, ...]]
 
 
 def _check_resized(found: FullWeightPlan, contents: Contents) -> None:
-    """Added tokens need a row in both tables."""
+    """Check that added tokens have a row in both tables. Raises AdapterIncompatible."""
     tables = {place.module for place in found.full} | set(found.copies)
     if contents.resized and not tables.issuperset(TABLES):
         held, missing = (EMBED, HEAD) if EMBED in tables else (HEAD, EMBED)
@@ -198,7 +198,7 @@ def _check_resized(found: FullWeightPlan, contents: Contents) -> None:
 
 
 def _check_dora(place: Place, contents: Contents) -> None:
-    """DoRA's norm is that of the base model's own weight; this place gets another."""
+    """Refuse DoRA on a module whose weight is replaced: its norm is taken over the base model's own weight."""
     module = contents.modules.get(place)
     if module is not None and Part.MAGNITUDE in module.tensors:
         what = f"DoRA on {show(module.name)}, whose weight the adapter replaces, is not supported"
@@ -206,7 +206,7 @@ def _check_dora(place: Place, contents: Contents) -> None:
 
 
 def read(found: FullWeightPlan, contents: Contents, deltas: Mapping[str, torch.Tensor]) -> Iterator[Block]:
-    """Whole modules, biases and rows. deltas: table → what LoRA adds to it, fp32 [vocab, hidden].
+    """The blocks: full weights, biases and rows. deltas: table → what LoRA adds to it, fp32 [vocab, hidden].
 
     Raises AdapterInvalid if tensors that PEFT loads into one table differ, AdapterError if the base model is gone.
     """
@@ -246,7 +246,7 @@ def _with_changes(
 
 
 def _table(table: str, weight: torch.Tensor, contents: Contents) -> Iterator[Block]:
-    """What of a table is not the base model's: nothing, some rows, or all."""
+    """The block for a table, weight [vocab, hidden]: none if it equals the base model's, rows, or the full weight."""
     base = contents.base
     if base.weights_dir is not None and not contents.resized:
         places = (Place(MODEL_LEVEL, table), EMBED_PLACE)  # a tied model's checkpoint has no head
@@ -263,7 +263,7 @@ def _table(table: str, weight: torch.Tensor, contents: Contents) -> Iterator[Blo
 
 
 def _check_equal(name: str, other: str, contents: Contents) -> None:
-    """PEFT loads both into one table."""
+    """Check that two tensors which PEFT loads into one table are equal. Raises AdapterInvalid."""
     if not torch.equal(contents.tensors.read(name), contents.tensors.read(other)):
         what = f"differs from {show(name)}, but the word embeddings are tied"
         raise AdapterInvalid(f"{contents.tensors.where(other)}: {what}")

@@ -1,7 +1,7 @@
 """The low-rank part of an adapter's files: lora_A and lora_B, DoRA's magnitudes, biases on lora_B.
 
-Owns shapes, orientation and scalings. `check` looks at headers only, `read` is for what has passed it.
-Called by `checkpoint`.
+It owns shapes, orientation and scalings. `check` reads headers only; `read` is for modules that have passed it.
+Called by `checkpoint.py`.
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ PARTS = frozenset((*PAIR, *EMBEDDING_PAIR, Part.LORA_BIAS, Part.MAGNITUDE, Part.
 
 
 def pair_of(module: Module) -> tuple[Part, Part]:
+    """What A and B of the module are called."""
     return EMBEDDING_PAIR if module.place.module == EMBED else PAIR
 
 
@@ -44,6 +45,7 @@ def check(contents: Contents) -> list[Module]:
 
 
 def rank_of(module: Module, contents: Contents) -> int:
+    """The rank of a module that has passed `check`."""
     return contents.tensors.shape(module.tensors[pair_of(module)[0]])[0]
 
 
@@ -88,7 +90,7 @@ def _misfit(module: Module, contents: Contents, a: tuple[int, ...], b: tuple[int
 
 
 def _check_vectors(module: Module, contents: Contents) -> None:
-    """What the config asks for is there, in the right shape, and nothing else."""
+    """Check that the files hold the vectors that the config asks for, in the right shape, and no others."""
     config = contents.config
     part_a, part_b = pair_of(module)
     if module.place.module == EMBED:
@@ -107,7 +109,7 @@ def _check_vectors(module: Module, contents: Contents) -> None:
         if part in module.tensors and not wanted:
             what = f"left over: {field} is not set in {config.file}"
             raise contents.error(AdapterInvalid, module, part, what)
-        if part is Part.VELORA:  # acts in training only, and old files lack it
+        if part is Part.VELORA:  # it acts in training only, and old files lack it
             continue
         if wanted and part not in module.tensors:
             what = f"{show(module.name)} has no {part.value}, but {field} is set in {config.file}"
@@ -131,7 +133,7 @@ def read(module: Module, contents: Contents) -> Iterator[Block]:
 
 
 def table_delta(module: Module, contents: Contents) -> torch.Tensor:
-    """scaling · BA of a table, fp32 [vocab, hidden]: for tables that have no site of their size."""
+    """scaling · BA of a table, fp32 [vocab, hidden], for resized tables, which no site of the model fits."""
     block = _low_rank(module, contents)
     left, right = (block.a, block.b) if module.place.module == EMBED else (block.b, block.a)
     return block.scaling * (left.float().T @ right.float())

@@ -1,7 +1,7 @@
 """`adapter_config.json` as PEFT writes it, checked, with PEFT's rules for what a config means for a module.
 
-Which fields there may be is in `fields`, how patterns match in `match`. Knows nothing of tensors. Module
-names are those inside the base model: "model.layers.0.self_attn.q_proj". Called by `checkpoint` and its parts.
+Which fields there may be is in `fields.py`, how patterns match in `match.py`. This file knows nothing of tensors.
+Module names are those inside the base model: "model.layers.0.self_attn.q_proj". Called by `checkpoint.py`.
 """
 
 import math
@@ -89,7 +89,7 @@ class PeftConfig:
         return any(belongs_to(entry, name) for entry in self.modules_to_save)
 
     def tokens(self, base: BaseModel) -> dict[str, tuple[int, ...]]:
-        """Of embed_tokens and lm_head, the token ids whose rows were trained, in the order of the file's rows.
+        """embed_tokens, lm_head → the token ids whose rows were trained, in the order of the file's rows.
 
         Raises AdapterInvalid or AdapterIncompatible for what PEFT would not load.
         """
@@ -195,7 +195,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> PeftConfig:
 
 
 def _check_combinations(config: PeftConfig, fields: Fields) -> None:
-    """What PEFT itself does not load."""
+    """Refuse combinations that PEFT itself does not load. Raises AdapterInvalid."""
     if "" in config.modules_to_save:
         raise fields.invalid("modules_to_save", "a name is empty")
     variants = {

@@ -1,7 +1,8 @@
-"""An adapter's tensors, in however many files, sorted by the base model's modules. Headers only, until one is read.
+"""An adapter's tensors, in one file or in shards, sorted by the base model's modules, from the headers alone.
 
-Owns that every tensor has a name that PEFT gives, and a place in the base model, once. What must be there and how it
-acts is for `checkpoint_lora` and `checkpoint_full_weights`. Called by `checkpoint`.
+This file makes sure that every tensor has a name that PEFT gives and belongs to one module of the base model, and
+that none comes twice. What must be there, and how it acts, is checked by `checkpoint_lora.py` and
+`checkpoint_full_weights.py`. Called by `checkpoint.py`.
 """
 
 import contextlib
@@ -40,11 +41,11 @@ class Tensors:
         return self.info(name).shape
 
     def read(self, name: str) -> torch.Tensor:
-        """In the file's dtype. The first call reads the whole file; its tensors share that memory."""
+        """The tensor in the file's dtype. See `SafetensorsFile.read`."""
         return self._file_of[name].read(name)
 
     def where(self, name: str) -> str:
-        """For messages."""
+        """File and tensor, as messages name them."""
         return f"{self._file_of[name].path.name}: tensor {show(name)}"
 
 
@@ -60,7 +61,7 @@ def open_tensors(files: AdapterFiles, stack: contextlib.ExitStack, readers: Read
 
 @dataclass(frozen=True)
 class Module:
-    """What the files hold for one module. name: the module's inside the base model, as the tensors' names have it."""
+    """What the files hold for one module. name: its path in the base model, as the tensors' names spell it."""
 
     place: Place
     name: str
@@ -73,9 +74,9 @@ class Module:
 
 @dataclass(frozen=True)
 class Contents:
-    """One adapter as it lies in its files, and what it is to be held against.
+    """One adapter as its files hold it, and the base model that it must fit.
 
-    vocab_size: the base model's, unless the adapter brings whole tables with more or fewer rows.
+    vocab_size: the base model's, unless the adapter brings full tables with more or fewer rows.
     """
 
     tensors: Tensors
@@ -105,11 +106,11 @@ class Contents:
         return (width_out, width_in)
 
     def error(self, kind: type[AdapterError], module: Module, part: Part, what: str) -> AdapterError:
-        """About one tensor."""
+        """An error of type `kind` about one tensor, to be raised by the caller."""
         return kind(f"{self.tensors.where(module.tensors[part])}: {what}")
 
     def check_shape(self, module: Module, part: Part, expected: tuple[int, ...]) -> None:
-        """Raises AdapterIncompatible."""
+        """Check the shape of one tensor. Raises AdapterIncompatible."""
         found = self.tensors.shape(module.tensors[part])
         if found == expected:
             return
@@ -121,7 +122,7 @@ class Contents:
 
 
 def other_vocabulary(table: str, found: int, rows: int) -> str:
-    """Why tables of another size are not served: the adapter must bring both."""
+    """The message for a table of another size: it is served only if the adapter brings both tables."""
     return (
         f"does not fit the base model: {table} has {found} rows in the adapter, {rows} in the base model. Either the "
         f"adapter holds all of {EMBED} and {HEAD}, equally large (save_embedding_layers), or the base model is one "
@@ -130,7 +131,7 @@ def other_vocabulary(table: str, found: int, rows: int) -> str:
 
 
 def sort_tensors(tensors: Tensors, config: PeftConfig, base: BaseModel) -> Contents:
-    """Every tensor has its place. Raises AdapterInvalid, AdapterIncompatible."""
+    """Sort all tensors by module. Raises AdapterInvalid or AdapterIncompatible for one that belongs to none."""
     modules: dict[Place, Module] = {}
     adapter_names: set[str | None] = set()
     for name in tensors:
@@ -156,7 +157,7 @@ def sort_tensors(tensors: Tensors, config: PeftConfig, base: BaseModel) -> Conte
 
 
 def _vocab_size(modules: dict[Place, Module], tensors: Tensors, base: BaseModel) -> int:
-    """Rows of the whole tables in the files; the base model's if there are none, or if they contradict each other."""
+    """Rows of the full tables in the files; the base model's if there are none, or if they contradict each other."""
     found = {
         shape[0]
         for place, module in modules.items()

@@ -1,7 +1,7 @@
 """The fields of `adapter_config.json`: which there may be, and what each may hold.
 
-Owns the three lists of fields: used, harmless at inference, refused. A field in none of them is refused unless it is
-null, false or empty, so that nothing which changes the arithmetic is ever ignored. Called by `config`.
+It owns the three lists of fields: used, harmless at inference, refused. A field in none of them is refused unless it
+is null, false or empty, so that nothing which changes the arithmetic is ever ignored. Called by `config.py`.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ USED = frozenset((
     "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "alora_invocation_tokens", "velora_config",
 ))
 HARMLESS = frozenset((
-    # who made it, from what
+    # the adapter's origin
     "auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type",
-    # training only; what they led to is in the weights and in rank_pattern
+    # training only; their effect is in the weights and in rank_pattern
     "inference_mode", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    # of PEFT at run time
+    # settings of PEFT's own run time
     "runtime_config", "ephemeral_gpu_offload", "merge_weights", "megatron_core",
     # PEFT itself sets it to false for every nn.Linear; lora_A and lora_B are stored the same way
     "fan_in_fan_out",
@@ -50,7 +50,7 @@ BIASES = ("none", "lora_only", "all")
 
 @dataclass(frozen=True)
 class Fields:
-    """The raw object and the checks on single fields; every message names file and field."""
+    """The raw JSON object, and the checks of single fields. All raise AdapterInvalid naming file and field."""
 
     file: str
     raw: dict[str, Any]
@@ -59,6 +59,7 @@ class Fields:
         return AdapterInvalid(f"{self.file}: {field}: {what}")
 
     def check_known(self) -> None:
+        """Refuse what is no LoRA, and fields that are refused or unknown. Raises AdapterUnsupported."""
         kind = self.raw.get("peft_type")
         if not isinstance(kind, str):
             raise self.invalid("peft_type", f"a string is expected, found {show(kind)}")
@@ -72,6 +73,7 @@ class Fields:
             raise AdapterUnsupported(f"{self.file}: field {show(field)} is not known, is {show(value)}")
 
     def check_init(self) -> None:
+        """Refuse initialisations that change the base weights, and unknown ones. Raises AdapterUnsupported."""
         init = self.raw.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
             raise AdapterUnsupported(
@@ -133,13 +135,13 @@ class Fields:
         return frozenset(self.integers("layers_to_transform", values))
 
     def integers(self, field: str, values: Any) -> tuple[int, ...]:
-        """None below 0."""
+        """A list of integers, none of them negative."""
         if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
             raise self.invalid(field, f"a list of integers, none below 0, is expected, found {show(values)}")
         return tuple(values)
 
     def token_indices(self) -> dict[str, tuple[int, ...]] | None:
-        """Module → ids, as the file has them; None if there are none. A list is about the token embedding."""
+        """Module → ids, in the file's order; None if there are none. A bare list is about the token embedding."""
         value = self.raw.get("trainable_token_indices")
         if not value:
             return None

@@ -1,8 +1,8 @@
 """PEFT's rules for which names a pattern means, as PEFT 0.21 applies them.
 
 Module names are those inside the base model: "model.layers.0.self_attn.q_proj".
-Patterns come from a file nobody has to trust, so their size is bounded, and each match has a time limit. Called by
-`config`.
+Patterns come from untrusted files, so their size is bounded, and each match has a time limit.
+Called by `config.py`.
 """
 
 import functools
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import regex
 
-MATCH_SECONDS = 1.0  # a real pattern takes microseconds; one that backtracks for ever must not hold the loader
+MATCH_SECONDS = 1.0  # a real pattern takes microseconds; catastrophic backtracking must not block the loader
 MAX_PATTERN = 1 << 16  # characters, compiled in some 0.3 s; naming each of 500 modules takes 17,000
 MAX_COPIES = 1 << 16  # "a{n}" is compiled to n copies of a, "(a{n}){m}" to n·m
 MAX_KEYS = 1000  # regular expressions among the keys of rank_pattern or alpha_pattern; plain names are not counted
@@ -22,7 +22,7 @@ PLAIN_KEY = re.compile(r"[A-Za-z0-9_.]+")
 
 
 class PatternError(ValueError):
-    """The pattern is not a valid regular expression, or takes for ever."""
+    """The pattern is not a valid regular expression, or is too large or too slow."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -39,10 +39,10 @@ def _compile(pattern: str) -> "regex.Pattern[str]":
         raise PatternError(f"not a valid regular expression: {e}") from None
 
 
-def _match(pattern: str, name: str, whole: bool = False) -> "regex.Match[str] | None":
+def _match(pattern: str, name: str, full: bool = False) -> "regex.Match[str] | None":
     compiled = _compile(pattern)
     try:
-        return (compiled.fullmatch if whole else compiled.match)(name, timeout=MATCH_SECONDS)
+        return (compiled.fullmatch if full else compiled.match)(name, timeout=MATCH_SECONDS)
     except TimeoutError:
         raise PatternError("the regular expression takes too long") from None
 
@@ -62,19 +62,20 @@ def pattern_key(patterns: Iterable[str], name: str) -> str | None:
 
 
 def _cannot_match(key: str, name: str) -> bool:
-    """A cheap no for keys without regex syntax but dots: an adapter may carry one key for each of its modules."""
+    """A cheap test for keys without regex syntax but dots: an adapter may have one key for each of its modules."""
     return PLAIN_KEY.fullmatch(key) is not None and not name.endswith(key[key.rfind(".") + 1 :])
 
 
 def matches_modules(modules: str | Sequence[str], name: str) -> bool:
-    """target_modules / exclude_modules: a string is a regex for the whole name, a list names or dotted tails."""
+    """Whether target_modules or exclude_modules means `name`: a string is a regex for the full name, a list holds
+    names or dotted tails of names."""
     if isinstance(modules, str):
-        return _match(modules, name, whole=True) is not None
+        return _match(modules, name, full=True) is not None
     return any(name == module or name.endswith(f".{module}") for module in modules)
 
 
 def layer_index(layers_pattern: Sequence[str], name: str) -> int | None:
-    """The layer of `name` as layers_to_transform counts it: the first number behind the pattern (or any name)."""
+    """The layer of `name` as layers_to_transform counts it: the first number after the pattern (or any name)."""
     if not layers_pattern:
         found = _match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
         return int(found["idx"]) if found else None

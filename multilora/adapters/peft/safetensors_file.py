@@ -1,8 +1,8 @@
-"""Reads one safetensors file, which nobody has to trust.
+"""Reads one safetensors file, which need not be trusted.
 
-The header is checked at once. Several threads read the data while the caller looks at the header; without threads
-they are read when they are first used. A file that is cut meanwhile is an error and not a signal, which a memory map
-would give. Knows nothing of LoRA. Called by `contents`.
+The header is checked at once. Several threads read the data while the caller looks at the header; without threads the
+data is read when it is first used. A file that is truncated meanwhile is an error, where a memory map would raise a
+signal. It knows nothing of LoRA. Called by `contents.py`.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
 """
@@ -23,11 +23,11 @@ from multilora.adapters.sources.files import open_regular, parse_json_object, sh
 from multilora.adapters.thread_pool import ALONE, ReaderPool, Slab
 from multilora.errors import AdapterInvalid, AdapterUnsupported
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own bound
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 8
 SLAB_BYTES = 2 << 20
-KNOWN_HEADER_BYTES = 1 << 20  # larger ones are not kept
-LARGE_BYTES = 64 << 20  # a table of the whole vocabulary, say: read alone, and only if it is asked for
+KNOWN_HEADER_BYTES = 1 << 20  # larger headers are not cached
+LARGE_BYTES = 64 << 20  # larger tensors, such as tables of the vocabulary, are read alone, and only on request
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -43,15 +43,16 @@ class TensorInfo:
 
 @dataclass
 class _Shared:
-    """The bytes of all tensors but the large ones, behind each other, and where each begins."""
+    """The bytes of all tensors but the large ones, one after the other, and where each begins."""
 
     data: torch.Tensor  # uint8
     starts: dict[str, int]
     typed: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)  # `data` as numbers
 
     def view(self, name: str, info: TensorInfo) -> torch.Tensor:
+        """The tensor `name`, without a copy where it is aligned."""
         start, size = self.starts[name], info.dtype.itemsize
-        if start % size:  # behind a tensor of a narrower dtype
+        if start % size:  # it follows a tensor of a narrower dtype
             return self.data[start : start + info.nbytes].clone().view(info.dtype).view(info.shape)
         if info.dtype not in self.typed:
             self.typed[info.dtype] = self.data[: len(self.data) // size * size].view(info.dtype)
@@ -88,7 +89,7 @@ class SafetensorsFile:
         self._file.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype. The first call reads all but the large ones, which share memory then.
+        """The tensor in its stored dtype. The first call reads all tensors but the large ones, into shared memory.
 
         Raises AdapterInvalid if the file has become shorter.
         """
@@ -102,7 +103,7 @@ class SafetensorsFile:
         return self._data.view(name, info)
 
     def read_ahead(self) -> None:
-        """Start to read what the first call of `read` would, on another thread if the crew has one."""
+        """Start to read what the first call of `read` would, on another thread if `readers` has one."""
         if self._shared is None:
             self._shared = self._readers.start(self._read_shared)
 
@@ -115,7 +116,7 @@ class SafetensorsFile:
         return data.view(info.dtype).view(rows)
 
     def _read_shared(self) -> "_Shared":
-        """In the order of the file, so that disks read ahead."""
+        """Read all tensors but the large ones, in the order of the file, so that disks read ahead."""
         names = sorted((n for n, i in self.tensors.items() if i.nbytes <= LARGE_BYTES), key=self._place)
         ends = itertools.accumulate(self.tensors[name].nbytes for name in names)
         starts = {name: end - self.tensors[name].nbytes for name, end in zip(names, ends, strict=True)}
@@ -125,7 +126,7 @@ class SafetensorsFile:
         return self.tensors[name].start, self.tensors[name].nbytes
 
     def _read_bytes(self, parts: list[tuple[int, int]]) -> torch.Tensor:
-        """Parts of the file, (start, bytes) each, behind each other."""
+        """Parts of the file, (start, bytes) each, one after the other, as uint8."""
         data = self._readers.memory(sum(nbytes for _, nbytes in parts))
         slabs: list[Slab] = []
         at = 0
@@ -165,7 +166,7 @@ class SafetensorsFile:
 
 @lru_cache(maxsize=16)
 def _known_header(data: bytes, size: int, name: str) -> dict[str, TensorInfo]:
-    """What a file of `size` bytes with this header holds; adapters made alike have the same. Not to be changed."""
+    """The tensors of a file of `size` bytes with this header. Adapters made alike share it: do not modify it."""
     if data[:1] != b"{":
         raise AdapterInvalid(f"{name}: not a safetensors file")
     header = parse_json_object(data, f"{name}: header")
@@ -196,7 +197,7 @@ def _entry(key: str, value: Any, data_start: int, file: str) -> TensorInfo:
 
 
 def _check_layout(tensors: dict[str, TensorInfo], start: int, size: int, file: str) -> None:
-    """As the format says: tensors follow each other without holes or overlaps and fill the file."""
+    """Check that tensors follow each other without holes or overlaps and fill the file. Raises AdapterInvalid."""
     for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if info.start != start:
             raise AdapterInvalid(f"{file}: tensor {show(key)}: data_offsets leave a hole or overlap")
@@ -208,7 +209,7 @@ def _check_layout(tensors: dict[str, TensorInfo], start: int, size: int, file: s
 
 
 def _joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Parts that touch become one."""
+    """The same parts, with those that touch merged."""
     joined: list[tuple[int, int]] = []
     for start, nbytes in parts:
         if joined and sum(joined[-1]) == start:

@@ -3,7 +3,7 @@
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight
     └── PREFIX ─────┘└── module inside the base model ─┘└ mark┘└adapter┘└leaf┘   prefix and adapter may be missing
 
-Owns PEFT's spellings, old and new. Knows neither the base model nor the config. Called by `contents`.
+It owns PEFT's spellings, old and new, and knows neither the base model nor the config. Called by `contents.py`.
 """
 
 import enum
@@ -15,7 +15,7 @@ TOKEN_ADAPTER = "token_adapter"
 
 
 class Part(enum.Enum):
-    """A tensor's role in its module; the values are for messages."""
+    """The role of a tensor in its module; the values are for messages."""
 
     LORA_A = "lora_A"
     LORA_B = "lora_B"
@@ -53,7 +53,7 @@ MARKS: dict[str, dict[str, Part]] = {
     "base_layer": {"weight": Part.BASE_WEIGHT, "bias": Part.BASE_BIAS},
     "original_module": {"weight": Part.ORIGINAL_WEIGHT, "bias": Part.ORIGINAL_BIAS},
 }
-UNNAMED = ("base_layer", "original_module")  # of the base model: no adapter's name follows
+UNNAMED = ("base_layer", "original_module")  # parts of the base model, which carry no adapter's name
 PLAIN = {"weight": Part.WEIGHT, "bias": Part.BIAS}
 OF_ONE_ADAPTER = frozenset(part for mark in MARKS if mark not in UNNAMED for part in MARKS[mark].values())
 
@@ -69,7 +69,7 @@ class TensorName:
 
 @lru_cache(maxsize=1 << 14)
 def parse(name: str) -> TensorName | None:
-    """None if PEFT gives no tensor of a LoRA adapter such a name."""
+    """The parts of a tensor's name; None if PEFT gives no tensor of a LoRA adapter such a name."""
     words = name.removeprefix(PREFIX).split(".")
     at = next((i for i, word in enumerate(words) if word in MARKS), None)
     if at is None:

@@ -1,7 +1,7 @@
-"""Adapter sources, and which of them a path string goes to.
+"""Adapter sources, and which of them serves a path string.
 
 A directory that exists, and whatever looks like a path (absolute, or starting with `.` or `~`), is a directory;
-otherwise `org/name[@revision]` is a hub repository. With --lora-root set only directories inside a root are served.
+otherwise `org/name[@revision]` is a hub repository. With --lora-root set, only directories inside a root are served.
 """
 
 import os
@@ -19,9 +19,9 @@ __all__ = ["AdapterSource", "DirectorySource", "HubSource", "resolve"]
 def resolve(
     path: str, roots: tuple[str, ...] = (), hub: AdapterSource | None = None, extra: tuple[str, ...] = ()
 ) -> Path:
-    """The local directory with the files of adapter `path`; `hub` replaces the default hub. May download.
+    """The local directory with the files of adapter `path`, which may be downloaded first.
 
-    extra: names of other files that the caller will read if they are there.
+    hub: replaces the default hub; extra: names of other files that the caller will read if they are there.
 
     Raises AdapterNotFound, AdapterForbidden, AdapterInvalid, or AdapterError when the hub cannot be reached.
     """

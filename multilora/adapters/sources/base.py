@@ -1,4 +1,4 @@
-"""Where an adapter's files come from: the one thing every source can do. Knows nothing of what is in the files."""
+"""The contract of a source of adapters. A source knows nothing of what is in the files."""
 
 from pathlib import Path
 from typing import Protocol

@@ -1,7 +1,7 @@
 """Adapters in local directories, and `--lora-root`, which says where those may be.
 
-Owns the rule: with roots set, the real path of the directory and of every file in it that would be read lies inside
-one of them, through `..` and symbolic links too. Called by `resolve`.
+It owns the rule: with roots set, the real path of the directory, and of every file in it that would be read, lies
+inside one of them, whatever `..` and symbolic links there are. Called by `sources/__init__.py`.
 """
 
 import os
@@ -21,7 +21,7 @@ def is_encodable(path: str) -> bool:
 
 
 class DirectorySource:
-    """Local directories, below `roots` when any is given. extra: names of files beside an adapter's own."""
+    """Local directories, only below `roots` if there are any. extra: names of files beside an adapter's own."""
 
     def __init__(self, roots: Sequence[str] = (), extra: Sequence[str] = ()):
         self._roots = tuple(Path(os.path.realpath(Path(root).expanduser())) for root in roots)
@@ -30,13 +30,13 @@ class DirectorySource:
     def fetch(self, path: str) -> Path:
         """The real path of directory `path`.
 
-        Raises AdapterForbidden for a path outside the roots, whether or not there is anything, else AdapterNotFound.
+        Raises AdapterForbidden for a path outside the roots, whether or not it exists, else AdapterNotFound.
         """
         if not is_encodable(path):
             raise AdapterInvalid(f"adapter path {show(path)}: not a path")
         real = Path(os.path.realpath(os.path.expanduser(path)))
         self._check_inside(real, path)
-        if not os.path.isdir(real):  # unlike Path.is_dir, false for whatever cannot be looked at
+        if not os.path.isdir(real):  # unlike Path.is_dir, false for a path that cannot be examined
             what = "is not a directory" if os.path.exists(real) else "does not exist"
             raise AdapterNotFound(f"adapter directory {show(path)} {what}")
         for file in self._files(real, path):
@@ -44,7 +44,7 @@ class DirectorySource:
         return real
 
     def _files(self, directory: Path, path: str) -> list[Path]:
-        """Everything in the directory that `peft/checkpoint.py` or our caller might open."""
+        """Everything in the directory that `peft/checkpoint.py` or the caller might open."""
         try:
             names = sorted(os.listdir(directory))
         except OSError as e:

@@ -1,7 +1,7 @@
 """The files of one adapter directory: which are read, whether they changed, and how a small JSON file is read safely.
 
-Owns file names, sizes and identities. Knows nothing of PEFT's fields or of tensors.
-Called by `peft/` and the sources.
+It owns file names, sizes and identities, and knows nothing of PEFT's fields or of tensors.
+Called by `peft/` and `sources/`.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ PICKLE_NAMES = (
     "pytorch_model.bin",
 )
 
-MAX_CONFIG_BYTES = 1 << 20  # a real one has 1 KB, or 100 KB when it names the rank of each module
-MAX_JSON_BYTES = 16 << 20  # a real index has some 100 KB
+MAX_CONFIG_BYTES = 1 << 20  # a typical config has 1 KB, or 100 KB if it names the rank of each module
+MAX_JSON_BYTES = 16 << 20  # a typical index has about 100 KB
 
 
 def show(value: object, limit: int = 200) -> str:
@@ -77,7 +77,7 @@ def find_files(directory: Path) -> AdapterFiles:
 
 
 def fingerprint(directory: Path) -> str:
-    """Changes when a file of the adapter does: from name, size, mtime and inode of each, and the text of each header.
+    """A digest that changes when a file of the adapter does: of name, size, mtime, inode and header of each.
 
     Raises what `find_files` raises.
     """
@@ -86,15 +86,16 @@ def fingerprint(directory: Path) -> str:
         with open_regular(path) as file:
             info = os.fstat(file.fileno())
             digest.update(f"{path.name}\0{info.st_size}\0{info.st_mtime_ns}\0{info.st_ino}\0".encode())
-            whole = path.suffix != ".safetensors"
-            digest.update(file.read(MAX_JSON_BYTES if whole else _header_bytes(file, info.st_size)))
+            is_json = path.suffix != ".safetensors"
+            digest.update(file.read(MAX_JSON_BYTES if is_json else _header_bytes(file, info.st_size)))
     return digest.hexdigest()
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open for reading without a buffer; anything but a regular file (pipe, device, directory) is refused."""
+    """Open for reading, unbuffered. Raises AdapterInvalid for anything but a regular file (pipe, device, directory),
+    AdapterNotFound if there is none."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # NONBLOCK: a pipe must not hang us
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # NONBLOCK: opening a pipe must not block
     except OSError as e:
         kind = AdapterNotFound if isinstance(e, FileNotFoundError) else AdapterInvalid
         raise kind(f"{path.name}: cannot be read: {e.strerror}") from None
@@ -105,7 +106,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises AdapterInvalid naming the file when it is anything else."""
+    """The JSON object in `path`. Raises AdapterInvalid, naming the file, for anything else."""
     limit = MAX_CONFIG_BYTES if path.name == CONFIG_NAME else MAX_JSON_BYTES
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -116,7 +117,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(data: bytes, name: str) -> dict[str, Any]:
-    """Strict UTF-8 JSON whose top is an object; a key given twice is an error."""
+    """The JSON object in `data`, strict UTF-8; a key given twice is an error. Raises AdapterInvalid."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as e:

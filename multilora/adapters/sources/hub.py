@@ -1,7 +1,7 @@
 """Adapters from the Hugging Face hub, `org/name[@revision]`, through huggingface_hub and its cache.
 
-Owns the form of such a path, which files are fetched, and the meaning of the hub's errors. HF_ENDPOINT, HF_TOKEN,
-HF_HOME and HF_HUB_OFFLINE work as everywhere else. Called by `resolve`, in the loader process.
+It owns the form of such a path, which files are fetched, and the meaning of the hub's errors. HF_ENDPOINT, HF_TOKEN,
+HF_HOME and HF_HUB_OFFLINE work as everywhere else. Called by `sources/__init__.py`.
 """
 
 import logging
@@ -23,6 +23,7 @@ FILES = [CONFIG_NAME, INDEX_NAME, "adapter_model*.safetensors"]  # of the top di
 
 
 def is_hub_id(path: str) -> bool:
+    """Whether the path has the form org/name[@revision]."""
     return HUB_ID.fullmatch(path) is not None and ".." not in path
 
 
@@ -57,7 +58,7 @@ class HubSource:
         from huggingface_hub import snapshot_download
         from tqdm import tqdm
 
-        class Silent(tqdm):  # progress of several loads at once would garble the log
+        class Silent(tqdm):  # type: ignore[misc]  # tqdm has no types; bars of several loads would garble the log
             def __init__(self, *args: Any, **kwargs: Any):
                 super().__init__(*args, **{**kwargs, "disable": True})
 

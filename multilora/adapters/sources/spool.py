@@ -1,9 +1,9 @@
-"""Adapters that came as tensors, kept as files, so that an evicted one comes back the way every other does.
+"""Adapters that came as tensors, kept as files, so that an evicted one can be loaded again like every other.
 
-Owns one private directory (made when it is first needed) with a folder for each version, as PEFT would have saved it.
-A folder goes with `remove`, the directory with `close` or with the process; after a `kill -9` with the next spool.
-Knows neither names nor requests, and does not look into the weights: the loader checks them as if they had come from
-anywhere else. Called by the server's adapter routes and by `LLM`.
+It owns one private directory (made when it is first needed) with a folder for each version, as PEFT would have saved
+it. A folder is deleted by `remove`, the directory by `close` or when the process ends; after a `kill -9`, by the next
+spool. It knows neither names nor requests, and does not look into the weights: the loader checks them as it checks
+any others. Called by `server/`, `llm/` and `front/`.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from multilora.errors import AdapterError, BadRequest
 from multilora.private_directory import PrivateDirectory, remove_orphans
 
 TENSOR_ROOT = "__tensor__"
-"""What clients see in place of such an adapter's path."""
+"""What clients see as the path of such an adapter."""
 
 
 class Spool:
-    """One per server or LLM; its directory lies where TMPDIR says."""
+    """The kept adapters of one server or LLM. The directory lies where TMPDIR says; thread-safe."""
 
     def __init__(self) -> None:
         remove_orphans()
@@ -33,14 +33,14 @@ class Spool:
 
     @property
     def root(self) -> Path:
-        """The directory. Made at the first call, and gone when the process ends at the latest."""
+        """The directory. It is made at the first call, and deleted when the process ends at the latest."""
         with self._lock:
             if self._made is None:
                 self._made = PrivateDirectory("tensors")
             return self._made.path
 
     def admit(self, config: Config) -> Config:
-        """`config` for the engine: when --lora-root says where adapters may lie, they may lie here too."""
+        """`config` for the engine: if --lora-root says where adapters may lie, they may also lie here."""
         if not config.lora_root:
             return config
         return dataclasses.replace(config, lora_root=(*config.lora_root, str(self.root)))
@@ -48,8 +48,8 @@ class Spool:
     def add(self, version: int, config: dict[str, Any], write: Callable[[Path], None]) -> Path:
         """The folder of a new adapter: `config` as its adapter_config.json, its weights as `write(path)` writes them.
 
-        Raises BadRequest for a config that is no JSON, AdapterError if the disk refuses, and whatever `write` raises;
-        nothing is left behind then.
+        Raises BadRequest for a config that is no JSON, AdapterError if the disk refuses, and what `write` raises;
+        then nothing is left behind.
         """
         text = _json(config)
         folder = self.root / str(version)
@@ -66,11 +66,12 @@ class Spool:
         return folder
 
     def remove(self, version: int) -> None:
-        """Nothing happens if the version did not come as tensors."""
+        """Delete a version's folder. Nothing happens if the version did not come as tensors."""
         if self._made is not None:
             shutil.rmtree(self._made.path / str(version), ignore_errors=True)
 
     def close(self) -> None:
+        """Delete the directory."""
         if self._made is not None:
             self._made.close()
 

@@ -7,7 +7,7 @@
 - A prompt step costs much whatever its number of tokens. So when other adapters are a moment away, those that are
   ready wait for them, if all together lose less by it than by a second step (DESIGN §4).
 
-Called by the scheduler, once a plan.
+Called by `scheduler.py`, once a plan.
 """
 
 import bisect

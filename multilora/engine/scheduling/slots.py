@@ -4,7 +4,7 @@
     ------------- in use, preempted or not ------------|------- leaving ----------------------| free
 
 A slot is not given to another request while a step with the old one is in flight: reading that step still changes
-what the sampler keeps there. Called by the scheduler.
+what the sampler keeps there. Called by `scheduler.py`.
 """
 
 import heapq

@@ -15,13 +15,13 @@ SIZE = 8 * mmap.PAGESIZE
 
 
 def test_a_file_is_mapped_from_its_start_and_shared() -> None:
-    places = SharedBuffers()
-    file = places.take(SIZE)
+    buffers = SharedBuffers()
+    file = buffers.take(SIZE)
     file.memory[:4] = b"abcd"
     before = len(os.listdir("/proc/self/fd"))
     memory = map_file(file.fd, SIZE // 2)
     assert len(os.listdir("/proc/self/fd")) == before
-    places.sent(file)
+    buffers.sent(file)
     assert memory[:4].tolist() == list(b"abcd") and memory.nbytes == SIZE // 2
     file.memory[SIZE // 2 - 1] = 7
     assert memory[-1] == 7
@@ -29,24 +29,24 @@ def test_a_file_is_mapped_from_its_start_and_shared() -> None:
 
 def test_populating_leaves_the_bytes_alone(monkeypatch) -> None:
     monkeypatch.setattr(mapping, "POPULATE_BYTES", 3 * mmap.PAGESIZE)
-    places = SharedBuffers()
-    file = places.take(SIZE)
+    buffers = SharedBuffers()
+    file = buffers.take(SIZE)
     file.memory[:] = bytes(range(256)) * (SIZE // 256)
     memory = map_file(file.fd, SIZE)
     populate_for_reading(memory)
     assert memory.numpy().tobytes() == bytes(file.memory)
-    places.sent(file)
+    buffers.sent(file)
 
 
-def test_populating_what_the_file_has_lost_meanwhile_harms_nobody() -> None:
-    places = SharedBuffers()
-    file = places.take(SIZE)
+def test_prefaulting_what_the_file_has_lost_meanwhile_is_harmless() -> None:
+    buffers = SharedBuffers()
+    file = buffers.take(SIZE)
     memory = map_file(file.fd, SIZE)
     file.memory[0] = 5
     os.ftruncate(file.fd, mmap.PAGESIZE)
     populate_for_reading(memory)
     assert memory[0] == 5
-    places.sent(file)
+    buffers.sent(file)
 
 
 def test_populating_private_memory() -> None:

@@ -1,4 +1,4 @@
-"""Staging memory: views of it, who gives them back, and adapters that move out. Pinned on a GPU."""
+"""Staging memory: its views and their release, and adapters that move out. On a GPU it is pinned."""
 
 import gc
 import os
@@ -163,7 +163,7 @@ def test_an_adapter_that_cannot_be_moved_does_not_keep_the_next_from_it(
     until(lambda: second.buffer is not old)
 
 
-def test_close_keeps_what_somebody_holds() -> None:
+def test_close_keeps_views_in_use() -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     made = Staging(SIZE)

@@ -84,7 +84,7 @@ def test_in_any_order(loader: ProcessLoader, tmp_path: Path, deaths: tuple[int, 
             path, waiting[version] = rng.choice(known)
             loader.submit(FetchJob(version, path))
             if version in deaths:
-                loader._life.process.kill()
+                loader._child.process.kill()
         for result, pages in poll(loader):
             expected = waiting.pop(result.version)  # each is answered once
             if "the loader process ended with signal 9" in result.message:

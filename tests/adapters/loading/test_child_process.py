@@ -1,4 +1,4 @@
-"""A process' life as its starter sees it: how it ended, what it said, who of it is left, when another may start."""
+"""A child process as its parent sees it: how it ended, its stderr, what it forked, and when another may start."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from multilora.adapters.loading import child_process as module
-from multilora.adapters.loading.child_process import ChildProcess, Starts
+from multilora.adapters.loading.child_process import ChildProcess, RestartPolicy
 
 
 def life_of(code: str) -> ChildProcess:
@@ -34,41 +34,41 @@ def until(done: Callable[[], bool]) -> None:
     ],
 )
 def test_how_it_ended(code: str, how: str) -> None:
-    life = life_of(code)
-    life.end()
-    assert life.ended and life.how() == how
-    life.close()
+    child = life_of(code)
+    child.end()
+    assert child.ended and child.describe_end() == how
+    child.close()
 
 
 def test_what_it_writes_is_handed_on(capfd: pytest.CaptureFixture[str]) -> None:
     """All of it, in order, also when it is more than a pipe holds."""
-    life = life_of("import sys; print('\\n'.join(map(str, range(50_000))), file=sys.stderr)")
-    while life.process.poll() is None:
-        life.listen()
-    life.end()
-    life.close()
+    child = life_of("import sys; print('\\n'.join(map(str, range(50_000))), file=sys.stderr)")
+    while child.process.poll() is None:
+        child.listen()
+    child.end()
+    child.close()
     assert capfd.readouterr().err == "".join(f"{i}\n" for i in range(50_000))
-    assert life.how() == "ended with exit code 0: 49999"
+    assert child.describe_end() == "ended with exit code 0: 49999"
 
 
 def test_it_is_gone_when_all_that_it_forked_are() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    life = life_of("import os, time; os.fork() or time.sleep(0.5)")
-    life.process.wait(10)
-    life.end()
-    assert not life.gone()
-    until(life.gone)
-    life.close()
-    life.close()
+    child = life_of("import os, time; os.fork() or time.sleep(0.5)")
+    child.process.wait(10)
+    child.end()
+    assert not child.gone()
+    until(child.gone)
+    child.close()
+    child.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_one_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "END_SECONDS", 0.1)
-    life = life_of("import time; time.sleep(100)")
-    life.end()
-    assert life.how() == "ended with signal 9 (SIGKILL)"
-    life.close()
+    child = life_of("import time; time.sleep(100)")
+    child.end()
+    assert child.describe_end() == "ended with signal 9 (SIGKILL)"
+    child.close()
 
 
 def test_one_that_cannot_be_started_leaves_no_descriptor() -> None:
@@ -81,14 +81,14 @@ def test_one_that_cannot_be_started_leaves_no_descriptor() -> None:
 def test_pauses_grow_to_a_limit_and_begin_anew_after_a_good_start(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(module, "monotonic", lambda: now)
-    starts = Starts()
-    pauses = [starts.ended("ended", useful=False) for _ in range(2000)]
+    restarts = RestartPolicy()
+    pauses = [restarts.ended("ended", useful=False) for _ in range(2000)]
     assert pauses[:10] == [0, 1, 2, 4, 8, 16, 32, 60, 60, 60] and set(pauses[10:]) == {60.0}
-    assert starts.seconds_left == 60
+    assert restarts.seconds_left == 60
     now += 59
-    assert starts.seconds_left == 1 and "next try in 1 s" in starts.trouble()
+    assert restarts.seconds_left == 1 and "next try in 1 s" in restarts.explanation()
     now += 2
-    assert starts.seconds_left == 0
-    assert starts.ended("ended well", useful=True) == 0
-    assert starts.trouble() == "the loader process ended well; try again"
-    assert [starts.ended("ended", useful=False) for _ in range(3)] == [0, 1, 2]
+    assert restarts.seconds_left == 0
+    assert restarts.ended("ended well", useful=True) == 0
+    assert restarts.explanation() == "the loader process ended well; try again"
+    assert [restarts.ended("ended", useful=False) for _ in range(3)] == [0, 1, 2]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from multilora.adapters.adapter import Adapter, LowRank, Vector, VectorKind
-from multilora.adapters.loading.dora_bias import DoraBiasLoader, finish
+from multilora.adapters.loading.dora_bias import DoraBiasLoader, complete_scale_shifts
 from multilora.adapters.loading.loader import Fetched, FetchJob
-from multilora.adapters.packing.blocks import Blocks, PackTarget, pack, scale_shift_part
+from multilora.adapters.packing.blocks import Blocks, PackTarget, pack, scale_shift_view
 from multilora.lora.panels import PanelLayout
 from multilora.lora.sites import LoraSite, LoraSlice
 
@@ -38,8 +38,8 @@ def packed(*blocks: LowRank | Vector, page_bytes: int) -> tuple[PackTarget, Pane
 def pairs(layout: PanelLayout, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
     """module → fp32 [2, out]."""
     return {
-        SITES[m.site].slices[m.slice].module: torch.cat([scale_shift_part(buffer, c) for c in chunks], dim=1)
-        for m, chunks in zip(layout.matrices, layout.chunks, strict=True)
+        SITES[m.site].slices[m.slice].module: torch.cat([scale_shift_view(buffer, c) for c in parts], dim=1)
+        for m, parts in zip(layout.matrices, layout.parts, strict=True)
         if m.scale_shift
     }
 
@@ -61,7 +61,7 @@ def test_dora_and_biases(page_bytes: int) -> None:
         Vector(0, "k_proj", VectorKind.LORA_BIAS, lora_bias, scaling=0.25),
         page_bytes=page_bytes,
     )
-    steps = sum(1 for _ in finish(buffer, layout, target, base))
+    steps = sum(1 for _ in complete_scale_shifts(buffer, layout, target, base))
     assert steps == 2
     found = pairs(layout, buffer)
     scale = m_q / norms("q_proj")
@@ -77,7 +77,7 @@ def test_dora_keeps_the_base_models_bias() -> None:
     target, layout, buffer = packed(
         LOW["q_proj"], Vector(0, "q_proj", VectorKind.MAGNITUDE, magnitude), page_bytes=4096
     )
-    list(finish(buffer, layout, target, base))
+    list(complete_scale_shifts(buffer, layout, target, base))
     scale, shift = pairs(layout, buffer)["q_proj"]
     x = torch.randn(HIDDEN, generator=RANDOM)
     low = LOW["q_proj"]
@@ -92,7 +92,7 @@ def test_dora_keeps_the_base_models_bias() -> None:
 def test_a_bias_without_low_rank() -> None:
     bias = torch.randn(Q, generator=RANDOM)
     target, layout, buffer = packed(LOW["k_proj"], Vector(0, "q_proj", VectorKind.BIAS, bias), page_bytes=4096)
-    list(finish(buffer, layout, target, base))
+    list(complete_scale_shifts(buffer, layout, target, base))
     scale, shift = pairs(layout, buffer)["q_proj"]
     assert torch.equal(scale, torch.ones(Q))
     torch.testing.assert_close(shift, bias - BIASES["q_proj"])

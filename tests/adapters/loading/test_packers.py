@@ -63,20 +63,20 @@ def blocks_in(packers: Packers | None, stored: torch.dtype, rank: int = 40) -> B
 def packed(packers: Packers, blocks: Blocks, target: PackTarget) -> torch.Tensor:
     """In memory that others lie in, too, where it is shared."""
     layout = target.layout(blocks.shape(SITES))
-    places = SharedBuffers(packers._staging)
-    before = places.take(5000)
-    place = places.take(layout.num_pages * PAGE)
-    out = place.tensor().view(-1, PAGE)
+    buffers = SharedBuffers(packers._staging)
+    before = buffers.take(5000)
+    buffer = buffers.take(layout.num_pages * PAGE)
+    out = buffer.tensor().view(-1, PAGE)
     out.zero_()  # others have been packed there
 
     def write(jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor) -> None:
-        packers.write(jobs, dtype, out, place)
+        packers.write(jobs, dtype, out, buffer)
 
     try:
         pack(blocks, target, layout, out, write)
     finally:
-        places.sent(place)
-        places.sent(before)
+        buffers.sent(buffer)
+        buffers.sent(before)
     assert not before.tensor().any()
     return out
 
@@ -238,15 +238,15 @@ def test_close_ends_them() -> None:
 def test_the_region_takes_memory_back_when_its_last_view_is_gone() -> None:
     region = Region(10_000)
     first, second = region.allocate(4000), region.allocate(4000)
-    assert [region.place_of(first), region.place_of(second)] == [0, 4096]
-    assert region.place_of(region.allocate(4000)) is None, "full: private memory"
+    assert [region.offset_of(first), region.offset_of(second)] == [0, 4096]
+    assert region.offset_of(region.allocate(4000)) is None, "full: private memory"
     view = first[100:200].view(torch.float32)
     del first
     gc.collect()
-    assert region.place_of(region.allocate(4000)) is None, "a view is still in use"
-    assert region.place_of(view) == 100
+    assert region.offset_of(region.allocate(4000)) is None, "a view is still in use"
+    assert region.offset_of(view) == 100
     del view
     gc.collect()
-    assert region.place_of(region.allocate(4000)) == 0
-    assert region.place_of(torch.empty(3)) is None
+    assert region.offset_of(region.allocate(4000)) == 0
+    assert region.offset_of(torch.empty(3)) is None
     assert region.allocate(0).numel() == 0

@@ -79,7 +79,7 @@ def test_typed_errors_come_through_and_the_process_lives_on(shared: ProcessLoade
     broken = tmp_path / "broken"
     write_adapter(broken)
     (broken / "adapter_model.safetensors").write_bytes(b"\0" * 100)
-    process = shared._life.process.pid
+    process = shared._child.process.pid
     shared.submit(FetchJob(1, str(tmp_path / "missing")))
     shared.submit(FetchJob(2, str(broken)))
     shared.submit(FetchJob(3, write_adapter(tmp_path / "other model", width=32)))
@@ -89,7 +89,7 @@ def test_typed_errors_come_through_and_the_process_lives_on(shared: ProcessLoade
     kinds = [answers[v][0].kind for v in range(1, 6)]
     assert kinds == ["AdapterNotFound", "AdapterInvalid", "AdapterIncompatible", "AdapterIncompatible", ""]
     assert [answers[v][1] is None for v in range(1, 6)] == [True] * 4 + [False]
-    assert shared._life.process.pid == process
+    assert shared._child.process.pid == process
 
 
 def test_a_job_too_long_for_a_message_fails_alone(shared: ProcessLoader, tmp_path: Path) -> None:
@@ -131,7 +131,8 @@ def in_staging(loader: ProcessLoader, pages: torch.Tensor) -> bool:
 
 
 def test_adapters_come_in_the_staging_memory(staged: ProcessLoader, tmp_path: Path) -> None:
-    """No two share a part of it, whatever their sizes, and parts are used again when nobody holds them any more."""
+    """No two adapters share a part of it, whatever their sizes, and a part is used again once no view of it is
+    left."""
     held: dict[int, torch.Tensor] = {}
     paths = [write_adapter(tmp_path / str(i), rank=rank, seed=i) for i, rank in enumerate((30, 20, 8, 60))]
     expected = [fetch(FetchJob(0, path), CONTEXT, allocate_private)[1] for path in paths]
@@ -193,7 +194,7 @@ def until_staged(loader: ProcessLoader, path: str, versions: Iterator[int]) -> t
 
 
 @pytest.mark.slow
-def test_after_a_death_the_staging_memory_is_used_again_when_nobody_holds_it(
+def test_after_a_death_the_staging_memory_is_used_again_once_no_view_is_left(
     staged: ProcessLoader, tmp_path: Path
 ) -> None:
     path, small = write_adapter(tmp_path / "a", rank=60, seed=1), write_adapter(tmp_path / "b", rank=20)
@@ -203,8 +204,8 @@ def test_after_a_death_the_staging_memory_is_used_again_when_nobody_holds_it(
         held.append(until_staged(staged, path, versions))
         if len(held) == STAGING // held[0].nbytes:
             break
-    staged._life.process.kill()
-    staged._life.process.wait()
+    staged._child.process.kill()
+    staged._child.process.wait()
     del held[:-1]
     for version in (100, 101):
         staged.submit(FetchJob(version, small))
@@ -296,10 +297,10 @@ def test_with_packing_processes(tmp_path: Path, many_cores: None, staging: int) 
                 expected, expected_pages = fetch(FetchJob(version, path), CONTEXT, allocate_private)
                 assert answers[version][0] == expected
                 assert torch.equal(answers[version][1], expected_pages)
-            packers = psutil.Process(loader._life.process.pid).children()
+            packers = psutil.Process(loader._child.process.pid).children()
             assert len(packers) == 3
             if end is not None:
-                loader._life.process.send_signal(end)
+                loader._child.process.send_signal(end)
                 assert not psutil.wait_procs(packers, SECONDS)[1], "they outlive the loader"
                 select.select([loader.fileno()], [], [], SECONDS)
                 assert loader.poll() == [], "and another loader has been started"
@@ -309,14 +310,14 @@ def test_with_packing_processes(tmp_path: Path, many_cores: None, staging: int) 
 
 
 @pytest.mark.slow
-def test_while_a_packing_process_of_the_dead_loader_is_left_nobody_else_gets_the_staging_memory(
+def test_while_a_packing_process_of_the_dead_loader_is_left_the_next_gets_no_staging_memory(
     tmp_path: Path, many_cores: None
 ) -> None:
     path, versions = write_adapter(tmp_path / "a", rank=20), itertools.count()
     loader = ProcessLoader(CONTEXT, Staging(STAGING))
     try:
         expected = until_staged(loader, path, versions).clone()
-        process = psutil.Process(loader._life.process.pid)
+        process = psutil.Process(loader._child.process.pid)
         left, *others = process.children()
         left.suspend()
         process.kill()
@@ -342,7 +343,7 @@ def test_when_the_process_dies_what_was_pending_fails_and_the_next_job_works(
     own: ProcessLoader, tmp_path: Path
 ) -> None:
     path = write_adapter(tmp_path / "a")
-    descriptor, process = own.fileno(), own._life.process
+    descriptor, process = own.fileno(), own._child.process
     for version in (1, 2, 3):
         own.submit(FetchJob(version, path))
     process.kill()  # it is still importing torch
@@ -360,19 +361,19 @@ def test_when_the_process_dies_what_was_pending_fails_and_the_next_job_works(
 @pytest.mark.slow
 def test_a_death_between_two_jobs_costs_nothing(own: ProcessLoader, tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a")
-    own._life.process.kill()
-    own._life.process.wait()
+    own._child.process.kill()
+    own._child.process.wait()
     own.submit(FetchJob(1, path))
     assert wait_for(own, 1)[1][0].kind == ""
 
 
 @pytest.mark.slow
-def test_a_death_that_nobody_has_noticed_yet(own: ProcessLoader, tmp_path: Path, monkeypatch) -> None:
+def test_a_death_that_has_not_been_noticed_yet(own: ProcessLoader, tmp_path: Path, monkeypatch) -> None:
     """The process has closed its end but is not a zombie yet."""
     path = write_adapter(tmp_path / "a")
-    own._life.process.kill()
-    own._life.process.wait()
-    monkeypatch.setattr(own._life.process, "poll", lambda: None)
+    own._child.process.kill()
+    own._child.process.wait()
+    monkeypatch.setattr(own._child.process, "poll", lambda: None)
     own.submit(FetchJob(1, path))
     assert wait_for(own, 1)[1][0].kind == "AdapterError"
     own.submit(FetchJob(2, path))
@@ -429,11 +430,11 @@ def test_a_process_that_always_dies_at_its_start(
     loader = ProcessLoader(CONTEXT)
     try:
         python.code = code
-        loader._life.process.kill()  # it is still importing torch
+        loader._child.process.kill()  # it is still importing torch
         descriptor, begun = loader.fileno(), time.monotonic()
         woken = poll_until(loader, lambda: python.starts == 4)
         assert time.monotonic() - begun >= 0.2 + 0.4
-        poll_until(loader, lambda: loader._starts.seconds_left > 0)
+        poll_until(loader, lambda: loader._restarts.seconds_left > 0)
         assert woken <= python.starts, "no busy loop"
         errors = [record for record in caplog.records if "; starting another" in record.message]
         assert len(errors) == python.starts
@@ -469,18 +470,18 @@ def test_what_the_process_had_to_do_when_it_died_at_its_start_fails_once(python:
 
 
 @pytest.mark.slow
-def test_in_a_pause_nobody_is_told_which_parts_are_free(
+def test_in_a_pause_released_parts_are_not_sent(
     python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody reads it, and who tells would have to wait in the end."""
+    """Nothing reads the socket, so that sending would block in the end."""
     monkeypatch.setattr(child_process, "FIRST_PAUSE_SECONDS", 60.0)
     python.code = None
     loader = ProcessLoader(CONTEXT, Staging(STAGING))
-    starts = loader._starts
+    starts = loader._restarts
     try:
         pages = until_staged(loader, write_adapter(tmp_path / "a"), itertools.count())
         python.code = "raise ImportError('no tensors here')"
-        loader._life.process.kill()
+        loader._child.process.kill()
         poll_until(loader, lambda: starts.seconds_left > 0)
         with pytest.raises(OSError, match="not connected"):
             loader._socket.send(b"part")
@@ -508,13 +509,14 @@ def no_descriptor_left() -> Iterator[None]:
 def test_no_descriptor_is_left_when_it_dies(
     own: ProcessLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noticed_by: str
 ) -> None:
-    """A start that fails, as others do: what was asked for fails, who polls may sleep, and later all works again."""
+    """A start that fails like any other: pending jobs fail, the polled descriptor is silent, and later all works
+    again."""
     monkeypatch.setattr(child_process, "FIRST_PAUSE_SECONDS", 0.3)
     path = write_adapter(tmp_path / "a")
     descriptor, before = own.fileno(), open_files()
     own.submit(FetchJob(1, path))
-    own._life.process.kill()
-    own._life.process.wait()
+    own._child.process.kill()
+    own._child.process.wait()
     answers: list[tuple[Fetched, torch.Tensor | None]] = []
     with no_descriptor_left():
         if noticed_by == "submit":
@@ -524,8 +526,8 @@ def test_no_descriptor_is_left_when_it_dies(
         assert not select.select([descriptor], [], [], 0)[0], "no busy loop"
     assert [result.version for result, _ in answers] == ([1, 2] if noticed_by == "submit" else [1])
     assert "ended with signal 9 (SIGKILL)" in answers[0][0].message
-    assert "could not be started: [Errno 24] Too many open files" in own._starts.trouble()
-    poll_until(own, lambda: not own._life.ended)
+    assert "could not be started: [Errno 24] Too many open files" in own._restarts.explanation()
+    poll_until(own, lambda: not own._child.ended)
     own.submit(FetchJob(3, path))
     assert wait_for(own, 3)[3][0].kind == ""
     assert own.fileno() == descriptor
@@ -542,10 +544,10 @@ def test_what_the_process_had_answered_before_it_died_counts(tmp_path: Path, sta
         before = open_files()
         loader.submit(FetchJob(1, path))
         assert select.select([loader.fileno()], [], [], SECONDS)[0]
-        os.kill(loader._life.process.pid, signal.SIGSTOP)
+        os.kill(loader._child.process.pid, signal.SIGSTOP)
         loader.submit(FetchJob(2, path))  # it does not read that: the system says so, before what it had sent
-        loader._life.process.kill()
-        loader._life.process.wait()
+        loader._child.process.kill()
+        loader._child.process.wait()
         answers = wait_for(loader, 1, 2) if noticed_by == "poll" else {}
         loader.submit(FetchJob(3, path))
         answers |= wait_for(loader, *({1, 2, 3} - answers.keys()))
@@ -553,9 +555,9 @@ def test_what_the_process_had_answered_before_it_died_counts(tmp_path: Path, sta
         expected = fetch(FetchJob(0, path), CONTEXT, allocate_private)[1]
         assert torch.equal(answers[1][1], expected) and torch.equal(answers[3][1], expected)
         assert not staging or in_staging(loader, answers[1][1])
-        assert loader._starts._failed == 0
+        assert loader._restarts._failed == 0
         del answers
-        poll_until(loader, lambda: not loader._before)
+        poll_until(loader, lambda: not loader._predecessors)
         assert open_files() <= before
     finally:
         loader.close()
@@ -565,16 +567,16 @@ def test_what_the_process_had_answered_before_it_died_counts(tmp_path: Path, sta
 def test_a_death_that_is_noticed_late_is_one_at_its_start_all_the_same(
     python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who has answered nothing was of no use, however long nobody looked."""
+    """A process that has answered nothing counts as a failed start, however late its end is noticed."""
     clock, late = time.monotonic, 0.0
     monkeypatch.setattr(child_process, "monotonic", lambda: clock() + late)
     loader = ProcessLoader(CONTEXT)
     try:
         for start in (1, 2, 3):
-            loader._life.process.wait()
+            loader._child.process.wait()
             late += 1000.0
             loader.poll()
-            assert loader._starts._failed == start
+            assert loader._restarts._failed == start
             late += 1000.0
             loader.poll()
     finally:
@@ -584,7 +586,7 @@ def test_a_death_that_is_noticed_late_is_one_at_its_start_all_the_same(
 def test_close_during_a_pause_leaves_no_descriptor(python: Python) -> None:
     before = open_files()
     loader = ProcessLoader(CONTEXT, Staging(STAGING))
-    starts = loader._starts
+    starts = loader._restarts
     poll_until(loader, lambda: starts.seconds_left > 0)
     loader.close()
     loader.close()
@@ -596,7 +598,7 @@ def test_close_leaves_neither_process_nor_descriptor() -> None:
     before = open_files()
     loader = ProcessLoader(CONTEXT)
     loader.submit(FetchJob(1, "/missing"))
-    process = psutil.Process(loader._life.process.pid)
+    process = psutil.Process(loader._child.process.pid)
     loader.close()
     loader.close()
     assert not process.is_running()
@@ -606,17 +608,17 @@ def test_close_leaves_neither_process_nor_descriptor() -> None:
 @pytest.mark.slow
 def test_close_does_not_wait_for_a_process_that_hangs() -> None:
     loader = ProcessLoader(CONTEXT)
-    os.kill(loader._life.process.pid, signal.SIGSTOP)
+    os.kill(loader._child.process.pid, signal.SIGSTOP)
     started = time.monotonic()
     loader.close()
     assert time.monotonic() - started < 5
-    assert loader._life.process.returncode == -signal.SIGKILL
+    assert loader._child.process.returncode == -signal.SIGKILL
 
 
 def test_the_process_ends_with_its_engine(own: ProcessLoader) -> None:
     """As when the engine is killed: its end of the socket closes by itself."""
     own._socket.shutdown(2)
-    assert own._life.process.wait(SECONDS) == 0
+    assert own._child.process.wait(SECONDS) == 0
 
 
 SERVE_HANGING_DOWNLOADS = """
@@ -649,12 +651,12 @@ def test_the_process_ends_with_its_engine_in_the_middle_of_a_download(
         for version, path in enumerate(begun):
             loader.submit(FetchJob(version, str(path)))
         poll_until(loader, lambda: all(path.exists() for path in begun))
-        packers = psutil.Process(loader._life.process.pid).children()
+        packers = psutil.Process(loader._child.process.pid).children()
         loader._socket.shutdown(2)
-        assert loader._life.process.wait(3) == 0
+        assert loader._child.process.wait(3) == 0
         assert len(packers) == 3 and not psutil.wait_procs(packers, 3)[1]
-        loader._life.end()
-        assert loader._life.gone() and loader._life.how() == "ended with exit code 0"
+        loader._child.end()
+        assert loader._child.gone() and loader._child.describe_end() == "ended with exit code 0"
     finally:
         loader.close()
 
@@ -666,12 +668,12 @@ def test_pages_have_the_page_size(shared: ProcessLoader, tmp_path: Path) -> None
 
 def test_a_job_that_the_loader_could_not_read_whole(shared: ProcessLoader, tmp_path: Path) -> None:
     """The system would carry it, but the other end reads a message only so far."""
-    process = shared._life.process.pid
+    process = shared._child.process.pid
     shared.submit(FetchJob(1, "x" * (3 << 19)))
     shared.submit(FetchJob(2, write_adapter(tmp_path / "a")))
     answers = wait_for(shared, 1, 2)
     assert [answers[v][0].kind for v in (1, 2)] == ["AdapterError", ""]
-    assert shared._life.process.pid == process
+    assert shared._child.process.pid == process
 
 
 def test_a_thousand_jobs_at_once(shared: ProcessLoader, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The loader process' own end: every job is answered once, and every place for pages is sent or free again."""
+"""The loader process' own end: every job is answered once, and every buffer for pages is sent or free again."""
 
 import mmap
 import socket
@@ -24,9 +24,9 @@ class Ends:
     """The loader's end in this process, over `fetch` as a test wants it, and the other end of its socket."""
 
     def __init__(self) -> None:
-        self.places = SharedBuffers(mmap.mmap(-1, STAGING))
+        self.buffers = SharedBuffers(mmap.mmap(-1, STAGING))
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._server = module._Server(self._theirs, CONTEXT, Packers(0), self.places)
+        self._server = module._FetchServer(self._theirs, CONTEXT, Packers(0), self.buffers)
 
     def answer(self, path: str = "a") -> Fetched | None:
         """What the engine hears, if anything."""
@@ -46,8 +46,8 @@ class Ends:
         self._theirs.close()
 
     def all_is_free(self) -> bool:
-        self.places._zeroing.submit(lambda: None).result()
-        return self.places._parts.take(STAGING) == 0
+        self.buffers._zeroing.submit(lambda: None).result()
+        return self.buffers._parts.take(STAGING) == 0
 
 
 @pytest.fixture

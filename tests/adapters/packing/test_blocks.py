@@ -45,14 +45,14 @@ def packed(items: Blocks, where: PackTarget) -> tuple[PanelLayout, torch.Tensor]
 
 
 def unpacked(layout: PanelLayout, pages: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Every matrix of the layout, [rounded rank, width], chunk by chunk."""
+    """Every matrix of the layout, [rounded rank, width], part by part."""
     found = []
-    for matrix, chunks in zip(layout.matrices, layout.chunks, strict=True):
+    for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
         entire = torch.full((matrix.rank, matrix.width), torch.nan, dtype=dtype)
-        for chunk in chunks:
-            size = 8 * chunk.columns * dtype.itemsize
-            raw = pages[chunk.page, chunk.offset : chunk.offset + size].contiguous()
-            entire[chunk.row : chunk.row + 8, chunk.col : chunk.col + chunk.columns] = raw.view(dtype).view(8, -1)
+        for part in parts:
+            size = 8 * part.columns * dtype.itemsize
+            raw = pages[part.page, part.offset : part.offset + size].contiguous()
+            entire[part.row : part.row + 8, part.col : part.col + part.columns] = raw.view(dtype).view(8, -1)
         found.append(entire)
     return found
 
@@ -88,14 +88,14 @@ def test_what_goes_in_comes_out(ranks, dtype, page_bytes):
 
 @settings(deadline=None, max_examples=60)
 @given(ranks=ranks, page_bytes=st.sampled_from([512, 1024, 1536, 4096]))
-def test_chunks_lie_inside_pages_and_do_not_overlap(ranks, page_bytes):
+def test_parts_lie_inside_pages_and_do_not_overlap(ranks, page_bytes):
     where = target(torch.float32, page_bytes)
     layout = where.layout(blocks(ranks).shape(SITES))
     taken = torch.zeros(layout.num_pages, page_bytes, dtype=torch.int32)
-    for chunk in (c for chunks in layout.chunks for c in chunks):
-        size = 8 * chunk.columns * 4
-        assert chunk.offset + size <= page_bytes
-        taken[chunk.page, chunk.offset : chunk.offset + size] += 1
+    for part in (c for parts in layout.parts for c in parts):
+        size = 8 * part.columns * 4
+        assert part.offset + size <= page_bytes
+        taken[part.page, part.offset : part.offset + size] += 1
     assert taken.max() == 1
     assert bool(taken.any(dim=1).all()), "an empty page"
 

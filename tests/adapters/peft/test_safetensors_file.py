@@ -102,7 +102,7 @@ def test_a_file_cut_while_it_is_read(tmp_path: Path) -> None:
             file.read("a")
 
 
-def test_a_file_of_many_slabs_read_by_a_crew(tmp_path: Path) -> None:
+def test_a_file_of_many_slabs_read_by_a_pool(tmp_path: Path) -> None:
     """Tensors lie across the borders of slabs."""
     tensors = {str(i): torch.arange(i, i + 300_000, dtype=torch.float32) for i in range(9)}
     save_file(tensors, tmp_path / "w.safetensors")
@@ -112,8 +112,8 @@ def test_a_file_of_many_slabs_read_by_a_crew(tmp_path: Path) -> None:
             assert torch.equal(file.read(name), tensor)
 
 
-def test_what_is_not_at_hand_is_read_by_the_crew(tmp_path: Path) -> None:
-    """Every second slab is read by somebody else, the first of them only half and so not at all."""
+def test_what_is_not_at_hand_is_read_by_the_pool(tmp_path: Path) -> None:
+    """Every second slab comes from the page cache; of the first only half is there, so all of it is read again."""
     tensors = {name: torch.randn(SLAB_BYTES // 4 + 100) for name in "abcde"}
     save_file(tensors, tmp_path / "w.safetensors")
     asked: list[Slab] = []

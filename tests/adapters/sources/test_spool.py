@@ -1,4 +1,4 @@
-"""The spool: what it writes, who may read it, and that nothing stays."""
+"""The spool: what it writes, its permissions, and that everything is deleted."""
 
 import gc
 import json
@@ -77,7 +77,7 @@ def test_a_failure_leaves_nothing(config, write, error, said):
     assert spool.add(1, CONFIG, weights).exists()
 
 
-def test_the_directory_goes_when_nobody_has_the_spool_any_more():
+def test_the_directory_is_deleted_with_the_last_reference():
     spool = Spool()
     root = spool.add(1, CONFIG, weights).parent
     del spool

@@ -2,7 +2,7 @@
 
 import random
 
-from multilora.adapters.host.first_fit import FirstFit
+from multilora.memory.first_fit import FirstFit
 
 
 def test_parts_follow_each_other_aligned() -> None:
@@ -18,7 +18,7 @@ def test_the_first_gap_that_is_large_enough() -> None:
         parts.take(n)
     parts.give_back(0)
     parts.give_back(30)
-    assert parts.size_of(30) is None and parts.size_of(10) == 20
+    assert parts.length_of(30) is None and parts.length_of(10) == 20
     assert [parts.take(n) for n in (6, 5, 4, 35)] == [0, 30, 6, 65]
 
 
@@ -39,3 +39,13 @@ def test_against_a_list_of_bytes() -> None:
         if start is not None:
             held[start] = size
             owner[start : start + size] = [number] * size
+
+
+def test_compacting_closes_the_gaps_in_order() -> None:
+    parts = FirstFit(100, 8)
+    for n in (10, 20, 5, 30):
+        parts.take(n)  # at 0, 16, 40, 48
+    parts.give_back(16)
+    assert parts.compact() == {0: 0, 40: 16, 48: 24}
+    assert (parts.length_of(16), parts.length_of(24), parts.length_of(40)) == (5, 30, None)
+    assert parts.take(45) is None and parts.take(44) == 56

@@ -1,0 +1,47 @@
+"""The skeleton of the LoRA backends in plain torch: one segment and one adapter at a time.
+
+`reference.py` and `torch_backend.py` say what one adapter adds to the rows of one segment; this file owns the rest of
+the contract in `base.py`.
+"""
+
+import torch
+
+from multilora.batch import LoraSegment
+from multilora.lora.base import Activation
+from multilora.lora.table import LoraTable, SiteWeights
+
+
+class SegmentLoop:
+    """A `LoraBackend` whose subclasses implement `add`. No graph can be captured: the loop follows the segments."""
+
+    name: str
+    replayable = False
+
+    def __init__(self, table: LoraTable):
+        self.table = table
+        self._segments: tuple[LoraSegment, ...] = ()
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, weights: SiteWeights, factor: float) -> None:
+        """y += factor · (x Aᵀ) B, then the scale-shift pairs, in place. x: [rows, in]; y: [rows, out]."""
+        raise NotImplementedError
+
+    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int) -> None:  # noqa: ARG002 (the contract's)
+        """See `LoraBackend`."""
+        self._segments = segments
+
+    def begin(self) -> None:
+        """See `LoraBackend`. Nothing runs beside the layer's own product here."""
+
+    def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+        """See `LoraBackend`."""
+        for segment in self._segments:
+            x_rows, y_rows = x[segment.start : segment.end], y[segment.start : segment.end]
+            for slot, factor in zip(segment.slots, segment.weights, strict=True):
+                weights = self.table.site(slot, site)
+                if weights is not None:
+                    self.add(y_rows, x_rows, weights, factor)
+
+    def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:
+        """See `LoraBackend`."""
+        self.apply(y, x, site)
+        return silu_and_mul(y)
