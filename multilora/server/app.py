@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import multilora
 from multilora.adapters.sources.spool import Spool
@@ -47,4 +48,8 @@ def create_app(
     app.include_router(operations.router(driver, metrics))
     if config.api_key or config.admin_api_key:
         app.add_middleware(KeyCheck, api_key=config.api_key, admin_api_key=config.admin_api_key)
+    if config.cors_origins:  # outermost, so that a page can read the answer to a missing key, too
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
     return app

@@ -31,6 +31,7 @@ class ChatRequest(OpenAIRequest):
     """One conversation; a sample is a choice."""
 
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prompt_ids_in_head = True
 
     def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any]):
         if body.top_logprobs and not body.logprobs:
@@ -52,9 +53,6 @@ class ChatRequest(OpenAIRequest):
             "logprobs": self._logprobs(sample, stream),
             "finish_reason": stream.finished.openai() if stream.finished else None,
         } | self._token_ids(stream)
-
-    def prompt_token_ids(self, sample: Sample) -> dict[str, Any]:
-        return {"prompt_token_ids": sample.prompt_ids} if self._body.return_token_ids else {}
 
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         if first:

@@ -34,6 +34,7 @@ class CompletionRequest(OpenAIRequest):
     """One or more prompts: sample j of prompt i is the choice of index i·n + j."""
 
     id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    prompt_ids_in_head = False
 
     def __init__(self, front: Front, body: CompletionBody, sampling_defaults: dict[str, Any]):
         prompts, _ = read_prompts(body.prompt, "prompt")

@@ -37,6 +37,7 @@ class OpenAIRequest(ABC):
     id_prefix: ClassVar[str]
     kind: ClassVar[str]  # `object` of a whole response
     chunk_kind: ClassVar[str]
+    prompt_ids_in_head: ClassVar[bool]  # else in the choices
 
     def __init__(self, body: OpenAIBody, jobs: list[Job], model_name: str):
         self._body = body
@@ -53,9 +54,10 @@ class OpenAIRequest(ABC):
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         """The choices of a stream that `delta` makes, one for each frame. first: the sample's first delta."""
 
-    def prompt_token_ids(self, sample: Sample) -> dict[str, Any]:
-        """What the head of a response or chunk says of the prompt of `sample`; where the choices say it, nothing."""
-        return {}
+    def _prompt_token_ids(self, sample: Sample) -> dict[str, Any]:
+        """What the head of a response or chunk says of the prompt of `sample`, when the client asks for that."""
+        wanted = self.prompt_ids_in_head and self._body.return_token_ids
+        return {"prompt_token_ids": sample.prompt_ids} if wanted else {}
 
     def _token_ids(self, part: TextStream | Delta) -> dict[str, Any]:
         """What a choice says of its tokens, when the client asks for that."""
@@ -77,7 +79,7 @@ class OpenAIRequest(ABC):
             generation = await driver.generate(self._jobs, rids)
             choices = [self.whole(sample) for sample in await generation.results()]
             rest = {"choices": choices, "usage": _usage(generation.samples)}
-            return self._head(generation, self.kind) | rest | self.prompt_token_ids(generation.samples[0])
+            return self._head(generation, self.kind) | rest | self._prompt_token_ids(generation.samples[0])
 
         if not self._body.stream:
             return Json(await while_connected(request.receive, answer()))
@@ -93,7 +95,7 @@ class OpenAIRequest(ABC):
             if continuous:
                 extra = {"usage": _usage([sample])}
             first = sample.index not in begun
-            prompt = self.prompt_token_ids(sample) if first else {}
+            prompt = self._prompt_token_ids(sample) if first else {}
             for choice in self.chunks(sample, delta, first=first):
                 yield frame(head | {"choices": [choice]} | extra | prompt)
                 prompt = {}
