@@ -84,7 +84,7 @@ class AdapterRegistry:
         if ":" in name:
             raise BadRequest(f"adapter name {name!r}: must not contain ':'", param="lora_name")
         if name in (self.model_name, DEFAULT_MODEL):
-            raise BadRequest(f"adapter name {name!r}: is the name of the base model", param="lora_name")
+            raise BadRequest(f"adapter name {name!r}: stands for the base model", param="lora_name")
 
     def begin_load(self, name: str, path: str, pinned: bool = False, *, replace: bool = False) -> int:
         """A new version of `name`, invisible until commit_load. With `replace` the name may be loaded already."""

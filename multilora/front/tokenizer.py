@@ -79,9 +79,9 @@ class Tokenizer:
             hf.chat_template = _read_template(chat_template)
         return cls(hf)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens that the tokenizer adds; a BOS that the text itself begins with is not doubled."""
-        ids = self._encode(text)
+        ids = self._encode(text, add_special_tokens)
         bos = self.hf.bos_token_id
         if bos is not None and ids[:2] == [bos, bos] and text.startswith(self.hf.bos_token):
             return ids[1:]

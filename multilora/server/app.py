@@ -15,7 +15,7 @@ from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver, AsyncEngine
 from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
-from multilora.server import adapters, chat, completions, errors, native, openai, operations
+from multilora.server import adapters, chat, completions, errors, native, openai, operations, tokenization
 from multilora.server.auth import KeyCheck
 from multilora.server.metrics import Metrics
 
@@ -43,6 +43,7 @@ def create_app(
     app.include_router(native.router(driver))
     app.include_router(completions.router(driver, defaults))
     app.include_router(chat.router(driver, defaults))
+    app.include_router(tokenization.router(driver))
     app.include_router(openai.models_router(front, int(time.time())))
     app.include_router(adapters.router(driver))
     app.include_router(operations.router(driver, metrics))

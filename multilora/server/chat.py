@@ -1,6 +1,6 @@
 """`POST /v1/chat/completions`: messages through the model's chat template, answers as assistant messages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,7 +13,7 @@ from multilora.front.prompt import ChatPrompt
 from multilora.front.stream import Delta, TextStream
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
-from multilora.server.openai_bodies import ChatBody
+from multilora.server.openai_bodies import ChatBody, ChatMessage, Conversation
 
 
 def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
@@ -37,7 +37,7 @@ class ChatRequest(OpenAIRequest):
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs: only together with logprobs", param="top_logprobs")
         job = Job(
-            prompt=_prompt(body),
+            prompt=chat_prompt(body, body.messages),
             sampling=body.sampling(sampling_defaults, _limit(body)),
             adapters=adapters_of(front.registry, body, 1)[0],
             return_logprob=bool(body.logprobs),
@@ -86,7 +86,8 @@ def _chunk(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _prompt(body: ChatBody) -> ChatPrompt:
+def chat_prompt(body: Conversation, messages: Sequence[ChatMessage]) -> ChatPrompt:
+    """The messages and options for the chat template. Raises BadRequest."""
     options: dict[str, Any] = {
         "tools": _tools(body),
         "add_generation_prompt": body.add_generation_prompt is not False and not body.continue_final_message,
@@ -97,7 +98,7 @@ def _prompt(body: ChatBody) -> ChatPrompt:
     own = body.chat_template_kwargs or {}
     if taken := options.keys() & own.keys():
         raise BadRequest(f"{min(taken)!r} cannot be given to the chat template", param="chat_template_kwargs")
-    return ChatPrompt([message.plain() for message in body.messages], options | own)
+    return ChatPrompt([message.plain() for message in messages], options | own)
 
 
 def _limit(body: ChatBody) -> int | None:
@@ -108,7 +109,7 @@ def _limit(body: ChatBody) -> int | None:
     return old if new is None else new
 
 
-def _tools(body: ChatBody) -> list[dict[str, Any]] | None:
+def _tools(body: Conversation) -> list[dict[str, Any]] | None:
     """Tools go into the template; an answer that calls one comes back as text. Forcing a call is not served."""
     if body.tool_choice not in (None, "auto", "none"):
         raise BadRequest("tool_choice: only 'auto' and 'none' are served", param="tool_choice")

@@ -141,7 +141,19 @@ class ChatMessage(BaseModel):
         return self.model_dump(exclude_unset=True) | {"content": self.content or ""}
 
 
-class ChatBody(OpenAIBody):
+class Conversation(Body):
+    """What the chat template makes a prompt of."""
+
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class ChatBody(Conversation, OpenAIBody):
     """`POST /v1/chat/completions`. Without a limit the answer may fill the context."""
 
     where = "/v1/chat/completions"
@@ -149,9 +161,3 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
