@@ -11,24 +11,18 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from types import NoneType
-from typing import Any, Literal
+from typing import Any
 
+from multilora import logs
 from multilora.errors import ConfigError
-from multilora.options import option, options_of, parse_size
+from multilora.options import KeysOf, option, options_of, parse_size
 
 logger = logging.getLogger(__name__)
 
-LORA_TARGETS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "embed_tokens",
-    "lm_head",
-)
+DTYPES = ("float32", "bfloat16", "float16")
+"""What models are computed in: names of torch dtypes."""
+
+DEVICES = ("cpu", "cuda")
 
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
@@ -87,9 +81,9 @@ class Config:
     tokenizer_path: str | None = _model(None, "local directory or hub id (default: as --model-path)")
     revision: str | None = _model(None, "branch, tag or commit of a hub model")
     trust_remote_code: bool = _model(False, "let the tokenizer's repository run its own code")
-    load_format: Literal["auto", "dummy"] = _model("auto", "dummy: random weights, for benchmarks")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", "auto: the model's own, float32 on CPU")
-    device: Literal["auto", "cpu", "cuda"] = _model("auto", "where the engine computes")
+    load_format: str = _model("auto", "dummy: random weights, for benchmarks", choices=("auto", "dummy"))
+    dtype: str = _model("auto", "auto: the model's own, float32 on CPU", choices=("auto", *DTYPES))
+    device: str = _model("auto", "where the engine computes", choices=("auto", *DEVICES))
     context_length: int | None = _model(None, "longest prompt plus answer, in tokens (default: the model's own)")
     served_model_name: str | None = _model(None, "name clients use for the base model (default: --model-path)")
     chat_template: str | None = _model(None, "file, or the template itself (default: the tokenizer's)")
@@ -107,9 +101,15 @@ class Config:
     lora_target_modules: tuple[str, ...] | None = _adapters(
         None, "refuse adapters on other modules; names, or `all` (default: any)", metavar="MODULE"
     )
-    lora_eviction_policy: Literal["lru", "fifo", "cost"] = _adapters("lru", "which idle adapter gives way first")
-    lora_backend: Literal["auto", "torch", "triton", "csgmv"] = _adapters("auto", "kernels of the LoRA arithmetic")
-    max_lora_chunk_size: Literal[16, 32, 64, 128] = _adapters(32, "most rows per chunk of the csgmv backend")
+    lora_eviction_policy: str = _adapters(
+        "lru",
+        "which idle adapter is evicted first",
+        choices=(KeysOf("multilora.adapters.device.eviction:EVICTION_POLICIES"),),
+    )
+    lora_backend: str = _adapters(
+        "auto", "kernels of the LoRA arithmetic", choices=("auto", KeysOf("multilora.lora.backends:BACKENDS"))
+    )
+    max_lora_chunk_size: int = _adapters(32, "most rows per chunk of the csgmv backend", choices=(16, 32, 64, 128))
     enable_lora_overlap_loading: bool = _adapters(
         True, "copy adapters to a GPU while others compute; off: a copy holds up the step"
     )
@@ -127,8 +127,14 @@ class Config:
     max_queued_requests: int = _memory(4096, "most requests waiting; beyond it, 503")
     chunked_prefill_size: int = _memory(2048, "most new tokens in one step")
     disable_radix_cache: bool = _memory(False, "do not share the KV cache of equal prefixes")
-    schedule_policy: Literal["fcfs", "lpm"] = _memory("fcfs", "first come first served, or longest cached prefix")
-    attention_backend: Literal["auto", "flashinfer", "torch"] = _memory("auto", "kernels of the attention")
+    schedule_policy: str = _memory(
+        "fcfs",
+        "first come first served, or longest cached prefix",
+        choices=(KeysOf("multilora.engine.scheduling.policy:POLICIES"),),
+    )
+    attention_backend: str = _memory(
+        "auto", "kernels of the attention", choices=("auto", KeysOf("multilora.attention.backends:BACKENDS"))
+    )
     cuda_graph_max_bs: int | None = _memory(None, "largest decode batch captured in a CUDA graph")
     disable_cuda_graph: bool = _memory(False, "launch every kernel by itself")
     tp_size: int = _memory(1, "GPUs that share the model", aliases=("--tp", "--tensor-parallel-size"))
@@ -136,11 +142,13 @@ class Config:
 
     host: str = _server("127.0.0.1", "address to listen on")
     port: int = _server(30000, "port to listen on; 0: any free one", low=0, high=65535)
-    log_level: Literal["debug", "info", "warning", "error"] = _server("info", "least severe lines shown")
+    log_level: str = _server("info", "least severe lines shown", choices=tuple(logs.LEVELS))
     api_key: str | None = _server(None, "clients must send it as a bearer token")
     admin_api_key: str | None = _server(None, "what loading and unloading adapters asks for instead")
-    sampling_defaults: Literal["model", "openai"] = _server(
-        "model", "OpenAI routes' defaults: the model's generation_config, or OpenAI's"
+    sampling_defaults: str = _server(
+        "model",
+        "OpenAI routes' defaults: the model's generation_config, or OpenAI's",
+        choices=("model", "openai"),
     )
 
     def __post_init__(self) -> None:
@@ -158,8 +166,11 @@ class Config:
 
     @classmethod
     def make(cls, **fields: Any) -> "Config":
-        """From loose values: unknown names are errors that name the nearest one; lora_paths in any of its forms,
-        lists for tuples, `"8GiB"` for sizes, and the names that other servers have for the same thing."""
+        """Make a config from loose values: lora_paths in any of its forms, lists for tuples, `"8GiB"` for sizes, and
+        the names that other servers have for the same thing.
+
+        Raises ConfigError; for an unknown name it names the nearest known one.
+        """
         known = {f.name for f in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
@@ -205,6 +216,7 @@ class Config:
             seen.add(path.lora_name)
 
     def _check_targets(self) -> None:
+        """Whether the model has such modules is checked once it is known, by `engine/build.py`."""
         targets = self.lora_target_modules
         if targets is None:
             return
@@ -212,11 +224,6 @@ class Config:
             raise ConfigError("--lora-target-modules: no module given")
         if "all" in targets and len(targets) > 1:
             raise ConfigError("--lora-target-modules: 'all' stands alone")
-        for target in targets:
-            if target not in ("all", *LORA_TARGETS):
-                raise ConfigError(
-                    f"--lora-target-modules: unknown module {target!r}; known: {', '.join(LORA_TARGETS)}"
-                )
 
 
 def _lora_paths(value: Any) -> tuple[LoraPath, ...]:

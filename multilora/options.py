@@ -1,14 +1,16 @@
 """How one start-up option is declared: default, help, group and allowed values, beside the field it belongs to.
 
 Owns the conversion of a dataclass of `option(...)` fields into `Option` records, from which both the checks of
-`config.py` and the flags of `cli.py` are made, so that the two cannot drift. Knows no option by name.
+`config.py` and the flags of `cli/parser.py` are made, so that the two cannot drift. Knows no option by name.
 """
 
 import dataclasses
+import importlib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from multilora.errors import ConfigError
 
@@ -16,6 +18,26 @@ T = TypeVar("T")
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class KeysOf:
+    """Choices that are the keys of a table of implementations: `module:NAME`, imported when they are first asked for.
+
+    The table stands beside the implementations, in packages that this file is below of; it is the only list of their
+    names. Its module must be light, since `--help` imports it.
+    """
+
+    table: str
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The names, in the order of the table."""
+        module, _, name = self.table.partition(":")
+        return tuple(getattr(importlib.import_module(module), name))
+
+
+Choices = tuple[str | int | KeysOf, ...]
 
 
 def option(
@@ -28,12 +50,23 @@ def option(
     high: int | None = None,
     size: bool = False,
     metavar: str | None = None,
+    choices: Choices = (),
 ) -> T:
     """A dataclass field that is also a flag.
 
     `low`, `high`: bounds of an integer, both included. `size`: bytes, for which `8GiB` is understood too.
+    `choices`: the allowed values; empty: any.
     """
-    metadata = dict(help=help, group=group, aliases=aliases, low=low, high=high, size=size, metavar=metavar)
+    metadata = dict(
+        help=help,
+        group=group,
+        aliases=aliases,
+        low=low,
+        high=high,
+        size=size,
+        metavar=metavar,
+        declared_choices=choices,
+    )
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -47,7 +80,7 @@ def parse_size(text: str) -> int:
         raise ConfigError(f"{text!r} is not a size; write for example 4096, 512M or 8GiB")
     number, unit, suffix = match.groups()
     base = 1000 if (suffix or "").lower() == "b" else 1024
-    return round(float(number) * base ** _UNITS[unit.lower()])
+    return round(float(number) * int(base ** _UNITS[unit.lower()]))
 
 
 @dataclass(frozen=True)
@@ -58,7 +91,7 @@ class Option:
     type: type  # of one value: bool, int, float, str, or a record such as LoraPath
     many: bool  # a tuple of such values
     optional: bool  # None is allowed
-    choices: tuple[Any, ...]  # empty: any value
+    declared_choices: Choices
     default: Any
     help: str
     group: str
@@ -69,7 +102,14 @@ class Option:
     metavar: str | None
 
     @property
+    def choices(self) -> tuple[str | int, ...]:
+        """The allowed values; empty: any."""
+        tables = (c.keys if isinstance(c, KeysOf) else (c,) for c in self.declared_choices)
+        return tuple(value for values in tables for value in values)
+
+    @property
     def flag(self) -> str:
+        """The name on the command line."""
         return "--" + self.name.replace("_", "-")
 
     def check(self, value: Any) -> None:
@@ -82,9 +122,9 @@ class Option:
             self._check_one(item)
 
     def _check_one(self, value: Any) -> None:
-        if self.choices:
-            if value not in self.choices or isinstance(value, bool):
-                raise self._error(f"one of {', '.join(map(str, self.choices))}", value)
+        if choices := self.choices:
+            if value not in choices or isinstance(value, bool):
+                raise self._error(f"one of {', '.join(map(str, choices))}", value)
         elif self.type is int:
             if not isinstance(value, int) or isinstance(value, bool) or not self._within(value):
                 raise self._error(self._integer_rule(), value)
@@ -119,8 +159,4 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Option:
     many = get_origin(hint) is tuple
     if many:
         hint = get_args(hint)[0]
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    kind = type(choices[0]) if choices else hint
-    return Option(
-        field.name, type=kind, many=many, optional=optional, choices=choices, default=field.default, **field.metadata
-    )
+    return Option(field.name, type=hint, many=many, optional=optional, default=field.default, **field.metadata)

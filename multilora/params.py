@@ -5,7 +5,7 @@ field and the value. The struct travels to the engine as it is.
 """
 
 import math
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 
@@ -118,6 +118,15 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     def stop_regexes(self) -> list[str]:
         """`stop_regex` as a list."""
         return [self.stop_regex] if isinstance(self.stop_regex, str) else list(self.stop_regex or ())
+
+    @property
+    def grammar_field(self) -> Literal["json_schema", "regex", "ebnf"] | None:
+        """Which field holds the grammar that the answer has to follow; None: it is free."""
+        if self.json_schema is not None:
+            return "json_schema"
+        if self.regex is not None:
+            return "regex"
+        return "ebnf" if self.ebnf is not None else None
 
     @property
     def greedy(self) -> bool:

@@ -1,12 +1,11 @@
 """Sizes, and an option taken apart."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import pytest
 
 from multilora.errors import ConfigError
-from multilora.options import option, options_of, parse_size
+from multilora.options import KeysOf, option, options_of, parse_size
 
 
 @pytest.mark.parametrize(
@@ -41,8 +40,8 @@ class Sample:
     port: int = option(0, "port", group="g", low=0, high=9)
     share: float = option(0.5, "share", group="g")
     flag: bool = option(False, "flag", group="h", aliases=("--f",))
-    mode: Literal["a", "b"] = option("a", "mode", group="h")
-    width: Literal[16, 32] = option(16, "width", group="h")
+    mode: str = option("a", "mode", group="h", choices=("a", KeysOf("multilora.logs:LEVELS")))
+    width: int = option(16, "width", group="h", choices=(16, 32))
     names: tuple[str, ...] | None = option(None, "names", group="h")
     room: int | None = option(None, "room", group="h", size=True)
 
@@ -57,7 +56,7 @@ def test_options_know_their_types():
         (int, False, False, ()),
         (float, False, False, ()),
         (bool, False, False, ()),
-        (str, False, False, ("a", "b")),
+        (str, False, False, ("a", "debug", "info", "warning", "error")),
         (int, False, False, (16, 32)),
         (str, True, True, ()),
         (int, False, True, ()),
@@ -76,7 +75,7 @@ def test_options_know_their_types():
         ("port", 9),
         ("share", 1),
         ("flag", True),
-        ("mode", "b"),
+        ("mode", "info"),
         ("width", 32),
         ("names", ("x", "y")),
         ("names", None),
@@ -97,7 +96,7 @@ def test_good_values(name, value):
         ("port", 10, "--port must be an integer between 0 and 9, is 10"),
         ("share", "1", "--share must be a number, is '1'"),
         ("flag", "no", "--flag must be true or false, is 'no'"),
-        ("mode", "c", "--mode must be one of a, b, is 'c'"),
+        ("mode", "c", "--mode must be one of a, debug, info, warning, error, is 'c'"),
         ("width", 17, "--width must be one of 16, 32, is 17"),
         ("names", ("x", 1), "--names must be text, is 1"),
         ("names", "x", "--names must be a list, is 'x'"),
@@ -107,3 +106,10 @@ def test_bad_values(name, value, message):
     with pytest.raises(ConfigError) as error:
         OPTIONS[name].check(value)
     assert str(error.value) == message
+
+
+def test_a_table_is_imported_when_its_names_are_asked_for():
+    choices = KeysOf("multilora.no_such_module:TABLE")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        assert choices.keys
+    assert KeysOf("multilora.logs:LEVELS").keys == ("debug", "info", "warning", "error")

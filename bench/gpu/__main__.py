@@ -27,6 +27,7 @@ from bench.gpu.arrivals import cold_rows, streams_rows
 from bench.gpu.decode import base_only_rows, decode_rows
 from bench.gpu.hardware import copies_rows, kernels_rows, measure, touch_host_memory
 from bench.gpu.idle import idle_rows
+from bench.gpu.sampling import sampling_rows
 from bench.gpu.setup import Bench, scratch_parent
 from bench.gpu.sizes import SIZES, Adapters, write_model
 from bench.gpu.throughput import few_places_rows, many_rows, throughput_rows
@@ -37,6 +38,7 @@ ARENA_FRACTION = 0.6  # leaves room for the second engine and for what is measur
 PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "decode": decode_rows,
     "base_only": base_only_rows,
+    "sampling": sampling_rows,
     "throughput": throughput_rows,
     "few_places": few_places_rows,
     "cold": cold_rows,

@@ -11,6 +11,7 @@ from bench.gpu.setup import Bench, Machine
 from multilora.adapters.device.ring_copier import RingCopier
 from multilora.adapters.host.spare_memory import spare_memory
 from multilora.adapters.host.staging import Staging
+from multilora.adapters.lifecycle.store import AdapterStore
 
 LINK_BYTES = 1 << 30
 COPIED = 16  # adapters
@@ -54,9 +55,9 @@ def link_bandwidth(device: torch.device) -> float:
 def copies_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """Adapters into scattered pages, against the link itself: from the host tier through the ring of pinned memory,
     and from the staging memory, where the loader packs them."""
-    assert bench.machine.link is not None and bench.llm.engine.adapters is not None
+    assert bench.machine.link is not None and isinstance(bench.llm.engine.adapters, AdapterStore)
     names = bench.load_group("r16")[:COPIED]
-    entries = [bench.llm.engine.adapters.host.peek(bench.infos[name].version) for name in names]
+    entries = [bench.llm.engine.adapters.get(bench.infos[name].version).host for name in names]
     staging = Staging()
     staging.pin()
     ordinary = [entry.buffer for entry in entries if entry is not None and not entry.buffer.is_pinned()]
@@ -84,7 +85,7 @@ def _copy_rate(bench: Bench, buffers: list[torch.Tensor]) -> float:
     best = float("inf")
     for _ in range(COPY_RUNS):
         start = time.perf_counter()
-        copies = [copier.start(b, order[i * count : (i + 1) * count]) for i, b in enumerate(buffers)]
+        copies = [copier.start_copy(b, order[i * count : (i + 1) * count]) for i, b in enumerate(buffers)]
         while not all(copy.done() for copy in copies):
             time.sleep(0.0005)
         best = min(best, time.perf_counter() - start)

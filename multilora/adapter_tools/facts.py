@@ -11,7 +11,6 @@ from typing import Any
 
 from multilora.adapters.peft.config import PeftConfig
 from multilora.adapters.peft.safetensors_file import TensorInfo
-from multilora.config import LORA_TARGETS
 from multilora.errors import MultiloraError
 
 PREFIX = "base_model.model."
@@ -91,7 +90,7 @@ def rows(tensors: Mapping[str, TensorInfo], config: PeftConfig | None) -> list[R
         merged.setdefault((key, frozenset(at)), []).append(leaf)
     order = [kind for kind, _ in KINDS]
     found = [
-        Row(k.kind, sorted(leaves, key=_order), ranges(at), k.rank, k.scaling, sum(sizes[k, leaf] for leaf in leaves))
+        Row(k.kind, sorted(leaves), ranges(at), k.rank, k.scaling, sum(sizes[k, leaf] for leaf in leaves))
         for (k, at), leaves in merged.items()
     ]
     return sorted(found, key=lambda row: order.index(row.kind) if row.kind in order else len(order))
@@ -125,11 +124,6 @@ def _layer_and_leaf(module: str) -> tuple[int | None, str]:
     """The layer and the last component of a path; None and the full path if it is in no layer."""
     found = LAYER.search(module)
     return (int(found["layer"]), found["leaf"]) if found else (None, module.removeprefix("model."))
-
-
-def _order(leaf: str) -> tuple[int, str]:
-    """Sort key: the order of the modules in a layer, then the name."""
-    return (LORA_TARGETS.index(leaf) if leaf in LORA_TARGETS else len(LORA_TARGETS), leaf)
 
 
 def _scaling(config: PeftConfig | None, module: str, rank: int | None) -> float | None:

@@ -6,7 +6,7 @@ model only the config is read, and the tables that the adapter has copies of. Ca
 
 import contextlib
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from multilora.adapters.peft.safetensors_file import SafetensorsFile, TensorInfo
 from multilora.adapters.sources import resolve
 from multilora.adapters.sources.files import find_files, read_json_object, show
 from multilora.errors import MultiloraError, from_wire
-from multilora.models.load import DTYPES, read_config
+from multilora.models.load import make_model
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,10 @@ def _read_files(directory: Path, report: Inspection) -> None:
 
 def _target(model_path: str, dtype: str, page_size: int) -> tuple[BaseModel, PackTarget]:
     """The base model, without its weights, and what adapters are packed for."""
-    cls, config = read_config(model_path)
-    if dtype != "auto":
-        config = replace(config, dtype=DTYPES[dtype])
-    model = cls(config, torch.device("meta"))
-    layout = model.kv_layout(page_size)
+    model = make_model(model_path, dtype=dtype, device=torch.device("meta"))
     weights = model_path if os.path.isdir(model_path) else None
-    sites = model.lora_sites()
-    return BaseModel.of(config, sites, weights), PackTarget(sites, layout.dtype, layout.page_bytes)
+    page_bytes = model.kv_layout(page_size).page_bytes
+    return BaseModel.of(model, weights), PackTarget(model.lora_sites(), model.config.adapter_dtype, page_bytes)
 
 
 def _served(directory: Path, model_path: str, base: BaseModel, target: PackTarget) -> Served:

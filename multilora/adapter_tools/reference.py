@@ -17,8 +17,9 @@ from multilora.adapters.peft.safetensors_file import SafetensorsFile
 from multilora.adapters.sources.files import find_files, read_json_object
 from multilora.engine.build import choose_device
 from multilora.errors import ConfigError
+from multilora.lora.sites import EMBED, HEAD
 
-TABLE = re.compile(r"\.?(?:embed_tokens|lm_head)(?:\.base_layer|\.modules_to_save)?(?:\.\w+)?\.weight$")
+TABLE = re.compile(rf"\.?(?:{EMBED}|{HEAD})(?:\.base_layer|\.modules_to_save)?(?:\.\w+)?\.weight$")
 
 
 class Reference:

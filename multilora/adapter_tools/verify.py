@@ -18,7 +18,8 @@ from multilora.adapter_tools.reference import Reference, SpecialTokens
 from multilora.adapters.sources import resolve
 from multilora.errors import ConfigError
 from multilora.front.tokenizer import Tokenizer
-from multilora.llm import LLM, Generation
+from multilora.llm.completion import Completion
+from multilora.llm.offline import LLM
 from multilora.models.config import ModelConfig
 from multilora.models.load import read_config
 
@@ -100,7 +101,7 @@ def verify(
         names = [NAME] * len(asked) + [None] * len(asked)
         params = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
         wanted: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": TOP}
-        answers: list[Generation] = llm.generate([p.ids for p in both], params, names, **wanted)
+        answers: list[Completion] = llm.generate([p.ids for p in both], params, names, **wanted)
     reference = Reference(model_path, device)
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
     checks = []
@@ -144,7 +145,7 @@ def _prompts(
     return found
 
 
-def _compare(prompt: _Prompt, adapter: bool, answer: Generation, expected: torch.Tensor, tolerance: float) -> Check:
+def _compare(prompt: _Prompt, adapter: bool, answer: Completion, expected: torch.Tensor, tolerance: float) -> Check:
     """expected: log-softmax of the reference over prompt and answer, [positions, vocab]."""
     start = len(prompt.ids)
     assert answer.input_top_logprobs is not None and answer.top_logprobs is not None

@@ -12,21 +12,23 @@ import torch
 from multilora.attention.rotate import CosSin
 from multilora.batch import AttentionMeta
 
+KVViews = list[tuple[torch.Tensor, torch.Tensor]]
+"""Per layer, k and v of all pages of the arena, each [num_pages, page_size, kv_heads, head_dim], strided."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class AttentionShape:
-    """What a backend must know of the model. `scale` multiplies the scores; `sliding_window` counts the tokens that
-    a token sees, itself included (None: all before it)."""
+    """What the attention of every layer of a model has in common."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    scale: float
-    sliding_window: int | None
+    scale: float  # factor of the scores q · k
+    sliding_window: int | None  # how many tokens a token sees, itself included; None: all before it
 
 
 class LayerAttention(Protocol):
-    """What a layer needs."""
+    """The part of a backend that layers call."""
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
         """Rotate q and k, write k and v of the new tokens into their pages, then attend causally.
@@ -39,26 +41,31 @@ class LayerAttention(Protocol):
 
 
 class StepAttention(LayerAttention, Protocol):
+    """A backend for one step."""
+
     def prepare(self, meta: AttentionMeta) -> None:
         """Take this step's page tables and lengths; plan whatever is shared by all layers."""
 
 
 class AttentionBackend(StepAttention, Protocol):
+    """A backend over the KV pages of one arena."""
+
     name: str
 
     def for_graph(self, batch_size: int) -> StepAttention | None:
         """A twin over the same pages whose `forward` can be captured; None if this backend has none.
 
         The twin takes decode steps of 1 … `batch_size` requests with one new token each; its `forward` always gets
-        `batch_size` rows, those beyond the requests are padding, which reads and writes nothing of anybody.
+        `batch_size` rows. Rows beyond the requests are padding, which reads and writes no request's pages.
         `prepare` runs before the capture and before every replay, outside the graph.
         """
         ...
 
     def for_pieces(self, rows: int) -> "PieceAttention | None":
-        """Of a step of up to `rows` new tokens, whatever they are, of which everything but the attention itself is
-        captured; None if this backend has no such thing. Those of several sizes share their memory: ask for the
-        largest first, and use one at a time.
+        """A twin for steps of up to `rows` new tokens in which everything but the attention itself is captured;
+        None if this backend has none.
+
+        Twins of several sizes share their memory: ask for the largest first, and use one at a time.
         """
         ...
 
@@ -67,13 +74,13 @@ class PieceAttention(Protocol):
     """A backend's `forward` in two halves: `rotate` can be captured, `attend` is called between two graphs."""
 
     out: torch.Tensor
-    """[rows, heads, head_dim], what `attend` writes, always here."""
+    """[rows, heads, head_dim], what `attend` writes, always at the same address."""
 
     def prepare(self, meta: AttentionMeta) -> None:
-        """Before a step, outside of its graphs. Not needed for a capture."""
+        """Take a step's page tables and lengths, before its graphs are replayed. Not needed for a capture."""
 
     def rotate(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> None:
         """Rotate q and k, write k and v to their pages. All of them have `rows` rows; padding writes nothing."""
 
     def attend(self, layer: int) -> None:
-        """The rest, for the tokens that the step has."""
+        """Compute the attention of the step's tokens from what `rotate` left."""

@@ -16,9 +16,8 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.jit import env as jit_env
 from flashinfer.jit import get_batch_prefill_uri
 
-from multilora.attention.base import AttentionShape, PieceAttention, StepAttention
+from multilora.attention.base import AttentionShape, KVViews, PieceAttention, StepAttention
 from multilora.attention.rotate import CosSin
-from multilora.attention.torch_sdpa import KVViews
 from multilora.attention.triton_decode import PIECE_WORDS, SPAN_WORDS, budget, cut, decode, split_budget
 from multilora.attention.triton_kernels import list_pages, rotate_and_write
 from multilora.batch import AttentionMeta
@@ -29,36 +28,32 @@ WORKSPACE_BYTES = 256 << 20  # for FlashInfer
 REQUEST_WORDS = 5  # see `list_pages`
 
 
-@dataclass(frozen=True, slots=True)
-class _PagedShape:
-    """The model's shape, and the pages of the arena that hold its keys and values."""
+@dataclass(frozen=True)
+class _Shape(AttentionShape):
+    """`AttentionShape`, and what the arena adds. The KV cache has the dtype of the queries."""
 
-    model: AttentionShape
     page_size: int
     num_pages: int  # of the arena
     dtype: torch.dtype
     device: torch.device
 
     @property
-    def window(self) -> int | None:
-        return self.model.sliding_window
-
-    @property
     def plan_options(self) -> dict[str, Any]:
         """Arguments of FlashInfer's `plan` that every step shares."""
         return {
-            "sm_scale": self.model.scale,
-            "window_left": -1 if self.window is None else self.window - 1,  # FlashInfer counts the token itself out
+            "sm_scale": self.scale,
+            "window_left": (self.sliding_window or 0) - 1,  # FlashInfer counts the token itself out; -1: no window
             "q_data_type": self.dtype,
             "kv_data_type": self.dtype,
         }
 
 
-def _requests(shape: _PagedShape, meta: AttentionMeta, rows: np.ndarray, padded_to: int = 0) -> np.ndarray:
+def _requests(shape: _Shape, meta: AttentionMeta, rows: np.ndarray, padded_to: int = 0) -> np.ndarray:
     """int32 [5, requests] as `list_pages` takes them: the requests `rows`, then padding without pages. Pages before a
     window are left out, which is sound because positions count from a request's end."""
     kv, q = np.array(meta.kv_lens)[rows], np.array(meta.q_lens)[rows]
-    first = np.zeros_like(kv) if shape.window is None else np.maximum(kv - q - shape.window + 1, 0) // shape.page_size
+    window = shape.sliding_window
+    first = np.zeros_like(kv) if window is None else np.maximum(kv - q - window + 1, 0) // shape.page_size
     last = kv - 1
     requests = np.zeros((REQUEST_WORDS, max(len(rows), padded_to)), dtype=np.int32)
     requests[0] = -1
@@ -75,9 +70,9 @@ def _pinned(values: np.ndarray) -> torch.Tensor:
 class _Decode:
     """`size` requests of one new token each. Their tables are views of one int32 tensor of `num_words`."""
 
-    def __init__(self, shape: _PagedShape, size: int):
+    def __init__(self, shape: _Shape, size: int):
         self._shape, self._size = shape, size
-        self._pieces = budget(size, shape.model.num_kv_heads)
+        self._pieces = budget(size, shape.num_kv_heads)
         self._sizes = REQUEST_WORDS * size, SPAN_WORDS * split_budget(size), PIECE_WORDS * self._pieces
         self.num_words = sum(self._sizes)
 
@@ -87,14 +82,15 @@ class _Decode:
         requests = _requests(shape, meta, rows, self._size)
         pages = requests[3]
         tokens = np.where(pages > 0, (pages - 1) * shape.page_size + requests[4] + 1, 0)
-        skip = np.zeros_like(tokens) if shape.window is None else np.maximum(tokens - shape.window, 0)
+        window = shape.sliding_window
+        skip = np.zeros_like(tokens) if window is None else np.maximum(tokens - window, 0)
         plan = cut(pages, tokens, skip, shape.page_size, self._pieces)
         return np.concatenate((requests.ravel(), plan.spans.ravel(), plan.pieces.ravel())), int(pages.sum())
 
     def scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for the partial results of requests that are split: see `decode`."""
-        shape = (self._pieces, self._shape.model.num_heads)
-        partial = torch.empty(*shape, self._shape.model.head_dim, dtype=torch.float32, device=self._shape.device)
+        shape = (self._pieces, self._shape.num_heads)
+        partial = torch.empty(*shape, self._shape.head_dim, dtype=torch.float32, device=self._shape.device)
         return partial, torch.empty(shape, dtype=torch.float32, device=self._shape.device)
 
     def requests(self, words: torch.Tensor) -> torch.Tensor:
@@ -112,7 +108,7 @@ class _Decode:
         """q, out: [size, heads, head_dim]."""
         _, spans, pieces = words.split(self._sizes)
         tables = pieces.view(-1, PIECE_WORDS), spans.view(-1, SPAN_WORDS)
-        decode(q, kv, indices, *tables, *scratch, out, self._shape.model.scale)
+        decode(q, kv, indices, *tables, *scratch, out, self._shape.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +124,7 @@ class _DecodeStep:
 class _PrefillWrapper:
     """FlashInfer's prefill wrapper: requests of any number of new tokens, causal. FA3 on Hopper, FA2 elsewhere."""
 
-    def __init__(self, shape: _PagedShape, workspace: torch.Tensor):
+    def __init__(self, shape: _Shape, workspace: torch.Tensor):
         self._shape = shape
         self._wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
         self._planned = torch.cuda.Event()
@@ -140,8 +136,7 @@ class _PrefillWrapper:
         indptr = _pinned(np.cumsum([0, *requests[3]], dtype=np.int32))
         self._planned.synchronize()  # the last plan has left the wrapper's one pinned buffer
         self._wrapper.plan(
-            q_indptr, indptr, indices, _pinned(requests[4] + 1), s.model.num_heads, s.model.num_kv_heads,
-            s.model.head_dim,
+            q_indptr, indptr, indices, _pinned(requests[4] + 1), s.num_heads, s.num_kv_heads, s.head_dim,
             s.page_size, causal=True, **s.plan_options,
         )  # fmt: skip
         self._planned.record()
@@ -154,7 +149,7 @@ class _PrefillWrapper:
 class FlashInferAttention:
     """The `flashinfer` backend over the arena's per-layer views, each [num_pages, page_size, kv_heads, head_dim].
 
-    fp16 or bf16, head_dim 64, 128 or 256 (see `make_attention`).
+    fp16 or bf16, head_dim 64, 128 or 256 (see `flashinfer_obstacle`).
     """
 
     name = "flashinfer"
@@ -162,7 +157,13 @@ class FlashInferAttention:
     def __init__(self, kv_views: KVViews, shape: AttentionShape):
         pages = kv_views[0][0]
         self._kv_views = kv_views
-        self._shape = _PagedShape(shape, pages.shape[1], pages.shape[0], pages.dtype, pages.device)
+        self._shape = _Shape(
+            **vars(shape),
+            page_size=pages.shape[1],
+            num_pages=pages.shape[0],
+            dtype=pages.dtype,
+            device=pages.device,
+        )
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=pages.device)
         self._graph_scratch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._prefill = _PrefillWrapper(
@@ -229,7 +230,7 @@ class FlashInferAttention:
         """See `AttentionBackend`."""
         shape = self._shape
         if self._piece_memory is None:
-            size = (2, rows, shape.model.num_heads, shape.model.head_dim)
+            size = (2, rows, shape.num_heads, shape.head_dim)
             self._piece_memory = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         assert rows <= self._piece_memory.shape[1], "the largest comes first"
         q, out = self._piece_memory[:, :rows]
@@ -261,7 +262,7 @@ class _GraphAttention:
 
     def __init__(
         self,
-        shape: _PagedShape,
+        shape: _Shape,
         kv_views: KVViews,
         decode: _Decode,
         batch_size: int,
@@ -327,11 +328,11 @@ class _PieceAttention:
         self._attention.attend_to(layer, self._q[: self._tokens], self.out[: self._tokens])
 
 
-def _is_compiled(shape: _PagedShape) -> bool:
-    kind, dim = shape.dtype, shape.model.head_dim
+def _is_compiled(shape: _Shape) -> bool:
+    kind, dim = shape.dtype, shape.head_dim
     names = [
         get_batch_prefill_uri(
-            backend, kind, kind, kind, torch.int32, dim, dim, 0, shape.window is not None, False, False
+            backend, kind, kind, kind, torch.int32, dim, dim, 0, shape.sliding_window is not None, False, False
         )
         for backend in ("fa2", "fa3")
     ]

@@ -12,11 +12,9 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from multilora.attention.base import AttentionShape, PieceAttention, StepAttention
+from multilora.attention.base import AttentionShape, KVViews, PieceAttention, StepAttention
 from multilora.attention.rotate import CosSin, rotate
 from multilora.batch import AttentionMeta
-
-KVViews = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,9 @@ class TorchAttention:
 
     def __init__(self, kv_views: KVViews, shape: AttentionShape):
         self.kv_views = kv_views
-        self.shape = shape
+        self.num_kv_heads = shape.num_kv_heads
+        self.head_dim = shape.head_dim
+        self.scale = shape.scale
         self.window = shape.sliding_window
         self.page_size = kv_views[0][0].shape[1]
         self._meta: AttentionMeta | None = None
@@ -79,6 +79,7 @@ class TorchAttention:
             k_pages.index_fill_(0, self._begun, 0)
             v_pages.index_fill_(0, self._begun, 0)
         where = (self._meta.token_page, self._meta.token_slot)
+        k, v = k.to(k_pages.dtype), v.to(v_pages.dtype)  # rounded as the pages are, whether read from them or not
         k_pages.index_put_(where, k)
         v_pages.index_put_(where, v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -166,23 +167,21 @@ class TorchAttention:
         self, plan: _DecodePlan, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
     ) -> torch.Tensor:
         """q: [B, heads, head_dim]. The query heads of one KV head stand where query tokens usually do."""
-        grouped = q.reshape(
-            q.shape[0], self.shape.num_kv_heads, -1, self.shape.head_dim
-        )  # [B, kv_heads, group, head_dim]
-        keys = _tokens(k_pages, plan.pages).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
-        values = _tokens(v_pages, plan.pages).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+        grouped = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, kv_heads, group, head_dim]
+        keys = _tokens(k_pages, plan.pages).to(q.dtype).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+        values = _tokens(v_pages, plan.pages).to(q.dtype).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
         # both [B, kv_heads, keys, head_dim]
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask, scale=self.shape.scale)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask, scale=self.scale)
         return out.reshape(q.shape)
 
     def _prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """q: [q, heads, head_dim]; k, v: [keys, kv_heads, head_dim]. The group is the batch: as heads of stride 0 it
         makes PyTorch's CUDA kernel wrong in the last query of 64 n + 1 (pytorch issue 191937)."""
-        grouped = q.unflatten(1, (self.shape.num_kv_heads, -1)).permute(2, 1, 0, 3)  # [group, kv_heads, q, head_dim]
-        keys = k.transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)  # [group, kv_heads, keys, head_dim]
-        values = v.transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)
+        grouped = q.unflatten(1, (self.num_kv_heads, -1)).permute(2, 1, 0, 3)  # [group, kv_heads, q, head_dim]
+        keys = k.to(q.dtype).transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)  # [group, kv_heads, keys, head_dim]
+        values = v.to(q.dtype).transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)
         out = F.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.shape.scale
+            grouped, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )
         return out.permute(2, 1, 0, 3).flatten(1, 2)
 

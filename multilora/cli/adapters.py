@@ -4,9 +4,8 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from multilora.config import DEVICES, DTYPES
 from multilora.errors import ConfigError
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,8 @@ def add_commands(commands: Any, make_parser: dict[str, Any]) -> None:
     verify.add_argument(
         "--tolerance", type=float, metavar="X", help="largest difference of a logprob (default: 1e-4 in float32)"
     )
-    verify.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", metavar="{auto,cpu,cuda}", help="default: auto"
-    )
+    devices = ("auto", *DEVICES)
+    verify.add_argument("--device", choices=devices, default="auto", metavar=_choices(devices), help="default: auto")
 
 
 def parsed(namespace: argparse.Namespace) -> AdapterArgs:

@@ -13,32 +13,33 @@ from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.composition.kv_invariance import leaves_kv
 from multilora.adapters.composition.namespaces import Namespaces
 from multilora.adapters.device.copier import Copier, DirectCopier
-from multilora.adapters.device.residency import Residency
 from multilora.adapters.device.ring_copier import RingCopier
-from multilora.adapters.host.cache import HostCache
 from multilora.adapters.host.spare_memory import spare_memory
 from multilora.adapters.host.staging import STAGING_BYTES, Staging
+from multilora.adapters.lifecycle.device_tier import DeviceTier
+from multilora.adapters.lifecycle.disabled import AnyStore, DisabledStore
+from multilora.adapters.lifecycle.host_tier import HostTier
+from multilora.adapters.lifecycle.store import AdapterStore
 from multilora.adapters.loading.dora_bias import DoraBiasLoader
 from multilora.adapters.loading.loader import FetchContext, Loader
 from multilora.adapters.loading.process import ProcessLoader
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.peft.base_model import BaseModel
-from multilora.adapters.versions.store import AdapterStore
-from multilora.attention import choose_attention, make_attention
-from multilora.attention.base import AttentionBackend, AttentionShape
+from multilora.attention.backends import choose_attention, make_attention
+from multilora.attention.base import AttentionBackend
 from multilora.config import Config
 from multilora.engine.engine import Engine
-from multilora.engine.execution.cuda_graph import DecodeCudaGraphs, graph_sizes
-from multilora.engine.execution.piecewise_cuda_graph import SIZES, PiecewiseCudaGraphs
-from multilora.engine.execution.runner import Graphs, Runner, RunnerLora
+from multilora.engine.execution.cuda_graphs import PIECE_SIZES, CudaGraphs, decode_sizes
+from multilora.engine.execution.runner import Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
 from multilora.engine.messages import Ready, Stats
+from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
 from multilora.lora.base import LoraBackend
 from multilora.lora.device_table import table_bytes_per_page
-from multilora.lora.panels import PanelGeometry
+from multilora.lora.sites import module_shapes
 from multilora.lora.table import LoraTable
 from multilora.memory.kv_layout import KVLayout
 from multilora.memory.page_pool import PagePool
@@ -46,9 +47,9 @@ from multilora.memory.page_table import KVPages
 from multilora.memory.plan import DeviceMemory, MemoryPlan, format_bytes, plan_memory
 from multilora.memory.prefix_cache import PrefixCache
 from multilora.memory.reclaim import GdsfClock, Reclaimer
+from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig
-from multilora.models.llama import LlamaForCausalLM
-from multilora.models.load import load_model
+from multilora.models.load import make_model
 from multilora.models.weights import checkpoint_files
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,14 @@ def build_engine(
     started = monotonic()
     device = choose_device(config.device)
     model = _load(config, device)
-    over_arena = _attention_maker(config, model.config, device)
+    over_arena = _attention_maker(config, model)
     memory = _memory(config, model, over_arena)
     attention = over_arena(memory.layout.views(memory.arena))
-    adapters, lora, reclaimer = _lora(config, model, memory, make_loader, make_copier or partial(_copier, config))
-    scheduler = _scheduler(config, model.config, memory, reclaimer, adapters)
+    journal = LoraJournal()
+    adapters, lora, reclaimer = _lora(
+        config, model, memory, journal, make_loader, make_copier or partial(_copier, config)
+    )
+    scheduler = _scheduler(config, model.config, memory, reclaimer, adapters, journal)
     backend = lora.backend if lora else None
     with asking_for("CUDA graphs", "lower --mem-fraction-static, or start with --disable-cuda-graph"):
         graphs = _capture(config, model, attention, backend)
@@ -103,7 +107,6 @@ def build_engine(
         describe=partial(_describe, model.config, device, backend.name if backend else "off", attention.name),
         max_queued=config.max_queued_requests,
         random_seed=config.random_seed,
-        device=device,
         ahead=int(device.type == "cuda") if ahead is None else ahead,
     )
 
@@ -116,22 +119,43 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _load(config: Config, device: torch.device) -> LlamaForCausalLM:
+def _load(config: Config, device: torch.device) -> CausalLM:
+    """The model with its weights. What it does not serve is refused before any weight is fetched."""
+    path = _model_path(config)
     with asking_for("the weights of the base model", "take a smaller model, or a GPU with more memory"):
-        model, _ = load_model(
-            config.model_path or str(demo.base_model_path()),
+        model = make_model(
+            path,
             dtype=config.dtype,
             device=device,
-            load_format=config.load_format,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             context_length=config.context_length,
-            seed=config.random_seed or 0,
         )
+        _adapter_limits(config, model)
+        model.load(path, load_format=config.load_format, revision=config.revision, seed=config.random_seed or 0)
     return model
 
 
-def _memory(config: Config, model: LlamaForCausalLM, over_arena: MakeAttention) -> _Memory:
+def _model_path(config: Config) -> str:
+    return config.model_path or str(demo.base_model_path())
+
+
+def _adapter_limits(config: Config, model: CausalLM) -> AdapterLimits:
+    """What adapters may be. Raises ConfigError for --lora-target-modules that the model does not have."""
+    targets = config.lora_target_modules
+    if targets is None or targets == ("all",):
+        return AdapterLimits(config.max_lora_rank)
+    known = module_shapes(model.lora_sites())
+    for target in targets:
+        if target not in known:
+            raise ConfigError(
+                f"--lora-target-modules: {model.config.architecture} has no module {target!r}; it has "
+                f"{', '.join(known)}"
+            )
+    return AdapterLimits(config.max_lora_rank, targets)
+
+
+def _memory(config: Config, model: CausalLM, over_arena: MakeAttention) -> _Memory:
     """As planned from what the model leaves."""
     layout = model.kv_layout(config.page_size)
     plan = _plan(config, model, layout, over_arena)
@@ -144,12 +168,18 @@ def _memory(config: Config, model: LlamaForCausalLM, over_arena: MakeAttention) 
 
 
 def _scheduler(
-    config: Config, model: ModelConfig, memory: _Memory, reclaimer: Reclaimer, adapters: AdapterStore | None
+    config: Config,
+    model: ModelConfig,
+    memory: _Memory,
+    reclaimer: Reclaimer,
+    adapters: AnyStore,
+    journal: LoraJournal,
 ) -> Scheduler:
     return Scheduler(
         KVPages(memory.pool, memory.prefix, reclaimer, memory.arena.shape[1]),
         adapters,
         memory.namespaces,
+        journal,
         eos_token_ids=model.eos_token_ids,
         max_running=config.max_running_requests,
         chunk_tokens=config.chunked_prefill_size,
@@ -158,45 +188,40 @@ def _scheduler(
 
 
 def _capture(
-    config: Config, model: LlamaForCausalLM, attention: AttentionBackend, lora: LoraBackend | None
-) -> Graphs:
-    """Where device and attention backend have them. Nothing runs yet, so page 0 is free to write."""
+    config: Config, model: CausalLM, attention: AttentionBackend, lora: LoraBackend | None
+) -> CudaGraphs | None:
+    """None where device or attention backend have none. Nothing runs yet, so page 0 is free to write."""
     sizes = _graph_sizes(config, model.device)
     if not sizes:
-        return Graphs()
+        return None
     twins = {size: twin for size in sizes if (twin := attention.for_graph(size)) is not None}
-    halves = {size: half for size in reversed(SIZES) if (half := attention.for_pieces(size)) is not None}
+    halves = {size: half for size in reversed(PIECE_SIZES) if (half := attention.for_pieces(size)) is not None}
     if not twins or not halves:
         logger.info("CUDA graphs: none, the %s attention backend cannot be captured", attention.name)
-        return Graphs()
-    decodes, pieces = (
-        DecodeCudaGraphs(model, twins, lora, model.device),
-        PiecewiseCudaGraphs(model, halves, lora, model.device),
-    )
-    decodes.capture()
-    pieces.capture()
-    return Graphs(decodes, pieces)
+        return None
+    graphs = CudaGraphs(model, twins, halves, lora, model.device)
+    graphs.capture()
+    return graphs
 
 
 def _graph_sizes(config: Config, device: torch.device) -> list[int]:
     """Batches whose decode steps are captured; none on CPU."""
     if device.type != "cuda" or config.disable_cuda_graph:
         return []
-    return graph_sizes(min(config.cuda_graph_max_bs or 256, config.max_running_requests))
+    return decode_sizes(min(config.cuda_graph_max_bs or 256, config.max_running_requests))
 
 
-def _attention_maker(config: Config, model: ModelConfig, device: torch.device) -> MakeAttention:
-    """Of the backend that was chosen, over any arena."""
-    name = choose_attention(config.attention_backend, device, model.dtype, model.head_dim)
-    scale = model.head_dim**-0.5
-    shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, scale, model.sliding_window)
+def _attention_maker(config: Config, model: CausalLM) -> MakeAttention:
+    """Makes the attention backend that was chosen, over any arena."""
+    shape, dtypes = model.attention_shape, (model.config.dtype, model.config.kv_dtype)
+    name = choose_attention(config.attention_backend, model.device, *dtypes, shape.head_dim)
     return lambda kv_views: make_attention(name, kv_views, shape)
 
 
-def _plan(config: Config, model: LlamaForCausalLM, layout: KVLayout, over_arena: MakeAttention) -> MemoryPlan:
+def _plan(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAttention) -> MemoryPlan:
     return plan_memory(
         layout,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=model.weight_bytes,
         context_length=model.config.context_length,
         max_running_requests=config.max_running_requests,
         arena_bytes=config.arena_bytes,
@@ -206,9 +231,7 @@ def _plan(config: Config, model: LlamaForCausalLM, layout: KVLayout, over_arena:
     )
 
 
-def _device_memory(
-    config: Config, model: LlamaForCausalLM, layout: KVLayout, over_arena: MakeAttention
-) -> DeviceMemory:
+def _device_memory(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAttention) -> DeviceMemory:
     """Measured by running the largest step."""
     tokens, requests = config.chunked_prefill_size, config.max_running_requests
     with asking_for(f"a step of {tokens} tokens", "lower --chunked-prefill-size or --max-running-requests"):
@@ -217,71 +240,77 @@ def _device_memory(
     sizes, variants = _graph_sizes(config, model.device), 1 + config.enable_lora
     graphs = graph_bytes(sizes, row_bytes, variants)
     if sizes:
-        graphs += graph_bytes(SIZES, row_bytes, variants, pieces=1 + model.config.num_layers)
+        graphs += graph_bytes(PIECE_SIZES, row_bytes, variants, pieces=1 + model.config.num_layers)
     tables = 0
     if config.enable_lora:
-        tables = table_bytes_per_page(model.lora_sites(), PanelGeometry(layout.page_bytes, layout.dtype.itemsize))
+        target = _pack_target(model, layout)
+        tables = table_bytes_per_page(target.sites, target.geometry)
     return DeviceMemory(torch.cuda.mem_get_info(model.device)[0], step, graphs, tables)
 
 
 def _lora(
     config: Config,
-    model: LlamaForCausalLM,
+    model: CausalLM,
     memory: _Memory,
+    journal: LoraJournal,
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
-) -> tuple[AdapterStore | None, RunnerLora | None, Reclaimer]:
+) -> tuple[AnyStore, RunnerLora | None, Reclaimer]:
     """What adapters need, if they are enabled; and who makes room in the arena."""
     if config.enable_lora:
-        return _build_lora(config, model, memory, make_loader, make_copier)
-    return None, None, Reclaimer(memory.pool, memory.clock, [memory.prefix])
+        return _build_lora(config, model, memory, journal, make_loader, make_copier)
+    return DisabledStore(), None, Reclaimer(memory.pool, memory.clock, [memory.prefix])
 
 
 def _build_lora(
     config: Config,
-    model: LlamaForCausalLM,
+    model: CausalLM,
     memory: _Memory,
+    journal: LoraJournal,
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
 ) -> tuple[AdapterStore, RunnerLora, Reclaimer]:
     layout, arena, pool, clock = memory.layout, memory.arena, memory.pool, memory.clock
-    sites = model.lora_sites()
-    target = PackTarget(sites, layout.dtype, layout.page_bytes)
-    table = LoraTable(arena, layout.dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
+    target = _pack_target(model, layout)
+    sites = target.sites
+    table = LoraTable(arena, target.dtype, tuple(tuple(s.offset for s in site.slices) for site in sites))
     backend = make_lora_backend(
-        config.lora_backend, table, arena.device, sites=sites, chunk_rows=config.max_lora_chunk_size
+        config.lora_backend, table, sites=sites, dtype=model.config.dtype, chunk_rows=config.max_lora_chunk_size
     )
     limit = config.lora_device_bytes
-    residency = Residency(
+    device = DeviceTier(
         pool,
         clock,
-        table,
+        journal,
         make_copier(arena),
         policy=config.lora_eviction_policy,
         max_count=config.max_loras_per_batch,
         max_pages=None if limit is None else limit // layout.page_bytes,
-        on_evict=lambda version: store.evicted(version),
+        on_evict=memory.namespaces.demote,
     )
-    reclaimer = Reclaimer(pool, clock, [memory.prefix, residency])
-    targets = None if config.lora_target_modules in (None, ("all",)) else config.lora_target_modules
-    base = BaseModel.of(model.config, sites, _weights_dir(config))
-    context = FetchContext(base, target, AdapterLimits(config.max_lora_rank, targets), config.lora_root)
+    reclaimer = Reclaimer(pool, clock, [memory.prefix, device])
+    base = BaseModel.of(model, _weights_dir(config))
+    context = FetchContext(base, target, _adapter_limits(config, model), config.lora_root)
     staging = _staging(arena.device) if make_loader is None else None
     loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
     store = AdapterStore(
-        DoraBiasLoader(loader, target, model.linear),
-        HostCache(config.max_loaded_loras, config.lora_host_bytes),
-        residency,
+        DoraBiasLoader(loader, target, model.base_weight),
+        HostTier(config.max_loaded_loras, config.lora_host_bytes),
+        device,
         reclaimer,
         layout_of=target.layout,
-        leaves_kv=lambda shape: leaves_kv(shape, sites),
+        leaves_kv=lambda shape: leaves_kv(shape, base),
         page_bytes=layout.page_bytes,
         total_pages=pool.total,
         context_pages=layout.pages_for(model.config.context_length),
-        on_evict=memory.namespaces.demote,
         settle=staging.settle if staging is not None else lambda entry: None,
     )
-    return store, RunnerLora(backend, table, sites), reclaimer
+    return store, RunnerLora(backend, table, sites, target.layout), reclaimer
+
+
+def _pack_target(model: CausalLM, layout: KVLayout) -> PackTarget:
+    """Adapters lie in the pages of the KV cache, in a dtype of their own."""
+    return PackTarget(model.lora_sites(), model.config.adapter_dtype, layout.page_bytes)
 
 
 def _staging(device: torch.device) -> Staging | None:
@@ -307,8 +336,7 @@ def _weights_dir(config: Config) -> str | None:
     """Where the base model's own weights lie, by now on this machine."""
     if config.load_format == "dummy":
         return None
-    path = config.model_path or str(demo.base_model_path())
-    return str(checkpoint_files(path, config.revision)[0].parent)
+    return str(checkpoint_files(_model_path(config), config.revision)[0].parent)
 
 
 def _copier(config: Config, arena: torch.Tensor) -> Copier:

@@ -7,11 +7,9 @@ Owns the scheduler, the runner and the adapter store; `build.py` puts them toget
 import random
 from collections import deque
 from collections.abc import Callable
-from time import monotonic
 
-import torch
-
-from multilora.adapters.versions.store import AdapterStore, Loaded, Lost
+from multilora.adapters.lifecycle.disabled import AnyStore
+from multilora.adapters.lifecycle.store import Loaded, Lost
 from multilora.engine.execution.runner import Launched, Runner
 from multilora.engine.messages import (
     Abort,
@@ -31,9 +29,7 @@ from multilora.engine.messages import (
     UnloadAdapter,
     UseTokenizer,
 )
-from multilora.engine.sampling.grammar import GrammarCache
-from multilora.engine.sampling.logit_edits import LogitEdits
-from multilora.engine.scheduling.request import Request
+from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.stats import StatsReporter
 from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, QueueFull, UnknownAdapter
@@ -41,18 +37,17 @@ from multilora.params import Composition
 
 
 class Engine:
-    """adapters: None when LoRA is off. ahead: how many steps may be launched and not committed: 1 on CUDA, else 0."""
+    """ahead: how many steps may be launched and not committed: 1 on CUDA, else 0."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         runner: Runner,
-        adapters: AdapterStore | None,
+        adapters: AnyStore,
         *,
         describe: Callable[[Stats], Ready],
         max_queued: int,
         random_seed: int | None,
-        device: torch.device,
         ahead: int = 0,
     ):
         self.scheduler = scheduler
@@ -62,8 +57,6 @@ class Engine:
         self._describe = describe
         self._max_queued = max_queued
         self._seeds = random.Random(random_seed)
-        self._device = device
-        self._grammars: GrammarCache | None = None
         self._calls: dict[int, int] = {}  # version being loaded → call to answer
         self._replies: list[FromEngine] = []
         self._order = 0
@@ -73,39 +66,46 @@ class Engine:
     # ------------------------------------------------------------------ one step
 
     def step(self) -> list[FromEngine]:
-        """Load → schedule → launch (forward and sample) → commit. Returns what the front should hear.
+        """Load → schedule → forward → sample → commit. Returns what the front should hear.
 
         With `ahead` 1 the step that is committed is the one before: the device computes while the host commits.
+        Grammars must know the tokens of that step before this one is sampled, but not before its forward pass.
         """
         self._poll_adapters()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
-            self.scheduler.launch(plan)
-            self._in_flight.append(self.runner.launch(plan))
-        while len(self._in_flight) > (self._ahead if plan else 0):
+            forward = self.runner.forward(plan)
+            if self.runner.needs_tokens(plan):
+                outputs += self._commit(0)
+            self._in_flight.append(self.runner.sample(forward))
+        outputs += self._commit(self._ahead if plan is not None else 0)
+        return self._take_replies() + ([Outputs(outputs)] if outputs else [])
+
+    def _commit(self, ahead: int) -> list[Output]:
+        """Read and commit the oldest steps until only `ahead` are in flight."""
+        outputs = []
+        while len(self._in_flight) > ahead:
             done = self._in_flight.popleft()
             outputs += self.scheduler.commit(done.plan, done.result())
             self.report.step(done.plan)
-        return self._take_replies() + ([Outputs(outputs)] if outputs else [])
+        return outputs
 
     @property
     def running(self) -> bool:
         """A step would compute or say something: do not wait before the next one."""
-        finishing = self.adapters is not None and self.adapters.loader.working
-        return bool(
-            self.scheduler.running or self._in_flight or self._replies or self.scheduler.has_outbox or finishing
-        )
+        waiting = self._in_flight or self._replies or self.scheduler.has_outbox
+        return bool(self.scheduler.running or waiting or self.adapters.working)
 
     @property
     def busy(self) -> bool:
         """Something is unfinished: requests, answers, adapters on their way."""
-        return self.running or bool(self.scheduler.unfinished or (self.adapters and self.adapters.busy))
+        return self.running or bool(self.scheduler.unfinished or self.adapters.busy)
 
     @property
     def copying(self) -> bool:
         """Adapters are on their way to the device, which nothing but the next step notices."""
-        return self.adapters is not None and self.adapters.residency.forecast.copying
+        return self.adapters.copying
 
     # ------------------------------------------------------------------ messages
 
@@ -125,7 +125,7 @@ class Engine:
             case FlushCache(call):
                 self._answer(call, lambda: self.scheduler.kv.prefix.flush(self.scheduler.launched))
             case UseTokenizer(info):
-                self._grammars = GrammarCache(info, self._vocab_size)
+                self.runner.use_tokenizer(info)
             case _:
                 raise TypeError(f"not a message for the engine: {message}")
 
@@ -134,26 +134,18 @@ class Engine:
 
     def set_lora_limits(self, device_bytes: int | None, max_count: int | None) -> None:
         """See `AdapterStore.set_limits`. Raises LoraNotEnabled, ConfigError."""
-        if self.adapters is None:
-            raise LoraNotEnabled("LoRA is not enabled: start with --enable-lora")
         self.adapters.set_limits(device_bytes=device_bytes, max_count=max_count, fence=self.scheduler.launched)
 
     def check(self) -> None:
         """Raise AssertionError if any pool's books do not balance. For tests and for idle moments."""
         self.scheduler.kv.pool.check()
         self.scheduler.kv.prefix.check()
-        if self.adapters:
-            self.adapters.check()
+        self.adapters.check()
 
     def close(self) -> None:
-        if self.adapters:
-            self.adapters.close()
+        self.adapters.close()
 
     # ------------------------------------------------------------------ inside
-
-    @property
-    def _vocab_size(self) -> int:
-        return self.runner.vocab_size
 
     def _submit(self, message: Submit) -> None:
         try:
@@ -162,8 +154,8 @@ class Engine:
             finished = Finished(type="error", kind=e.kind, message=e.message)
             self._replies.append(Outputs([Output(rid=message.rid, finished=finished)]))
 
-    def _admit(self, message: Submit) -> Request:
-        """Checks that only the engine can make, then the request object."""
+    def _admit(self, message: Submit) -> RequestSpec:
+        """Checks that only the engine can make, then what the scheduler must know."""
         if self.scheduler.get(message.rid) is not None:
             raise BadRequest(f"request id {message.rid!r} is already in use", param="rid")
         if len(self.scheduler.waiting) >= self._max_queued:
@@ -171,54 +163,47 @@ class Engine:
         self._check_adapters(message.adapters)
         tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
         self.scheduler.components.check_fit([version for version, _ in message.adapters], tokens)
+        vocab_size = self._vocab_size_of(message.adapters)
+        self.runner.check_sampling(message.sampling, vocab_size, message.grammar)
         seed = message.sampling.sampling_seed
         self._order += 1
-        request = Request.of(
+        return RequestSpec.of(
             message,
             self._invocation_tokens(message.adapters),
             seed=self._seeds.getrandbits(63) if seed is None else seed,
             order=self._order,
-            arrival=monotonic(),
+            arrival=self.scheduler.clock(),
+            vocab_size=vocab_size,
         )
-        ends = self.scheduler.eos_token_ids
-        vocab_size = self._vocab_size_of(message.adapters)
-        request.edits = LogitEdits.make(request.params, request.prompt_ids, ends, vocab_size, self._device)
-        if message.grammar is not None:
-            if self._grammars is None:
-                raise BadRequest("grammars need a tokenizer; this server runs without one", param="json_schema")
-            request.grammar = self._grammars.start(message.grammar, ends)
-        return request
 
     def _check_adapters(self, composition: Composition) -> None:
         """All known; several, or one with a weight, only if they are of low rank and nothing else."""
         for version, weight in composition:
-            if self.adapters is None or not self.adapters.known(version):
+            if not self.adapters.known(version):
                 raise UnknownAdapter(f"adapter version {version} has never been loaded, or was unloaded")
-            reason = self.adapters.record(version).not_composable_reason
+            reason = self.adapters.get(version).not_composable_reason
             if reason and (len(composition) > 1 or weight != 1.0):
                 raise BadRequest(f"adapter version {version} cannot be composed: {reason}", param="lora_path")
 
     def _invocation_tokens(self, composition: Composition) -> tuple[int, ...] | None:
-        if self.adapters is None or len(composition) != 1:
+        if len(composition) != 1:
             return None
-        return self.adapters.record(composition[0][0]).invocation_tokens
+        return self.adapters.get(composition[0][0]).invocation_tokens
 
     def _vocab_size_of(self, composition: Composition) -> int:
         """An adapter with its own head may have another one than the base model."""
-        own = [self.adapters.record(v).vocab_size for v, _ in composition] if self.adapters else []
-        return own[0] if own and own[0] is not None else self._vocab_size
+        own = [self.adapters.get(version).vocab_size for version, _ in composition]
+        return own[0] if own and own[0] is not None else self.runner.vocab_size
 
     def _load(self, message: LoadAdapter) -> None:
-        if self.adapters is None:
-            error = UnknownAdapter("LoRA is not enabled: start with --enable-lora")
-            self._replies.append(Reply(call=message.call, ok=False, kind=error.kind, message=error.message))
+        try:
+            self.adapters.load(message.version, message.path, message.pinned)
+        except LoraNotEnabled as e:
+            self._replies.append(Reply(call=message.call, ok=False, kind=e.kind, message=e.message))
             return
         self._calls[message.version] = message.call
-        self.adapters.load(message.version, message.path, message.pinned)
 
     def _unload(self, version: int) -> None:
-        if self.adapters is None:
-            raise UnknownAdapter("LoRA is not enabled: start with --enable-lora")
         self.adapters.unload(version, self.scheduler.launched)
         self.scheduler.namespaces.drop(version, self.scheduler.launched)
 
@@ -230,14 +215,12 @@ class Engine:
             self._replies.append(Reply(call=call, ok=False, kind=e.kind, message=e.message))
 
     def _poll_adapters(self) -> None:
-        if self.adapters is None:
-            return
-        for event in self.adapters.poll(self.scheduler.launched):
+        for event in self.adapters.poll_loads(self.scheduler.launched):
             match event:
                 case Lost(version, error):
                     self.scheduler.fail_waiting(version, error)
                 case Loaded(version, None):
-                    if self.adapters.record(version).leaves_kv:
+                    if self.adapters.get(version).leaves_kv:
                         self.scheduler.namespaces.share_with_base(version)
                     self._replies.append(Reply(call=self._calls.pop(version), info=self._info(version)))
                 case Loaded(version, MultiloraError() as error):
@@ -245,18 +228,17 @@ class Engine:
                     self._replies.append(Reply(call=call, ok=False, kind=error.kind, message=error.message))
 
     def _info(self, version: int) -> AdapterInfo:
-        assert self.adapters is not None
-        record = self.adapters.record(version)
+        adapter = self.adapters.get(version)
         return AdapterInfo(
             version=version,
-            path=record.path,
-            rank=record.rank,
-            target_modules=record.target_modules,
-            nbytes=self.adapters.bytes_of(version),
-            pages=record.pages,
-            not_composable_reason=record.not_composable_reason,
-            vocab_size=record.vocab_size,
-            trains_tokens=record.trains_tokens,
+            path=adapter.path,
+            rank=adapter.rank,
+            target_modules=adapter.target_modules,
+            nbytes=adapter.pages * self.scheduler.kv.page_bytes,
+            pages=adapter.pages,
+            not_composable_reason=adapter.not_composable_reason,
+            vocab_size=adapter.vocab_size,
+            trains_tokens=adapter.trains_tokens,
         )
 
     def _take_replies(self) -> list[FromEngine]:

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 import torch
 
-from multilora.attention.base import AttentionBackend
-from multilora.attention.torch_sdpa import KVViews
+from multilora.attention.base import AttentionBackend, KVViews
 from multilora.batch import AttentionMeta
-from multilora.engine.sampling.sampler import Sampler, SampleRow
+from multilora.engine.sampling.sampler import Sampler
+from multilora.engine.sampling.state import SamplingState
 from multilora.errors import OutOfMemory
 from multilora.layers.context import ForwardContext
 from multilora.memory.kv_layout import KVLayout
 from multilora.memory.plan import format_bytes
-from multilora.models.llama import LlamaForCausalLM
+from multilora.models.base import CausalLM
 from multilora.params import SamplingParams
 
 MakeAttention = Callable[[KVViews], AttentionBackend]
@@ -40,9 +40,7 @@ def asking_for(what: str, lower: str) -> Iterator[None]:
         ) from e
 
 
-def measure_step(
-    model: LlamaForCausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int
-) -> int:
+def measure_step(model: CausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int) -> int:
     """Bytes that the largest step takes at its peak, the attention backend's workspace included. CUDA only."""
     device = model.device
     torch.cuda.synchronize(device)
@@ -55,11 +53,9 @@ def measure_step(
     return peak - arena_bytes
 
 
-def largest_step(
-    model: LlamaForCausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int
-) -> int:
+def largest_step(model: CausalLM, layout: KVLayout, make_attention: MakeAttention, tokens: int, requests: int) -> int:
     """`tokens` new prompt tokens, the logits of every one of them (prompt logprobs), `requests` random tokens drawn
-    from those. Returns the bytes of its own little arena."""
+    from those, all with penalties. Returns the bytes of its own little arena."""
     context = model.config.context_length
     lens = [min(context, tokens - at) for at in range(0, tokens, context)]
     pages = [layout.pages_for(n) for n in lens]
@@ -68,12 +64,16 @@ def largest_step(
     meta = _fresh_prompts(lens, pages, layout.page_size, model.device)
     positions = torch.cat([torch.arange(n) for n in lens]).to(model.device)
     ctx = ForwardContext(attention, None)
-    row = SampleRow(SamplingParams(temperature=1.0, top_p=0.9, top_k=50), seed=0, position=0)
+    count, vocab_size = min(requests, tokens), model.config.vocab_size
+    sampler = Sampler(vocab_size, model.device)
+    params = SamplingParams(top_p=0.9, top_k=50, repetition_penalty=1.05)
+    for slot in range(count):
+        sampler.install(SamplingState(slot=slot, params=params, seed=0, vocab_size=vocab_size))
     with torch.inference_mode():
         attention.prepare(meta)
         x = model.embed(torch.zeros_like(positions), ctx)
         logits = model.logits(model(x, positions, ctx), ctx)
-        Sampler(model.config.vocab_size, model.device).sample(logits[:requests], [row] * min(requests, tokens))
+        sampler.sample(logits[:count], range(count), [0] * count)
     return arena.numel()
 
 

@@ -25,6 +25,9 @@ class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     logprob_start_len: int = -1  # first prompt position whose logprob is wanted; -1: none of the prompt
     top_logprobs_num: int = 0
     grammar: str | None = None  # an xgrammar CompiledGrammar, serialized to JSON
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None  # monotonic seconds of this machine
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -81,14 +84,22 @@ class Finished(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: str = ""  # error class name
 
 
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """How likely one token was, and which tokens were the likeliest at its position: raw log-softmax of the logits,
+    before penalties and temperature. What is not finite (a padded vocabulary, NaN) is None, or left out of `top`."""
+
+    logprob: float | None
+    top: list[tuple[float, int]] = []  # (logprob, token id), best first
+
+
 TopLogprobs = list[tuple[float, int]]  # (logprob, token id), best first
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """New tokens of one request. The last one carries `finished`; nothing follows it.
 
-    Logprobs are parallel to `token_ids`; `input_*` come with the first Output, one entry per prompt token from
-    `logprob_start_len` on (the first prompt token of all has none: NaN never travels, its entry is None).
+    logprobs: parallel to `token_ids`; empty where not asked for. input_logprobs come with the first Output, one per
+    prompt token from `logprob_start_len` on; None for the first prompt token of all, which has none.
     """
 
     rid: str
@@ -97,10 +108,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     queue_seconds: float = 0.0
-    logprobs: list[float] | None = None
-    top_logprobs: list[TopLogprobs] | None = None
-    input_logprobs: list[float | None] | None = None
-    input_top_logprobs: list[TopLogprobs | None] | None = None
+    logprobs: list[Logprobs] = []
+    input_logprobs: list[Logprobs | None] = []
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):
@@ -151,7 +160,10 @@ class AdapterStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """A snapshot of the engine, sent about once a second while it works and once when it becomes idle."""
+    """The state of the engine, sent about once a second while it works and once when it becomes idle.
+
+    Adapters travel only if they have changed: `AdapterStatsTable` adds the messages up to the whole picture.
+    """
 
     running: int
     waiting: int
@@ -168,7 +180,22 @@ class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     steps: int
     slots_total: int  # how many adapters can be resident: the limit, or what memory allows at their mean size
     slots_used: int
-    adapters: list[AdapterStats]
+    adapters: list[AdapterStats]  # all, or in an update those that have changed since the one before
+    unloaded: list[int] = []  # versions that are gone since the update before
+
+
+class AdapterStatsTable:
+    """The adapters of an engine, as its `Stats` messages so far add up to."""
+
+    def __init__(self) -> None:
+        self._adapters: dict[int, AdapterStats] = {}
+
+    def merge(self, update: Stats) -> Stats:
+        """Take an update in. Returns it with all adapters instead of the changed ones."""
+        self._adapters.update((adapter.version, adapter) for adapter in update.adapters)
+        for version in update.unloaded:
+            self._adapters.pop(version, None)
+        return msgspec.structs.replace(update, adapters=list(self._adapters.values()), unloaded=[])
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -205,8 +232,10 @@ def encode(message: ToEngine | FromEngine) -> bytes:
 
 
 def decode_to_engine(data: bytes) -> ToEngine:
-    return _to_engine.decode(data)
+    message: ToEngine = _to_engine.decode(data)
+    return message
 
 
 def decode_from_engine(data: bytes) -> FromEngine:
-    return _from_engine.decode(data)
+    message: FromEngine = _from_engine.decode(data)
+    return message

@@ -1,10 +1,11 @@
 """What the engine says of itself: statistics for the front, and log lines a person can read."""
 
 import logging
-from collections import Counter
+from collections.abc import Iterable
 from time import monotonic
 
-from multilora.adapters.versions.store import AdapterStore
+from multilora.adapters.lifecycle.disabled import AnyStore
+from multilora.adapters.lifecycle.version import AdapterVersion
 from multilora.engine.messages import AdapterStats, Stats
 from multilora.engine.plan import StepPlan
 from multilora.engine.scheduling.scheduler import Scheduler
@@ -16,18 +17,18 @@ DECODE_LOG_SECONDS = 2.0
 
 
 class StatsReporter:
-    """Reads scheduler and store; changes nothing."""
+    """Reads scheduler and store. Changes only what `stats_update` has told already."""
 
-    def __init__(self, scheduler: Scheduler, adapters: AdapterStore | None):
+    def __init__(self, scheduler: Scheduler, adapters: AnyStore):
         self._scheduler = scheduler
         self._adapters = adapters
         self._since = monotonic()
         self._generated_then = 0
 
     def step(self, plan: StepPlan) -> None:
-        """After a step: a line for every prefill, one for decoding every two seconds."""
+        """Log a step that has run: a line for every prefill, one for decoding every two seconds."""
         if logger.isEnabledFor(logging.INFO):
-            prefill = [c for c in plan.chunks if not c.request.decoding_chunk(c.start)]
+            prefill = [c for c in plan.chunks if not c.decodes]
             if prefill:
                 self._log_prefill(len(prefill), sum(c.count for c in prefill))
             decodes = len(plan.chunks) - len(prefill)
@@ -60,14 +61,23 @@ class StatsReporter:
         pool = self._scheduler.kv.pool
         usage = pool.count(PageKind.KV) / pool.total
         text = f"token usage {usage:.2f} ({pool.count(PageKind.PREFIX)} pages of prefix cache)"
-        if self._adapters is not None:
-            text += f", {len(self._adapters.residency)} adapters resident ({pool.count(PageKind.ADAPTER)} pages)"
+        used, total = self._adapters.slots()
+        if total:
+            text += f", {used} adapters resident ({pool.count(PageKind.ADAPTER)} pages)"
         return text
 
     def stats(self) -> Stats:
+        """The whole picture. O(adapters): not for the step loop."""
+        return self._stats(self._adapters.loaded(), [])
+
+    def stats_update(self) -> Stats:
+        """What is new since the last update: of adapters, only those that have changed."""
+        return self._stats(*self._adapters.take_changes())
+
+    def _stats(self, adapters: Iterable[AdapterVersion], unloaded: list[int]) -> Stats:
         scheduler = self._scheduler
-        pool = scheduler.kv.pool
-        used, total = self._adapters.slots() if self._adapters else (0, 0)
+        pool, page_bytes = scheduler.kv.pool, scheduler.kv.page_bytes
+        used, total = self._adapters.slots()
         return Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -76,7 +86,7 @@ class StatsReporter:
             kv_pages=pool.count(PageKind.KV),
             prefix_pages=pool.count(PageKind.PREFIX),
             adapter_pages=pool.count(PageKind.ADAPTER),
-            page_bytes=scheduler.kv.page_bytes,
+            page_bytes=page_bytes,
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,
             generated_tokens=scheduler.generated_tokens,
@@ -84,34 +94,25 @@ class StatsReporter:
             steps=scheduler.launched,
             slots_total=total,
             slots_used=used,
-            adapters=self._adapter_stats(),
+            adapters=[_adapter_stats(adapter, page_bytes) for adapter in adapters],
+            unloaded=unloaded,
         )
 
-    def _adapter_stats(self) -> list[AdapterStats]:
-        if self._adapters is None:
-            return []
-        running = Counter(v for request in self._scheduler.running for v in request.versions)
-        waiting = Counter(v for request in self._scheduler.waiting for v in request.versions)
-        found = []
-        for record in self._adapters.records():
-            device = self._adapters.device_bytes_of(record.version)
-            host = self._adapters.host_bytes_of(record.version)
-            found.append(
-                AdapterStats(
-                    version=record.version,
-                    level="device" if device else "host" if host else "disk",
-                    pinned=record.pinned,
-                    rank=record.rank,
-                    running=running[record.version],
-                    waiting=waiting[record.version],
-                    host_bytes=host,
-                    device_bytes=device,
-                    loads=record.loads,
-                    evictions=record.evictions,
-                    fetches=record.fetches,
-                    hits=record.hits,
-                    misses=record.misses,
-                    load_seconds=record.load_seconds,
-                )
-            )
-        return found
+
+def _adapter_stats(adapter: AdapterVersion, page_bytes: int) -> AdapterStats:
+    return AdapterStats(
+        version=adapter.version,
+        level="device" if adapter.device else "host" if adapter.host else "disk",
+        pinned=adapter.pinned,
+        rank=adapter.rank,
+        running=adapter.refs,
+        waiting=adapter.waiting,
+        host_bytes=adapter.host.nbytes if adapter.host else 0,
+        device_bytes=len(adapter.device.pages) * page_bytes if adapter.device else 0,
+        loads=adapter.loads,
+        evictions=adapter.evictions,
+        fetches=adapter.fetches,
+        hits=adapter.hits,
+        misses=adapter.misses,
+        load_seconds=adapter.load_seconds,
+    )

@@ -6,7 +6,7 @@
 
 One of these is for all items; a list of them has one for each. So a list of nothing but objects is one composition
 for all items, and where items differ each composition is a list of its own.
-Knows no adapter. Called by `server/` and `llm/`.
+This module knows only names, not which adapters are loaded.
 """
 
 from collections import Counter

@@ -5,7 +5,7 @@ the beginning of a character. (One exception, where decode destroys text: a run 
 broken keeps the valid characters it began with.)
 
 Prefix-offset method: a token's text depends on the one before it (leading spaces, joined bytes), so the pending
-tokens are decoded behind the last ones already out, and what those give alone is cut off. Called by `stream.py`.
+tokens are decoded behind the last ones already out, and what those give alone is cut off.
 """
 
 from collections.abc import Iterable

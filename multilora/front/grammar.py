@@ -1,7 +1,7 @@
 """Grammars for constrained decoding, compiled at the door so that a bad one is the client's error.
 
-Owns the compiler and a cache of its results, as the JSON that travels to the engine. May be called from a worker
-thread: a large schema over a large vocabulary takes seconds. Called by `server/` and `llm/`.
+Owns the compiler and a cache of its results, as the JSON that travels to the engine. Methods run in a worker thread:
+a large schema over a large vocabulary takes seconds, and so does the first import of xgrammar.
 """
 
 import json
@@ -9,8 +9,8 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-
-import xgrammar
+from functools import cached_property
+from typing import Any
 
 from multilora.errors import BadRequest
 from multilora.front.tokenizer import Tokenizer
@@ -22,17 +22,35 @@ _SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # in the compiler's own me
 
 
 class GrammarCompiler:
-    """vocab_size: of the model's logits; eos_token_ids: what may end a constrained answer (None: the tokenizer's)."""
+    """tokenizer: the base model's; None: nothing may be compiled. vocab_size: rows of the model's logits.
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int] | None = None):
-        if not eos_token_ids:
-            eos_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self._info = xgrammar.TokenizerInfo.from_huggingface(
-            tokenizer.hf, vocab_size=vocab_size, stop_token_ids=list(eos_token_ids) or None
-        )
-        self._compiler = xgrammar.GrammarCompiler(self._info, max_threads=2, cache_enabled=False)
+    eos_token_ids: ids that may end a constrained answer; none given: the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
         self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()  # (field, source) → compiled, oldest first
         self._lock = threading.Lock()
+
+    @cached_property
+    def _info(self) -> Any:
+        """xgrammar's TokenizerInfo."""
+        import xgrammar  # heavy, and most servers never need it
+
+        assert self._tokenizer is not None
+        own = self._tokenizer.eos_token_id
+        ends = self._eos_token_ids or ([] if own is None else [own])
+        return xgrammar.TokenizerInfo.from_huggingface(
+            self._tokenizer.hf, vocab_size=self._vocab_size, stop_token_ids=ends or None
+        )
+
+    @cached_property
+    def _compiler(self) -> Any:
+        import xgrammar
+
+        return xgrammar.GrammarCompiler(self._info, max_threads=2, cache_enabled=False)
 
     def tokenizer_info_json(self) -> str:
         """What `xgrammar.TokenizerInfo.deserialize_json` takes, for the engine."""
@@ -41,11 +59,8 @@ class GrammarCompiler:
 
     def compile(self, params: SamplingParams) -> str | None:
         """The request's grammar as `Submit.grammar` wants it; None if it has none. Raises BadRequest."""
-        for field in ("json_schema", "regex", "ebnf"):
-            source = getattr(params, field)
-            if source is not None:
-                return self._cached(field, source)
-        return None
+        field = params.grammar_field
+        return None if field is None else self._cached(field, getattr(params, field))
 
     def _cached(self, field: str, source: str) -> str:
         key = (field, source)

@@ -1,28 +1,106 @@
-"""Checks at the door: what of a request depends on the model's context and vocabulary.
+"""Prompts in their forms, and the checks of what depends on the model's context and vocabulary.
 
-Pure functions; raise BadRequest. Called by `server/` and `llm/` before a request goes to the engine.
+Pure functions; raise BadRequest. `generation.py` calls them for every request, through whichever door it came.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
 from multilora.errors import BadRequest, PromptTooLong
+from multilora.front.vocabulary import Vocabulary
 from multilora.params import SamplingParams
 
 
-def check_prompt(ids: Sequence[int], context_length: int, vocab_size: int, *, param: str = "input_ids") -> None:
+@dataclass(frozen=True)
+class TextPrompt:
+    """`param`: the field of the client's request that it came in."""
+
+    text: str
+    param: str
+
+    @property
+    def size(self) -> int:
+        """In characters."""
+        return len(self.text)
+
+    def encode(self, vocabulary: Vocabulary) -> list[int]:
+        return vocabulary.writer("text", self.param).encode(self.text)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """Messages for the model's chat template; `options`: further arguments of `Tokenizer.encode_chat`."""
+
+    messages: list[dict[str, Any]]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def encode(self, vocabulary: Vocabulary) -> list[int]:
+        return vocabulary.writer("chat", "messages").encode_chat(self.messages, **self.options)
+
+
+Prompt = TextPrompt | ChatPrompt | list[int]
+
+
+def read_prompts(given: Any, param: str) -> tuple[list[Prompt], bool]:
+    """One prompt (text or token ids) or several of them, and whether several were asked for."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        return [read_prompt(given, param)], False
+    items = list(given)
+    if not items:
+        raise BadRequest(f"{param}: no prompts, the list is empty", param=param)
+    if not {str, list, tuple} & set(map(type, items)):
+        return [read_prompt(items, param)], False
+    return [read_prompt(item, param) for item in items], True
+
+
+def read_prompt(given: Any, param: str) -> Prompt:
+    """Text, or a list of token ids; bools and numpy's numbers are no token ids."""
+    if isinstance(given, str):
+        return TextPrompt(given, param)
+    if not isinstance(given, list | tuple) or not set(map(type, given)) <= {int}:
+        raise _no_prompt(given, param)
+    return list(given)
+
+
+def _no_prompt(given: Any, param: str) -> BadRequest:
+    return BadRequest(f"{param}: a prompt is text or a list of token ids, not {given!r:.40}", param=param)
+
+
+def spread(value: Any, count: int, name: str) -> list[Any]:
+    """One value per prompt: a list has one entry for each, anything else is for all."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise BadRequest(f"{name} has {len(value)} entries for {count} inputs", param=name)
+    return list(value)
+
+
+def check_prompt(ids: Sequence[int], context_length: int, vocab_size: int) -> None:
     """Raise BadRequest unless every id is in the vocabulary and at least one new token fits the context."""
     if not ids:
-        raise BadRequest("the prompt is empty: it needs at least one token", param=param)
-    for i in ids:
-        if not 0 <= i < vocab_size:
-            raise BadRequest(f"token id {i} is outside the vocabulary of {vocab_size} tokens", param=param)
+        raise BadRequest("the prompt is empty: it needs at least one token", param="input_ids")
+    outside = [i for i in (min(ids), max(ids)) if not 0 <= i < vocab_size]
+    if outside:
+        raise BadRequest(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens", param="input_ids")
     if len(ids) >= context_length:
         raise PromptTooLong(
-            f"the prompt has {len(ids)} tokens; the model's context is {context_length}, answer included", param=param
+            f"the prompt has {len(ids)} tokens; the model's context is {context_length}, answer included",
+            param="input_ids",
         )
+
+
+def check_logprobs(start_len: int, top_num: int, prompt_tokens: int, vocab_size: int) -> None:
+    """Raise BadRequest unless the logprobs asked for exist. start_len: -1 is none of the prompt."""
+    if not -1 <= start_len <= prompt_tokens:
+        raise BadRequest(
+            f"logprob_start_len = {start_len}: the prompt has {prompt_tokens} tokens", param="logprob_start_len"
+        )
+    if not 0 <= top_num <= vocab_size:
+        raise BadRequest(f"top_logprobs_num = {top_num}: must be 0 to {vocab_size}", param="top_logprobs_num")
 
 
 def engine_params(
@@ -34,9 +112,11 @@ def engine_params(
     sample: int = 0,
     ends: Sequence[int] = (),
 ) -> SamplingParams:
-    """What the engine needs of `params` for one sample (number `sample` of `n`): limits clamped to the context,
-    text (stop strings, grammar source) left out, as it stays in the front. ends: ids that end this answer as the
-    model's EOS does. Raises BadRequest."""
+    """What the engine needs of `params` for sample number `sample` of `n`. Raises BadRequest.
+
+    Limits are clamped to the context. Text (stop strings, grammar source) is left out, as it stays in the front.
+    ends: ids that end this answer as the model's EOS does.
+    """
     for token in itertools.chain(params.stop_token_ids or (), map(int, params.logit_bias or ())):
         if token >= vocab_size:
             name = "stop_token_ids" if token in (params.stop_token_ids or ()) else "logit_bias"

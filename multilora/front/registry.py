@@ -1,9 +1,9 @@
 """Adapter names and their versions: the single writer.
 
 A name points to at most one *current* version; a reload makes a new one, and requests in flight stay on theirs. A
-named composition is an entry too, without weights of its own: its parts are resolved anew for every request.
+named composition is a ref too, without weights of its own: its parts are resolved anew for every request.
 Owns names, states and the count of requests per version. Knows nothing of weights, memory or the engine, and is used
-from one thread only. Called by `server/` (its adapter routes, and every request: acquire, release) and `llm/`.
+from one thread only. `AdapterManager` changes it; every request acquires its adapters here and releases them.
 
     begin_load → LOADING ─ commit_load → LOADED ─ begin_unload → UNLOADING ─ finish_unload → gone
                                   compose ─┘
@@ -31,7 +31,7 @@ from multilora.params import Composition
 MAX_NAME = 256  # characters
 
 
-class EntryState(enum.Enum):
+class RefState(enum.Enum):
     LOADING = "loading"
     LOADED = "loaded"
     UNLOADING = "unloading"
@@ -39,17 +39,17 @@ class EntryState(enum.Enum):
 
 
 @dataclass
-class Entry:
-    """One version of one adapter, or a named composition. `active`: requests that hold it."""
+class AdapterRef:
+    """Reference to one version of one adapter, or a named composition. `num_requests`: how many requests hold it."""
 
     name: str
     path: str
     version: int
     pinned: bool
-    state: EntryState = EntryState.LOADING
+    state: RefState = RefState.LOADING
     info: AdapterInfo | None = None  # once loaded
     parts: AdapterSpec = ()  # of a composition: plain adapters, by name
-    active: int = 0
+    num_requests: int = 0
     idle_callbacks: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -58,7 +58,7 @@ class Held:
     """What one request runs on until it is released. `composition` is the engine's word for it."""
 
     composition: Composition = ()
-    entries: tuple[Entry, ...] = ()
+    refs: tuple[AdapterRef, ...] = ()
 
 
 class AdapterRegistry:
@@ -68,9 +68,9 @@ class AdapterRegistry:
         self.model_name = model_name
         self.enabled = enabled
         self.max_loaded = max_loaded
-        self._versions: dict[int, Entry] = {}  # every version that is not gone
-        self._current: dict[str, Entry] = {}  # LOADED or UNLOADING, in load order
-        self._loading: dict[str, Entry] = {}
+        self._versions: dict[int, AdapterRef] = {}  # every version that is not gone
+        self._current: dict[str, AdapterRef] = {}  # LOADED or UNLOADING, in load order
+        self._loading: dict[str, AdapterRef] = {}
         self._next_version = 1
 
     # loading
@@ -88,40 +88,40 @@ class AdapterRegistry:
 
     def begin_load(self, name: str, path: str, pinned: bool = False, *, replace: bool = False) -> int:
         """A new version of `name`, invisible until commit_load. With `replace` the name may be loaded already."""
-        entry = self._new_entry(name, path, pinned, replace)
-        self._loading[name] = entry
-        return entry.version
+        ref = self._new_ref(name, path, pinned, replace)
+        self._loading[name] = ref
+        return ref.version
 
     def compose(self, name: str, parts: AdapterSpec, *, replace: bool = False) -> int | None:
         """`name` is a composition of loaded adapters from now on. Returns what it replaced, as commit_load does."""
         self._check_enabled(name)
         self.check_request([parts])
         for part, _ in parts:
-            entry = self._current_part(part)
-            if entry.parts:
+            ref = self._current_part(part)
+            if ref.parts:
                 raise BadRequest(f"adapter {part!r} is a composition itself: name its parts", param="lora_path")
             if part == name:
                 raise BadRequest(f"composition {name!r}: is one of its own parts", param="lora_path")
-            self._check_alone(entry, _is_sum(parts))
+            self._check_composable(ref, _is_sum(parts))
         self._check_unused(name)
-        entry = self._new_entry(name, show(parts), False, replace)
-        entry.parts = parts
-        return self._make_current(entry)
+        ref = self._new_ref(name, show(parts), False, replace)
+        ref.parts = parts
+        return self._make_current(ref)
 
     def commit_load(self, version: int, info: AdapterInfo) -> int | None:
         """Requests get this version from now on. Returns the version it replaced, if any: the caller unloads that
         one when it is idle and then calls finish_unload."""
-        entry = self._versions[version]
-        assert entry.state is EntryState.LOADING
-        del self._loading[entry.name]
-        entry.info = info
-        return self._make_current(entry)
+        ref = self._versions[version]
+        assert ref.state is RefState.LOADING
+        del self._loading[ref.name]
+        ref.info = info
+        return self._make_current(ref)
 
     def fail_load(self, version: int) -> None:
         """The load failed: as if it had never begun."""
-        entry = self._versions[version]
-        assert entry.state is EntryState.LOADING
-        del self._versions[version], self._loading[entry.name]
+        ref = self._versions[version]
+        assert ref.state is RefState.LOADING
+        del self._versions[version], self._loading[ref.name]
 
     # unloading
 
@@ -130,22 +130,22 @@ class AdapterRegistry:
         current = self._current.get(name)
         if current is None:
             raise AdapterNotLoaded(f"adapter {name!r} does not exist", param="lora_name")
-        if current.state is EntryState.UNLOADING:
+        if current.state is RefState.UNLOADING:
             raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_name")
         if name in self._loading:
             raise AdapterError(f"adapter {name!r} is being replaced; unload it when that is done", param="lora_name")
         self._check_unused(name)
-        current.state = EntryState.UNLOADING
+        current.state = RefState.UNLOADING
         return current.version
 
     def finish_unload(self, version: int) -> None:
         """The engine has forgotten the version; its name, if it was the current one, is free again."""
-        entry = self._versions[version]
-        assert entry.state in (EntryState.UNLOADING, EntryState.REPLACED)
-        assert entry.active == 0
+        ref = self._versions[version]
+        assert ref.state in (RefState.UNLOADING, RefState.REPLACED)
+        assert ref.num_requests == 0
         del self._versions[version]
-        if entry.state is EntryState.UNLOADING:
-            del self._current[entry.name]
+        if ref.state is RefState.UNLOADING:
+            del self._current[ref.name]
 
     # requests
 
@@ -153,21 +153,21 @@ class AdapterRegistry:
         """What a new request for `spec` runs on, counted until `release`."""
         names = [self._current_part(name) for name, _ in spec]
         parts = self._expand(spec)
-        entries = [self._current_part(name) for name, _ in parts]
-        for entry in entries:
-            self._check_alone(entry, _is_sum(parts))
-        composition = [(e.version, weight) for e, (_, weight) in zip(entries, parts, strict=True) if weight]
-        held = Held(tuple(composition), tuple({e.version: e for e in (*names, *entries)}.values()))
-        for entry in held.entries:
-            entry.active += 1
+        refs = [self._current_part(name) for name, _ in parts]
+        for ref in refs:
+            self._check_composable(ref, _is_sum(parts))
+        composition = [(e.version, weight) for e, (_, weight) in zip(refs, parts, strict=True) if weight]
+        held = Held(tuple(composition), tuple({e.version: e for e in (*names, *refs)}.values()))
+        for ref in held.refs:
+            ref.num_requests += 1
         return held
 
     def release(self, held: Held) -> None:
-        for entry in held.entries:
-            assert entry.active > 0
-            entry.active -= 1
-            if entry.active == 0:
-                callbacks, entry.idle_callbacks = entry.idle_callbacks, []
+        for ref in held.refs:
+            assert ref.num_requests > 0
+            ref.num_requests -= 1
+            if ref.num_requests == 0:
+                callbacks, ref.idle_callbacks = ref.idle_callbacks, []
                 for callback in callbacks:
                     callback()
 
@@ -175,20 +175,21 @@ class AdapterRegistry:
         """It has no weights of its own: the engine does not know it."""
         return bool(self._versions[version].parts)
 
-    def active(self, version: int) -> int:
-        return self._versions[version].active
+    def num_requests(self, version: int) -> int:
+        """How many requests hold the version."""
+        return self._versions[version].num_requests
 
     def when_idle(self, version: int, callback: Callable[[], None]) -> None:
         """Call `callback` once when no request holds the version any more: at once if none does."""
-        entry = self._versions[version]
-        if entry.active == 0:
+        ref = self._versions[version]
+        if ref.num_requests == 0:
             callback()
         else:
-            entry.idle_callbacks.append(callback)
+            ref.idle_callbacks.append(callback)
 
-    def check_request(self, choices: Iterable[AdapterSpec]) -> None:
+    def check_request(self, specs: Iterable[AdapterSpec]) -> None:
         """Raise BadRequest if one request names more different adapters than `max_loaded`."""
-        unique = {name for spec in choices for name, _ in self._expand(spec)}
+        unique = {name for spec in specs for name, _ in self._expand(spec)}
         if self.max_loaded is not None and len(unique) > self.max_loaded:
             raise BadRequest(
                 f"the request names {len(unique)} adapters; --max-loaded-loras is {self.max_loaded}",
@@ -198,8 +199,8 @@ class AdapterRegistry:
     def sole_version(self, spec: AdapterSpec) -> int | None:
         """Of the one adapter that acts, just as it is; None: the base model, a sum, or an adapter not loaded."""
         parts = self._expand(spec)
-        entry = self._current.get(parts[0][0]) if parts and not _is_sum(parts) else None
-        return None if entry is None else entry.version
+        ref = self._current.get(parts[0][0]) if parts and not _is_sum(parts) else None
+        return None if ref is None else ref.version
 
     def resolve_model(self, model: str, lora_path: AdapterSpec = BASE) -> AdapterSpec:
         """What an OpenAI request means: by `model` ("base", "base:", "base:adapter", "adapter") and the body's
@@ -232,68 +233,68 @@ class AdapterRegistry:
         self._find(adapter, param="model")
         return adapter
 
-    def _new_entry(self, name: str, path: str, pinned: bool, replace: bool) -> Entry:
+    def _new_ref(self, name: str, path: str, pinned: bool, replace: bool) -> AdapterRef:
         self._check_enabled()
         self.check_name(name, path)
         if name in self._loading:
             raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded or being loaded")
         current = self._current.get(name)
-        if current is not None and current.state is EntryState.UNLOADING:
+        if current is not None and current.state is RefState.UNLOADING:
             raise AdapterUnloading(f"adapter {name!r} is being unloaded")
         if current is not None and not replace:
             raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded; unload it first")
-        entry = Entry(name, path, self._next_version, pinned)
+        ref = AdapterRef(name, path, self._next_version, pinned)
         self._next_version += 1
-        self._versions[entry.version] = entry
-        return entry
+        self._versions[ref.version] = ref
+        return ref
 
-    def _make_current(self, entry: Entry) -> int | None:
-        replaced = self._current.get(entry.name)
+    def _make_current(self, ref: AdapterRef) -> int | None:
+        replaced = self._current.get(ref.name)
         if replaced is not None:
-            replaced.state = EntryState.REPLACED
-        entry.state = EntryState.LOADED
-        self._current[entry.name] = entry
+            replaced.state = RefState.REPLACED
+        ref.state = RefState.LOADED
+        self._current[ref.name] = ref
         return replaced.version if replaced else None
 
     def _expand(self, spec: AdapterSpec) -> AdapterSpec:
         """The name of a composition, alone and of weight 1, stands for its parts."""
-        entries = [self._current.get(name) for name, _ in spec]
-        for entry in entries:
-            if entry is not None and entry.parts:
+        refs = [self._current.get(name) for name, _ in spec]
+        for ref in refs:
+            if ref is not None and ref.parts:
                 if len(spec) == 1 and spec[0][1] == 1.0:
-                    return entry.parts
-                raise BadRequest(f"adapter {entry.name!r} is a composition itself: name its parts", param="lora_path")
+                    return ref.parts
+                raise BadRequest(f"adapter {ref.name!r} is a composition itself: name its parts", param="lora_path")
         return spec
 
-    def _current_part(self, name: str) -> Entry:
-        """The entry of `name`, which takes requests."""
-        entry = self._find(name)
-        if entry.state is EntryState.UNLOADING:
+    def _current_part(self, name: str) -> AdapterRef:
+        """The ref of `name`, which takes requests."""
+        ref = self._find(name)
+        if ref.state is RefState.UNLOADING:
             raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_path")
-        return entry
+        return ref
 
     @staticmethod
-    def _check_alone(entry: Entry, composed: bool) -> None:
-        if composed and entry.info is not None and entry.info.not_composable_reason:
+    def _check_composable(ref: AdapterRef, composed: bool) -> None:
+        if composed and ref.info is not None and ref.info.not_composable_reason:
             raise BadRequest(
-                f"adapter {entry.name!r} cannot be composed: {entry.info.not_composable_reason}", param="lora_path"
+                f"adapter {ref.name!r} cannot be composed: {ref.info.not_composable_reason}", param="lora_path"
             )
 
     def _check_unused(self, name: str) -> None:
-        users = [e.name for e in self.entries() if name in dict(e.parts)]
+        users = [e.name for e in self.refs() if name in dict(e.parts)]
         if users:
             raise AdapterError(
                 f"adapter {name!r} is part of composition {', '.join(map(repr, users))}: unload that first",
                 param="lora_name",
             )
 
-    def _find(self, name: str, *, param: str = "lora_path") -> Entry:
-        """The current entry of `name`, perhaps being unloaded."""
+    def _find(self, name: str, *, param: str = "lora_path") -> AdapterRef:
+        """The current ref of `name`, perhaps being unloaded."""
         self._check_enabled(name)
-        entry = self._current.get(name)
-        if entry is None:
+        ref = self._current.get(name)
+        if ref is None:
             raise UnknownAdapter(f"adapter {name!r} has never been loaded, or was unloaded", param=param)
-        return entry
+        return ref
 
     def _check_enabled(self, name: str | None = None) -> None:
         if not self.enabled:
@@ -304,16 +305,16 @@ class AdapterRegistry:
 
     def loaded(self) -> dict[str, str]:
         """Name → path of the adapters that take requests, in load order."""
-        return {e.name: e.path for e in self.entries()}
+        return {e.name: e.path for e in self.refs()}
 
-    def entries(self) -> list[Entry]:
+    def refs(self) -> list[AdapterRef]:
         """The adapters that take requests, in load order."""
-        return [e for e in self._current.values() if e.state is EntryState.LOADED]
+        return [e for e in self._current.values() if e.state is RefState.LOADED]
 
     def name_of(self, version: int | None) -> str | None:
         """The name of a version that is not gone yet; None for base and for versions that are gone."""
-        entry = None if version is None else self._versions.get(version)
-        return entry.name if entry else None
+        ref = None if version is None else self._versions.get(version)
+        return ref.name if ref else None
 
 
 def _is_sum(spec: AdapterSpec) -> bool:

@@ -1,7 +1,7 @@
 """Stop strings and stop expressions in text that arrives in pieces.
 
 The matcher says where the text has to end, and how much of its end must not be shown yet because it may be the
-beginning of a stop. Knows nothing of tokens. Called by `stream.py`.
+beginning of a stop. It knows nothing of tokens.
 """
 
 from collections.abc import Iterator

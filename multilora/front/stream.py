@@ -2,14 +2,14 @@
 
 Owns the text, the stop strings and the one ending of its request: where a stop string is complete, text, tokens and
 logprobs are cut after the token that completed it. Sans-IO: the caller sends `Finish` when a Delta says `drop`.
-Used by the server (one TextStream per choice) and by `LLM`.
+One TextStream belongs to one sample of a request.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from multilora.engine.messages import Output, TopLogprobs
+from multilora.engine.messages import Logprobs, Output
 from multilora.errors import BadRequest
 from multilora.front.detokenizer import Detokenizer
 from multilora.front.stop import StopMatch, StopMatcher
@@ -51,10 +51,8 @@ class Delta:
 
     text: str
     token_ids: list[int]
-    logprobs: list[float] | None = None
-    top_logprobs: list[TopLogprobs] | None = None
-    input_logprobs: list[float | None] | None = None
-    input_top_logprobs: list[TopLogprobs | None] | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
+    input_logprobs: list[Logprobs | None] = field(default_factory=list)
     finished: FinishReason | None = None
     drop: bool = False
 
@@ -69,17 +67,13 @@ class TextStream:
         self,
         tokenizer: Tokenizer | None,
         params: SamplingParams,
-        prompt_ids: list[int],
         eos_token_ids: Sequence[int] = (),
     ):
         self.params = params
-        self.prompt_tokens = len(prompt_ids)
         self.cached_tokens = 0
         self.token_ids: list[int] = []
-        self.logprobs: list[float] | None = None
-        self.top_logprobs: list[TopLogprobs] | None = None
-        self.input_logprobs: list[float | None] | None = None
-        self.input_top_logprobs: list[TopLogprobs | None] | None = None
+        self.logprobs: list[Logprobs] = []
+        self.input_logprobs: list[Logprobs | None] = []
         self.finished: FinishReason | None = None
         self._eos_token_ids = frozenset(eos_token_ids)
         self._pieces: list[str] = []  # join to what is out
@@ -173,18 +167,14 @@ class TextStream:
         delta = Delta(
             text=text,
             token_ids=output.token_ids[:count],
-            logprobs=None if output.logprobs is None else output.logprobs[:count],
-            top_logprobs=None if output.top_logprobs is None else output.top_logprobs[:count],
+            logprobs=output.logprobs[:count],
             input_logprobs=output.input_logprobs,
-            input_top_logprobs=output.input_top_logprobs,
             finished=self.finished,
             drop=self.finished is not None and output.finished is None,
         )
         self.token_ids += delta.token_ids
-        for name in ("logprobs", "top_logprobs", "input_logprobs", "input_top_logprobs"):
-            new = getattr(delta, name)
-            if new is not None:
-                setattr(self, name, [*(getattr(self, name) or ()), *new])
+        self.logprobs += delta.logprobs
+        self.input_logprobs += delta.input_logprobs
         return delta
 
 

@@ -1,7 +1,7 @@
 """The tokenizer: text to ids and back, chat templates.
 
 Owns the transformers tokenizer and the facts that the streaming detokenizer needs of it. Knows nothing of requests,
-models or HTTP. Called by `server/` and `llm/`.
+models or HTTP. Encoding is safe in several threads at once, and lets others run meanwhile.
 """
 
 import inspect
@@ -12,7 +12,11 @@ from typing import Any
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from multilora.config import Config
+from multilora.demo import base_model_path
 from multilora.errors import BadRequest, ConfigError
+
+_ENCODERS = ("encode", "_encode_plus")  # methods of transformers' tokenizers
 
 # what a template, run over a client's messages, may raise
 _TEMPLATE_ERRORS = (
@@ -36,7 +40,24 @@ class Tokenizer:
         self.vocab_size: int = len(hf)
         self.special_ids = frozenset(i for i, token in hf.added_tokens_decoder.items() if token.special)
         self._token_texts: dict[int, str] = {}
+        self._fast = all(getattr(type(hf), f) is getattr(PreTrainedTokenizerFast, f) for f in _ENCODERS)
+        backend = hf.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = hf.split_special_tokens
         self._reserved = frozenset(inspect.signature(hf.apply_chat_template).parameters) - {"documents"}
+
+    @classmethod
+    def of(cls, config: Config) -> "Tokenizer | None":
+        """The base model's; None with --skip-tokenizer-init. Raises ConfigError."""
+        if config.skip_tokenizer_init:
+            return None
+        return cls.load(
+            config.tokenizer_path or config.model_path or str(base_model_path()),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            chat_template=config.chat_template,
+        )
 
     @classmethod
     def load(
@@ -60,7 +81,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer adds; a BOS that the text itself begins with is not doubled."""
-        ids: list[int] = self.hf.encode(text)
+        ids = self._encode(text)
         bos = self.hf.bos_token_id
         if bos is not None and ids[:2] == [bos, bos] and text.startswith(self.hf.bos_token):
             return ids[1:]
@@ -91,8 +112,16 @@ class Tokenizer:
             )
         except _TEMPLATE_ERRORS as e:
             raise BadRequest(f"the chat template refused the messages: {e}", param="messages") from e
-        ids: list[int] = self.hf.encode(text, add_special_tokens=False)
-        return ids
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """As `self.hf.encode`; straight from its backend in half the time, where its class adds nothing."""
+        if self._fast:
+            [encoding] = self.hf.backend_tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
+            return ids
+        own: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens)
+        return own
 
     def decode(
         self, ids: list[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

@@ -3,7 +3,7 @@
 An adapter that trains token embeddings may have been trained with added tokens. The tokenizer that lies beside its
 weights, where it has other tokens than the base model's, then reads and writes the text of its requests; its head may
 have more or fewer rows. Such vocabularies are found when an adapter is loaded, kept by version, and dropped with it.
-Plain adapters are never looked at. Called by `server/` and `llm/`.
+Plain adapters are never looked at.
 """
 
 import logging
@@ -68,10 +68,9 @@ class Vocabulary:
 
     def check_grammar(self, params: SamplingParams) -> None:
         """Raises BadRequest for a grammar over other tokens than the base model's."""
-        field = next((f for f in ("json_schema", "regex", "ebnf") if getattr(params, f) is not None), None)
-        if self.own and field is not None:
+        if self.own and params.grammar_field is not None:
             what = "not for an adapter with tokens of its own: grammars know the base model's tokens only"
-            raise BadRequest(f"sampling_params.{field}: {what}", param=field)
+            raise BadRequest(f"sampling_params.{params.grammar_field}: {what}", param=params.grammar_field)
 
 
 class Vocabularies:
@@ -92,15 +91,6 @@ class Vocabularies:
         """A composition has the base model's, and what is not loaded too: it will be refused elsewhere."""
         version = self._registry.sole_version(spec)
         return self.base if version is None else self._own.get(version, self.base)
-
-    def encode(
-        self, prompt: str | list[int], spec: AdapterSpec, param: str | None = None
-    ) -> tuple[list[int], Vocabulary | None]:
-        """Text to ids, and whose tokens they are; ids are left as they are. Raises BadRequest."""
-        if not isinstance(prompt, str):
-            return prompt, None
-        vocabulary = self.of(spec)
-        return vocabulary.writer("text", param).encode(prompt), vocabulary
 
     def concerns(self, info: AdapterInfo) -> bool:
         """Whether `add` has something to look at."""

@@ -17,6 +17,7 @@ class SiluAndMul(nn.Module):
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up: [tokens, 2 · width], gate first. Returns [tokens, width]."""
         if self._fused is not None:
-            return self._fused.silu_and_mul(gate_up)
+            y: torch.Tensor = self._fused.silu_and_mul(gate_up)
+            return y
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up

@@ -42,4 +42,5 @@ class SelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
         out = ctx.attention.forward(self.layer, q, k, v, rope)
-        return self.o_proj(out.reshape(tokens, -1), ctx)
+        y: torch.Tensor = self.o_proj(out.reshape(tokens, -1), ctx)
+        return y

@@ -7,17 +7,16 @@ from torch import nn
 from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import logits
 from multilora.lora.full_weights import FullWeightModules, product
-from multilora.lora.sites import MODEL_LEVEL, LoraSite
+from multilora.lora.sites import LoraSite, LoraSlice
 
 
 class Embedding(nn.Module):
-    """Token ids to rows of the table."""
+    """Token ids to rows of the table. The site's input is the vocabulary: ids count as one-hot rows."""
 
-    name = "embed_tokens"
-
-    def __init__(self, vocab_size: int, hidden_size: int, *, device: torch.device, dtype: torch.dtype):
+    def __init__(self, site: LoraSite, *, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        weight = torch.empty(vocab_size, hidden_size, device=device, dtype=dtype)
+        self.site = site
+        weight = torch.empty(site.in_features, site.out_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)  # [vocab, hidden]
 
     def forward(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
@@ -25,7 +24,7 @@ class Embedding(nn.Module):
         if ctx.full_weights is None:
             return F.embedding(ids, self.weight)
         y = F.embedding(ids.clamp(max=len(self.weight) - 1), self.weight)  # an adapter may have more tokens
-        ctx.full_weights.embed(y, ids, MODEL_LEVEL, self.name)
+        ctx.full_weights.embed(y, ids, self.site.layer, self.site.name)
         return y
 
 
@@ -35,8 +34,6 @@ class LMHead(nn.Module):
     def __init__(
         self,
         site: LoraSite,
-        vocab_size: int,
-        hidden_size: int,
         *,
         tied_to: Embedding | None,
         device: torch.device,
@@ -47,7 +44,7 @@ class LMHead(nn.Module):
         if tied_to is not None:
             self.weight = tied_to.weight
         else:
-            weight = torch.empty(vocab_size, hidden_size, device=device, dtype=dtype)
+            weight = torch.empty(site.out_features, site.in_features, device=device, dtype=dtype)
             self.weight = nn.Parameter(weight, requires_grad=False)  # [vocab, hidden]
 
     def forward(self, hidden: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
@@ -63,9 +60,13 @@ class LMHead(nn.Module):
             ctx.lora.apply(y, hidden, self.site.index)
         return y
 
+    def base_weight(self, part: LoraSlice) -> tuple[torch.Tensor, None]:
+        """Weight [vocab, hidden] of the site's one slice, and that there is no bias; read-only."""
+        return self.weight, None
+
     def _replace(self, y: torch.Tensor, hidden: torch.Tensor, full_weights: FullWeightModules) -> torch.Tensor:
-        """Where an adapter brings its own head, or rows of it."""
-        found = list(full_weights.find(MODEL_LEVEL, self.site.name))
+        """y with the logits of adapters that bring their own head, or rows of it, in place of the base model's."""
+        found = list(full_weights.find(self.site.layer, self.site.name))
         width = max([y.shape[1], *(w.rows for _, w in found if w.token_ids is None)])
         y = F.pad(y, (0, width - y.shape[1]), value=-torch.inf)
         for rows, weights in found:

@@ -1,4 +1,4 @@
-"""x Wᵀ + b, the way that is fastest on the device for that many rows. Called by `linear.py` and `embedding.py`."""
+"""x Wᵀ + b, the way that is fastest on the device for that many rows. Called by `weight.py` and `embedding.py`."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x: [rows, in], weight: [out, in], bias: [out]. Returns [rows, out], contiguous."""
     ops = fused_ops(x.device)
     if ops is not None and x.shape[0] == 1 and ops.matvec_fits(weight):
-        return ops.matvec(x, weight, bias, x.dtype)
+        row: torch.Tensor = ops.matvec(x, weight, bias, x.dtype)
+        return row
     if x.device.type != "cpu" or x.shape[0] not in FEW_ROWS or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     y = torch.mm(weight, x.T).T.contiguous()
@@ -26,5 +27,6 @@ def logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if ops is None or weight.dtype == torch.float32:
         return linear(x, weight).float()
     if x.shape[0] == 1 and ops.matvec_fits(weight):
-        return ops.matvec(x, weight, None, torch.float32)
+        row: torch.Tensor = ops.matvec(x, weight, None, torch.float32)
+        return row
     return torch.mm(x, weight.t(), out_dtype=torch.float32)

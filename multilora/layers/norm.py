@@ -5,19 +5,19 @@ from torch import nn
 
 from multilora.layers.context import ForwardContext
 from multilora.layers.ops import fused_ops
+from multilora.lora.sites import NormModule
 
 
 class RMSNorm(nn.Module):
     """y = x / rms(x) · weight over the last dimension."""
 
-    def __init__(self, name: str, layer: int, size: int, eps: float, *, device: torch.device, dtype: torch.dtype):
-        """name, layer: how adapters that replace the weight call it."""
+    def __init__(self, norm: NormModule, eps: float, *, device: torch.device, dtype: torch.dtype):
+        """norm: the declaration by which adapters that replace the weight find it."""
         super().__init__()
-        self.name = name
-        self.layer = layer
+        self.norm = norm
         self.eps = eps
         self._fused = fused_ops(device)
-        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(norm.size, device=device, dtype=dtype), requires_grad=False)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [..., size]; on CUDA [rows, size] or [rows, heads, size]."""
@@ -40,9 +40,9 @@ class RMSNorm(nn.Module):
         return self._replace(y, total, ctx), total
 
     def _replace(self, y: torch.Tensor, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """Where an adapter brings its own weight."""
+        """y with the rows of adapters that bring their own weight computed by that."""
         if ctx.full_weights is not None:
-            for rows, weights in ctx.full_weights.find(self.layer, self.name):
+            for rows, weights in ctx.full_weights.find(self.norm.layer, self.norm.module):
                 y[rows] = rms_norm(x[rows], weights.pieces[0].weight[0], self.eps)
         return y
 

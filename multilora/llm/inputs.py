@@ -1,42 +1,67 @@
-"""What `LLM.generate` takes in its many forms, as lists with one entry per prompt. Raises BadRequest."""
+"""What the Python doors take in its many forms, as jobs for the front."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from multilora.config import LoraPath
 from multilora.errors import BadRequest
+from multilora.front.adapter_spec import parse_specs
+from multilora.front.generation import Job
+from multilora.front.prompt import read_prompts, spread
 from multilora.params import SamplingParams
 
+if TYPE_CHECKING:
+    import torch
+
 Params = SamplingParams | dict[str, Any] | None
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
-def read_params(value: Params) -> SamplingParams:
+def read_jobs(
+    prompts: Prompts,
+    sampling_params: Params | Sequence[Params],
+    lora_path: Any,
+    *,
+    return_logprob: bool,
+    logprob_start_len: int,
+    top_logprobs_num: int,
+) -> tuple[list[Job], bool]:
+    """One job per prompt, and whether several prompts were given. Raises BadRequest."""
+    given, several = read_prompts(prompts, "prompts")
+    params = [_read_params(value) for value in spread(sampling_params, len(given), "sampling_params")]
+    jobs = [
+        Job(
+            prompt=prompt,
+            sampling=sampling,
+            adapters=spec,
+            return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len,
+            top_logprobs_num=top_logprobs_num,
+        )
+        for prompt, sampling, spec in zip(given, params, parse_specs(lora_path, len(given)), strict=True)
+    ]
+    return jobs, several
+
+
+def _read_params(value: Params) -> SamplingParams:
     if isinstance(value, SamplingParams):
         value.check()
         return value
     return SamplingParams.parse(value)
 
 
-def read_prompts(prompts: Any) -> tuple[bool, list[Any]]:
-    """(one prompt?, text or token ids of each)"""
-    if isinstance(prompts, str):
-        return True, [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return True, [items]
-    if not items:
-        raise BadRequest("no prompts", param="prompts")
-    return False, [item if isinstance(item, str) else _token_ids(item) for item in items]
+def read_lora_paths(paths: Mapping[str, str]) -> list[LoraPath]:
+    """Name → directory or hub repository."""
+    return [LoraPath(name, path) for name, path in paths.items()]
 
 
-def _token_ids(prompt: Any) -> list[int]:
-    if not isinstance(prompt, (list, tuple)) or not all(isinstance(i, int) for i in prompt):
-        raise BadRequest(f"a prompt is text or a list of token ids, not {prompt!r:.40}", param="prompts")
-    return list(prompt)
+def write_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
+    """As a .safetensors file; views and other layouts are copied first. Raises BadRequest for what is no tensor."""
+    from safetensors.torch import save
 
-
-def spread(value: Any, count: int, name: str) -> list[Any]:
-    """One value for all, or a list with one for each."""
-    if not isinstance(value, (list, tuple)):
-        return [value] * count
-    if len(value) != count:
-        raise BadRequest(f"{name} has {len(value)} entries for {count} prompts", param=name)
-    return list(value)
+    try:
+        data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+    except (AttributeError, TypeError, ValueError, RuntimeError) as e:  # no tensor, or one that is sparse, meta, …
+        raise BadRequest(f"tensors: cannot be written as a .safetensors file: {e}", param="tensors") from e
+    path.write_bytes(data)

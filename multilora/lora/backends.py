@@ -1,34 +1,45 @@
-"""LoRA backends by name. A new one is a function and a line in `BACKENDS`. Called by `engine/build.py`."""
+"""LoRA backends by name. A new one is a function and a line in `BACKENDS`.
+
+The table is also where `--lora-backend` finds its choices, so this file imports no heavy library.
+"""
 
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from functools import partial
-
-import torch
+from typing import TYPE_CHECKING
 
 from multilora.errors import ConfigError
-from multilora.lora.base import LoraBackend
 from multilora.lora.sites import LoraSite
-from multilora.lora.table import LoraTable
-from multilora.lora.torch_backend import TorchLora
+
+if TYPE_CHECKING:
+    import torch
+
+    from multilora.lora.base import LoraBackend
+    from multilora.lora.table import LoraTable
 
 logger = logging.getLogger(__name__)
 
 Sites = tuple[LoraSite, ...]
 
 
-def _torch(table: LoraTable, _sites: Sites, _chunk_rows: int) -> LoraBackend:
+def _torch(table: "LoraTable", _sites: Sites, _dtype: "torch.dtype", _chunk_rows: int) -> "LoraBackend":
+    from multilora.lora.torch_backend import TorchLora
+
     return TorchLora(table)
 
 
-def _triton(name: str, table: LoraTable, sites: Sites, chunk_rows: int) -> LoraBackend:
+def _triton(name: str, table: "LoraTable", sites: Sites, dtype: "torch.dtype", chunk_rows: int) -> "LoraBackend":
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(f"--lora-backend {name} needs Triton, which is not installed (pip install triton)")
     device = table.weights.device
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(f"--lora-backend {name} needs a CUDA device, this is {device.type}; torch runs anywhere")
+    if table.weights.dtype != dtype:
+        raise ConfigError(
+            f"--lora-backend {name} takes adapters in the model's dtype, {dtype}; they are {table.weights.dtype}"
+        )
     from multilora.lora.triton_backend import MAX_TILE_ROWS, TritonLora
 
     if chunk_rows > MAX_TILE_ROWS:
@@ -36,7 +47,7 @@ def _triton(name: str, table: LoraTable, sites: Sites, chunk_rows: int) -> LoraB
     return TritonLora(table, sites, name=name, chunk_rows=chunk_rows)
 
 
-BACKENDS: dict[str, Callable[[LoraTable, Sites, int], LoraBackend]] = {
+BACKENDS: "dict[str, Callable[[LoraTable, Sites, torch.dtype, int], LoraBackend]]" = {
     "torch": _torch,
     "triton": partial(_triton, "triton"),
     "csgmv": partial(_triton, "csgmv"),
@@ -44,15 +55,17 @@ BACKENDS: dict[str, Callable[[LoraTable, Sites, int], LoraBackend]] = {
 
 
 def make_lora_backend(
-    name: str, table: LoraTable, device: torch.device, *, sites: Sites, chunk_rows: int = 32
-) -> LoraBackend:
-    """The backend `name` over `table`; `auto` is the best that `device` can run, and is logged.
+    name: str, table: "LoraTable", *, sites: Sites, dtype: "torch.dtype", chunk_rows: int = 32
+) -> "LoraBackend":
+    """The backend `name` of the table, over the adapters of `table`, on the device where those are.
 
-    chunk_rows: --max-lora-chunk-size. Raises ConfigError for an unknown name and for what cannot run here.
+    "auto" takes the best that can run there and logs its choice. dtype: of the model's activations; chunk_rows:
+    --max-lora-chunk-size. Raises ConfigError for an unknown name and for what cannot run here.
     """
     if name == "auto":
-        name = "csgmv" if device.type == "cuda" else "torch"
-        logger.info("LoRA backend: %s (chosen for %s)", name, device.type)
+        device = table.weights.device.type
+        name = "csgmv" if device == "cuda" and table.weights.dtype == dtype else "torch"
+        logger.info("LoRA backend: %s (chosen for %s, adapters in %s)", name, device, table.weights.dtype)
     if name not in BACKENDS:
         raise ConfigError(f"--lora-backend {name} is not available; there are: auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name](table, sites, chunk_rows)
+    return BACKENDS[name](table, sites, dtype, chunk_rows)

@@ -45,7 +45,7 @@ class FullWeightModules:
 
 def product(x: torch.Tensor, weights: FullWeight) -> torch.Tensor:
     """x: [rows, cols] → x Wᵀ, [rows, weights.rows]."""
-    return torch.cat([x @ piece.weight.T for piece in weights.pieces], dim=1)
+    return torch.cat([x @ piece.weight.to(x.dtype).T for piece in weights.pieces], dim=1)
 
 
 def replace_rows(y: torch.Tensor, ids: torch.Tensor, weights: FullWeight) -> None:
@@ -60,7 +60,7 @@ def replace_rows(y: torch.Tensor, ids: torch.Tensor, weights: FullWeight) -> Non
         count = len(piece.weight)
         inside = known & (index >= piece.row) & (index < piece.row + count)
         row = piece.weight[(index - piece.row).clamp_(0, count - 1)]
-        torch.where(inside[:, None], row, y, out=y)
+        torch.where(inside[:, None], row.to(y.dtype), y, out=y)
 
 
 def columns_of(weights: SiteWeights, ids: torch.Tensor) -> torch.Tensor:

@@ -1,37 +1,123 @@
-"""The places in a model where LoRA can act, and how wide they are on this rank.
+"""The modules of a base model that adapters can change, as the layers that compute them declare them.
 
-A site is one (possibly merged) linear layer: `qkv_proj` and `gate_up_proj` read their input once, so their
-slices share one shrink. Models declare their sites; everything else takes them from here.
+A site is one (possibly merged) linear layer: `qkv_proj` and `gate_up_proj` read their input once, so their slices
+share one shrink. Layers declare their sites and norms while a model is built; every other part of the package takes
+module names, widths and paths from these declarations.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 MODEL_LEVEL = -1
-"""The layer of sites that belong to no decoder layer: embed_tokens, lm_head."""
+"""The layer of modules that belong to no decoder layer: the token embedding, the final norm, the head."""
+
+EMBED, HEAD = "embed_tokens", "lm_head"
+TABLES = (EMBED, HEAD)
+"""The modules whose weight is [vocab, hidden]; tied models use the embedding's for both."""
+
+LAYERS = "model.layers"
+"""The path of the list of decoder layers, as transformers, PEFT and checkpoints name it."""
+
+
+class Shard(StrEnum):
+    """How tensor parallelism divides the weight of a module among ranks."""
+
+    COLUMN = "column"  # by output features
+    ROW = "row"  # by input features; the outputs of the ranks are summed
+    VOCAB = "vocab"  # by rows of a table
+    REPLICATED = "replicated"  # every rank holds all of it
 
 
 @dataclass(frozen=True)
 class LoraSlice:
-    """One PEFT target module inside a site: columns [offset, offset + out_features) of the site's output."""
+    """One LoRA target inside a site: columns [offset, offset + out_features) of the site's output.
 
-    module: str  # PEFT's name: "q_proj"
+    parent: path of the module that holds it, inside its decoder layer ("self_attn") or, at model level, inside the
+    whole model ("model"); "": it is held directly.
+    before_kv: its output is part of what the keys or values of its own decoder layer are computed from, so that
+    changing it changes them (at model level: those of the first layer). True is the safe answer.
+    bias: the base model has one. expert: which expert of a mixture it belongs to; None: there is none.
+    """
+
+    module: str  # PEFT's name, the last component of the path: "q_proj"
     offset: int
     out_features: int
+    parent: str = ""
+    before_kv: bool = True
+    shard: Shard = Shard.REPLICATED
+    bias: bool = False
+    expert: int | None = None
+
+    @property
+    def columns(self) -> slice:
+        """Its columns of the site's output, which are the rows of the merged weight."""
+        return slice(self.offset, self.offset + self.out_features)
 
 
 @dataclass(frozen=True)
 class LoraSite:
-    """One linear layer that can carry LoRA."""
+    """One linear layer that can carry LoRA. The slices cover its output without gaps."""
 
     index: int  # position in the model's list of sites
     layer: int
-    name: str  # "qkv_proj", "o_proj", "gate_up_proj", "down_proj"
+    name: str  # of the merged layer: "qkv_proj", "o_proj"
     in_features: int
     slices: tuple[LoraSlice, ...]
 
     @property
     def out_features(self) -> int:
         return sum(s.out_features for s in self.slices)
+
+    @property
+    def bias(self) -> bool:
+        return any(s.bias for s in self.slices)
+
+
+@dataclass(frozen=True)
+class NormModule:
+    """A norm that adapters can replace (modules_to_save). parent, before_kv: see `LoraSlice`."""
+
+    layer: int
+    module: str
+    parent: str
+    size: int
+    before_kv: bool
+
+
+class DeclaredModules:
+    """Collects the declarations while a model is built, and numbers the sites in the order of their declaration."""
+
+    def __init__(self) -> None:
+        self.sites: list[LoraSite] = []
+        self.norms: list[NormModule] = []
+
+    def site(self, layer: int, name: str, in_features: int, *targets: LoraSlice) -> LoraSite:
+        """A linear layer that computes these targets, their outputs side by side in this order."""
+        slices: list[LoraSlice] = []
+        offset = 0
+        for target in targets:
+            slices.append(replace(target, offset=offset))
+            offset += target.out_features
+        self.sites.append(LoraSite(len(self.sites), layer, name, in_features, tuple(slices)))
+        return self.sites[-1]
+
+    def norm(self, layer: int, path: str, size: int, *, before_kv: bool) -> NormModule:
+        """path: inside the decoder layer, or the model at MODEL_LEVEL."""
+        parent, _, module = path.rpartition(".")
+        self.norms.append(NormModule(layer, module, parent, size, before_kv))
+        return self.norms[-1]
+
+
+def target(path: str, out_features: int, *, before_kv: bool, shard: Shard, bias: bool = False) -> LoraSlice:
+    """The declaration of a LoRA target, for `DeclaredModules.site`. path: as `DeclaredModules.norm` has it."""
+    parent, _, module = path.rpartition(".")
+    return LoraSlice(module, 0, out_features, parent, before_kv, shard, bias)
+
+
+def module_path(layer: int, parent: str, module: str) -> str:
+    """The name of a module inside the base model: "model.layers.3.self_attn.q_proj", "model.norm"."""
+    parts = (parent, module) if layer == MODEL_LEVEL else (LAYERS, str(layer), parent, module)
+    return ".".join(part for part in parts if part)
 
 
 def module_shapes(sites: tuple[LoraSite, ...]) -> dict[str, tuple[int, int]]:

@@ -56,6 +56,14 @@ class FullWeight:
     token_ids: torch.Tensor | None  # int64 [rows], ascending
 
 
+class TableWriter(Protocol):
+    """Where residency says which adapters come and go: a `LoraTable`, or what tells one later."""
+
+    def install(self, slot: int, layout: PanelLayout, pages: list[int]) -> None: ...
+
+    def remove(self, slot: int) -> None: ...
+
+
 class TableListener(Protocol):
     """Hears of every adapter that is installed or removed, on the thread that steps the engine, between two steps."""
 

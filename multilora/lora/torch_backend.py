@@ -26,11 +26,11 @@ def shrink(x: torch.Tensor, weights: SiteWeights) -> torch.Tensor:
         return x[:, :0]
     first = weights.a[0].weight
     if first.shape == (weights.rank, x.shape[1]):
-        return x @ first.T
+        return x @ first.to(x.dtype).T
     h = x.new_zeros(x.shape[0], weights.rank)
     for piece in weights.a:
         rows, columns = piece.weight.shape
-        h[:, piece.row : piece.row + rows].addmm_(x[:, piece.col : piece.col + columns], piece.weight.T)
+        h[:, piece.row : piece.row + rows].addmm_(x[:, piece.col : piece.col + columns], piece.weight.to(x.dtype).T)
     return h
 
 

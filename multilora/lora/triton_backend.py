@@ -24,7 +24,7 @@ from multilora.kernels.triton_launch import Repeated, can_launch_early
 from multilora.kernels.triton_math import fast_silu
 from multilora.lora.base import Activation
 from multilora.lora.device_table import DeviceTable
-from multilora.lora.sites import LoraSite
+from multilora.lora.sites import EMBED, LoraSite
 from multilora.lora.table import LoraTable
 from multilora.lora.triton_gated import gated_kernel
 from multilora.lora.triton_kernels import BLOCK_WORDS, expand_kernel, shrink_kernel
@@ -88,7 +88,7 @@ class TritonLora:
         self.tuning = tuning or (CSGMV if name == "csgmv" else TRITON)
         self._vector = name == "csgmv"
         self._table = DeviceTable(table, sites)
-        self._applied = [site for site in sites if site.name != "embed_tokens"]  # its input is token ids
+        self._applied = [site for site in sites if site.name != EMBED]  # its input is token ids
         self._device = table.weights.device
         self._chunk_rows = min(chunk_rows, MAX_TILE_ROWS)
         self._graph_rows = graph_rows

@@ -5,7 +5,7 @@
 A page freed at step N may be reused by the compute stream at once (later steps run after N), but by any other stream
 only when step N has completed: that is the fence. On CPU a fence is the step's number, too. The pool knows owners by
 kind, not by name, and nothing of what the pages hold. Not thread-safe.
-Called by `memory/` and `adapters/device/residency.py`.
+Called by `memory/` and `adapters/lifecycle/device_tier.py`.
 """
 
 from collections import deque

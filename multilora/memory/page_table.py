@@ -11,7 +11,7 @@ namespaces, not requests. Called by `engine/scheduling/`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from multilora.memory.page_pool import PagePool
+from multilora.memory.page_pool import PageKind, PagePool
 from multilora.memory.prefix_cache import NamespaceOf, PrefixCache
 from multilora.memory.reclaim import Reclaimer
 
@@ -46,6 +46,10 @@ class KVPages:
         """A new table that begins with these matched pages, on which it takes references."""
         self.prefix.acquire(matched)  # before any eviction can run: matched pages may be idle
         return PageTable(list(matched), len(matched))
+
+    def idle_pages(self, pages: list[int]) -> int:
+        """How many of these matched pages no sequence holds."""
+        return sum(self.pool.kind(page) is PageKind.PREFIX for page in pages)
 
     def grow(self, table: PageTable, tokens: int, fence: int) -> bool:
         """Make the table hold `tokens` tokens, evicting idle pages if need be. False, and nothing has changed, if

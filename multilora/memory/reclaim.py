@@ -4,7 +4,7 @@ The score of an item is `clock + uses x cost per page`, taken when it was last u
 first, and the clock moves up to it, so that old popularity fades. That is GreedyDual-Size-Frequency (Cherkasova,
 "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy", HP Labs 1998), with the cost in
 units of "copy one page to the device". Sources never offer what is in use or pinned; the reclaimer does not know what
-it evicts. Called by `page_table.py` and `adapters/device/residency.py`.
+it evicts. Called by `page_table.py` and `adapters/lifecycle/device_tier.py`.
 """
 
 from collections.abc import Sequence

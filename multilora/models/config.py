@@ -5,7 +5,7 @@ What differs between families (biases, head norms, windows) comes in from the fa
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One base model as this process runs it: `dtype` and `context_length` are the ones in use."""
+    """One base model as this process runs it: the dtypes and `context_length` are the ones in use.
+
+    dtype: of weights and activations. kv_dtype: of the KV cache. adapter_dtype: of packed adapters.
+    """
 
     architecture: str
     vocab_size: int
@@ -36,6 +39,8 @@ class ModelConfig:
     rope: Rope
     context_length: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
+    adapter_dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     tie_word_embeddings: bool
     sliding_window: int | None = None
@@ -44,12 +49,18 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
 
+    def with_dtype(self, dtype: torch.dtype) -> "ModelConfig":
+        """The same model with weights, KV cache and adapters in `dtype`."""
+        return replace(self, dtype=dtype, kv_dtype=dtype, adapter_dtype=dtype)
+
     @property
     def q_size(self) -> int:
+        """Columns of the queries of all heads."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Columns of the keys (or values) of all KV heads."""
         return self.num_kv_heads * self.head_dim
 
 
@@ -61,7 +72,7 @@ def model_config(
     context_length: int | None,
     dtype: torch.dtype,
 ) -> ModelConfig:
-    """Our config from transformers' one. `family`: the fields that the model's class derives (see `llama.settings`).
+    """Our config from transformers' one. family: the fields that the model's class derives (`CausalLM.settings`).
 
     Raises ModelUnsupported naming the field that is not served, ConfigError for a context beyond the model's.
     """
@@ -80,6 +91,8 @@ def model_config(
         rope=rope_of(hf, head_dim),
         context_length=choose_context(hf, context_length),
         dtype=dtype,
+        kv_dtype=dtype,
+        adapter_dtype=dtype,
         eos_token_ids=eos_ids(hf, generation),
         tie_word_embeddings=hf.tie_word_embeddings,
         **family,

@@ -3,6 +3,7 @@
 Attributes are named as in the checkpoint, so that `weights.py` finds its way by name.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,44 +16,62 @@ from multilora.layers.embedding import Embedding, LMHead
 from multilora.layers.linear import GateUp, Linear
 from multilora.layers.norm import RMSNorm
 from multilora.layers.rotary import Rotary
-from multilora.lora.sites import MODEL_LEVEL, LoraSite
-from multilora.memory.kv_layout import KVLayout
+from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, DeclaredModules, Shard, target
+from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig
-from multilora.models.sites import decoder_sites
+
+
+def self_attention(config: ModelConfig, layer: int, declared: DeclaredModules, **kind: Any) -> SelfAttention:
+    """Only k and v (and what k goes through) act on the keys and values of the layer."""
+    column = partial(target, shard=Shard.COLUMN, bias=config.qkv_bias)
+    qkv = declared.site(
+        layer,
+        "qkv_proj",
+        config.hidden_size,
+        column("self_attn.q_proj", config.q_size, before_kv=False),
+        column("self_attn.k_proj", config.kv_size, before_kv=True),
+        column("self_attn.v_proj", config.kv_size, before_kv=True),
+    )
+    o_proj = target("self_attn.o_proj", config.hidden_size, before_kv=False, shard=Shard.ROW, bias=config.o_bias)
+    o = declared.site(layer, "o_proj", config.q_size, o_proj)
+    head_norms = {}
+    if config.qk_norm:
+        for name, before_kv in (("q_norm", False), ("k_norm", True)):
+            norm = declared.norm(layer, f"self_attn.{name}", config.head_dim, before_kv=before_kv)
+            head_norms[name] = RMSNorm(norm, config.rms_norm_eps, **kind)
+    return SelfAttention(layer, config.head_dim, Linear(qkv, **kind), Linear(o, **kind), **head_norms)
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)), gate and up merged."""
 
-    def __init__(self, gate_up_proj: GateUp, down_proj: Linear):
+    def __init__(self, config: ModelConfig, layer: int, declared: DeclaredModules, **kind: Any):
         super().__init__()
-        self.gate_up_proj = gate_up_proj
-        self.down_proj = down_proj
+        hidden, inner = config.hidden_size, config.intermediate_size
+        behind = partial(target, before_kv=False, bias=config.mlp_bias)
+        column, row = partial(behind, shard=Shard.COLUMN), partial(behind, shard=Shard.ROW)
+        gate_up = column("mlp.gate_proj", inner), column("mlp.up_proj", inner)
+        self.gate_up_proj = GateUp(declared.site(layer, "gate_up_proj", hidden, *gate_up), **kind)
+        self.down_proj = Linear(declared.site(layer, "down_proj", inner, row("mlp.down_proj", hidden)), **kind)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return self.down_proj(self.gate_up_proj(x, ctx), ctx)
+        """x: [tokens, hidden]. Returns the same shape."""
+        y: torch.Tensor = self.down_proj(self.gate_up_proj(x, ctx), ctx)
+        return y
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, sites: tuple[LoraSite, ...], device: torch.device):
+    """Attention and MLP, each behind its norm."""
+
+    def __init__(self, config: ModelConfig, layer: int, declared: DeclaredModules, **kind: Any):
         super().__init__()
-        kind: dict[str, Any] = {"device": device, "dtype": config.dtype}
-        qkv, o, gate_up, down = sites
-        head_norms = {}
-        if config.qk_norm:
-            names = ("q_norm", "k_norm")
-            head_norms = {n: RMSNorm(n, layer, config.head_dim, config.rms_norm_eps, **kind) for n in names}
-        self.self_attn = SelfAttention(
-            layer,
-            config.head_dim,
-            Linear(qkv, bias=config.qkv_bias, **kind),
-            Linear(o, bias=config.o_bias, **kind),
-            **head_norms,
-        )
-        self.mlp = MLP(GateUp(gate_up, bias=config.mlp_bias, **kind), Linear(down, bias=config.mlp_bias, **kind))
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm("input_layernorm", layer, size, eps, **kind)
-        self.post_attention_layernorm = RMSNorm("post_attention_layernorm", layer, size, eps, **kind)
+        self.self_attn = self_attention(config, layer, declared, **kind)
+        self.mlp = MLP(config, layer, declared, **kind)
+        self.input_layernorm = RMSNorm(declared.norm(layer, "input_layernorm", size, before_kv=True), eps, **kind)
+        self.post_attention_layernorm = RMSNorm(
+            declared.norm(layer, "post_attention_layernorm", size, before_kv=False), eps, **kind
+        )
 
     def forward(
         self,
@@ -69,18 +88,21 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, sites: tuple[LoraSite, ...], device: torch.device):
+    """The embedding, the layers and the final norm. Nothing behind the last layer acts on keys and values."""
+
+    def __init__(self, config: ModelConfig, declared: DeclaredModules, device: torch.device):
         super().__init__()
         kind: dict[str, Any] = {"device": device, "dtype": config.dtype}
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **kind)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, tuple(s for s in sites if s.layer == layer), device)
-            for layer in range(config.num_layers)
-        )
-        self.norm = RMSNorm("norm", MODEL_LEVEL, config.hidden_size, config.rms_norm_eps, **kind)
+        hidden = config.hidden_size
+        embed = target(f"model.{EMBED}", hidden, before_kv=True, shard=Shard.VOCAB)
+        self.embed_tokens = Embedding(declared.site(MODEL_LEVEL, EMBED, config.vocab_size, embed), **kind)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, declared, **kind) for i in range(config.num_layers))
+        norm = declared.norm(MODEL_LEVEL, "model.norm", hidden, before_kv=False)
+        self.norm = RMSNorm(norm, config.rms_norm_eps, **kind)
         self.rotary = Rotary(config.rope, config.context_length, device)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """x: [tokens, hidden], positions: int64 [tokens]. Returns [tokens, hidden]."""
         rope = self.rotary(positions)
         residual: torch.Tensor | None = None
         for layer in self.layers:
@@ -88,19 +110,15 @@ class Decoder(nn.Module):
         return self.norm.add(x, residual, ctx)[0]
 
 
-class LlamaForCausalLM(nn.Module):
-    """A decoder with a language-model head. Weights are allocated, not filled: see `weights.py`."""
+class LlamaForCausalLM(CausalLM):
+    """See `CausalLM`."""
 
     def __init__(self, config: ModelConfig, device: torch.device):
-        super().__init__()
-        self.config = config
-        self.device = device
-        self._sites = decoder_sites(config)
-        self.model = Decoder(config, self._sites, device)
+        super().__init__(config, device)
+        self.model = Decoder(config, self.declared, device)
+        head = target(HEAD, config.vocab_size, before_kv=False, shard=Shard.VOCAB)
         self.lm_head = LMHead(
-            self._sites[-1],
-            config.vocab_size,
-            config.hidden_size,
+            self.declared.site(MODEL_LEVEL, HEAD, config.hidden_size, head),
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
             device=device,
             dtype=config.dtype,
@@ -108,36 +126,16 @@ class LlamaForCausalLM(nn.Module):
 
     @classmethod
     def settings(cls, hf: Any) -> dict[str, Any]:
-        """The fields of ModelConfig that this family derives from the transformers config in its own way."""
         return {"qkv_bias": hf.attention_bias, "o_bias": hf.attention_bias, "mlp_bias": hf.mlp_bias}
 
     def embed(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """ids: int64 [tokens]. Returns their rows of the table, [tokens, hidden]."""
-        return self.model.embed_tokens(ids, ctx)
+        x: torch.Tensor = self.model.embed_tokens(ids, ctx)
+        return x
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """x: [tokens, hidden], embedded; positions: int64 [tokens].
-
-        Writes the new tokens' k and v, returns their hidden rows after the final norm, [tokens, hidden].
-        """
-        return self.model(x, positions, ctx)
+        hidden: torch.Tensor = self.model(x, positions, ctx)
+        return hidden
 
     def logits(self, hidden_rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """hidden_rows: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab]."""
-        return self.lm_head(hidden_rows, ctx)
-
-    def linear(self, layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight [out, in] and bias [out] of a PEFT target module; lm_head counts as one (layer MODEL_LEVEL)."""
-        if module == self.lm_head.site.name:
-            return self.lm_head.weight, None
-        for linear in self.model.layers[layer].modules():
-            if isinstance(linear, Linear) and module in (parts := linear.parts()):
-                return parts[module]["weight"], parts[module].get("bias")
-        raise KeyError((layer, module))
-
-    def lora_sites(self) -> tuple[LoraSite, ...]:
-        return self._sites
-
-    def kv_layout(self, page_size: int) -> KVLayout:
-        config = self.config
-        return KVLayout(config.num_layers, page_size, config.num_kv_heads, config.head_dim, config.dtype)
+        logits: torch.Tensor = self.lm_head(hidden_rows, ctx)
+        return logits

@@ -1,57 +1,47 @@
-"""From a path or hub id to a model that can compute. The order matters: config, refusal, then weights.
+"""From a path or hub id to a model with room for its weights. What is not served is refused from the config alone.
 
-Called by `engine/` at start.
+Called by `engine/build.py`; `adapter_tools/` reads configs only.
 """
 
 import logging
 import os
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from multilora.errors import ConfigError, ModelUnsupported
+from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig, model_config
-from multilora.models.llama import LlamaForCausalLM
 from multilora.models.registry import model_class
-from multilora.models.weights import fill_dummy, load_weights
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-def load_model(
+def make_model(
     model_path: str,
     *,
     dtype: str = "auto",
     device: torch.device,
-    load_format: Literal["auto", "dummy"] = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     context_length: int | None = None,
-    seed: int = 0,
-) -> tuple[LlamaForCausalLM, ModelConfig]:
-    """Build and fill the model of a local directory or hub id. dtype `auto`: the checkpoint's, float32 on the CPU.
+) -> CausalLM:
+    """The model of a local directory or hub id, its weights allocated but not filled (see `CausalLM.load`).
 
-    Raises ModelUnsupported (before any weight is fetched where the config says so), ConfigError for a path or file
-    that is missing or broken.
+    dtype: the name of a torch dtype; "auto": the checkpoint's, float32 on the CPU. Fetches JSON files only. Raises
+    ModelUnsupported for an architecture or a setting that is not served, ConfigError for a path or file that is
+    missing or broken.
     """
     cls, config = read_config(
         model_path, revision=revision, trust_remote_code=trust_remote_code, context_length=context_length
     )
     if dtype != "auto":
-        config = replace(config, dtype=DTYPES[dtype])
+        config = config.with_dtype(getattr(torch, dtype))
     elif device.type == "cpu":
-        config = replace(config, dtype=torch.float32)
-    model = cls(config, device)
-    if load_format == "dummy":
-        fill_dummy(model, seed)
-    else:
-        load_weights(model, model_path, revision)
-    return model.eval(), config
+        config = config.with_dtype(torch.float32)
+    return cls(config, device).eval()
 
 
 def read_config(
@@ -60,7 +50,7 @@ def read_config(
     revision: str | None = None,
     trust_remote_code: bool = False,
     context_length: int | None = None,
-) -> tuple[type[LlamaForCausalLM], ModelConfig]:
+) -> tuple[type[CausalLM], ModelConfig]:
     """The model's class and config, `dtype` being the checkpoint's. Fetches JSON files only."""
     if model_path.startswith(("/", ".", "~")) and not os.path.isdir(model_path):
         raise ConfigError(f"--model-path {model_path}: no such directory")

@@ -3,12 +3,13 @@
 from typing import Any
 
 from multilora.errors import ModelUnsupported
+from multilora.models.base import CausalLM
 from multilora.models.llama import LlamaForCausalLM
 from multilora.models.mistral import MistralForCausalLM
 from multilora.models.qwen2 import Qwen2ForCausalLM
 from multilora.models.qwen3 import Qwen3ForCausalLM
 
-ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
+ARCHITECTURES: dict[str, type[CausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
@@ -16,7 +17,7 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
 }
 
 
-def model_class(raw_config: dict[str, Any]) -> type[LlamaForCausalLM]:
+def model_class(raw_config: dict[str, Any]) -> type[CausalLM]:
     """The class for a raw config.json. Raises ModelUnsupported naming the architecture and what is supported."""
     names = raw_config.get("architectures") or []
     if len(names) != 1 or names[0] not in ARCHITECTURES:

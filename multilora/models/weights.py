@@ -1,14 +1,19 @@
 """Fill a model from safetensors, one tensor at a time, or with seeded noise.
 
 Owns the correspondence of names: a merged linear layer is filled slice by slice. Nothing is left to chance: every
-parameter must be filled, every tensor used or known to be superfluous, every shape equal. Called by `load.py`.
+parameter must be filled, every tensor used or known to be superfluous, every shape equal. Called by `base.py`.
 """
 
 import json
 import logging
+import math
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -19,6 +24,7 @@ from tqdm import tqdm
 
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.layers.linear import Linear
+from multilora.lora.sites import HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +43,16 @@ def load_weights(model: nn.Module, model_path: str, revision: str | None = None)
     files = checkpoint_files(model_path, revision)
     targets = destinations(model)
     wanted = _check(files, targets)
-    total = sum(targets[name].nbytes for names in wanted.values() for name in names)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights") as bar:
+    total, nbytes = sum(math.prod(t.shape) for t in targets.values()), 0
+    with tqdm(total=total, unit=" parameters", unit_scale=True, desc="Loading weights") as bar:
         for file, names in wanted.items():
             with _open(file) as tensors:
                 for name in names:
-                    targets[name].copy_(tensors.get_tensor(name))
-                    bar.update(targets[name].nbytes)
-    logger.info("weights: %.2f GB in %.1f s from %d file(s)", total / 1e9, time.monotonic() - began, len(files))
+                    tensor = tensors.get_tensor(name)
+                    targets[name].load(tensor)
+                    bar.update(tensor.numel())
+                    nbytes += tensor.nbytes
+    logger.info("weights: %.2f GB in %.1f s from %d file(s)", nbytes / 1e9, time.monotonic() - began, len(files))
 
 
 @torch.no_grad()
@@ -60,19 +68,39 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
     logger.info("weights: random (load format dummy)")
 
 
-def destinations(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Checkpoint tensor name → the memory it belongs in. Tied parameters appear once, under the embedding's name."""
-    found: dict[str, torch.Tensor] = {}
+@dataclass(frozen=True)
+class Destination:
+    """Where one tensor of a checkpoint goes: the shape that it must have, and what copies it to its memory."""
+
+    shape: tuple[int, ...]
+    load: Callable[[torch.Tensor], object]
+
+
+def destinations(model: nn.Module) -> dict[str, Destination]:
+    """Checkpoint tensor name → where it goes. Tied parameters appear once, under the embedding's name."""
+    found: dict[str, Destination] = {}
     seen: set[nn.Parameter] = set()
     for path, module in model.named_modules():
         if isinstance(module, Linear):
-            parent = path.rpartition(".")[0]
-            for part, params in module.parts().items():
-                found |= {f"{parent}.{part}.{name}": rows for name, rows in params.items()}
-        else:
-            own = {f"{path}.{n}": p for n, p in module.named_parameters(recurse=False) if p not in seen}
-            seen.update(module.parameters(recurse=False))
-            found.update(own)
+            found |= _of_linear(path, module)
+            seen.update(module.parameters())
+        for name, param in module.named_parameters(recurse=False):
+            if param not in seen:
+                found[f"{path}.{name}"] = Destination(tuple(param.shape), param.copy_)
+                seen.add(param)
+    return found
+
+
+def _of_linear(path: str, linear: Linear) -> dict[str, Destination]:
+    """Checkpoints have the slices of a merged layer as modules of their own, beside each other in its parent."""
+    parent = path.rpartition(".")[0]
+    found = {}
+    for part in linear.site.slices:
+        shapes: dict[str, tuple[int, ...]] = {"weight": (part.out_features, linear.site.in_features)}
+        if part.bias:
+            shapes["bias"] = (part.out_features,)
+        for name, shape in shapes.items():
+            found[f"{parent}.{part.module}.{name}"] = Destination(shape, partial(linear.load, part, name))
     return found
 
 
@@ -120,7 +148,7 @@ def _open(file: Path) -> safe_open:
         raise ConfigError(f"{file} is not a readable safetensors file: {e}") from e
 
 
-def _check(files: list[Path], targets: dict[str, torch.Tensor]) -> dict[Path, list[str]]:
+def _check(files: list[Path], targets: dict[str, Destination]) -> dict[Path, list[str]]:
     """Compare the files' headers with what the model needs. Returns the tensors to copy from each file."""
     wanted: dict[Path, list[str]] = {}
     left = set(targets)
@@ -130,10 +158,10 @@ def _check(files: list[Path], targets: dict[str, torch.Tensor]) -> dict[Path, li
         with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118, not a dict
                 if name in targets:
-                    _check_tensor(name, tensors.get_slice(name), targets[name])
+                    _check_tensor(name, tensors.get_slice(name), targets[name].shape)
                     wanted[file].append(name)
                     left.discard(name)
-                elif not (SUPERFLUOUS.search(name) or name == "lm_head.weight"):
+                elif not (SUPERFLUOUS.search(name) or name == f"{HEAD}.weight"):
                     extra.append(name)
     if left:
         raise ModelUnsupported(f"the checkpoint lacks {_some(left)}")
@@ -142,10 +170,11 @@ def _check(files: list[Path], targets: dict[str, torch.Tensor]) -> dict[Path, li
     return wanted
 
 
-def _check_tensor(name: str, found: object, target: torch.Tensor) -> None:
-    shape, dtype = tuple(found.get_shape()), found.get_dtype()  # type: ignore[attr-defined]
-    if shape != tuple(target.shape):
-        raise ModelUnsupported(f"tensor {name} has shape {list(shape)}, the config asks for {list(target.shape)}")
+def _check_tensor(name: str, found: Any, expected: tuple[int, ...]) -> None:
+    """found: the slice that safetensors opens without reading it."""
+    shape, dtype = tuple(found.get_shape()), found.get_dtype()
+    if shape != expected:
+        raise ModelUnsupported(f"tensor {name} has shape {list(shape)}, the config asks for {list(expected)}")
     if dtype not in FLOATS:
         raise ModelUnsupported(f"tensor {name} is {dtype}: quantized checkpoints are not supported")
 

@@ -1,105 +1,102 @@
 """`POST /v1/chat/completions`: messages through the model's chat template, answers as assistant messages."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from multilora.engine.messages import TopLogprobs
+from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import BadRequest
+from multilora.front.front import Front
+from multilora.front.generation import Job, Sample
+from multilora.front.prompt import ChatPrompt
+from multilora.front.stream import Delta, TextStream
+from multilora.front.tokenizer import Tokenizer
 from multilora.server.errors import StrictRoute
-from multilora.server.generation import Flight, Front, Job, Sequence
-from multilora.server.openai import Reply, adapters_of, check_top_logprobs
+from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
 from multilora.server.openai_bodies import ChatBody
 
 
-def router(front: Front) -> APIRouter:
+def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
 
     @routes.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
-        choices = Choices(front, body)
-        reply = Reply(body, "chatcmpl", "chat.completion", "chat.completion.chunk")
-        return await reply.send(request, front, choices.jobs, choices.whole, choices.chunks)
+        return await ChatRequest(driver.front, body, sampling_defaults).respond(request, driver)
 
     return routes
 
 
-class Choices:
-    """The jobs of one request, and its sequences as choices."""
+class ChatRequest(OpenAIRequest):
+    """One conversation; a sample is a choice."""
 
-    def __init__(self, front: Front, body: ChatBody):
-        self._with_logprobs = bool(body.logprobs)
+    id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any]):
         if body.top_logprobs is not None and not body.logprobs:
             raise BadRequest("top_logprobs: only together with logprobs", param="top_logprobs")
-        top = check_top_logprobs(body.top_logprobs or 0, "top_logprobs")
-        adapters = adapters_of(front.registry, body, 1)[0]
-        sampling = body.sampling(front.sampling_defaults, _limit(body))
-        vocabulary = front.vocabularies.of(adapters)
-        self._tokenizer = vocabulary.writer("chat", "messages")
-        prompt = self._tokenizer.encode_chat(
-            [message.plain() for message in body.messages],
-            tools=_tools(body),
-            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-            continue_final_message=bool(body.continue_final_message),
-            **(body.chat_template_kwargs or {}),
+        job = Job(
+            prompt=_prompt(body),
+            sampling=body.sampling(sampling_defaults, _limit(body)),
+            adapters=adapters_of(front.registry, body, 1)[0],
+            return_logprob=bool(body.logprobs),
+            top_logprobs_num=check_top_logprobs(body.top_logprobs or 0, "top_logprobs"),
         )
-        self.jobs = [
-            Job(
-                prompt_ids=prompt,
-                sampling=sampling,
-                adapters=adapters,
-                vocabulary=vocabulary,
-                sample=j,
-                return_logprob=self._with_logprobs,
-                top_logprobs_num=top,
-            )
-            for j in range(sampling.n)
-        ]
+        super().__init__(body, [job])
 
-    def whole(self, index: int, sequence: Sequence) -> dict[str, Any]:
-        stream = sequence.stream
+    def whole(self, sample: Sample) -> Choice:
+        stream = sample.stream
         return {
-            "index": index,
+            "index": sample.index,
             "message": {"role": "assistant", "content": stream.text, "refusal": None},
-            "logprobs": self._logprobs(stream.token_ids, stream.logprobs, stream.top_logprobs),
+            "logprobs": _logprobs(sample, stream),
             "finish_reason": stream.finished.openai() if stream.finished else None,
         }
 
-    async def chunks(self, flight: Flight) -> AsyncGenerator[dict[str, Any], None]:
-        begun: set[int] = set()
-        async for index, delta in flight.events():
-            if index not in begun:
-                begun.add(index)
-                yield _chunk(index, {"role": "assistant", "content": ""})
-            logprobs = self._logprobs(delta.token_ids, delta.logprobs, delta.top_logprobs)
-            if delta.text or (logprobs and logprobs["content"]):
-                yield _chunk(index, {"content": delta.text}, logprobs)
-            if delta.finished:
-                yield _chunk(index, {}, finish_reason=delta.finished.openai())
-
-    def _logprobs(
-        self, tokens: list[int], logprobs: list[float] | None, top: list[TopLogprobs] | None
-    ) -> dict[str, Any] | None:
-        if not self._with_logprobs:
-            return None
-        tops = top or [[] for _ in tokens]
-        content = [
-            self._token(token, logprob) | {"top_logprobs": [self._token(t, lp) for lp, t in best]}
-            for token, logprob, best in zip(tokens, logprobs or [], tops, strict=False)
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._tokenizer.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
+        if first:
+            yield _chunk(sample.index, {"role": "assistant", "content": ""})
+        logprobs = _logprobs(sample, delta)
+        if delta.text or (logprobs and logprobs["content"]):
+            yield _chunk(sample.index, {"content": delta.text}, logprobs)
+        if delta.finished:
+            yield _chunk(sample.index, {}, finish_reason=delta.finished.openai())
 
 
 def _chunk(
     index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
-) -> dict[str, Any]:
+) -> Choice:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _logprobs(sample: Sample, part: TextStream | Delta) -> dict[str, Any] | None:
+    """`part`: all of the answer, or what is new of it."""
+    if not sample.job.return_logprob:
+        return None
+    tokenizer = sample.vocabulary.reader("logprobs", "logprobs")
+    content = [
+        _token(tokenizer, token, one.logprob) | {"top_logprobs": [_token(tokenizer, t, lp) for lp, t in one.top]}
+        for token, one in zip(part.token_ids, part.logprobs, strict=False)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
+    text = tokenizer.token_text(token)
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _prompt(body: ChatBody) -> ChatPrompt:
+    options: dict[str, Any] = {
+        "tools": _tools(body),
+        "add_generation_prompt": body.add_generation_prompt is not False and not body.continue_final_message,
+        "continue_final_message": bool(body.continue_final_message),
+    }
+    own = body.chat_template_kwargs or {}
+    if taken := options.keys() & own.keys():
+        raise BadRequest(f"{min(taken)!r} cannot be given to the chat template", param="chat_template_kwargs")
+    return ChatPrompt([message.plain() for message in body.messages], options | own)
 
 
 def _limit(body: ChatBody) -> int | None:

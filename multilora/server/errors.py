@@ -108,7 +108,7 @@ def install(app: FastAPI, shapes: dict[str, Shape]) -> None:
         return JSONResponse({"error": body}, error.status_code, error.headers)
 
     async def gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the connection is closed: the answer is never read
 
     async def unexpected(request: Request, error: Exception) -> Response:
         return respond(request, MultiloraError(f"internal error: {type(error).__name__}"))

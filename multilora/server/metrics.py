@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from multilora.engine.messages import AdapterStats, Stats
 from multilora.front.adapter_spec import AdapterSpec
+from multilora.front.observer import Observer
 from multilora.front.registry import AdapterRegistry
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -24,11 +25,12 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 _PER_ADAPTER = ["adapter_name"]
 
 
-class Metrics:
-    """`stats`: returns the engine's latest snapshot. `max_lora`: for vLLM's label of that name; None: no limit."""
+class Metrics(Observer):
+    """`model_name`: the base model's. `max_lora`: for vLLM's label of that name; None: no limit."""
 
-    def __init__(self, registry: AdapterRegistry, stats: Callable[[], Stats], max_lora: int | None):
-        self._base = registry.model_name
+    def __init__(self, model_name: str, max_lora: int | None):
+        self._base = model_name
+        self._max_lora = max_lora
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "multilora:requests", "Requests ended", [*_PER_ADAPTER, "finish_reason"], registry=self._registry
@@ -39,7 +41,10 @@ class Metrics:
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first output")
         self._queued = self._histogram("queue_time_seconds", "From submission to the first step")
         self._seen: dict[str, set[str]] = {}  # adapter → finish reasons
-        self._registry.register(_EngineCollector(registry, stats, max_lora))
+
+    def watch(self, names: AdapterRegistry, stats: Callable[[], Stats]) -> None:
+        """Show what the engine says too. `stats`: returns its latest snapshot."""
+        self._registry.register(_EngineCollector(names, stats, self._max_lora))
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"multilora:{name}", text, _PER_ADAPTER, registry=self._registry)

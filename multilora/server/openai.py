@@ -1,87 +1,98 @@
 """What the OpenAI routes share, and `/v1/models`.
 
-Bodies to jobs are the business of `completions.py` and `chat.py`; here is what both say in the same words:
-the adapter that `model` means, usage counts, the head of a response or chunk, the road of a request through HTTP.
+`completions.py` and `chat.py` say what their bodies ask for and what a choice looks like; here is what both say in
+the same words: the adapter that `model` means, usage counts, the head of a response or chunk, the road of a request
+through HTTP.
 """
 
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
 
+from multilora.drivers.async_driver import AsyncDriver, AsyncGeneration
 from multilora.errors import BadRequest, UnknownModel
 from multilora.front.adapter_spec import AdapterSpec, parse_specs
+from multilora.front.front import Front
+from multilora.front.generation import Job, Sample
 from multilora.front.registry import AdapterRegistry
+from multilora.front.stream import Delta
 from multilora.server.errors import StrictRoute
-from multilora.server.generation import Flight, Front, Job, Sequence
 from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.streaming import EventStream, Json, frame, while_connected
 
 MAX_TOP_LOGPROBS = 20
 
+Choice = dict[str, Any]
 
-class Reply:
-    """One response of either route: its id, its head, its usage.
 
-    `whole` and `chunks` are what the route adds: all of the flight as the choices of a response, and the choices of
-    one chunk each.
-    """
+class OpenAIRequest(ABC):
+    """One request of either route: its jobs, its response. Made by reading the body. Raises BadRequest."""
 
-    def __init__(self, body: OpenAIBody, prefix: str, kind: str, chunk_kind: str):
-        self.body = body
-        self.id = body.rid or f"{prefix}-{uuid.uuid4().hex}"
-        self._kinds = (kind, chunk_kind)
+    id_prefix: ClassVar[str]
+    kind: ClassVar[str]  # `object` of a whole response
+    chunk_kind: ClassVar[str]
 
-    def head(self, flight: Flight, *, chunk: bool) -> dict[str, Any]:
-        head = {"id": self.id, "object": self._kinds[chunk], "created": int(flight.created)}
-        return head | {"model": self.body.model}
+    def __init__(self, body: OpenAIBody, jobs: list[Job]):
+        self._body = body
+        self._jobs = jobs
+        self._id = body.rid or f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._include_usage = body.include_usage
 
-    def usage(self, flight: Flight) -> dict[str, Any]:
+    @abstractmethod
+    def whole(self, sample: Sample) -> Choice:
+        """A finished sample as the choice of a response."""
+
+    @abstractmethod
+    def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
+        """The choices of a stream that `delta` makes, one for each frame. first: the sample's first delta."""
+
+    async def respond(self, request: Request, driver: AsyncDriver) -> Response:
+        """Generate, and answer in one piece or as a stream."""
+        rid = self._body.rid
+        rids = None if rid is None else [rid]
+        count = sum(job.sampling.n for job in self._jobs)
+        if rid is not None and count > 1:
+            rids = [f"{rid}#{i}" for i in range(count)]
+
+        async def answer() -> dict[str, Any]:
+            generation = await driver.generate(self._jobs, rids)
+            choices = [self.whole(sample) for sample in await generation.results()]
+            return self._head(generation, self.kind) | {"choices": choices, "usage": self._usage(generation)}
+
+        if not self._body.stream:
+            return Json(await while_connected(request.receive, answer()))
+        generation = await while_connected(request.receive, driver.generate(self._jobs, rids))
+        return await EventStream.begin(request.receive, self._frames(generation), generation.close)
+
+    async def _frames(self, generation: AsyncGeneration) -> AsyncGenerator[bytes, None]:
+        head = self._head(generation, self.chunk_kind)
+        extra = {"usage": None} if self._include_usage else {}
+        begun: set[int] = set()
+        async for sample, delta in generation.events():
+            for choice in self.chunks(sample, delta, first=sample.index not in begun):
+                yield frame(head | {"choices": [choice]} | extra)
+            begun.add(sample.index)
+        if self._include_usage:
+            yield frame(head | {"choices": [], "usage": self._usage(generation)})
+
+    def _head(self, generation: AsyncGeneration, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": int(generation.created), "model": self._body.model}
+
+    @staticmethod
+    def _usage(generation: AsyncGeneration) -> dict[str, Any]:
         """Each prompt counts once, however many answers it has."""
-        sequences = flight.sequences
-        prompts = sum(len(s.job.prompt_ids) for s in sequences if s.job.sample == 0)
-        cached = sum(s.stream.cached_tokens for s in sequences if s.job.sample == 0)
-        generated = sum(s.stream.completion_tokens for s in sequences)
+        firsts = [sample for sample in generation.samples if sample.number == 0]
+        prompts = sum(len(sample.prompt_ids) for sample in firsts)
+        generated = sum(sample.stream.completion_tokens for sample in generation.samples)
         return {
             "prompt_tokens": prompts,
             "completion_tokens": generated,
             "total_tokens": prompts + generated,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": sum(sample.stream.cached_tokens for sample in firsts)},
         }
-
-    async def send(
-        self,
-        request: Request,
-        front: Front,
-        jobs: list[Job],
-        whole: Callable[[int, Sequence], dict[str, Any]],
-        chunks: Callable[[Flight], AsyncGenerator[dict[str, Any], None]],
-    ) -> Response:
-        """Generate, and answer in one piece or as a stream. `whole`: one finished sequence as a choice; `chunks`:
-        the choices of a stream, as they come."""
-        include_usage = self.body.include_usage
-        rids = None if self.body.rid is None else [self.body.rid]
-        if rids and len(jobs) > 1:
-            rids = [f"{self.body.rid}#{i}" for i in range(len(jobs))]
-
-        async def answer() -> dict[str, Any]:
-            flight = await front.start(jobs, rids)
-            choices = [whole(i, sequence) for i, sequence in enumerate(await flight.results())]
-            return self.head(flight, chunk=False) | {"choices": choices, "usage": self.usage(flight)}
-
-        async def frames(flight: Flight) -> AsyncGenerator[bytes, None]:
-            head = self.head(flight, chunk=True)
-            extra = {"usage": None} if include_usage else {}
-            async for choice in chunks(flight):
-                yield frame(head | {"choices": [choice]} | extra)
-            if include_usage:
-                yield frame(head | {"choices": [], "usage": self.usage(flight)})
-
-        if not self.body.stream:
-            return Json(await while_connected(request.receive, answer()))
-        flight = await while_connected(request.receive, front.start(jobs, rids))
-        return await EventStream.begin(request.receive, frames(flight), flight.close)
 
 
 def adapters_of(registry: AdapterRegistry, body: OpenAIBody, prompts: int) -> list[AdapterSpec]:
@@ -108,7 +119,7 @@ def models_router(front: Front, created: int) -> APIRouter:
             "owned_by": "multilora",
             "root": root,
             "parent": parent,
-            "max_model_len": front.client.ready.context_length,
+            "max_model_len": front.engine.ready.context_length,
         }
 
     def cards() -> list[dict[str, Any]]:

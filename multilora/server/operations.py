@@ -8,12 +8,14 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 import multilora
+from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import BadRequest, EngineDead
+from multilora.front.front import Front
+from multilora.front.generation import Job
 from multilora.params import SamplingParams
 from multilora.server.bodies import AbortBody
 from multilora.server.errors import StrictRoute
-from multilora.server.generation import Front, Job
-from multilora.server.metrics import CONTENT_TYPE
+from multilora.server.metrics import CONTENT_TYPE, Metrics
 from multilora.server.streaming import Json, while_connected
 
 logger = logging.getLogger(__name__)
@@ -21,21 +23,21 @@ logger = logging.getLogger(__name__)
 _SECRETS = ("api_key", "admin_api_key")
 
 
-def router(front: Front) -> APIRouter:
+def router(driver: AsyncDriver, metrics: Metrics) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
-    _health(routes, front)
-    _facts(routes, front)
-    _control(routes, front)
+    _health(routes, driver)
+    _facts(routes, driver.front)
+    _control(routes, driver, metrics)
     return routes
 
 
-def _health(routes: APIRouter, front: Front) -> None:
+def _health(routes: APIRouter, driver: AsyncDriver) -> None:
     @routes.get("/health")
     @routes.get("/ready")
     @routes.get("/ping")
     async def health() -> Response:
         """200 while the engine lives, else 503."""
-        if not front.client.alive:
+        if not driver.engine.alive:
             raise EngineDead("the engine process ended; restart the server")
         return Response()
 
@@ -43,18 +45,18 @@ def _health(routes: APIRouter, front: Front) -> None:
     async def health_generate(request: Request) -> Response:
         """200 once the engine has generated one token."""
         sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
-        prompt = [min(1, front.client.ready.vocab_size - 1)]
+        prompt = [min(1, driver.engine.ready.vocab_size - 1)]
 
         async def generate() -> None:
-            flight = await front.start([Job(prompt_ids=prompt, sampling=sampling)])
-            await flight.results()
+            generation = await driver.generate([Job(prompt=prompt, sampling=sampling)])
+            await generation.results()
 
         await while_connected(request.receive, generate())
         return Response()
 
 
 def _facts(routes: APIRouter, front: Front) -> None:
-    config, ready = front.config, front.client.ready
+    config, ready = front.config, front.engine.ready
 
     @routes.get("/model_info")
     @routes.get("/get_model_info")
@@ -85,7 +87,7 @@ def _facts(routes: APIRouter, front: Front) -> None:
 
 
 def _running(front: Front) -> dict[str, Any]:
-    ready, registry = front.client.ready, front.registry
+    ready, registry = front.engine.ready, front.registry
     return {
         "lora_backend_used": ready.lora_backend,
         "attention_backend_used": ready.attention_backend,
@@ -93,28 +95,28 @@ def _running(front: Front) -> dict[str, Any]:
         "num_layers": ready.num_layers,
         "loaded_adapters": [
             {
-                "lora_name": e.name,
-                "lora_path": e.path,
-                "version": e.version,
-                "pinned": e.pinned,
-                "rank": e.info.rank if e.info else None,
-                "target_modules": e.info.target_modules if e.info else None,
-                "vocab_size": front.vocabularies.of(((e.name, 1.0),)).size,
-                "active_requests": e.active,
+                "lora_name": ref.name,
+                "lora_path": ref.path,
+                "version": ref.version,
+                "pinned": ref.pinned,
+                "rank": ref.info.rank if ref.info else None,
+                "target_modules": ref.info.target_modules if ref.info else None,
+                "vocab_size": front.vocabularies.of(((ref.name, 1.0),)).size,
+                "active_requests": ref.num_requests,
             }
-            | ({"parts": [{"name": name, "weight": weight} for name, weight in e.parts]} if e.parts else {})
-            for e in registry.entries()
+            | ({"parts": [{"name": name, "weight": weight} for name, weight in ref.parts]} if ref.parts else {})
+            for ref in registry.refs()
         ],
-        "internal_states": [front.client.stats],
+        "internal_states": [front.engine.stats],
     }
 
 
-def _control(routes: APIRouter, front: Front) -> None:
+def _control(routes: APIRouter, driver: AsyncDriver, counted: Metrics) -> None:
     @routes.get("/flush_cache")
     @routes.post("/flush_cache")
     async def flush_cache() -> Response:
         """Drop every idle prefix from the cache."""
-        await front.client.flush_cache()
+        await driver.engine.flush_cache()
         logger.info("prefix cache flushed")
         return PlainTextResponse("Cache flushed.\n")
 
@@ -123,10 +125,10 @@ def _control(routes: APIRouter, front: Front) -> None:
         """Abort one request by its rid, or all."""
         if not body.rid and not body.abort_all:
             raise BadRequest("rid or abort_all must be given", param="rid")
-        front.abort(None if body.abort_all else body.rid, body.abort_message or "aborted by /abort_request")
+        driver.front.abort(None if body.abort_all else body.rid, body.abort_message or "aborted by /abort_request")
         return Response()
 
     @routes.get("/metrics")
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(front.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(counted.render(), media_type=CONTENT_TYPE)

@@ -22,8 +22,8 @@ import uvicorn
 from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.demo import base_model_path
+from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import ConfigError, MultiloraError
-from multilora.front.registry import AdapterRegistry
 from multilora.front.tokenizer import Tokenizer
 from multilora.server.app import create_app
 
@@ -37,7 +37,7 @@ _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 def serve(config: Config) -> int:
     """Run the server until SIGTERM or SIGINT. Returns the exit code."""
     try:
-        return asyncio.run(_Process(config).run())
+        return asyncio.run(_ServerProcess(config).run())
     except asyncio.CancelledError:
         logger.info("stopped before the server was ready")
         return 0
@@ -49,7 +49,7 @@ def serve(config: Config) -> int:
         return 1
 
 
-class _Server(uvicorn.Server):
+class _UvicornServer(uvicorn.Server):
     """uvicorn without its signal handlers, which would end the process before the engine is stopped."""
 
     @contextlib.contextmanager
@@ -57,11 +57,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Process:
+class _ServerProcess:
     def __init__(self, config: Config):
         self._config = config
         self._spool = Spool()
-        self._server: _Server | None = None
+        self._server: _UvicornServer | None = None
         self._main: asyncio.Task[Any] | None = None
 
     async def run(self) -> int:
@@ -91,10 +91,10 @@ class _Process:
         self, client: Any, listener: socket.socket, tokenizer: Tokenizer | None, defaults: dict[str, Any]
     ) -> None:
         config = self._config
-        registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
-        app = create_app(config, client, tokenizer, registry, defaults, self._spool)
-        await app.state.adapters.load_all(config.lora_paths)
-        self._server = _Server(
+        app = create_app(config, client, tokenizer, defaults, self._spool)
+        driver: AsyncDriver = app.state.driver
+        await driver.change(driver.front.adapters.load_many(config.lora_paths, all_or_none=True))
+        self._server = _UvicornServer(
             uvicorn.Config(
                 app,
                 log_config=None,
@@ -122,7 +122,8 @@ class _Process:
 def bind(host: str, port: int) -> Iterator[socket.socket]:
     """The address, taken but not listened to yet. Raises ConfigError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        # asyncio sets TCP_NODELAY on connections of this protocol only, not of protocol 0
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
@@ -133,17 +134,8 @@ def bind(host: str, port: int) -> Iterator[socket.socket]:
 
 def load_text(config: Config) -> tuple[Tokenizer | None, dict[str, Any]]:
     """The tokenizer, and the sampling defaults of the model's generation_config. Raises ConfigError."""
-    model = config.model_path or str(base_model_path())
-    defaults = sampling_defaults(model, config.revision)
-    if config.skip_tokenizer_init:
-        return None, defaults
-    tokenizer = Tokenizer.load(
-        config.tokenizer_path or model,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        chat_template=config.chat_template,
-    )
-    return tokenizer, defaults
+    defaults = sampling_defaults(config.model_path or str(base_model_path()), config.revision)
+    return Tokenizer.of(config), defaults
 
 
 def sampling_defaults(model: str, revision: str | None) -> dict[str, Any]:

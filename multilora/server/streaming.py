@@ -58,7 +58,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends `frames` as they come, then `[DONE]`. `close` is called at the end, come what may."""
+    """Sends `frames` as they come, then `[DONE]`. `close` is called at the end, also after an error."""
 
     media_type = "text/event-stream"
 

@@ -19,7 +19,8 @@ from multilora.adapters.loading.loader import InlineLoader
 from multilora.engine.build import build_engine
 from multilora.errors import AdapterIncompatible, ConfigError
 from multilora.front.stream import FinishReason
-from multilora.llm import LLM, Generation
+from multilora.llm.completion import Completion
+from multilora.llm.offline import LLM
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": "all-linear", "r": 8},
@@ -49,7 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """No loader process, which is quicker."""
-    monkeypatch.setattr("multilora.llm.build_engine", partial(build_engine, make_loader=InlineLoader))
+    monkeypatch.setattr("multilora.llm.offline.build_engine", partial(build_engine, make_loader=InlineLoader))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -94,9 +95,9 @@ def test_a_difference_that_is_no_number_is_the_largest():
     assert check.difference == math.inf and not check.within(1.0)
 
 
-def answer(tokens: list[int], logprob: float) -> Generation:
+def answer(tokens: list[int], logprob: float) -> Completion:
     tops = [[(logprob, token)] for token in tokens]
-    return Generation("", tokens, FinishReason("length"), 1, 0, top_logprobs=tops, input_top_logprobs=[None])
+    return Completion("", tokens, FinishReason("length"), 1, 0, top_logprobs=tops, input_top_logprobs=[None])
 
 
 def test_other_weights_fail(files, monkeypatch):

@@ -149,7 +149,7 @@ def check_message(error: MultiloraError) -> None:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("multilora.llm.build_engine", partial(build_engine, make_loader=InlineLoader))
+        patch.setattr("multilora.llm.offline.build_engine", partial(build_engine, make_loader=InlineLoader))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # some paths look like hub ids
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

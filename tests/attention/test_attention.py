@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from multilora.attention import choose_attention, flashinfer_obstacle, make_attention
+from multilora.attention.backends import BACKENDS, choose_attention, flashinfer_obstacle, make_attention
 from multilora.attention.base import AttentionShape
 from multilora.errors import ConfigError
 from multilora.memory.kv_layout import KVLayout
@@ -18,34 +18,39 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("name", ["auto", "torch"])
 def test_torch_is_chosen_and_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "multilora.attention"):
-        assert choose_attention(name, CPU, FP32, 64) == "torch"
+        assert choose_attention(name, CPU, FP32, FP32, 64) == "torch"
     assert "attention backend: torch" in caplog.text
     assert ("not flashinfer: it needs a CUDA device" in caplog.text) == (name == "auto")
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "head_dim", "missing"),
-    [(CPU, BF16, 64, "CUDA device"), (CUDA, FP32, 64, "torch.float32"), (CUDA, BF16, 80, "head_dim")],
+    ("device", "dtype", "kv_dtype", "head_dim", "missing"),
+    [
+        (CPU, BF16, BF16, 64, "CUDA device"),
+        (CUDA, FP32, FP32, 64, "torch.float32"),
+        (CUDA, BF16, torch.float16, 64, "the KV cache is torch.float16"),
+        (CUDA, BF16, BF16, 80, "head_dim"),
+    ],
 )
-def test_flashinfer_by_name_says_what_is_missing(device, dtype, head_dim, missing) -> None:
+def test_flashinfer_by_name_says_what_is_missing(device, dtype, kv_dtype, head_dim, missing) -> None:
     with pytest.raises(ConfigError, match=f"--attention-backend flashinfer: .*{missing}"):
-        choose_attention("flashinfer", device, dtype, head_dim)
+        choose_attention("flashinfer", device, dtype, kv_dtype, head_dim)
 
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_auto_takes_flashinfer_where_it_is_installed(installed, monkeypatch, caplog) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     with caplog.at_level(logging.INFO, "multilora.attention"):
-        assert choose_attention("auto", CUDA, BF16, 128) == ("flashinfer" if installed else "torch")
+        assert choose_attention("auto", CUDA, BF16, BF16, 128) == ("flashinfer" if installed else "torch")
     assert ("flashinfer-python is not installed" in caplog.text) == (not installed)
     if not installed:
         with pytest.raises(ConfigError, match="flashinfer-python is not installed"):
-            choose_attention("flashinfer", CUDA, BF16, 128)
+            choose_attention("flashinfer", CUDA, BF16, BF16, 128)
 
 
 def test_unknown_name() -> None:
     with pytest.raises(ConfigError, match="auto, flashinfer, torch"):
-        choose_attention("flash", CPU, FP32, 64)
+        choose_attention("flash", CPU, FP32, FP32, 64)
 
 
 def test_obstacles_are_named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,11 +61,11 @@ def test_obstacles_are_named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         (CUDA, BF16, 80, "head_dim"),
         (CUDA, BF16, 64, "flashinfer-python"),
     ):
-        assert said in (flashinfer_obstacle(device, dtype, head_dim) or "")
+        assert said in (flashinfer_obstacle(device, dtype, dtype, head_dim) or "")
 
 
 def test_the_backend_over_an_arena() -> None:
     layout = KVLayout(1, 4, 2, 64, torch.float32)
     views = layout.views(torch.zeros(3, layout.page_bytes, dtype=torch.uint8))
-    backend = make_attention("torch", views, AttentionShape(2, 2, 64, 1.0, None))
-    assert backend.name == "torch"
+    assert make_attention("torch", views, AttentionShape(2, 2, 64, 1.0, None)).name == "torch"
+    assert list(BACKENDS) == ["flashinfer", "torch"]

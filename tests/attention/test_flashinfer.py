@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from multilora.attention import choose_attention, make_attention
+from multilora.attention.backends import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend, AttentionShape
 from multilora.attention.rotate import CosSin
 from multilora.attention.torch_sdpa import KVViews, TorchAttention
@@ -351,7 +351,7 @@ def test_the_host_may_run_ahead() -> None:
 
 def test_auto_takes_it_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "multilora.attention"):
-        assert choose_attention("auto", DEVICE, KIND, 128) == "flashinfer"
+        assert choose_attention("auto", DEVICE, KIND, KIND, 128) == "flashinfer"
     assert "attention backend: flashinfer" in caplog.text
 
 

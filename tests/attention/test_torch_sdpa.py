@@ -81,7 +81,8 @@ def unrotated(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(k.shape[0], 1, k.shape[2] // 2), torch.zeros(k.shape[0], 1, k.shape[2] // 2)
 
 
-def run(case: Case, heads: int, window: int | None, atol: float) -> None:
+def run(case: Case, heads: int, window: int | None, atol: float, computed_in: torch.dtype | None = None) -> None:
+    """computed_in: dtype of q, k and v; None: that of the cache."""
     kv_heads, head_dim = case.views[0][0].shape[2:]
     scale = 0.7 / math.sqrt(head_dim)
     attention = TorchAttention(case.views, AttentionShape(heads, kv_heads, head_dim, scale, window))
@@ -90,6 +91,8 @@ def run(case: Case, heads: int, window: int | None, atol: float) -> None:
     for layer in range(LAYERS):
         new = [h[layer, :, h.shape[2] - n :] for h, n in zip(case.history, case.meta.q_lens, strict=True)]
         k, v = torch.cat(new, dim=1)
+        if computed_in is not None:
+            k, v = (t.to(computed_in) * (1 + 2**-12) for t in (k, v))
         q = torch.randn(k.shape[0], heads, head_dim, generator=generator).to(k.dtype)
         got = attention.forward(layer, q, k, v, unrotated(k))
         assert got.dtype == q.dtype
@@ -137,6 +140,11 @@ def test_shapes(heads: int, kv_heads: int, head_dim: int, page_size: int) -> Non
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_dtypes(dtype: torch.dtype, atol: float) -> None:
     run(make_case(BATCHES["everything"], 16, 2, 32, dtype), 4, None, atol)
+
+
+def test_keys_and_values_are_rounded_to_the_dtype_of_the_cache_wherever_they_are_read_from() -> None:
+    """Queries in fp32 over a bf16 cache; what the layer brings rounds to what is in the history."""
+    run(make_case(BATCHES["everything"], 16, 2, 32, torch.bfloat16), 4, None, 1e-5, computed_in=torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -28,7 +28,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """(exit code, stdout, stderr) of a command line, in this process."""
-    monkeypatch.setattr("multilora.llm.build_engine", partial(build_engine, make_loader=InlineLoader))
+    monkeypatch.setattr("multilora.llm.offline.build_engine", partial(build_engine, make_loader=InlineLoader))
     monkeypatch.setattr("multilora.logs.setup", lambda level, role: None)
 
     def call(*argv: str | Path) -> tuple[int, str, str]:
@@ -44,8 +44,8 @@ def test_inspect_without_a_model(run, files):
     assert out.splitlines()[0] == str(files / "adapter")
     lines = [line.split() for line in out.splitlines()]
     assert ["method", "LoRA", "+", "DoRA"] in lines
-    assert ["LoRA", "q_proj", "o_proj", "0-1", "4", "1", "2,048"] in lines
-    assert ["DoRA", "magnitude", "q_proj", "o_proj", "0-1", "256"] in lines
+    assert ["LoRA", "o_proj", "q_proj", "0-1", "4", "1", "2,048"] in lines
+    assert ["DoRA", "magnitude", "o_proj", "q_proj", "0-1", "256"] in lines
     assert out.endswith("compatible: give --model-path to find out\n")
 
 
@@ -59,7 +59,7 @@ def test_inspect_with_a_model(run, files):
     assert report["served"]["page_bytes"] == 2 * 2 * 32 * 2 * 16 * 4
     assert report["modules"][0] == {
         "kind": "LoRA",
-        "modules": ["q_proj", "o_proj"],
+        "modules": ["o_proj", "q_proj"],
         "layers": "0-1",
         "rank": 4,
         "scaling": 1.0,

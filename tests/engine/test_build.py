@@ -3,10 +3,12 @@
 import os
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fakes.models import make_tiny_model
 
 from multilora.adapters.host.staging import Staging
 from multilora.config import Config
@@ -30,6 +32,17 @@ def test_auto_takes_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> No
 def test_flashinfer_on_a_cpu_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="--attention-backend flashinfer: it needs a CUDA device"):
         build_engine(Config.make(device="cpu", attention_backend="flashinfer"))
+
+
+def test_target_modules_that_the_model_does_not_have_are_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    said = r"--lora-target-modules: LlamaForCausalLM has no module 'w_proj'; it has .*q_proj, k_proj, .*lm_head"
+    with pytest.raises(ConfigError, match=said):
+        build_engine(Config.make(model_path=str(tmp_path), lora_target_modules=["q_proj", "w_proj"]))
+    for known in (["q_proj", "lm_head"], "all", None):
+        with pytest.raises(ConfigError, match=r"neither model\.safetensors"):
+            build_engine(Config.make(model_path=str(tmp_path), lora_target_modules=known))
 
 
 GPU = torch.device("cuda")

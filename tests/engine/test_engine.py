@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import xgrammar
 from fakes.engine_driver import Answer, EngineDriver
 from fakes.models import make_adapter, make_tiny_model
 from safetensors.torch import load_file, save_file
 
-from multilora.engine.messages import FlushCache, Outputs, Submit, UnloadAdapter
+from multilora.engine.messages import FlushCache, Outputs, Submit, UnloadAdapter, UseTokenizer
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.stats import StatsReporter
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterNotFound, AdapterNotLoaded
@@ -110,6 +111,44 @@ def test_an_unknown_version_is_never_served_by_base(files: Path, enable_lora: bo
 
 def test_a_grammar_needs_a_tokenizer(files: Path) -> None:
     assert error_of(drive(files).complete(PROMPT, grammar="{}")) == "BadRequest"
+
+
+# ---------------------------------------------------------------------- grammars
+
+INFO = xgrammar.TokenizerInfo([bytes([i]) for i in range(99)], vocab_size=101, stop_token_ids=[EOS])
+
+
+def grammar(regex: str) -> str:
+    return xgrammar.GrammarCompiler(INFO).compile_regex(regex).serialize_json()
+
+
+def under_grammars(files: Path, ahead: int, **options: Any) -> dict[str, Answer]:
+    """Grammars that end soon and late, with and without penalties, among requests that have none."""
+    driver = drive(files, "a", ahead=ahead, **options)
+    driver.engine.handle(UseTokenizer(INFO.serialize_json()))
+    kinds: list[dict[str, Any]] = [
+        {"grammar": grammar("[0-9]{3}")},
+        {"grammar": grammar("[0-9A-Z]{1,20}"), "repetition_penalty": 1.5},
+        {"grammar": grammar("(ab|AB)*"), "min_new_tokens": 5, "max_new_tokens": 9},
+        {"grammar": grammar("[0-9]+"), "temperature": 0.9, "sampling_seed": 5},
+        {"repetition_penalty": 1.3},
+        {},
+    ]
+    for i, kind in enumerate(kinds * 2):
+        driver.submit(PROMPT[i % 3 :], "a" if i % 2 else None, **kind)
+        driver.step()
+    driver.run()
+    driver.close()
+    return driver.answers
+
+
+@pytest.mark.parametrize("options", [{}, {"page_size": 4, "max_total_tokens": 300, "chunked_prefill_size": 7}])
+def test_grammars_one_step_ahead_give_what_they_give_in_turn(files: Path, options: dict[str, Any]) -> None:
+    in_turn, ahead = (under_grammars(files, ahead, **options) for ahead in (0, 1))
+    assert {rid: a.tokens for rid, a in in_turn.items()} == {rid: a.tokens for rid, a in ahead.items()}
+    assert {a.finished.type for a in ahead.values()} == {"stop", "length"}
+    text = bytes(ahead["0"].tokens[:-1]).decode()
+    assert text.isdecimal() and len(text) == 3 and ahead["0"].tokens[-1] == EOS
 
 
 # ---------------------------------------------------------------------- endings
@@ -283,6 +322,7 @@ def passed_by(files: Path, max_wait: float, steps: int) -> int:
         engine.scheduler.kv,
         engine.adapters,
         engine.scheduler.namespaces,
+        engine.scheduler._journal,
         eos_token_ids=(EOS,),
         max_running=64,
         chunk_tokens=2048,
@@ -296,9 +336,6 @@ def passed_by(files: Path, max_wait: float, steps: int) -> int:
     younger = []
     while not driver.answers[blocked].tokens and late < steps:
         younger.append(driver.submit(PROMPT, "a", ignore_eos=True))
-        request = engine.scheduler.get(younger[-1])
-        assert request is not None
-        request.arrival += late
         driver.step()
         late += 1.0
     passed = sum(bool(driver.answers[rid].tokens) for rid in younger)

@@ -19,9 +19,9 @@ from exactness import SLACK, Judged, judge
 from fakes.engine_driver import Answer, EngineDriver
 from fakes.models import make_adapter, make_tiny_model
 
-from multilora.attention import make_attention
-from multilora.attention.base import AttentionShape
+from multilora.attention.backends import make_attention
 from multilora.batch import ForwardBatch
+from multilora.engine.execution.cuda_graphs import GraphedStep
 from multilora.engine.execution.runner import AdapterScope
 from multilora.engine.memory import measure_step
 from multilora.errors import OutOfMemory
@@ -160,21 +160,30 @@ def test_small_steps_with_prompts_are_replayed_and_give_what_launches_give(llama
     mixes: list[list[Any]] = [[names[0]], [None], [names[3], None, names[1]], [{names[2]: 0.5, names[5]: -1.0}]]
     driver = llama.driver(names, disable_radix_cache=True)
     runner = driver.engine.runner
-    pieces, replayed = runner._graphs.pieces, []
-    assert pieces is not None
-    run_pieces = pieces.run
+    graphs, replayed = runner._graphs, []
+    assert graphs is not None
+    prepare = graphs.prepare
 
-    def compare(x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor | None:
-        hidden = run_pieces(x, batch)
-        if hidden is not None:
+    class Compared:
+        """The step as it is replayed, held against its launches."""
+
+        def __init__(self, step: GraphedStep, batch: ForwardBatch):
+            self._step, self._batch = step, batch
+
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self._step.run(x)
             replayed.append(len(x))
-            launched = runner._layers(x, batch, AdapterScope.LAYERS)
+            launched = runner._layers(x, self._batch, AdapterScope.LAYERS)
             error = (hidden - launched).float().norm() / launched.float().norm()
             assert error < 2e-2, (len(x), error)
-        return hidden
+            return hidden
+
+    def compare(batch: ForwardBatch, *, decodes: bool) -> GraphedStep | None:
+        step = prepare(batch, decodes=decodes)
+        return step if step is None or decodes else Compared(step, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "run", compare)
+        patch.setattr(graphs, "prepare", compare)
         for prompt in (4, 1, 2, 0, 3, 4):
             for mix in mixes:
                 for name in mix:
@@ -264,7 +273,7 @@ def test_the_largest_step_is_measured(llama: Family, caplog: pytest.LogCaptureFi
     model, layout = driver.engine.runner._model, driver.engine.runner._model.kv_layout(16)
 
     def over_arena(kv_views: Any) -> Any:
-        return make_attention("torch", kv_views, AttentionShape(2, 1, 128, 1.0, None))
+        return make_attention("torch", kv_views, model.attention_shape)
 
     sizes = [measure_step(model, layout, over_arena, tokens, 8) for tokens in (64, 256)]
     assert sizes[0] >= 64 * SIZES["vocab_size"] * 4

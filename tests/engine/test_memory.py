@@ -6,28 +6,26 @@ from typing import Any
 import pytest
 import torch
 from fakes.models import make_tiny_model
+from loaded_model import loaded_model
 
-from multilora.attention import make_attention
-from multilora.attention.base import AttentionShape
+from multilora.attention.backends import make_attention
 from multilora.engine import memory
 from multilora.engine.memory import asking_for, graph_bytes, largest_step
 from multilora.errors import OutOfMemory
-from multilora.models.load import load_model
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 100])
 def test_the_largest_step_has_every_token_and_all_logits(tokens: int, tmp_path: Path, monkeypatch: Any) -> None:
     """Prompts no longer than the context, each in pages of its own."""
     make_tiny_model(tmp_path, max_position_embeddings=32)
-    model, config = load_model(str(tmp_path), device=torch.device("cpu"))
+    model = loaded_model(tmp_path)
     layout = model.kv_layout(page_size=4)
     seen: list[Any] = []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda rows, ctx: seen.append(rows.shape) or logits(rows, ctx))
 
     def over_arena(views: Any) -> Any:
-        shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, 1.0, None)
-        attention = make_attention("torch", views, shape)
+        attention = make_attention("torch", views, model.attention_shape)
         prepare = attention.prepare
         monkeypatch.setattr(attention, "prepare", lambda meta: seen.append(meta) or prepare(meta))
         return attention
@@ -35,7 +33,7 @@ def test_the_largest_step_has_every_token_and_all_logits(tokens: int, tmp_path: 
     nbytes = largest_step(model, layout, over_arena, tokens, requests=8)
     meta, rows = seen
     assert sum(meta.q_lens) == tokens and max(meta.q_lens) <= 32 and meta.q_lens == meta.kv_lens
-    assert rows == (tokens, config.hidden_size)
+    assert rows == (tokens, model.config.hidden_size)
     slots = set(zip(meta.token_page.tolist(), meta.token_slot.tolist(), strict=True))
     assert len(slots) == tokens, "two tokens in one place"
     assert nbytes == (int(meta.token_page.max()) + 1) * layout.page_bytes

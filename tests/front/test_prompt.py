@@ -1,7 +1,8 @@
+import numpy
 import pytest
 
 from multilora.errors import BadRequest, PromptTooLong
-from multilora.front.prompt import check_prompt, engine_params
+from multilora.front.prompt import TextPrompt, check_logprobs, check_prompt, engine_params, read_prompts, spread
 from multilora.params import SamplingParams
 
 
@@ -72,3 +73,49 @@ def test_a_stop_token_does_not_excuse_a_bias():
     with pytest.raises(BadRequest) as e:
         effective(stop_token_ids=[3], logit_bias={"60": 1.0})
     assert e.value.param == "logit_bias"
+
+
+@pytest.mark.parametrize(
+    ("given", "several"), [("x", False), ([5, 6], False), (["x"], True), ([[5]], True), ((5,), False), (("x",), True)]
+)
+def test_one_prompt_or_several(given, several):
+    prompts, found = read_prompts(given, "text")
+    assert found == several
+    expected = list(given) if several else [given if isinstance(given, str) else list(given)]
+    assert [p.text if isinstance(p, TextPrompt) else p for p in prompts] == expected
+
+
+NO_PROMPTS = [[], [True], [5, True], [[5], [False]], [5, 0.5], [numpy.int64(5)], 5, None, ["x", 5]]
+
+
+@pytest.mark.parametrize("given", NO_PROMPTS)
+def test_what_is_no_prompt(given):
+    with pytest.raises(BadRequest) as caught:
+        read_prompts(given, "text")
+    assert caught.value.param == "text"
+
+
+def test_one_value_or_one_for_each():
+    assert (spread(1, 2, "x"), spread([1, 2], 2, "x"), spread((1, 2), 2, "x")) == ([1, 1], [1, 2], [1, 2])
+    with pytest.raises(BadRequest, match="x has 1 entries for 2 inputs"):
+        spread([1], 2, "x")
+
+
+@pytest.mark.parametrize(("start", "top"), [(-1, 0), (0, 50), (10, 1)])
+def test_logprobs_that_exist(start, top):
+    check_logprobs(start, top, 10, 50)
+
+
+@pytest.mark.parametrize(
+    ("start", "top", "param"),
+    [
+        (-2, 0, "logprob_start_len"),
+        (11, 0, "logprob_start_len"),
+        (0, 51, "top_logprobs_num"),
+        (0, -1, "top_logprobs_num"),
+    ],
+)
+def test_logprobs_that_do_not(start, top, param):
+    with pytest.raises(BadRequest) as caught:
+        check_logprobs(start, top, 10, 50)
+    assert caught.value.param == param

@@ -3,7 +3,7 @@ from fakes.tokenizers import byte_level_tokenizer, metaspace_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora.engine.messages import Finished, Output
+from multilora.engine.messages import Finished, Logprobs, Output
 from multilora.errors import BadRequest
 from multilora.front import stop
 from multilora.front.stream import FinishReason, TextStream
@@ -24,7 +24,7 @@ def one_by_one(text: str) -> list[int]:
 
 
 def stream(tokenizer=BYTES, **params) -> TextStream:
-    return TextStream(tokenizer, SamplingParams(**params), prompt_ids=[0, 5, 6], eos_token_ids=(EOS, 9))
+    return TextStream(tokenizer, SamplingParams(**params), eos_token_ids=(EOS, 9))
 
 
 def output(token_ids=(), finished: str | None = None, matched: int | None = None, **fields) -> Output:
@@ -39,7 +39,7 @@ def test_plain_text_to_the_limit():
     assert "".join(d.text for d in deltas) == s.text == "the cat 日本"
     assert s.token_ids == ids
     assert [d.finished for d in deltas] == [None] * (len(ids) - 1) + [FinishReason("length", length=len(ids))]
-    assert (s.prompt_tokens, s.cached_tokens, s.completion_tokens) == (3, 2, len(ids))
+    assert (s.cached_tokens, s.completion_tokens) == (2, len(ids))
     assert not any(d.drop for d in deltas)
 
 
@@ -92,12 +92,12 @@ def test_a_stop_string_cuts_at_the_completing_token(no_trim, text, chunk):
     at = 0
     while s.finished is None:
         tokens = ids[at : at + chunk]
-        delta = s.push(output(tokens, logprobs=[-0.5] * len(tokens), top_logprobs=[[(-0.5, 1)]] * len(tokens)))
+        delta = s.push(output(tokens, logprobs=[Logprobs(-0.5, [(-0.5, 1)])] * len(tokens)))
         at += chunk
         assert s.text in text
     assert s.text == text
     assert s.token_ids == one_by_one("the dog")
-    assert len(s.logprobs) == len(s.top_logprobs) == s.completion_tokens == 7
+    assert len(s.logprobs) == s.completion_tokens == 7
     assert delta.finished == FinishReason("stop", matched="dog")
     assert delta.drop
 
@@ -171,12 +171,10 @@ def test_a_newline_stop_in_byte_fallback_tokens_stops_at_once():
 
 def test_logprobs_add_up():
     s = stream()
-    first = s.push(output([5], logprobs=[-1.0], input_logprobs=[None, -2.0], input_top_logprobs=[None, [(-2.0, 6)]]))
-    s.push(output([6, 7], "length", logprobs=[-3.0, -4.0]))
-    assert first.input_logprobs == s.input_logprobs == [None, -2.0]
-    assert s.input_top_logprobs == [None, [(-2.0, 6)]]
-    assert s.logprobs == [-1.0, -3.0, -4.0]
-    assert s.top_logprobs is None
+    first = s.push(output([5], logprobs=[Logprobs(-1.0)], input_logprobs=[None, Logprobs(-2.0, [(-2.0, 6)])]))
+    s.push(output([6, 7], "length", logprobs=[Logprobs(-3.0), Logprobs(-4.0)]))
+    assert first.input_logprobs == s.input_logprobs == [None, Logprobs(-2.0, [(-2.0, 6)])]
+    assert s.logprobs == [Logprobs(-1.0), Logprobs(-3.0), Logprobs(-4.0)]
 
 
 def test_ids_only():

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -153,3 +154,31 @@ def test_token_text_keeps_the_leading_space():
 def test_token_texts_join_to_the_text(tokenizer):
     ids = tokenizer.encode("the cat and\n\nthe dog")[1:]
     assert "".join(map(tokenizer.token_text, ids)) == "the cat and\n\nthe dog"
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level_tokenizer(), metaspace_tokenizer()], ids=["bytes", "metaspace"])
+def test_ids_are_those_of_transformers(tokenizer):
+    """Encoding goes past transformers' own method; a class that has one of its own keeps it."""
+    assert tokenizer._fast
+    for text in ("", "the cat", "<s>the</s> <|im|>日本\n", " \t x" * 50, "é\u0301🙂"):
+        assert tokenizer._encode(text) == tokenizer.hf.encode(text)
+        without = tokenizer.hf.encode(text, add_special_tokens=False)
+        assert tokenizer._encode(text, add_special_tokens=False) == without
+
+    class Own(type(tokenizer.hf)):
+        def encode(self, text, **options):
+            return [7, 7]
+
+    own = copy.copy(tokenizer.hf)
+    own.__class__ = Own
+    assert Tokenizer(own).encode("x") == [7, 7]
+
+
+def test_a_tokenizer_that_was_saved_truncating_and_padding_does_neither(tmp_path):
+    hf = byte_level_tokenizer().hf
+    hf.backend_tokenizer.enable_truncation(3)
+    hf.backend_tokenizer.enable_padding(length=8)
+    hf.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(str(tmp_path))
+    assert tokenizer.encode("the cat and the dog") == byte_level_tokenizer().encode("the cat and the dog")
+    assert len(tokenizer.encode("x")) == 2

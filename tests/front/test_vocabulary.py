@@ -198,7 +198,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config a list": (change("tokenizer_config.json", "[]"), "tokenizer of the adapter cannot be loaded"),
     "deep": (change("tokenizer_config.json", "[" * 100_000), "tokenizer of the adapter cannot be loaded"),
     "types": (configured(added_tokens_decoder={"1": 3}), "tokenizer of the adapter cannot be loaded"),
-    "limits": (configured(model_max_length=[1]), "cannot be loaded: TypeError"),
     "remote code": (
         configured(auto_map={"AutoTokenizer": ["evil.Tok", None]}, tokenizer_class="Evil"),
         "tokenizer of the adapter cannot be loaded",

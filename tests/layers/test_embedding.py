@@ -13,20 +13,21 @@ from multilora.lora.table import FullWeight, Piece
 
 CPU = torch.device("cpu")
 SITE = LoraSite(0, MODEL_LEVEL, "lm_head", 4, (LoraSlice("lm_head", 0, 7),))
+EMBED_SITE = LoraSite(1, MODEL_LEVEL, "embed_tokens", 7, (LoraSlice("embed_tokens", 0, 4),))
 
 
 def test_tied_head_shares_the_matrix() -> None:
-    embedding = Embedding(7, 4, device=CPU, dtype=torch.float32)
-    head = LMHead(SITE, 7, 4, tied_to=embedding, device=CPU, dtype=torch.float32)
+    embedding = Embedding(EMBED_SITE, device=CPU, dtype=torch.float32)
+    head = LMHead(SITE, tied_to=embedding, device=CPU, dtype=torch.float32)
     assert head.weight is embedding.weight
-    own = LMHead(SITE, 7, 4, tied_to=None, device=CPU, dtype=torch.float32)
+    own = LMHead(SITE, tied_to=None, device=CPU, dtype=torch.float32)
     assert own.weight is not embedding.weight
 
 
 def test_logits_are_fp32_whatever_the_model() -> None:
-    embedding = Embedding(7, 4, device=CPU, dtype=torch.bfloat16)
+    embedding = Embedding(EMBED_SITE, device=CPU, dtype=torch.bfloat16)
     embedding.weight.normal_()
-    head = LMHead(SITE, 7, 4, tied_to=embedding, device=CPU, dtype=torch.bfloat16)
+    head = LMHead(SITE, tied_to=embedding, device=CPU, dtype=torch.bfloat16)
     rows = embedding(torch.tensor([3, 6]), BASE)
     assert torch.equal(rows, embedding.weight[[3, 6]])
     logits = head(rows, BASE)
@@ -46,7 +47,7 @@ class Replaced(FullWeightModules):
 
 
 def replaced_logits(replaced: Replaced) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    head = LMHead(SITE, 7, 4, tied_to=None, device=CPU, dtype=torch.float32)
+    head = LMHead(SITE, tied_to=None, device=CPU, dtype=torch.float32)
     head.weight.normal_(generator=torch.Generator().manual_seed(0))
     hidden = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
     return head(hidden, replace(BASE, full_weights=replaced)), hidden, head(hidden, BASE)

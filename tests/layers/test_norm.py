@@ -6,12 +6,13 @@ from fakes.layer_context import BASE
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from multilora.layers.norm import RMSNorm
+from multilora.lora.sites import NormModule
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equals_transformers(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    ours = RMSNorm("norm", 0, 33, 1e-5, device=torch.device("cpu"), dtype=dtype)
+    ours = RMSNorm(NormModule(0, "norm", "", 33, True), 1e-5, device=torch.device("cpu"), dtype=dtype)
     theirs = LlamaRMSNorm(33, 1e-5).to(dtype)
     ours.weight.normal_(generator=generator)
     theirs.weight.data.copy_(ours.weight)
@@ -20,7 +21,7 @@ def test_equals_transformers(dtype: torch.dtype) -> None:
 
 
 def test_add_returns_the_sum_and_its_norm() -> None:
-    norm = RMSNorm("norm", 0, 8, 1e-5, device=torch.device("cpu"), dtype=torch.float32)
+    norm = RMSNorm(NormModule(0, "norm", "", 8, True), 1e-5, device=torch.device("cpu"), dtype=torch.float32)
     norm.weight.fill_(2.0)
     x, residual = torch.randn(2, 4, 8).unbind()
     y, total = norm.add(x, residual, BASE)

@@ -11,6 +11,7 @@ from multilora.layers import triton_ops as ops
 from multilora.layers.activation import SiluAndMul
 from multilora.layers.matmul import linear, logits
 from multilora.layers.norm import RMSNorm
+from multilora.lora.sites import NormModule
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ ULP = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # sums r
 
 
 def make_norm(size: int, dtype: torch.dtype) -> RMSNorm:
-    norm = RMSNorm("norm", 0, size, 1e-5, device=CPU, dtype=dtype)
+    norm = RMSNorm(NormModule(0, "norm", "", size, True), 1e-5, device=CPU, dtype=dtype)
     norm.weight.normal_(generator=torch.Generator().manual_seed(size))
     return norm
 
@@ -95,10 +96,10 @@ def test_weights_that_matvec_does_not_take(out: int, size: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layers_on_a_gpu_take_them() -> None:
-    norm = RMSNorm("norm", 0, 64, 1e-5, device=torch.device("cuda"), dtype=torch.bfloat16)
+    norm = RMSNorm(NormModule(0, "norm", "", 64, True), 1e-5, device=torch.device("cuda"), dtype=torch.bfloat16)
     norm.weight.fill_(1.5)
     x = random(3, 64, dtype=torch.bfloat16)
-    on_cpu = RMSNorm("norm", 0, 64, 1e-5, device=CPU, dtype=torch.bfloat16)
+    on_cpu = RMSNorm(NormModule(0, "norm", "", 64, True), 1e-5, device=CPU, dtype=torch.bfloat16)
     on_cpu.weight.fill_(1.5)
     torch.testing.assert_close(norm(x.cuda(), BASE).cpu(), on_cpu(x, BASE), atol=0, rtol=8e-3)
     for got, want in zip(norm.add(x.cuda(), x.cuda(), BASE), on_cpu.add(x, x, BASE), strict=True):

@@ -1,8 +1,6 @@
 """`LLM`: prompts in their forms, parameters and adapters per prompt, errors before anything runs, adapters at run
 time, grammars and stop strings end to end."""
 
-import json
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,21 +13,17 @@ from fakes.tokenizers import byte_level_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from multilora import LLM, SamplingParams
+from multilora import LLM
 from multilora.adapters.loading.loader import InlineLoader
 from multilora.engine.build import build_engine
 from multilora.errors import (
     AdapterAlreadyLoaded,
-    AdapterError,
     AdapterForbidden,
     AdapterNotFound,
-    AdapterNotLoaded,
     BadRequest,
     CannotFit,
     ConfigError,
     LoraNotEnabled,
-    PromptTooLong,
-    UnknownAdapter,
 )
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 6}
@@ -63,7 +57,7 @@ def llm(files: Path) -> Iterator[LLM]:
 @pytest.fixture
 def bare(files: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes an LLM that loads adapters in this process, which is quicker."""
-    monkeypatch.setattr("multilora.llm.build_engine", partial(build_engine, make_loader=InlineLoader))
+    monkeypatch.setattr("multilora.llm.offline.build_engine", partial(build_engine, make_loader=InlineLoader))
     return lambda **options: LLM(str(files / "model"), **({"device": "cpu", "max_total_tokens": 2048} | options))
 
 
@@ -85,29 +79,6 @@ def test_a_prompt_in_all_its_forms(llm: LLM) -> None:
     assert mixed[2].token_ids == llm.generate("another", GREEDY).token_ids != one.token_ids
 
 
-def test_parameters_and_adapters_per_prompt(llm: LLM) -> None:
-    names = [None, "a", "b"]
-    alone = [llm.generate(TEXT, GREEDY, name) for name in names]
-    assert len({tuple(a.token_ids) for a in alone}) == 3
-    together = llm.generate([TEXT] * 3, GREEDY, names)
-    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
-    assert [a.token_ids for a in llm.generate([TEXT] * 2, GREEDY, "b")] == [alone[2].token_ids] * 2
-    params = [SamplingParams(temperature=0.0, max_new_tokens=2), GREEDY, None]
-    lengths = [len(a.token_ids) for a in llm.generate([TEXT] * 3, params, names)]
-    assert lengths[:2] == [2, 6]
-
-
-def test_n_samples(llm: LLM) -> None:
-    params = {"n": 3, "sampling_seed": 5, "max_new_tokens": 8}
-    answers = llm.generate([TEXT, "another"], params, ["a", None])
-    assert len(answers) == 6
-    assert len({a.text for a in answers[:3]}) == 3
-    single = llm.generate(TEXT, params, "a")
-    assert [a.token_ids for a in single] == [a.token_ids for a in answers[:3]]
-    second = llm.generate(TEXT, params | {"n": 1, "sampling_seed": 6}, "a")
-    assert second.token_ids == answers[1].token_ids
-
-
 def test_logprobs(llm: LLM) -> None:
     ids = llm.tokenizer.encode(TEXT)
     answer = llm.generate(TEXT, GREEDY, "a", return_logprob=True, logprob_start_len=3, top_logprobs_num=2)
@@ -120,80 +91,18 @@ def test_logprobs(llm: LLM) -> None:
     assert plain.cached_tokens == (len(ids) - 1) // 16 * 16
 
 
-# ---------------------------------------------------------------------- stops and grammars
-
-
-def test_a_stop_string_cuts_text_and_tokens(llm: LLM) -> None:
-    whole = llm.generate(TEXT, GREEDY | {"max_new_tokens": 20, "ignore_eos": True, "logit_bias": {"70": 4.0}})
-    stop = llm.tokenizer.decode([70])
-    assert stop in whole.text
-    answer = llm.generate(
-        TEXT, GREEDY | {"max_new_tokens": 20, "ignore_eos": True, "logit_bias": {"70": 4.0}, "stop": stop}
-    )
-    assert answer.text == whole.text[: whole.text.index(stop)]
-    assert answer.token_ids == whole.token_ids[: whole.token_ids.index(70) + 1]
-    assert (answer.finish_reason.type, answer.finish_reason.matched) == ("stop", stop)
-
-
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 99}},
-    "required": ["name", "legs"],
-    "additionalProperties": False,
-}
-
-
-def test_grammars(llm: LLM) -> None:
-    """In one batch, greedy and random, over base and adapters, beside a free answer."""
-    by_schema = {"json_schema": json.dumps(SCHEMA), "max_new_tokens": 60}
-    by_regex = {"regex": "[0-9]{3}-(yes|no)", "max_new_tokens": 60, "temperature": 2.0, "sampling_seed": 3}
-    by_ebnf = {"ebnf": 'root ::= "<" [a-c]+ ">"', "max_new_tokens": 60, "temperature": 0.8, "sampling_seed": 3}
-    params = [by_schema | {"temperature": 0.0}, by_schema | {"sampling_seed": 1}, by_regex, by_ebnf, GREEDY]
-    names = [None, "a", "b", "a", "b"]
-    answers = llm.generate([TEXT] * 5, params, names)
-    for answer in answers[:2]:
-        found = json.loads(answer.text)
-        assert set(found) == {"name", "legs"} and found["name"] in ("cat", "dog")
-    assert re.fullmatch("[0-9]{3}-(yes|no)", answers[2].text)
-    assert re.fullmatch("<[a-c]+>?", answers[3].text)
-    assert all((a.finish_reason.type, a.finish_reason.matched) == ("stop", EOS) for a in answers[:3])
-    assert answers[4].token_ids == llm.generate(TEXT, GREEDY, "b").token_ids
-    for i, (params_of, name) in enumerate(zip(params, names, strict=True)):
-        assert llm.generate(TEXT, params_of, name).token_ids == answers[i].token_ids
-
-
 # ---------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
-    ("prompts", "params", "lora_path", "error", "says"),
-    [
-        ([], None, None, BadRequest, "no prompts"),
-        ("", {"max_new_tokens": -1}, None, BadRequest, "max_new_tokens"),
-        ([TEXT, []], None, None, BadRequest, "empty"),
-        ([TEXT, 5], None, None, BadRequest, "not 5"),
-        ([5, "x"], None, None, BadRequest, "not 5"),
-        ([[5, 0.5]], None, None, BadRequest, "token ids"),
-        ([TEXT, [5, 9999]], None, None, BadRequest, "9999"),
-        ([TEXT, [5] * 256], None, None, PromptTooLong, "256"),
-        ([TEXT, TEXT], {"temperature": "hot"}, None, BadRequest, "temperature"),
-        ([TEXT, TEXT], [GREEDY], None, BadRequest, "1 entries for 2 prompts"),
-        ([TEXT, TEXT], None, ["a"], BadRequest, "1 entries for 2 inputs"),
-        ([TEXT, TEXT], None, ["a", "nobody"], UnknownAdapter, "nobody"),
-        ([TEXT, TEXT], [GREEDY, {"regex": "("}], "a", BadRequest, "regex"),
-        ([TEXT, TEXT], [GREEDY, {"stop_token_ids": [5000]}], "a", BadRequest, "5000"),
-    ],
+    ("prompts", "says"),
+    [([], "no prompts"), ([TEXT, 5], "not 5"), ([5, "x"], "not 5"), ([[5, 0.5]], "token ids"), (5, "not 5")],
 )
-def test_errors_come_before_anything_runs(
-    llm: LLM, prompts: Any, params: Any, lora_path: Any, error: type[BadRequest], says: str
-) -> None:
+def test_what_is_no_prompt(llm: LLM, prompts: Any, says: str) -> None:
     before = llm.stats()
-    with pytest.raises(error, match=says):
-        llm.generate(prompts, params, lora_path)
-    with pytest.raises(BadRequest, match="top_logprobs_num"):
-        llm.generate(TEXT, return_logprob=True, top_logprobs_num=-1)
+    with pytest.raises(BadRequest, match=says):
+        llm.generate(prompts)
     assert llm.stats() == before
-    assert llm.generate(TEXT, GREEDY, "a").finish_reason.type == "length"
 
 
 def test_an_error_of_the_engine_ends_the_others_too(bare: Any, files: Path) -> None:
@@ -206,31 +115,6 @@ def test_an_error_of_the_engine_ends_the_others_too(bare: Any, files: Path) -> N
 
 
 # ---------------------------------------------------------------------- adapters
-
-
-def test_load_and_unload_at_run_time(bare: Any, files: Path, tmp_path: Path) -> None:
-    with bare(enable_lora=True) as llm:
-        with pytest.raises(UnknownAdapter):
-            llm.generate(TEXT, GREEDY, "x")
-        info = llm.load_lora_adapter("x", str(files / "a"))
-        assert (info.rank, info.path) == (8, str(files / "a"))
-        assert llm.loaded_adapters() == {"x": str(files / "a")}
-        first = llm.generate(TEXT, GREEDY, "x")
-        with pytest.raises(AdapterAlreadyLoaded):
-            llm.load_lora_adapter("x", str(files / "b"))
-        with pytest.raises(AdapterNotFound):
-            llm.load_lora_adapter("y", str(tmp_path / "nowhere"))
-        assert llm.loaded_adapters() == {"x": str(files / "a")}
-        assert llm.generate(TEXT, GREEDY, "x").token_ids == first.token_ids
-        llm.unload_lora_adapter("x")
-        assert llm.loaded_adapters() == {}
-        assert llm.stats().adapter_pages == 0
-        with pytest.raises(UnknownAdapter):
-            llm.generate(TEXT, GREEDY, "x")
-        with pytest.raises(AdapterNotLoaded):
-            llm.unload_lora_adapter("x")
-        llm.load_lora_adapter("x", str(files / "b"))
-        assert llm.generate(TEXT, GREEDY, "x").token_ids != first.token_ids
 
 
 def tensors_of(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -278,12 +162,7 @@ def test_bad_tensors(bare: Any, files: Path) -> None:
             (tensors | {some: tensors[some].to("meta")}, config, BadRequest, "tensors"),
             (tensors | {some: tensors[some].to_sparse()}, config, BadRequest, "tensors"),
             (list(tensors), config, BadRequest, "tensors"),
-            (tensors | {some: tensors[some].int()}, config, AdapterError, "dtype"),
-            (tensors | {some: tensors[some] * torch.nan}, config, AdapterError, "finite|NaN"),
-            (tensors | {"x": tensors[some]}, config, AdapterError, "left over"),
-            (tensors, config | {"r": 3}, AdapterError, "rank"),
             (tensors, config | {"r": object()}, BadRequest, "config"),
-            (tensors, {}, AdapterError, "peft_type"),
         ]
         for wrong, settings, error, said in cases:
             with pytest.raises(error, match=said):
@@ -332,24 +211,9 @@ def test_more_adapters_than_fit_a_batch(bare: Any, files: Path, llm: LLM) -> Non
     assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
 
 
-def test_without_lora(bare: Any, files: Path) -> None:
-    with bare() as llm:
-        with pytest.raises(LoraNotEnabled):
-            llm.generate(TEXT, GREEDY, "a")
-        with pytest.raises(LoraNotEnabled):
-            llm.load_lora_adapter("a", str(files / "a"))
-        with pytest.raises(LoraNotEnabled):
-            llm.set_lora_limits(lora_device_bytes=None, max_loras_per_batch=2)
-        assert llm.generate(TEXT, GREEDY).finish_reason.type == "length"
-
-
-def test_without_tokenizer(bare: Any) -> None:
-    with bare(skip_tokenizer_init=True) as llm:
-        answer = llm.generate([5, 6, 7], GREEDY)
-        assert (len(answer.token_ids), answer.text) == (6, "")
-        for prompt, params in ((TEXT, None), ([5, 6], {"stop": "x"}), ([5, 6], {"regex": "x"})):
-            with pytest.raises(BadRequest, match="tokenizer"):
-                llm.generate(prompt, params)
+def test_limits_without_lora(bare: Any) -> None:
+    with bare() as llm, pytest.raises(LoraNotEnabled):
+        llm.set_lora_limits(lora_device_bytes=None, max_loras_per_batch=2)
 
 
 # ---------------------------------------------------------------------- start and end
@@ -368,25 +232,3 @@ def test_a_bad_start_leaves_nothing_behind(bare: Any, files: Path, monkeypatch: 
     with bare(enable_lora=True):
         pass
     assert len(closed) == 2
-
-
-def test_compositions(llm: LLM) -> None:
-    mix = [{"name": "a", "weight": 0.5}, {"name": "b", "weight": -1}]
-
-    def text(lora_path: Any) -> str:
-        return llm.generate(TEXT, GREEDY, lora_path).text
-
-    assert len({text(choice) for choice in (None, "a", "b", mix, [mix[0]])}) == 5
-    assert text(mix[::-1]) == text(mix)
-    answers = llm.generate([TEXT] * 3, GREEDY, [mix, "a", None])
-    assert [answer.text for answer in answers] == [text(mix), text("a"), text(None)]
-    llm.compose_lora_adapters("mix", mix)
-    assert llm.loaded_adapters()["mix"] == "0.5 * a + -1 * b"
-    assert text("mix") == text(mix)
-    with pytest.raises(AdapterError, match="part of composition 'mix'"):
-        llm.unload_lora_adapter("a")
-    llm.unload_lora_adapter("mix")
-    with pytest.raises(UnknownAdapter):
-        text("mix")
-    with pytest.raises(UnknownAdapter, match="'nope'"):
-        text([{"name": "a"}, {"name": "nope", "weight": 0}])

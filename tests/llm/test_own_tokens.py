@@ -89,8 +89,8 @@ def test_its_end_ends_it(llm: LLM) -> None:
 
 
 def test_the_whole_vocabulary_has_logprobs(llm: LLM) -> None:
-    answers = llm.generate([[5], [5]], GREEDY, ["bare", None], return_logprob=True, top_logprobs_num=OWN_ROWS)
-    for answer, rows in zip(answers, (OWN_ROWS, ROWS), strict=True):
+    for name, rows in (("bare", OWN_ROWS), (None, ROWS)):
+        answer = llm.generate([5], GREEDY, name, return_logprob=True, top_logprobs_num=rows)
         assert answer.top_logprobs is not None
         found = {token for _, token in answer.top_logprobs[0]}
         assert found == set(range(rows))
@@ -134,7 +134,7 @@ def test_whatever_fails_after_the_load_undoes_it(llm: LLM, files: Path, monkeypa
 
     before = [adapter.version for adapter in llm.stats().adapters]
     with monkeypatch.context() as patch:
-        patch.setattr(llm._vocabularies, "add", add)
+        patch.setattr(llm._front.vocabularies, "add", add)
         with pytest.raises(KeyboardInterrupt):
             llm.load_lora_adapter("late", str(files / "own"))
     assert [adapter.version for adapter in llm.stats().adapters] == before

@@ -12,8 +12,6 @@ from multilora.lora.reference import ReferenceLora
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
 
-CPU = torch.device("cpu")
-
 
 def make_sites(hidden: int, q: int, kv: int, inter: int) -> tuple[LoraSite, ...]:
     qkv = (LoraSlice("q_proj", 0, q), LoraSlice("k_proj", q, kv), LoraSlice("v_proj", q + kv, kv))
@@ -95,7 +93,7 @@ def test_backend_equals_the_formula(backend, popularity, size, page_bytes):
     lora = (
         ReferenceLora(bench.table)
         if backend == "reference"
-        else make_lora_backend(backend, bench.table, CPU, sites=sites)
+        else make_lora_backend(backend, bench.table, sites=sites, dtype=bench.target.dtype)
     )
     segments = tuple(LoraSegment(s, e, (p,), (1.0,)) for s, e, p in POPULARITY[popularity])
     lora.prepare(segments, 9)
@@ -118,7 +116,7 @@ def test_any_subset_of_targets_and_composition(backend):
     lora = (
         ReferenceLora(bench.table)
         if backend == "reference"
-        else make_lora_backend(backend, bench.table, CPU, sites=sites)
+        else make_lora_backend(backend, bench.table, sites=sites, dtype=bench.target.dtype)
     )
     segments = (LoraSegment(0, 2, (0,), (1.0,)), LoraSegment(2, 5, (0, 1), (0.7, -0.3)))
     lora.prepare(segments, 5)
@@ -151,7 +149,7 @@ def test_scale_shift_pairs_follow_the_low_rank_part(backend, page_bytes):
     lora = (
         ReferenceLora(bench.table)
         if backend == "reference"
-        else make_lora_backend(backend, bench.table, CPU, sites=sites)
+        else make_lora_backend(backend, bench.table, sites=sites, dtype=bench.target.dtype)
     )
     segments = (LoraSegment(1, 3, (0,), (1.0,)), LoraSegment(3, 5, (1,), (1.0,)))
     lora.prepare(segments, 6)
@@ -177,7 +175,10 @@ def test_half_precision_stays_near_the_reference(dtype):
     adapters = [random_adapter(sites, dict.fromkeys(ALL, r), seed=r) for r in (4, 16, 64)]
     bench = Bench(sites, dtype, 8192, adapters)
     segments = tuple(LoraSegment(2 * i, 2 * i + 2, (i,), (1.0,)) for i in range(3))
-    backend, reference = make_lora_backend("torch", bench.table, CPU, sites=sites), ReferenceLora(bench.table)
+    backend, reference = (
+        make_lora_backend("torch", bench.table, sites=sites, dtype=bench.target.dtype),
+        ReferenceLora(bench.table),
+    )
     for lora in (backend, reference):
         lora.prepare(segments, 6)
     for site in sites:
@@ -191,4 +192,4 @@ def test_half_precision_stays_near_the_reference(dtype):
 
 def test_unknown_backend_is_refused_by_name():
     with pytest.raises(ConfigError, match="csgmv2"):
-        make_lora_backend("csgmv2", None, CPU, sites=())
+        make_lora_backend("csgmv2", None, sites=(), dtype=torch.float32)

@@ -201,7 +201,7 @@ def test_without_a_gpu_the_backend_is_refused_by_name(monkeypatch):
     table = LoraTable(torch.zeros(1, 65536, dtype=torch.uint8), torch.float32, ((0, 48, 80), (0,)))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="csgmv needs a CUDA device"):
-        make_lora_backend("csgmv", table, torch.device("cpu"), sites=sites)
+        make_lora_backend("csgmv", table, sites=sites, dtype=torch.float32)
 
 
 @pytest.mark.gpu

@@ -7,16 +7,14 @@ from typing import Any
 import pytest
 import torch
 from fakes.models import make_tiny_model
+from loaded_model import loaded_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from multilora.attention import make_attention
-from multilora.attention.base import AttentionShape
+from multilora.attention.backends import make_attention
 from multilora.batch import AttentionMeta
 from multilora.layers.context import ForwardContext
-from multilora.models.llama import LlamaForCausalLM
-from multilora.models.load import load_model
+from multilora.models.base import CausalLM
 
-CPU = torch.device("cpu")
 PAGE = 4
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,8 +47,7 @@ class Sequence:
 class Driver:
     """Runs a model step by step over a small arena whose pages are handed out in a scrambled order."""
 
-    def __init__(self, model: LlamaForCausalLM, attention: str = "torch", num_pages: int = 64):
-        config = model.config
+    def __init__(self, model: CausalLM, attention: str = "torch", num_pages: int = 64):
         layout = model.kv_layout(PAGE)
         arena = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=model.device)
         views = layout.views(arena)
@@ -59,9 +56,7 @@ class Driver:
             v.fill_(torch.nan)
         self.model = model
         self.free = [(7 * i + 3) % num_pages for i in range(num_pages)]
-        scale, window = config.head_dim**-0.5, config.sliding_window
-        shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, scale, window)
-        self.attention = make_attention(attention, views, shape)
+        self.attention = make_attention(attention, views, model.attention_shape)
 
     @torch.inference_mode()
     def step(self, work: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
@@ -89,12 +84,11 @@ class Driver:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LlamaForCausalLM]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, CausalLM]:
     family, overrides = CASES[request.param]
     path: Path = tmp_path_factory.mktemp(request.param)
     reference = make_tiny_model(path, family, **overrides)
-    model, _ = load_model(str(path), device=CPU)
-    return reference, model
+    return reference, loaded_model(path)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -111,7 +105,7 @@ def check(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
 
 
-def test_full_prefill(pair: tuple[Any, LlamaForCausalLM]) -> None:
+def test_full_prefill(pair: tuple[Any, CausalLM]) -> None:
     reference, model = pair
     tokens = prompt(41)
     [got] = Driver(model).step([(Sequence(tokens), 41)])
@@ -119,21 +113,21 @@ def test_full_prefill(pair: tuple[Any, LlamaForCausalLM]) -> None:
 
 
 @pytest.mark.parametrize("chunks", [(4, 8, 16, 13), (1, 40), (7, 1, 1, 2, 30), (39, 2)])
-def test_chunked_prefill(pair: tuple[Any, LlamaForCausalLM], chunks: tuple[int, ...]) -> None:
+def test_chunked_prefill(pair: tuple[Any, CausalLM], chunks: tuple[int, ...]) -> None:
     reference, model = pair
     driver, seq = Driver(model), Sequence(prompt(41))
     got = torch.cat([driver.step([(seq, n)])[0] for n in chunks])
     check(got, expected(reference, seq.tokens))
 
 
-def test_token_by_token(pair: tuple[Any, LlamaForCausalLM]) -> None:
+def test_token_by_token(pair: tuple[Any, CausalLM]) -> None:
     reference, model = pair
     driver, seq = Driver(model), Sequence(prompt(30))
     got = torch.cat([driver.step([(seq, 1)])[0] for _ in range(30)])
     check(got, expected(reference, seq.tokens))
 
 
-def test_mixed_batches(pair: tuple[Any, LlamaForCausalLM]) -> None:
+def test_mixed_batches(pair: tuple[Any, CausalLM]) -> None:
     """Decode and prefill of sequences of very different lengths in one step, pages interleaved."""
     reference, model = pair
     driver = Driver(model)
@@ -170,8 +164,8 @@ def test_bf16_on_a_gpu(case: str, attention: str, tmp_path: Path) -> None:
         for kind in (torch.bfloat16, torch.float32)
         for reference in [AutoModelForCausalLM.from_pretrained(tmp_path, dtype=kind).cuda().eval()]
     )
-    model, config = load_model(str(tmp_path), device=torch.device("cuda"))
-    assert config.dtype == torch.bfloat16
+    model = loaded_model(tmp_path, device="cuda")
+    assert model.config.dtype == torch.bfloat16
     driver = Driver(model, attention)
     got: list[list[torch.Tensor]] = [[] for _ in seqs]
     for counts in [(20, 1, 0, 5), (1, 1, 8, 1), (10, 0, 1, 1), (1, 1, 1, 1), (1, 1, 20, 1), (17, 5, 3, 8)]:

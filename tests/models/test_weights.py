@@ -7,20 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from fakes.models import make_tiny_model
+from loaded_model import loaded_model as load
 from safetensors.torch import load_file, save_file
 
 from multilora.errors import ConfigError, ModelUnsupported
-from multilora.models.llama import LlamaForCausalLM
-from multilora.models.load import load_model
+from multilora.layers.linear import Linear
+from multilora.lora.sites import MODEL_LEVEL
 from multilora.models.weights import destinations
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
-CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-def load(path: Path, **options: object) -> LlamaForCausalLM:
-    return load_model(str(path), device=CPU, **options)[0]  # type: ignore[arg-type]
 
 
 def edited(path: Path, edit: Edit, **overrides: object) -> Path:
@@ -38,13 +34,23 @@ def test_slices_lie_where_they_belong(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     theirs = dict(reference.named_parameters())
     ours = destinations(model)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-    attention = model.model.layers[1].self_attn
+    assert {name: where.shape for name, where in ours.items()} == {n: tuple(t.shape) for n, t in theirs.items()}
+    for layer in range(2):
+        for parent, modules in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+            for module in (f"{m}_proj" for m in modules):
+                weight, bias = model.base_weight(layer, module)
+                name = f"model.layers.{layer}.{parent}.{module}"
+                assert torch.equal(weight, theirs[f"{name}.weight"]), name
+                assert (bias is not None) == (f"{name}.bias" in theirs)
+                assert bias is None or torch.equal(bias, theirs[f"{name}.bias"]), name
+    for name, param in model.named_parameters():
+        if "_proj" not in name:
+            assert torch.equal(param, theirs[name]), name
+    assert torch.equal(model.base_weight(MODEL_LEVEL, "lm_head")[0], theirs["lm_head.weight"])
     names = [f"model.layers.1.self_attn.{m}_proj" for m in "qkv"]
-    assert torch.equal(attention.qkv_proj.weight, torch.cat([theirs[f"{n}.weight"] for n in names]))
-    assert torch.equal(attention.qkv_proj.bias, torch.cat([theirs[f"{n}.bias"] for n in names]))
+    merged = model.get_submodule("model.layers.1.self_attn.qkv_proj")
+    assert isinstance(merged, Linear)
+    assert torch.equal(merged.weight.dequantised(slice(None)), torch.cat([theirs[f"{n}.weight"] for n in names]))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -56,8 +62,9 @@ def test_superfluous_tensors_are_skipped(tmp_path: Path, tied: bool) -> None:
             tensors["lm_head.weight"] = torch.full((101, 64), torch.nan)
 
     model = load(edited(tmp_path, edit, tie_word_embeddings=tied))
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert model.lm_head.weight.isfinite().all()
+    head = model.base_weight(MODEL_LEVEL, "lm_head")[0]
+    assert (head is model.get_parameter("model.embed_tokens.weight")) == tied
+    assert head.isfinite().all()
 
 
 def drop_up(tensors: dict[str, torch.Tensor]) -> None:
@@ -154,7 +161,7 @@ def test_dummy_needs_only_the_config_and_is_seeded(tmp_path: Path) -> None:
 )
 def test_dtype(tmp_path: Path, asked: str, got: torch.dtype) -> None:
     make_tiny_model(tmp_path, dtype="bfloat16")
-    model, config = load_model(str(tmp_path), device=CPU, dtype=asked)
-    assert config.dtype == got
+    model = load(tmp_path, dtype=asked)
+    assert model.config.dtype == model.config.kv_dtype == model.config.adapter_dtype == got
     assert {p.dtype for p in model.parameters()} == {got}
     assert model.kv_layout(4).dtype == got

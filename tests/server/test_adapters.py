@@ -46,10 +46,6 @@ BAD_LOADS = {
     "no path": ({"lora_name": "b"}, "lora_path: this field is required"),
     "no name": ({"lora_path": "/p/b"}, "lora_name: this field is required"),
     "wrong type": ({"lora_name": 5, "lora_path": "/p/b"}, "lora_name"),
-    "empty name": ({"lora_name": "", "lora_path": "/p/b"}, "1 to 256 characters"),
-    "long name": ({"lora_name": "x" * 257, "lora_path": "/p/b"}, "1 to 256 characters"),
-    "colon": ({"lora_name": "a:b", "lora_path": "/p/b"}, "':'"),
-    "slash": ({"lora_name": "a/b", "lora_path": "/p/b"}, "'/'"),
     "the base model's name": ({"lora_name": "base", "lora_path": "/p/b"}, "base model"),
     "unknown field": ({"lora_name": "b", "lora_path": "/p/b", "rank": 4}, "rank: unknown field"),
     "missing path": ({"lora_name": "b", "lora_path": "/gone"}, "no such directory"),
@@ -82,12 +78,6 @@ def test_unload_of_an_unknown_name():
     answer = server().post("/unload_lora_adapter", {"lora_name": "nope"})
     assert answer.status == 400
     assert "does not exist" in answer.json()["error_message"]
-
-
-def test_lora_off():
-    answer = server(enable_lora=False).post("/load_lora_adapter", {"lora_name": "a", "lora_path": "/p"})
-    assert answer.status == 400
-    assert "LoRA is not enabled" in answer.json()["error_message"]
 
 
 def test_dead_engine():
@@ -188,23 +178,12 @@ def test_load_inplace_swaps_and_requests_in_flight_finish_on_the_old_version():
     run(scenario())
 
 
-def test_a_failed_swap_keeps_the_old_version():
-    s = server()
-    s.load("a")
-    s.client.load_errors = {"/bad": AdapterInvalid("NaN")}
-    body = {"lora_name": "a", "lora_path": "/bad", "load_inplace": True}
-    assert s.post("/v1/load_lora_adapter", body).status == 400
-    assert s.registry.loaded() == {"a": "/adapters/a"}
-    assert s.post("/generate", {"input_ids": [5], "lora_path": "a"}).status == 200
-    assert s.client.unloaded == []
-
-
 def test_lora_paths_are_all_loaded_in_their_order():
     s = server()
     paths = [LoraPath(f"n{i}", f"/p/{i}", i == 3) for i in range(20)]
-    run(s.app.state.adapters.load_all(paths))
+    run(s.load_many(paths))
     assert list(s.registry.loaded()) == [p.lora_name for p in paths]
-    assert [e.pinned for e in s.registry.entries()] == [p.pinned for p in paths]
+    assert [e.pinned for e in s.registry.refs()] == [p.pinned for p in paths]
     assert len(s.client.loaded) == 20
 
 
@@ -212,5 +191,5 @@ def test_one_bad_path_of_lora_paths_is_an_error_and_leaves_nothing():
     s = server()
     s.client.load_errors = {"/p/1": AdapterNotFound("no such directory: /p/1")}
     with pytest.raises(AdapterNotFound, match="/p/1"):
-        run(s.app.state.adapters.load_all([LoraPath("x", "/p/0"), LoraPath("y", "/p/1")]))
+        run(s.load_many([LoraPath("x", "/p/0"), LoraPath("y", "/p/1")]))
     assert s.registry.loaded() == {}

@@ -46,9 +46,6 @@ def test_openai_routes(stream):
 
 REFUSED = {
     "unknown": ([A, {"name": "nope"}], "'nope' has never been loaded"),
-    "base": ([A, {"name": None}], "the base model is always there"),
-    "twice": ([A, A], "comes twice"),
-    "not finite": ([A, {"name": "b", "weight": 1e39}], "finite"),
     "not composable": ([A, {"name": "d"}], "adapter 'd' cannot be composed: it uses DoRA"),
     "weighted": ([{"name": "d", "weight": 0.5}], "adapter 'd' cannot be composed: it uses DoRA"),
     "too many": ([A, B, {"name": "c"}, {"name": "d"}], "4 adapters; --max-loaded-loras is 3"),
@@ -74,11 +71,6 @@ def test_refused(name, route):
     assert message in answer.text
     assert s.client.submitted == []
     assert s.registry.loaded() == listed
-
-
-def test_lora_off():
-    s = LocalServer(FakeEngineClient(), None, enable_lora=False)
-    assert "LoRA is not enabled" in s.post("/generate", {"input_ids": [5], "lora_path": [A]}).text
 
 
 def test_a_named_composition():

@@ -84,6 +84,6 @@ def test_no_body_is_our_mistake(route):
         if answer.headers.get("content-type", "").startswith("text/event-stream"):
             assert all("error" not in frame for frame in answer.frames)
         assert client._running == {}
-        assert all(entry.active == 0 for entry in s.registry.entries())
+        assert all(entry.num_requests == 0 for entry in s.registry.refs())
 
     check()

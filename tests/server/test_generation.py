@@ -1,12 +1,15 @@
 """The one road: exactly one ending and one release for every request, whatever happens on the way."""
 
 import asyncio
+import threading
 
 import pytest
 from fakes.models import FakeEngineClient
-from fakes.server_app import LocalServer, run
+from fakes.server_app import SECONDS, LocalServer, run
+from fakes.tokenizers import byte_level_tokenizer
 
 from multilora.errors import CannotFit, QueueFull
+from multilora.front.grammar import GrammarCompiler
 
 HUNG = {"input_ids": [5], "lora_path": "a", "rid": "r", "sampling_params": {"max_new_tokens": 200}}
 
@@ -16,7 +19,7 @@ class Counting(LocalServer):
 
     def __init__(self, **kwargs):
         self.acquired, self.released = [], []
-        super().__init__(FakeEngineClient(**kwargs.pop("fake", {})), None, **kwargs)
+        super().__init__(FakeEngineClient(**kwargs.pop("fake", {})), kwargs.pop("tokenizer", None), **kwargs)
         acquire, release = self.registry.acquire, self.registry.release
 
         def counted_acquire(name):
@@ -237,23 +240,22 @@ def test_abort_by_rid_ends_all_of_its_sequences_and_no_other():
 
 
 def test_an_abort_while_the_grammar_compiles_is_not_lost(monkeypatch):
-    s = Counting()
+    s = Counting(tokenizer=byte_level_tokenizer())
+    compiling, go_on = threading.Event(), threading.Event()
+
+    def compile_slowly(self, params):
+        compiling.set()
+        assert go_on.wait(SECONDS)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", compile_slowly)
+    monkeypatch.setattr(GrammarCompiler, "tokenizer_info_json", lambda self: "{}")
 
     async def scenario():
-        go = asyncio.Event()
-        front_compile = "multilora.server.generation.Front._with_grammars"
-
-        async def slow(self, submits, jobs):
-            await go.wait()
-            return submits
-
-        monkeypatch.setattr(front_compile, slow)
         s.client.gate.clear()
-        call = s.connect("POST", "/generate", {"input_ids": [5], "rid": "r"})
-        for _ in range(20):
-            await asyncio.sleep(0)
+        call = s.connect("POST", "/generate", {"input_ids": [5], "rid": "r", "sampling_params": {"regex": "a"}})
+        assert await asyncio.to_thread(compiling.wait, SECONDS)
         await s.send("POST", "/abort_request", {"rid": "r"})
-        go.set()
+        go_on.set()
         assert (await call.answer()).json()["meta_info"]["finish_reason"]["type"] == "abort"
         await s.at_rest()
 

@@ -111,7 +111,7 @@ def test_two_versions_of_a_name_are_one():
         call = s.connect("POST", "/generate", {"input_ids": [5], "lora_path": "a"})
         while not s.client.submitted:
             await asyncio.sleep(0)
-        await s.app.state.adapters.load("a", "/new", replace=True)
+        await s.load_from("a", "/new", replace=True)
         with_stats(s, adapters=[adapter(1, hits=2), adapter(2, hits=3), adapter(99, hits=7)])
         text = (await s.send("GET", "/metrics")).text
         assert 'multilora:adapter_hits_total{adapter_name="a"} 5.0' in text

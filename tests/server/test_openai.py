@@ -99,7 +99,7 @@ def test_a_bare_path_is_a_name_with_slashes():
     from fakes.server_app import run
 
     s = server()
-    run(s.app.state.adapters.load("/p/x", "/p/x"))
+    run(s.load_from("/p/x", "/p/x"))
     assert s.get("/v1/models//p/x").json()["id"] == "/p/x"
     assert completion(s, model="base:/p/x").json()["choices"][0]["text"] == "v1"
 

@@ -1,18 +1,15 @@
 """An adapter with tokens of its own on every route: its text in and out, its limits, its end, its refusals."""
 
-from dataclasses import replace
+import asyncio
+import threading
 
 import pytest
 from fakes.models import FakeEngineClient
-from fakes.server_app import LocalServer, run
+from fakes.server_app import SECONDS, LocalServer, run
 from fakes.tokenizers import byte_level_tokenizer, with_added_tokens
 
 from multilora.config import LoraPath
-from multilora.errors import BadRequest
-from multilora.front.vocabulary import Vocabularies
-from multilora.params import SamplingParams
-from multilora.server.generation import Front, Job
-from multilora.server.metrics import Metrics
+from multilora.front.tokenizer import Tokenizer
 
 BASE = byte_level_tokenizer()
 OWN = with_added_tokens(BASE, "<|call|>", eos="<|end|>")
@@ -34,10 +31,12 @@ def make(path):
     """A server with adapter `own`, whose directory holds a tokenizer with two tokens more."""
 
     def make(answer=(CALL, 5, END, 6), tokenizer=BASE, **config):
-        client = FakeEngineClient(vocab_size=SIZE, eos_token_ids=(1,), answer=lambda submit: list(answer))
+        client = FakeEngineClient(
+            vocab_size=SIZE, context_length=8192, eos_token_ids=(1,), answer=lambda submit: list(answer)
+        )
         client.tokens[str(path)] = SIZE + 2
         s = LocalServer(client, tokenizer, **config)
-        run(s.app.state.adapters.load("own", str(path)))
+        run(s.load_from("own", str(path)))
         return s
 
     return make
@@ -151,7 +150,7 @@ def bare(make, tmp_path):
     (directory / "adapter_config.json").write_text("{}")
     s = make()
     s.client.tokens[str(directory)] = SIZE + 2
-    run(s.app.state.adapters.load("bare", str(directory)))
+    run(s.load_from("bare", str(directory)))
     return s
 
 
@@ -204,24 +203,38 @@ def test_a_reload_brings_the_new_tokens(make, path):
     s.post("/generate", {"text": TEXT, "lora_path": "own"})
     assert ids(s) == [new.encode(TEXT)] != [OWN.encode(TEXT)]
     s.post("/unload_lora_adapter", {"lora_name": "own"})
-    run(s.app.state.adapters.load("own", "/adapters/plain"))
+    run(s.load_from("own", "/adapters/plain"))
     s.post("/generate", {"text": TEXT, "lora_path": "own"})
     assert ids(s)[-1] == BASE.encode(TEXT)
 
 
-def test_a_reload_between_tokenizing_and_running(make, path):
-    """No request runs on ids that mean something else."""
+def test_a_reload_while_a_prompt_is_tokenized(make, path, monkeypatch):
+    """The request keeps the version that it began with: its tokens, its weights, its end."""
     s = make()
-    vocabularies = Vocabularies(BASE, s.client.ready, s.registry)
-    front = Front(s.config, s.client, vocabularies, s.registry, Metrics(s.registry, lambda: s.client.stats, None))
-    own = (("own", 1.0),)
-    prompt, vocabulary = vocabularies.encode(TEXT, own)
-    vocabularies.add(s.registry.entries()[0].info, str(path))
-    job = Job(prompt_ids=prompt, sampling=SamplingParams(), adapters=own, vocabulary=vocabulary)
-    with pytest.raises(BadRequest, match="was replaced while its prompt was tokenized"):
-        run(front.start([job]))
-    assert (s.client.submitted, s.registry.entries()[0].active) == ([], 0)
-    run(front.start([replace(job, vocabulary=None)]))  # ids are the client's own business
+    text = TEXT * 200  # long enough for a thread
+    tokenizing, go_on = threading.Event(), threading.Event()
+
+    def slow_encode(tokenizer, text, encode=Tokenizer.encode):
+        tokenizing.set()
+        assert go_on.wait(SECONDS)
+        return encode(tokenizer, text)
+
+    async def scenario():
+        monkeypatch.setattr(Tokenizer, "encode", slow_encode)
+        call = s.connect("POST", "/generate", {"text": text, "lora_path": "own"})
+        assert await asyncio.to_thread(tokenizing.wait, SECONDS)
+        swap = {"lora_name": "own", "lora_path": "/adapters/plain", "load_inplace": True}
+        assert (await s.send("POST", "/v1/load_lora_adapter", swap)).status == 200
+        assert s.client.unloaded == []
+        go_on.set()
+        assert (await call.answer()).json()["output_ids"] == [CALL, 5, END]
+        while s.client.unloaded != [1]:
+            await asyncio.sleep(0)
+
+    run(scenario())
+    monkeypatch.undo()
+    assert ids(s) == [OWN.encode(text)]
+    assert s.client.submitted[0].adapters == ((1, 1.0),)
 
 
 def test_outside_the_roots(make, path, tmp_path):
@@ -243,7 +256,7 @@ def test_server_info(make):
 
 def test_at_start(make, path):
     s = make()
-    run(s.app.state.adapters.load_all([LoraPath("first", str(path)), LoraPath("second", "/adapters/plain")]))
+    run(s.load_many([LoraPath("first", str(path)), LoraPath("second", "/adapters/plain")]))
     s.post("/generate", {"text": TEXT, "lora_path": "first"})
     assert ids(s) == [OWN.encode(TEXT)]
 

@@ -285,3 +285,26 @@ def test_without_a_model_path_the_demos_tokenizer_is_used(monkeypatch, tmp_path)
     module.load_text(Config())
     module.load_text(Config(model_path=str(tmp_path), tokenizer_path="/t"))
     assert asked == [str(demo.base_model_path()), "/t"]
+
+
+def test_tokens_are_not_held_back_by_nagle(monkeypatch):
+    """The accepted socket, since asyncio looks at its protocol before it sets TCP_NODELAY."""
+    servers = []
+
+    class Known(module._UvicornServer):
+        def __init__(self, config):
+            super().__init__(config)
+            servers.append(self)
+
+    monkeypatch.setattr(module, "_UvicornServer", Known)
+    process = Process(monkeypatch)
+
+    def visitor(p):
+        with p.request("GET", "/health") as connection:
+            assert connection.getresponse().read() == b""
+            [accepted] = servers[0].server_state.connections
+            of_transport = accepted.transport.get_extra_info("socket")
+            assert of_transport.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert process.run(visitor) == 0

@@ -13,7 +13,7 @@ from fakes.models import make_adapter, make_tiny_model
 from fakes.server_app import Answer, LocalServer
 
 from multilora.config import Config
-from multilora.engine.messages import Submit
+from multilora.engine.messages import Output, Submit
 from multilora.engine.process.client import EngineClient
 from multilora.params import SamplingParams
 
@@ -46,7 +46,7 @@ def test_every_request_ends_once_with_an_error_and_health_says_so(
 async def scenario(config: Config, adapter: str) -> None:
     client = await EngineClient.start(config)
     server = LocalServer(client, None)
-    await server.app.state.adapters.load("a", adapter)
+    await server.load_from("a", adapter)
     assert (await server.send("GET", "/health")).status == 200
 
     def ask(name: str | None, stream: bool) -> dict:
@@ -58,7 +58,8 @@ async def scenario(config: Config, adapter: str) -> None:
         assert (await stream.frame())["output_ids"]  # it runs
     # a token that the door would never let in: the embedding reads beyond its table
     sampling = SamplingParams(max_new_tokens=1)
-    poison = client.submit(Submit(rid="poison", input_ids=[10**6], sampling=sampling))
+    poison: asyncio.Queue[Output] = asyncio.Queue()
+    client.submit(Submit(rid="poison", input_ids=[10**6], sampling=sampling), poison.put_nowait)
     for connection in whole:
         check_error(await connection.answer())
     for stream in streams:

@@ -33,7 +33,7 @@ def server():
 
 def spooled(server) -> list[str]:
     """The folders that exist now."""
-    root = server.app.state.adapters._spool.root
+    root = server.spool.root
     return sorted(path.name for path in root.iterdir())
 
 
@@ -52,18 +52,18 @@ def test_the_answer_is_that_of_a_load(server):
 
 def test_the_engine_gets_a_directory_as_peft_saves_it(server):
     server.post(ROUTE, BODY | {"pinned": True, "load_format": "safetensors", "added_tokens_config": None})
-    folder = server.app.state.adapters._spool.root / "1"
+    folder = server.spool.root / "1"
     assert server.client.loaded == {1: str(folder)}
     assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
     assert json.loads((folder / "adapter_config.json").read_text()) == CONFIG
-    assert server.registry.entries()[0].pinned
+    assert server.registry.refs()[0].pinned
 
 
 def test_weights_longer_than_a_chunk(server, monkeypatch):
     monkeypatch.setattr(tensors, "CHUNK", 16)
     for name, size in {"a": 0, "b": 1, "c": 2}.items():
         server.post(ROUTE, BODY | {"lora_name": name, "serialized_tensors": encoded(WEIGHTS + b"x" * size)})
-    written = [(server.app.state.adapters._spool.root / v / "adapter_model.safetensors") for v in "123"]
+    written = [(server.spool.root / v / "adapter_model.safetensors") for v in "123"]
     assert [path.read_bytes() for path in written] == [WEIGHTS, WEIGHTS + b"x", WEIGHTS + b"xx"]
 
 
@@ -96,7 +96,7 @@ def test_files_go_when_an_adapter_in_a_directory_takes_the_name(server):
 
 
 def test_a_load_that_fails_leaves_no_files_and_tells_nobody_where_they_were(server):
-    root = server.app.state.adapters._spool.root
+    root = server.spool.root
     server.client.load_errors = {str(root / "1"): AdapterInvalid(f"{root / '1'}: NaN")}
     answer = server.post(ROUTE, BODY)
     assert answer.status == 400

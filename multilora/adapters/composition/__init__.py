@@ -1,1 +1,1 @@
-"""Several adapters for one request, and whose KV may serve whom."""
+"""Whose keys and values may serve whom, where requests use adapters and compositions of them."""

@@ -1,12 +1,12 @@
-"""Namespaces of the prefix cache: which KV pages may serve whom. Two that could differ never share one.
+"""Namespaces of the prefix cache: which KV pages may serve which requests. KV that could differ never shares one.
 
     0           the base model, and adapters that leave its keys and values alone
     v + 1       version v, plainly
     -1, -2, …   every other composition, and the page in which an activated adapter begins to act: its KV depends on
                 where in the page that is. Given out when first asked for, never again.
 
-A negative number is remembered while a request holds it or the cache has pages under it.
-Called by `engine/scheduling/scheduler.py`; the engine and the adapter store tell of versions that are gone.
+A negative number is remembered while a request holds it or the cache has pages under it. The scheduler acquires and
+releases; the engine says which versions are gone, and the device tier which have been evicted.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ class Namespaces:
         self._sweep_at = SWEEP_AT
 
     def acquire(self, composition: Composition, pre_activation: int = 0) -> int:
-        """For the pages of a request, until `release`. skipped: the composition does not act on as many tokens at
-        the beginning of the page."""
+        """The namespace for pages of a request, until `release`. pre_activation: at the beginning of the page the
+        composition does not act on as many tokens."""
         if (plain := self._plain(composition, pre_activation)) is not None:
             return plain
         key = (composition, pre_activation)
@@ -51,7 +51,7 @@ class Namespaces:
             self._numbers[composition, pre_activation].holders -= 1
 
     def share_with_base(self, version: int) -> None:
-        """The version, new, leaves every key and value as the base model has it (`kv_effect.py`)."""
+        """The version, new, leaves every key and value as the base model has it (`kv_invariance.py`)."""
         self._like_base.add(version)
 
     def drop(self, version: int, fence: int) -> None:
@@ -63,13 +63,13 @@ class Namespaces:
             self._forget(key)
 
     def demote(self, version: int) -> None:
-        """The version has left the device: its idle pages are worth less."""
+        """The version was evicted from the device: its idle pages are worth less."""
         self._prefix.demote_namespace(version + 1)
         for key in self._of_version.get(version, ()):
             self._prefix.demote_namespace(self._numbers[key].value)
 
     def __len__(self) -> int:
-        """Numbers that are remembered."""
+        """How many numbers are remembered."""
         return len(self._numbers)
 
     def _add(self, key: Key) -> None:
@@ -81,7 +81,7 @@ class Namespaces:
             self._of_version.setdefault(version, set()).add(key)
 
     def _sweep(self) -> None:
-        """Forget what nobody holds and no page is kept under. Rare enough to cost nothing on average."""
+        """Forget numbers that no request holds and no page is kept under. Rare enough to cost nothing on average."""
         for key, number in list(self._numbers.items()):
             if number.holders == 0 and not self._prefix.has_pages(number.value):
                 self._forget(key)

@@ -1,6 +1,7 @@
 """Copies of packed adapters from host memory into pages of the arena."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,12 +14,25 @@ class Copy(Protocol):
 
 
 class Copier(Protocol):
-    def start(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
+    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
         """Begin to copy buffer[i] (uint8 [page_bytes]) to arena page pages[i]. The buffer must live until done."""
         ...
 
     def close(self) -> None:
-        """No more copies."""
+        """Start no more copies."""
+
+
+@dataclass(frozen=True)
+class CopyInFlight:
+    """A copy that was started and not yet seen to be done."""
+
+    copy: Copy
+    buffer: torch.Tensor  # what it reads: it must live, though the host tier may have evicted the adapter
+    started_at: float  # seconds
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.numel()
 
 
 class _Finished:
@@ -36,7 +50,7 @@ class DirectCopier:
         self._arena = arena
 
     @torch.inference_mode()
-    def start(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
+    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
         for at, page, count in runs(pages):
             self._arena[page : page + count].copy_(buffer[at : at + count])
         return _Finished()
@@ -45,7 +59,7 @@ class DirectCopier:
 
 
 def runs(pages: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Pages that follow each other: (index, page, how many)."""
+    """Runs of consecutive pages: (index, page, how many)."""
     at = 0
     for i in range(1, len(pages) + 1):
         if i == len(pages) or pages[i] != pages[i - 1] + 1:

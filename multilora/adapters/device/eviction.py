@@ -1,11 +1,11 @@
-"""Which idle adapter leaves the device first. Adding a policy is a function and a line in the table."""
+"""Which idle adapter is evicted from the device first. Adding a policy is a function and a line in the table."""
 
 from collections.abc import Callable
 from typing import Protocol
 
 
 class Candidate(Protocol):
-    """What a policy may look at. Counters rise monotonically; the smallest key leaves first."""
+    """What a policy may look at. Counters rise monotonically; the adapter with the smallest key is the victim."""
 
     last_used: int
     loaded_at: int

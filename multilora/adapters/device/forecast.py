@@ -1,49 +1,37 @@
 """When adapters that are being copied to the device will be there, judged by how long the last copies took.
 
-Copies share one link and are done one after the other. What is polled is seen late, never early, so the fastest of
-the recent copies says most. Called by `residency.py`; admission reads it.
+Copies share one link and are done one after the other. A copy is seen to be done late, never early, so the fastest of
+the recent copies says most. `CopyForecast` remembers the link's rate only; the device tier knows what is in flight.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from time import monotonic
 
-FORGET = 0.95  # of the rate that is remembered, with every copy
+from multilora.adapters.device.copier import CopyInFlight
+
+FORGET = 0.95
+"""Share of the remembered rate that is kept with every copy."""
 
 
 class CopyForecast:
     def __init__(self, now: Callable[[], float] = monotonic):
-        self._now = now
-        self._copying: dict[int, tuple[int, float]] = {}  # version → bytes, since when; in order
-        self._free_at = 0.0  # when the link was last seen to be done with one
-        self._rate = 0.0  # bytes a second, 0: not known yet
+        self.now = now
+        self._free_at = 0.0  # when the link was last seen to be done with a copy
+        self._rate = 0.0  # bytes a second; 0: not known yet
 
-    def started(self, version: int, nbytes: int) -> None:
-        self._copying[version] = nbytes, self._now()
-
-    def finished(self, versions: Iterable[int]) -> None:
-        """They were found to be done at the same moment."""
-        done = [self._copying.pop(version) for version in versions]
+    def observe(self, done: Sequence[CopyInFlight]) -> None:
+        """These copies, in the order of their starts, were found to be done at the same moment: now."""
         if not done:
             return
-        now = self._now()
-        seconds = now - max(self._free_at, min(since for _, since in done))
+        now = self.now()
+        seconds = now - max(self._free_at, done[0].started_at)
         self._free_at = now
         if seconds > 0:
-            self._rate = max(self._rate * FORGET, sum(nbytes for nbytes, _ in done) / seconds)
+            self._rate = max(self._rate * FORGET, sum(copy.nbytes for copy in done) / seconds)
 
-    def seconds_left(self, version: int) -> float | None:
-        """None: it is not being copied, or nothing is known yet."""
-        if version not in self._copying or not self._rate:
+    def seconds_left(self, copies: Sequence[CopyInFlight]) -> float | None:
+        """Seconds until all of these, the first in flight, are done. None: the link's rate is not known yet."""
+        if not self._rate:
             return None
-        before, begun = 0, None
-        for other, (nbytes, since) in self._copying.items():
-            begun = since if begun is None else begun
-            before += nbytes
-            if other == version:
-                break
-        assert begun is not None
-        return max(0.0, before / self._rate - (self._now() - max(self._free_at, begun)))
-
-    @property
-    def copying(self) -> bool:
-        return bool(self._copying)
+        begun = max(self._free_at, copies[0].started_at)
+        return max(0.0, sum(copy.nbytes for copy in copies) / self._rate - (self.now() - begun))

@@ -1,10 +1,9 @@
 """Copies of adapters to a GPU while steps run: host memory → a small ring of pinned memory → pages, on a side stream.
 
-Pinned memory stays bounded however many adapters are loaded; what lies in pinned memory already needs no ring. One
-thread feeds it, with OpenMP's help, as one core copies slower than the link; none of it holds the GIL. (Several
-threads of Python wait for each other's GIL at every call: 25 GB/s instead of 45.) The pages were free for every
-stream when they were taken (see the fence in memory/page_pool.py), so the side stream waits for nothing; whoever
-reads them first asks `done`.
+Pinned memory stays bounded however many adapters are loaded; a buffer in pinned memory needs no ring. One thread
+feeds it, with OpenMP's help, as one core copies slower than the link; none of it holds the GIL. (Several threads of
+Python wait for each other's GIL at every call: 25 GB/s instead of 45.) The pages were free for every stream when they
+were taken (see the fence in memory/page_pool.py), so the side stream waits for nothing; readers first ask `done`.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from multilora.adapters.thread_pool import spare_cores
 CORES = 14
 SLOTS = 3  # one is filled while another is copied
 SLOT_BYTES = 32 << 20
-CLOSE_SECONDS = 10  # a device that hangs is left to itself
+CLOSE_SECONDS = 10  # after which a device that hangs is not waited for
 
 
 class RingCopy:
@@ -35,13 +34,13 @@ class RingCopy:
         self._error: Exception | None = None
 
     def done(self) -> bool:
-        """Raises what went wrong, if anything did."""
+        """Whether the pages can be read. Raises what went wrong with the copy, if anything did."""
         if self._error is not None:
             raise self._error
         return self._finished is not None and self._finished.query()
 
     def queued(self, stream: torch.cuda.Stream) -> None:
-        """All of it is on the stream."""
+        """All of the copy is on the stream."""
         finished = torch.cuda.Event()
         finished.record(stream)
         self._finished = finished
@@ -69,14 +68,14 @@ class RingCopier:
         self._thread = threading.Thread(target=self._work, args=(ring,), name="adapter-copies", daemon=True)
         self._thread.start()
 
-    def start(self, buffer: torch.Tensor, pages: list[int]) -> RingCopy:
+    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> RingCopy:
         job = RingCopy(buffer, pages)
         self._jobs.put(job)
         return job
 
     def close(self) -> None:
-        """Copies that have not begun never will, and none that has writes to the arena any more: its memory may be
-        something else's soon."""
+        """Wait for the copies that have begun and drop the others: nothing writes to the arena afterwards, as its
+        memory may be freed."""
         self._closing = True
         self._jobs.put(None)
         self._thread.join(CLOSE_SECONDS)
@@ -93,10 +92,10 @@ class RingCopier:
                     else:
                         self._through_ring(job, slots)
                     job.queued(self._stream)
-                except Exception as e:  # whoever asks whether it is done gets it
+                except Exception as e:  # `done` raises it
                     job.fail(e)
                 del job
-            with contextlib.suppress(RuntimeError):  # a broken device writes nothing any more
+            with contextlib.suppress(RuntimeError):  # a broken device writes nothing
                 self._stream.synchronize()
 
     def _through_ring(self, job: RingCopy, slots: Iterator[_Slot]) -> None:

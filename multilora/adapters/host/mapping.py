@@ -7,8 +7,11 @@ import contextlib
 import ctypes
 import mmap
 import sys
+from dataclasses import dataclass
 
 import torch
+
+from multilora.lora.panels import PanelLayout
 
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: map pages that are there already, at once instead of by faults
 POPULATE_BYTES = 4 << 20  # per call, because other threads of the process cannot map memory meanwhile
@@ -18,6 +21,18 @@ TMPFS = 0x01021994
 _fstatfs = ctypes.CDLL(None).fstatfs if sys.platform == "linux" else None
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+@dataclass
+class HostEntry:
+    """A packed adapter in host memory. buffer: uint8 [layout.num_pages, page_bytes], ready to copy to the device."""
+
+    layout: PanelLayout
+    buffer: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.numel()
 
 
 def map_file(fd: int, nbytes: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Where the loader puts packed pages so that the engine can read them: a part of the staging memory, or a file.
+"""Memory into which the loader packs and from which the engine reads: a part of the staging memory, or a file.
 
 Staging memory is one region that both processes share, made once (the engine's end is `staging.py`). Where there is
 none, or no room in it, an adapter comes in an anonymous memory file of its own. Called by `loading/`.

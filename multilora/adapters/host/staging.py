@@ -23,8 +23,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from multilora.adapters.host.cache import HostEntry
-from multilora.adapters.host.mapping import own_memory
+from multilora.adapters.host.mapping import HostEntry, own_memory
 from multilora.adapters.host.shared_buffers import anonymous_file, prefault_write
 
 logger = logging.getLogger(__name__)

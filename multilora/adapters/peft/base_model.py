@@ -1,26 +1,17 @@
-"""What an adapter is held against: the base model's places and sizes, in plain types.
+"""What an adapter is held against: the base model's modules and sizes, in plain types.
 
-Made once by the engine, sent to the loader process, asked by `checkpoint`. Knows no tensors; `weights_dir` is where
-the base model's own can be found.
+Made once by the engine from what the model declares, sent to the loader process, asked by `checkpoint`. Holds no
+tensors; `weights_dir` is where the base model's own can be found.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from multilora.lora.sites import MODEL_LEVEL, LoraSite, module_shapes, num_layers
+from multilora.lora.sites import LoraSite, NormModule, module_path, module_shapes, num_layers
 
 if TYPE_CHECKING:  # it would bring transformers into the loader process
-    from multilora.models.config import ModelConfig
-
-FINAL_NORM = "norm"
-EMBED, HEAD = "embed_tokens", "lm_head"
-TABLES = (EMBED, HEAD)  # [vocab, hidden]; in tied models the same one
-
-PARENTS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "self_attn."),
-    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp."),
-}
+    from multilora.models.base import CausalLM
 
 
 class Place(NamedTuple):
@@ -35,52 +26,58 @@ class BaseModel:
     """One base model as adapters see it. Module names are the last component of PEFT's: "q_proj", "q_norm"."""
 
     sites: tuple[LoraSite, ...]
+    norms: tuple[NormModule, ...]
     vocab_size: int
     hidden_size: int
     tie_word_embeddings: bool
-    norms: dict[str, int]  # module → size; all but FINAL_NORM are in every layer
-    biased: tuple[str, ...]  # linear modules that have a bias
     weights_dir: str | None = None  # a local directory with the checkpoint; None: there is none
 
     @classmethod
-    def of(cls, config: "ModelConfig", sites: tuple[LoraSite, ...], weights_dir: str | None) -> "BaseModel":
-        hidden = config.hidden_size
-        norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden, FINAL_NORM: hidden}
-        if config.qk_norm:
-            norms |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
-        biased = (
-            *(("q_proj", "k_proj", "v_proj") if config.qkv_bias else ()),
-            *(("o_proj",) if config.o_bias else ()),
-            *(("gate_proj", "up_proj", "down_proj") if config.mlp_bias else ()),
-        )
-        return cls(sites, config.vocab_size, hidden, config.tie_word_embeddings, norms, biased, weights_dir)
+    def of(cls, model: "CausalLM", weights_dir: str | None) -> "BaseModel":
+        """The model may be on the meta device; only its config and its declarations are read."""
+        config = model.config
+        sizes = config.vocab_size, config.hidden_size, config.tie_word_embeddings
+        return cls(model.lora_sites(), model.norms(), *sizes, weights_dir)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Linear module (embed_tokens and lm_head too) → (in_features, out_features)."""
+        """LoRA target (embed_tokens and lm_head too) → (in_features, out_features)."""
         return module_shapes(self.sites)
 
     @cached_property
+    def norm_sizes(self) -> dict[str, int]:
+        """Norm → the size of its weight."""
+        return {norm.module: norm.size for norm in self.norms}
+
+    @cached_property
+    def biased(self) -> frozenset[str]:
+        """The linear modules that have a bias."""
+        return frozenset(s.module for site in self.sites for s in site.slices if s.bias)
+
+    @cached_property
     def num_layers(self) -> int:
+        """Decoder layers."""
         return num_layers(self.sites)
 
     @cached_property
     def order(self) -> dict[str, int]:
-        """Linear module → its position, as the sites have it."""
+        """LoRA target → its position, as the sites have it."""
         return {module: i for i, module in enumerate(self.shapes)}
 
     @cached_property
     def places(self) -> dict[str, Place]:
         """Every module that has parameters, by its name inside the base model: "model.layers.0.mlp.up_proj"."""
-        found: dict[str, Place] = {}
-        inside = [m for m in (*self.shapes, *self.norms) if m not in (*TABLES, FINAL_NORM)]
-        for layer in range(self.num_layers):
-            for module in inside:
-                found[f"model.layers.{layer}.{PARENTS.get(module, '')}{module}"] = Place(layer, module)
-        if EMBED in self.shapes:
-            found[f"model.{EMBED}"] = Place(MODEL_LEVEL, EMBED)
-        if FINAL_NORM in self.norms:
-            found[f"model.{FINAL_NORM}"] = Place(MODEL_LEVEL, FINAL_NORM)
-        if HEAD in self.shapes:
-            found[HEAD] = Place(MODEL_LEVEL, HEAD)
-        return found
+        found = [(site.layer, s.parent, s.module) for site in self.sites for s in site.slices]
+        found += [(norm.layer, norm.parent, norm.module) for norm in self.norms]
+        return {module_path(*module): Place(module[0], module[2]) for module in found}
+
+    @cached_property
+    def before_kv(self) -> dict[Place, bool]:
+        """Whether changing the module changes keys or values of its own layer (see `LoraSlice`)."""
+        slices = {Place(site.layer, s.module): s.before_kv for site in self.sites for s in site.slices}
+        return slices | {Place(norm.layer, norm.module): norm.before_kv for norm in self.norms}
+
+    @cached_property
+    def paths(self) -> dict[Place, str]:
+        """`places` the other way round."""
+        return {place: path for path, place in self.places.items()}

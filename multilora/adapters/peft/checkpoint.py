@@ -13,12 +13,13 @@ from pathlib import Path
 from multilora.adapters.adapter import Adapter, AdapterLimits, Block, LowRank, Vector, VectorKind
 from multilora.adapters.peft import checkpoint_full_weights as full_weights
 from multilora.adapters.peft import checkpoint_lora as lora
-from multilora.adapters.peft.base_model import TABLES, BaseModel
+from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.config import PeftConfig, parse_config
 from multilora.adapters.peft.contents import open_tensors, sort_tensors
 from multilora.adapters.sources.files import find_files, fingerprint, read_json_object, show
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
+from multilora.lora.sites import TABLES
 
 __all__ = ["fingerprint", "read_adapter"]
 
@@ -60,7 +61,7 @@ def _check_rank(ranks: Iterable[int], limits: AdapterLimits) -> None:
 def _check_modules(modules: set[str], base: BaseModel, limits: AdapterLimits) -> None:
     """Check --lora-target-modules, to which norms do not count. Raises AdapterIncompatible."""
     if limits.target_modules is not None:
-        beyond = sorted(modules - set(limits.target_modules) - set(base.norms))
+        beyond = sorted(modules - set(limits.target_modules) - set(base.norm_sizes))
         if beyond:
             raise AdapterIncompatible(
                 f"the adapter is incompatible: it targets {', '.join(beyond)}, which --lora-target-modules "

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 
 from multilora.adapters.adapter import Block, Full, Rows, Vector, VectorKind
-from multilora.adapters.peft.base_model import EMBED, HEAD, TABLES, Place
+from multilora.adapters.peft.base_model import Place
 from multilora.adapters.peft.base_weights import differing_rows
 from multilora.adapters.peft.checkpoint_lora import PARTS as LORA_PARTS
 from multilora.adapters.peft.contents import Contents, Module, other_vocabulary
 from multilora.adapters.peft.tensor_names import Part
 from multilora.adapters.sources.files import show
 from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
-from multilora.lora.sites import MODEL_LEVEL
+from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, TABLES
 
 SAVED = frozenset((Part.WEIGHT, Part.BIAS, Part.SAVED_WEIGHT, Part.SAVED_BIAS))
 ORIGINAL = frozenset((Part.ORIGINAL_WEIGHT, Part.ORIGINAL_BIAS))
@@ -34,7 +34,6 @@ COPIES = (Part.WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
 EMBED_PLACE, HEAD_PLACE = Place(MODEL_LEVEL, EMBED), Place(MODEL_LEVEL, HEAD)
 MAX_ADDED = 1 << 17  # rows of a table: the logits of a step are as wide as the widest adapter's
 FEW_ROWS = 0.5  # of a table: up to this share, rows are returned, above it the table
-CHECKPOINT_NAMES = {EMBED: (f"model.{EMBED}.weight",), HEAD: ("lm_head.weight", f"model.{EMBED}.weight")}
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _check_saved(saved: set[Place], contents: Contents) -> None:
     config, base = contents.config, contents.base
     if not config.modules_to_save:
         return
-    inner = any(module.name.startswith(("layers.", EMBED, "norm")) for module in contents.modules.values())
+    inner = any(module.name not in base.places for module in contents.modules.values())
     for path, place in base.places.items():
         name = path.removeprefix("model.") if inner else path
         if not config.saves(name, base) or (inner and place == HEAD_PLACE):
@@ -250,7 +249,9 @@ def _table(table: str, weight: torch.Tensor, contents: Contents) -> Iterator[Blo
     """The block for a table, weight [vocab, hidden]: none if it equals the base model's, rows, or the full weight."""
     base = contents.base
     if base.weights_dir is not None and not contents.resized:
-        ids = differing_rows(weight, CHECKPOINT_NAMES[table], base.weights_dir)
+        places = (Place(MODEL_LEVEL, table), EMBED_PLACE)  # a tied model's checkpoint has no head
+        names = tuple(f"{base.paths[place]}.weight" for place in places)
+        ids = differing_rows(weight, names, base.weights_dir)
         if not ids:
             return
         _check_dora(Place(MODEL_LEVEL, table), contents)

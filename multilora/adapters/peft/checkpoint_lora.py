@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 
 from multilora.adapters.adapter import Block, LowRank, Vector, VectorKind
-from multilora.adapters.peft.base_model import EMBED, HEAD, TABLES, Place
+from multilora.adapters.peft.base_model import Place
 from multilora.adapters.peft.contents import Contents, Module, other_vocabulary
 from multilora.adapters.peft.tensor_names import Part
 from multilora.adapters.sources.files import show
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
-from multilora.lora.sites import MODEL_LEVEL
+from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, TABLES
 
 PAIR = (Part.LORA_A, Part.LORA_B)
 EMBEDDING_PAIR = (Part.EMBEDDING_A, Part.EMBEDDING_B)

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from multilora.adapters.peft.base_model import EMBED, HEAD, TABLES, BaseModel
+from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.fields import Fields
 from multilora.adapters.peft.match import (
     PatternError,
@@ -24,6 +24,7 @@ from multilora.adapters.peft.match import (
 )
 from multilora.adapters.sources.files import show
 from multilora.errors import AdapterIncompatible, AdapterInvalid
+from multilora.lora.sites import EMBED, HEAD, TABLES
 
 
 @dataclass(frozen=True)

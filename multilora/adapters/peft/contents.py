@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from multilora.adapters.peft.base_model import EMBED, HEAD, PARENTS, TABLES, BaseModel, Place
+from multilora.adapters.peft.base_model import BaseModel, Place
 from multilora.adapters.peft.config import PeftConfig
 from multilora.adapters.peft.safetensors_file import SafetensorsFile, TensorInfo
 from multilora.adapters.peft.tensor_names import OF_ONE_ADAPTER, Part, parse
 from multilora.adapters.sources.files import INDEX_NAME, AdapterFiles, show
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid
+from multilora.lora.sites import EMBED, HEAD, TABLES, module_path
 
 TABLE_PARTS = (Part.WEIGHT, Part.SAVED_WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
 LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>[\w.]+)")
@@ -97,8 +98,8 @@ class Contents:
 
     def weight_shape(self, module: str) -> tuple[int, ...]:
         """The shape of the module's own weight, as checkpoints store it."""
-        if module in self.base.norms:
-            return (self.base.norms[module],)
+        if module in self.base.norm_sizes:
+            return (self.base.norm_sizes[module],)
         if module in TABLES:
             return (self.vocab_size, self.base.hidden_size)
         width_in, width_out = self.base.shapes[module]
@@ -169,10 +170,7 @@ def _vocab_size(modules: dict[Place, Module], tensors: Tensors, base: BaseModel)
 
 def _no_place(module: str, where: str, base: BaseModel) -> AdapterIncompatible:
     found = LAYER.fullmatch(module)
-    if found is not None:
-        layer, last = int(found["layer"]), found["rest"].rpartition(".")[2]
-        known = last in base.shapes or last in base.norms
-        if known and found["rest"] == PARENTS.get(last, "") + last and layer >= base.num_layers:
-            message = f"layer {layer} is out of range, the base model has {base.num_layers} layers"
-            return AdapterIncompatible(f"{where}: {message}")
+    if found is not None and module_path(0, "", found["rest"]) in base.places:
+        message = f"layer {int(found['layer'])} is out of range, the base model has {base.num_layers} layers"
+        return AdapterIncompatible(f"{where}: {message}")
     return AdapterIncompatible(f"{where}: the base model has no module {show(module)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from multilora.adapters.sources.files import show
 from multilora.errors import AdapterInvalid, AdapterUnsupported
+from multilora.lora.sites import EMBED
 
 # fmt: off
 USED = frozenset((
@@ -144,7 +145,7 @@ class Fields:
         value = self.raw.get("trainable_token_indices")
         if not value:
             return None
-        by_module = value if isinstance(value, dict) else {"embed_tokens": value}
+        by_module = value if isinstance(value, dict) else {EMBED: value}
         found = {}
         for module, ids in by_module.items():
             field = f"trainable_token_indices[{show(module)}]" if value is by_module else "trainable_token_indices"

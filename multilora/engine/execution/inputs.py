@@ -1,90 +1,144 @@
 """From a plan to the tensors of one step. Host numbers travel to the device in one copy.
 
-Called by `engine/execution/runner.py`. Knows requests only to read their ids and pages.
+`PageTables` is what a runner remembers of pages between steps. Called by `engine/execution/runner.py`.
 """
 
 import bisect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from multilora.batch import AttentionMeta, ForwardBatch, LoraSegment
-from multilora.engine.plan import Chunk, StepPlan
+from multilora.engine.plan import Chunk, PageUpdate, StepPlan
 from multilora.transfer import upload
+
+Ints = npt.NDArray[np.int64]
+
+_UNKNOWN = (0,)  # stands for a token that only the device knows
+
+
+class PageTables:
+    """The arena pages of each slot, in token order; int64 [slots, width] on the host, zeros where there is none."""
+
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self._pages: Ints = np.zeros((8, 8), np.int64)
+
+    def update(self, updates: Iterable[PageUpdate]) -> None:
+        """Where a slot gets pages from its `first` on, whatever stood behind them is void."""
+        for update in updates:
+            end = update.first + len(update.pages)
+            if update.slot >= self._pages.shape[0] or end > self._pages.shape[1]:
+                self._grow(update.slot + 1, end)
+            row = self._pages[update.slot]
+            row[update.first : end] = update.pages
+            row[end:] = 0
+
+    def tables(self, slots: Ints, kv_lens: Ints) -> Ints:
+        """[R, most pages in use]: the pages of these slots, which hold so many tokens by now."""
+        used = -(-int(kv_lens.max()) // self.page_size)
+        return self._pages[slots, :used]
+
+    def of_tokens(self, slots: Ints, positions: Ints) -> Ints:
+        """[T]: the page of each (slot, position)."""
+        return self._pages[slots, positions // self.page_size]
+
+    def _grow(self, slots: int, width: int) -> None:
+        old = self._pages
+        rows, columns = (
+            max(n, 2 * has) if n > has else has for n, has in zip((slots, width), old.shape, strict=True)
+        )
+        self._pages = np.zeros((rows, columns), np.int64)
+        self._pages[: old.shape[0], : old.shape[1]] = old
 
 
 @dataclass(frozen=True)
-class StepInputs:
-    """A batch, and which of its input ids the previous step is still sampling: (row, request's chunk)."""
+class Newest:
+    """What the step before has sampled: tokens int64 [n] on the device; index: slot → its last one among them."""
 
-    batch: ForwardBatch
-    unknown: list[tuple[int, Chunk]]
+    index: Mapping[int, int]
+    tokens: Tensor
 
 
-def build_inputs(plan: StepPlan, page_size: int, device: torch.device) -> StepInputs:
-    """The plan's tokens in order, chunk after chunk."""
-    ids: list[int] = []
-    positions: list[int] = []
-    pages: list[int] = []
-    rows: list[int] = []
-    unknown = []
-    for chunk in plan.chunks:
-        first, end = chunk.start, chunk.start + chunk.count
-        rows += [len(ids) + p - first for p in logit_positions(chunk)]
-        if chunk.known:
-            ids += _token_ids(chunk)
-        else:
-            unknown.append((len(ids), chunk))
-            ids.append(0)
-        positions += range(first, end)
-        table = chunk.request.table.pages
-        pages += [table[p // page_size] for p in range(first, end)]
-    tables = _page_tables(plan, page_size)
-    host = np.concatenate([np.array(x, np.int64) for x in (ids, positions, pages, rows)] + [tables.ravel()])
-    sizes = [len(ids), len(ids), len(ids), len(rows), tables.size]
-    on_device = upload(torch.from_numpy(host), device).split(sizes)
+def build_inputs(plan: StepPlan, tables: PageTables, newest: Newest, device: torch.device) -> ForwardBatch:
+    """The plan's tokens in order, chunk after chunk. `tables` knows the plan's pages already."""
+    chunks = plan.chunks
+    slots = np.array([c.slot for c in chunks], np.int64)
+    counts = np.array([c.count for c in chunks], np.int64)
+    kv_lens = np.array([c.start for c in chunks], np.int64) + counts
+    ends = counts.cumsum()  # [R] row behind each chunk's last
+    total = int(ends[-1])
+    positions = np.arange(total) + (kv_lens - ends).repeat(counts)
+    ids = np.fromiter(chain.from_iterable([c.token_ids or _UNKNOWN for c in chunks]), np.int64, total)
+    page_table = tables.tables(slots, kv_lens)
+    logit_rows = _logit_rows(chunks, ends)
+    unknown = [
+        (end - 1, newest.index[c.slot]) for c, end in zip(chunks, ends.tolist(), strict=True) if not c.token_ids
+    ]
+    parts = [
+        ids,
+        positions,
+        tables.of_tokens(slots.repeat(counts), positions),
+        positions % tables.page_size,
+        np.array(logit_rows, np.int64),
+        np.array(unknown, np.int64).reshape(-1, 2).T.ravel(),
+        page_table.ravel(),
+    ]
+    uploaded = upload(torch.from_numpy(np.concatenate(parts)), device)
+    on_device = torch.split(uploaded, [part.size for part in parts])
+    if unknown:
+        rows, index = on_device[5].view(2, -1)
+        on_device[0][rows] = newest.tokens[index]
     meta = AttentionMeta(
-        q_lens=tuple(c.count for c in plan.chunks),
-        kv_lens=tuple(c.start + c.count for c in plan.chunks),
-        page_table=on_device[4].view(tables.shape),
+        q_lens=tuple(counts.tolist()),
+        kv_lens=tuple(kv_lens.tolist()),
+        page_table=on_device[6].view(page_table.shape),
         token_page=on_device[2],
-        token_slot=on_device[1] % page_size,
+        token_slot=on_device[3],
     )
-    segments = lora_segments(plan)
-    batch = ForwardBatch(on_device[0], on_device[1], meta, segments, on_device[3], logit_segments(segments, rows))
-    return StepInputs(batch, unknown)
+    segments = lora_segments(chunks)
+    logit_lora = segments if len(logit_rows) == total else logit_segments(segments, logit_rows)
+    return ForwardBatch(on_device[0], on_device[1], meta, segments, on_device[4], logit_lora)
 
 
-def _page_tables(plan: StepPlan, page_size: int) -> np.ndarray:
-    """int64 [chunks, max pages], zeros behind each request's own."""
-    used = [c.request.table.pages[: -(-(c.start + c.count) // page_size)] for c in plan.chunks]
-    tables = np.zeros((len(used), max(map(len, used))), np.int64)
-    for row, pages in zip(tables, used, strict=True):
-        row[: len(pages)] = pages
-    return tables
+def logit_count(chunk: Chunk) -> int:
+    """Rows of logits that the chunk wants: first those of prompt logprobs, then one for each sampled token."""
+    prompt = chunk.prompt_logprobs
+    return len(chunk.answer_positions) + (len(prompt.next_ids) if prompt is not None else 0)
 
 
-def logit_positions(chunk: Chunk) -> list[int]:
-    """Positions whose logits are wanted: for prompt logprobs, then the last one if a token is sampled."""
-    positions = list(chunk.logprob_positions)
-    return [*positions, chunk.start + chunk.count - 1] if chunk.sample else positions
+def _logit_rows(chunks: Sequence[Chunk], ends: Ints) -> list[int]:
+    """The token row of each row of logits, ascending."""
+    rows: list[int] = []
+    for chunk, end in zip(chunks, ends.tolist(), strict=True):
+        if chunk.prompt_logprobs is not None:
+            first = end - chunk.count + chunk.prompt_logprobs.first - chunk.start
+            rows += range(first, first + len(chunk.prompt_logprobs.next_ids))
+        rows += range(end - len(chunk.answer_positions), end)
+    return rows
 
 
-def lora_segments(plan: StepPlan) -> tuple[LoraSegment, ...]:
+def lora_segments(chunks: Sequence[Chunk]) -> tuple[LoraSegment, ...]:
     """Neighbouring rows of the same composition; chunks come ordered by it."""
     segments: list[LoraSegment] = []
-    row = 0
-    for chunk in plan.chunks:
+    adapters: tuple[tuple[int, ...], tuple[float, ...]] = (), ()  # of the segment [first, end)
+    first = end = row = 0
+    for chunk in chunks:
         start, row = row + chunk.pre_activation, row + chunk.count
-        if not chunk.slots or start == row:
+        if not chunk.lora_slots or start == row:
             continue
-        last = segments[-1] if segments else None
-        if last and last.end == start and (last.slots, last.weights) == (chunk.slots, chunk.weights):
-            segments[-1] = replace(last, end=row)
-        else:
-            segments.append(LoraSegment(start, row, chunk.slots, chunk.weights))
+        if start != end or adapters != (chunk.lora_slots, chunk.lora_weights):
+            if first < end:
+                segments.append(LoraSegment(first, end, *adapters))
+            first, adapters = start, (chunk.lora_slots, chunk.lora_weights)
+        end = row
+    if first < end:
+        segments.append(LoraSegment(first, end, *adapters))
     return tuple(segments)
 
 
@@ -94,16 +148,3 @@ def logit_segments(segments: tuple[LoraSegment, ...], rows: list[int]) -> tuple[
     return tuple(
         replace(s, start=start, end=end) for s, (start, end) in zip(segments, ends, strict=True) if start < end
     )
-
-
-def fill_unknown(ids: Tensor, unknown: list[tuple[int, int]], tokens: Tensor) -> None:
-    """ids[row] = tokens[index] for each (row, index), on the device."""
-    rows, index = upload(torch.tensor(unknown, dtype=torch.int64).T.contiguous(), ids.device)
-    ids[rows] = tokens[index]
-
-
-def _token_ids(chunk: Chunk) -> list[int]:
-    request, end = chunk.request, chunk.start + chunk.count
-    prompt = len(request.prompt_ids)
-    answer = request.output_ids[max(0, chunk.start - prompt) : max(0, end - prompt)]
-    return request.prompt_ids[chunk.start : end] + answer

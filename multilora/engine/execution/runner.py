@@ -1,11 +1,12 @@
-"""From a plan to tensors, through the model, to tokens: the only file of the engine that touches the device.
+"""From a plan to tensors, through the model, to tokens.
 
-`launch` queues a step and returns at once; the step's tokens can feed the next one on the device before the host has
-seen them. Owns the model, the attention and LoRA backends and the sampler; knows requests only to read their ids and
-sampling state. Called by `engine/engine.py`.
+`forward` and `sample` queue the two halves of a step and return at once; the step's tokens can feed the next one on
+the device before the host has seen them. Owns the model, the attention and LoRA backends, the sampler, and what plans
+change: page tables and the LoRA table. Knows no request, only slots. Called by `engine/engine.py`.
 """
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -14,44 +15,20 @@ from torch import Tensor
 
 from multilora.attention.base import AttentionBackend
 from multilora.batch import ForwardBatch, LoraSegment
-from multilora.engine.execution.cuda_graph import DecodeCudaGraphs
-from multilora.engine.execution.inputs import StepInputs, build_inputs, fill_unknown, logit_positions
-from multilora.engine.execution.piecewise_cuda_graph import PiecewiseCudaGraphs
-from multilora.engine.plan import Chunk, StepPlan, StepResult
+from multilora.engine.execution.cuda_graphs import GraphedStep, StepGraphs
+from multilora.engine.execution.inputs import Newest, PageTables, build_inputs, logit_count
+from multilora.engine.plan import Chunk, LoraChange, LoraInstall, LoraRemoval, StepPlan, StepResult
 from multilora.engine.sampling.logprobs import TokenLogprobs, token_logprobs
-from multilora.engine.sampling.sampler import DeviceSampled, Sampler, SampleRow
-from multilora.engine.scheduling.request import Request
+from multilora.engine.sampling.sampler import DeviceSampled, Sampled, Sampler
 from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
 from multilora.lora.full_weights import FullWeightModules
-from multilora.lora.sites import MODEL_LEVEL, LoraSite
+from multilora.lora.panels import AdapterShape, PanelLayout
+from multilora.lora.sites import EMBED, MODEL_LEVEL, TABLES, LoraSite
 from multilora.lora.table import LoraTable
-from multilora.models.llama import LlamaForCausalLM
+from multilora.models.base import CausalLM
+from multilora.params import SamplingParams
 from multilora.transfer import Fence, upload
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A step on its way. `sampled` and `prompt` are on the host, complete when `fence` has passed."""
-
-    plan: StepPlan
-    sampled: DeviceSampled
-    prompt: list[TokenLogprobs | None]  # per chunk, where prompt logprobs were asked for
-    fence: Fence
-
-    def result(self) -> StepResult:
-        """Wait for the step and read it."""
-        self.fence.wait()
-        sampled = self.sampled.to_host()
-        prompt = [p.to_host() if p is not None else ([], []) for p in self.prompt]
-        return StepResult(
-            sampled.token_ids,
-            sampled.logprobs,
-            sampled.top_logprobs,
-            sampled.errors,
-            [values for values, _ in prompt],
-            [tops for _, tops in prompt],
-        )
 
 
 class AdapterScope(IntEnum):
@@ -62,20 +39,39 @@ class AdapterScope(IntEnum):
     MODULES = 2  # instead of modules between those two: no graph serves that
 
 
-ENDS = {(MODEL_LEVEL, "embed_tokens"), (MODEL_LEVEL, "lm_head")}
+ENDS = {(MODEL_LEVEL, table) for table in TABLES}
 
 
 class RunnerLora:
-    """What a step needs of LoRA: the backend, and the table for what goes beyond it."""
+    """What a step needs of LoRA: the backend, and the table, which follows the plans.
 
-    def __init__(self, backend: LoraBackend, table: LoraTable, sites: tuple[LoraSite, ...]):
+    layout_of: how an adapter of a shape lies in its pages.
+    """
+
+    def __init__(
+        self,
+        backend: LoraBackend,
+        table: LoraTable,
+        sites: tuple[LoraSite, ...],
+        layout_of: Callable[[AdapterShape], PanelLayout],
+    ):
         self.backend = backend
         self._table = table
+        self._layout_of = layout_of
         self._model_level = frozenset(s.index for s in sites if s.layer == MODEL_LEVEL)
-        self._embed_site = next(s.index for s in sites if s.name == "embed_tokens")
+        self._embed_site = next(s.index for s in sites if s.name == EMBED)
+
+    def apply(self, changes: Sequence[LoraChange]) -> None:
+        """Bring the table up to date, in order."""
+        for change in changes:
+            match change:
+                case LoraInstall(slot, shape, pages):
+                    self._table.install(slot, self._layout_of(shape), pages)
+                case LoraRemoval(slot):
+                    self._table.remove(slot)
 
     def scope(self, segments: tuple[LoraSegment, ...]) -> AdapterScope:
-        """Of the adapter among them that goes furthest."""
+        """The scope of the adapter among them that reaches furthest."""
         return max((self._scope_of(p) for s in segments for p in s.slots), default=AdapterScope.LAYERS)
 
     def _scope_of(self, slot: int) -> AdapterScope:
@@ -90,72 +86,129 @@ class RunnerLora:
 
 
 @dataclass(frozen=True)
-class Graphs:
-    """What is replayed instead of launched; None: nothing of the kind."""
+class Forward:
+    """A forward pass on its way. logits: fp32 [wanted rows, vocab], see `logit_count`."""
 
-    decodes: DecodeCudaGraphs | None = None
-    pieces: PiecewiseCudaGraphs | None = None
+    plan: StepPlan
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way, sampling included. `prompt`: on the host once `fence` has passed; None: not asked for."""
+
+    plan: StepPlan
+    sampled: DeviceSampled
+    prompt: list[TokenLogprobs | None]  # per chunk
+    fence: Fence
+    read: Callable[[DeviceSampled], Sampled]
+
+    def result(self) -> StepResult:
+        """Wait for the step and read it: once, and in the order of the steps."""
+        self.fence.wait()
+        sampled = self.read(self.sampled)
+        prompt = [p.to_host() if p is not None else [] for p in self.prompt]
+        return StepResult(sampled.token_ids, sampled.errors, sampled.logprobs, prompt)
 
 
 class Runner:
-    """lora: None when LoRA is off."""
+    """lora: None when LoRA is off; graphs: None where every step is launched layer by layer."""
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         attention: AttentionBackend,
         lora: RunnerLora | None,
         page_size: int,
         device: torch.device,
-        graphs: Graphs = Graphs(),
+        graphs: StepGraphs | None = None,
     ):
         self.vocab_size = model.config.vocab_size
         self._graphs = graphs
         self._model = model
         self._attention = attention
         self._lora = lora
-        self._page_size = page_size
         self._device = device
-        self._sampler = Sampler(model.config.vocab_size, device)
-        self._newest: tuple[dict[Request, int], Tensor] = ({}, torch.empty(0))  # who sampled last, and what
+        self._tables = PageTables(page_size)
+        self._sampler = Sampler(model.config.vocab_size, device, model.config.eos_token_ids)
+        self._newest = Newest({}, torch.empty(0, dtype=torch.int64))
+
+    def use_tokenizer(self, info: str) -> None:
+        """See `Sampler.use_tokenizer`."""
+        self._sampler.use_tokenizer(info)
+
+    def check_sampling(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
+        """Raise BadRequest for what could not be sampled: see `Sampler.check`."""
+        self._sampler.check(params, vocab_size, grammar)
+
+    def forward(self, plan: StepPlan) -> Forward:
+        """Queue the forward pass of a plan. Needs no token on the host: what is unknown there is on the device.
+
+        Plans come in order, none is left out, and each is sampled before the next one's forward pass.
+        """
+        for slot in plan.free:
+            self._sampler.free(slot)
+        for state in plan.install:
+            self._sampler.install(state)
+        self._tables.update(plan.pages)
+        if self._lora is not None:
+            self._lora.apply(plan.lora)
+        return Forward(plan, self._forward(plan))
+
+    def needs_tokens(self, plan: StepPlan) -> bool:
+        """Whether the steps before must have been read before this one can be sampled, as grammars want it."""
+        return self._sampler.needs_tokens(plan.sampling_slots)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Launched:
-        """Queue the forward pass and the sampling of a plan."""
-        logits = self._forward(plan)
-        sampled = self._sample(plan, logits)
-        prompt = [_prompt_logprobs(c, part) for c, part in zip(plan.chunks, _split(plan, logits), strict=True)]
+    def sample(self, forward: Forward) -> Launched:
+        """Queue the sampling of a step, and the copies of its results to the host."""
+        chunks, logits = forward.plan.chunks, forward.logits
+        parts = torch.split(logits, [logit_count(c) for c in chunks])
+        slots = forward.plan.sampling_slots
+        positions = [position for c in chunks for position in c.answer_positions]
+        rows = self._sampling_rows(chunks, logits, len(slots))
+        sampled = self._sampler.sample(rows, slots, positions)
+        self._newest = Newest({slot: i for i, slot in enumerate(slots)}, sampled.token_ids)
+        prompt = [_prompt_logprobs(c, part) for c, part in zip(chunks, parts, strict=True)]
         on_host = [p.to_cpu() if p is not None else None for p in prompt]
-        return Launched(plan, sampled.to_cpu(), on_host, Fence(self._device))
+        return Launched(forward.plan, sampled.to_cpu(), on_host, Fence(self._device), self._sampler.read)
 
+    def _sampling_rows(self, chunks: list[Chunk], logits: Tensor, count: int) -> Tensor:
+        """Those rows of the logits that tokens are sampled from: the last ones of each chunk."""
+        if count == len(logits):
+            return logits
+        ends = itertools.accumulate(logit_count(c) for c in chunks)
+        rows = [row for end, c in zip(ends, chunks, strict=True) for row in range(end - len(c.answer_positions), end)]
+        return logits[upload(rows, self._device)]
+
+    @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> Tensor:
-        """fp32 logits [wanted rows, vocab], see `logit_positions`."""
-        inputs = build_inputs(plan, self._page_size, self._device)
-        batch = inputs.batch
-        self._fill_unknown(batch.input_ids, inputs)
+        """fp32 logits [wanted rows, vocab]."""
+        batch = build_inputs(plan, self._tables, self._newest, self._device)
         scope = self._lora.scope(batch.lora) if self._lora is not None else AdapterScope.LAYERS
         x = self._model.embed(batch.input_ids, self._context(batch.lora, scope))
-        hidden = self._replay(plan, x, batch) if scope < AdapterScope.MODULES else None
-        if hidden is None:
-            hidden = self._layers(x, batch, scope)[batch.logit_rows]
+        graphed = self._graphed(plan, batch, scope)
+        hidden = self._layers(x, batch, scope) if graphed is None else graphed.run(x)
+        if len(batch.logit_rows) < len(hidden):
+            hidden = hidden[batch.logit_rows]
         if scope is AdapterScope.LAYERS:
             return self._model.logits(hidden, self._context((), scope))
         return self._model.logits(hidden, self._prepared(batch.logit_lora, len(hidden), scope))
 
-    def _replay(self, plan: StepPlan, x: Tensor, batch: ForwardBatch) -> Tensor | None:
-        """The layers as graphs, if there are some for such a step: the hidden rows whose logits are wanted."""
-        decodes, pieces = self._graphs.decodes, self._graphs.pieces
-        if decodes is not None and all(c.count == 1 and c.sample for c in plan.chunks):
-            return decodes.run(x, batch)
-        hidden = pieces.run(x, batch) if pieces is not None else None
-        return hidden[batch.logit_rows] if hidden is not None else None
+    def _graphed(self, plan: StepPlan, batch: ForwardBatch, scope: AdapterScope) -> GraphedStep | None:
+        """The layers as graphs, if there are some for such a step."""
+        if self._graphs is None or scope is AdapterScope.MODULES:
+            return None
+        return self._graphs.prepare(batch, decodes=all(c.count == 1 and c.answer_positions for c in plan.chunks))
 
     def _layers(self, x: Tensor, batch: ForwardBatch, scope: AdapterScope) -> Tensor:
+        """x: embedded rows [tokens, hidden]. Returns their hidden rows."""
         self._attention.prepare(batch.attention)
-        return self._model(x, batch.positions, self._prepared(batch.lora, len(x), scope))
+        hidden: Tensor = self._model(x, batch.positions, self._prepared(batch.lora, len(x), scope))
+        return hidden
 
     def _prepared(self, segments: tuple[LoraSegment, ...], rows: int, scope: AdapterScope) -> ForwardContext:
-        """With the adapters ready for `rows` rows."""
+        """The context with the adapters ready for `rows` rows."""
         if segments and self._lora is not None:
             self._lora.backend.prepare(segments, rows)
         return self._context(segments, scope)
@@ -166,44 +219,10 @@ class Runner:
         full_weights = self._lora.full_weight_modules(segments) if scope > AdapterScope.LAYERS else None
         return ForwardContext(self._attention, self._lora.backend, full_weights)
 
-    def _fill_unknown(self, ids: Tensor, inputs: StepInputs) -> None:
-        if inputs.unknown:
-            index, tokens = self._newest
-            fill_unknown(ids, [(row, index[chunk.request]) for row, chunk in inputs.unknown], tokens)
-
-    def _sample(self, plan: StepPlan, logits: Tensor) -> DeviceSampled:
-        """Choose a token for each chunk that samples."""
-        sampling = [c for c in plan.chunks if c.sample]
-        if len(sampling) < len(logits):
-            ends = itertools.accumulate(len(logit_positions(c)) for c in plan.chunks)
-            last = [end - 1 for end, c in zip(ends, plan.chunks, strict=True) if c.sample]
-            logits = logits[upload(last, self._device)]
-        sampled = self._sampler.sample(logits, [_sample_row(c) for c in sampling])
-        self._newest = ({c.request: i for i, c in enumerate(sampling)}, sampled.token_ids)
-        return sampled
-
-
-def _sample_row(chunk: Chunk) -> SampleRow:
-    request = chunk.request
-    return SampleRow(
-        params=request.params,
-        seed=request.seed,
-        position=chunk.answer_index,
-        output_ids=request.output_ids,
-        edits=request.edits,
-        grammar=request.grammar,
-        top_logprobs=request.top_logprobs,
-    )
-
-
-def _split(plan: StepPlan, logits: Tensor) -> list[Tensor]:
-    return list(logits.split([len(logit_positions(c)) for c in plan.chunks]))
-
 
 def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> TokenLogprobs | None:
     """logits: the chunk's rows. Position p gives the logprob of the prompt's token p + 1."""
-    positions = chunk.logprob_positions
-    if not positions:
+    wanted = chunk.prompt_logprobs
+    if wanted is None:
         return None
-    next_ids = upload(chunk.request.prompt_ids[positions.start + 1 : positions.stop + 1], logits.device)
-    return token_logprobs(logits[: len(positions)], next_ids, chunk.request.top_logprobs)
+    return token_logprobs(logits[: len(wanted.next_ids)], upload(wanted.next_ids, logits.device), wanted.top)

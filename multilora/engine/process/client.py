@@ -1,7 +1,7 @@
 """The front's handle on an engine process: asyncio on this side, ZeroMQ in between.
 
-Starts the process, sends messages, hands each request's Outputs to its own queue, and notices when the process dies:
-then every waiting request and call ends with EngineDead. All methods belong to one event loop.
+Starts the process, sends messages, hands each request's Outputs to the function given with it, and notices when the
+process dies: then every waiting request and call ends with EngineDead. All methods belong to one event loop.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Self
 
 import msgspec
@@ -19,6 +20,7 @@ from multilora.config import Config
 from multilora.engine.messages import (
     Abort,
     AdapterInfo,
+    AdapterStatsTable,
     Failed,
     Finish,
     Finished,
@@ -54,9 +56,10 @@ class EngineClient:
         self._process = process
         self._socket = socket
         self._directory = directory
-        self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._receivers: dict[str, Callable[[Output], None]] = {}  # by rid
         self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._last_call = 0
+        self._adapter_stats = AdapterStatsTable()
         self._dead: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -94,7 +97,7 @@ class EngineClient:
         ended.cancel()
         match decode_from_engine(answer.result()):
             case Ready() as ready:
-                self.ready, self.stats = ready, ready.stats
+                self.ready, self.stats = ready, self._adapter_stats.merge(ready.stats)
             case Failed(kind, message):
                 raise from_wire(kind, message)
             case other:
@@ -106,24 +109,22 @@ class EngineClient:
     def alive(self) -> bool:
         return self._dead is None
 
-    def submit(self, message: Submit) -> "asyncio.Queue[Output]":
-        """Send a request; its rid is never used again. Outputs come on the queue; the last one has `finished`."""
-        queue: asyncio.Queue[Output] = asyncio.Queue()
+    def submit(self, message: Submit, deliver: Callable[[Output], None]) -> None:
+        """Send a request; its rid is never used again. `deliver` gets its outputs; the last one has `finished`."""
         if self._dead is not None:
-            queue.put_nowait(self._dead_output(message.rid))
+            deliver(self._dead_output(message.rid))
         else:
-            self._queues[message.rid] = queue
+            self._receivers[message.rid] = deliver
             self._send(message)
-        return queue
 
     def abort(self, rid: str, message: str = "aborted") -> None:
-        """The request's last Output will say `abort`; an unknown or finished one is left alone."""
-        if rid in self._queues:
+        """The request's last Output will say `abort`. A rid that is unknown or has ended is ignored."""
+        if rid in self._receivers:
             self._send(Abort(rid, message))
 
     def finish(self, rid: str) -> None:
         """A stop string matched: nothing more is wanted, no Output follows."""
-        if self._queues.pop(rid, None) is not None:
+        if self._receivers.pop(rid, None) is not None:
             self._send(Finish(rid))
 
     def use_tokenizer(self, info: str) -> None:
@@ -170,7 +171,7 @@ class EngineClient:
     async def _call(self, call: int, message: ToEngine) -> Reply:
         if self._dead is not None:
             raise EngineDead(self._dead)
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._calls[call] = future
         self._send(message)
         reply = await future
@@ -203,16 +204,16 @@ class EngineClient:
                 if future is not None and not future.done():
                     future.set_result(reply)
             case Stats() as stats:
-                self.stats = stats
+                self.stats = self._adapter_stats.merge(stats)
             case other:
                 raise AssertionError(f"not expected now: {other}")
 
     def _deliver(self, output: Output) -> None:
-        queue = self._queues.get(output.rid)
-        if queue is not None:  # else the front has finished it
-            queue.put_nowait(output)
+        deliver = self._receivers.get(output.rid)
+        if deliver is not None:  # else the front has finished it
             if output.finished is not None:
-                del self._queues[output.rid]
+                del self._receivers[output.rid]
+            deliver(output)
 
     # ------------------------------------------------------------------ its end
 
@@ -226,9 +227,9 @@ class EngineClient:
         if self._dead is not None:
             return
         self._dead = reason
-        for rid, queue in self._queues.items():
-            queue.put_nowait(self._dead_output(rid))
-        self._queues.clear()
+        receivers, self._receivers = self._receivers, {}
+        for rid, deliver in receivers.items():
+            deliver(self._dead_output(rid))
         for future in self._calls.values():
             if not future.done():
                 future.set_result(Reply(call=0, ok=False, kind="EngineDead", message=reason))

@@ -35,23 +35,23 @@ COPY_CHECK_MS = 1
 class Worker:
     """The loop around one engine."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket, parent: int):
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], parent: int):
         self._engine = engine
         self._socket = socket
         self._draining = False
         self._stats_at = 0.0
-        self._changed = False  # since the statistics were told
+        self._changed = False  # something has come since the engine was last idle
         self._parent = parent
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
-        loader = engine.adapters.loader.fileno() if engine.adapters else None
+        loader = engine.adapters.fileno()
         if loader is not None:
             self._poller.register(loader, zmq.POLLIN)
 
     def run(self) -> None:
-        """Until drained, or the parent is gone."""
+        """Step the engine until it is drained, or the parent is gone."""
         gc.collect()
-        gc.freeze()  # what is there now stays; looking through all of it takes 10 ms and more
+        gc.freeze()  # the objects that exist now stay; a collection that visits all of them takes 10 ms and more
         self._send(self._engine.ready())
         while not (self._draining and not self._engine.busy) and os.getppid() == self._parent:
             self._receive()
@@ -78,18 +78,18 @@ class Worker:
                 self._changed = True
 
     def _idle(self) -> None:
-        """Nothing to do: check the books, say how it ended."""
+        """There is nothing to do: check the books and send statistics, once."""
         if self._changed:
             self._changed = False
             self._engine.check()
-            self._send(self._engine.report.stats())
+            self._send(self._engine.report.stats_update())
             self._stats_at = 0.0
 
     def _tell_stats(self) -> None:
         now = monotonic()
         if self._engine.busy and now - self._stats_at >= STATS_SECONDS:
             self._stats_at = now
-            self._send(self._engine.report.stats())
+            self._send(self._engine.report.stats_update())
 
     def _send(self, message: FromEngine) -> None:
         self._socket.send(encode(message))
@@ -123,16 +123,16 @@ def main(address: str, parent: int) -> int:
     return 0
 
 
-def _give_up(context: zmq.Context) -> NoReturn:
-    """End here, and free nothing: after a CUDA error whatever lets go of memory of the device's, a thread that ends
-    as well as an interpreter, aborts the process. The loader ends when it sees that we have."""
+def _give_up(context: zmq.Context[zmq.Socket[bytes]]) -> NoReturn:
+    """End the process at once and free nothing: after a CUDA error every release of device memory aborts the process,
+    be it by a thread that ends or by the interpreter. The loader ends when it sees that its parent is gone."""
     context.destroy(linger=2000)
     logging.shutdown()
     os._exit(1)
 
 
 def _divide_cores() -> None:
-    """On CPU the engine computes on all cores but leaves one to the front where there are more than two."""
+    """On CPU the engine computes on all cores; where there are more than two it leaves one to the front."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     torch.set_num_threads(cores - 1 if cores > 2 else cores)
 

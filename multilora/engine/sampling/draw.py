@@ -1,71 +1,68 @@
 """Draws tokens at random: temperature, then top-k, top-p and min-p together, then one uniform number per row.
 
-Knows rows of logits and numbers only: no requests, no penalties. Called by `engine/sampling/sampler.py`.
-
 Probabilities become 52-bit integers before anything is summed. Integer sums do not depend on the order of summation,
 so a row's token cannot depend on its neighbours, on the number of threads or on the device's way to reduce (what
 remains is the rounding of `softmax` itself, which works row by row). The draw is the inverse of the cumulative
 distribution in order of token ids: no sort for plain temperature sampling, and tightening `top_p` moves no token that
 stays. Truncation sorts values alone, never ids, which on CPU is an order of magnitude faster.
+This code serves the CPU and specifies `triton_sampling.py`. Called by `sampler.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from multilora.params import SamplingParams
-from multilora.transfer import upload
+from multilora.engine.sampling.batch import Column, Kind, Numbers
 
 _ONE = 2.0**52  # the integer weight of probability 1: products with fractions are exact in fp64
-_MIN_TEMPERATURE = 1e-20  # below, fp32 division would give 0 / 0; the distribution is the argmax long before
-_PASS_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}  # of logits at a time: the cache of a core, a bound on temporaries
+_PASS_ELEMENTS = 2**17  # of logits at a time: the cache of a core
+_DRAW = [Column.TEMPERATURE, Column.TOP_P, Column.TOP_K, Column.MIN_P, Column.UNIFORM]
+
+RowIndex = npt.NDArray[np.intp]
 
 
-def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: npt.NDArray[np.float64]) -> Tensor:
-    """int64 [rows]: a token for each row of logits, fp32 [rows, vocab]. A row without a finite maximum gives junk."""
-    vocab = logits.shape[1]
-    tokens = torch.empty(len(params), dtype=torch.int64, device=logits.device)
-    ranked = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
-    plain = sorted(set(range(len(params))) - set(ranked))
-    for group, truncate in ((plain, False), (ranked, True)):
-        for some in _passes(group, logits):
-            chosen = _draw_pass(logits, some, [params[i] for i in some], uniforms[some], truncate)
-            tokens[upload(some, logits.device)] = chosen
+def draw(logits: Tensor, numbers: Numbers) -> Tensor:
+    """int64 [rows]: a token for each row of logits, fp32 [rows, vocab], as `numbers` (see `Column`) want it. A row
+    without a finite maximum gives junk within the vocabulary."""
+    kinds = numbers[Column.KIND]
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    greedy = np.flatnonzero(kinds == Kind.GREEDY)
+    tokens[torch.from_numpy(greedy)] = argmax(_select(logits, greedy))
+    for kind in (Kind.PLAIN, Kind.TRUNCATED):
+        for rows in _passes(np.flatnonzero(kinds == kind), logits.shape[1]):
+            tokens[torch.from_numpy(rows)] = _draw_pass(_select(logits, rows), numbers[:, rows])
     return tokens
 
 
-def _passes(rows: list[int], logits: Tensor) -> Iterator[list[int]]:
-    step = max(1, _PASS_ELEMENTS[logits.device.type] // logits.shape[1])
+def argmax(logits: Tensor) -> Tensor:
+    """The best token, the lowest id among equals. On CPU numpy's is ten times faster than torch's."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
+
+
+def _passes(rows: RowIndex, vocab: int) -> Iterator[RowIndex]:
+    step = max(1, _PASS_ELEMENTS // vocab)
     for start in range(0, len(rows), step):
         yield rows[start : start + step]
 
 
-def _draw_pass(
-    logits: Tensor, rows: list[int], params: list[SamplingParams], uniforms: npt.NDArray[np.float64], truncate: bool
-) -> Tensor:
+def _draw_pass(logits: Tensor, numbers: Numbers) -> Tensor:
+    """int64 [r] for logits [r, vocab], whose rows are all of one kind."""
     vocab = logits.shape[1]
-    numbers = [
-        [max(p.temperature, _MIN_TEMPERATURE) for p in params],
-        [p.top_p for p in params],
-        [p.min_p for p in params],
-        [float(p.top_k if 0 < p.top_k < vocab else vocab) for p in params],
-    ]
-    host = torch.from_numpy(np.vstack([np.array(numbers), uniforms]))
-    temperature, top_p, min_p, top_k, uniform = upload(host, logits.device)[:, :, None]  # each [r, 1]
-
-    logits = _select(logits, rows)  # [r, vocab]
+    temperature, top_p, top_k, min_p, uniform = torch.from_numpy(numbers[_DRAW])[:, :, None]  # each [r, 1]
     tempered = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float())
     probs = tempered.softmax(-1)
     weights = (probs * _ONE).long()
-    if truncate:
-        count = top_k.long()
-        if any(p.top_p < 1 for p in params):
+    if (numbers[Column.KIND] == Kind.TRUNCATED).any():
+        count = top_k.clamp(max=vocab).long()
+        if (numbers[Column.TOP_P] < 1).any():
             count = torch.minimum(count, _nucleus_size(probs, top_p))
-        weights.mul_(_best(logits, count))
-    if any(p.min_p > 0 for p in params):
+        weights.mul_(best(logits, count))
+    if (numbers[Column.MIN_P] > 0).any():
         least = (min_p * weights.amax(-1, keepdim=True).double()).ceil_().long()
         weights.mul_(weights >= least)
     return _invert(weights, uniform)
@@ -79,7 +76,7 @@ def _nucleus_size(probs: Tensor, top_p: Tensor) -> Tensor:
     return (probs.shape[1] - torch.searchsorted(rising, rest, right=True)).clamp_(min=1)
 
 
-def _best(logits: Tensor, count: Tensor) -> Tensor:
+def best(logits: Tensor, count: Tensor) -> Tensor:
     """bool [r, vocab]: each row's `count` [r, 1] highest logits; among equals the lowest token ids."""
     rising = _sorted(logits)
     last = rising.gather(1, logits.shape[1] - count)  # the lowest logit that stays
@@ -97,14 +94,12 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     return chosen.clamp_(max=weights.shape[1] - 1)[:, 0]
 
 
-def _select(logits: Tensor, rows: list[int]) -> Tensor:
-    if rows[-1] - rows[0] == len(rows) - 1:  # ascending, so these are neighbours: a view will do
+def _select(logits: Tensor, rows: RowIndex) -> Tensor:
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # ascending, so these are neighbours: a view will do
         return logits[rows[0] : rows[-1] + 1]
-    return logits[upload(rows, logits.device)]
+    return logits[torch.from_numpy(rows)]
 
 
 def _sorted(values: Tensor) -> Tensor:
-    """Ascending along the last dimension. numpy's vectorised sort takes a twentieth of the time of torch's on CPU."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.numpy(), axis=-1))
-    return values.sort(dim=-1).values
+    """Ascending along the last dimension. numpy's vectorised sort takes a twentieth of the time of torch's."""
+    return torch.from_numpy(np.sort(values.numpy(), axis=-1))

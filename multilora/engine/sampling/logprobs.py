@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from multilora.engine.messages import Logprobs
+from multilora.engine.sampling import triton_sampling
 from multilora.transfer import download
 
-_PASS_ELEMENTS = 2**22
-_LOW32 = 2**32 - 1
+_PASS_ELEMENTS = {"cpu": 2**22, "cuda": 2**23}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,16 @@ class TokenLogprobs:
         """Start to copy to the host: what comes back is complete once a `Fence` made afterwards has passed."""
         return TokenLogprobs(download(self.tokens), download(self.top_values), download(self.top_ids))
 
-    def to_host(self) -> tuple[list[float | None], list[list[tuple[float, int]]]]:
-        """(logprobs, top logprobs). What is not finite (a padded vocabulary, NaN) becomes None, or is left out."""
-        chosen = [x if math.isfinite(x) else None for x in self.tokens.tolist()]
-        rows = zip(self.top_values.tolist(), self.top_ids.tolist(), strict=True)
-        tops = [[(v, i) for v, i in zip(values, ids, strict=True) if math.isfinite(v)] for values, ids in rows]
-        return chosen, tops
+    def to_host(self) -> list[Logprobs]:
+        """One value per row."""
+        tops = zip(self.top_values.tolist(), self.top_ids.tolist(), strict=True)
+        return [
+            Logprobs(
+                token if math.isfinite(token) else None,
+                [(v, i) for v, i in zip(values, ids, strict=True) if math.isfinite(v)],
+            )
+            for token, (values, ids) in zip(self.tokens.tolist(), tops, strict=True)
+        ]
 
 
 @torch.inference_mode()
@@ -47,22 +52,30 @@ def token_logprobs(logits: Tensor, ids: Tensor, top_k: int) -> TokenLogprobs:
     tokens = torch.empty(rows, device=logits.device)
     top_values = torch.empty(rows, k, device=logits.device)
     top_ids = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
-    step = max(1, _PASS_ELEMENTS // vocab)
+    step = max(1, _PASS_ELEMENTS[logits.device.type] // vocab)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         some = logits[part].float()
         logprobs = some.log_softmax(-1)
         tokens[part] = logprobs.gather(1, ids[part, None])[:, 0]
         if k:
-            top_ids[part] = _top_ids(some, k)
+            top_ids[part] = _in_order(some, _best_ids(some, k))
             top_values[part] = logprobs.gather(1, top_ids[part])
     return TokenLogprobs(tokens, top_values, top_ids)
 
 
-def _top_ids(logits: Tensor, k: int) -> Tensor:
-    """int64 [rows, k]. One integer key, value above and inverted id below, makes ties go to the lowest id."""
-    bits = (logits + 0.0).view(torch.int32)  # adding zero turns −0 into 0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the order of the floats
-    below = _LOW32 - torch.arange(logits.shape[1], device=logits.device)
-    keys = ((ordered << 32) | below).topk(k, dim=-1).values
-    return _LOW32 - (keys & _LOW32)
+def _best_ids(logits: Tensor, k: int) -> Tensor:
+    """int64 [rows, k]: the ids of the k highest logits, the lowest among equals, ascending. NaN counts as −inf."""
+    if logits.is_cuda:
+        return triton_sampling.best_ids(logits, k)
+    logits = logits.nan_to_num(float("-inf"), float("inf"), float("-inf"))
+    last = logits.topk(k, dim=-1).values[:, -1:]
+    higher, equal = logits > last, logits == last
+    kept = higher | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - higher.sum(-1, keepdim=True)))
+    return kept.nonzero()[:, 1].view(len(logits), k)
+
+
+def _in_order(logits: Tensor, ids: Tensor) -> Tensor:
+    """The same ids, ascending in each row, by falling logit: those of equals stay ascending."""
+    order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
+    return ids.gather(1, order)

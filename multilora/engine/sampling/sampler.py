@@ -1,40 +1,35 @@
 """Logits in, one token per row out: edits, grammar masks, then argmax or a random draw, and logprobs.
 
-Owns the order of operations (see `SamplingParams`) and nothing that lasts: what a request carries from step to step
-is in its `LogitEdits` and `GrammarState`. Knows nothing of text, stopping or scheduling. A row's token depends on
-that row alone, never on its neighbours; stages that no row needs are skipped; nothing waits for the device before
-`DeviceSampled.to_host`. Called by `engine/execution/runner.py` after the forward pass.
+Owns what sampling keeps of each request, by slot: numbers on the host, counts and biases on the device, the state of
+its grammar. A step uploads two tensors at most: the numbers of its rows, and grammar masks. Knows nothing of text,
+stopping or scheduling. A row's token depends on that row alone, never on its neighbours; stages that no row needs are
+skipped; nothing waits for the device before `read`. Called by `engine/execution/runner.py`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from multilora.engine.sampling.draw import draw
-from multilora.engine.sampling.grammar import GrammarState, apply_masks
-from multilora.engine.sampling.logit_edits import LogitEdits, apply_penalties_and_bias, forbid_ends
+from multilora.engine.messages import Logprobs
+from multilora.engine.sampling import triton_sampling
+from multilora.engine.sampling.batch import Column, SamplingBatch, SlotTable
+from multilora.engine.sampling.draw import argmax, draw
+from multilora.engine.sampling.edits import EditTables, check_bias, count, edited
+from multilora.engine.sampling.grammar import GrammarCache, GrammarState
 from multilora.engine.sampling.logprobs import TokenLogprobs, token_logprobs
-from multilora.engine.sampling.uniform import uniforms
+from multilora.engine.sampling.state import SamplingState
+from multilora.errors import BadRequest
 from multilora.params import SamplingParams
 from multilora.transfer import download, upload
 
 NOT_FINITE = "the model produced logits that are not finite"
 NONE_ALLOWED = "no token is allowed by the grammar, logit_bias and min_new_tokens together"
 
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """One row of logits: a request that gets a token in this step."""
-
-    params: SamplingParams
-    seed: int  # params.sampling_seed, or one drawn at admission
-    position: int  # index of the new token within the answer, from 0
-    output_ids: Sequence[int] = ()  # the answer so far
-    edits: LogitEdits | None = None  # LogitEdits.make(...) of the request
-    grammar: GrammarState | None = None
-    top_logprobs: int = -1  # -1: no logprobs; 0: the chosen token's; k: also the k best
+Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +37,7 @@ class Sampled:
     """On the host, one entry per row. A row with an error has a meaningless token."""
 
     token_ids: list[int]
-    logprobs: list[float | None]  # None where not asked for
-    top_logprobs: list[list[tuple[float, int]] | None]  # best first; None where not asked for
+    logprobs: list[Logprobs | None]  # None where not asked for
     errors: list[str | None]
 
 
@@ -54,8 +48,10 @@ class DeviceSampled:
     token_ids: Tensor  # int64 [rows]
     finite: Tensor  # bool [rows], the row's logits were
     allowed: Tensor | None  # bool [rows], some token was; None: nothing was forbidden in any row
-    logprobs: TokenLogprobs | None  # of the rows that asked, in order
-    top_logprobs: tuple[int, ...]  # SampleRow.top_logprobs of all rows
+    logprobs: TokenLogprobs | None  # of the rows `asked`
+    asked: npt.NDArray[np.intp]
+    top_logprobs: npt.NDArray[np.int64]  # [rows], as in SamplingState
+    grammars: tuple[tuple[int, int, GrammarState], ...]  # (row, slot, state) of the rows under a grammar
 
     def to_cpu(self) -> "DeviceSampled":
         """Start to copy to the host: what comes back is complete once a `Fence` made afterwards has passed."""
@@ -64,94 +60,173 @@ class DeviceSampled:
             download(self.finite),
             None if self.allowed is None else download(self.allowed),
             None if self.logprobs is None else self.logprobs.to_cpu(),
+            self.asked,
             self.top_logprobs,
+            self.grammars,
         )
 
-    def to_host(self) -> Sampled:
-        """Wait for the device and fetch everything."""
-        finite = self.finite.tolist()
-        allowed = [True] * len(finite) if self.allowed is None else self.allowed.tolist()
-        errors = [
-            None if f and a else NONE_ALLOWED if f else NOT_FINITE for f, a in zip(finite, allowed, strict=True)
-        ]
-        logprobs: list[float | None] = [None] * len(finite)
-        tops: list[list[tuple[float, int]] | None] = [None] * len(finite)
-        if self.logprobs is not None:
-            asked = [i for i, k in enumerate(self.top_logprobs) if k >= 0]
-            for i, logprob, top in zip(asked, *self.logprobs.to_host(), strict=True):
-                logprobs[i], tops[i] = logprob, top[: self.top_logprobs[i]]
-        return Sampled(self.token_ids.tolist(), logprobs, tops, errors)
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """What a slot holds beside its numbers."""
+
+    counts_row: int
+    bias_row: int
+    grammar: GrammarState | None
 
 
 class Sampler:
-    """Chooses tokens. Stateless but for sizes: one per engine, on the device of the logits.
+    """Chooses tokens: one per engine and rank, on the device of the logits.
 
     vocab_size: the base model's; rows of logits are longer in a step that has an adapter with more tokens.
+    eos_token_ids: what ends an answer under a grammar.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device):
+    def __init__(self, vocab_size: int, device: torch.device, eos_token_ids: Sequence[int] = ()):
         self.vocab_size = vocab_size
         self.device = device
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._table = SlotTable()
+        self._edits = EditTables(device)
+        self._slots: dict[int, _Slot] = {}
+        self._grammars: GrammarCache | None = None
+
+    # ------------------------------------------------------------------ requests
+
+    def use_tokenizer(self, info: str) -> None:
+        """xgrammar's serialized TokenizerInfo, which later grammars are bound to."""
+        self._grammars = GrammarCache(info, self.vocab_size)
+
+    def check(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
+        """Raise BadRequest for what only the sampler can tell: a grammar that cannot be used, a biased token outside
+        the vocabulary of `vocab_size` tokens."""
+        check_bias(params, vocab_size)
+        if grammar is not None:
+            self._cache().read(grammar)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> DeviceSampled:
-        """One token for each row of `logits`, fp32 [rows, vocab], which is left as it is."""
-        assert len(logits) == len(rows) and logits.shape[1] >= self.vocab_size, (logits.shape, len(rows))
-        assert logits.dtype == torch.float32, logits.dtype
-        edited = self._edit(logits, rows)
-        tokens = _choose(edited, rows)
+    def install(self, state: SamplingState) -> None:
+        """Give a request the slot `state.slot`, with nothing left there of an earlier one. Raises BadRequest as
+        `check` does."""
+        self.check(state.params, state.vocab_size, state.grammar)
+        self.free(state.slot)
+        grammar = None
+        if state.grammar is not None:
+            compiled = self._cache().read(state.grammar)
+            grammar = GrammarState(compiled, self._eos_token_ids, state.end_ids, state.params.min_new_tokens)
+        counts_row = self._edits.add_counts(state)
+        bias_row, biased, ends = self._edits.add_bias(state)
+        self._table.set(state, counts_row, bias_row, (biased, ends))
+        self._slots[state.slot] = _Slot(counts_row, bias_row, grammar)
+
+    def free(self, slot: int) -> None:
+        """The slot's request has ended. Rows of steps in flight for it touch nothing of a later one: the device works
+        through counts and installs in the order in which the host queued them."""
+        held = self._slots.pop(slot, None)
+        if held is not None:
+            self._table.clear(slot)
+            self._edits.free(held.counts_row, held.bias_row)
+
+    def needs_tokens(self, slots: Sequence[int]) -> bool:
+        """Whether masks of these rows depend on tokens that the host may not have read yet: `read` the step before
+        first."""
+        return any(slot in self._slots and self._slots[slot].grammar is not None for slot in slots)
+
+    def _cache(self) -> GrammarCache:
+        if self._grammars is None:
+            raise BadRequest("grammars need a tokenizer; this server runs without one", param="json_schema")
+        return self._grammars
+
+    # ------------------------------------------------------------------ one step
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, slots: Sequence[int] | Ints, positions: Sequence[int] | Ints) -> DeviceSampled:
+        """One token for each row of `logits`, fp32 [rows, vocab], which is left as it is.
+
+        slots: of each row, no slot twice. positions: index of the new token within the answer.
+        """
+        slots, positions = np.asarray(slots, dtype=np.int32), np.asarray(positions, dtype=np.int32)
+        assert len(logits) == len(slots) == len(positions), (logits.shape, len(slots), len(positions))
+        assert logits.dtype == torch.float32 and logits.shape[1] >= self.vocab_size, (logits.dtype, logits.shape)
+        batch = self._table.batch(slots, positions)
+        finite = logits.amax(-1)  # NaN anywhere makes the maximum NaN
+        partly_asked = 0 < len(batch.asked) < len(logits)
+        on_device = logits.new_empty(0)
+        if batch.edits or not batch.all_greedy or partly_asked:
+            on_device = upload(torch.from_numpy(batch.numbers), self.device)
+        masks, grammars = self._masks(batch, slots, positions)
+        chosen_from, allowed = logits, finite
+        if batch.edits:
+            chosen_from = self._edit(logits, batch, on_device, masks)
+            allowed = chosen_from.amax(-1)
+        tokens = self._choose(chosen_from, allowed, batch, on_device)
         return DeviceSampled(
             token_ids=tokens,
-            finite=logits.amax(-1).isfinite(),  # NaN anywhere makes the maximum NaN
-            allowed=None if edited is logits else edited.amax(-1).isfinite(),
-            logprobs=_logprobs(logits, tokens, rows),
-            top_logprobs=tuple(row.top_logprobs for row in rows),
+            finite=finite.isfinite(),
+            allowed=allowed.isfinite() if batch.edits else None,
+            logprobs=_logprobs(logits, tokens, batch, on_device),
+            asked=batch.asked,
+            top_logprobs=batch.top_logprobs,
+            grammars=grammars,
         )
 
-    def _edit(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-        """`logits` itself if no row asks for edits, else an edited copy."""
-        edits = [(i, row.edits, row) for i, row in enumerate(rows) if row.edits is not None]
-        constrained = [(i, row.grammar) for i, row in enumerate(rows) if row.grammar is not None]
-        if not edits and not constrained:
-            return logits
-        logits = logits.clone()
-        apply_penalties_and_bias(logits, [(i, edit, row.output_ids) for i, edit, row in edits])
-        ends = {i: edit for i, edit, row in edits if edit.must_go_on(row.position)}
-        if constrained:
-            masks = torch.empty(len(constrained), (logits.shape[1] + 31) // 32, dtype=torch.int32)
-            for mask, (i, grammar) in zip(masks, constrained, strict=True):
-                edit = ends.pop(i, None)
-                grammar.fill_mask(mask, edit.end_ids if edit else ())
-            apply_masks(logits, [i for i, _ in constrained], masks, self.vocab_size)
-        if ends:
-            forbid_ends(logits, list(ends.items()))
-        return logits
+    def read(self, sampled: DeviceSampled) -> Sampled:
+        """Fetch a step to the host (after its `Fence`) and advance the grammars of its rows, but not by a token that
+        ends the answer, nor for a slot that was freed meanwhile."""
+        tokens, finite = sampled.token_ids.tolist(), sampled.finite.tolist()
+        allowed = [True] * len(finite) if sampled.allowed is None else sampled.allowed.tolist()
+        errors = [
+            None if f and a else NONE_ALLOWED if f else NOT_FINITE for f, a in zip(finite, allowed, strict=True)
+        ]
+        for row, slot, grammar in sampled.grammars:
+            grammar.in_flight -= 1
+            held = self._slots.get(slot)
+            alive = held is not None and held.grammar is grammar
+            if alive and errors[row] is None and tokens[row] not in grammar.ends and not grammar.accept(tokens[row]):
+                errors[row] = f"token {tokens[row]} left the grammar"
+        logprobs: list[Logprobs | None] = [None] * len(tokens)
+        if sampled.logprobs is not None:
+            for row, value in zip(sampled.asked.tolist(), sampled.logprobs.to_host(), strict=True):
+                logprobs[row] = Logprobs(value.logprob, value.top[: sampled.top_logprobs[row]])
+        return Sampled(tokens, logprobs, errors)
+
+    def _masks(
+        self, batch: SamplingBatch, slots: Ints, positions: Ints
+    ) -> tuple[Tensor | None, tuple[tuple[int, int, GrammarState], ...]]:
+        """The grammar masks on the device, one line per row under a grammar, and those rows' states."""
+        if not batch.masks:
+            return None, ()
+        found: list[tuple[int, int, GrammarState]] = []
+        for row in np.flatnonzero(batch.numbers[Column.MASK] >= 0).tolist():
+            grammar = self._slots[int(slots[row])].grammar
+            assert grammar is not None and grammar.in_flight == 0, "the step before was not read"
+            grammar.in_flight += 1
+            found.append((row, int(slots[row]), grammar))
+        states, places = [state for _, _, state in found], [int(positions[row]) for row, _, _ in found]
+        masks = self._cache().masks(states, places, pinned=self.device.type == "cuda")
+        return upload(masks, self.device), tuple(found)
+
+    def _edit(self, logits: Tensor, batch: SamplingBatch, on_device: Tensor, masks: Tensor | None) -> Tensor:
+        if self.device.type == "cpu":
+            return edited(logits, batch.numbers, self._edits, masks, self.vocab_size)
+        return triton_sampling.edited(logits, on_device, self._edits, masks, self.vocab_size, biases=batch.biases)
+
+    def _choose(self, logits: Tensor, best: Tensor, batch: SamplingBatch, on_device: Tensor) -> Tensor:
+        """int64 [rows]: the tokens, counted where there are penalties. best: fp32 [rows], the maxima of the rows."""
+        if batch.all_greedy and not batch.penalises:
+            return argmax(logits)
+        if self.device.type != "cpu":
+            return triton_sampling.draw(logits, best, on_device, self._edits.counts, truncates=batch.truncates)
+        tokens = argmax(logits) if batch.all_greedy else draw(logits, batch.numbers)
+        count(tokens, batch.numbers, self._edits)
+        return tokens
 
 
-def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """int64 [rows]"""
-    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
-    if not drawn:
-        return _argmax(logits)
-    everyone = len(drawn) == len(rows)
-    index = upload(drawn, logits.device)
-    numbers = uniforms([rows[i].seed for i in drawn], [rows[i].position for i in drawn])
-    tokens = draw(logits if everyone else logits[index], [rows[i].params for i in drawn], numbers)
-    return tokens if everyone else _argmax(logits).index_copy_(0, index, tokens)
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    """The best token, the lowest id among equals. On CPU numpy's is ten times faster than torch's."""
-    if logits.device.type == "cpu":
-        return torch.from_numpy(logits.numpy().argmax(-1))
-    return logits.argmax(-1)
-
-
-def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SampleRow]) -> TokenLogprobs | None:
-    asked = [i for i, row in enumerate(rows) if row.top_logprobs >= 0]
-    if not asked:
+def _logprobs(logits: Tensor, tokens: Tensor, batch: SamplingBatch, on_device: Tensor) -> TokenLogprobs | None:
+    n = len(batch.asked)
+    if n == 0:
         return None
-    if len(asked) < len(rows):
-        index = upload(asked, logits.device)
-        logits, tokens = logits[index], tokens[index]
-    return token_logprobs(logits, tokens, max(row.top_logprobs for row in rows))
+    if n < len(logits):
+        rows = on_device[Column.ASKED, :n].long()
+        logits, tokens = logits[rows], tokens[rows]
+    return token_logprobs(logits, tokens, int(batch.top_logprobs.max()))

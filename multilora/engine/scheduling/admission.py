@@ -1,8 +1,8 @@
 """Which waiting requests start in a step. Owns no queue and no memory: it looks, and has adapters brought in.
 
-- In the policy's order; but nobody overtakes a request that came more than `MAX_WAIT` seconds before it.
+- In the policy's order; but no request overtakes one that came more than `MAX_WAIT` seconds before it.
 - Within that bound, and among the first `LOOK_AT`, a request whose adapter is there goes before one whose adapter is
-  not. No adapter leaves while one of these requests will ask for it, until the oldest has waited `MAX_WAIT`.
+  not. No adapter is evicted while one of these requests will ask for it, until the oldest has waited `MAX_WAIT`.
 - Where adapters have to take turns, requests of the same adapter follow each other.
 - A prompt step costs much whatever its number of tokens. So when other adapters are a moment away, those that are
   ready wait for them, if all together lose less by it than by a second step (DESIGN §4).
@@ -13,8 +13,8 @@ Called by `scheduler.py`, once a plan.
 import bisect
 from collections.abc import Callable, Sequence
 
-from multilora.adapters.composition.components import Components
-from multilora.adapters.versions.store import LoadStatus
+from multilora.adapters.lifecycle.components import Components
+from multilora.adapters.lifecycle.store import LoadStatus
 from multilora.engine.plan import Chunk
 from multilora.engine.scheduling.policy import Policy
 from multilora.engine.scheduling.request import Request, RequestState
@@ -26,24 +26,22 @@ BRING_IN = 32  # the first so many have their adapters brought in before there i
 
 
 class Admission:
-    """want: asks for a request's adapters, urgently or not. matched: pages of a request that the prefix cache has."""
+    """want: asks for a request's adapters, urgently or not. clock: monotonic seconds, as `RequestSpec.arrival`."""
 
     def __init__(
         self,
-        order: Policy,
+        policy: Policy,
         components: Components,
         cost: StepCost,
         *,
         want: Callable[[Request, bool], LoadStatus],
-        matched: Callable[[Request], int],
         max_wait: float,
         clock: Callable[[], float],
     ):
-        self._order = order
+        self._policy = policy
         self._components = components
         self._cost = cost
         self._want = want
-        self._matched = matched
         self._max_wait = max_wait
         self._clock = clock
         self._holding_since: float | None = None
@@ -53,14 +51,14 @@ class Admission:
         slots, budget: requests and tokens that it can still take."""
         full = slots <= 0 or budget <= 0
         window = self._window(waiting)
-        self._await(window)
+        self._demand(window)
         ready: list[Request] = []
         coming: list[Request] = []
         blocked: Request | None = None
-        for i, request in enumerate(window[:BRING_IN] if full else self._order(window, self._matched)):
+        for i, request in enumerate(window[:BRING_IN] if full else self._policy.order(window)):
             if blocked is None and i >= BRING_IN and len(ready) >= slots:
                 break
-            if request.in_flight:  # preempted while its token was being sampled: wait for that
+            if request.progress.in_flight:  # preempted while its token was being sampled: wait for that
                 continue
             if self._components.ready(request.versions):
                 ready.append(request)
@@ -77,39 +75,42 @@ class Admission:
         return [] if self._holds(ready[:slots], coming, planned, slots, budget) else ready[:slots]
 
     def _window(self, waiting: Sequence[Request]) -> Sequence[Request]:
-        """Those that may start."""
-        latest = waiting[0].arrival + self._max_wait
-        end = bisect.bisect_right(waiting, latest, key=lambda r: r.arrival)
+        """The requests that may start."""
+        latest = waiting[0].spec.arrival + self._max_wait
+        end = bisect.bisect_right(waiting, latest, key=lambda r: r.spec.arrival)
         return waiting[: min(end, LOOK_AT)]
 
-    def _await(self, window: Sequence[Request]) -> None:
-        """Their adapters stay for them, if possible. Those of others may leave: they could not start anyway."""
+    def _demand(self, window: Sequence[Request]) -> None:
+        """Their adapters stay for them, if possible. Other adapters may be evicted: their requests could not start
+        anyway."""
         for request in window:
             if not request.queued_demand:
                 request.queued_demand = True
-                self._components.enqueue(request.versions)
+                self._components.count_demand(request.versions, 1)
 
     def _aged(self, request: Request) -> bool:
-        return self._clock() - request.arrival > self._max_wait
+        return self._clock() - request.spec.arrival > self._max_wait
 
     def _holds(
         self, ready: list[Request], coming: list[Request], planned: Sequence[Chunk], slots: int, budget: int
     ) -> bool:
-        """Whether those that are ready should wait for others: never longer than a second step would take."""
+        """Whether the ready requests should wait for others: never longer than a second step would take."""
         if not ready or not coming or any(not c.decodes for c in planned):
             self._holding_since = None
             return False
         now = self._clock()
         begun = now if self._holding_since is None else self._holding_since
-        arrivals = self._arrivals(coming, slots - len(ready), budget - sum(r.remaining for r in ready))
+        arrivals = self._arrivals(coming, slots - len(ready), budget - sum(r.progress.remaining for r in ready))
         meanwhile = self._cost.decode if planned else 0.0
         holds = now - begun < self._cost.fixed and self._gain(len(ready), arrivals, meanwhile) > 0
         self._holding_since = begun if holds else None
         return holds
 
     def _arrivals(self, coming: list[Request], slots: int, budget: int) -> list[tuple[float, int]]:
-        """(seconds until it is ready, prompt tokens) of those that could join the same step, soonest first."""
-        soon = [(s, r.remaining) for r in coming if (s := self._components.seconds_left(r.versions)) is not None]
+        """(seconds until it is ready, prompt tokens) of the requests that could join the same step, soonest first."""
+        soon = [
+            (s, r.progress.remaining) for r in coming if (s := self._components.seconds_left(r.versions)) is not None
+        ]
         fitting = []
         for seconds, tokens in sorted(soon)[: max(0, slots)]:
             budget -= tokens
@@ -135,8 +136,8 @@ class Admission:
 
 
 def _grouped(requests: list[Request]) -> list[Request]:
-    """Those of one adapter follow its first, so that it is done with soon."""
+    """Requests of one adapter follow its first one, so that the adapter is idle again soon."""
     first: dict[object, int] = {}
     for i, request in enumerate(requests):
-        first.setdefault(request.adapters or request, i)
-    return sorted(requests, key=lambda r: first[r.adapters or r])
+        first.setdefault(request.spec.adapters or request, i)
+    return sorted(requests, key=lambda r: first[r.spec.adapters or r])

@@ -1,20 +1,151 @@
-"""One object per request: few stored facts, the rest are properties.
-
-num_tokens      prompt_ids + output_ids (+ in_flight tokens that are being sampled, not yet known)
-num_computed    tokens whose KV is in pages and whose step has been committed
-num_scheduled   num_computed, plus those of steps launched but not yet committed
-"""
+"""One object per request: what the client asked for, how far it has come, and what it holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
-from multilora.engine.messages import Finished, Submit, TopLogprobs
-from multilora.engine.sampling.grammar import GrammarState
-from multilora.engine.sampling.logit_edits import LogitEdits
+from multilora.engine.messages import Finished, Logprobs, Submit
 from multilora.memory.page_table import PageTable
 from multilora.params import Composition, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSpec:
+    """What the client asked for. Never changes.
+
+    order: rises with arrival. adapters: act on the tokens from position `activation` on, which are all but with
+    activated LoRA; their versions ascend. top_logprobs, of output tokens: -1 none, 0 the chosen token's, k also the k
+    best. prompt_logprobs_from: first prompt position whose logprob is wanted. arrival, deadline: monotonic seconds.
+    """
+
+    rid: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    adapters: Composition
+    activation: int
+    seed: int
+    order: int
+    arrival: float
+    vocab_size: int
+    top_logprobs: int
+    prompt_logprobs_from: int | None
+    grammar: str | None
+    tenant: str
+    priority: int
+    deadline: float | None
+
+    @classmethod
+    def of(
+        cls,
+        message: Submit,
+        invocation_tokens: tuple[int, ...] | None,
+        *,
+        seed: int,
+        order: int,
+        arrival: float,
+        vocab_size: int,
+    ) -> "RequestSpec":
+        """invocation_tokens: of its one adapter, if that is an activated LoRA."""
+        wants = message.return_logprob
+        activation = 0 if invocation_tokens is None else last_occurrence(message.input_ids, invocation_tokens)
+        start = message.logprob_start_len
+        return cls(
+            rid=message.rid,
+            prompt_ids=message.input_ids,
+            params=message.sampling,
+            adapters=() if activation is None else tuple(sorted(message.adapters)),
+            activation=activation or 0,
+            seed=seed,
+            order=order,
+            arrival=arrival,
+            vocab_size=vocab_size,
+            top_logprobs=message.top_logprobs_num if wants else -1,
+            prompt_logprobs_from=start if wants and 0 <= start < len(message.input_ids) else None,
+            grammar=message.grammar,
+            tenant=message.tenant,
+            priority=message.priority,
+            deadline=message.deadline,
+        )
+
+    @cached_property
+    def versions(self) -> tuple[int, ...]:
+        return tuple([version for version, _ in self.adapters])
+
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        return tuple([weight for _, weight in self.adapters])
+
+    @cached_property
+    def max_new_tokens(self) -> int:
+        assert self.params.max_new_tokens is not None, "the engine fills it in at the door"
+        return self.params.max_new_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are wanted at all; else only the prompt is read."""
+        return self.max_new_tokens > 0
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of prompt and answer when it has ended, at most."""
+        return len(self.prompt_ids) + max(1, self.max_new_tokens)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a request has come, in tokens of prompt and answer.
+
+    tokens     0 ............ num_computed ........ num_scheduled ........ num_tokens ........ + in_flight
+               KV committed   |  launched, KV on its way  |  known, not scheduled |  being sampled, only the device knows
+    """  # noqa: E501
+
+    num_prompt: int
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_scheduled: int = 0
+    in_flight: int = 0
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # those that have come
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens."""
+        return self.num_prompt + len(self.output_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens not yet scheduled, those in flight included: 1 means plain decoding."""
+        return self.num_prompt + len(self.output_ids) + self.in_flight - self.num_scheduled
+
+    @property
+    def decoding(self) -> bool:
+        return self.num_scheduled >= self.num_prompt and self.remaining == 1
+
+    def restart(self, cached: int) -> None:
+        """The KV of the first `cached` tokens is in pages, nothing else is."""
+        self.num_computed = self.num_scheduled = cached  # |= cached, both marks stand here
+        self._check()
+
+    def schedule(self, count: int, sampled: int) -> None:
+        """A step with the next `count` tokens goes to the device; it samples `sampled` new ones."""
+        self.num_scheduled += count  # num_computed |==== count ====> num_scheduled
+        self.in_flight += sampled  # the end moves with it
+        self._check()
+
+    def commit(self, count: int) -> None:
+        """The KV of `count` scheduled tokens is in its pages."""
+        self.num_computed += count  # num_computed ==== count ====>| at most up to num_scheduled
+        self._check()
+
+    def take_token(self, token: int) -> None:
+        """The host has learnt a token that was in flight."""
+        self.in_flight -= 1
+        self.output_ids.append(token)  # num_tokens + in_flight stays where it is
+        self._check()
+
+    def _check(self) -> None:
+        end = self.num_prompt + len(self.output_ids) + self.in_flight
+        assert 0 <= self.num_computed <= self.num_scheduled <= end, self
 
 
 @dataclass(frozen=True)
@@ -39,144 +170,86 @@ class RequestState(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """`order` rises with arrival. `adapters` act on the tokens from position `activation` on: on all but with
-    activated LoRA; their versions ascend."""
+    """slot: see `slots.py`; None: it has never run. The runner knows the first `sent_pages` of its pages."""
 
-    rid: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    adapters: Composition
-    seed: int
-    order: int
-    arrival: float  # monotonic seconds
-    top_logprobs: int = -1  # of output tokens: -1 none, 0 the chosen token's, k also the k best
-    prompt_logprobs_from: int | None = None  # first prompt position whose logprob is wanted
-    grammar: GrammarState | None = None
-    edits: LogitEdits | None = None
-    activation: int = 0
-
+    spec: RequestSpec
+    progress: Progress
     state: RequestState = RequestState.WAITING
-    output_ids: list[int] = field(default_factory=list)
+    slot: int | None = None
     table: PageTable = field(default_factory=PageTable)
-    num_computed: int = 0
-    num_scheduled: int = 0
-    in_flight: int = 0
+    sent_pages: int = 0
+    lora_slots: tuple[int, ...] = ()  # of its adapters, while it runs
+    namespaces: PageNamespaces = field(default_factory=PageNamespaces)
+    epoch: int = 0  # how often it was preempted
     admitted: float | None = None  # when it first ran
     cached_tokens: int = 0  # of the prompt, when it first ran
-    prompt_logprobs: list[float | None] = field(default_factory=list)
-    prompt_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
-    epoch: int = 0  # how often it was preempted
     hit_counted: bool = False  # counted as a hit or miss of its adapter
     queued_demand: bool = False  # counted among those that its adapters are kept for
     first_output_sent: bool = False  # an Output has gone out
-    namespaces: PageNamespaces = field(default_factory=PageNamespaces)
 
     @classmethod
-    def of(
-        cls, message: Submit, invocation_tokens: tuple[int, ...] | None, *, seed: int, order: int, arrival: float
-    ) -> "Request":
-        """invocation_tokens: of its one adapter, if that is an activated LoRA."""
-        wants = message.return_logprob
-        activation = 0 if invocation_tokens is None else last_occurrence(message.input_ids, invocation_tokens)
-        start = message.logprob_start_len
-        return cls(
-            rid=message.rid,
-            prompt_ids=message.input_ids,
-            params=message.sampling,
-            adapters=() if activation is None else tuple(sorted(message.adapters)),
-            activation=activation or 0,
-            seed=seed,
-            order=order,
-            arrival=arrival,
-            top_logprobs=message.top_logprobs_num if wants else -1,
-            prompt_logprobs_from=start if wants and 0 <= start < len(message.input_ids) else None,
-        )
+    def of(cls, spec: RequestSpec) -> "Request":
+        return cls(spec, Progress(len(spec.prompt_ids)))
 
     @property
-    def num_tokens(self) -> int:
-        """Known tokens."""
-        return len(self.prompt_ids) + len(self.output_ids)
+    def rid(self) -> str:
+        return self.spec.rid
 
     @property
-    def remaining(self) -> int:
-        """Tokens not yet planned, those in flight included: 1 means plain decoding."""
-        return self.num_tokens + self.in_flight - self.num_scheduled
-
-    @property
-    def decoding(self) -> bool:
-        return self.remaining == 1 and self.num_scheduled >= len(self.prompt_ids)
-
-    def decoding_chunk(self, start: int) -> bool:
-        """Whether a chunk that begins at `start` was plain decoding."""
-        return start >= len(self.prompt_ids)
-
-    @property
-    def max_new_tokens(self) -> int:
-        assert self.params.max_new_tokens is not None, "the engine fills it in at the door"
-        return self.params.max_new_tokens
-
-    @property
-    def needs_token(self) -> bool:
-        """A token is in flight that the host must see before it can mask or penalise the logits of the next."""
-        return self.in_flight > 0 and (self.grammar is not None or self.edits is not None)
+    def versions(self) -> tuple[int, ...]:
+        return self.spec.versions
 
     @property
     def at_limit(self) -> bool:
         """Whether the tokens in flight already exhaust `max_new_tokens`."""
-        return len(self.output_ids) + self.in_flight >= self.max_new_tokens
-
-    @property
-    def samples(self) -> bool:
-        return self.max_new_tokens > 0
+        return len(self.progress.output_ids) + self.progress.in_flight >= self.spec.max_new_tokens
 
     def tokens(self) -> list[int]:
-        return self.prompt_ids + self.output_ids
+        """All known tokens."""
+        return self.spec.prompt_ids + self.progress.output_ids
 
-    @cached_property
-    def versions(self) -> tuple[int, ...]:
-        return tuple([version for version, _ in self.adapters])
-
-    @cached_property
-    def weights(self) -> tuple[float, ...]:
-        return tuple([weight for _, weight in self.adapters])
-
-    @property
-    def most_tokens(self) -> int:
-        """When it has ended, at most."""
-        return len(self.prompt_ids) + max(1, self.max_new_tokens)
+    def token_ids(self, start: int, count: int) -> list[int]:
+        """Tokens [start, start + count); empty if they are not known yet."""
+        prompt, output = self.spec.prompt_ids, self.progress.output_ids
+        first, end = start - len(prompt), start + count - len(prompt)
+        if end > len(output):
+            return []
+        if end <= 0:
+            return prompt[start : start + count]
+        return output[first:end] if first >= 0 else prompt[start:] + output[:end]
 
     def prompt_logprob_positions(self, start: int, count: int) -> range:
         """Positions of [start, start + count) whose logits give a prompt logprob that is still missing.
 
         The logits at position p say how likely the prompt's token p + 1 was; the first token has no logprob.
         """
-        if self.prompt_logprobs_from is None:
+        if self.spec.prompt_logprobs_from is None:
             return range(0)
-        return range(max(start, self.logprob_position), min(start + count, len(self.prompt_ids) - 1))
+        return range(max(start, self.logprob_position), min(start + count, len(self.spec.prompt_ids) - 1))
 
     @property
     def logprob_position(self) -> int:
         """The prompt position whose logits give the first prompt logprob that is still missing."""
-        assert self.prompt_logprobs_from is not None
-        return max(self.prompt_logprobs_from, 1) - 1 + len(self.prompt_logprobs)
+        assert self.spec.prompt_logprobs_from is not None
+        return max(self.spec.prompt_logprobs_from, 1) - 1 + len(self.progress.prompt_logprobs)
 
     @property
     def match_limit(self) -> int:
         """Tokens that may come from the prefix cache: the last one's logits are needed, and the prompt logprobs'."""
-        limit = self.num_tokens - 1
-        if self.prompt_logprobs_from is not None and self.logprob_position < len(self.prompt_ids) - 1:
+        limit = self.progress.num_tokens - 1
+        if self.spec.prompt_logprobs_from is not None and self.logprob_position < len(self.spec.prompt_ids) - 1:
             limit = min(limit, self.logprob_position)
         return limit
 
     def accept(self, token: int, eos_token_ids: tuple[int, ...]) -> Finished | None:
         """Append a sampled token. Returns how the request ends, if it does."""
-        self.output_ids.append(token)
-        params = self.params
+        self.progress.take_token(token)
+        params = self.spec.params
         if not params.ignore_eos and token in eos_token_ids:
             return Finished(type="stop", matched=token)
         if token in (params.stop_token_ids or ()):
             return Finished(type="stop", matched=token)
-        if len(self.output_ids) >= self.max_new_tokens:
+        if len(self.progress.output_ids) >= self.spec.max_new_tokens:
             return Finished(type="length")
         return None
 

@@ -1,38 +1,53 @@
 """Who runs in the next step: continuous batching, chunked prefill, adapter admission, preemption. Pure CPU.
 
-`plan` and `commit` are separate, so that step N + 1 can be planned before the tokens of step N are known; on CPU they
-follow each other. Owns the queues and the requests' states; memory and adapters are asked, not known.
+`plan` and `commit` are separate, so that step N + 1 can be planned before the tokens of step N are known. Owns the
+queues and the requests' states; memory and adapters are asked, not known.
 
 Rules: decoding requests always go on, oldest first; prompts share `chunked_prefill_size` new tokens a step; which
-waiting requests start is `admission.py`'s choice. When pages run out the youngest running request is preempted.
+waiting requests start is `admission.py`'s choice. When pages run out the policy's victim is preempted.
 """
 
 import bisect
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import monotonic
 
-from multilora.adapters.composition.components import Components
 from multilora.adapters.composition.namespaces import Namespaces
-from multilora.adapters.versions.store import AdapterStore, LoadStatus
-from multilora.engine.messages import Finished, Output
-from multilora.engine.plan import Chunk, StepPlan, StepResult
+from multilora.adapters.lifecycle.components import Components
+from multilora.adapters.lifecycle.disabled import AnyStore
+from multilora.adapters.lifecycle.store import LoadStatus
+from multilora.engine.messages import Finished, Logprobs, Output
+from multilora.engine.plan import Chunk, PageUpdate, StepPlan, StepResult
+from multilora.engine.sampling.state import SamplingState, needs_prompt
 from multilora.engine.scheduling.admission import MAX_WAIT, Admission
+from multilora.engine.scheduling.chunks import adapter_order, make_chunk, make_output, take_prompt_logprobs
+from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.engine.scheduling.policy import POLICIES
-from multilora.engine.scheduling.request import PageNamespaces, Request, RequestState
+from multilora.engine.scheduling.request import PageNamespaces, Request, RequestSpec, RequestState
+from multilora.engine.scheduling.slots import Slots
 from multilora.engine.scheduling.step_cost import StepCost
 from multilora.errors import CannotFit, MultiloraError
 from multilora.memory.page_table import KVPages
-from multilora.params import Composition
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A plan on its way. runs: the request of each chunk, and its epoch then: another one means it was preempted."""
+
+    plan: StepPlan
+    runs: list[tuple[Request, int]]
+    launched_at: float
 
 
 class Scheduler:
-    """adapters: None when LoRA is off."""
+    """journal: where the device tier notes what happens to the LoRA table."""
 
     def __init__(
         self,
         kv: KVPages,
-        adapters: AdapterStore | None,
+        adapters: AnyStore,
         namespaces: Namespaces,
+        journal: LoraJournal,
         *,
         eos_token_ids: tuple[int, ...],
         max_running: int,
@@ -42,7 +57,6 @@ class Scheduler:
         clock: Callable[[], float] = monotonic,
     ):
         self.kv = kv
-        self.adapters = adapters
         self.namespaces = namespaces
         self.components = Components(adapters, kv)
         self.waiting: list[Request] = []  # by order
@@ -51,25 +65,29 @@ class Scheduler:
         self.preemptions = 0
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.eos_token_ids = eos_token_ids
+        self.clock = clock
         self._max_running = max_running
         self._chunk_tokens = chunk_tokens
-        self._clock = clock
+        self._journal = journal
+        self._policy = POLICIES[policy](lambda request: len(self._match(request)))
         self._cost = StepCost()
         self._admission = Admission(
-            POLICIES[policy], self.components, self._cost, want=self._want, matched=self._matched_pages,
-            max_wait=max_wait, clock=clock,
-        )  # fmt: skip
-        self._launched_at: dict[int, float] = {}  # step → when, while it is on its way
+            self._policy, self.components, self._cost, want=self._want, max_wait=max_wait, clock=clock
+        )
+        self._slots = Slots()
+        self._installs: list[SamplingState] = []  # for the next plan
+        self._steps: dict[int, _Step] = {}  # number → step, from plan to commit
         self._committed_at = 0.0
         self._requests: dict[str, Request] = {}
         self._outbox: list[Output] = []  # endings that no step brings
 
     # ------------------------------------------------------------------ requests come and go
 
-    def add(self, request: Request) -> None:
-        self._requests[request.rid] = request
-        base_pages, pre_activation = divmod(request.activation, self.kv.page_size)
-        edge, rest = (self.namespaces.acquire(request.adapters, n) for n in (pre_activation, 0))
+    def add(self, spec: RequestSpec) -> None:
+        """A new request, whose id is not in use."""
+        request = self._requests[spec.rid] = Request.of(spec)
+        base_pages, pre_activation = divmod(spec.activation, self.kv.page_size)
+        edge, rest = (self.namespaces.acquire(spec.adapters, n) for n in (pre_activation, 0))
         request.namespaces = PageNamespaces(base_pages, edge, rest)
         self._enqueue(request)
 
@@ -85,7 +103,7 @@ class Scheduler:
                 self._outbox.append(self._output(request, [], finished))
 
     def fail_waiting(self, version: int, error: MultiloraError) -> None:
-        """The adapter could not be brought back: who waits for it ends with the error."""
+        """The adapter could not be brought back: the requests that wait for it end with the error."""
         for request in [r for r in self.waiting if version in r.versions]:
             self._fail(request, error)
 
@@ -104,27 +122,28 @@ class Scheduler:
     # ------------------------------------------------------------------ plan
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None if nothing can run now. Pages and adapters are taken; tokens are not known yet."""
+        """The next step, or None if nothing can run now. Counts as launched: its pages and adapters are taken, its
+        tokens are in flight. Every plan must be committed, in order."""
         self.components.begin_plan()
         chunks: dict[Request, Chunk] = {}
         self._plan_decodes(chunks)
         budget = self._plan_prefills(chunks, self._chunk_tokens)
         self._admit(chunks, budget)
-        if not chunks:
-            return None
-        self.launched += 1
-        return StepPlan(self.launched, tuple(sorted(chunks.values(), key=_neighbours)))
+        return self._launch(chunks) if chunks else None
 
     def _plan_decodes(self, chunks: dict[Request, Chunk]) -> None:
         for request in list(self.running):
-            ready = request.decoding and not request.at_limit and not request.needs_token
-            if request.state is RequestState.RUNNING and ready:
+            if request.state is RequestState.RUNNING and request.progress.decoding and not request.at_limit:
                 self._take(chunks, request, 1)
 
     def _plan_prefills(self, chunks: dict[Request, Chunk], budget: int) -> int:
+        """Returns the tokens that the step can still take."""
         for request in list(self.running):
-            if request.state is RequestState.RUNNING and not request.decoding and request.remaining and budget:
-                budget -= self._take(chunks, request, min(request.remaining, budget))
+            progress = request.progress
+            if not budget:
+                break
+            if request.state is RequestState.RUNNING and not progress.decoding and progress.remaining:
+                budget -= self._take(chunks, request, min(progress.remaining, budget))
         return budget
 
     def _admit(self, chunks: dict[Request, Chunk], budget: int) -> None:
@@ -135,18 +154,18 @@ class Scheduler:
             if budget == 0:
                 return
             if not self.components.ready(request.versions):
-                continue  # they have given way to pages of one that started before
+                continue  # evicted for the pages of a request that started before
             self._count_hit(request)
             if self._start(request):
-                budget -= self._take(chunks, request, min(request.remaining, budget))
+                budget -= self._take(chunks, request, min(request.progress.remaining, budget))
             elif not self._fail_if_unfittable(request):
                 return
 
     def _want(self, request: Request, urgent: bool) -> LoadStatus:
         """An adapter comes only if the request could start then, and those that run go on for a while."""
         self._count_hit(request)
-        spare = self.kv.pages_for(request.num_tokens + 1) + len(self.running)
-        found = self.components.want(request.versions, self.launched, urgent=urgent, spare=spare)
+        spare = self.kv.pages_for(request.progress.num_tokens + 1) + len(self.running)
+        found = self.components.request_load(request.versions, self.launched, urgent=urgent, spare=spare)
         if found is LoadStatus.BLOCKED:
             self._fail_if_unfittable(request)
         return found
@@ -159,59 +178,70 @@ class Scheduler:
     def _fail_if_unfittable(self, request: Request) -> bool:
         """Since it came, pins or lower limits may have left a composition too little room for ever: it ends here.
         The store refuses what would do that to a single adapter."""
-        if len(request.adapters) > 1:
+        if len(request.versions) > 1:
             try:
-                self.components.check_fit(request.versions, request.most_tokens)
+                self.components.check_fit(request.versions, request.spec.most_tokens)
             except CannotFit as error:
                 self._fail(request, error)
                 return True
         return False
 
     def _start(self, request: Request) -> bool:
-        """Make a waiting request run, if the pages of all its tokens can be had. Its adapters are resident."""
-        self.components.acquire(request.versions)
-        matched = self.kv.match(request.tokens(), request.namespaces.of, request.match_limit)
-        table = self.kv.start(matched)
+        """Make a waiting request run, if the pages of all its tokens can be had. Its adapters are resident.
+
+        False leaves everything as it was: nothing is acquired, touched or counted.
+        """
+        progress = request.progress
+        matched = self._match(request)
         spare = len(self.running)  # so that those who decode can go on for a while
-        need = self.kv.pages_for(request.num_tokens + 1) - len(matched) + spare
-        if self.kv.reclaimer.available() < need:
-            self.kv.release(table, self.launched)
-            self.components.release(request.versions)
+        need = self.kv.pages_for(progress.num_tokens + 1) - len(matched) + spare
+        # idle pages that it is about to use itself are no room for the others
+        own = self.kv.idle_pages(matched) + self.components.idle_pages(request.versions)
+        if self.kv.reclaimer.available() - own < need:
             return False
+        self.components.acquire_slots(request.versions)
+        request.lora_slots = self.components.slots(request.versions)
+        request.table = self.kv.start(matched)
         self._dequeue(request)
         self.running.append(request)
         request.state = RequestState.RUNNING
-        request.table = table
-        request.num_computed = request.num_scheduled = len(matched) * self.kv.page_size
-        if request.admitted is None:
-            request.admitted = self._clock()
-            request.cached_tokens = request.num_computed
-            self.cached_tokens += request.num_computed
+        progress.restart(len(matched) * self.kv.page_size)
+        if request.slot is None:
+            self._start_first(request)
         return True
+
+    def _start_first(self, request: Request) -> None:
+        spec = request.spec
+        request.admitted = self.clock()
+        request.cached_tokens = request.progress.num_computed
+        self.cached_tokens += request.cached_tokens
+        request.slot = self._slots.acquire()
+        self._installs.append(
+            SamplingState(
+                slot=request.slot,
+                params=spec.params,
+                seed=spec.seed,
+                prompt_ids=spec.prompt_ids if needs_prompt(spec.params) else [],
+                end_ids=self._end_ids(spec),
+                vocab_size=spec.vocab_size,
+                top_logprobs=spec.top_logprobs,
+                grammar=spec.grammar,
+            )
+        )
+
+    def _end_ids(self, spec: RequestSpec) -> tuple[int, ...]:
+        """Tokens that end the request."""
+        return (*(spec.params.stop_token_ids or ()), *(() if spec.params.ignore_eos else self.eos_token_ids))
 
     def _take(self, chunks: dict[Request, Chunk], request: Request, count: int) -> int:
         """Put `count` tokens of a running request into the plan. Returns how many went in: all or none."""
-        while not self.kv.grow(request.table, request.num_scheduled + count, self.launched):
-            victim = max(self.running, key=lambda r: r.order)
+        while not self.kv.grow(request.table, request.progress.num_scheduled + count, self.launched):
+            victim = self._policy.victim(self.running)
             self._preempt(victim)
             chunks.pop(victim, None)
             if victim is request:
                 return 0
-        start = request.num_scheduled
-        sample = count == request.remaining and request.samples
-        chunks[request] = Chunk(
-            request,
-            request.epoch,
-            start,
-            count,
-            sample,
-            known=start + count <= request.num_tokens,
-            answer_index=len(request.output_ids) + request.in_flight,
-            slots=self.components.slots(request.versions),
-            weights=request.weights,
-            pre_activation=min(count, max(0, request.activation - start)),
-            logprob_positions=request.prompt_logprob_positions(start, count),
-        )
+        chunks[request] = make_chunk(request, count)
         return count
 
     def _preempt(self, request: Request) -> None:
@@ -219,99 +249,79 @@ class Scheduler:
         self.preemptions += 1
         self._release_resources(request)
         request.state = RequestState.WAITING
-        request.num_computed = request.num_scheduled = 0
+        request.progress.restart(0)
         request.epoch += 1
         self._enqueue(request)
 
-    # ------------------------------------------------------------------ commit
+    def _launch(self, chunks: dict[Request, Chunk]) -> StepPlan:
+        """The chunks as a plan, with what changed since the one before."""
+        self.launched += 1
+        runs = sorted(chunks.items(), key=adapter_order)
+        pages = []
+        for request, chunk in runs:
+            request.progress.schedule(chunk.count, len(chunk.answer_positions))
+            self._policy.charge(request, chunk.count)
+            known, table = request.sent_pages, request.table.pages
+            if known < len(table):
+                pages.append(PageUpdate(chunk.slot, known, table[known:]))
+                request.sent_pages = len(table)
+        free = self._slots.recycle(self.kv.pool.completed)
+        install, self._installs = self._installs, []
+        plan = StepPlan(self.launched, [chunk for _, chunk in runs], free, install, pages, self._journal.take())
+        self._steps[plan.number] = _Step(plan, [(request, request.epoch) for request, _ in runs], self.clock())
+        return plan
 
-    def launch(self, plan: StepPlan) -> None:
-        """The plan is on its way: its tokens count as planned."""
-        self._launched_at[plan.number] = self._clock()
-        for chunk in plan.chunks:
-            chunk.request.num_scheduled += chunk.count
-            chunk.request.in_flight += chunk.sample
+    # ------------------------------------------------------------------ commit
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Output]:
         """The step has finished. Take in its tokens; returns what the front should hear."""
+        step = self._steps.pop(plan.number)
         self.kv.pool.complete(plan.number)
-        begun = max(self._launched_at.pop(plan.number), self._committed_at)
-        self._committed_at = self._clock()
+        begun = max(step.launched_at, self._committed_at)
+        self._committed_at = self.clock()
         self._cost.observe(plan.prompt_tokens, self._committed_at - begun)
         outputs = []
         sampled = 0
-        for i, chunk in enumerate(plan.chunks):
-            request = chunk.request
-            request.in_flight -= chunk.sample
-            index = sampled
-            sampled += chunk.sample
+        for i, (chunk, (request, epoch)) in enumerate(zip(plan.chunks, step.runs, strict=True)):
+            index, sampled = sampled, sampled + len(chunk.answer_positions)
             if request.state is RequestState.FINISHED:
                 continue  # it ended while this step was running: the row was wasted
-            self._commit_kv(chunk)
-            self._take_prompt_logprobs(chunk, result, i)
-            output = self._commit_token(chunk, result, index)
-            if output is not None:
-                outputs.append(output)
+            self._commit_kv(request, chunk, epoch)
+            if chunk.prompt_logprobs is not None:
+                take_prompt_logprobs(request, chunk.prompt_logprobs, result.prompt_logprobs[i])
+            if chunk.answer_positions:
+                outputs.append(self._commit_token(request, result, index))
+            elif not request.spec.samples and request.progress.num_computed == request.progress.num_tokens:
+                self._finish(request)  # max_new_tokens 0: only the prompt was wanted
+                outputs.append(self._output(request, [], Finished(type="length")))
         return outputs
 
-    def _commit_kv(self, chunk: Chunk) -> None:
-        request = chunk.request
-        self.prompt_tokens += max(0, min(chunk.start + chunk.count, len(request.prompt_ids)) - chunk.start)
-        if request.state is RequestState.RUNNING and request.epoch == chunk.epoch:
-            request.num_computed += chunk.count
-            self.kv.commit(request.table, request.num_computed, request.tokens, request.namespaces.of, self.launched)
+    def _commit_kv(self, request: Request, chunk: Chunk, epoch: int) -> None:
+        progress, table = request.progress, request.table
+        self.prompt_tokens += max(0, min(chunk.count, progress.num_prompt - chunk.start))
+        if request.state is not RequestState.RUNNING or request.epoch != epoch:
+            return  # preempted since: the pages are no longer its own
+        progress.commit(chunk.count)
+        if progress.num_computed >= (table.keyed + 1) * self.kv.page_size:
+            # where others were faster with the same content, their pages take the places of ours from here on
+            request.sent_pages = min(request.sent_pages, table.keyed)
+            self.kv.commit(table, progress.num_computed, request.tokens, request.namespaces.of, self.launched)
 
-    def _take_prompt_logprobs(self, chunk: Chunk, result: StepResult, index: int) -> None:
-        request, positions = chunk.request, chunk.logprob_positions
-        if positions:  # planned again after a preemption, it may bring some that have come in the meantime
-            known = request.logprob_position - positions.start
-            request.prompt_logprobs += result.prompt_logprobs[index][known:]
-            request.prompt_top_logprobs += result.prompt_top_logprobs[index][known:]
-
-    def _commit_token(self, chunk: Chunk, result: StepResult, index: int) -> Output | None:
-        request = chunk.request
-        if not chunk.sample:
-            if request.samples or request.num_computed < request.num_tokens:
-                return None
-            self._finish(request)  # max_new_tokens 0: only the prompt was wanted
-            return self._output(request, [], Finished(type="length"))
-        if (error := result.errors[index]) is not None:
+    def _commit_token(self, request: Request, result: StepResult, index: int) -> Output:
+        token, error = result.token_ids[index], result.errors[index]
+        if error is not None:
             self._finish(request)
             return self._output(request, [], Finished(type="error", kind="MultiloraError", message=error))
-        token = result.token_ids[index]
         finished = request.accept(token, self.eos_token_ids)
         self.generated_tokens += 1
-        if request.grammar is not None and finished is None and not request.grammar.accept(token):
-            finished = Finished(type="error", kind="MultiloraError", message=f"token {token} left the grammar")
         if finished is not None:
             self._finish(request)
-        return self._output(request, [token], finished, result, index)
+        return self._output(request, [token], finished, result.logprobs[index])
 
     def _output(
-        self,
-        request: Request,
-        tokens: list[int],
-        finished: Finished | None,
-        result: StepResult | None = None,
-        index: int = 0,
+        self, request: Request, tokens: list[int], finished: Finished | None, logprobs: Logprobs | None = None
     ) -> Output:
-        first, request.first_output_sent = not request.first_output_sent, True
-        wants_prompt = first and request.prompt_logprobs_from is not None
-        head: list[None] = [None] if request.prompt_logprobs_from == 0 else []
-        logprob = result.logprobs[index] if result else None
-        top = result.top_logprobs[index] if result else None
-        return Output(
-            rid=request.rid,
-            token_ids=tokens,
-            finished=finished,
-            prompt_tokens=len(request.prompt_ids),
-            cached_tokens=request.cached_tokens,
-            queue_seconds=(request.admitted or self._clock()) - request.arrival,
-            logprobs=[logprob] if logprob is not None else None,
-            top_logprobs=[top] if top is not None else None,
-            input_logprobs=[*head, *request.prompt_logprobs] if wants_prompt else None,
-            input_top_logprobs=[*head, *request.prompt_top_logprobs] if wants_prompt else None,
-        )
+        return make_output(request, self.clock(), tokens, finished, logprobs)
 
     # ------------------------------------------------------------------ inside
 
@@ -323,33 +333,35 @@ class Scheduler:
         else:
             self._dequeue(request)
         request.state = RequestState.FINISHED
-        self.namespaces.release(request.adapters, request.activation % self.kv.page_size)
-        self.namespaces.release(request.adapters)
-        del self._requests[request.rid]
+        if request.slot is not None:
+            self._slots.release(request.slot, self.launched)
+            self._installs = [state for state in self._installs if state.slot != request.slot]
+        spec = request.spec
+        self.namespaces.release(spec.adapters, spec.activation % self.kv.page_size)
+        self.namespaces.release(spec.adapters)
+        del self._requests[spec.rid]
 
     def _release_resources(self, request: Request) -> None:
         """Leave `running`; pages and adapters are fenced by the last step launched, which may still use them."""
         self.running.remove(request)
         self.kv.release(request.table, self.launched)
-        self.components.release(request.versions)
+        self.components.release_slots(request.versions)
+        request.sent_pages = 0
 
     def _fail(self, request: Request, error: MultiloraError) -> None:
         self.end(request.rid, Finished(type="error", kind=error.kind, message=error.message))
 
     def _enqueue(self, request: Request) -> None:
-        bisect.insort(self.waiting, request, key=lambda r: r.order)
+        bisect.insort(self.waiting, request, key=lambda r: r.spec.order)
+        self.components.count_waiting(request.versions, 1)
 
     def _dequeue(self, request: Request) -> None:
         self.waiting.remove(request)
+        self.components.count_waiting(request.versions, -1)
         if request.queued_demand:
             request.queued_demand = False
-            self.components.dequeue(request.versions)
+            self.components.count_demand(request.versions, -1)
 
-    def _matched_pages(self, request: Request) -> int:
-        return len(self.kv.match(request.tokens(), request.namespaces.of, request.match_limit))
-
-
-def _neighbours(chunk: Chunk) -> tuple[Composition, int]:
-    """Equal compositions side by side, base first; among them first those that begin before activation."""
-    acts = chunk.pre_activation < chunk.count
-    return chunk.request.adapters if acts else (), -chunk.pre_activation
+    def _match(self, request: Request) -> list[int]:
+        """Cached pages of its first tokens."""
+        return self.kv.match(request.tokens(), request.namespaces.of, request.match_limit)

@@ -1,7 +1,7 @@
-"""What a step takes, learnt from those that have run: admission asks whether waiting a little saves a whole step."""
+"""How long a step takes, learnt from those that have run. Admission asks whether waiting a little saves a step."""
 
-FORGET = 0.95  # of what was learnt, with every step
-LONGEST = 0.25  # seconds; a step that compiles kernels is no example
+FORGET = 0.95  # weight that older steps keep with every new one
+LONGEST = 0.25  # seconds; longer steps, such as those that compile kernels, count as this
 
 
 class StepCost:

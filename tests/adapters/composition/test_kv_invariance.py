@@ -9,12 +9,16 @@ from fakes.models import make_adapter, make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from multilora.adapters.composition.kv_invariance import leaves_kv
+from multilora.adapters.peft.base_model import BaseModel
 from multilora.lora.panels import AdapterShape, FullWeightShape, ScaleShift
-from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
+from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice, NormModule
+
+BEFORE_KV = ("embed_tokens", "k_proj", "v_proj", "input_layernorm", "k_norm")
 
 
 def site(index: int, layer: int, name: str, *modules: str) -> LoraSite:
-    return LoraSite(index, layer, name, 16, tuple(LoraSlice(m, 16 * i, 16) for i, m in enumerate(modules)))
+    slices = (LoraSlice(m, 16 * i, 16, before_kv=m in BEFORE_KV) for i, m in enumerate(modules))
+    return LoraSite(index, layer, name, 16, tuple(slices))
 
 
 SITES = (
@@ -25,6 +29,17 @@ SITES = (
     site(4, MODEL_LEVEL, "embed_tokens", "embed_tokens"),
     site(5, MODEL_LEVEL, "lm_head", "lm_head"),
 )
+
+NORMS = tuple(
+    NormModule(layer, module, "", 16, module in BEFORE_KV)
+    for layer, modules in (
+        (0, ("input_layernorm", "post_attention_layernorm")),
+        (1, ("input_layernorm", "post_attention_layernorm", "k_norm", "q_norm")),
+        (MODEL_LEVEL, ("norm",)),
+    )
+    for module in modules
+)
+BASE = BaseModel(SITES, NORMS, vocab_size=16, hidden_size=16, tie_word_embeddings=False)
 
 
 def shape(
@@ -50,7 +65,7 @@ def shape(
     ],
 )
 def test_what_leaves_them_alone(acts, leaves, scale_shift):
-    assert leaves_kv(shape(*acts, scale_shift=scale_shift), SITES) is leaves
+    assert leaves_kv(shape(*acts, scale_shift=scale_shift), BASE) is leaves
 
 
 @pytest.mark.parametrize(
@@ -62,11 +77,12 @@ def test_what_leaves_them_alone(acts, leaves, scale_shift):
         (1, "post_attention_layernorm", True),
         (1, "input_layernorm", False),
         (1, "k_norm", False),
+        (1, "q_norm", True),
         (0, "post_attention_layernorm", False),
     ],
 )
 def test_whole_modules(layer, module, leaves):
-    assert leaves_kv(shape((3, 0), full_weights=(FullWeightShape(layer, module, 1, 16),)), SITES) is leaves
+    assert leaves_kv(shape((3, 0), full_weights=(FullWeightShape(layer, module, 1, 16),)), BASE) is leaves
 
 
 def test_a_cached_prefix_of_base_serves_the_adapter_exactly(tmp_path: Path) -> None:

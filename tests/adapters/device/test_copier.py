@@ -25,6 +25,6 @@ def test_pages_arrive_at_once(device: str) -> None:
         pytest.skip("needs a CUDA device")
     arena = torch.full((9, 64), 7, dtype=torch.uint8, device=device)
     buffer = torch.randint(0, 256, (4, 64), dtype=torch.uint8)
-    assert DirectCopier(arena).start(buffer, [6, 2, 3, 8]).done()
+    assert DirectCopier(arena).start_copy(buffer, [6, 2, 3, 8]).done()
     assert torch.equal(arena[[6, 2, 3, 8]].cpu(), buffer)
     assert bool((arena[[0, 1, 4, 5, 7]] == 7).all())

@@ -1,6 +1,13 @@
 import pytest
+import torch
 
+from multilora.adapters.device.copier import CopyInFlight
 from multilora.adapters.device.forecast import FORGET, CopyForecast
+
+
+class Done:
+    def done(self) -> bool:
+        return True
 
 
 class World:
@@ -8,13 +15,17 @@ class World:
         self.now = 100.0
         self.forecast = CopyForecast(lambda: self.now)
 
-    def copy(self, version: int, nbytes: int, seconds: float) -> None:
-        self.forecast.started(version, nbytes)
-        self.now += seconds
-        self.forecast.finished([version])
+    def start(self, *sizes: int) -> list[CopyInFlight]:
+        return [CopyInFlight(Done(), torch.zeros(1, nbytes, dtype=torch.uint8), self.now) for nbytes in sizes]
 
-    def left(self, *versions: int) -> list[float | None]:
-        return [self.forecast.seconds_left(version) for version in versions]
+    def copy(self, nbytes: int, seconds: float) -> None:
+        started = self.start(nbytes)
+        self.now += seconds
+        self.forecast.observe(started)
+
+    def left(self, copies: list[CopyInFlight]) -> list[float | None]:
+        """For each of them, which are all that are in flight."""
+        return [self.forecast.seconds_left(copies[: i + 1]) for i in range(len(copies))]
 
 
 @pytest.fixture
@@ -23,50 +34,41 @@ def world() -> World:
 
 
 def test_nothing_is_known_before_the_first_copy(world: World) -> None:
-    world.forecast.started(1, 100)
-    assert world.left(1, 2) == [None, None]
+    assert world.left(world.start(100)) == [None]
 
 
 def test_copies_wait_for_those_before_them(world: World) -> None:
-    world.copy(1, 100, 2.0)  # 50 a second
-    for version, nbytes in ((2, 100), (3, 50), (4, 200)):
-        world.forecast.started(version, nbytes)
-    assert world.left(2, 3, 4, 5) == [2.0, 3.0, 7.0, None]
+    world.copy(100, 2.0)  # 50 a second
+    copies = world.start(100, 50, 200)
+    assert world.left(copies) == [2.0, 3.0, 7.0]
     world.now += 1.5
-    assert world.left(2, 3, 4) == [0.5, 1.5, 5.5]
+    assert world.left(copies) == [0.5, 1.5, 5.5]
     world.now += 1.0
-    assert world.left(2) == [0.0], "late: it can be there any moment"
+    assert world.left(copies[:1]) == [0.0], "late: it can be done any moment"
 
 
 def test_copies_found_done_together_shared_the_time(world: World) -> None:
-    world.forecast.started(1, 100)
-    world.forecast.started(2, 100)
+    copies = world.start(100, 100)
     world.now += 4.0
-    world.forecast.finished([1, 2])
-    world.forecast.started(3, 100)
-    assert world.left(3) == [2.0]
+    world.forecast.observe(copies)
+    assert world.left(world.start(100)) == [2.0]
 
 
 def test_the_link_is_free_once_the_last_was_seen_done(world: World) -> None:
-    world.forecast.started(1, 100)
-    world.forecast.started(2, 100)
+    first, second = world.start(100, 100)
     world.now += 2.0
-    world.forecast.finished([1])
+    world.forecast.observe([first])
     world.now += 1.0
-    world.forecast.finished([2])  # in 1 second, not in 3
-    world.forecast.started(3, 100)
-    assert world.left(3) == [1.0]
+    world.forecast.observe([second])  # in 1 second, not in 3
+    assert world.left(world.start(100)) == [1.0]
 
 
 def test_a_copy_that_was_seen_late_hardly_counts(world: World) -> None:
-    world.copy(1, 100, 1.0)
-    world.copy(2, 100, 50.0)
-    world.forecast.started(3, 100)
-    assert world.left(3) == [pytest.approx(1.0 / FORGET)]
+    world.copy(100, 1.0)
+    world.copy(100, 50.0)
+    assert world.left(world.start(100)) == [pytest.approx(1.0 / FORGET)]
 
 
 def test_instant_copies_teach_nothing(world: World) -> None:
-    world.copy(1, 100, 0.0)
-    world.forecast.started(2, 100)
-    assert world.left(2) == [None]
-    assert world.forecast.copying
+    world.copy(100, 0.0)
+    assert world.left(world.start(100)) == [None]

@@ -11,8 +11,7 @@ import torch
 
 from multilora.adapters.device.ring_copier import RingCopier
 from multilora.adapters.host import staging as module
-from multilora.adapters.host.cache import HostEntry
-from multilora.adapters.host.mapping import map_file
+from multilora.adapters.host.mapping import HostEntry, map_file
 from multilora.adapters.host.staging import Staging
 from multilora.lora.panels import AdapterShape, PanelLayout
 
@@ -188,7 +187,7 @@ def test_pinned_memory_is_copied_from_directly(staging: Staging, monkeypatch: py
     buffer = staging.view(PAGE, 5 * PAGE, lambda start: None).view(5, PAGE)
     assert buffer.is_pinned()
     buffer.random_(0, 256)
-    copy = copier.start(buffer, [3, 4, 9, 31, 0])
+    copy = copier.start_copy(buffer, [3, 4, 9, 31, 0])
     until(copy.done)
     assert torch.equal(copier._arena[[3, 4, 9, 31, 0]].cpu(), buffer)
     copier.close()

@@ -16,7 +16,7 @@ from fakes.tiers import BASE, PAGE_BYTES, TARGET, write_adapter
 from safetensors.torch import load_file, save_file
 
 from multilora.adapters.adapter import AdapterLimits
-from multilora.adapters.host.cache import HostEntry
+from multilora.adapters.host.mapping import HostEntry
 from multilora.adapters.host.staging import Staging
 from multilora.adapters.loading.loader import FetchContext, FetchJob, allocate_private, fetch
 from multilora.adapters.loading.process import ProcessLoader

@@ -247,7 +247,9 @@ def test_without_descriptors_a_job_fails_and_later_ones_work(shared: ProcessLoad
 def test_a_large_adapter(tmp_path: Path) -> None:
     """64 MiB in 256 KiB pages, over many sites."""
     width, layers = 1024, 16
-    sites = tuple(LoraSite(i, i, "o_proj", width, (LoraSlice("o_proj", 0, width),)) for i in range(layers))
+    sites = tuple(
+        LoraSite(i, i, "o_proj", width, (LoraSlice("o_proj", 0, width, "self_attn"),)) for i in range(layers)
+    )
     context = FetchContext(replace(BASE, sites=sites), PackTarget(sites, torch.bfloat16, 1 << 18), AdapterLimits())
     path = write_adapter(tmp_path / "a", rank=1024, layers=layers, width=width)
     loader = ProcessLoader(context)

@@ -86,21 +86,22 @@ GRID: dict[str, tuple[dict[str, Any], str]] = {
 
 def tiny_sites(layers: int = 3, hidden: int = 64, kv: int = 32, mlp: int = 96) -> tuple[LoraSite, ...]:
     shapes = {
-        "qkv_proj": (hidden, {"q_proj": hidden, "k_proj": kv, "v_proj": kv}),
-        "o_proj": (hidden, {"o_proj": hidden}),
-        "gate_up_proj": (hidden, {"gate_proj": mlp, "up_proj": mlp}),
-        "down_proj": (mlp, {"down_proj": hidden}),
+        "qkv_proj": ("self_attn", hidden, {"q_proj": hidden, "k_proj": kv, "v_proj": kv}),
+        "o_proj": ("self_attn", hidden, {"o_proj": hidden}),
+        "gate_up_proj": ("mlp", hidden, {"gate_proj": mlp, "up_proj": mlp}),
+        "down_proj": ("mlp", mlp, {"down_proj": hidden}),
     }
     sites = []
     for layer in range(layers):
-        for name, (width, outs) in shapes.items():
+        for name, (parent, width, outs) in shapes.items():
             offsets = [sum(list(outs.values())[:i]) for i in range(len(outs))]
-            slices = tuple(LoraSlice(m, offset, out) for (m, out), offset in zip(outs.items(), offsets, strict=True))
+            parts = zip(outs.items(), offsets, strict=True)
+            slices = tuple(LoraSlice(m, offset, out, parent) for (m, out), offset in parts)
             sites.append(LoraSite(len(sites), layer, name, width, slices))
     return tuple(sites)
 
 
-BASE = BaseModel(tiny_sites(), vocab_size=101, hidden_size=64, tie_word_embeddings=False, norms={}, biased=())
+BASE = BaseModel(tiny_sites(), (), vocab_size=101, hidden_size=64, tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")

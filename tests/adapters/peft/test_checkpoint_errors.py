@@ -15,25 +15,25 @@ from multilora.adapters.peft import checkpoint
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.checkpoint import read_adapter
 from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
-from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
+from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice, NormModule
 
 Tensors = dict[str, torch.Tensor]
+QV = (LoraSlice("q_proj", 0, 8, "self_attn"), LoraSlice("v_proj", 8, 6, "self_attn", bias=True))
+DOWN = (LoraSlice("down_proj", 0, 8, "mlp"),)
 SITES = (
-    LoraSite(0, 0, "qkv_proj", 8, (LoraSlice("q_proj", 0, 8), LoraSlice("v_proj", 8, 6))),
-    LoraSite(1, 0, "down_proj", 10, (LoraSlice("down_proj", 0, 8),)),
-    LoraSite(2, 1, "qkv_proj", 8, (LoraSlice("q_proj", 0, 8), LoraSlice("v_proj", 8, 6))),
-    LoraSite(3, 1, "down_proj", 10, (LoraSlice("down_proj", 0, 8),)),
-    LoraSite(4, MODEL_LEVEL, "embed_tokens", 9, (LoraSlice("embed_tokens", 0, 8),)),
+    LoraSite(0, 0, "qkv_proj", 8, QV),
+    LoraSite(1, 0, "down_proj", 10, DOWN),
+    LoraSite(2, 1, "qkv_proj", 8, QV),
+    LoraSite(3, 1, "down_proj", 10, DOWN),
+    LoraSite(4, MODEL_LEVEL, "embed_tokens", 9, (LoraSlice("embed_tokens", 0, 8, "model"),)),
     LoraSite(5, MODEL_LEVEL, "lm_head", 8, (LoraSlice("lm_head", 0, 9),)),
 )
-BASE = BaseModel(
-    SITES,
-    vocab_size=9,
-    hidden_size=8,
-    tie_word_embeddings=False,
-    norms={"input_layernorm": 8, "norm": 8},
-    biased=("v_proj",),
+NORMS = (
+    NormModule(0, "input_layernorm", "", 8, True),
+    NormModule(1, "input_layernorm", "", 8, True),
+    NormModule(MODEL_LEVEL, "norm", "model", 8, False),
 )
+BASE = BaseModel(SITES, NORMS, vocab_size=9, hidden_size=8, tie_word_embeddings=False)
 TIED = replace(BASE, tie_word_embeddings=True)
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",

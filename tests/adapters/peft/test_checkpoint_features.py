@@ -16,8 +16,7 @@ from multilora.adapters.adapter import Adapter, AdapterLimits, Full, LowRank, Ro
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.checkpoint import read_adapter
 from multilora.errors import AdapterError, AdapterIncompatible
-from multilora.models.load import read_config
-from multilora.models.sites import decoder_sites
+from multilora.models.load import make_model
 
 SERVED = [row for row in ROWS if row.refused is None]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -32,8 +31,7 @@ def row_of(feature: str) -> Row:
 
 
 def base_of(path: Path, weights: bool = True) -> BaseModel:
-    config = read_config(str(path))[1]
-    return BaseModel.of(config, decoder_sites(config), str(path) if weights else None)
+    return BaseModel.of(make_model(str(path), device=torch.device("meta")), str(path) if weights else None)
 
 
 def read(lab: Lab, row: Row, limits: AdapterLimits = AdapterLimits(), weights: bool = True) -> Adapter:  # noqa: B008

@@ -21,7 +21,7 @@ from multilora.errors import AdapterError, AdapterInvalid, AdapterUnsupported
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 PATH = Path("adapter_config.json")
 DROP = object()
-BASE = BaseModel((), vocab_size=10, hidden_size=8, tie_word_embeddings=False, norms={}, biased=())
+BASE = BaseModel((), (), vocab_size=10, hidden_size=8, tie_word_embeddings=False)
 TIED = replace(BASE, tie_word_embeddings=True)
 
 INVALID = {

@@ -1,5 +1,8 @@
-"""Which steps the runner replays, and that embedding and head around a graph are those of the step's adapters."""
+"""Which steps the runner replays, that embedding and head around a graph are those of the step's adapters, and that
+plans are all a runner needs."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +11,8 @@ from fakes.engine_driver import EngineDriver
 from peft_rows import ROWS, Lab, Row
 
 from multilora.batch import ForwardBatch
-from multilora.engine.execution.runner import AdapterScope, Graphs, Runner
+from multilora.engine.execution.runner import AdapterScope, Forward, Launched, Runner
+from multilora.engine.plan import LoraInstall, StepPlan
 
 REPLAYED = (
     Row("plain", {"target_modules": ["q_proj", "up_proj"]}),
@@ -23,23 +27,31 @@ SERVED = [row for row in REPLAYED if row.refused is None]
 
 
 class FakeGraphs:
-    """Stands where `DecodeCudaGraphs` or `PiecewiseCudaGraphs` stands: the layers alone, with the low-rank pass and
-    nothing else. most: larger steps are not replayed."""
+    """Stands where `CudaGraphs` stands: the layers alone, with the low-rank pass and nothing else.
 
-    def __init__(self, runner: Runner, most: int = 1000):
+    replays: rows of each step that was replayed, decodes and others. pieces: whether others are.
+    """
+
+    def __init__(self, runner: Runner, *, pieces: bool = True):
         self._runner = runner
-        self._most = most
-        self.replays = 0
+        self._pieces = pieces
+        self.decodes: list[int] = []
+        self.others: list[int] = []
 
-    def run(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor | None:
-        if len(x) > self._most:
+    def prepare(self, batch: ForwardBatch, *, decodes: bool) -> "FakeStep | None":
+        if not decodes and not self._pieces:
             return None
-        self.replays += 1
-        return self._runner._layers(x, batch, AdapterScope.LAYERS)
+        (self.decodes if decodes else self.others).append(len(batch.positions))
+        return FakeStep(self._runner, batch)
 
 
-def use(runner: Runner, **graphs: FakeGraphs) -> None:
-    runner._graphs = Graphs(**graphs)  # type: ignore[arg-type]
+@dataclass
+class FakeStep:
+    runner: Runner
+    batch: ForwardBatch
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        return self.runner._layers(x, self.batch, AdapterScope.LAYERS)
 
 
 def answers(driver: EngineDriver, row: Row, plain: Row) -> list[Any]:
@@ -53,8 +65,8 @@ def answers(driver: EngineDriver, row: Row, plain: Row) -> list[Any]:
     return [driver.answers[rid] for rid in rids]
 
 
-def compare(lab: Lab, row: Row, kind: str) -> int:
-    """The same answers with and without graphs; returns how many steps were replayed."""
+def compare(lab: Lab, row: Row) -> FakeGraphs:
+    """The same answers with and without graphs; returns what was replayed."""
     plain = Row(f"plain {row.model}", {"r": 4}, row.model)
     paths = {"row": lab.adapter(row), "plain": lab.adapter(plain)}
     found = []
@@ -62,37 +74,106 @@ def compare(lab: Lab, row: Row, kind: str) -> int:
         driver = EngineDriver(lab.model(row.model), paths, disable_radix_cache=True)
         graphs = FakeGraphs(driver.engine.runner)
         if fake:
-            use(driver.engine.runner, **{kind: graphs})
+            driver.engine.runner._graphs = graphs
         found.append(answers(driver, row, plain))
         driver.close()
     for eager, replayed in zip(*found, strict=True):
         assert eager.tokens == replayed.tokens
         assert eager.logprobs == pytest.approx(replayed.logprobs, abs=1e-5)
-    return graphs.replays
+    return graphs
 
 
 @pytest.mark.parametrize("row", SERVED, ids=[row.feature for row in SERVED])
 def test_what_acts_on_embedding_and_head_needs_no_eager_step(row: Row, lab: Lab) -> None:
-    assert compare(lab, row, "decodes") == 5  # all decodes of six tokens
-    assert compare(lab, row, "pieces") == 6  # the prompts, too
+    graphs = compare(lab, row)
+    assert len(graphs.decodes) == 5  # all decodes of six tokens
+    assert len(graphs.others) == 1  # the prompts, too
 
 
 @pytest.mark.parametrize("row", EAGER, ids=[row.feature for row in EAGER])
 def test_what_replaces_modules_between_them_does(row: Row, lab: Lab) -> None:
-    assert compare(lab, row, "decodes") == compare(lab, row, "pieces") == 0
+    graphs = compare(lab, row)
+    assert graphs.decodes == graphs.others == []
 
 
-def test_which_graphs_a_step_takes(lab: Lab) -> None:
+def test_what_graphs_do_not_take_is_launched_layer_by_layer(lab: Lab) -> None:
     driver = EngineDriver(lab.model("Llama"), {}, disable_radix_cache=True)
-    runner = driver.engine.runner
-    decodes, pieces = FakeGraphs(runner), FakeGraphs(runner, most=4)
-    use(runner, decodes=decodes, pieces=pieces)
-    driver.complete([5, 6, 7, 8, 9], None, max_new_tokens=3, ignore_eos=True)
-    assert (decodes.replays, pieces.replays) == (2, 0), "five rows are too many for pieces"
-    driver.complete([5, 6, 7], None, max_new_tokens=3, ignore_eos=True)
-    assert (decodes.replays, pieces.replays) == (4, 1)
-    few = FakeGraphs(runner, most=0)
-    use(runner, decodes=few, pieces=pieces)
-    driver.complete([5, 6, 7], None, max_new_tokens=3, ignore_eos=True)
-    assert (few.replays, pieces.replays) == (0, 2), "decodes that no graph takes are launched one by one"
+    expected = driver.complete([5, 6, 7, 8, 9], None, max_new_tokens=3, ignore_eos=True).tokens
+    driver.engine.runner._graphs = graphs = FakeGraphs(driver.engine.runner, pieces=False)
+    assert driver.complete([5, 6, 7, 8, 9], None, max_new_tokens=3, ignore_eos=True).tokens == expected
+    assert (graphs.decodes, graphs.others) == ([1, 1], [])
     driver.close()
+
+
+# ---------------------------------------------------------------------- another rank
+
+
+class Follower:
+    """Another rank: its own runner, model, arena and LoRA table. All that it gets from the first are plans as bytes,
+    and the bytes of adapters, which do not travel in plans yet."""
+
+    def __init__(self, leader: EngineDriver, paths: dict[str, Path], model: Path, **options: Any):
+        self._twin = EngineDriver(model, paths, **options)
+        self._runner = self._twin.engine.runner
+        self._arena = arena_of(self._twin)
+        self._leaders_arena = arena_of(leader)
+        self._in_flight: list[Launched] = []
+        self.sent = 0
+
+    def execute(self, data: bytes) -> list[int]:
+        """The tokens that a step samples. It is read at once, which grammars and penalties must not mind."""
+        self.sent += len(data)
+        plan = StepPlan.decode(data)
+        for change in plan.lora:
+            if isinstance(change, LoraInstall):
+                self._arena[change.pages] = self._leaders_arena[change.pages]
+        return self._runner.sample(self._runner.forward(plan)).result().token_ids
+
+    def close(self) -> None:
+        self._twin.close()
+
+
+def arena_of(driver: EngineDriver) -> torch.Tensor:
+    """uint8 [pages, page_bytes]"""
+    return driver.engine.adapters.device._copier._arena
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_runner_that_hears_nothing_but_plans_samples_the_same_tokens(lab: Lab, ahead: int) -> None:
+    """Prompts in pieces, a shared prefix, two adapters that take turns at one place, every kind of sampling."""
+    rows = {"a": Row("plain", {"r": 4}), "b": Row("other", {"r": 8, "lora_alpha": 32})}
+    paths = {name: lab.adapter(row) for name, row in rows.items()}
+    options = {"max_loras_per_batch": 1, "chunked_prefill_size": 7, "page_size": 4, "ahead": ahead}
+    leader = EngineDriver(lab.model("Llama"), paths, **options)
+    follower = Follower(leader, {}, lab.model("Llama"), **options)
+    runner = leader.engine.runner
+    forward, sample = runner.forward, runner.sample
+    found: dict[int, list[int]] = {}
+    right: dict[int, list[int]] = {}
+
+    def told(plan: StepPlan) -> Forward:
+        launched = forward(plan)
+        found[plan.number] = follower.execute(plan.encode())
+        return launched
+
+    def noted(forward: Forward) -> Launched:
+        launched = sample(forward)
+        right[forward.plan.number] = launched.sampled.token_ids.tolist()
+        return launched
+
+    runner.forward, runner.sample = told, noted  # type: ignore[method-assign]
+    stem = [5, 6, 7, 8, 9, 10, 11, 12]
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.4},
+        {"temperature": 0.8, "top_p": 0.9, "sampling_seed": 3},
+        {"logit_bias": {"7": 3.0}, "min_new_tokens": 4, "return_logprob": True, "logprob_start_len": 0},
+    ]
+    for i, kind in enumerate(kinds * 3):
+        leader.submit([*stem, 20 + i], ("a", "b", None)[i % 3], max_new_tokens=6, **kind)
+        leader.step()
+    leader.run()
+    assert found == right
+    assert sum(map(len, found.values())) >= sum(len(a.tokens) for a in leader.answers.values()) > 40
+    follower.close()
+    leader.close()

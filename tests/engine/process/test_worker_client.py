@@ -58,7 +58,7 @@ def config(files: Path, **fields: Any) -> Config:
     return Config.make(model_path=str(files / "model"), enable_lora=True, log_level="warning", **fields)
 
 
-class Front:
+class EngineOnALoop:
     """A client on an event loop of its own, so that tests need not be coroutines."""
 
     def __init__(self, config: Config):
@@ -88,7 +88,9 @@ class Front:
         sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0, ignore_eos=True)
         fields = {"rid": rid or f"request {next(self.serial)}", "input_ids": [1, 5, 9]} | fields
         message = Submit(sampling=sampling, **fields)
-        return self.call(self.client.submit, message)
+        queue = Queue()
+        self.call(self.client.submit, message, queue.put_nowait)
+        return queue
 
     def answer(self, queue: Queue) -> tuple[list[int], Finished]:
         """Every token, and the one ending."""
@@ -114,9 +116,9 @@ class Front:
 
 
 @pytest.fixture(scope="module")
-def front(files: Path) -> Iterator[Front]:
+def front(files: Path) -> Iterator[EngineOnALoop]:
     """One engine for the tests that leave it as it was."""
-    front = Front(config(files))
+    front = EngineOnALoop(config(files))
     yield front
     front.close()
 
@@ -124,14 +126,14 @@ def front(files: Path) -> Iterator[Front]:
 # ---------------------------------------------------------------------- requests
 
 
-def test_ready_says_what_the_door_must_know(front: Front) -> None:
+def test_ready_says_what_the_door_must_know(front: EngineOnALoop) -> None:
     ready = front.client.ready
     assert (ready.context_length, ready.vocab_size, ready.eos_token_ids) == (256, 101, [2])
     assert (ready.device, ready.dtype, ready.attention_backend) == ("cpu", "float32", "torch")
     assert ready.stats.total_pages > 0 and ready.stats.free_pages == ready.stats.total_pages
 
 
-def test_tokens_stream_one_by_one(front: Front) -> None:
+def test_tokens_stream_one_by_one(front: EngineOnALoop) -> None:
     queue = front.submit(max_new_tokens=5)
     outputs = [front.run(queue.get()) for _ in range(5)]
     assert [len(o.token_ids) for o in outputs] == [1] * 5
@@ -139,14 +141,14 @@ def test_tokens_stream_one_by_one(front: Front) -> None:
     assert outputs[0].prompt_tokens == 3
 
 
-def test_many_requests_at_once_get_their_own_tokens(front: Front) -> None:
+def test_many_requests_at_once_get_their_own_tokens(front: EngineOnALoop) -> None:
     prompts = [[1, 5 + i, 9] for i in range(6)]
     alone = [front.answer(front.submit(input_ids=p)) for i, p in enumerate(prompts)]
     queues = [front.submit(input_ids=p) for i, p in enumerate(prompts)]
     assert [front.answer(queue) for queue in queues] == alone
 
 
-def test_abort_ends_a_request(front: Front) -> None:
+def test_abort_ends_a_request(front: EngineOnALoop) -> None:
     queue = front.submit("to abort", max_new_tokens=LONG)
     front.run(queue.get())
     front.call(front.client.abort, "to abort", "enough")
@@ -156,7 +158,7 @@ def test_abort_ends_a_request(front: Front) -> None:
     assert len(tokens) < LONG - 1
 
 
-def test_finish_drops_a_request_silently(front: Front) -> None:
+def test_finish_drops_a_request_silently(front: EngineOnALoop) -> None:
     queue = front.submit("to drop", max_new_tokens=LONG)
     front.run(queue.get())
     front.call(front.client.finish, "to drop")
@@ -168,7 +170,7 @@ def test_finish_drops_a_request_silently(front: Front) -> None:
     assert queue.empty()
 
 
-def test_an_error_at_the_door_is_an_ending(front: Front) -> None:
+def test_an_error_at_the_door_is_an_ending(front: EngineOnALoop) -> None:
     tokens, finished = front.answer(front.submit(adapters=((999, 1.0),)))
     assert (tokens, finished.type, finished.kind) == ([], "error", "UnknownAdapter")
 
@@ -176,7 +178,7 @@ def test_an_error_at_the_door_is_an_ending(front: Front) -> None:
 # ---------------------------------------------------------------------- adapters
 
 
-def test_load_use_and_unload(front: Front, files: Path) -> None:
+def test_load_use_and_unload(front: EngineOnALoop, files: Path) -> None:
     base, _ = front.answer(front.submit())
     info = front.run(front.client.load_adapter(1, str(files / "adapter"), False))
     assert (info.version, info.rank, info.target_modules) == (1, 4, ["q_proj", "v_proj"])
@@ -189,7 +191,7 @@ def test_load_use_and_unload(front: Front, files: Path) -> None:
     assert finished.kind == "UnknownAdapter"
 
 
-def test_adapter_errors_keep_their_type(front: Front, files: Path) -> None:
+def test_adapter_errors_keep_their_type(front: EngineOnALoop, files: Path) -> None:
     for version, (name, error, says) in enumerate(
         [
             ("missing", AdapterNotFound, "missing"),
@@ -207,13 +209,13 @@ def test_adapter_errors_keep_their_type(front: Front, files: Path) -> None:
     assert front.answer(front.submit())[1].type == "length"
 
 
-def test_requests_go_on_while_an_adapter_loads(front: Front, files: Path) -> None:
+def test_requests_go_on_while_an_adapter_loads(front: EngineOnALoop, files: Path) -> None:
     async def both() -> tuple[float, float]:
         loading = asyncio.create_task(front.client.load_adapter(30, str(files / "adapter"), False))
         started = time.monotonic()
-        queue = front.client.submit(
-            Submit(rid="meanwhile", input_ids=[1, 2], sampling=SamplingParams(max_new_tokens=1))
-        )
+        queue = Queue()
+        sampling = SamplingParams(max_new_tokens=1)
+        front.client.submit(Submit(rid="meanwhile", input_ids=[1, 2], sampling=sampling), queue.put_nowait)
         await queue.get()
         first = time.monotonic() - started
         await loading
@@ -225,7 +227,7 @@ def test_requests_go_on_while_an_adapter_loads(front: Front, files: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_loader_may_die_and_the_engine_sleeps_when_idle(front: Front, files: Path) -> None:
+def test_the_loader_may_die_and_the_engine_sleeps_when_idle(front: EngineOnALoop, files: Path) -> None:
     engine = front.engine()
     (loader,) = engine.children()
     loader.kill()
@@ -240,7 +242,7 @@ def test_the_loader_may_die_and_the_engine_sleeps_when_idle(front: Front, files:
 
 
 @pytest.mark.slow
-def test_while_the_loader_cannot_be_started_what_is_loaded_is_served(front: Front, files: Path) -> None:
+def test_while_the_loader_cannot_be_started_what_is_loaded_is_served(front: EngineOnALoop, files: Path) -> None:
     versions = itertools.count(41)
 
     async def load(kill: bool) -> str:
@@ -272,7 +274,7 @@ def test_while_the_loader_cannot_be_started_what_is_loaded_is_served(front: Fron
     front.run(front.client.unload_adapter(40))
 
 
-def test_stats_arrive_when_the_engine_becomes_idle(front: Front) -> None:
+def test_stats_arrive_when_the_engine_becomes_idle(front: EngineOnALoop) -> None:
     front.answer(front.submit(max_new_tokens=4))
     end = time.monotonic() + SECONDS
     while front.client.stats.running or not front.client.stats.generated_tokens:
@@ -283,7 +285,7 @@ def test_stats_arrive_when_the_engine_becomes_idle(front: Front) -> None:
     assert stats.kv_pages == 0
 
 
-def test_stats_are_true_after_a_call_to_an_idle_engine(front: Front, files: Path) -> None:
+def test_stats_are_true_after_a_call_to_an_idle_engine(front: EngineOnALoop, files: Path) -> None:
     """Nothing runs, before or after it."""
 
     def become(**expected: Any) -> None:
@@ -310,7 +312,7 @@ def test_stats_are_true_after_a_call_to_an_idle_engine(front: Front, files: Path
 
 @pytest.mark.slow
 def test_when_the_engine_is_killed_everyone_hears_at_once(files: Path) -> None:
-    front = Front(config(files))
+    front = EngineOnALoop(config(files))
     queues = [front.submit(max_new_tokens=LONG) for i in range(3)]
     front.run(queues[0].get())
     process = front.engine()
@@ -341,7 +343,7 @@ def test_when_the_engine_is_killed_everyone_hears_at_once(files: Path) -> None:
 @pytest.mark.slow
 def test_when_a_step_fails_everyone_hears_and_the_log_says_why(files: Path, capfd: pytest.CaptureFixture) -> None:
     """As a CUDA error would: a token that the front would never let in makes the forward pass raise."""
-    front = Front(config(files))
+    front = EngineOnALoop(config(files))
     queues = [front.submit(max_new_tokens=LONG) for i in range(3)]
     front.run(queues[0].get())
     queues.append(front.submit(input_ids=[10**6]))
@@ -361,7 +363,7 @@ def test_messages_that_cannot_be_read_end_the_engine(
     files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Instead of requests that wait for ever."""
-    front = Front(config(files))
+    front = EngineOnALoop(config(files))
     monkeypatch.setattr("multilora.engine.process.client.decode_from_engine", lambda data: 1 / 0)
     _, finished = front.answer(front.submit(max_new_tokens=LONG))
     assert (finished.type, finished.kind) == ("error", "EngineDead")
@@ -370,7 +372,7 @@ def test_messages_that_cannot_be_read_end_the_engine(
     front.close()
 
 
-def test_shutdown_drains(front: Front) -> None:
+def test_shutdown_drains(front: EngineOnALoop) -> None:
     """The last test of the shared engine. Whatever it said before it ended is heard, however busy the front is."""
     directory, process = front.client._directory.path, front.engine()
 
@@ -396,7 +398,7 @@ def test_a_start_that_fails_raises_its_error_and_leaves_nothing(tmp_path: Path) 
     before = psutil.Process().children()
     (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
     with pytest.raises(ModelUnsupported, match="Mamba"):
-        Front(Config.make(model_path=str(tmp_path), log_level="error"))
+        EngineOnALoop(Config.make(model_path=str(tmp_path), log_level="error"))
     assert psutil.Process().children() == before
 
 
@@ -411,7 +413,7 @@ async def main():
     client = await EngineClient.start(Config.make(model_path=sys.argv[1], enable_lora=True, log_level="error"))
     sampling = SamplingParams(max_new_tokens=200, ignore_eos=True)
     for i in range(200):
-        client.submit(Submit(rid=str(i), input_ids=[1, i % 100], sampling=sampling))
+        client.submit(Submit(rid=str(i), input_ids=[1, i % 100], sampling=sampling), lambda output: None)
     print("up", flush=True)
     await asyncio.sleep(1000)
 

@@ -3,9 +3,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling_rows import batch_of
 
+from multilora.engine.sampling.batch import Column
 from multilora.engine.sampling.draw import draw
-from multilora.engine.sampling.uniform import uniforms
 from multilora.params import SamplingParams
 
 CASES = [
@@ -40,7 +41,14 @@ def kept_distribution(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
 
 def many(logits: np.ndarray, params: SamplingParams, n: int) -> np.ndarray:
     rows = torch.from_numpy(logits.astype(np.float32)).expand(n, -1).contiguous()
-    return draw(rows, [params] * n, uniforms([9] * n, range(n))).numpy()
+    return draw(rows, batch_of([params] * n, [9] * n, list(range(n))).numbers).numpy()
+
+
+def draw_at(logits: torch.Tensor, params: SamplingParams, uniform: list[float]) -> list[int]:
+    """Tokens for given uniform numbers."""
+    numbers = batch_of([params] * len(logits), [0] * len(logits), [0] * len(logits)).numbers
+    numbers[Column.UNIFORM] = uniform
+    return draw(logits, numbers).tolist()
 
 
 @pytest.mark.parametrize("fields", CASES, ids=str)
@@ -70,7 +78,7 @@ parameters = st.builds(
 @given(st.lists(values, min_size=2, max_size=40), parameters, st.floats(0, 1, exclude_max=True))
 def test_inverts_the_cumulative_distribution_in_order_of_token_ids(logits, params, u):
     row = np.array([*logits, 0.5], dtype=np.float32)  # at least one token is possible
-    (token,) = draw(torch.from_numpy(row)[None], [params], np.array([u])).tolist()
+    (token,) = draw_at(torch.from_numpy(row)[None], params, [u])
     cumulative = np.cumsum(kept_distribution(row, params))
     assert row[token] > float("-inf")
     if np.abs(cumulative - u).min() > 1e-5 and not near_a_cut(row, params):
@@ -114,17 +122,17 @@ def test_tiny_temperatures_are_the_argmax(temperature):
 
 def test_extreme_uniform_numbers_stay_inside_the_kept_tokens():
     row = torch.tensor([[float("-inf"), 1.0, 2.0, float("-inf")]] * 2)
-    assert draw(row, [SamplingParams()] * 2, np.array([0.0, 1 - 2.0**-53])).tolist() == [1, 2]
+    assert draw_at(row, SamplingParams(), [0.0, 1 - 2.0**-53]) == [1, 2]
 
 
 def test_a_row_of_nan_disturbs_nobody():
     torch.manual_seed(0)
     logits = torch.randn(3, 50)
     params = [SamplingParams(), SamplingParams(top_p=0.5), SamplingParams()]
-    u = uniforms([1, 2, 3], [0, 0, 0])
-    whole = draw(logits, params, u)
+    numbers = batch_of(params, [1, 2, 3], [0, 0, 0]).numbers
+    whole = draw(logits, numbers)
     logits[1, 7] = float("nan")
-    broken = draw(logits, params, u)
+    broken = draw(logits, numbers)
     assert broken[[0, 2]].equal(whole[[0, 2]])
     assert 0 <= broken[1] < 50
 
@@ -133,15 +141,6 @@ def test_more_rows_than_one_pass_takes():
     torch.manual_seed(0)
     logits = torch.randn(11, 40_003)
     params = [SamplingParams(**CASES[i % len(CASES)]) for i in range(11)]
-    u = uniforms(range(11), range(11))
-    together = draw(logits, params, u).tolist()
-    assert together == [draw(logits[i : i + 1], params[i : i + 1], u[i : i + 1]).item() for i in range(11)]
-
-
-@pytest.mark.gpu
-def test_cuda_draws_the_same_tokens():
-    torch.manual_seed(0)
-    logits = torch.randn(64, 5_003) * 3
-    params = [SamplingParams(**CASES[i % len(CASES)]) for i in range(64)]
-    u = uniforms(range(64), range(64))
-    assert draw(logits.cuda(), params, u).tolist() == draw(logits, params, u).tolist()
+    numbers = batch_of(params, list(range(11)), list(range(11))).numbers
+    together = draw(logits, numbers).tolist()
+    assert together == [draw(logits[i : i + 1], numbers[:, i : i + 1]).item() for i in range(11)]

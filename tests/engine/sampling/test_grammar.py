@@ -5,7 +5,7 @@ import pytest
 import torch
 import xgrammar
 
-from multilora.engine.sampling.grammar import GrammarCache, GrammarState, apply_masks
+from multilora.engine.sampling.grammar import GrammarCache, GrammarState
 from multilora.errors import BadRequest
 
 EOS, EOT, VOCAB = 257, 258, 300
@@ -28,12 +28,17 @@ def cache() -> GrammarCache:
     return GrammarCache(INFO.serialize_json(), VOCAB)
 
 
-def allowed(state: GrammarState, forbidden=()) -> set[int]:
-    mask = torch.full(((VOCAB + 31) // 32,), -1, dtype=torch.int32)
-    state.fill_mask(mask, forbidden)
-    logits = torch.zeros(1, VOCAB)
-    apply_masks(logits, [0], mask[None])
-    return set(logits.isfinite().nonzero()[:, 1].tolist())
+def start(cache: GrammarCache, grammar: str, stops=(EOS,), ends=(), min_new_tokens=0) -> GrammarState:
+    return GrammarState(cache.read(grammar), stops, ends, min_new_tokens)
+
+
+def bits(mask: torch.Tensor) -> set[int]:
+    """The tokens that a line of masks allows."""
+    return {32 * word + bit for word, value in enumerate(mask.tolist()) for bit in range(32) if value >> bit & 1}
+
+
+def allowed(cache: GrammarCache, state: GrammarState, position=0) -> set[int]:
+    return bits(cache.masks([state], [position], pinned=False)[0])
 
 
 def feed(state: GrammarState, text: bytes) -> None:
@@ -43,10 +48,10 @@ def feed(state: GrammarState, text: bytes) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_random_choices_make_valid_json(cache, seed):
     grammar = xgrammar.GrammarCompiler(INFO).compile_json_schema(json.dumps(SCHEMA), any_whitespace=False)
-    state = cache.start(grammar.serialize_json(), [EOS])
+    state = start(cache, grammar.serialize_json())
     rng, text = random.Random(seed), b""
     while not state.is_terminated:
-        token = rng.choice(sorted(allowed(state)))
+        token = rng.choice(sorted(allowed(cache, state)))
         assert state.accept(token)
         text += TOKENS[token] if token != EOS else b""
     answer = json.loads(text)
@@ -56,83 +61,69 @@ def test_random_choices_make_valid_json(cache, seed):
 
 
 def test_what_the_grammar_forbids_is_not_accepted_and_changes_nothing(cache):
-    state = cache.start(compiled("ab+"), [EOS])
+    state = start(cache, compiled("ab+"))
     assert not state.accept(ord("b"))
     assert not state.accept(EOS)
-    assert allowed(state) == {ord("a")}
+    assert allowed(cache, state) == {ord("a")}
     feed(state, b"ab")
-    assert allowed(state) == {ord("b"), EOS}
+    assert allowed(cache, state) == {ord("b"), EOS}
 
 
 def test_only_stop_tokens_follow_the_end(cache):
-    state = cache.start(compiled("ab"), [EOS, EOT])
+    state = start(cache, compiled("ab"), [EOS, EOT])
     feed(state, b"ab")
     assert not state.is_terminated
-    assert allowed(state) == {EOS, EOT}
+    assert allowed(cache, state) == {EOS, EOT}
     assert state.accept(EOT)
     assert state.is_terminated
-    assert allowed(state) == {EOS, EOT}
+    assert allowed(cache, state) == {EOS, EOT}
     assert not state.accept(ord("a"))
     assert state.accept(EOS)
 
 
-def test_rollback_also_over_the_end(cache):
-    state = cache.start(compiled("abc"), [EOS])
-    feed(state, b"abc")
-    state.accept(EOS)
-    state.accept(EOS)
-    state.rollback(1)
-    assert state.is_terminated
-    state.rollback(3)
-    assert not state.is_terminated
-    assert allowed(state) == {ord("b")}
-
-
-def test_forbidden_tokens_give_way_when_nothing_else_is_left(cache):
-    state = cache.start(compiled("ab*"), [EOS])
+def test_ends_are_taken_out_below_the_minimum_unless_nothing_else_is_left(cache):
+    state = start(cache, compiled("ab*"), ends=[EOS, 31, 299], min_new_tokens=3)
     feed(state, b"a")
-    assert allowed(state, [EOS, 31, 299]) == {ord("b")}
-    state = cache.start(compiled("a"), [EOS])
+    assert allowed(cache, state, 2) == {ord("b")}
+    assert allowed(cache, state, 3) == {ord("b"), EOS}
+    state = start(cache, compiled("a"), ends=[EOS], min_new_tokens=3)
     feed(state, b"a")
-    assert allowed(state, [EOS]) == {EOS}
+    assert allowed(cache, state, 1) == {EOS}
 
 
 def test_without_stop_tokens_the_tokenizer_names_them(cache):
-    state = cache.start(compiled("a"), [])
+    state = start(cache, compiled("a"), [])
     feed(state, b"a")
-    assert allowed(state) == {EOS}
+    assert allowed(cache, state) == {EOS}
 
 
-def test_masks_touch_their_rows_only(cache):
-    state = cache.start(compiled("[a-c]"), [EOS])
-    masks = torch.zeros(1, (VOCAB + 31) // 32, dtype=torch.int32)
-    state.fill_mask(masks[0])
-    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
-    masked = logits.clone()
-    apply_masks(masked, [1], masks)
-    assert masked[[0, 2]].equal(logits[[0, 2]])
-    assert masked[1, 97:100].equal(logits[1, 97:100])
+def test_lines_of_one_call_are_independent(cache):
+    states = [start(cache, compiled(x)) for x in ("[a-c]", "x", "y*")]
+    feed(states[1], b"x")
+    assert states[1].accept(EOS)  # has ended
+    masks = cache.masks(states, [0, 2, 0], pinned=False)
+    assert [bits(mask) for mask in masks] == [{97, 98, 99}, {EOS}, {ord("y"), EOS}]
 
 
 def test_cache_reads_once_and_forgets_the_least_recently_used():
     cache = GrammarCache(INFO.serialize_json(), VOCAB, capacity=2)
     a, b, c = (compiled(x) for x in "abc")
     for grammar in (a, b, a, c):
-        cache.start(grammar, [EOS])
+        cache.read(grammar)
     assert len(cache) == 2
     reads: list[str] = []
-    read = cache._read
-    cache._read = lambda grammar: reads.append(grammar) or read(grammar)  # type: ignore[method-assign]
+    read = cache._deserialize
+    cache._deserialize = lambda grammar: reads.append(grammar) or read(grammar)  # type: ignore[method-assign]
     for grammar in (a, c, b):
-        cache.start(grammar, [EOS])
+        cache.read(grammar)
     assert reads == [b]
 
 
 def test_two_requests_of_one_grammar_are_independent(cache):
     grammar = compiled("abc")
-    one, two = cache.start(grammar, [EOS]), cache.start(grammar, [EOS])
+    one, two = start(cache, grammar), start(cache, grammar)
     feed(one, b"ab")
-    assert allowed(two) == {ord("a")}
+    assert allowed(cache, two) == {ord("a")}
 
 
 def test_broken_or_foreign_grammars_are_refused(cache):
@@ -140,7 +131,7 @@ def test_broken_or_foreign_grammars_are_refused(cache):
     foreign = xgrammar.GrammarCompiler(other).compile_regex("a").serialize_json()
     for grammar in ("no json", "{}", foreign):
         with pytest.raises(BadRequest, match="the grammar cannot be used"):
-            cache.start(grammar, [EOS])
+            cache.read(grammar)
     assert len(cache) == 0
 
 

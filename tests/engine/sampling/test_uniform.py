@@ -1,6 +1,7 @@
 import numpy as np
 
-from multilora.engine.sampling.uniform import uniforms
+from multilora.engine.sampling.uniform import mixed_seed
+from multilora.engine.sampling.uniform import uniforms as uniforms_of
 
 GOLDEN = {
     (0, 0): 0.6524484863740322,
@@ -10,6 +11,11 @@ GOLDEN = {
     (-1, 0): 0.3662420901697574,
     (2**63 - 1, 1_000_000): 0.39854775898749717,
 }
+
+
+def uniforms(seeds, positions) -> np.ndarray:
+    streams = np.array([mixed_seed(seed) for seed in seeds], dtype=np.uint64)
+    return uniforms_of(streams, np.array(positions, dtype=np.int32))
 
 
 def splitmix64(state: int) -> int:

@@ -6,11 +6,12 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from fakes.engine import FakeLaunched, make_engine
+from fakes.engine import FakeForward, FakeLaunched, make_engine, rids_of
+from fakes.engine_driver import Stepper
 from fakes.tiers import FakeFile, FakeTiers
 
-from multilora.engine.messages import LoadAdapter, Outputs, Submit
-from multilora.engine.plan import StepPlan, StepResult
+from multilora.engine.messages import LoadAdapter, Output, Submit
+from multilora.engine.plan import StepResult
 from multilora.engine.scheduling import admission
 from multilora.params import SamplingParams
 
@@ -18,7 +19,7 @@ IDLE = 0.0005  # seconds between two looks when there is nothing to run
 TOKENS = 5  # of a prompt
 
 
-class Timed:
+class Timed(Stepper):
     """An engine in which a step takes `step(prompt tokens)` seconds; without tokens to compute, time passes slowly.
 
     Adapters are loaded from "/1", "/2", … into host memory. first: request → when its first token came, in seconds
@@ -41,21 +42,22 @@ class Timed:
         self.sizes: list[int] = []
         self.tokens: dict[str, list[float]] = {}
         self._step = step
-        self._launch = self.engine.runner.launch
-        self.engine.runner.launch = self._launched  # type: ignore[method-assign]
+        self._sample = self.engine.runner.sample
+        self.engine.runner.sample = self._sampled  # type: ignore[method-assign, assignment]
         for version in range(1, adapters + 1):
             self.engine.handle(LoadAdapter(call=version, version=version, path=f"/{version}"))
         self.run()
 
-    def _launched(self, plan: StepPlan) -> FakeLaunched:
-        prompts = [c for c in plan.chunks if not c.decodes]
-        self.order += [c.request.rid for c in prompts if c.start == 0]
+    def _sampled(self, forward: FakeForward) -> FakeLaunched:
+        plan = forward.plan
+        prompts = [(rid, c) for rid, c in zip(rids_of(self.engine, plan), plan.chunks, strict=True) if not c.decodes]
+        self.order += [rid for rid, chunk in prompts if chunk.start == 0]
         if prompts:
             self.sizes.append(len(prompts))
-        launched = self._launch(plan)
+        launched = self._sample(forward)
 
         def result() -> StepResult:
-            self.now += self._step(sum(c.count for c in prompts))
+            self.now += self._step(sum(chunk.count for _, chunk in prompts))
             return launched.result()
 
         return FakeLaunched(plan, result)
@@ -65,32 +67,27 @@ class Timed:
         prompt = [(len(self.first) + 3 * i) % 20 for i in range(TOKENS)]
         adapters = () if adapter is None else ((adapter, 1.0),)
         self.engine.handle(Submit(rid=rid, input_ids=prompt, sampling=sampling, adapters=adapters))
-        request = self.engine.scheduler.get(rid)
-        assert request is not None
-        request.arrival = self.now
 
-    def step(self) -> None:
-        for message in self.engine.step():
-            for output in message.items if isinstance(message, Outputs) else []:
-                self.first.setdefault(output.rid, self.now - self.start)
-                self.tokens.setdefault(output.rid, []).append(self.now)
+    def take(self, output: Output) -> None:
+        self.first.setdefault(output.rid, self.now - self.start)
+        self.tokens.setdefault(output.rid, []).append(self.now)
+
+    def after_step(self) -> None:
         if not self.engine.running:
             self.now += IDLE
+
+    def check(self) -> None:
         self.tiers.check()
 
-    def run(self) -> None:
-        for _ in range(20_000):
-            if not self.engine.busy:
-                return
-            self.step()
-        raise AssertionError("no progress")
+    def run(self, max_steps: int = 20_000) -> None:
+        super().run(max_steps)
 
     def learn(self) -> None:
         """What steps and copies take. No adapter is on the device afterwards."""
         for adapter in (None, None, 1):
             self.submit("learn", adapter, tokens=2)
             self.run()
-        self.tiers.residency.evict(self.engine.scheduler.launched)
+        self.tiers.device.evict(self.engine.scheduler.launched)
         self.first.clear()
         self.order.clear()
         self.sizes.clear()
@@ -169,8 +166,7 @@ def test_nobody_waits_longer_than_a_step_takes():
         world.submit(f"{adapter}", adapter)
     world.step()
     for version in (2, 3, 4):
-        resident = world.tiers.residency.get(version)
-        resident.copy.at += 5.0
+        world.tiers.device._in_flight[version].copy.at += 5.0
     world.run()
     assert world.first["1"] <= 0.002 + 0.020 + 0.020 + 4 * IDLE
     assert world.first["2"] > 5.0
@@ -272,15 +268,19 @@ def test_a_long_queue_is_not_looked_at_as_a_whole(monkeypatch):
     assert len(world.first) == 50
 
 
-def test_the_books_of_who_is_awaited():
+def test_the_books_of_demand():
     world = Timed(lambda n: 0.010, 2, copy_seconds=0.001, max_running=1)
     world.submit("a", 1, tokens=5)
     world.submit("b", 2)
     world.submit("c", 2)
     world.step()
-    assert world.tiers.residency.awaited == {1: 1, 2: 2}
+    assert demand(world) == [1, 2]
     world.step()
     world.engine.scheduler.end("c", None)
-    assert world.tiers.residency.awaited[2] == 1
+    assert demand(world)[1] == 1
     world.run()
-    assert world.tiers.residency.awaited == {}
+    assert demand(world) == [0, 0]
+
+
+def demand(world: Timed) -> list[int]:
+    return [adapter.queued_demand for adapter in world.tiers.store.loaded()]

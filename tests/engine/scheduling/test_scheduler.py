@@ -1,14 +1,15 @@
 """What the scheduler promises, one promise a test. Fakes as in `multilora/engine/testing.py`."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from fakes.engine import EOS, VOCAB, FakeLaunched, answer, make_engine, only
+from fakes.engine import EOS, VOCAB, FakeForward, FakeLaunched, answer, make_engine, only, rids_of
+from fakes.engine_driver import Stepper
 from fakes.tiers import FakeFile, FakeTiers
 
-from multilora.engine.engine import Engine
-from multilora.engine.messages import Abort, Finish, LoadAdapter, Output, Outputs, Submit
+from multilora.engine.messages import Abort, Finish, LoadAdapter, Output, Submit
 from multilora.engine.plan import StepPlan, StepResult
 from multilora.errors import AdapterError
 from multilora.params import SamplingParams
@@ -20,14 +21,15 @@ def tiers(**options: Any) -> FakeTiers:
     return FakeTiers(options.pop("files", {}), **({"total_pages": 64, "page_size": PAGE} | options))
 
 
-class Driver:
-    """Steps an engine; remembers its plans as {rid: token count} and what each request heard."""
+class Driver(Stepper):
+    """Remembers the plans of an engine as {rid: token count} and what each request heard."""
 
     def __init__(self, tiers: FakeTiers, **options: Any):
         self.now = 0.0
         self.tiers = tiers
-        self.engine: Engine = make_engine(tiers, clock=lambda: self.now, **options)
+        self.engine = make_engine(tiers, clock=lambda: self.now, **options)
         self.scheduler = self.engine.scheduler
+        self.runner = self.engine.runner
         self.plans: list[dict[str, int]] = []
         self.heard: dict[str, list[Output]] = {}
         self.ended: list[str] = []
@@ -36,16 +38,14 @@ class Driver:
 
     def _planned(self) -> StepPlan | None:
         plan = self._plan()
-        self.plans.append({c.request.rid: c.count for c in plan.chunks} if plan else {})
+        rids = rids_of(self.engine, plan) if plan else []
+        self.plans.append({rid: c.count for rid, c in zip(rids, plan.chunks if plan else (), strict=True)})
         return plan
 
     def submit(self, rid: str, prompt: list[int], max_new_tokens: int = 4, adapter: int | None = None, **fields: Any):
         adapters = fields.pop("adapters", only(adapter))
         sampling = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=fields.pop("ignore_eos", True))
         self.engine.handle(Submit(rid=rid, input_ids=prompt, sampling=sampling, adapters=adapters, **fields))
-        request = self.scheduler.get(rid)
-        if request is not None:
-            request.arrival = self.now
 
     def load(self, *versions: int) -> None:
         """From the paths "/1", "/2", …, whatever the delays."""
@@ -53,24 +53,24 @@ class Driver:
             self.engine.handle(LoadAdapter(call=version, version=version, path=f"/{version}"))
         self.run()
 
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            for message in self.engine.step():
-                for output in message.items if isinstance(message, Outputs) else []:
-                    self.heard.setdefault(output.rid, []).append(output)
-                    if output.finished is not None:
-                        self.ended.append(output.rid)
-            self.tiers.check()
+    def take(self, output: Output) -> None:
+        self.heard.setdefault(output.rid, []).append(output)
+        if output.finished is not None:
+            self.ended.append(output.rid)
 
-    def run(self, limit: int = 500) -> None:
-        for _ in range(limit):
-            if not self.engine.busy:
-                return
-            self.step()
-        raise AssertionError("no progress")
+    def check(self) -> None:
+        self.tiers.check()
 
     def tokens(self, rid: str) -> list[int]:
         return [t for output in self.heard[rid] for t in output.token_ids]
+
+    def input_logprobs(self, rid: str) -> list[float | None]:
+        return [x and x.logprob for x in self.heard[rid][0].input_logprobs]
+
+    @property
+    def rows_wasted(self) -> int:
+        """Tokens sampled for requests that had ended."""
+        return self.runner.tokens_sampled - sum(len(self.tokens(rid)) for rid in self.heard)
 
     def first_planned(self, rid: str) -> int:
         return next(i for i, plan in enumerate(self.plans) if rid in plan)
@@ -238,11 +238,11 @@ def test_a_preempted_request_waits_for_its_token_in_flight():
     driver.submit("a", prompt(6), max_new_tokens=6)
     driver.step(2)  # its first token is being sampled
     request = driver.scheduler.get("a")
-    assert request.in_flight == 1
+    assert request.progress.in_flight == 1
     driver.scheduler._preempt(request)
     driver.step()
     assert driver.plans[-1] == {}
-    assert len(request.output_ids) == 2
+    assert len(request.progress.output_ids) == 2
     driver.run()
     assert driver.tokens("a") == answer(prompt(6), (), 6, True).tokens
 
@@ -254,7 +254,7 @@ def test_prompt_logprobs_survive_a_preemption_in_mid_prompt():
     driver.scheduler._preempt(driver.scheduler.get("a"))
     driver.run()
     assert driver.plans[:2] == [{"a": 4}, {"a": 4}], "the same tokens again, before the first were committed"
-    assert driver.heard["a"][0].input_logprobs == [None, *answer(prompt(11), (), 0).prompt_logprobs]
+    assert driver.input_logprobs("a") == [None, *answer(prompt(11), (), 0).prompt_logprobs]
 
 
 # ---------------------------------------------------------------------- one step ahead
@@ -269,7 +269,7 @@ def test_a_stop_one_step_ahead_wastes_one_row(ahead):
     assert driver.tokens("a") == answer(stops, (), 30).tokens
     assert driver.tokens("a")[-1] == EOS
     assert driver.heard["a"][-1].finished.matched == EOS
-    assert driver.engine.runner.rows_wasted == ahead
+    assert driver.rows_wasted == ahead
 
 
 def test_a_known_end_wastes_nothing_one_step_ahead():
@@ -277,7 +277,7 @@ def test_a_known_end_wastes_nothing_one_step_ahead():
     driver.submit("a", prompt(5), max_new_tokens=3)
     driver.run()
     assert len(driver.tokens("a")) == 3
-    assert driver.engine.runner.rows_wasted == 0
+    assert driver.rows_wasted == 0
     assert [plan for plan in driver.plans if plan] == [{"a": 5}, {"a": 1}, {"a": 1}]
 
 
@@ -319,19 +319,23 @@ def test_abort_ends_with_a_message_and_finish_with_silence(ahead):
 
 def test_an_error_of_the_sampler_ends_only_its_request(monkeypatch):
     driver = Driver(tiers())
-    launch = driver.engine.runner.launch
+    sample = driver.runner.sample
 
-    def broken(plan: StepPlan) -> FakeLaunched:
+    def broken(forward: FakeForward) -> FakeLaunched:
+        launched = sample(forward)
+        rids = rids_of(driver.engine, forward.plan)
+
         def result() -> StepResult:
-            found = launch(plan).result()
-            for i, chunk in enumerate(c for c in plan.chunks if c.sample):
-                if chunk.request.rid == "b" and chunk.request.output_ids:
+            found = launched.result()
+            sampling = [(rid, c) for rid, c in zip(rids, forward.plan.chunks, strict=True) if c.answer_positions]
+            for i, (rid, chunk) in enumerate(sampling):
+                if rid == "b" and chunk.answer_positions[0] > 0:
                     found.errors[i] = "the grammar has no way on"
             return found
 
-        return FakeLaunched(plan, result)
+        return FakeLaunched(forward.plan, result)
 
-    monkeypatch.setattr(driver.engine.runner, "launch", broken)
+    monkeypatch.setattr(driver.runner, "sample", broken)
     driver.submit("a", prompt(5))
     driver.submit("b", prompt(5, seed=1))
     driver.run()
@@ -372,8 +376,8 @@ def test_a_prompt_logprob_limits_what_comes_from_the_cache():
         driver.submit(rid, prompt(16), return_logprob=True, logprob_start_len=start)
         driver.run()
         assert driver.heard[rid][0].cached_tokens == cached
-        right = [None, *answer(prompt(16), (), 0).prompt_logprobs][start:] if start >= 0 else None
-        assert driver.heard[rid][0].input_logprobs == right
+        right = [None, *answer(prompt(16), (), 0).prompt_logprobs][start:] if start >= 0 else []
+        assert driver.input_logprobs(rid) == right
 
 
 def test_no_prefix_is_shared_between_adapters():
@@ -402,15 +406,11 @@ def finished(driver: Driver, rid: str) -> Any:
 def test_equal_compositions_are_neighbours_and_base_comes_first():
     driver = Driver(few())
     driver.load(1, 2, 3)
-    plans: list[list[str]] = []
-    runner = driver.engine.runner
-    launch = runner.launch
-    runner.launch = lambda plan: (plans.append([c.request.rid for c in plan.chunks]), launch(plan))[1]
     wanted = [MIX, (), only(1), MIX[:2], MIX, only(1), ((1, 0.5),), (), MIX[:2]]
     for i, adapters in enumerate(wanted):
         driver.submit(str(i), prompt(3, seed=i), adapters=adapters)
     driver.run()
-    for plan in plans:
+    for plan in filter(None, driver.plans):
         kinds = [wanted[int(rid)] for rid in plan]
         assert [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]] == sorted(set(kinds))
         assert sum(a != b for a, b in itertools.pairwise(kinds)) == len(set(kinds)) - 1
@@ -490,5 +490,38 @@ def test_hits_and_misses_are_counted_per_part():
     for rid, adapters in (("a", MIX[:2]), ("b", MIX[1:]), ("c", only(1))):
         driver.submit(rid, prompt(3), adapters=adapters)
         driver.run()
-    records = [driver.tiers.store.record(version) for version in (1, 2, 3)]
+    records = [driver.tiers.store.get(version) for version in (1, 2, 3)]
     assert [(r.hits, r.misses) for r in records] == [(1, 1), (1, 1), (0, 1)]
+
+
+# ---------------------------------------------------------------------- a request that cannot start
+
+
+def books(driver: Driver) -> Any:
+    """All that decides who is evicted, and what is counted."""
+    tiers = driver.tiers
+    nodes = [(n.page, n.refs, n.uses, n.score) for n in tiers.prefix._nodes.values()]
+    adapter = tiers.store.get(1)
+    use = adapter.refs, adapter.device and replace(adapter.device)
+    counted = adapter.hits, adapter.misses, adapter.loads, adapter.evictions, adapter.fetches
+    return nodes, use, counted, tiers.clock.now, list(tiers.prefix._heap)
+
+
+@pytest.mark.parametrize("adapter", [None, 1])
+def test_a_request_that_cannot_start_changes_nothing(adapter):
+    driver = Driver(tiers(files={"/1": FakeFile()}, total_pages=16))
+    driver.load(1)
+    driver.submit("first", prompt(16), adapter=adapter)
+    driver.run()  # its adapter is resident, its prefix is cached
+    driver.submit("running", prompt(20, seed=1), max_new_tokens=20)
+    driver.step(2)
+    driver.submit("blocked", prompt(44), adapter=adapter)
+    driver.step()
+    before = books(driver)
+    for _ in range(12):
+        driver.engine.scheduler._admit({}, 100)
+    assert books(driver) == before
+    assert [r.rid for r in driver.scheduler.waiting] == ["blocked"]
+    driver.run()
+    assert driver.heard["blocked"][0].cached_tokens == 16
+    assert driver.tokens("blocked") == answer(prompt(44), only(adapter), 4, True).tokens

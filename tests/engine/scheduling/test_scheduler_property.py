@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from fakes.engine import EOS, VOCAB, Answer, answer, make_engine, only
+from fakes.engine_driver import Stepper
 from fakes.tiers import FakeFile, FakeTiers
 
 from multilora.engine.messages import (
@@ -19,12 +20,11 @@ from multilora.engine.messages import (
     FlushCache,
     LoadAdapter,
     Output,
-    Outputs,
     Reply,
     Submit,
     UnloadAdapter,
 )
-from multilora.engine.plan import StepPlan
+from multilora.engine.plan import Chunk, StepPlan
 from multilora.engine.scheduling.request import Request, RequestState
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.errors import AdapterError
@@ -38,7 +38,9 @@ INVOCATIONS = ((1, 1), (1,), (1, 1, 2))  # prompts are full of ones, so that act
 
 def acting(request: Request, start: int, end: int) -> tuple[Composition, ...]:
     """Which adapters act on each of the tokens [start, end)."""
-    return tuple(request.adapters if position >= request.activation else () for position in range(start, end))
+    return tuple(
+        request.spec.adapters if position >= request.spec.activation else () for position in range(start, end)
+    )
 
 
 class CheckedScheduler(Scheduler):
@@ -47,40 +49,45 @@ class CheckedScheduler(Scheduler):
     limits: tuple[int, int, int | None]  # running, tokens, adapters
 
     def plan(self) -> StepPlan | None:
-        decoding = [(r, r.epoch) for r in self.running if r.decoding and not r.at_limit and not r.needs_token]
-        old_epochs = {r: r.epoch for r in self.running + self.waiting}
+        decoding = [(r, r.epoch) for r in self.running if r.progress.decoding and not r.at_limit]
+        before = {r: (r.epoch, r.progress.in_flight) for r in self.running + self.waiting}
         plan = super().plan()
-        chunks = {c.request: c for c in plan.chunks} if plan else {}
-        assert not plan or len(chunks) == len(plan.chunks), "a request twice in one plan"
+        runs = self._steps[plan.number].runs if plan else []
+        chunks = {request: c for (request, _), c in zip(runs, plan.chunks if plan else (), strict=True)}
+        assert len(chunks) == len(runs), "a request twice in one plan"
         for request, epoch in decoding:
             assert request in chunks or request.epoch > epoch, "a decoding request was left out"
-        self._check_limits(plan)
-        for request, chunk in chunks.items():
+        self._check_limits(chunks)
+        for (request, epoch), chunk in zip(runs, chunks.values(), strict=True):
+            progress, sampled = request.progress, len(chunk.answer_positions)
             assert request.state is RequestState.RUNNING
-            assert chunk.epoch == request.epoch
-            assert chunk.start == request.num_scheduled
-            assert 1 <= chunk.count <= request.remaining
+            assert chunk.slot == request.slot
+            assert epoch == request.epoch
+            assert progress.num_scheduled == chunk.start + chunk.count
+            assert chunk.count >= 1
+            assert progress.remaining >= sampled
             assert len(request.table.pages) * self.kv.page_size >= chunk.start + chunk.count
-            assert chunk.sample == (request.samples and chunk.count == request.remaining)
-            assert chunk.known or (chunk.count == 1 and request.in_flight == 1 and request.edits is None)
-            assert chunk.answer_index == len(request.output_ids) + request.in_flight
-            assert chunk.slots == tuple(self.adapters.slot_of(v) for v in request.versions)
-            assert len(chunk.weights) == len(chunk.slots)
+            assert sampled == (request.spec.samples and progress.remaining == sampled)
+            assert chunk.token_ids or (chunk.count == 1 and progress.in_flight == 1 + sampled)
+            assert chunk.answer_positions in ((), (len(progress.output_ids) + progress.in_flight - 1,))
+            assert chunk.lora_slots == self.components.slots(request.versions)
+            assert len(chunk.lora_weights) == len(chunk.lora_slots)
             assert chunk.pre_activation == len(
-                [p for p in range(chunk.start, request.activation) if p < chunk.start + chunk.count]
+                [p for p in range(chunk.start, request.spec.activation) if p < chunk.start + chunk.count]
             )
-            if request.epoch > old_epochs[request]:
-                assert request.in_flight == 0, "planned again while its token is being sampled"
+            if request.epoch > before[request][0]:
+                assert progress.in_flight == sampled, "planned again while its token is being sampled"
+        slots = [r.slot for r in self.running]
+        assert len(slots) == len(set(slots)), "two requests at one slot"
         return plan
 
-    def _check_limits(self, plan: StepPlan | None) -> None:
+    def _check_limits(self, chunks: dict[Request, Chunk]) -> None:
         running, tokens, adapters = self.limits
         assert len(self.running) <= running
-        if plan:
-            assert len(plan.chunks) <= running
-            assert sum(c.count for c in plan.chunks if c.count > 1) <= tokens
-            used = {version for c in plan.chunks for version in c.request.versions}
-            assert adapters is None or len(used) <= adapters
+        assert len(chunks) <= running
+        assert sum(c.count for c in chunks.values() if c.count > 1) <= tokens
+        used = {version for request in chunks for version in request.versions}
+        assert adapters is None or len(used) <= adapters
 
 
 @dataclass
@@ -90,7 +97,7 @@ class Client:
     submit: Submit
     heard: bool = False
     tokens: list[int] = field(default_factory=list)
-    input_logprobs: list[float | None] | None = None
+    input_logprobs: list[float | None] = field(default_factory=list)
     aborted: bool = False
     dropped: bool = False  # `Finish` sent
     ended: Finished | None = None
@@ -100,7 +107,7 @@ class Client:
         return self.dropped or self.ended is not None
 
 
-class World:
+class World(Stepper):
     """A front that does random things to an engine, and knows what must come of them."""
 
     def __init__(self, seed: int, ahead: bool):
@@ -159,11 +166,11 @@ class World:
             sampling=SamplingParams(
                 max_new_tokens=rng.choice([0, 1, 3, 10, CONTEXT - len(prompt)]),
                 ignore_eos=rng.random() < 0.6,
-                presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]),  # the next step must see the last token
             ),
             adapters=self.some_adapters(),
             return_logprob=logprobs,
             logprob_start_len=rng.randrange(-1, len(prompt)) if logprobs else -1,
+            grammar=rng.choice([None, None, None, "any"]),  # sampling must see the last token
         )
         self.clients[message.rid] = self.live[message.rid] = Client(message)
         self.engine.handle(message)
@@ -183,15 +190,11 @@ class World:
     def invocation_tokens(self, version: int) -> tuple[int, ...] | None:
         return self.files[self.path_of[version]].invocation_tokens
 
-    def step(self) -> None:
+    def step(self, count: int = 1) -> None:
         self.now += self.rng.choice([0.0, 0.1, 1.0])
-        for message in self.engine.step():
-            match message:
-                case Outputs(items):
-                    for output in items:
-                        self.take(output)
-                case Reply():
-                    self.reply(message)
+        super().step(count)
+
+    def after_step(self) -> None:
         known = {r.rid for r in self.scheduler.running + self.scheduler.waiting}
         assert known == set(self.live), "a request is lost"
 
@@ -257,9 +260,9 @@ class World:
         client = self.clients[output.rid]
         assert not client.over, f"{output.rid} hears something after its end"
         if client.heard:
-            assert output.input_logprobs is None
-        else:
-            client.heard, client.input_logprobs = True, output.input_logprobs
+            assert not output.input_logprobs
+        client.heard = True
+        client.input_logprobs += [x and x.logprob for x in output.input_logprobs]
         client.tokens += output.token_ids
         if output.finished is not None:
             client.ended = output.finished
@@ -302,13 +305,15 @@ class World:
         assert sum(pool.count(kind) for kind in PageKind) == pool.total
         running, waiting = self.scheduler.running, self.scheduler.waiting
         assert all(not r.table.pages for r in waiting)
-        assert [r.order for r in waiting] == sorted(r.order for r in waiting)
+        assert [r.spec.order for r in waiting] == sorted(r.spec.order for r in waiting)
         self.check_pages(running)
         users = Counter(version for r in running for version in r.versions)
-        for version in [*self.loaded, *users]:
-            resident = self.tiers.residency.get(version)
-            assert users[version] == (resident.refs if resident else 0)
-            assert not users[version] or self.tiers.weights_are(version, resident.slot)
+        queued = Counter(version for r in waiting for version in r.versions)
+        for version in [*self.loaded, *users, *queued]:
+            adapter = self.tiers.store.get(version)
+            assert (adapter.refs, adapter.waiting) == (users[version], queued[version])
+            assert adapter.queued_demand <= adapter.waiting
+            assert not users[version] or self.tiers.weights_are(version, adapter.slot)
 
     def check_pages(self, running: list[Request]) -> None:
         """Only full pages are shared, at the same place, and the cache knows by how many."""
@@ -323,7 +328,7 @@ class World:
                 assert nodes[page].refs == len(held)
                 assert len({(i, acting(r, i * 4, i * 4 + 4)) for r, i in held}) == 1
                 assert len({tuple(acting(r, 0, i * 4)) for r, i in held}) == 1
-                assert all((i + 1) * 4 <= r.num_computed for r, i in held)
+                assert all((i + 1) * 4 <= r.progress.num_computed for r, i in held)
             else:
                 assert len(held) == 1
 
@@ -340,7 +345,7 @@ class World:
         (flush, 1),
     )
 
-    def run(self, operations: int) -> None:
+    def live_through(self, operations: int) -> None:
         names = [operation for operation, _ in self.OPERATIONS]
         weights = [weight for _, weight in self.OPERATIONS]
         for operation in self.rng.choices(names, weights, k=operations):
@@ -354,16 +359,16 @@ class World:
             if not self.engine.busy:
                 break
             self.step()
-            self.check()
         assert not self.live, "no progress"
         assert not self.loading
         assert not self.unloading
-        assert not self.tiers.residency.awaited, "somebody who waits no more still keeps an adapter"
+        for adapter in self.tiers.store.loaded():
+            assert adapter.waiting == adapter.queued_demand == 0, "nothing waits for it any more"
         for version in list(self.loaded):
             self.engine.handle(UnloadAdapter(self.next(), version))
         self.engine.handle(FlushCache(self.next()))
         for _ in range(10):  # copies of unloaded adapters come to their end
-            self.tiers.store.poll(self.scheduler.launched)
+            self.tiers.store.poll_loads(self.scheduler.launched)
         self.tiers.check()
         assert self.tiers.pool.free == self.tiers.pool.total
         assert len(self.tiers.host) == 0
@@ -373,6 +378,6 @@ class World:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_operations(seed: int, ahead: bool) -> None:
     world = World(seed, ahead)
-    world.run(OPERATIONS)
+    world.live_through(OPERATIONS)
     world.drain()
     assert all(c.over for c in world.clients.values())

@@ -6,19 +6,20 @@ against it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fakes.tiers import PAGE_BYTES, FakeTiers
+from fakes.tiers import PAGE_BYTES, TARGET, FakeTiers
 from multilora.engine.engine import Engine
-from multilora.engine.messages import Ready, Stats
-from multilora.engine.plan import Chunk, StepPlan, StepResult
-from multilora.engine.scheduling.request import Request, RequestState
+from multilora.engine.messages import Logprobs, Ready, Stats
+from multilora.engine.plan import Chunk, LoraInstall, StepPlan, StepResult
+from multilora.engine.sampling.state import SamplingState
 from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.lora.table import LoraTable
 from multilora.memory.page_table import KVPages
-from multilora.params import Composition
+from multilora.params import Composition, SamplingParams
 
 VOCAB = 23
 EOS = 2
@@ -77,12 +78,30 @@ def answer(
 
 
 @dataclass
+class _Sequence:
+    """What the device knows of the request at one slot."""
+
+    state: SamplingState
+    sampled: dict[int, int] = field(default_factory=dict)  # position → token
+    pages: list[int] = field(default_factory=list)
+
+
+@dataclass
 class _Row:
     """A chunk as it was when it was launched: later changes on the host do not reach the device."""
 
     chunk: Chunk
+    sequence: _Sequence
     pages: list[int]
-    weights: list[tuple[int, torch.Tensor]]  # adapter version, what its place shows
+    weights: list[tuple[int, torch.Tensor]]  # of each adapter: version, what its place shows
+
+
+@dataclass(frozen=True)
+class FakeForward:
+    """Stands where `Forward` stands."""
+
+    plan: StepPlan
+    rows: list[_Row]
 
 
 @dataclass(frozen=True)
@@ -94,75 +113,126 @@ class FakeLaunched:
 
 
 class FakeRunner:
-    """Stands where `Runner` stands. A step computes when its result is asked for, as late as a device could."""
+    """Stands where `Runner` stands: knows nothing but plans. A step computes when its result is asked for, as late as
+    a device could.
+
+    unread: numbers of the steps that were sampled and not read; tokens_sampled: of all requests, wasted ones too.
+    """
 
     vocab_size = VOCAB
 
     def __init__(self, tiers: FakeTiers):
-        self._tiers = tiers
+        self._arena = tiers.arena
+        self._table = LoraTable(tiers.arena, TARGET.dtype, ((0,),))
         self._page_size = tiers.prefix.page_size
         self._states = [[0] * self._page_size for _ in range(tiers.pool.total)]
-        self._sampled: dict[Request, list[int]] = {}  # on the device
-        self.rows_wasted = 0  # sampled for requests that had ended
+        self._sequences: dict[int, _Sequence] = {}  # slot → sequence
+        self._last_step = 0
+        self.unread: list[int] = []
+        self.tokens_sampled = 0
 
-    def launch(self, plan: StepPlan) -> "FakeLaunched":
-        rows = [_Row(c, list(c.request.table.pages), self._weights(c)) for c in plan.chunks]
-        return FakeLaunched(plan, lambda: self._run(rows))
+    def check_sampling(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
+        """Everything goes."""
 
-    def _run(self, rows: list[_Row]) -> StepResult:
-        result = StepResult([], [], [], [], [], [])
+    def forward(self, plan: StepPlan) -> FakeForward:
+        assert plan == StepPlan.decode(plan.encode()), "a plan must survive its way to another rank"
+        assert plan.number == self._last_step + 1, "steps are executed in order, each of them"
+        self._last_step = plan.number
+        self._apply(plan)
+        rows = []
+        for chunk in plan.chunks:
+            sequence = self._sequences[chunk.slot]
+            rows.append(_Row(chunk, sequence, list(sequence.pages), self._weights(chunk)))
+        return FakeForward(plan, rows)
+
+    def needs_tokens(self, plan: StepPlan) -> bool:
+        return any(self._sequences[slot].state.grammar is not None for slot in plan.sampling_slots)
+
+    def sample(self, forward: FakeForward) -> FakeLaunched:
+        number = forward.plan.number
+        assert not self.unread or not self.needs_tokens(forward.plan), "a grammar has not heard of its last token"
+        self.unread.append(number)
+        return FakeLaunched(forward.plan, lambda: self._run(number, forward.rows))
+
+    def _apply(self, plan: StepPlan) -> None:
+        for slot in plan.free:
+            self._sequences.pop(slot, None)
+        for state in plan.install:
+            assert state.slot not in self._sequences, "the slot is in use"
+            self._sequences[state.slot] = _Sequence(state)
+        for update in plan.pages:
+            pages = self._sequences[update.slot].pages
+            assert update.first <= len(pages), "pages are missing"
+            pages[update.first :] = update.pages
+        for change in plan.lora:
+            if isinstance(change, LoraInstall):
+                self._table.install(change.slot, TARGET.layout(change.shape), change.pages)
+            else:
+                self._table.remove(change.slot)
+
+    def _run(self, number: int, rows: list[_Row]) -> StepResult:
+        assert self.unread.pop(0) == number, "steps are read in order"
+        result = StepResult([], [], [], [])
         for row in rows:
             prompt_logprobs, state = self._compute(row)
             result.prompt_logprobs.append(prompt_logprobs)
-            result.prompt_top_logprobs.append([[] for _ in prompt_logprobs])
-            if row.chunk.sample:
-                self._sample(row.chunk, state, result)
+            for position in row.chunk.answer_positions:
+                self._sample(row, position, state, result)
         return result
 
     def _weights(self, chunk: Chunk) -> list[tuple[int, torch.Tensor]]:
         found = []
-        for slot, version in zip(chunk.slots, chunk.request.versions, strict=True):
-            site = self._tiers.table.site(slot, 0)
+        for slot in chunk.lora_slots:
+            site = self._table.site(slot, 0)
             assert site is not None
-            found += [(version, piece.weight) for piece in site.a + site.b[0].pieces]
+            pieces = [piece.weight for piece in site.a + site.b[0].pieces]
+            version = int(pieces[0].flatten()[0])
+            found += [(version, weight) for weight in pieces]
         return found
 
-    def _compute(self, row: _Row) -> tuple[list[float | None], int]:
-        chunk, request = row.chunk, row.chunk.request
+    def _compute(self, row: _Row) -> tuple[list[Logprobs], int]:
+        chunk, sequence = row.chunk, row.sequence
         for version, weight in row.weights:
-            assert bool((weight == version).all()), f"{request.rid}: not the weights of version {version}"
-        adapters = tuple(zip(request.versions, chunk.weights, strict=True))
-        tokens = request.prompt_ids + self._sampled.setdefault(request, [])
-        logprobs: list[float | None] = []
+            assert bool((weight == version).all()), f"slot {chunk.slot}: not the weights of version {version}"
+        versions = list(dict.fromkeys(version for version, _ in row.weights))
+        adapters = tuple(zip(versions, chunk.lora_weights, strict=True))
+        end = chunk.start + chunk.count
+        tokens = chunk.token_ids or [sequence.sampled[chunk.start]]
+        assert len(tokens) == chunk.count
+        for position, token in enumerate(tokens, chunk.start):
+            assert sequence.sampled.get(position, token) == token, "not the token that was sampled here"
+        wanted = iter(chunk.prompt_logprobs.next_ids if chunk.prompt_logprobs else ())
+        first = chunk.prompt_logprobs.first if chunk.prompt_logprobs else end
+        logprobs = []
         state = self._read(row.pages, chunk.start - 1) if chunk.start else 0
-        for position in range(chunk.start, chunk.start + chunk.count):
+        for position, token in enumerate(tokens, chunk.start):
             acts = position >= chunk.start + chunk.pre_activation
-            state = after(state, tokens[position], adapters if acts else ())
+            state = after(state, token, adapters if acts else ())
             self._write(row.pages, position, state)
-            if position in chunk.logprob_positions:
-                logprobs.append(prompt_logprob(state, request.prompt_ids[position + 1]))
+            if position >= first and (next_id := next(wanted, None)) is not None:
+                logprobs.append(Logprobs(prompt_logprob(state, next_id)))
         return logprobs, state
 
-    def _sample(self, chunk: Chunk, state: int, result: StepResult) -> None:
-        request = chunk.request
-        sampled = self._sampled[request]
-        assert len(request.prompt_ids) + len(sampled) == chunk.start + chunk.count, "a token was sampled twice"
-        sampled.append(token_of(state))
-        self.rows_wasted += request.state is RequestState.FINISHED
-        result.token_ids.append(sampled[-1])
+    def _sample(self, row: _Row, position: int, state: int, result: StepResult) -> None:
+        chunk, sequence = row.chunk, row.sequence
+        end = chunk.start + chunk.count
+        assert end not in sequence.sampled, "a token was sampled twice"
+        assert position == len(sequence.sampled), "not the next token of the answer"
+        sequence.sampled[end] = token_of(state)
+        self.tokens_sampled += 1
+        result.token_ids.append(sequence.sampled[end])
         result.logprobs.append(None)
-        result.top_logprobs.append(None)
         result.errors.append(None)
 
     def _read(self, pages: list[int], position: int) -> int:
         """Attention would read all pages up to here, so all must still hold KV."""
         used = pages[: position // self._page_size + 1]
-        assert bool((self._tiers.arena[used, 0] == HOLDS_KV).all()), "an adapter was copied over KV still in use"
+        assert bool((self._arena[used, 0] == HOLDS_KV).all()), "an adapter was copied over KV still in use"
         return self._states[used[-1]][position % self._page_size]
 
     def _write(self, pages: list[int], position: int, state: int) -> None:
         page = pages[position // self._page_size]
-        self._tiers.arena[page] = HOLDS_KV
+        self._arena[page] = HOLDS_KV
         self._states[page][position % self._page_size] = state
 
 
@@ -183,6 +253,7 @@ def make_engine(
             kv,
             tiers.store,
             tiers.namespaces,
+            tiers.journal,
             eos_token_ids=(EOS,),
             max_running=max_running,
             chunk_tokens=chunk_tokens,
@@ -193,9 +264,13 @@ def make_engine(
         describe=_no_ready,
         max_queued=max_queued,
         random_seed=0,
-        device=torch.device("cpu"),
         ahead=int(ahead),
     )
+
+
+def rids_of(engine: Engine, plan: StepPlan) -> list[str]:
+    """Whose chunks these are. The plan has been made and not been committed yet."""
+    return [request.rid for request, _ in engine.scheduler._steps[plan.number].runs]
 
 
 def _no_ready(stats: Stats) -> Ready:

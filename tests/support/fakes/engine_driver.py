@@ -17,6 +17,7 @@ from fakes.tiers import FakeCopier
 from multilora.adapters.loading.loader import InlineLoader
 from multilora.config import Config
 from multilora.engine.build import build_engine, choose_device
+from multilora.engine.engine import Engine
 from multilora.engine.messages import (
     Abort,
     AdapterInfo,
@@ -41,7 +42,7 @@ class Answer:
     """All outputs of one request, put together. `finished` None: not ended, or dropped by `finish`."""
 
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     input_logprobs: list[float | None] | None = None
     input_top_logprobs: list[TopLogprobs | None] | None = None
@@ -51,11 +52,12 @@ class Answer:
     def add(self, output: Output) -> None:
         assert self.finished is None, f"request {output.rid}: an output after its end"
         self.tokens += output.token_ids
-        self.logprobs += output.logprobs or []
-        self.top_logprobs += output.top_logprobs or []
-        if output.input_logprobs is not None:
+        self.logprobs += [x.logprob for x in output.logprobs]
+        self.top_logprobs += [x.top for x in output.logprobs]
+        if output.input_logprobs:
             assert self.input_logprobs is None, f"request {output.rid}: prompt logprobs came twice"
-            self.input_logprobs, self.input_top_logprobs = output.input_logprobs, output.input_top_logprobs
+            self.input_logprobs = [x and x.logprob for x in output.input_logprobs]
+            self.input_top_logprobs = [x and x.top for x in output.input_logprobs]
         self.cached_tokens = output.cached_tokens
         self.finished = output.finished
 
@@ -64,7 +66,42 @@ DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
 """Where tests of the engine run: `make test-gpu` runs those that compare with PEFT on the GPU too, in fp32."""
 
 
-class EngineDriver:
+class Stepper:
+    """Steps an engine and hands on what it says. Subclasses say what becomes of it."""
+
+    engine: Engine
+
+    def step(self, count: int = 1) -> None:
+        """Steps of the engine, its books checked after each."""
+        for _ in range(count):
+            for message in self.engine.step():
+                match message:
+                    case Outputs(items):
+                        for output in items:
+                            self.take(output)
+                    case Reply():
+                        self.reply(message)
+            self.after_step()
+            self.check()
+
+    def run(self, max_steps: int = 5000) -> None:
+        """Step until nothing is left to do."""
+        while self.engine.busy:
+            assert max_steps > 0, "the engine does not come to an end"
+            max_steps -= 1
+            self.step()
+
+    def take(self, output: Output) -> None: ...
+
+    def reply(self, reply: Reply) -> None: ...
+
+    def after_step(self) -> None: ...
+
+    def check(self) -> None:
+        self.engine.check()
+
+
+class EngineDriver(Stepper):
     """Keyword arguments are fields of `Config`; adapters: name → directory, loaded at once. late: copies of adapters
     to the device are found done so many steps after their start; None: as they are.
 
@@ -134,25 +171,19 @@ class EngineDriver:
         self._dropped.add(rid)
         self.engine.handle(Finish(rid))
 
-    def step(self) -> None:
-        """One step of the engine; what it says goes to the answers and to the calls that wait for it."""
-        for message in self.engine.step():
-            match message:
-                case Outputs(items):
-                    for output in items:
-                        self.answers[output.rid].add(output)
-                case Reply():
-                    self._replies[message.call] = message
-        self.check()
+    def take(self, output: Output) -> None:
+        self.answers[output.rid].add(output)
+
+    def reply(self, reply: Reply) -> None:
+        self._replies[reply.call] = reply
+
+    def after_step(self) -> None:
+        if self._on_gpu and not self.engine.running:
+            time.sleep(0.001)  # a copy may be on its way
 
     def run(self, max_steps: int = 5000) -> None:
         """Step until nothing is left to do, then check that the engine is at rest."""
-        while self.engine.busy:
-            assert max_steps > 0, "the engine does not come to an end"
-            max_steps -= 1
-            if self._on_gpu and not self.engine.running:
-                time.sleep(0.001)  # a copy is on its way
-            self.step()
+        super().run(max_steps)
         self.check_at_rest()
 
     def complete(
@@ -208,11 +239,10 @@ class EngineDriver:
         assert all(pool.kind(page) is PageKind.KV for page in held)
         assert len(held) == pool.count(PageKind.KV), "KV pages that no request holds"
         assert scheduler.unfinished == len(scheduler.running) + len(scheduler.waiting)
-        if engine.adapters is not None:
-            users = Counter(version for r in scheduler.running for version in r.versions)
-            residency = engine.adapters.residency
-            residents = [r for v in engine.adapters.records() if (r := residency.get(v.version)) is not None]
-            assert {r.version: r.refs for r in residents if r.refs} == users, "an adapter's users are miscounted"
+        for requests, count in ((scheduler.running, "refs"), (scheduler.waiting, "waiting")):
+            expected = Counter(version for request in requests for version in request.versions)
+            found = {a.version: getattr(a, count) for a in engine.adapters.loaded() if getattr(a, count)}
+            assert found == expected, f"{count} of an adapter are miscounted"
 
     def check_at_rest(self) -> None:
         """Every request has had its one ending, and nobody holds anything."""

@@ -11,7 +11,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multilora.engine.messages import AdapterInfo, Finished, Output, Ready, Stats, Submit, decode_to_engine, encode
+from multilora.engine.messages import (
+    AdapterInfo,
+    Finished,
+    Logprobs,
+    Output,
+    Ready,
+    Stats,
+    Submit,
+    decode_to_engine,
+    encode,
+)
 from multilora.errors import EngineDead, MultiloraError
 
 if TYPE_CHECKING:
@@ -111,7 +121,7 @@ def make_adapter(
 
 
 def train_randomly(model: PeftModel, dtype: str = "float32") -> None:
-    """Random numbers for lora_A and lora_B; whatever else PEFT would train goes astray a little. In place."""
+    """Random numbers for lora_A and lora_B; everything else that PEFT would train changes a little. In place."""
     import torch
 
     for name, weight in model.named_parameters():
@@ -171,7 +181,7 @@ class FakeEngineClient:
         self.unloaded: list[int] = []
         self.flushes = 0
         self.tokenizer_info: str | None = None
-        self._running: dict[str, tuple[asyncio.Task[None], asyncio.Queue[Output]]] = {}
+        self._running: dict[str, tuple[asyncio.Task[None], Callable[[Output], None]]] = {}
 
     def _deterministic(self, submit: Submit) -> list[int]:
         mix = sum(int(7 * version * weight) for version, weight in submit.adapters)
@@ -180,21 +190,19 @@ class FakeEngineClient:
         count = limit if limit is not None else 8
         return [3 + (start + i) % (self.ready.vocab_size - 3) for i in range(count)]
 
-    def submit(self, message: Submit) -> asyncio.Queue[Output]:
+    def submit(self, message: Submit, deliver: Callable[[Output], None]) -> None:
         assert message.rid not in self._running, f"rid {message.rid} is in use"
         assert message.grammar is None or self.tokenizer_info is not None
-        queue: asyncio.Queue[Output] = asyncio.Queue()
         self.submitted.append(message)
         assert decode_to_engine(encode(message)) == message  # it can travel
         error = self.refuse(message) if self.alive else EngineDead("the engine process ended")
         if error is not None:
             failed = Finished(type="error", kind=error.kind, message=error.message)
-            queue.put_nowait(Output(rid=message.rid, finished=failed))
-            return queue
-        self._running[message.rid] = (asyncio.create_task(self._run(message, queue)), queue)
-        return queue
+            deliver(Output(rid=message.rid, finished=failed))
+            return
+        self._running[message.rid] = (asyncio.create_task(self._run(message, deliver)), deliver)
 
-    async def _run(self, message: Submit, queue: asyncio.Queue[Output]) -> None:
+    async def _run(self, message: Submit, deliver: Callable[[Output], None]) -> None:
         sampling, prompt = message.sampling, message.input_ids
         limit = (
             len(prompt) + len(self.answer(message)) if sampling.max_new_tokens is None else sampling.max_new_tokens
@@ -206,14 +214,14 @@ class FakeEngineClient:
         answer = self.answer(message)[:limit]
         if not answer:
             await self.gate.wait()
-            queue.put_nowait(self._output(message, [], 0, Finished(type="length")))
+            deliver(self._output(message, [], 0, Finished(type="length")))
         for i, token in enumerate(answer):
             await self.gate.wait()
             await asyncio.sleep(0)
             finished = Finished(type="length") if i + 1 == len(answer) else None
             if token in stops:
                 finished = Finished(type="stop", matched=token)
-            queue.put_nowait(self._output(message, [token], i, finished))
+            deliver(self._output(message, [token], i, finished))
             if finished:
                 break
         del self._running[message.rid]
@@ -222,11 +230,10 @@ class FakeEngineClient:
         fields: dict[str, Any] = {}
         top = [(-0.5, 3), (-1.5, 4), (-2.5, 5)][: message.top_logprobs_num]
         if message.return_logprob:
-            fields = {"logprobs": [-0.5] * len(tokens), "top_logprobs": [top] * len(tokens)}
+            fields = {"logprobs": [Logprobs(-0.5, top)] * len(tokens)}
             if index == 0 and message.logprob_start_len >= 0:
                 positions = range(message.logprob_start_len, len(message.input_ids))
-                fields["input_logprobs"] = [-0.25 if p else None for p in positions]
-                fields["input_top_logprobs"] = [top if p else None for p in positions]
+                fields["input_logprobs"] = [Logprobs(-0.25, top) if p else None for p in positions]
         return Output(
             rid=message.rid,
             token_ids=tokens,
@@ -238,11 +245,11 @@ class FakeEngineClient:
         )
 
     def _end(self, rid: str, finished: Finished | None) -> None:
-        task, queue = self._running.pop(rid, (None, None))
-        if task is not None and queue is not None:
+        if rid in self._running:
+            task, deliver = self._running.pop(rid)
             task.cancel()
             if finished is not None:
-                queue.put_nowait(Output(rid=rid, finished=finished))
+                deliver(Output(rid=rid, finished=finished))
 
     def abort(self, rid: str, message: str = "aborted") -> None:
         self.aborted.append(rid)

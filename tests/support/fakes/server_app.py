@@ -10,8 +10,9 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from multilora.config import Config
-from multilora.front.registry import AdapterRegistry
+from multilora.adapters.sources.spool import Spool
+from multilora.config import Config, LoraPath
+from multilora.drivers.async_driver import AsyncDriver
 from multilora.front.tokenizer import Tokenizer
 from multilora.server.app import create_app
 
@@ -113,10 +114,15 @@ class LocalServer:
         defaults: dict[str, Any] | None = None,
         **config: Any,
     ):
-        self.config = Config.make(**({"served_model_name": "base", "enable_lora": True} | config))
+        self.config = self.config_of(**config)
         self.client = client
-        self.registry = AdapterRegistry("base", self.config.enable_lora, self.config.max_loaded_loras)
-        self.app = create_app(self.config, client, tokenizer, self.registry, defaults)
+        self.app = create_app(self.config, client, tokenizer, defaults)
+        self.driver: AsyncDriver = self.app.state.driver
+        self.registry = self.driver.front.registry
+
+    @staticmethod
+    def config_of(**config: Any) -> Config:
+        return Config.make(**({"served_model_name": "base", "enable_lora": True} | config))
 
     def connect(self, method: str, path: str, body: Any = None, **headers: str) -> Connection:
         return Connection(self.app, method, path, body, headers)
@@ -132,7 +138,18 @@ class LocalServer:
 
     def load(self, *names: str) -> None:
         for name in names:
-            run(self.app.state.adapters.load(name, f"/adapters/{name}"))
+            run(self.load_from(name, f"/adapters/{name}"))
+
+    async def load_from(self, name: str, path: str, **options: Any) -> None:
+        await self.driver.change(self.driver.front.adapters.load(name, path, **options))
+
+    async def load_many(self, paths: list[LoraPath]) -> None:
+        """As `serve` does with --lora-paths."""
+        await self.driver.change(self.driver.front.adapters.load_many(paths, all_or_none=True))
+
+    @property
+    def spool(self) -> Spool:
+        return self.driver.front.adapters.spool
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:

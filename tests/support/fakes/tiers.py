@@ -1,8 +1,7 @@
 """Adapter tiers without files or a device: a loader that makes adapters up, and a copier that takes its time.
 
-`FakeTiers` puts a real store, host cache, residency, page pool and prefix cache over them. The model has one site,
-and a page holds A and B of one granule: an adapter of rank 8·k takes k pages. All weights of version v are v.
-Used by this package's tests and by anyone who tests against it.
+`FakeTiers` puts a real store, host and device tier, page pool and prefix cache over them. The model has one site, and
+a page holds A and B of one granule: an adapter of rank 8·k takes k pages. All weights of version v are v.
 """
 
 import json
@@ -16,22 +15,24 @@ import torch
 from safetensors.torch import save_file
 
 from multilora.adapters.composition.namespaces import Namespaces
-from multilora.adapters.device.residency import Residency
-from multilora.adapters.host.cache import HostCache
+from multilora.adapters.lifecycle.device_tier import DeviceTier
+from multilora.adapters.lifecycle.host_tier import HostTier
+from multilora.adapters.lifecycle.store import AdapterStore
+from multilora.adapters.lifecycle.version import State
 from multilora.adapters.loading.loader import Fetched, FetchJob
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.peft.base_model import BaseModel
-from multilora.adapters.versions.store import AdapterStore
+from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.errors import AdapterIncompatible, AdapterNotFound, MultiloraError
-from multilora.lora.panels import AdapterShape
+from multilora.lora.panels import AdapterShape, PanelLayout
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
 from multilora.memory.page_pool import PagePool
 from multilora.memory.prefix_cache import PrefixCache
 from multilora.memory.reclaim import GdsfClock, Reclaimer
 
-SITE = LoraSite(index=0, layer=0, name="o_proj", in_features=16, slices=(LoraSlice("o_proj", 0, 16),))
-BASE = BaseModel((SITE,), vocab_size=23, hidden_size=16, tie_word_embeddings=False, norms={}, biased=())
+SITE = LoraSite(index=0, layer=0, name="o_proj", in_features=16, slices=(LoraSlice("o_proj", 0, 16, "self_attn"),))
+BASE = BaseModel((SITE,), (), vocab_size=23, hidden_size=16, tie_word_embeddings=False)
 PAGE_BYTES = 1024
 TARGET = PackTarget((SITE,), torch.float32, PAGE_BYTES)
 BEING_COPIED = 0xAA  # what a page holds while an adapter is on its way into it
@@ -144,7 +145,7 @@ class FakeCopier:
         self.started = 0
         self._arena = arena
 
-    def start(self, buffer: torch.Tensor, pages: list[int]) -> FakeCopy:
+    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> FakeCopy:
         self.started += 1
         self._arena[pages] = BEING_COPIED
         return FakeCopy(self._arena, buffer, pages, self.delay())
@@ -162,7 +163,7 @@ class TimedCopier:
         self._now = now
         self._free_at = 0.0
 
-    def start(self, buffer: torch.Tensor, pages: list[int]) -> "TimedCopy":
+    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> "TimedCopy":
         self.started += 1
         self._free_at = max(self._free_at, self._now()) + self.seconds
         return TimedCopy(FakeCopy(self._arena, buffer, pages, 0), self._free_at, self._now)
@@ -178,6 +179,22 @@ class TimedCopy:
 
     def done(self) -> bool:
         return self.now() >= self.at and self.copy.done()
+
+
+@dataclass
+class _Both:
+    """A table as it will be when the next plan is executed, and the journal that the plan takes its changes from."""
+
+    table: LoraTable
+    journal: LoraJournal
+
+    def install(self, slot: int, layout: PanelLayout, pages: list[int]) -> None:
+        self.table.install(slot, layout, pages)
+        self.journal.install(slot, layout, pages)
+
+    def remove(self, slot: int) -> None:
+        self.table.remove(slot)
+        self.journal.remove(slot)
 
 
 class FakeTiers:
@@ -207,34 +224,45 @@ class FakeTiers:
         self.prefix = PrefixCache(self.pool, self.clock, page_size, enabled=prefix_cache)
         self.namespaces = Namespaces(self.prefix)
         self.table = LoraTable(self.arena, TARGET.dtype, ((0,),))
+        self.journal = LoraJournal()
         self.loader = FakeLoader(files, fetch_delay)
         self.copier: FakeCopier | TimedCopier = FakeCopier(self.arena, copy_delay)
         if copy_seconds is not None:
             self.copier = TimedCopier(self.arena, now, copy_seconds)
-        self.host = HostCache(max_loaded_loras, None if max_host_pages is None else max_host_pages * PAGE_BYTES)
-        self.residency = Residency(
+        self.host = HostTier(max_loaded_loras, None if max_host_pages is None else max_host_pages * PAGE_BYTES)
+        self.device = DeviceTier(
             self.pool,
             self.clock,
-            self.table,
+            _Both(self.table, self.journal),
             self.copier,
             policy=policy,
             max_count=max_loras_per_batch,
             max_pages=max_device_pages,
-            on_evict=lambda version: self.store.evicted(version),
+            on_evict=self.namespaces.demote,
             now=now,
         )
-        self.reclaimer = Reclaimer(self.pool, self.clock, [self.prefix, self.residency])
+        self.reclaimer = Reclaimer(self.pool, self.clock, [self.prefix, self.device])
         self.store = AdapterStore(
             self.loader,
             self.host,
-            self.residency,
+            self.device,
             self.reclaimer,
             layout_of=TARGET.layout,
             page_bytes=PAGE_BYTES,
             total_pages=total_pages,
             context_pages=context_pages,
-            on_evict=self.namespaces.demote,
         )
+
+    def resident(self) -> list[int]:
+        """Versions that requests could run on."""
+        return [adapter.version for adapter in self.store.loaded() if adapter.state is State.RESIDENT]
+
+    def acquire(self, version: int) -> int:
+        """As a request that starts. Returns its slot."""
+        return self.device.acquire_slot(self.store.get(version))
+
+    def release(self, version: int) -> None:
+        self.device.release_slot(self.store.get(version))
 
     def weights_are(self, version: int, slot: int) -> bool:
         """Whether the table's views at `slot` show this version's weights and nothing else."""

@@ -1,0 +1,75 @@
+"""Attention backends by name. Adding one is a function and a line in the table.
+
+The table is also where `--attention-backend` finds its choices, so this file imports no heavy library.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from multilora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from multilora.attention.base import AttentionBackend, AttentionShape, KVViews
+
+logger = logging.getLogger(__name__)
+
+
+def _flashinfer(kv_views: "KVViews", shape: "AttentionShape") -> "AttentionBackend":
+    from multilora.attention.flashinfer import FlashInferAttention
+
+    return FlashInferAttention(kv_views, shape)
+
+
+def _torch(kv_views: "KVViews", shape: "AttentionShape") -> "AttentionBackend":
+    from multilora.attention.torch_sdpa import TorchAttention
+
+    return TorchAttention(kv_views, shape)
+
+
+BACKENDS: "dict[str, Callable[[KVViews, AttentionShape], AttentionBackend]]" = {
+    "flashinfer": _flashinfer,
+    "torch": _torch,
+}
+
+
+def make_attention(name: str, kv_views: "KVViews", shape: "AttentionShape") -> "AttentionBackend":
+    """The backend `name` of the table over `KVLayout.views(arena)`."""
+    return BACKENDS[name](kv_views, shape)
+
+
+def choose_attention(
+    name: str, device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype", head_dim: int
+) -> str:
+    """Which backend --attention-backend `name` ("auto" or one of the table) means for a model; logged.
+
+    Raises ConfigError when a backend asked for by name cannot run here; the message says what is missing.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise ConfigError(f"--attention-backend must be one of auto, {', '.join(BACKENDS)}, is {name!r}")
+    obstacle = None if name == "torch" else flashinfer_obstacle(device, dtype, kv_dtype, head_dim)
+    if name == "flashinfer" and obstacle:
+        raise ConfigError(f"--attention-backend flashinfer: {obstacle}")
+    chosen = "torch" if name == "torch" or obstacle else "flashinfer"
+    logger.info("attention backend: %s%s", chosen, f" (not flashinfer: {obstacle})" if obstacle else "")
+    return chosen
+
+
+def flashinfer_obstacle(
+    device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype", head_dim: int
+) -> str | None:
+    """The first thing that keeps FlashInfer from serving a model; None: nothing does."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, the model is on {device.type}"
+    if str(dtype) not in ("torch.float16", "torch.bfloat16"):
+        return f"it takes float16 and bfloat16, the model is {dtype}"
+    if kv_dtype != dtype:
+        return f"it takes a KV cache of the model's dtype, {dtype}; the KV cache is {kv_dtype}"
+    if head_dim not in (64, 128, 256):
+        return f"it takes head_dim 64, 128 and 256, the model has {head_dim}"
+    if importlib.util.find_spec("flashinfer") is None:
+        return "the package flashinfer-python is not installed"
+    return None

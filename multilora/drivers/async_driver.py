@@ -1,0 +1,157 @@
+"""Drives the front by asyncio, beside an engine process: for the server and for `AsyncLLM`.
+
+A request is cancelled with its task: it is aborted and its adapters are released. A change of an adapter that has
+begun is carried through even if its task is cancelled. Blocking work runs on a few threads, a pool for each lane.
+All methods belong to one event loop.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from multilora.engine.messages import AdapterInfo, Output
+from multilora.errors import MultiloraError
+from multilora.front.effects import (
+    Effect,
+    EngineLoad,
+    EngineUnload,
+    Gather,
+    Lane,
+    RunBlocking,
+    Spawn,
+    Steps,
+    WaitUntilIdle,
+)
+from multilora.front.engine_link import EngineLink
+from multilora.front.front import Front
+from multilora.front.generation import Generation, Job, Sample
+from multilora.front.stream import Delta
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+THREADS = {Lane.TEXT: 4, Lane.GRAMMAR: 1, Lane.FILES: 8}
+
+
+class AsyncEngine(EngineLink, Protocol):
+    """An engine whose calls can be awaited: the shape of `engine.process.client.EngineClient`."""
+
+    async def load_adapter(self, version: int, path: str, pinned: bool) -> AdapterInfo:
+        """Raises AdapterError; nothing has changed then. EngineDead if the engine ends."""
+
+    async def unload_adapter(self, version: int) -> None: ...
+
+    async def flush_cache(self) -> None: ...
+
+    async def shutdown(self) -> None:
+        """Let the engine finish what runs, and end it."""
+
+
+class AsyncGeneration:
+    """A Generation under way. Iterate `events` or await `results`; both close it at the end."""
+
+    def __init__(self, generation: Generation, outputs: "asyncio.Queue[Output]"):
+        self.samples = generation.samples
+        self.created = generation.created
+        self.close = generation.close
+        self._generation = generation
+        self._outputs = outputs
+
+    async def events(self) -> AsyncIterator[tuple[Sample, Delta]]:
+        """What is new, of which sample, until each has ended. Raises the typed error of the first that fails."""
+        try:
+            while not self._generation.finished:
+                event = self._generation.receive(await self._outputs.get())
+                if event is not None:
+                    yield event
+        finally:
+            self.close()
+
+    async def results(self) -> list[Sample]:
+        """Wait for all endings."""
+        async for _ in self.events():
+            pass
+        return self.samples
+
+
+class AsyncDriver:
+    """Of one engine and its front."""
+
+    def __init__(self, engine: AsyncEngine, front: Front):
+        self.engine = engine
+        self.front = front
+        self._changes: set[asyncio.Task[Any]] = set()
+        self._pools = {lane: ThreadPoolExecutor(count, lane.value) for lane, count in THREADS.items()}
+
+    async def generate(self, jobs: Sequence[Job], rids: Sequence[str] | None = None) -> AsyncGeneration:
+        """Check and submit. On any error, and when cancelled, nothing is sent and no adapter is held."""
+        outputs: asyncio.Queue[Output] = asyncio.Queue()
+        return AsyncGeneration(await self._run(self.front.submit(jobs, outputs.put_nowait, rids)), outputs)
+
+    async def change(self, steps: Steps[T]) -> T:
+        """Carry a change of an adapter through, even if the caller is cancelled meanwhile."""
+        return await asyncio.shield(self._start(steps))
+
+    async def close(self) -> None:
+        """Let the engine finish what runs, and end it; no more blocking work is begun."""
+        await self.engine.shutdown()
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, steps: Steps[T]) -> T:
+        try:
+            effect = next(steps)
+            while True:
+                try:
+                    result = await self._perform(effect)
+                except BaseException as e:  # a cancellation too: the work cleans up
+                    effect = steps.throw(e)
+                else:
+                    effect = steps.send(result)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+
+    async def _perform(self, effect: Effect[Any]) -> Any:
+        match effect:
+            case RunBlocking(lane, function):
+                return await asyncio.get_running_loop().run_in_executor(self._pools[lane], function)
+            case EngineLoad(version, path, pinned):
+                return await self.engine.load_adapter(version, path, pinned)
+            case EngineUnload(version):
+                await self.engine.unload_adapter(version)
+            case WaitUntilIdle(version):
+                idle = asyncio.Event()
+                self.front.registry.when_idle(version, idle.set)
+                await idle.wait()
+            case Spawn(steps):
+                self._start(steps)
+            case Gather(children, limit):
+                return await self._gather(children, limit)
+            case other:
+                raise AssertionError(f"not an effect: {other!r:.100}")
+
+    async def _gather(self, children: Sequence[Steps[T]], limit: int) -> list[T | BaseException]:
+        free = asyncio.Semaphore(limit)
+
+        async def one(child: Steps[T]) -> T:
+            async with free:
+                return await self._run(child)
+
+        return await asyncio.gather(*map(one, children), return_exceptions=True)
+
+    def _start(self, steps: Steps[T]) -> "asyncio.Task[T]":
+        task = asyncio.create_task(self._run(steps))
+        self._changes.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: "asyncio.Task[Any]") -> None:
+        self._changes.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            if isinstance(error, MultiloraError):
+                logger.info("adapter change failed: %s", error)
+            else:
+                logger.error("adapter change failed", exc_info=error)

@@ -1,0 +1,264 @@
+"""Steps as CUDA graphs, by padded number of rows, with and without LoRA: `prepare` gives one to launch, or None.
+
+A graph holds decoder layers, from embedded rows to hidden ones. What varies from step to step lies in buffers that
+stay where they are: rows and positions here, page tables in the attention backend's twin, adapters in the LoRA
+backend's tables. So no adapter, rank or mix ever needs a new capture. Embedding and head come before and after, as in
+any step: what an adapter does to them does not concern a graph.
+
+Decodes, where every request has one new token, are one graph. Small steps with prompts are cut where each layer
+attends: a prompt of a hundred tokens takes a GPU a few milliseconds and the host, launch by launch, three times as
+long. Attention depends on lengths and is launched as ever; what lies between two of them (the end of one layer, the
+beginning of the next) depends on nothing but the number of rows and is one graph each.
+
+    graph 0                  | attend 0 | graph 1                               | attend 1 |  …  | graph L
+    norm, q k v, rotate                   o, norm, MLP; norm, q k v, rotate                        …, final norm
+
+The model knows nothing of it: while it is captured, its attention ends one graph and begins the next. Padding rows at
+the end of a step compute something that nobody reads.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from multilora.attention.base import LayerAttention, PieceAttention, StepAttention
+from multilora.attention.rotate import CosSin
+from multilora.batch import AttentionMeta, ForwardBatch, LoraSegment
+from multilora.layers.context import ForwardContext
+from multilora.lora.base import LoraBackend
+from multilora.models.base import CausalLM
+
+logger = logging.getLogger(__name__)
+
+PIECE_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
+"""Rows of steps with prompts. Larger ones take the GPU about as long as the host, and LoRA's grids follow their
+adapters."""
+
+
+def decode_sizes(largest: int) -> list[int]:
+    """1, 2, 4, then the multiples of 8, and `largest` itself."""
+    return sorted(s for s in {1, 2, 4, *range(8, largest, 8), largest} if s <= largest)
+
+
+class GraphedStep(Protocol):
+    """The layers of one step, ready to be launched."""
+
+    def run(self, x: Tensor) -> Tensor:
+        """x: the step's rows, embedded, [rows, hidden]. Returns their hidden rows, valid until the next run."""
+        ...
+
+
+class StepGraphs(Protocol):
+    """What a runner asks."""
+
+    def prepare(self, batch: ForwardBatch, *, decodes: bool) -> GraphedStep | None:
+        """decodes: every request has one new token. None: no graph serves such a step; launch its layers one by one.
+
+        A step that is prepared is run before the next one is prepared.
+        """
+        ...
+
+
+class _Recorder:
+    """Graphs of one forward pass, each captured from a cut to the next. pool: memory that all of them share."""
+
+    def __init__(self, pool: Any):
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self._pool = pool
+
+    def __enter__(self) -> "_Recorder":
+        self._begin()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.graphs[-1].capture_end()
+
+    def cut(self) -> None:
+        self.graphs[-1].capture_end()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.graphs.append(torch.cuda.CUDAGraph())
+        self.graphs[-1].capture_begin(pool=self._pool)
+
+
+class _Cut:
+    """Stands where a layer's attention stands, during a capture in pieces."""
+
+    def __init__(self, attention: PieceAttention, cut: Callable[[], None]):
+        self._attention = attention
+        self._cut = cut
+
+    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: CosSin) -> Tensor:
+        self._attention.rotate(layer, q, k, v, rope)
+        self._cut()
+        return self._attention.out
+
+
+class _Decodes:
+    """How decodes of one size are captured and attend: all of it is in the graph."""
+
+    def __init__(self, twin: StepAttention, device: torch.device):
+        self._twin = twin
+        self._device = device
+
+    def prepare_capture(self) -> None:
+        """For one request with one token, in page 0. Outside of the capture: it copies from the host."""
+        zero = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._twin.prepare(AttentionMeta((1,), (1,), zero[None], zero, zero))
+
+    def layers(self, cut: Callable[[], None]) -> LayerAttention:
+        del cut  # in one piece
+        return self._twin
+
+    def prepare(self, meta: AttentionMeta) -> None:
+        self._twin.prepare(meta)
+
+    def attend(self, layer: int) -> None:
+        raise AssertionError("a decode graph attends by itself")
+
+
+class _Pieces:
+    """How steps of one size are captured and attend when they are cut at each layer's attention."""
+
+    def __init__(self, attention: PieceAttention):
+        self._attention = attention
+        self.prepare = attention.prepare
+        self.attend = attention.attend
+
+    def prepare_capture(self) -> None:
+        """Nothing: what is captured does not depend on lengths and pages."""
+
+    def layers(self, cut: Callable[[], None]) -> LayerAttention:
+        return _Cut(self._attention, cut)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """Graphs of the layers: one, or one more than there are layers. rows, positions: what they read."""
+
+    rows: Tensor  # [size, hidden]
+    positions: Tensor  # int64 [size]
+    attention: _Decodes | _Pieces
+    graphs: list[torch.cuda.CUDAGraph]
+    hidden: Tensor  # [size, hidden]
+
+
+@dataclass(frozen=True)
+class _Replay:
+    captured: _Captured
+    batch: ForwardBatch
+
+    def run(self, x: Tensor) -> Tensor:
+        captured, count = self.captured, len(x)
+        captured.rows[:count] = x
+        captured.positions[:count] = self.batch.positions
+        captured.attention.prepare(self.batch.attention)
+        *before, last = captured.graphs
+        for layer, graph in enumerate(before):
+            graph.replay()
+            captured.attention.attend(layer)
+        last.replay()
+        return captured.hidden[:count]
+
+
+class _GraphSet:
+    """All sizes of one kind. attention: by number of rows; lora: None when LoRA is off."""
+
+    def __init__(
+        self,
+        what: str,
+        model: CausalLM,
+        attention: Mapping[int, _Decodes] | Mapping[int, _Pieces],
+        lora: LoraBackend | None,
+        device: torch.device,
+    ):
+        self._what = what
+        self._model = model
+        self._attention = attention
+        self._lora = lora
+        self._device = device
+        most, width = max(attention), model.config.hidden_size
+        self._rows = torch.zeros(most, width, dtype=model.config.dtype, device=device)
+        self._positions = torch.zeros(most, dtype=torch.int64, device=device)
+        self._captured: dict[tuple[int, bool], _Captured] = {}
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record everything, largest first so that the smaller ones reuse its memory. Nothing else may run."""
+        started = monotonic()
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))  # buffers are being filled there
+        work = [(size, lora) for size in sorted(self._attention, reverse=True) for lora in (False, True)]
+        with torch.cuda.stream(stream):
+            for size, lora in tqdm(work, desc=f"Capturing {self._what}", unit="graph"):
+                if not lora or self._prepare_lora((), size):
+                    self._captured[size, lora] = self._capture(size, lora, pool)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.empty_cache()  # what was computed before the captures
+        logger.info("captured %d sizes of %s in %.1f s", len(self._captured), self._what, monotonic() - started)
+
+    def _capture(self, size: int, lora: bool, pool: Any) -> _Captured:
+        attention, backend = self._attention[size], self._lora if lora else None
+        rows, positions = self._rows[:size], self._positions[:size]
+
+        def forward(cut: Callable[[], None]) -> Tensor:
+            hidden: Tensor = self._model(rows, positions, ForwardContext(attention.layers(cut), backend))
+            return hidden
+
+        attention.prepare_capture()
+        forward(lambda: None)  # compiles and allocates outside the graphs
+        torch.cuda.synchronize(self._device)
+        with _Recorder(pool) as recorder:
+            hidden = forward(recorder.cut)
+        return _Captured(rows, positions, attention, recorder.graphs, hidden)
+
+    def prepare(self, batch: ForwardBatch) -> _Replay | None:
+        """None if the step is too large or its adapters do not fit."""
+        count = len(batch.positions)
+        size = min((s for s in self._attention if s >= count), default=None)
+        if size is None or (batch.lora and not self._prepare_lora(batch.lora, size)):
+            return None
+        return _Replay(self._captured[size, bool(batch.lora)], batch)
+
+    def _prepare_lora(self, segments: tuple[LoraSegment, ...], size: int) -> bool:
+        """Put the segments where the graphs look for them. False if they cannot."""
+        if self._lora is None:
+            return False
+        self._lora.prepare(segments, size)
+        return self._lora.replayable
+
+
+class CudaGraphs:
+    """All captured graphs of one engine.
+
+    decodes, pieces: by number of rows, the attention backend's `for_graph(size)` and `for_pieces(size)`.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        decodes: Mapping[int, StepAttention],
+        pieces: Mapping[int, PieceAttention],
+        lora: LoraBackend | None,
+        device: torch.device,
+    ):
+        twins = {size: _Decodes(twin, device) for size, twin in decodes.items()}
+        halves = {size: _Pieces(half) for size, half in pieces.items()}
+        self._decodes = _GraphSet("decodes", model, twins, lora, device)
+        self._pieces = _GraphSet("small steps with prompts", model, halves, lora, device)
+
+    def capture(self) -> None:
+        """Nothing else may run, and page 0 is written."""
+        self._decodes.capture()
+        self._pieces.capture()
+
+    def prepare(self, batch: ForwardBatch, *, decodes: bool) -> GraphedStep | None:
+        return (self._decodes if decodes else self._pieces).prepare(batch)

@@ -1,0 +1,73 @@
+"""Between requests and the data of a plan: a request's next tokens as a `Chunk`, its news as an `Output`.
+
+Reads requests; changes only whether an Output has been sent and which prompt logprobs have come.
+Called by `scheduler.py`.
+"""
+
+from multilora.engine.messages import Finished, Logprobs, Output
+from multilora.engine.plan import Chunk, PromptLogprobs
+from multilora.engine.scheduling.request import Request
+from multilora.params import Composition
+
+
+def make_chunk(request: Request, count: int) -> Chunk:
+    """The next `count` tokens of a running request. A token follows them if they are all that remains."""
+    progress, spec = request.progress, request.spec
+    assert request.slot is not None
+    start = progress.num_scheduled
+    samples = count == progress.remaining and spec.samples
+    return Chunk(
+        request.slot,
+        start,
+        count,
+        request.token_ids(start, count),
+        request.lora_slots,
+        spec.weights,
+        min(count, max(0, spec.activation - start)),
+        (len(progress.output_ids) + progress.in_flight,) if samples else (),
+        count == 1 and start >= progress.num_prompt,
+        _prompt_logprobs(request, start, count),
+    )
+
+
+def _prompt_logprobs(request: Request, start: int, count: int) -> PromptLogprobs | None:
+    """What is still wanted of the prompt's logprobs in [start, start + count)."""
+    positions = request.prompt_logprob_positions(start, count)
+    if not positions:
+        return None
+    next_ids = request.spec.prompt_ids[positions.start + 1 : positions.stop + 1]
+    return PromptLogprobs(positions.start, next_ids, request.spec.top_logprobs)
+
+
+def take_prompt_logprobs(request: Request, wanted: PromptLogprobs, found: list[Logprobs]) -> None:
+    """A chunk planned again after a preemption may bring some that have come in the meantime."""
+    known = request.logprob_position - wanted.first
+    request.progress.prompt_logprobs += found[known:]
+
+
+def adapter_order(run: tuple[Request, Chunk]) -> tuple[Composition, int]:
+    """Sort key: equal compositions side by side, base first; among them first those that begin before activation."""
+    request, chunk = run
+    acts = chunk.pre_activation < chunk.count
+    return request.spec.adapters if acts else (), -chunk.pre_activation
+
+
+def make_output(
+    request: Request, now: float, tokens: list[int], finished: Finished | None, logprobs: Logprobs | None = None
+) -> Output:
+    """The first one of a request carries its prompt logprobs. now: monotonic seconds; logprobs: of the one token."""
+    spec, prompt = request.spec, request.progress.prompt_logprobs
+    input_logprobs: list[Logprobs | None] = []
+    if not request.first_output_sent and spec.prompt_logprobs_from is not None:
+        input_logprobs = [None, *prompt] if spec.prompt_logprobs_from == 0 else [*prompt]
+    request.first_output_sent = True
+    return Output(
+        rid=spec.rid,
+        token_ids=tokens,
+        finished=finished,
+        prompt_tokens=len(spec.prompt_ids),
+        cached_tokens=request.cached_tokens,
+        queue_seconds=(request.admitted or now) - spec.arrival,
+        logprobs=[logprobs] if logprobs is not None else [],
+        input_logprobs=input_logprobs,
+    )

@@ -1,0 +1,158 @@
+"""Loading, replacing, composing and unloading adapters while requests run, without I/O.
+
+One `AdapterManager` keeps registry, vocabularies, spool and engine in step through each change: what fails halfway
+leaves none of them changed. A change is work for a driver (see `effects.py`), which carries through what has begun.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from multilora.adapters.sources.spool import TENSOR_ROOT, Spool
+from multilora.config import LoraPath
+from multilora.engine.messages import AdapterInfo
+from multilora.errors import AdapterError, BadRequest, MultiloraError
+from multilora.front.adapter_spec import parse_composition, show
+from multilora.front.effects import EngineLoad, EngineUnload, Gather, Lane, RunBlocking, Spawn, Steps, WaitUntilIdle
+from multilora.front.observer import Observer
+from multilora.front.registry import AdapterRegistry
+from multilora.front.vocabulary import Vocabularies
+
+logger = logging.getLogger(__name__)
+
+MAX_LOADS = 8  # at a time, of one `load_many`
+
+
+class AdapterManager:
+    """One per front. `spool`: where adapters that come as tensors are kept."""
+
+    def __init__(self, registry: AdapterRegistry, vocabularies: Vocabularies, spool: Spool, observer: Observer):
+        self._registry = registry
+        self._vocabularies = vocabularies
+        self.spool = spool
+        self._observer = observer
+
+    def load(self, name: str, path: str, *, pinned: bool | None = None, replace: bool = False) -> Steps[AdapterInfo]:
+        """Load the adapter in a directory or hub repository and let requests use it. Raises AdapterError.
+
+        With `replace` the name may be taken: requests in flight keep the old version, which is unloaded when they
+        end. `pinned` None: as the replaced one, else no.
+        """
+        if pinned is None:
+            pinned = any(ref.name == name and ref.pinned for ref in self._registry.refs())
+        version = self._registry.begin_load(name, path, pinned, replace=replace)
+        info = yield from self._fetch(version, path, pinned)
+        yield from self._commit(name, info)
+        return info
+
+    def load_tensors(
+        self, name: str, config: dict[str, Any], write: Callable[[Path], None], *, pinned: bool = False
+    ) -> Steps[AdapterInfo]:
+        """Load an adapter whose adapter_config.json is `config` and whose .safetensors file `write(path)` writes."""
+        version = self._registry.begin_load(name, TENSOR_ROOT, pinned)
+        path = ""
+        try:
+            path = str((yield from RunBlocking(Lane.FILES, partial(self.spool.add, version, config, write))))
+            info = yield from EngineLoad(version, path, pinned)
+            yield from self._add_tokens(info, None)
+        except BaseException as e:
+            self._registry.fail_load(version)
+            self.spool.remove(version)
+            if isinstance(e, MultiloraError) and path:
+                e.message = e.message.replace(path, TENSOR_ROOT)
+                e.args = (e.message,)
+            raise
+        yield from self._commit(name, info)
+        return info
+
+    def load_many(self, paths: Sequence[LoraPath], *, all_or_none: bool = False) -> Steps[list[AdapterInfo]]:
+        """Load several side by side; requests can use them once all have ended. Raises the first error.
+
+        Those without an error are loaded then, or none of them with `all_or_none`: no load begins any more there
+        once one has failed.
+        """
+        failed = False
+
+        def fetch(entry: LoraPath) -> Steps[AdapterInfo]:
+            nonlocal failed
+            if failed and all_or_none:
+                raise AdapterError(f"adapter {entry.lora_name!r} is not loaded: another one failed before")
+            try:
+                version = self._registry.begin_load(entry.lora_name, entry.lora_path, entry.pinned)
+                return (yield from self._fetch(version, entry.lora_path, entry.pinned))
+            except BaseException:
+                failed = True
+                raise
+
+        found = yield from Gather([fetch(entry) for entry in paths], MAX_LOADS)
+        errors = [error for error in found if isinstance(error, BaseException)]
+        infos = [
+            (entry.lora_name, info) for entry, info in zip(paths, found, strict=True) if isinstance(info, AdapterInfo)
+        ]
+        for name, info in infos:
+            if errors and all_or_none:
+                self._registry.fail_load(info.version)
+                yield from EngineUnload(info.version)
+            else:
+                yield from self._commit(name, info)
+        if errors:
+            raise errors[0]
+        return [info for _, info in infos]
+
+    def compose(
+        self, name: str, parts: Sequence[Any], *, pinned: bool | None = None, replace: bool = False
+    ) -> Steps[None]:
+        """Let `name` stand for a composition of loaded adapters, each a {name, weight}."""
+        if pinned:
+            raise BadRequest("pinned: a composition has no weights of its own; pin its parts", param="pinned")
+        spec = parse_composition(list(parts))
+        replaced = self._registry.compose(name, spec, replace=replace)
+        logger.info("adapter %r is now %s", name, show(spec))
+        if replaced is not None:
+            yield from Spawn(self._drop(replaced))
+
+    def unload(self, name: str) -> Steps[None]:
+        """Refuse new requests for `name`, wait for those it has, and free it. Raises AdapterNotLoaded."""
+        version = self._registry.begin_unload(name)
+        yield from self._drop(version)
+        self._observer.forget(name)
+        logger.info("adapter %r unloaded", name)
+
+    def _fetch(self, version: int, path: str, pinned: bool) -> Steps[AdapterInfo]:
+        """Into the engine, and its tokens to the front; if that fails, it is as if the load had never begun."""
+        try:
+            info = yield from EngineLoad(version, path, pinned)
+            yield from self._add_tokens(info, path)
+        except BaseException:
+            self._registry.fail_load(version)
+            raise
+        return info
+
+    def _add_tokens(self, info: AdapterInfo, path: str | None) -> Steps[None]:
+        """The last step of a load that went well so far: if it fails, the engine forgets the adapter."""
+        if not self._vocabularies.concerns(info):
+            return
+        try:
+            yield from RunBlocking(Lane.FILES, partial(self._vocabularies.add, info, path))
+        except BaseException:
+            yield from EngineUnload(info.version)
+            raise
+
+    def _commit(self, name: str, info: AdapterInfo) -> Steps[None]:
+        replaced = self._registry.commit_load(info.version, info)
+        logger.info("adapter %r loaded: rank %d, %d bytes, %s", name, info.rank, info.nbytes, info.path)
+        if replaced is not None:
+            yield from Spawn(self._drop(replaced))
+
+    def _drop(self, version: int) -> Steps[None]:
+        """Wait until no request holds the version, then free it."""
+        yield from WaitUntilIdle(version)
+        try:
+            if not self._registry.is_composition(version):
+                yield from EngineUnload(version)
+        finally:
+            self._registry.finish_unload(version)
+            self.spool.remove(version)
+            self._vocabularies.remove(version)

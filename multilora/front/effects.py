@@ -1,0 +1,85 @@
+"""What the front asks of its driver: effects, yielded by generators that get the results sent back.
+
+The front does no I/O. A change of an adapter or the start of a request is a generator of type `Steps`: it yields an
+effect wherever it needs the engine, a file, a long computation or to wait, and goes on with the result:
+
+    info = yield from EngineLoad(version, path, pinned)
+
+A driver performs the effects (package `drivers`): by asyncio, or by stepping an engine in the same process. An effect
+that fails raises its error at that line; so does the cancellation of the work.
+"""
+
+import enum
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from multilora.engine.messages import AdapterInfo
+
+T = TypeVar("T")
+
+
+class Effect(Generic[T]):
+    """One thing for the driver to do, with a result of type T."""
+
+    def __iter__(self) -> Generator["Effect[Any]", Any, T]:
+        result: T = yield self
+        return result
+
+
+Steps = Generator[Effect[Any], Any, T]
+"""Work of the front under way, with a result of type T in the end."""
+
+
+class Lane(enum.Enum):
+    """Who waits for whom: blocking work of one lane runs on a bounded number of threads of its own."""
+
+    TEXT = "text"  # tokenizing and chat templates
+    GRAMMAR = "grammar"
+    FILES = "files"  # disk and network
+
+
+@dataclass(frozen=True)
+class RunBlocking(Effect[T]):
+    """Call `function` where it holds up nobody: it computes for long, or waits for a disk or the network."""
+
+    lane: Lane
+    function: Callable[[], T]
+
+
+@dataclass(frozen=True)
+class EngineLoad(Effect[AdapterInfo]):
+    """Have the engine load the adapter at `path` as `version`. Raises AdapterError or EngineDead."""
+
+    version: int
+    path: str
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class EngineUnload(Effect[None]):
+    """Have the engine forget `version`, which no request holds. Raises EngineDead."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class WaitUntilIdle(Effect[None]):
+    """Wait until no request holds `version`."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Gather(Effect[list[T | BaseException]]):
+    """Run `children` side by side, at most `limit` at a time. The results, or errors, in their order."""
+
+    children: Sequence[Steps[T]]
+    limit: int
+
+
+@dataclass(frozen=True)
+class Spawn(Effect[None]):
+    """Start `steps` and go on at once; an error of theirs is logged."""
+
+    steps: Steps[None]

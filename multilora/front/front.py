@@ -1,0 +1,188 @@
+"""The one road from a client's request to the engine, whichever door it came through, without I/O.
+
+`Front.submit` checks everything before anything is sent. Each sample holds its adapters from before its prompt is
+tokenized until its one ending (stop, length, abort or error). `Front.adapters` loads and unloads them.
+"""
+
+import itertools
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import msgspec
+
+from multilora.adapters.sources.spool import Spool
+from multilora.config import Config
+from multilora.engine.messages import Output, Submit
+from multilora.errors import BadRequest, EngineDead, QueueFull
+from multilora.front.adapter_manager import AdapterManager
+from multilora.front.effects import Lane, RunBlocking, Steps
+from multilora.front.engine_link import EngineLink
+from multilora.front.generation import Generation, Job, Sample
+from multilora.front.grammar import GrammarCompiler
+from multilora.front.observer import Observer
+from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, engine_params
+from multilora.front.registry import AdapterRegistry
+from multilora.front.stream import TextStream
+from multilora.front.tokenizer import Tokenizer
+from multilora.front.vocabulary import Vocabularies
+from multilora.params import SamplingParams
+
+INLINE_CHARS = 2048
+"""Texts of one request that are tokenized at once, 1 ms; more goes to a thread, which costs 0.15 ms."""
+
+
+class Front:
+    """The engine, the names, the vocabularies and the grammars that all requests share, and which samples are open.
+
+    tokenizer: None: token ids only. spool: where adapters that come as tensors are kept. observer: who counts
+    requests; None: nobody.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: EngineLink,
+        tokenizer: Tokenizer | None,
+        spool: Spool,
+        observer: Observer | None = None,
+    ):
+        ready = engine.ready
+        self.config = config
+        self.engine = engine
+        self.observer = observer or Observer()
+        self.registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
+        self.vocabularies = Vocabularies(tokenizer, ready, self.registry, config.lora_root)
+        self.adapters = AdapterManager(self.registry, self.vocabularies, spool, self.observer)
+        self._room = config.max_running_requests + config.max_queued_requests
+        self._compiler = GrammarCompiler(tokenizer, ready.vocab_size, ready.eos_token_ids)
+        self._tokenizer_sent = False  # to the engine, for its grammars
+        self._open: dict[str, Sample] = {}  # by rid
+        self._serial = itertools.count()
+
+    def submit(
+        self, jobs: Sequence[Job], deliver: Callable[[Output], None], rids: Sequence[str] | None = None
+    ) -> Steps[Generation]:
+        """Check all jobs, then send all their samples; `deliver` gets their outputs. `rids`: one for each sample.
+
+        On any error nothing is sent and no adapter is held.
+        """
+        count = sum(job.sampling.n for job in jobs)
+        self._check_room(count)
+        unused = iter(self._check_rids(rids, count))
+        self.registry.check_request(job.adapters for job in jobs)
+        generation = Generation(self.engine, self.observer, self._end)
+        try:
+            groups = [self._open_samples(generation, job, unused) for job in jobs]
+            prompts = yield from self._tokenize([samples[0] for samples in groups])
+            for samples, ids in zip(groups, prompts, strict=True):
+                for sample in samples:
+                    sample.prompt_ids = ids
+            messages = {sample.key: self._prepare(sample) for sample in generation.samples}
+            grammars = yield from self._compile([job.sampling for job in jobs])
+            for samples, grammar in zip(groups, grammars, strict=True):
+                for sample in samples:
+                    message = messages[sample.key]
+                    self._send(sample, msgspec.structs.replace(message, grammar=grammar), deliver)
+        except BaseException:
+            generation.close()
+            raise
+        return generation
+
+    def abort(self, rid: str | None, message: str = "aborted") -> None:
+        """Abort the request `rid`, all of its samples; None: every request. They end with `abort`."""
+        for open_rid, sample in list(self._open.items()):
+            if rid is None or open_rid == rid or open_rid.rpartition("#")[0] == rid:
+                sample.abort_message = message
+                if sample.submitted:
+                    self.engine.abort(sample.key, message)
+
+    def _end(self, sample: Sample) -> None:
+        """The sample has ended: release its adapters."""
+        del self._open[sample.rid]
+        if sample.submitted:
+            reason = sample.stream.finished.type if sample.stream.finished else "abort"
+            tokens = (len(sample.prompt_ids), sample.stream.completion_tokens)
+            self.observer.ended(sample.job.adapters, *tokens, reason)
+        self.registry.release(sample.held)
+
+    # ------------------------------------------------------------------ the steps of `submit`
+
+    def _check_room(self, count: int) -> None:
+        if not self.engine.alive:
+            raise EngineDead("the engine process ended; restart the server")
+        if count > self._room:
+            raise BadRequest(f"{count} sequences in one request; the queue holds {self._room}")
+        if len(self._open) + count > self._room:
+            raise QueueFull(f"the queue is full: {len(self._open)} requests run or wait; try again later")
+
+    def _check_rids(self, rids: Sequence[str] | None, count: int) -> Sequence[str]:
+        if rids is None:
+            return [uuid.uuid4().hex for _ in range(count)]
+        if len(set(rids)) < count or any(not rid or rid in self._open for rid in rids):
+            raise BadRequest("rid: each must be unique, not empty and not in use", param="rid")
+        return rids
+
+    def _open_samples(self, generation: Generation, job: Job, rids: Iterator[str]) -> list[Sample]:
+        """From here on the adapters of the job stay what they are now, whatever is loaded or unloaded."""
+        vocabulary = self.vocabularies.of(job.adapters)
+        vocabulary.check_grammar(job.sampling)
+        if job.sampling.stop_strings or job.sampling.stop_regexes:
+            vocabulary.reader("a stop string", "stop")
+        samples = []
+        for number in range(job.sampling.n):
+            stream = TextStream(vocabulary.tokenizer, job.sampling, self.engine.ready.eos_token_ids)
+            held = self.registry.acquire(job.adapters)
+            rid, index = next(rids), len(generation.samples)
+            key = f"{rid}@{next(self._serial)}"
+            sample = self._open[rid] = Sample(job, number, index, rid, key, held, vocabulary, stream)
+            generation.add(sample)
+            samples.append(sample)
+        return samples
+
+    def _tokenize(self, samples: Sequence[Sample]) -> Steps[list[list[int]]]:
+        """The token ids of each one's prompt. Chat templates may do anything, so they always get a thread."""
+        prompts = [sample.job.prompt for sample in samples]
+        texts = [prompt.text for prompt in prompts if isinstance(prompt, TextPrompt)]
+        if any(isinstance(prompt, ChatPrompt) for prompt in prompts) or sum(map(len, texts)) > INLINE_CHARS:
+            return (yield from RunBlocking(Lane.TEXT, partial(_encode, samples)))
+        return _encode(samples)
+
+    def _prepare(self, sample: Sample) -> Submit:
+        """The checks of what depends on the prompt's tokens, and the message but for its grammar."""
+        job, length = sample.job, len(sample.prompt_ids)
+        context, vocab_size = self.engine.ready.context_length, sample.vocabulary.size
+        check_prompt(sample.prompt_ids, context, vocab_size)
+        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, vocab_size)
+        ends = sample.vocabulary.ends
+        return Submit(
+            rid=sample.key,
+            input_ids=sample.prompt_ids,
+            sampling=engine_params(job.sampling, length, context, vocab_size, sample=sample.number, ends=ends),
+            adapters=sample.held.composition,
+            return_logprob=job.return_logprob,
+            logprob_start_len=job.logprob_start_len if job.return_logprob else -1,
+            top_logprobs_num=job.top_logprobs_num if job.return_logprob else 0,
+        )
+
+    def _compile(self, params: Sequence[SamplingParams]) -> Steps[Sequence[str | None]]:
+        """The compiled grammar of each, None where there is none."""
+        if not any(p.grammar_field for p in params):
+            return [None] * len(params)
+        self.vocabularies.base.reader("a grammar")
+        compiled = yield from RunBlocking(Lane.GRAMMAR, lambda: [self._compiler.compile(p) for p in params])
+        if not self._tokenizer_sent:
+            self._tokenizer_sent = True
+            self.engine.use_tokenizer(self._compiler.tokenizer_info_json())
+        return compiled
+
+    def _send(self, sample: Sample, message: Submit, deliver: Callable[[Output], None]) -> None:
+        sample.submitted = True
+        self.engine.submit(message, deliver)
+        self.observer.submitted(sample.job.adapters)
+        if sample.abort_message is not None:
+            self.engine.abort(sample.key, sample.abort_message)
+
+
+def _encode(samples: Sequence[Sample]) -> list[list[int]]:
+    return [s.job.prompt if isinstance(s.job.prompt, list) else s.job.prompt.encode(s.vocabulary) for s in samples]

@@ -1,0 +1,119 @@
+"""One request under way: its samples, from the first check to their one ending each, without I/O.
+
+Made by `Front.submit`. The driver hands the engine's outputs to `Generation.receive` and calls `Generation.close` at
+the end, always.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from multilora.engine.messages import Output
+from multilora.errors import MultiloraError, from_wire
+from multilora.front.adapter_spec import BASE, AdapterSpec
+from multilora.front.engine_link import EngineLink
+from multilora.front.observer import Observer
+from multilora.front.prompt import Prompt
+from multilora.front.registry import Held
+from multilora.front.stream import Delta, FinishReason, TextStream
+from multilora.front.vocabulary import Vocabulary
+from multilora.params import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One prompt of a request; `sampling.n` says how many samples of it are wanted."""
+
+    prompt: Prompt
+    sampling: SamplingParams
+    adapters: AdapterSpec = BASE
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+
+
+@dataclass(eq=False)
+class Sample:
+    """One of the answers to a job. `stream` has all of its text and tokens so far.
+
+    `rid` is the client's word for it and may come again later; `key` is the engine's and never does, so no late
+    Output can reach another request. `number`: which of the job's `n`; `index`: which of all its request's.
+    """
+
+    job: Job
+    number: int
+    index: int
+    rid: str
+    key: str
+    held: Held
+    vocabulary: Vocabulary
+    stream: TextStream
+    prompt_ids: list[int] = field(default_factory=list)  # once it is tokenized
+    seconds: float = 0.0  # from the request's start to the last delta
+    queue_seconds: float = 0.0
+    submitted: bool = False
+    abort_message: str | None = None  # aborted before it was submitted
+    started: bool = False  # its first output is here
+
+
+class Generation:
+    """The samples of one request: those of a job are neighbours, in the order of the jobs.
+
+    on_end: called once for each sample, when it has ended.
+    """
+
+    def __init__(self, engine: EngineLink, observer: Observer, on_end: Callable[[Sample], None]):
+        self.samples: list[Sample] = []
+        self.created = time.time()
+        self._engine = engine
+        self._observer = observer
+        self._on_end = on_end
+        self._start = time.perf_counter()
+        self._open: dict[str, Sample] = {}  # by key
+
+    def add(self, sample: Sample) -> None:
+        """The sample is open, and will be ended here."""
+        self.samples.append(sample)
+        self._open[sample.key] = sample
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return not self._open
+
+    def receive(self, output: Output) -> tuple[Sample, Delta] | None:
+        """What an Output adds, to which sample; None: that one has ended already.
+
+        Raises the typed error that a sample ends with; the others are for `close` to abort.
+        """
+        sample = self._open.get(output.rid)
+        if sample is None:
+            return None
+        sample.seconds = time.perf_counter() - self._start
+        if not sample.started:
+            sample.started = True
+            sample.queue_seconds = output.queue_seconds
+            self._observer.first_output(sample.job.adapters, sample.seconds, output.queue_seconds)
+        delta = sample.stream.push(output)
+        if delta.drop:
+            self._engine.finish(sample.key)
+        if delta.finished is not None:
+            self._finish(sample)
+            if delta.finished.type == "error":
+                raise self._error(sample, delta.finished)
+        return sample, delta
+
+    def close(self) -> None:
+        """Abort what has not ended, and release its adapters. Idempotent."""
+        for sample in list(self._open.values()):
+            if sample.submitted:
+                self._engine.abort(sample.key)
+            self._finish(sample)
+
+    def _finish(self, sample: Sample) -> None:
+        del self._open[sample.key]
+        self._on_end(sample)
+
+    def _error(self, sample: Sample, reason: FinishReason) -> MultiloraError:
+        where = f"item {sample.index} of the batch: " if len(self.samples) > 1 else ""
+        return from_wire(reason.kind, where + reason.message)

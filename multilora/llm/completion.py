@@ -1,0 +1,50 @@
+"""What the Python doors answer with."""
+
+from dataclasses import dataclass
+
+from multilora.engine.messages import TopLogprobs
+from multilora.front.generation import Sample
+from multilora.front.stream import FinishReason
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer, or what there is of it so far: then `finished` is False and `finish_reason` None.
+
+    request_id: the caller's, with `#` and `index` behind it where there are several answers; index: which of the `n`
+    to its prompt. Logprobs are natural logarithms of the raw distribution, only when asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    cached_tokens: int
+    logprobs: list[float | None] | None = None
+    top_logprobs: list[TopLogprobs] | None = None
+    input_logprobs: list[float | None] | None = None
+    input_top_logprobs: list[TopLogprobs | None] | None = None
+    request_id: str = ""
+    index: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Completion":
+        """A copy of all that the sample has now."""
+        stream = sample.stream
+        return cls(
+            text=stream.text,
+            token_ids=list(stream.token_ids),
+            finish_reason=stream.finished,
+            prompt_tokens=len(sample.prompt_ids),
+            cached_tokens=stream.cached_tokens,
+            logprobs=[one.logprob for one in stream.logprobs] or None,
+            top_logprobs=[one.top for one in stream.logprobs] or None,
+            input_logprobs=[None if one is None else one.logprob for one in stream.input_logprobs] or None,
+            input_top_logprobs=[None if one is None else one.top for one in stream.input_logprobs] or None,
+            request_id=sample.rid,
+            index=sample.number,
+        )

@@ -1,0 +1,154 @@
+"""Offline use: `LLM(model_path, lora_paths=…).generate(prompts, …)`, the whole engine in this process.
+
+The front is the server's; a `SteppingDriver` performs what it asks for. Not thread-safe.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+from multilora.adapters.sources.spool import Spool
+from multilora.config import Config
+from multilora.drivers.stepping import SteppingDriver
+from multilora.engine.build import build_engine
+from multilora.engine.engine import Engine
+from multilora.engine.messages import AdapterInfo, Output, Stats
+from multilora.engine.process.local import LocalEngine
+from multilora.front.front import Front
+from multilora.front.tokenizer import Tokenizer
+from multilora.llm.completion import Completion
+from multilora.llm.inputs import Params, Prompts, read_jobs, read_lora_paths, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LLM:
+    """One base model and its adapters.
+
+    Keyword arguments are the fields of `Config` (`dtype`, `max_loras_per_batch`, …); `lora_paths` takes
+    {name: path}, or a list of any of the forms of --lora-paths. Raises ConfigError, ModelUnsupported, OutOfMemory,
+    and AdapterError for an adapter that cannot be loaded.
+    """
+
+    def __init__(self, model_path: str | None = None, *, lora_paths: Any = None, **options: Any):
+        self.config = Config.make(model_path=model_path, lora_paths=lora_paths, **options)
+        self._spool = Spool()
+        self._local = LocalEngine(build_engine(self._spool.admit(self.config)))
+        try:
+            self.tokenizer = Tokenizer.of(self.config)
+            self._front = Front(self.config, self._local, self.tokenizer, self._spool)
+            self._driver = SteppingDriver(self._local, self._front.registry)
+            self._driver.run(self._front.adapters.load_many(self.config.lora_paths, all_or_none=True))
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------ generation
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling_params: Params | Sequence[Params] = None,
+        lora_path: Any = None,
+        *,
+        return_logprob: bool = False,
+        logprob_start_len: int = -1,
+        top_logprobs_num: int = 0,
+    ) -> Any:
+        """Complete one prompt (text or token ids) or a list of them, all in one batch.
+
+        lora_path: an adapter's name or a composition, [{"name": …, "weight": …}, …], for all prompts, or a list with
+        one per prompt; None is the base model.
+        Returns a `Completion` for one prompt and `n` = 1, else a list: the prompts' answers in order, and with
+        `n` > 1 prompt i's samples at [i·n, (i + 1)·n). Raises BadRequest before anything runs.
+        """
+        jobs, several = read_jobs(
+            prompts,
+            sampling_params,
+            lora_path,
+            return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len,
+            top_logprobs_num=top_logprobs_num,
+        )
+        outputs: deque[Output] = deque()
+        generation = self._driver.run(self._front.submit(jobs, outputs.append))
+        try:
+            while not generation.finished:
+                self._local.step()
+                while outputs:
+                    generation.receive(outputs.popleft())
+        finally:
+            generation.close()
+        answers = [Completion.of(sample) for sample in generation.samples]
+        return answers if several or len(answers) > 1 else answers[0]
+
+    # ------------------------------------------------------------------ adapters
+
+    def load_lora_adapter(
+        self, lora_name: str, lora_path: str, pinned: bool | None = None, *, replace: bool = False
+    ) -> AdapterInfo:
+        """Load an adapter from a directory or the hub. Raises AdapterError; nothing has changed then.
+
+        With `replace` it may take the place of a loaded one, and is pinned if that was and `pinned` is None.
+        """
+        return self._driver.run(self._front.adapters.load(lora_name, lora_path, pinned=pinned, replace=replace))
+
+    def load_lora_adapters(self, lora_paths: Mapping[str, str]) -> dict[str, AdapterInfo]:
+        """Load several, name → path, side by side: faster than one after the other.
+
+        Raises the first one's error when all have ended; those without an error are loaded then.
+        """
+        infos = self._driver.run(self._front.adapters.load_many(read_lora_paths(lora_paths)))
+        return dict(zip(lora_paths, infos, strict=True))
+
+    def load_lora_adapter_from_tensors(
+        self, lora_name: str, tensors: "dict[str, torch.Tensor]", config: dict[str, Any], pinned: bool = False
+    ) -> AdapterInfo:
+        """Load an adapter from memory: tensors by their names in PEFT's file, and PEFT's config as a dict.
+
+        The tensors are copied to a private file first. Raises AdapterError or BadRequest; nothing has changed then.
+        """
+        write = partial(write_tensors, tensors)
+        return self._driver.run(self._front.adapters.load_tensors(lora_name, config, write, pinned=pinned))
+
+    def compose_lora_adapters(
+        self, lora_name: str, parts: Sequence[dict[str, Any]], *, replace: bool = False
+    ) -> None:
+        """Let a name stand for a composition of loaded adapters, each a {"name": …, "weight": …}."""
+        self._driver.run(self._front.adapters.compose(lora_name, parts, replace=replace))
+
+    def unload_lora_adapter(self, lora_name: str) -> None:
+        """Forget an adapter and free its memory, or forget a composition. Raises AdapterNotLoaded."""
+        self._driver.run(self._front.adapters.unload(lora_name))
+
+    def loaded_adapters(self) -> dict[str, str]:
+        """Name → path ("__tensor__": loaded from tensors)."""
+        return self._front.registry.loaded()
+
+    # ------------------------------------------------------------------ state and end
+
+    @property
+    def engine(self) -> Engine:
+        """The engine underneath, for callers that step it themselves."""
+        return self._local.engine
+
+    def set_lora_limits(self, *, lora_device_bytes: int | None, max_loras_per_batch: int | None) -> None:
+        """Other limits from now on, None: none. Raises ConfigError if an adapter that is loaded could never run."""
+        self.engine.set_lora_limits(lora_device_bytes, max_loras_per_batch)
+
+    def stats(self) -> Stats:
+        """Queues, pages, counters and where each adapter is now."""
+        return self._local.stats
+
+    def close(self) -> None:
+        """End the loader process. The LLM is of no use afterwards."""
+        self.engine.close()
+        self._spool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

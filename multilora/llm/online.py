@@ -1,0 +1,177 @@
+"""Online use: `AsyncLLM(model_path, lora_paths=…)`, an engine in a process of its own behind async methods.
+
+The front is the server's and so is its `AsyncDriver`; only HTTP is missing. All methods belong to one event loop.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+from multilora.adapters.sources.spool import Spool
+from multilora.config import Config
+from multilora.drivers.async_driver import AsyncDriver
+from multilora.engine.messages import AdapterInfo, Stats
+from multilora.engine.process.client import EngineClient
+from multilora.errors import BadRequest
+from multilora.front.front import Front
+from multilora.front.tokenizer import Tokenizer
+from multilora.llm.completion import Completion
+from multilora.llm.inputs import Params, read_jobs, read_lora_paths, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AsyncLLM:
+    """One base model and its adapters. Use it as an async context manager, or call `start` and `close`.
+
+    Arguments are those of `LLM`. `start` raises what making an `LLM` raises.
+    """
+
+    def __init__(self, model_path: str | None = None, *, lora_paths: Any = None, **options: Any):
+        self.config = Config.make(model_path=model_path, lora_paths=lora_paths, **options)
+        self.tokenizer: Tokenizer | None = None
+        self._spool = Spool()
+        self._driver: AsyncDriver | None = None
+
+    async def start(self) -> None:
+        """Start the engine process and load `lora_paths`."""
+        if self._driver is not None:
+            raise RuntimeError("this AsyncLLM has been started already")
+        loading = asyncio.create_task(asyncio.to_thread(Tokenizer.of, self.config))
+        try:
+            engine = await EngineClient.start(self._spool.admit(self.config))
+        finally:
+            await asyncio.gather(loading, return_exceptions=True)
+        try:
+            self.tokenizer = loading.result()
+            front = Front(self.config, engine, self.tokenizer, self._spool)
+            driver = AsyncDriver(engine, front)
+            await driver.change(front.adapters.load_many(self.config.lora_paths, all_or_none=True))
+        except BaseException:
+            await engine.shutdown()
+            self._spool.close()
+            raise
+        self._driver = driver
+
+    async def close(self) -> None:
+        """Let the engine finish what runs, and end it. Nothing happens if it was never started."""
+        if self._driver is not None:
+            driver, self._driver = self._driver, None
+            await driver.close()
+        self._spool.close()
+
+    # ------------------------------------------------------------------ generation
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: Params = None,
+        lora_path: Any = None,
+        *,
+        request_id: str | None = None,
+        return_logprob: bool = False,
+        logprob_start_len: int = -1,
+        top_logprobs_num: int = 0,
+    ) -> AsyncGenerator[Completion, None]:
+        """Complete one prompt; yields all there is of the answer whenever there is more of it.
+
+        The last one has `finished`. With `n` > 1 the samples come as they grow, told apart by `index`. lora_path: an
+        adapter's name or a composition, [{"name": …, "weight": …}, …]; None is the base model.
+        Ending the iteration early, or cancelling its task, aborts the request. Raises BadRequest before anything
+        runs, and the typed error of a request that fails.
+        """
+        jobs, several = read_jobs(
+            prompt,
+            sampling_params,
+            lora_path,
+            return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len,
+            top_logprobs_num=top_logprobs_num,
+        )
+        if several:
+            raise BadRequest("prompt: one prompt for each generate(); begin several of them side by side")
+        rids = None if request_id is None else [request_id]
+        if rids and jobs[0].sampling.n > 1:
+            rids = [f"{request_id}#{i}" for i in range(jobs[0].sampling.n)]
+        generation = await self._started.generate(jobs, rids)
+        try:
+            async for sample, _ in generation.events():
+                yield Completion.of(sample)
+        finally:
+            generation.close()
+
+    async def abort(self, request_id: str) -> None:
+        """End a request: its last Completion says `abort`. One that is unknown or has ended is ignored."""
+        self._front.abort(request_id)
+
+    # ------------------------------------------------------------------ adapters
+
+    async def load_lora_adapter(
+        self, lora_name: str, lora_path: str, pinned: bool | None = None, *, replace: bool = False
+    ) -> AdapterInfo:
+        """Load an adapter from a directory or the hub. Raises AdapterError; nothing has changed then.
+
+        With `replace` it may take the place of a loaded one, and is pinned if that was and `pinned` is None; requests
+        in flight finish on the old weights.
+        """
+        load = self._front.adapters.load(lora_name, lora_path, pinned=pinned, replace=replace)
+        return await self._started.change(load)
+
+    async def load_lora_adapters(self, lora_paths: Mapping[str, str]) -> dict[str, AdapterInfo]:
+        """Load several, name → path, side by side: faster than one after the other.
+
+        Raises the first one's error when all have ended; those without an error are loaded then.
+        """
+        infos = await self._started.change(self._front.adapters.load_many(read_lora_paths(lora_paths)))
+        return dict(zip(lora_paths, infos, strict=True))
+
+    async def load_lora_adapter_from_tensors(
+        self, lora_name: str, tensors: "dict[str, torch.Tensor]", config: dict[str, Any], pinned: bool = False
+    ) -> AdapterInfo:
+        """Load an adapter from memory: tensors by their names in PEFT's file, and PEFT's config as a dict.
+
+        The tensors, which must not change meanwhile, are copied to a private file first. Raises AdapterError or
+        BadRequest; nothing has changed then.
+        """
+        write = partial(write_tensors, tensors)
+        load = self._front.adapters.load_tensors(lora_name, config, write, pinned=pinned)
+        return await self._started.change(load)
+
+    async def compose_lora_adapters(
+        self, lora_name: str, parts: Sequence[dict[str, Any]], *, replace: bool = False
+    ) -> None:
+        """Let a name stand for a composition of loaded adapters, each a {"name": …, "weight": …}."""
+        await self._started.change(self._front.adapters.compose(lora_name, parts, replace=replace))
+
+    async def unload_lora_adapter(self, lora_name: str) -> None:
+        """Refuse new requests for the name, wait for those it has, and free it. Raises AdapterNotLoaded."""
+        await self._started.change(self._front.adapters.unload(lora_name))
+
+    def loaded_adapters(self) -> dict[str, str]:
+        """Name → path ("__tensor__": loaded from tensors)."""
+        return self._front.registry.loaded()
+
+    # ------------------------------------------------------------------ state and end
+
+    def stats(self) -> Stats:
+        """Queues, pages, counters and where each adapter is, as the engine said last: at most a second ago."""
+        return self._started.engine.stats
+
+    @property
+    def _started(self) -> AsyncDriver:
+        if self._driver is None:
+            raise RuntimeError("this AsyncLLM is not running: use `async with`, or await start()")
+        return self._driver
+
+    @property
+    def _front(self) -> Front:
+        return self._started.front
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()

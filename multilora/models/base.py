@@ -1,0 +1,105 @@
+"""The contract of a model family: everything that the rest of the package uses of a model.
+
+A family is one file that subclasses `CausalLM`, and one line in `registry.py`. Its modules declare themselves through
+`self.declared` while they are built; the methods below that are not abstract follow from the config and from those
+declarations.
+"""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from multilora.attention.base import AttentionShape
+from multilora.layers.context import ForwardContext
+from multilora.layers.embedding import LMHead
+from multilora.layers.linear import Linear
+from multilora.lora.sites import DeclaredModules, LoraSite, LoraSlice, NormModule
+from multilora.memory.kv_layout import KVLayout
+from multilora.models.config import ModelConfig
+from multilora.models.weights import fill_dummy, load_weights
+
+
+class CausalLM(nn.Module, ABC):
+    """A decoder with a language-model head, computed in `config.dtype` on `device`.
+
+    The constructor of a family allocates its weights; `load` fills them in place, so their addresses never change.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device):
+        super().__init__()
+        self.config = config
+        self.device = device
+        self.declared = DeclaredModules()
+
+    @classmethod
+    @abstractmethod
+    def settings(cls, hf: Any) -> dict[str, Any]:
+        """The fields of `ModelConfig` that this family derives from the transformers config in its own way.
+
+        Raises ModelUnsupported for a setting that the family would compute wrongly.
+        """
+
+    @abstractmethod
+    def embed(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """ids: int64 [tokens]. Returns [tokens, hidden]."""
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """x: what `embed` returned, [tokens, hidden]; positions: int64 [tokens].
+
+        Writes the new tokens' keys and values to their pages (`ctx.attention`, once for each layer from 0 up) and
+        returns their hidden rows after the final norm, [tokens, hidden].
+        """
+
+    @abstractmethod
+    def logits(self, hidden_rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """hidden_rows: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab]."""
+
+    def load(self, model_path: str, *, load_format: str, revision: str | None, seed: int) -> None:
+        """Fill the weights from the checkpoint of a directory or hub id; load_format "dummy": with seeded noise.
+
+        Raises ModelUnsupported for tensors that do not fit the model, ConfigError for a missing or broken file.
+        """
+        if load_format == "dummy":
+            fill_dummy(self, seed)
+        else:
+            load_weights(self, model_path, revision)
+
+    def lora_sites(self) -> tuple[LoraSite, ...]:
+        """Every linear layer, the embedding and the head, by `LoraSite.index`."""
+        return tuple(self.declared.sites)
+
+    def norms(self) -> tuple[NormModule, ...]:
+        """Every norm that adapters can replace."""
+        return tuple(self.declared.norms)
+
+    def kv_layout(self, page_size: int) -> KVLayout:
+        """How `page_size` tokens of KV lie in a page of the arena."""
+        config = self.config
+        return KVLayout(config.num_layers, page_size, config.num_kv_heads, config.head_dim, config.kv_dtype)
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """What the attention backend has to compute in every layer."""
+        c = self.config
+        return AttentionShape(c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim**-0.5, c.sliding_window)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    def base_weight(self, layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [out, in] and bias [out] of a LoRA target that is a matrix (any but the embedding), dequantised.
+
+        Both may share memory with the model, so they are read-only. Raises KeyError if there is no such target.
+        """
+        matrix, part = self._matrices[layer, module]
+        return matrix.base_weight(part)
+
+    @cached_property
+    def _matrices(self) -> dict[tuple[int, str], tuple[Linear | LMHead, LoraSlice]]:
+        found = [m for m in self.modules() if isinstance(m, Linear | LMHead)]
+        return {(m.site.layer, part.module): (m, part) for m in found for part in m.site.slices}

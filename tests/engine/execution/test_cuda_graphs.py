@@ -1,0 +1,121 @@
+"""Which graph a step takes and what is put in place before it is launched; the captures themselves need a GPU."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from multilora.batch import AttentionMeta, ForwardBatch, LoraSegment
+from multilora.engine.execution.cuda_graphs import CudaGraphs, _Captured, decode_sizes
+
+WIDTH = 3
+
+
+@dataclass
+class FakeAttention:
+    """A twin or the attention between pieces. prepared: numbers of requests; attended: layers."""
+
+    prepared: list[int] = field(default_factory=list)
+    attended: list[int] = field(default_factory=list)
+
+    def prepare(self, meta: AttentionMeta) -> None:
+        self.prepared.append(len(meta.q_lens))
+
+    def attend(self, layer: int) -> None:
+        self.attended.append(layer)
+
+
+@dataclass
+class FakeLora:
+    replayable: bool = True
+    prepared: list[tuple[int, int]] = field(default_factory=list)  # segments, rows
+
+    def prepare(self, segments: tuple[LoraSegment, ...], rows: int) -> None:
+        self.prepared.append((len(segments), rows))
+
+
+@dataclass
+class FakeGraph:
+    """The last one of a step adds positions to rows."""
+
+    rows: Tensor
+    positions: Tensor
+    hidden: Tensor
+
+    def replay(self) -> None:
+        self.hidden.copy_(self.rows + self.positions[:, None])
+
+
+class Graphs:
+    """The real ones, as if captured: decodes of 1, 2, 4 rows, pieces of 8 and 16 rows over two layers."""
+
+    def __init__(self, lora: FakeLora | None):
+        self.twins = {size: FakeAttention() for size in (1, 2, 4)}
+        self.halves = {size: FakeAttention() for size in (8, 16)}
+        model: Any = SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32))
+        parts: tuple[Any, ...] = (self.twins, self.halves, lora)
+        self.graphs = CudaGraphs(model, *parts, torch.device("cpu"))
+        for kind, count in ((self.graphs._decodes, 1), (self.graphs._pieces, 3)):
+            for size, attention in kind._attention.items():
+                for with_lora in (False, True):
+                    rows, positions = kind._rows[:size], kind._positions[:size]
+                    hidden = torch.zeros(size, WIDTH)
+                    graphs: Any = [FakeGraph(rows, positions, hidden) for _ in range(count)]
+                    kind._captured[size, with_lora] = _Captured(rows, positions, attention, graphs, hidden)
+
+    def run(self, rows: int, *, decodes: bool, lora: bool = False) -> Tensor | None:
+        zero = torch.zeros(rows, dtype=torch.int64)
+        meta = AttentionMeta((1,) * rows, (1,) * rows, zero[:, None], zero, zero)
+        segments = (LoraSegment(0, rows, (0,), (1.0,)),) if lora else ()
+        batch = ForwardBatch(zero, torch.arange(rows), meta, segments, zero)
+        step = self.graphs.prepare(batch, decodes=decodes)
+        return None if step is None else step.run(torch.full((rows, WIDTH), 100.0))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (2, 2), (3, 4), (4, 4)])
+def test_decodes_take_the_next_size(rows: int, size: int) -> None:
+    graphs = Graphs(None)
+    hidden = graphs.run(rows, decodes=True)
+    assert hidden is not None
+    assert hidden[:, 0].tolist() == [100.0 + i for i in range(rows)]
+    assert [s for s, twin in graphs.twins.items() if twin.prepared] == [size]
+    assert graphs.twins[size].prepared == [rows]
+
+
+def test_pieces_attend_between_their_graphs() -> None:
+    graphs = Graphs(None)
+    hidden = graphs.run(11, decodes=False)
+    assert hidden is not None
+    assert hidden[:, 0].tolist() == [100.0 + i for i in range(11)]
+    assert graphs.halves[16].attended == [0, 1]
+
+
+@pytest.mark.parametrize(("rows", "decodes"), [(5, True), (17, False)])
+def test_what_is_too_large_is_not_replayed(rows: int, decodes: bool) -> None:
+    graphs = Graphs(None)
+    assert graphs.run(rows, decodes=decodes) is None
+    assert not any(a.prepared for a in (*graphs.twins.values(), *graphs.halves.values()))
+
+
+def test_adapters_are_prepared_for_the_padded_rows() -> None:
+    lora = FakeLora()
+    graphs = Graphs(lora)
+    assert graphs.run(3, decodes=True, lora=True) is not None
+    assert graphs.run(9, decodes=False, lora=True) is not None
+    assert graphs.run(2, decodes=True) is not None
+    assert lora.prepared == [(1, 4), (1, 16)]
+
+
+@pytest.mark.parametrize("lora", [None, FakeLora(replayable=False)])
+def test_adapters_that_do_not_fit_are_not_replayed(lora: FakeLora | None) -> None:
+    assert Graphs(lora).run(2, decodes=True, lora=True) is None
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (20, [1, 2, 4, 8, 16, 20])]
+)
+def test_decode_sizes(largest: int, sizes: list[int]) -> None:
+    assert decode_sizes(largest) == sizes
