@@ -102,7 +102,7 @@ class Timer:
         if device.type == "cuda":
             torch.cuda.synchronize()
             self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(20_000_000)  # noqa: SLF001 (in cycles: about 10 ms)
+            torch.cuda._sleep(20_000_000)  # cycles, about 10 ms  # noqa: SLF001 - torch offers no public way to keep the device busy
             self._events[0].record()
         self._start = perf_counter()
 

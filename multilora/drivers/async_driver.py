@@ -106,7 +106,7 @@ class AsyncDriver:
             while True:
                 try:
                     result = await self._perform(effect)
-                except BaseException as e:  # a cancellation too: the work cleans up
+                except BaseException as e:  # a cancellation too: the work cleans up  # noqa: BLE001 - thrown into the work
                     effect = steps.throw(e)
                 else:
                     effect = steps.send(result)
@@ -114,7 +114,7 @@ class AsyncDriver:
             value: T = stop.value
             return value
 
-    async def _perform(self, effect: Effect[Any]) -> Any:
+    async def _perform(self, effect: Effect[Any]) -> Any:  # noqa: RET503 - effects without a result
         match effect:
             case RunBlocking(lane, function):
                 return await asyncio.get_running_loop().run_in_executor(self._pools[lane], function)

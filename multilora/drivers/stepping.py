@@ -74,7 +74,7 @@ class _Task(Generic[T]):
     """Work under way. `on_done`: called once, with the task, at its end."""
 
     def __init__(
-        self, steps: Steps[T], driver: SteppingDriver, on_done: "Callable[[_Task[T]], None]" = lambda task: None
+        self, steps: Steps[T], driver: SteppingDriver, on_done: "Callable[[_Task[T]], None]" = lambda _task: None
     ):
         self.done = False
         self.on_done = on_done
@@ -122,7 +122,7 @@ class _Task(Generic[T]):
             return self._steps.throw(error) if error is not None else self._steps.send(value)
         except StopIteration as stop:
             self._outcome = stop.value
-        except BaseException as e:
+        except BaseException as e:  # noqa: BLE001 - kept for who awaits it
             self._outcome = e
         self.done = True
         self.on_done(self)
@@ -159,7 +159,7 @@ class _Group:
             if not task.done:
                 task.interrupt(error)
 
-    def _on_done(self, task: "_Task[Any]") -> None:
+    def _on_done(self, task: "_Task[Any]") -> None:  # noqa: ARG002 - part of the contract
         self._unfinished -= 1
         self.start()
 
@@ -167,7 +167,7 @@ class _Group:
 def _outcome(function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     try:
         return function(), None
-    except BaseException as e:
+    except BaseException as e:  # noqa: BLE001 - kept for who awaits it
         return None, e
 
 

@@ -303,7 +303,7 @@ def _build_lora(
         page_bytes=layout.page_bytes,
         total_pages=pool.total,
         context_pages=layout.pages_for(model.config.context_length),
-        settle=staging.settle if staging is not None else lambda entry: None,
+        settle=staging.settle if staging is not None else lambda _entry: None,
     )
     return store, RunnerLora(backend, table, sites, target.layout), reclaimer
 

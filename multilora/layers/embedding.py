@@ -60,7 +60,7 @@ class LMHead(nn.Module):
             ctx.lora.apply(y, hidden, self.site.index)
         return y
 
-    def base_weight(self, part: LoraSlice) -> tuple[torch.Tensor, None]:
+    def base_weight(self, part: LoraSlice) -> tuple[torch.Tensor, None]:  # noqa: ARG002 - part of the contract
         """Weight [vocab, hidden] of the site's one slice, and that there is no bias; read-only."""
         return self.weight, None
 

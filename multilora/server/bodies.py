@@ -1,7 +1,7 @@
 """The JSON bodies of the native and the adapter routes, and the base class of all bodies.
 
 A body checks names and types of its fields, strictly: no unknown field, no number given as text. Meaning (ranges,
-lengths, names of adapters) is checked by those who use it. Used by `native.py`, `adapters.py` and `openai_models.py`.
+lengths, names of adapters) is checked by those who use it. Used by `native.py`, `adapters.py` and `openai_bodies.py`.
 """
 
 from typing import Annotated, Any, ClassVar

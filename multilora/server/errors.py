@@ -107,7 +107,7 @@ def install(app: FastAPI, shapes: dict[str, Shape]) -> None:
             body["message"] = f"no route {request.method} {request.url.path}"
         return JSONResponse({"error": body}, error.status_code, error.headers)
 
-    async def gone(request: Request, error: Exception) -> Response:
+    async def gone(request: Request, error: Exception) -> Response:  # noqa: ARG001 - part of the contract
         return Response(status_code=499)  # the connection is closed: the answer is never read
 
     async def unexpected(request: Request, error: Exception) -> Response:
@@ -140,6 +140,6 @@ class StrictRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
-            return await handler(StrictRequest(request.scope, request.receive, request._send))
+            return await handler(StrictRequest(request.scope, request.receive, request._send))  # noqa: SLF001 - starlette has no other name for it
 
         return strict

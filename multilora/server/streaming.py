@@ -81,7 +81,7 @@ class EventStream(Response):
         self._frames = frames
         self._close = close
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - part of the contract
         try:
             await while_connected(receive, self._write(send))
         except (ClientDisconnect, OSError):

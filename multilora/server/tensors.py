@@ -114,7 +114,7 @@ class BoundedRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
-            own = _BoundedRequest(request.scope, request.receive, request._send)
+            own = _BoundedRequest(request.scope, request.receive, request._send)  # noqa: SLF001 - starlette has no other name for it
             await own.body()  # here its error keeps its type
             return await handler(own)
 

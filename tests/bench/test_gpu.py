@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROWS = {  # part → rows
     "decode": 8,
+    "sampling": 9,
     "base_only": 2,
     "throughput": 4,
     "few_places": 1,

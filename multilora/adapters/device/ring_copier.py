@@ -49,7 +49,7 @@ class RingCopy:
         self._error = error
 
 
-class _Slot:
+class _RingSlot:
     def __init__(self, pages: int, page_bytes: int):
         self.memory = torch.empty(pages, page_bytes, dtype=torch.uint8, pin_memory=True)
         self.free = torch.cuda.Event()
@@ -63,7 +63,7 @@ class RingCopier:
         self._slot_pages = max(1, slot_bytes // arena.shape[1])
         self._stream = torch.cuda.Stream(arena.device)
         self._jobs: queue.SimpleQueue[RingCopy | None] = queue.SimpleQueue()
-        ring = [_Slot(self._slot_pages, arena.shape[1]) for _ in range(slots)]
+        ring = [_RingSlot(self._slot_pages, arena.shape[1]) for _ in range(slots)]
         self._closing = False
         self._thread = threading.Thread(target=self._work, args=(ring,), name="adapter-copies", daemon=True)
         self._thread.start()
@@ -80,7 +80,7 @@ class RingCopier:
         self._jobs.put(None)
         self._thread.join(CLOSE_SECONDS)
 
-    def _work(self, ring: list[_Slot]) -> None:
+    def _work(self, ring: list[_RingSlot]) -> None:
         torch.cuda.set_device(self._arena.device)
         torch.set_num_threads(spare_cores(CORES))  # OpenMP's, of this thread
         slots = itertools.cycle(ring)
@@ -92,13 +92,13 @@ class RingCopier:
                     else:
                         self._through_ring(job, slots)
                     job.queued(self._stream)
-                except Exception as e:  # `done` raises it
+                except Exception as e:  # `done` raises it  # noqa: BLE001 - the step loop raises it
                     job.fail(e)
                 del job
             with contextlib.suppress(RuntimeError):  # a broken device writes nothing
                 self._stream.synchronize()
 
-    def _through_ring(self, job: RingCopy, slots: Iterator[_Slot]) -> None:
+    def _through_ring(self, job: RingCopy, slots: Iterator[_RingSlot]) -> None:
         for first in range(0, len(job.pages), self._slot_pages):
             pages, slot = job.pages[first : first + self._slot_pages], next(slots)
             part = job.buffer[first : first + len(pages)]

@@ -49,7 +49,7 @@ class DeviceTier:
         policy: str = "lru",
         max_count: int | None = None,
         max_pages: int | None = None,
-        on_evict: Callable[[int], None] = lambda version: None,
+        on_evict: Callable[[int], None] = lambda _version: None,
         now: Callable[[], float] = monotonic,
     ):
         self.pool = pool

@@ -14,7 +14,7 @@ class DisabledStore:
     busy = working = copying = False
     pinned_count = pinned_pages = 0
 
-    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:  # noqa: ARG002 - part of the contract
         """Raise LoraNotEnabled."""
         raise LoraNotEnabled("LoRA is not enabled: start with --enable-lora")
 
@@ -24,10 +24,10 @@ class DisabledStore:
     def device(self) -> NoReturn:
         self._refuse()
 
-    def poll_loads(self, fence: int) -> list[Loaded | Lost]:
+    def poll_loads(self, fence: int) -> list[Loaded | Lost]:  # noqa: ARG002 - part of the contract
         return []
 
-    def known(self, version: int) -> bool:
+    def known(self, version: int) -> bool:  # noqa: ARG002 - part of the contract
         return False
 
     def loaded(self) -> list[AdapterVersion]:

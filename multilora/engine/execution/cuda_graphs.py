@@ -120,7 +120,7 @@ class _Decodes:
     def prepare(self, meta: AttentionMeta) -> None:
         self._twin.prepare(meta)
 
-    def attend(self, layer: int) -> None:
+    def attend(self, layer: int) -> None:  # noqa: ARG002 - part of the contract
         raise AssertionError("a decode graph attends by itself")
 
 

@@ -67,7 +67,7 @@ class DeviceSampled:
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class _SlotState:
     """What a slot holds beside its numbers."""
 
     counts_row: int
@@ -88,7 +88,7 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._table = SlotTable()
         self._edits = EditTables(device)
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, _SlotState] = {}
         self._grammars: GrammarCache | None = None
 
     # ------------------------------------------------------------------ requests
@@ -117,7 +117,7 @@ class Sampler:
         counts_row = self._edits.add_counts(state)
         bias_row, biased, ends = self._edits.add_bias(state)
         self._table.set(state, counts_row, bias_row, (biased, ends))
-        self._slots[state.slot] = _Slot(counts_row, bias_row, grammar)
+        self._slots[state.slot] = _SlotState(counts_row, bias_row, grammar)
 
     def free(self, slot: int) -> None:
         """The slot's request has ended. Rows of steps in flight for it touch nothing of a later one: the device works

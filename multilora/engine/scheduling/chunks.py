@@ -1,7 +1,7 @@
 """Between requests and the data of a plan: a request's next tokens as a `Chunk`, its news as an `Output`.
 
-Reads requests; changes only whether an Output has been sent and which prompt logprobs have come.
-Called by `scheduler.py`.
+Reads requests; changes only whether an Output has been sent and which prompt logprobs have come. Called by
+`scheduler.py`.
 """
 
 from multilora.engine.messages import Finished, Logprobs, Output

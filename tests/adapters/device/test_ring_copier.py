@@ -110,13 +110,13 @@ def test_after_close_nothing_is_written() -> None:
 
 def test_pinned_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    slot = ring_copier._Slot
+    slot = ring_copier._RingSlot
 
-    def count(pages: int, page_bytes: int) -> ring_copier._Slot:
+    def count(pages: int, page_bytes: int) -> ring_copier._RingSlot:
         made.append(pages * page_bytes)
         return slot(pages, page_bytes)
 
-    monkeypatch.setattr(ring_copier, "_Slot", count)
+    monkeypatch.setattr(ring_copier, "_RingSlot", count)
     arena = torch.zeros(40, 2 << 20, dtype=torch.uint8, device="cuda")
     copier = RingCopier(arena)
     for _ in range(3):
