@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import re
 from dataclasses import dataclass
 from functools import partial
 from types import NoneType
@@ -157,6 +158,9 @@ class Config:
     log_level: str = _server("info", "least severe lines shown", choices=tuple(logs.LEVELS))
     api_key: str | None = _server(None, "clients must send it as a bearer token")
     admin_api_key: str | None = _server(None, "what loading and unloading adapters asks for instead")
+    cors_origins: tuple[str, ...] = _server(
+        (), "web pages of these origins may call the server; `*`: all", metavar="ORIGIN"
+    )
     sampling_defaults: str = _server(
         "model",
         "OpenAI routes' defaults: the model's generation_config, or OpenAI's",
@@ -171,6 +175,7 @@ class Config:
         self._check_limits()
         self._check_lora_names()
         self._check_targets()
+        self._check_origins()
         if ":" in self.model_name:
             raise ConfigError(f"--served-model-name must not contain ':', is {self.model_name!r}")
         if self.tp_size != 1:
@@ -226,6 +231,11 @@ class Config:
             if path.lora_name in seen:
                 raise ConfigError(f"--lora-paths: the name {path.lora_name!r} is given twice")
             seen.add(path.lora_name)
+
+    def _check_origins(self) -> None:
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ConfigError(f"--cors-origins: {origin!r}: expected * or an origin as https://example.org")
 
     def _check_targets(self) -> None:
         """Whether the model has such modules is checked once it is known, by `engine/build.py`."""

@@ -27,7 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     max_new_tokens: int | None = 128  # None: up to the context
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = -1  # -1: all
+    top_k: int = -1  # -1: all; `parse` takes 0 for it, too
     min_p: float = 0.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -59,10 +59,16 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             hint = _HINTS.get(name)
             if hint is None:
                 raise BadRequest(f"sampling_params: unknown parameter {name!r}", param=name)
+            if isinstance(value, float) and value.is_integer() and hint in _INTEGERS:
+                value = int(value)  # JSON has one kind of number
             try:
                 fields[name] = msgspec.convert(value, hint)
             except msgspec.ValidationError as e:
                 raise BadRequest(f"sampling_params.{name}: {value!r}: {e}", param=name) from None
+        if fields.get("top_k") == 0:
+            fields["top_k"] = -1
+        if fields.get("json_schema") == "":
+            del fields["json_schema"]
         params = cls(**fields)
         params.check()
         return params
@@ -84,7 +90,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             ("max_new_tokens", n_max is None or n_max >= 0, "0 or more"),
             ("temperature", finite(self.temperature) and self.temperature >= 0, "a finite number, 0 or more"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
-            ("top_k", self.top_k == -1 or 1 <= self.top_k < 2**31, "-1 (all) or at least 1"),
+            ("top_k", self.top_k == -1 or 1 <= self.top_k < 2**31, "-1 or 0 (all), or at least 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
@@ -136,3 +142,4 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 _HINTS: dict[str, Any] = get_type_hints(SamplingParams)
 _HINTS = {name: _HINTS[name] for name in SamplingParams.__struct_fields__}
+_INTEGERS = (int, int | None)

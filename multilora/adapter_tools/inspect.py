@@ -106,7 +106,7 @@ def _read_files(directory: Path, report: Inspection) -> None:
 
 
 def _target(model_path: str, dtype: str, page_size: int) -> tuple[BaseModel, PackTarget]:
-    """The base model without its weights."""
+    """The base model, without its weights, and what adapters are packed for."""
     model = make_model(model_path, dtype=dtype, device=torch.device("meta"))
     weights = model_path if os.path.isdir(model_path) else None
     page_bytes = model.kv_layout(page_size).page_bytes

@@ -1,8 +1,8 @@
-"""Attention for CUDA: FlashInfer's paged prefill, our own paged decode; RoPE and the page write come before both.
+"""Attention for CUDA: FlashInfer's paged prefill, our own paged decode; RoPE and the page write precede both.
 
-Owns FlashInfer's wrapper and workspace, and the page lists of a step. Requests with one new token go through
-`triton_decode.py`, the others through the prefill wrapper; one plan a step serves all layers. When both kinds meet,
-the rotation writes the queries of the decodes first, and one gather brings the results back to the rows' order.
+It owns FlashInfer's wrapper and workspace, and the page lists of a step. Requests with one new token go through
+`triton_decode.py`, the others through the prefill wrapper; one plan per step serves all layers. When a step has both
+kinds, the rotation writes the queries of the decodes first, and one gather restores the order of the rows.
 """
 
 import logging
@@ -24,7 +24,7 @@ from multilora.batch import AttentionMeta
 
 logger = logging.getLogger(__name__)
 
-WORKSPACE_BYTES = 256 << 20  # of FlashInfer
+WORKSPACE_BYTES = 256 << 20  # for FlashInfer
 REQUEST_WORDS = 5  # see `list_pages`
 
 
@@ -39,6 +39,7 @@ class _Shape(AttentionShape):
 
     @property
     def plan_options(self) -> dict[str, Any]:
+        """Arguments of FlashInfer's `plan` that every step shares."""
         return {
             "sm_scale": self.scale,
             "window_left": (self.sliding_window or 0) - 1,  # FlashInfer counts the token itself out; -1: no window
@@ -49,7 +50,7 @@ class _Shape(AttentionShape):
 
 def _requests(shape: _Shape, meta: AttentionMeta, rows: np.ndarray, padded_to: int = 0) -> np.ndarray:
     """int32 [5, requests] as `list_pages` takes them: the requests `rows`, then padding without pages. Pages before a
-    window are left out: positions count from a request's end."""
+    window are left out, which is sound because positions count from a request's end."""
     kv, q = np.array(meta.kv_lens)[rows], np.array(meta.q_lens)[rows]
     window = shape.sliding_window
     first = np.zeros_like(kv) if window is None else np.maximum(kv - q - window + 1, 0) // shape.page_size
@@ -62,22 +63,21 @@ def _requests(shape: _Shape, meta: AttentionMeta, rows: np.ndarray, padded_to: i
 
 
 def _pinned(values: np.ndarray) -> torch.Tensor:
-    """In pinned memory that PyTorch takes back only after the copies out of it have run."""
+    """A copy in pinned memory, which PyTorch reuses only after the copies out of it have run."""
     return torch.from_numpy(values).pin_memory()
 
 
 class _Decode:
-    """Requests of one new token each. Of a step: int32 words on the device, views of which are its tables."""
+    """`size` requests of one new token each. Their tables are views of one int32 tensor of `num_words`."""
 
     def __init__(self, shape: _Shape, size: int):
-        """size: how many requests."""
         self._shape, self._size = shape, size
         self._pieces = budget(size, shape.num_kv_heads)
         self._sizes = REQUEST_WORDS * size, SPAN_WORDS * split_budget(size), PIECE_WORDS * self._pieces
         self.num_words = sum(self._sizes)
 
     def words(self, meta: AttentionMeta, rows: np.ndarray) -> tuple[np.ndarray, int]:
-        """The tables of a step on the host: requests, spans, pieces (see `triton_decode`); and how many pages."""
+        """The tables of a step on the host (requests, spans, pieces: see `triton_decode`), and how many pages."""
         shape = self._shape
         requests = _requests(shape, meta, rows, self._size)
         pages = requests[3]
@@ -88,7 +88,7 @@ class _Decode:
         return np.concatenate((requests.ravel(), plan.spans.ravel(), plan.pieces.ravel())), int(pages.sum())
 
     def scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Partial results of requests that are split."""
+        """Memory for the partial results of requests that are split: see `decode`."""
         shape = (self._pieces, self._shape.num_heads)
         partial = torch.empty(*shape, self._shape.head_dim, dtype=torch.float32, device=self._shape.device)
         return partial, torch.empty(shape, dtype=torch.float32, device=self._shape.device)
@@ -121,7 +121,7 @@ class _DecodeStep:
     scratch: tuple[torch.Tensor, torch.Tensor]
 
 
-class _Prefill:
+class _PrefillWrapper:
     """FlashInfer's prefill wrapper: requests of any number of new tokens, causal. FA3 on Hopper, FA2 elsewhere."""
 
     def __init__(self, shape: _Shape, workspace: torch.Tensor):
@@ -166,12 +166,14 @@ class FlashInferAttention:
         )
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=pages.device)
         self._graph_scratch: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._prefill = _Prefill(self._shape, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device))
+        self._prefill = _PrefillWrapper(
+            self._shape, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
+        )
         self._meta: AttentionMeta | None = None
         self._step: _DecodeStep | None = None
-        self._decodes = 0  # rows that go through it
+        self._decodes = 0  # the first rows among the queries, which `_step` computes
         self.rows: torch.Tensor | None = None
-        """int64 [T], where a row of the batch stands among the queries; None: where it is, all are of one kind."""
+        """int64 [T], where each row of the batch stands among the queries; None: unchanged, all are of one kind."""
         self._piece_memory: torch.Tensor | None = None
         self._compile()
 
@@ -202,7 +204,7 @@ class FlashInferAttention:
         return out
 
     def attend_to(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
-        """q: rotated, its rows as `rows` says; out: as the batch has them. Both [tokens, heads, head_dim]."""
+        """q: rotated, its rows ordered as `rows` says; out: in the order of the batch. Both [T, heads, head_dim]."""
         kv, n = self._kv_views[layer], self._decodes
         found = out if self.rows is None else torch.empty_like(out)
         if self._step is not None:
@@ -247,7 +249,7 @@ class FlashInferAttention:
         return indices
 
     def _compile(self) -> None:
-        """Make FlashInfer load its kernels, which compiles them where this machine has not done so yet."""
+        """Make FlashInfer load its kernels, which compiles them unless this machine has done so before."""
         if not _is_compiled(self._shape):
             logger.info("compiling attention kernels, once (one to three minutes)")
         requests = np.array([[0], [0], [0], [-(-2 // self._shape.page_size)], [1 % self._shape.page_size]], np.int32)
@@ -256,7 +258,7 @@ class FlashInferAttention:
 
 
 class _GraphAttention:
-    """Decode only, over buffers that stay: the twin of `for_graph`."""
+    """Decode over buffers with fixed addresses: what `for_graph` returns."""
 
     def __init__(
         self,
@@ -274,7 +276,7 @@ class _GraphAttention:
         self._token_slot = torch.zeros(batch_size, dtype=torch.int64, device=shape.device)
 
     def prepare(self, meta: AttentionMeta) -> None:
-        """See `AttentionBackend`. Reads kv_lens and page_table; where the new tokens go follows from them."""
+        """See `AttentionBackend`. Reads kv_lens and page_table, from which it follows where the new tokens go."""
         assert len(meta.q_lens) <= self._batch_size and max(meta.q_lens) == 1
         words, _ = self._decode.words(meta, np.arange(len(meta.q_lens)))
         self._words.copy_(_pinned(words), non_blocking=True)
@@ -291,7 +293,7 @@ class _GraphAttention:
 
 
 class _PieceAttention:
-    """Both kinds of requests, between the graphs of a step: see `PieceAttention`."""
+    """Requests of both kinds, between the graphs of a step: what `for_pieces` returns."""
 
     def __init__(self, attention: FlashInferAttention, kv_views: KVViews, q: torch.Tensor, out: torch.Tensor):
         """q, out: [rows, heads, head_dim]."""

@@ -1,8 +1,8 @@
-"""Attention in plain torch: any device, any dtype. The specification for the faster backends.
+"""Attention in plain torch, for any device and dtype: the specification of the faster backends.
 
-Requests with one new token (decode) are gathered into few padded calls, the others (prefill) go one by one.
-Grouped queries are not expanded: their heads become a dimension of the query. A page comes with whatever it held
-before, and a masked NaN is still a NaN, so the open end of a request's last page is zeroed when the page is begun.
+Requests with one new token (decode) are gathered into few padded calls, the others (prefill) are computed one by one.
+Grouped queries are not expanded: their heads become a dimension of the query. A page still holds what its last user
+wrote, and a masked NaN is a NaN after the product, so a page is zeroed when a step begins it without filling it.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from multilora.batch import AttentionMeta
 
 
 @dataclass(frozen=True, slots=True)
-class _DecodeRows:
+class _DecodePlan:
     """B requests of one new token each, padded to the pages of the longest."""
 
     rows: torch.Tensor  # int64 [B], their rows of q
@@ -27,7 +27,7 @@ class _DecodeRows:
 
 
 @dataclass(frozen=True, slots=True)
-class _PaddedPrefill:
+class _PrefillPlan:
     """One request with new tokens in rows [start, end)."""
 
     start: int
@@ -50,8 +50,8 @@ class TorchAttention:
         self.page_size = kv_views[0][0].shape[1]
         self._meta: AttentionMeta | None = None
         self._begun: torch.Tensor | None = None  # int64 [n], pages begun in this step and not filled by it
-        self._decodes: list[_DecodeRows] = []
-        self._prefills: list[_PaddedPrefill] = []
+        self._decodes: list[_DecodePlan] = []
+        self._prefills: list[_PrefillPlan] = []
 
     def prepare(self, meta: AttentionMeta) -> None:
         """See `AttentionBackend`. Builds the masks once; every layer uses them."""
@@ -62,11 +62,11 @@ class TorchAttention:
         self._decodes = [self._plan_decodes(meta, group, starts) for group in self._groups(meta, single)]
         self._prefills = [self._plan_prefill(meta, r, starts[r]) for r, n in enumerate(meta.q_lens) if n > 1]
 
-    def for_graph(self, batch_size: int) -> StepAttention | None:  # noqa: ARG002 - part of the contract
-        """See `AttentionBackend`. Masks and gathers here follow the lengths, so there is nothing to replay."""
+    def for_graph(self, batch_size: int) -> StepAttention | None:  # noqa: ARG002 (the contract's)
+        """See `AttentionBackend`. There is none: masks and gathers follow the lengths here."""
         return None
 
-    def for_pieces(self, rows: int) -> PieceAttention | None:  # noqa: ARG002 - part of the contract
+    def for_pieces(self, rows: int) -> PieceAttention | None:  # noqa: ARG002 (the contract's)
         """See `AttentionBackend`."""
         return None
 
@@ -96,6 +96,7 @@ class TorchAttention:
     # planning, once a step
 
     def _begun_pages(self, meta: AttentionMeta) -> torch.Tensor | None:
+        """Pages whose first token is new in this step, and which the step does not fill."""
         found = []
         for r, (q_len, kv_len) in enumerate(zip(meta.q_lens, meta.kv_lens, strict=True)):
             slots_used = kv_len % self.page_size
@@ -107,17 +108,18 @@ class TorchAttention:
         return meta.page_table[requests, columns]
 
     def _first_page(self, meta: AttentionMeta, r: int) -> int:
-        """The first page that any new token of request r can see."""
+        """Index, in the request's pages, of the first page that any new token of request r can see."""
         if self.window is None:
             return 0
         first_query = meta.kv_lens[r] - meta.q_lens[r]
         return max(0, first_query - self.window + 1) // self.page_size
 
     def _num_pages(self, meta: AttentionMeta, r: int) -> int:
+        """How many pages request r's new tokens can see."""
         return -(-meta.kv_lens[r] // self.page_size) - self._first_page(meta, r)
 
     def _groups(self, meta: AttentionMeta, requests: list[int]) -> Iterator[list[int]]:
-        """Requests of similar length: padding at most doubles what a group reads."""
+        """Groups of requests of similar length, so that padding at most doubles what a group reads."""
         lengths = {r: self._num_pages(meta, r) for r in requests}
         group: list[int] = []
         for r in sorted(requests, key=lambda r: (-lengths[r], r)):
@@ -129,11 +131,11 @@ class TorchAttention:
             yield group
 
     def _visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Bool mask from absolute positions, which broadcast against each other."""
+        """Bool mask, true where `query` sees `key`: absolute positions that broadcast against each other."""
         seen = key <= query
         return seen if self.window is None else seen & (key > query - self.window)
 
-    def _plan_decodes(self, meta: AttentionMeta, group: list[int], starts: list[int]) -> _DecodeRows:
+    def _plan_decodes(self, meta: AttentionMeta, group: list[int], starts: list[int]) -> _DecodePlan:
         device = meta.page_table.device
         width = self._num_pages(meta, group[0])  # the longest comes first
         table = torch.tensor(
@@ -144,25 +146,25 @@ class TorchAttention:
         columns = columns.minimum((query // self.page_size)[:, None])  # never another request's page
         key = first[:, None] * self.page_size + torch.arange(width * self.page_size, device=device)
         mask = self._visible(query[:, None], key)
-        return _DecodeRows(rows, meta.page_table[requests[:, None], columns], mask[:, None, None, :])
+        return _DecodePlan(rows, meta.page_table[requests[:, None], columns], mask[:, None, None, :])
 
-    def _plan_prefill(self, meta: AttentionMeta, r: int, start: int) -> _PaddedPrefill:
+    def _plan_prefill(self, meta: AttentionMeta, r: int, start: int) -> _PrefillPlan:
         device = meta.page_table.device
         q_len, kv_len = meta.q_lens[r], meta.kv_lens[r]
         query = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
         if q_len == kv_len:
             unbounded = self.window is None or self.window >= kv_len
             mask = None if unbounded else self._visible(query, query[:, 0])
-            return _PaddedPrefill(start, start + q_len, None, mask)
+            return _PrefillPlan(start, start + q_len, None, mask)
         first = self._first_page(meta, r)
         pages = meta.page_table[r, first : first + self._num_pages(meta, r)]
         key = torch.arange(pages.shape[0] * self.page_size, device=device) + first * self.page_size
-        return _PaddedPrefill(start, start + q_len, pages, self._visible(query, key))
+        return _PrefillPlan(start, start + q_len, pages, self._visible(query, key))
 
     # arithmetic, once a layer
 
     def _decode(
-        self, plan: _DecodeRows, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+        self, plan: _DecodePlan, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
     ) -> torch.Tensor:
         """q: [B, heads, head_dim]. The query heads of one KV head stand where query tokens usually do."""
         grouped = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, kv_heads, group, head_dim]

@@ -7,7 +7,7 @@ All methods belong to one event loop.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -94,6 +94,10 @@ class AsyncDriver:
         """Carry a change of an adapter through, even if the caller is cancelled meanwhile."""
         return await asyncio.shield(self._start(steps))
 
+    async def run_blocking(self, lane: Lane, function: Callable[[], T]) -> T:
+        """Call `function` on a thread of the lane, and wait for its result."""
+        return await asyncio.get_running_loop().run_in_executor(self._pools[lane], function)
+
     async def close(self) -> None:
         """Let the engine finish what runs, and end it; no more blocking work is begun."""
         await self.engine.shutdown()
@@ -117,7 +121,7 @@ class AsyncDriver:
     async def _perform(self, effect: Effect[Any]) -> Any:  # noqa: RET503 - effects without a result
         match effect:
             case RunBlocking(lane, function):
-                return await asyncio.get_running_loop().run_in_executor(self._pools[lane], function)
+                return await self.run_blocking(lane, function)
             case EngineLoad(version, path, pinned):
                 return await self.engine.load_adapter(version, path, pinned)
             case EngineUnload(version):

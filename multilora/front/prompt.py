@@ -91,7 +91,8 @@ def check_prompt(ids: Sequence[int], context_length: int, vocab_size: int) -> No
         raise BadRequest(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens", param="input_ids")
     if len(ids) >= context_length:
         raise PromptTooLong(
-            f"the prompt has {len(ids)} tokens; the model's context is {context_length}, answer included",
+            f"This model's maximum context length is {context_length} tokens. However, you requested {len(ids) + 1} "
+            f"tokens ({len(ids)} in the prompt, at least 1 in the completion). Please shorten the prompt.",
             param="input_ids",
         )
 

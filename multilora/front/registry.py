@@ -29,6 +29,7 @@ from multilora.front.adapter_spec import BASE, AdapterSpec, show
 from multilora.params import Composition
 
 MAX_NAME = 256  # characters
+DEFAULT_MODEL = "default"  # what clients of SGLang write for the base model
 
 
 class RefState(enum.Enum):
@@ -75,16 +76,15 @@ class AdapterRegistry:
 
     # loading
 
-    def check_name(self, name: str, path: str) -> None:
-        """Raise BadRequest unless `name` can be an adapter's. Only a bare path (name == path) may contain "/"."""
+    def check_name(self, name: str) -> None:
+        """Raise BadRequest unless `name` can be an adapter's: any text of bounded length that cannot be taken for
+        the base model or for "base:adapter". A "/" is allowed, as in the names of hub repositories."""
         if not 1 <= len(name) <= MAX_NAME:
             raise BadRequest(f"an adapter name has 1 to {MAX_NAME} characters, not {len(name)}", param="lora_name")
         if ":" in name:
             raise BadRequest(f"adapter name {name!r}: must not contain ':'", param="lora_name")
-        if "/" in name and name != path:
-            raise BadRequest(f"adapter name {name!r}: must not contain '/'", param="lora_name")
-        if name == self.model_name:
-            raise BadRequest(f"adapter name {name!r}: is the name of the base model", param="lora_name")
+        if name in (self.model_name, DEFAULT_MODEL):
+            raise BadRequest(f"adapter name {name!r}: stands for the base model", param="lora_name")
 
     def begin_load(self, name: str, path: str, pinned: bool = False, *, replace: bool = False) -> int:
         """A new version of `name`, invisible until commit_load. With `replace` the name may be loaded already."""
@@ -202,9 +202,9 @@ class AdapterRegistry:
         ref = self._current.get(parts[0][0]) if parts and not _is_sum(parts) else None
         return None if ref is None else ref.version
 
-    def resolve_model(self, model: str, lora_path: AdapterSpec = BASE) -> AdapterSpec:
-        """What an OpenAI request means: by `model` ("base", "base:", "base:adapter", "adapter") and the body's
-        `lora_path`. Raises UnknownModel, UnknownAdapter, LoraNotEnabled, BadRequest."""
+    def resolve_model(self, model: str | None, lora_path: AdapterSpec = BASE) -> AdapterSpec:
+        """What a request means: by `model` ("base", "base:", "base:adapter", "adapter"; None or "default" is the
+        base model) and the body's `lora_path`. Raises UnknownModel, UnknownAdapter, LoraNotEnabled, BadRequest."""
         name = self._resolve_name(model)
         by_model: AdapterSpec = BASE if name is None else ((name, 1.0),)
         if not lora_path:
@@ -217,8 +217,8 @@ class AdapterRegistry:
             )
         return lora_path
 
-    def _resolve_name(self, model: str) -> str | None:
-        if model == self.model_name:
+    def _resolve_name(self, model: str | None) -> str | None:
+        if model in (None, DEFAULT_MODEL, self.model_name):
             return None
         if model in self._current:
             return model
@@ -235,7 +235,7 @@ class AdapterRegistry:
 
     def _new_ref(self, name: str, path: str, pinned: bool, replace: bool) -> AdapterRef:
         self._check_enabled()
-        self.check_name(name, path)
+        self.check_name(name)
         if name in self._loading:
             raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded or being loaded")
         current = self._current.get(name)

@@ -93,9 +93,9 @@ class Tokenizer:
         """Ids of the special tokens among `texts`."""
         return frozenset(self._special[text] for text in texts if text in self._special)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens that the tokenizer adds; a BOS that the text itself begins with is not doubled."""
-        ids = self._encode(text)
+        ids = self._encode(text, add_special_tokens)
         bos = self.hf.bos_token_id
         if bos is not None and ids[:2] == [bos, bos] and text.startswith(self.hf.bos_token):
             return ids[1:]

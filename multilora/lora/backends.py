@@ -1,4 +1,4 @@
-"""LoRA backends by name. Adding one is a function and a line in the table.
+"""LoRA backends by name. A new one is a function and a line in `BACKENDS`.
 
 The table is also where `--lora-backend` finds its choices, so this file imports no heavy library.
 """
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Sites = tuple[LoraSite, ...]
 
 
-def _torch(table: "LoraTable", sites: Sites, dtype: "torch.dtype", chunk_rows: int) -> "LoraBackend":  # noqa: ARG001 - part of the contract
+def _torch(table: "LoraTable", _sites: Sites, _dtype: "torch.dtype", _chunk_rows: int) -> "LoraBackend":
     from multilora.lora.torch_backend import TorchLora
 
     return TorchLora(table)
@@ -60,7 +60,7 @@ def make_lora_backend(
     """The backend `name` of the table, over the adapters of `table`, on the device where those are.
 
     "auto" takes the best that can run there and logs its choice. dtype: of the model's activations; chunk_rows:
-    --max-lora-chunk-size. Raises ConfigError by name.
+    --max-lora-chunk-size. Raises ConfigError for an unknown name and for what cannot run here.
     """
     if name == "auto":
         device = table.weights.device.type

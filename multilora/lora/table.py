@@ -1,7 +1,7 @@
 """Which adapters are resident, and where their matrices are: slots in, views of the arena out.
 
-A slot is a small integer that lives as long as the adapter is resident. `adapters/device/residency.py` installs and
-removes adapters; the backends read. The `torch` backend uses the views made here; a `TableListener`
+A slot is a small integer that lives as long as the adapter is resident. `adapters/lifecycle/device_tier.py` installs
+and removes adapters; the backends read. The `torch` backend uses the views made here; a `TableListener`
 (`device_table.py`) keeps the tables on the device that kernels read.
 """
 

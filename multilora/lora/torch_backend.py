@@ -21,7 +21,7 @@ class TorchLora(SegmentLoop):
 
 
 def shrink(x: torch.Tensor, weights: SiteWeights) -> torch.Tensor:
-    """x: [rows, in] → the stacked intermediate [rows, rank], in the dtype of x."""
+    """x: [rows, in] → x Aᵀ, the stacked intermediate [rows, rank], in x's dtype."""
     if weights.rank == 0:
         return x[:, :0]
     first = weights.a[0].weight

@@ -88,7 +88,7 @@ class TritonLora:
         self.tuning = tuning or (CSGMV if name == "csgmv" else TRITON)
         self._vector = name == "csgmv"
         self._table = DeviceTable(table, sites)
-        self._applied = [site for site in sites if site.name != EMBED]  # that one's input is no matrix
+        self._applied = [site for site in sites if site.name != EMBED]  # its input is token ids
         self._device = table.weights.device
         self._chunk_rows = min(chunk_rows, MAX_TILE_ROWS)
         self._graph_rows = graph_rows

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import multilora
 from multilora.adapters.sources.spool import Spool
@@ -14,7 +15,7 @@ from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver, AsyncEngine
 from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
-from multilora.server import adapters, chat, completions, errors, native, openai, operations
+from multilora.server import adapters, chat, completions, errors, native, openai, operations, tokenization
 from multilora.server.auth import KeyCheck
 from multilora.server.metrics import Metrics
 
@@ -42,9 +43,14 @@ def create_app(
     app.include_router(native.router(driver))
     app.include_router(completions.router(driver, defaults))
     app.include_router(chat.router(driver, defaults))
+    app.include_router(tokenization.router(driver))
     app.include_router(openai.models_router(front, int(time.time())))
     app.include_router(adapters.router(driver))
     app.include_router(operations.router(driver, metrics))
     if config.api_key or config.admin_api_key:
         app.add_middleware(KeyCheck, api_key=config.api_key, admin_api_key=config.admin_api_key)
+    if config.cors_origins:  # outermost, so that a page can read the answer to a missing key, too
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
     return app

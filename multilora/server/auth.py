@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from multilora.errors import Unauthorized
 from multilora.server.errors import error_response
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping", "/metrics"})
 ADMIN_PATHS = frozenset(
     {
         "/load_lora_adapter",

@@ -1,65 +1,64 @@
 """The JSON bodies of the native and the adapter routes, and the base class of all bodies.
 
-A body checks names and types of its fields, strictly: no unknown field, no number given as text. Meaning (ranges,
-lengths, names of adapters) is checked by those who use it. Used by `native.py`, `adapters.py` and `openai_models.py`.
+A body checks the types of its fields strictly: no number given as text. A field that is null has its default, and
+`foreign_fields.py` decides about the fields that a body does not have. Meaning (ranges, lengths, names of adapters)
+is checked by those who use a body: `native.py`, `adapters.py`, `tensors.py`, `operations.py` and `openai_bodies.py`.
 """
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from multilora.errors import BadRequest
+from multilora.server.foreign_fields import sort_out
 
 
-def words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+def _integral(value: Any) -> Any:
+    """JSON has one kind of number: 16.0 is the integer 16."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+Integer = Annotated[int, BeforeValidator(_integral)]
 # long lists: complain of the first wrong entry, not of each
 Texts = Annotated[list[str], Field(fail_fast=True)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Prompts = Annotated[list[TokenIds], Field(fail_fast=True)]
 
-_EMPTY: tuple[Any, ...] = (None, False, "", [], {})
-
 
 class Body(BaseModel):
-    """A strict JSON object. `ignored`: known fields without effect here. `unserved`: accepted only when empty."""
+    """A JSON object. `where`: its route, or its name within other bodies, as `foreign_fields.py` has it."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    unserved: ClassVar[frozenset[str]] = frozenset()
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+    where: ClassVar[str]
 
     @model_validator(mode="before")
     @classmethod
-    def _known_but_unused(cls, data: Any) -> Any:
+    def _own_fields(cls, data: Any) -> Any:
+        """The fields that this body has and that are not null. Raises BadRequest for a foreign field in effect."""
         if not isinstance(data, dict):
             return data
-        for name in cls.unserved & data.keys():
-            if not any(data[name] is empty or data[name] == empty for empty in _EMPTY):
-                raise BadRequest(f"{name}: not supported by this server", param=name)
-        return {name: value for name, value in data.items() if name not in cls.ignored | cls.unserved}
+        own = [field.alias or name for name, field in cls.model_fields.items()]
+        try:
+            sort_out(data, own, cls.where)
+        except BadRequest as e:
+            if cls.where.startswith("/"):
+                raise
+            raise BadRequest(f"{cls.where}.{e.message}", param=cls.where.partition(".")[0]) from None
+        return {name: data[name] for name in own if data.get(name) is not None}
 
 
 class GenerateBody(Body):
     """`POST /generate`. A list in `text` or `input_ids` is a batch; per-item fields may then be lists too."""
 
-    ignored: ClassVar[frozenset[str]] = words(
-        "log_metrics no_logs modalities background conversation_id priority custom_labels"
-    )
-    unserved: ClassVar[frozenset[str]] = words(
-        """input_embeds image_data video_data audio_data token_ids_logprob return_hidden_states return_entropy
-        return_bytes return_routed_experts custom_logit_processor session_params session_id lora_id extra_key
-        bootstrap_host bootstrap_port bootstrap_room data_parallel_rank decode_tp_size http_worker_ipc
-        require_reasoning return_prompt_token_ids mm_processor_kwargs use_audio_in_video"""
-    )
+    where = "/generate"
     text: str | Texts | None = None
     input_ids: TokenIds | Prompts | None = None
+    model: str | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any] | None] | None = None
     lora_path: Any = None  # see front/adapter_spec.py
-    return_logprob: bool | list[bool] | None = None
-    logprob_start_len: int | list[int] | None = None
-    top_logprobs_num: int | list[int] | None = None
+    return_logprob: bool | list[bool | None] | None = None
+    logprob_start_len: Integer | list[Integer | None] | None = None
+    top_logprobs_num: Integer | list[Integer | None] | None = None
     return_text_in_logprobs: bool | None = None
     stream: bool | None = None
     rid: str | list[str] | None = None
@@ -68,7 +67,7 @@ class GenerateBody(Body):
 class AbortBody(Body):
     """`POST /abort_request`."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"finished_reason", "http_worker_ipc"})
+    where = "/abort_request"
     rid: str | None = None
     abort_all: bool = False
     abort_message: str | None = None
@@ -77,8 +76,7 @@ class AbortBody(Body):
 class LoadAdapterBody(Body):
     """`POST /load_lora_adapter`, as SGLang."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"rid", "http_worker_ipc", "lora_id"})
-    unserved: ClassVar[frozenset[str]] = frozenset({"added_tokens_config"})
+    where = "/load_lora_adapter"
     lora_name: str
     lora_path: str | list[Any]  # a list: a named composition, see front/adapter_spec.py
     pinned: bool | None = None
@@ -87,14 +85,14 @@ class LoadAdapterBody(Body):
 class UnloadAdapterBody(Body):
     """`POST /unload_lora_adapter`, as SGLang."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"rid", "http_worker_ipc", "lora_id"})
+    where = "/unload_lora_adapter"
     lora_name: str
 
 
 class V1LoadAdapterBody(Body):
     """`POST /v1/load_lora_adapter`, as vLLM."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"base_model_name", "is_3d_lora_weight"})
+    where = "/v1/load_lora_adapter"
     lora_name: str
     lora_path: str | list[Any]  # a list: a named composition, see front/adapter_spec.py
     load_inplace: bool = False
@@ -102,7 +100,7 @@ class V1LoadAdapterBody(Body):
 
 
 class V1UnloadAdapterBody(Body):
-    """`POST /v1/unload_lora_adapter`, as vLLM. `lora_int_id` is vLLM's own number and has no meaning here."""
+    """`POST /v1/unload_lora_adapter`, as vLLM."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"lora_int_id"})
+    where = "/v1/unload_lora_adapter"
     lora_name: str

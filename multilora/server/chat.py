@@ -1,6 +1,6 @@
 """`POST /v1/chat/completions`: messages through the model's chat template, answers as assistant messages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,13 +12,12 @@ from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import ChatPrompt
 from multilora.front.stream import Delta, TextStream
-from multilora.front.tokenizer import Tokenizer
 from multilora.front.tools.answer import AnswerReader
 from multilora.front.tools.request import ToolRequest
 from multilora.server.chat_answer import MessageStream, finish_reason, whole_message
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
-from multilora.server.openai_bodies import ChatBody
+from multilora.server.openai_bodies import ChatBody, ChatMessage, Conversation
 
 PROMPT_END_TOKENS = 32
 """Tokens of the prompt that are read again to see whether it leaves thoughts open."""
@@ -39,22 +38,23 @@ class ChatRequest(OpenAIRequest):
     """One conversation; a sample is a choice."""
 
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prompt_ids_in_head = True
 
     def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any]):
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs: only together with logprobs", param="top_logprobs")
         adapters = adapters_of(front.registry, body, 1)[0]
         self._tools = _tools(front, body, adapters)
         self._streams: dict[int, MessageStream] = {}  # by the sample's index
         job = Job(
-            prompt=_prompt(body, self._tools),
+            prompt=chat_prompt(body, body.messages, self._tools.offered),
             sampling=self._tools.constrain(body.sampling(sampling_defaults, _limit(body))),
             adapters=adapters,
             kept_tokens=self._tools.markers,
             return_logprob=bool(body.logprobs),
             top_logprobs_num=check_top_logprobs(body.top_logprobs or 0, "top_logprobs"),
         )
-        super().__init__(body, [job])
+        super().__init__(body, [job], front.config.model_name)
 
     def whole(self, sample: Sample) -> Choice:
         stream = sample.stream
@@ -62,9 +62,9 @@ class ChatRequest(OpenAIRequest):
         return {
             "index": sample.index,
             "message": message,
-            "logprobs": _logprobs(sample, stream),
+            "logprobs": self._logprobs(sample, stream),
             "finish_reason": finish_reason(stream.finished, called="tool_calls" in message),
-        }
+        } | self._token_ids(stream)
 
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         if first:
@@ -72,12 +72,12 @@ class ChatRequest(OpenAIRequest):
             yield _chunk(sample.index, {"role": "assistant", "content": ""})
         stream = self._streams[sample.index]
         deltas = stream.push(delta.text, delta.finished)
-        logprobs = _logprobs(sample, delta)
-        if not deltas and logprobs and logprobs["content"]:
+        logprobs, token_ids = self._logprobs(sample, delta), self._token_ids(delta)
+        if not deltas and ((logprobs and logprobs["content"]) or token_ids.get("token_ids")):
             deltas = [{"content": ""}]
         for one in deltas:
-            yield _chunk(sample.index, one, logprobs)
-            logprobs = None  # the first one has them
+            yield _chunk(sample.index, one, logprobs) | token_ids
+            logprobs, token_ids = None, {}  # the first one has them
         if delta.finished:
             yield _chunk(sample.index, {}, finish_reason=finish_reason(delta.finished, called=stream.called))
 
@@ -90,6 +90,22 @@ class ChatRequest(OpenAIRequest):
 
         return self._tools.reader(prompt_end)
 
+    def _logprobs(self, sample: Sample, part: TextStream | Delta) -> dict[str, Any] | None:
+        """`part`: all of the answer, or what is new of it."""
+        if not sample.job.return_logprob:
+            return None
+        tokenizer = sample.vocabulary.reader("logprobs", "logprobs")
+
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            text = tokenizer.token_text(token)
+            return {"token": self._token_name(token, text), "logprob": logprob, "bytes": list(text.encode())}
+
+        content = [
+            entry(token, one.logprob) | {"top_logprobs": [entry(t, lp) for lp, t in one.top]}
+            for token, one in zip(part.token_ids, part.logprobs, strict=False)
+        ]
+        return {"content": content, "refusal": None}
+
 
 def _chunk(
     index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
@@ -97,33 +113,21 @@ def _chunk(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _logprobs(sample: Sample, part: TextStream | Delta) -> dict[str, Any] | None:
-    """`part`: all of the answer, or what is new of it."""
-    if not sample.job.return_logprob:
-        return None
-    tokenizer = sample.vocabulary.reader("logprobs", "logprobs")
-    content = [
-        _token(tokenizer, token, one.logprob) | {"top_logprobs": [_token(tokenizer, t, lp) for lp, t in one.top]}
-        for token, one in zip(part.token_ids, part.logprobs, strict=False)
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _token(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
-    text = tokenizer.token_text(token)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
-def _prompt(body: ChatBody, tools: ToolRequest) -> ChatPrompt:
+def chat_prompt(
+    body: Conversation, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None
+) -> ChatPrompt:
+    """The messages and options for the chat template, which is shown `tools`. Raises BadRequest."""
     options: dict[str, Any] = {
-        "tools": tools.offered,
+        "tools": tools,
         "add_generation_prompt": body.add_generation_prompt is not False and not body.continue_final_message,
         "continue_final_message": bool(body.continue_final_message),
     }
+    if body.reasoning_effort is not None:
+        options["reasoning_effort"] = body.reasoning_effort
     own = body.chat_template_kwargs or {}
     if taken := options.keys() & own.keys():
         raise BadRequest(f"{min(taken)!r} cannot be given to the chat template", param="chat_template_kwargs")
-    return ChatPrompt([message.model_dump(exclude_unset=True) for message in body.messages], options | own)
+    return ChatPrompt([message.model_dump(exclude_unset=True) for message in messages], options | own)
 
 
 def _limit(body: ChatBody) -> int | None:

@@ -34,10 +34,12 @@ class CompletionRequest(OpenAIRequest):
     """One or more prompts: sample j of prompt i is the choice of index i·n + j."""
 
     id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    prompt_ids_in_head = False
 
     def __init__(self, front: Front, body: CompletionBody, sampling_defaults: dict[str, Any]):
         prompts, _ = read_prompts(body.prompt, "prompt")
-        if body.echo or body.logprobs is not None:
+        top = body.top_logprobs
+        if body.echo or top is not None:
             front.vocabularies.base.reader("echo or logprobs", "echo")
         adapters = adapters_of(front.registry, body, len(prompts))
         sampling = body.sampling(
@@ -50,13 +52,13 @@ class CompletionRequest(OpenAIRequest):
                 prompt=prompt,
                 sampling=sampling,
                 adapters=spec,
-                return_logprob=body.logprobs is not None,
-                logprob_start_len=0 if body.logprobs is not None and body.echo else -1,
-                top_logprobs_num=check_top_logprobs(body.logprobs or 0, "logprobs"),
+                return_logprob=top is not None,
+                logprob_start_len=0 if top is not None and body.echo else -1,
+                top_logprobs_num=check_top_logprobs(top or 0, "logprobs"),
             )
             for prompt, spec in zip(prompts, adapters, strict=True)
         ]
-        super().__init__(body, jobs)
+        super().__init__(body, jobs, front.config.model_name)
         self._echo = bool(body.echo)
         self._offsets: dict[int, int] = {}  # sample's index → characters of the choice that logprobs have covered
 
@@ -65,7 +67,8 @@ class CompletionRequest(OpenAIRequest):
 
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         choice = self._choice(sample, delta, first=first)
-        if choice["text"] or choice["finish_reason"] or (choice["logprobs"] and choice["logprobs"]["tokens"]):
+        logprobs = choice["logprobs"]
+        if choice["text"] or choice["finish_reason"] or choice.get("token_ids") or (logprobs and logprobs["tokens"]):
             yield choice
 
     def _choice(self, sample: Sample, part: TextStream | Delta, *, first: bool) -> Choice:
@@ -76,7 +79,10 @@ class CompletionRequest(OpenAIRequest):
             text = _prompt_text(sample) + text
             tokens = [*sample.prompt_ids, *tokens]
             logprobs = [*part.input_logprobs, *logprobs]
-        return {
+        ids = self._token_ids(part)
+        if ids and first:
+            ids["prompt_token_ids"] = sample.prompt_ids
+        return ids | {
             "index": sample.index,
             "text": text,
             "logprobs": self._logprobs(sample, tokens, logprobs) if sample.job.return_logprob else None,
@@ -92,10 +98,12 @@ class CompletionRequest(OpenAIRequest):
             self._offsets[sample.index] += len(text)
 
         def top_of(one: Logprobs | None) -> dict[str, float] | None:
-            return None if one is None else {text_of(token): logprob for logprob, token in one.top}
+            if one is None:
+                return None
+            return {self._token_name(token, text_of(token)): logprob for logprob, token in one.top}
 
         return {
-            "tokens": texts,
+            "tokens": [self._token_name(*pair) for pair in zip(tokens, texts, strict=True)],
             "token_logprobs": [None if one is None else one.logprob for one in logprobs],
             "top_logprobs": [top_of(one) for one in logprobs] if sample.job.top_logprobs_num else None,
             "text_offset": offsets,

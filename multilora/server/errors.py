@@ -30,7 +30,11 @@ _TYPES = {
     413: "invalid_request_error",
     503: "service_unavailable_error",
 }
-_CODES = {"UnknownModel": "model_not_found", "Unauthorized": "invalid_api_key"}
+_CODES = {
+    "UnknownModel": "model_not_found",
+    "Unauthorized": "invalid_api_key",
+    "PromptTooLong": "context_length_exceeded",
+}
 
 Shape = Callable[[MultiloraError], dict[str, Any]]
 
@@ -70,8 +74,6 @@ def from_validation(error: RequestValidationError) -> BadRequest:
         return BadRequest("the body must be a JSON object, sent as application/json")
     field = where[0]
     name = ".".join(part for part in where if not part.startswith(("function-", "list[", "dict[")))
-    if first["type"] == "extra_forbidden":
-        return BadRequest(f"{name}: unknown field", param=field)
     if first["type"] == "missing":
         return BadRequest(f"{name}: this field is required", param=field)
     if first["type"] == "value_error":

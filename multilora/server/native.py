@@ -14,11 +14,13 @@ from multilora.errors import BadRequest
 from multilora.front.adapter_spec import parse_specs
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import Prompt, read_prompts, spread
+from multilora.front.registry import AdapterRegistry
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
 from multilora.params import SamplingParams
 from multilora.server.bodies import GenerateBody
 from multilora.server.errors import StrictRoute
+from multilora.server.foreign_fields import sort_out
 from multilora.server.streaming import EventStream, Json, frame, while_connected
 
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
@@ -30,7 +32,7 @@ def router(driver: AsyncDriver) -> APIRouter:
     @routes.post("/generate")
     async def generate(request: Request, body: GenerateBody) -> Response:
         """Generate from text or token ids, one prompt or many, each with its own adapter."""
-        batch = read_batch(body)
+        batch = read_batch(driver.front.registry, body)
         answers = NativeAnswers(driver.front.vocabularies, body, batch)
 
         async def whole() -> list[dict[str, Any]]:
@@ -64,15 +66,15 @@ class Batch:
         return sample.number * len(self.jobs) + job
 
 
-def read_batch(body: GenerateBody) -> Batch:
-    """Raises BadRequest naming the field."""
+def read_batch(registry: AdapterRegistry, body: GenerateBody) -> Batch:
+    """Raises BadRequest naming the field, UnknownModel, UnknownAdapter."""
     prompts, several = _prompts(body)
     count = len(prompts)
-    sampling = [SamplingParams.parse(p) for p in spread(body.sampling_params, count, "sampling_params")]
+    sampling = [_sampling(p) for p in spread(body.sampling_params, count, "sampling_params")]
     samples = sampling[0].n
     if any(params.n != samples for params in sampling):
         raise BadRequest("sampling_params.n must be the same for every item of a batch", param="n")
-    adapters = parse_specs(body.lora_path, count)
+    adapters = [registry.resolve_model(body.model, spec) for spec in parse_specs(body.lora_path, count)]
     logprob = spread(body.return_logprob, count, "return_logprob")
     start = spread(body.logprob_start_len, count, "logprob_start_len")
     top = spread(body.top_logprobs_num, count, "top_logprobs_num")
@@ -89,6 +91,13 @@ def read_batch(body: GenerateBody) -> Batch:
     ]
     several = several or samples > 1
     return Batch(jobs, samples, _rids(body.rid, count, samples, several), several)
+
+
+def _sampling(given: dict[str, Any] | None) -> SamplingParams:
+    """Null means default, for the whole object and for each of its parameters."""
+    own = SamplingParams.__struct_fields__
+    sort_out(given or {}, own, "sampling_params")
+    return SamplingParams.parse({k: v for k, v in (given or {}).items() if k in own and v is not None})
 
 
 def _prompts(body: GenerateBody) -> tuple[list[Prompt], bool]:

@@ -7,7 +7,7 @@ through HTTP.
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
@@ -18,7 +18,7 @@ from multilora.front.adapter_spec import AdapterSpec, parse_specs
 from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.registry import AdapterRegistry
-from multilora.front.stream import Delta
+from multilora.front.stream import Delta, TextStream
 from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.streaming import EventStream, Json, frame, while_connected
@@ -29,16 +29,21 @@ Choice = dict[str, Any]
 
 
 class OpenAIRequest(ABC):
-    """One request of either route: its jobs, its response. Made by reading the body. Raises BadRequest."""
+    """One request of either route: its jobs, its response. Made by reading the body. Raises BadRequest.
+
+    model_name: what a response says where the body names no model.
+    """
 
     id_prefix: ClassVar[str]
     kind: ClassVar[str]  # `object` of a whole response
     chunk_kind: ClassVar[str]
+    prompt_ids_in_head: ClassVar[bool]  # else in the choices
 
-    def __init__(self, body: OpenAIBody, jobs: list[Job]):
+    def __init__(self, body: OpenAIBody, jobs: list[Job], model_name: str):
         self._body = body
         self._jobs = jobs
         self._id = body.rid or f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._model = model_name if body.model is None else body.model
         self._include_usage = body.include_usage
 
     @abstractmethod
@@ -48,6 +53,19 @@ class OpenAIRequest(ABC):
     @abstractmethod
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         """The choices of a stream that `delta` makes, one for each frame. first: the sample's first delta."""
+
+    def _prompt_token_ids(self, sample: Sample) -> dict[str, Any]:
+        """What the head of a response or chunk says of the prompt of `sample`, when the client asks for that."""
+        wanted = self.prompt_ids_in_head and self._body.return_token_ids
+        return {"prompt_token_ids": sample.prompt_ids} if wanted else {}
+
+    def _token_ids(self, part: TextStream | Delta) -> dict[str, Any]:
+        """What a choice says of its tokens, when the client asks for that."""
+        return {"token_ids": part.token_ids} if self._body.return_token_ids else {}
+
+    def _token_name(self, token: int, text: str) -> str:
+        """The token in the logprobs: its text or, when the client asks for that, its id."""
+        return f"token_id:{token}" if self._body.return_tokens_as_token_ids else text
 
     async def respond(self, request: Request, driver: AsyncDriver) -> Response:
         """Generate, and answer in one piece or as a stream."""
@@ -60,7 +78,8 @@ class OpenAIRequest(ABC):
         async def answer() -> dict[str, Any]:
             generation = await driver.generate(self._jobs, rids)
             choices = [self.whole(sample) for sample in await generation.results()]
-            return self._head(generation, self.kind) | {"choices": choices, "usage": self._usage(generation)}
+            rest = {"choices": choices, "usage": _usage(generation.samples)}
+            return self._head(generation, self.kind) | rest | self._prompt_token_ids(generation.samples[0])
 
         if not self._body.stream:
             return Json(await while_connected(request.receive, answer()))
@@ -69,30 +88,36 @@ class OpenAIRequest(ABC):
 
     async def _frames(self, generation: AsyncGeneration) -> AsyncGenerator[bytes, None]:
         head = self._head(generation, self.chunk_kind)
-        extra = {"usage": None} if self._include_usage else {}
+        continuous = self._body.continuous_usage
+        extra: dict[str, Any] = {"usage": None} if self._include_usage else {}
         begun: set[int] = set()
         async for sample, delta in generation.events():
-            for choice in self.chunks(sample, delta, first=sample.index not in begun):
-                yield frame(head | {"choices": [choice]} | extra)
+            if continuous:
+                extra = {"usage": _usage([sample])}
+            first = sample.index not in begun
+            prompt = self._prompt_token_ids(sample) if first else {}
+            for choice in self.chunks(sample, delta, first=first):
+                yield frame(head | {"choices": [choice]} | extra | prompt)
+                prompt = {}
             begun.add(sample.index)
         if self._include_usage:
-            yield frame(head | {"choices": [], "usage": self._usage(generation)})
+            yield frame(head | {"choices": [], "usage": _usage(generation.samples)})
 
     def _head(self, generation: AsyncGeneration, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": int(generation.created), "model": self._body.model}
+        return {"id": self._id, "object": kind, "created": int(generation.created), "model": self._model}
 
-    @staticmethod
-    def _usage(generation: AsyncGeneration) -> dict[str, Any]:
-        """Each prompt counts once, however many answers it has."""
-        firsts = [sample for sample in generation.samples if sample.number == 0]
-        prompts = sum(len(sample.prompt_ids) for sample in firsts)
-        generated = sum(sample.stream.completion_tokens for sample in generation.samples)
-        return {
-            "prompt_tokens": prompts,
-            "completion_tokens": generated,
-            "total_tokens": prompts + generated,
-            "prompt_tokens_details": {"cached_tokens": sum(sample.stream.cached_tokens for sample in firsts)},
-        }
+
+def _usage(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Token counts so far. Each prompt counts once, however many answers it has."""
+    prompts = list({id(sample.job): sample for sample in samples}.values())
+    read = sum(len(sample.prompt_ids) for sample in prompts)
+    generated = sum(sample.stream.completion_tokens for sample in samples)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": generated,
+        "total_tokens": read + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(sample.stream.cached_tokens for sample in prompts)},
+    }
 
 
 def adapters_of(registry: AdapterRegistry, body: OpenAIBody, prompts: int) -> list[AdapterSpec]:

@@ -35,6 +35,10 @@ def _health(routes: APIRouter, driver: AsyncDriver) -> None:
     @routes.get("/health")
     @routes.get("/ready")
     @routes.get("/ping")
+    @routes.post("/ping")
+    @routes.head("/health", include_in_schema=False)
+    @routes.head("/ready", include_in_schema=False)
+    @routes.head("/ping", include_in_schema=False)
     async def health() -> Response:
         """200 while the engine lives, else 503."""
         if not driver.engine.alive:
@@ -57,6 +61,17 @@ def _health(routes: APIRouter, driver: AsyncDriver) -> None:
 
 def _facts(routes: APIRouter, front: Front) -> None:
     config, ready = front.config, front.engine.ready
+
+    @routes.get("/")
+    @routes.head("/", include_in_schema=False)
+    async def root() -> Response:
+        """What answers here."""
+        return Json({"name": "multilora", "version": multilora.__version__})
+
+    @routes.get("/version")
+    async def version() -> Response:
+        """As vLLM."""
+        return Json({"version": multilora.__version__})
 
     @routes.get("/model_info")
     @routes.get("/get_model_info")

@@ -8,7 +8,7 @@ Used by `adapters.py`.
 import binascii
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -24,8 +24,7 @@ CHUNK = 1 << 20  # characters decoded at a time, a multiple of 4: each is short 
 class LoadTensorsBody(Body):
     """As SGLang's, whose newer form has a list with one copy for each tensor-parallel rank."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"rid", "http_worker_ipc", "lora_id"})
-    unserved: ClassVar[frozenset[str]] = frozenset({"added_tokens_config"})
+    where = "/load_lora_adapter_from_tensors"
     lora_name: str
     config_dict: dict[str, Any]
     serialized_tensors: str | None = None

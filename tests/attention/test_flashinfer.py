@@ -98,9 +98,8 @@ def make_case(
 
 def flashinfer(case: Case, window: int | None) -> AttentionBackend:
     heads, kv_heads, _ = case.heads
-    return make_attention(
-        "flashinfer", case.views(), AttentionShape(heads, kv_heads, case.layout.head_dim, 0.09, window)
-    )
+    shape = AttentionShape(heads, kv_heads, case.layout.head_dim, 0.09, window)
+    return make_attention("flashinfer", case.views(), shape)
 
 
 def expected(case: Case, window: int | None, device: str = "cpu") -> list[torch.Tensor]:

@@ -75,7 +75,7 @@ def refused(*args: object) -> int:
         (build, {"Staging": refused}, "no memory to stage them: .* Cannot allocate memory"),
         (
             "multilora.adapters.host.staging",
-            {"populate_for_writing": lambda *args: False},
+            {"prefault_write": lambda *args: False},
             "cannot be pinned: too little memory",
         ),
         (torch.cuda, {"cudart": lambda: SimpleNamespace(cudaHostRegister=lambda *args: 2)}, "cannot be pinned: 2"),

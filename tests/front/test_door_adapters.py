@@ -68,7 +68,7 @@ REFUSED: dict[str, tuple[str, str, type[Exception], str]] = {
     "no name": ("", "a", BadRequest, "1 to 256 characters"),
     "long name": ("x" * 257, "a", BadRequest, "1 to 256 characters"),
     "colon": ("x:y", "a", BadRequest, "':'"),
-    "slash": ("x/y", "a", BadRequest, "'/'"),
+    "the base model's other name": ("default", "a", BadRequest, "base model"),
 }
 
 
@@ -82,7 +82,7 @@ def test_a_load_that_fails_changes_nothing(door: Door, door_files: Path, case: s
 
 def test_the_base_models_name_is_taken(door: Door, door_files: Path) -> None:
     base = door.front.registry.model_name
-    with pytest.raises(BadRequest, match=r"base model|':'|'/'"):
+    with pytest.raises(BadRequest, match=r"base model|':'"):
         door.load(base, door_files / "a")
 
 

@@ -93,7 +93,15 @@ def test_lora_off():
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [("", "/p"), ("x" * 257, "/p"), ("a:b", "/p"), ("a/b", "/p"), ("base", "/p"), ("a:b", "a:b"), ("base", "base")],
+    [
+        ("", "/p"),
+        ("x" * 257, "/p"),
+        ("a:b", "/p"),
+        ("default", "/p"),
+        ("base", "/p"),
+        ("a:b", "a:b"),
+        ("base", "base"),
+    ],
 )
 def test_bad_names(registry, name, path):
     with pytest.raises(BadRequest) as e:
@@ -101,9 +109,9 @@ def test_bad_names(registry, name, path):
     assert e.value.param == "lora_name"
 
 
-@pytest.mark.parametrize("name", ["x" * 256, "a b", "Ä", "a=b", "a.b-c_d"])
+@pytest.mark.parametrize("name", ["x" * 256, "a b", "Ä", "a=b", "a.b-c_d", "org/adapter", "../x"])
 def test_good_names(registry, name):
-    registry.check_name(name, "/p")
+    registry.check_name(name)
 
 
 def test_a_bare_path_may_be_a_name(registry):

@@ -47,7 +47,7 @@ BAD_LOADS = {
     "no name": ({"lora_path": "/p/b"}, "lora_name: this field is required"),
     "wrong type": ({"lora_name": 5, "lora_path": "/p/b"}, "lora_name"),
     "the base model's name": ({"lora_name": "base", "lora_path": "/p/b"}, "base model"),
-    "unknown field": ({"lora_name": "b", "lora_path": "/p/b", "rank": 4}, "rank: unknown field"),
+    "unknown field": ({"lora_name": "b", "lora_path": "/p/b", "rank": 4}, "rank: not supported"),
     "missing path": ({"lora_name": "b", "lora_path": "/gone"}, "no such directory"),
     "invalid": ({"lora_name": "b", "lora_path": "/broken"}, "not valid"),
     "starvation": ({"lora_name": "b", "lora_path": "/pin", "pinned": True}, "starvation"),

@@ -67,6 +67,36 @@ def test_stream():
     assert frames[-1]["usage"]["completion_tokens"] == 3
 
 
+def test_token_ids_whole_and_streamed():
+    s = server()
+    whole = chat(s, return_token_ids=True, n=2).json()
+    assert whole["prompt_token_ids"] == TOKENIZER.encode_chat(HELLO)
+    assert [choice["token_ids"] for choice in whole["choices"]] == [[*TOKENIZER.encode("ab")[1:], EOS]] * 2
+    first, *rest = chat(s, return_token_ids=True, stream=True).frames
+    assert first["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert all("prompt_token_ids" not in frame for frame in rest)
+    streamed = [token for frame in rest for token in frame["choices"][0].get("token_ids", [])]
+    assert streamed == whole["choices"][0]["token_ids"]
+    plain = chat(s).json()
+    assert "prompt_token_ids" not in plain and "token_ids" not in plain["choices"][0]
+
+
+def test_tokens_as_token_ids():
+    s = server()
+    choice = chat(s, logprobs=True, top_logprobs=1, return_tokens_as_token_ids=True).json()["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == [f"token_id:{i}" for i in (*TOKENIZER.encode("ab")[1:], EOS)]
+    assert [entry["bytes"] for entry in content] == [list(b"a"), list(b"b"), list(b"</s>")]
+    assert content[0]["top_logprobs"][0]["token"] == "token_id:3"
+
+
+def test_continuous_usage():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *frames, last = chat(server(), stream=True, stream_options=options).frames
+    assert [frame["usage"]["completion_tokens"] for frame in frames] == [1, 1, 2, 3]
+    assert frames[-1]["usage"] == last["usage"]
+
+
 def test_stream_of_two_answers():
     frames = chat(server(), stream=True, n=2).frames
     for index in range(2):

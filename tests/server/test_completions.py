@@ -121,6 +121,65 @@ def test_stream_with_usage():
     assert last["usage"]["completion_tokens"] == 3
 
 
+def test_stream_with_usage_on_every_chunk():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    s = server("ab")
+    *frames, last = complete(s, prompt=[[5], [6, 7]], stream=True, stream_options=options).frames
+    for index, prompt_tokens in enumerate((1, 2)):
+        usages = [f["usage"] for f in frames if f["choices"][0]["index"] == index]
+        assert [usage["completion_tokens"] for usage in usages] == [1, 2, 3]
+        assert all(usage["prompt_tokens"] == prompt_tokens for usage in usages)
+        assert all(usage["total_tokens"] == prompt_tokens + usage["completion_tokens"] for usage in usages)
+    assert (last["choices"], last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == ([], 3, 6)
+    alone = complete(s, stream=True, stream_options={"continuous_usage_stats": True}).frames
+    assert all("usage" not in frame for frame in alone)
+
+
+def test_logprobs_as_a_boolean():
+    s = server("ab")
+    assert complete(s, logprobs=True).json()["choices"][0] == complete(s, logprobs=1).json()["choices"][0]
+    assert complete(s, logprobs=False).json()["choices"][0]["logprobs"] is None
+
+
+def test_token_ids_whole_and_streamed():
+    s = server("ab")
+    for echo in (False, True):
+        whole = complete(s, prompt=[[5], [6, 7]], return_token_ids=True, echo=echo).json()["choices"]
+        assert [c["prompt_token_ids"] for c in whole] == [[5], [6, 7]]
+        assert [c["token_ids"] for c in whole] == [[*ids("ab"), 1]] * 2
+    frames = complete(s, prompt=[[5], [6, 7]], return_token_ids=True, stream=True).frames
+    for index, prompt in enumerate(([5], [6, 7])):
+        first, *rest = [f["choices"][0] for f in frames if f["choices"][0]["index"] == index]
+        assert first["prompt_token_ids"] == prompt
+        assert all("prompt_token_ids" not in choice for choice in rest)
+        assert [token for choice in (first, *rest) for token in choice["token_ids"]] == [*ids("ab"), 1]
+    assert "token_ids" not in complete(s).json()["choices"][0]
+
+
+def test_tokens_without_text_have_a_chunk_of_their_own_when_ids_are_asked_for():
+    s = server("")
+    *begin, end = ids("漢")  # several tokens, one character
+    assert begin
+    s.client.answer = lambda m: [*begin, end, 1]
+    frames = complete(s, return_token_ids=True, stream=True).frames
+    assert [(f["choices"][0]["text"], f["choices"][0]["token_ids"]) for f in frames] == [
+        *(("", [token]) for token in begin),
+        ("漢", [end]),
+        ("", [1]),
+    ]
+
+
+def test_tokens_as_token_ids():
+    s = server("ab")
+    plain, named = (
+        complete(s, logprobs=1, return_tokens_as_token_ids=flag).json()["choices"][0]["logprobs"]
+        for flag in (False, True)
+    )
+    assert named["tokens"] == [f"token_id:{i}" for i in (*ids("ab"), 1)]
+    assert named["top_logprobs"][0] == {"token_id:3": -0.5}
+    assert (named["token_logprobs"], named["text_offset"]) == (plain["token_logprobs"], plain["text_offset"])
+
+
 BAD = [
     ({"prompt": []}, "prompt"),
     ({"prompt": [[]]}, "input_ids"),

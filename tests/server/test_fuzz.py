@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from multilora.params import SamplingParams
 from multilora.server import bodies
 from multilora.server import openai_bodies as openai_models
+from multilora.server.foreign_fields import HARMLESS, NEUTRAL
 
 TOKENIZER = byte_level_tokenizer()
 
@@ -56,7 +57,7 @@ ROUTES = {
 
 def bodies_of(model, required):
     """Mostly right: the required fields, and a few others with likely or unlikely values."""
-    names = [*model.model_fields, *model.ignored, *model.unserved]
+    names = sorted({*model.model_fields, *HARMLESS[""], *NEUTRAL[""]})
     fields = {name: LIKELY.get(name, JSON) | JSON for name in names}
     some = st.sets(st.sampled_from(names), max_size=4)
     return some.flatmap(lambda extra: st.fixed_dictionaries({n: fields[n] for n in sorted({*required} | extra)}))

@@ -39,7 +39,7 @@ def test_others_go_on_while_it_is_tokenized(tokenizer: Tokenizer, route: str) ->
             assert (await stream.frame())["choices"][0]["text"]
             now = time.perf_counter()
             gap, frames, last = max(gap, now - last), frames + 1, now
-        assert (await long.answer()).error["code"] == "PromptTooLong"
+        assert (await long.answer()).error["code"] == "context_length_exceeded"
         stream.hang_up()
         await stream.answer()
         return gap, last - begun, frames

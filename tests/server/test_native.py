@@ -168,7 +168,7 @@ BAD = {
     "enormous top_k": ({"text": "a", "sampling_params": {"top_k": 10**30}}, "top_k"),
     "different n": ({"text": ["a", "b"], "sampling_params": [{"n": 1}, {"n": 2}]}, "the same"),
     "stream as text": ({"text": "a", "stream": "yes"}, "stream"),
-    "unknown field": ({"text": "a", "lora": "x"}, "lora: unknown field"),
+    "unknown field": ({"text": "a", "lora": "x"}, "lora: not supported"),
     "images": ({"text": "a", "image_data": ["x"]}, "image_data: not supported"),
     "empty rid": ({"text": "a", "rid": ""}, "rid"),
     "the same rid twice": ({"text": ["a", "b"], "rid": ["r", "r"]}, "rid"),

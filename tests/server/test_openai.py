@@ -1,5 +1,7 @@
 """What the OpenAI routes share: which adapter answers, model lists, defaults, rids."""
 
+import re
+
 import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer
@@ -29,18 +31,45 @@ CHOICES = [
     ({"model": "base", "lora_path": "b"}, "v2"),
     ({"model": "b", "lora_path": "b"}, "v2"),
     ({"model": "base", "lora_path": None}, "v0"),
+    ({"model": "default"}, "v0"),
+    ({"model": "default", "lora_path": "a"}, "v1"),
+    ({"model": "org/c"}, "v3"),
+    ({"model": "base:org/c"}, "v3"),
+    ({"model": "base", "lora_path": "org/c"}, "v3"),
 ]
 
 
 @pytest.mark.parametrize(("body", "text"), CHOICES)
 def test_which_adapter_answers_and_model_is_echoed(body, text):
     s = server()
-    s.load("a", "b")
+    s.load("a", "b", "org/c")
     answer = completion(s, **body)
     assert answer.json()["choices"][0]["text"] == text
     assert answer.json()["model"] == body["model"]
     chat = s.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]} | body)
     assert chat.json()["choices"][0]["message"]["content"] == text
+    assert s.post("/generate", {"text": "x"} | body).json()["text"] == text
+
+
+@pytest.mark.parametrize("body", [{}, {"model": None}, {"model": None, "lora_path": None}])
+def test_without_a_model_the_base_answers_under_its_name(body):
+    s = server()
+    s.load("a")
+    answer = completion(s, **body).json()
+    assert (answer["choices"][0]["text"], answer["model"]) == ("v0", "base")
+    frames = completion(s, **body, stream=True).frames
+    assert {frame["model"] for frame in frames} == {"base"}
+    chat = s.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]} | body).json()
+    assert (chat["choices"][0]["message"]["content"], chat["model"]) == ("v0", "base")
+    assert s.post("/generate", {"text": "x"} | body).json()["text"] == "v0"
+
+
+@pytest.mark.parametrize("model", ["nope", "other:a", ""])
+def test_a_native_request_for_another_model_is_refused(model):
+    s = server()
+    answer = s.post("/generate", {"text": "x", "model": model})
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+    assert s.client.submitted == []
 
 
 REFUSED = [
@@ -51,7 +80,6 @@ REFUSED = [
     ({"model": "base", "lora_path": "nope"}, 400, "UnknownAdapter"),
     ({"model": "a", "lora_path": "b"}, 400, "BadRequest"),
     ({"model": 5}, 400, "BadRequest"),
-    ({}, 400, "BadRequest"),
 ]
 
 
@@ -93,6 +121,25 @@ def test_models():
     assert s.get("/v1/models/base").json() == data[0]
     assert s.get("/v1/models/a").json() == data[1]
     assert s.get("/v1/models/nope").status == 404
+
+
+TOO_LONG = {
+    "/generate": {"input_ids": [5] * 256},
+    "/v1/completions": {"prompt": [5] * 256, "max_tokens": 4},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x" * 300}]},
+}
+
+
+@pytest.mark.parametrize("route", TOO_LONG)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_too_long_is_refused_in_the_words_that_clients_look_for(route, stream):
+    s = server()
+    answer = s.post(route, TOO_LONG[route] | {"stream": stream})
+    assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+    assert answer.error["type"] == "invalid_request_error"
+    words = r"This model's maximum context length is 256 tokens\. However, you requested (\d+) tokens"
+    assert int(re.match(words, answer.error["message"])[1]) > 256
+    assert s.client.submitted == []
 
 
 def test_a_bare_path_is_a_name_with_slashes():
@@ -164,10 +211,10 @@ def test_response_format():
     assert both.status == 400
 
 
-def test_openais_unused_fields_are_accepted_and_unknown_ones_are_not():
+def test_openais_unused_fields_are_accepted_and_foreign_ones_in_effect_are_not():
     s = server()
     assert completion(s, model="base", user="me", store=False, metadata={"a": "b"}, service_tier="auto").status == 200
     answer = completion(s, model="base", temprature=1)
-    assert answer.error["message"] == "temprature: unknown field"
+    assert answer.error["message"] == "temprature: not supported by this server; did you mean 'temperature'?"
     assert completion(s, model="base", suffix="x").error["param"] == "suffix"
     assert completion(s, model="base", suffix=None).status == 200

@@ -2,8 +2,11 @@
 
 import pytest
 from fakes.models import FakeEngineClient
-from fakes.server_app import LocalServer
+from fakes.server_app import LocalServer, run
 from fakes.tokenizers import byte_level_tokenizer
+
+import multilora
+from multilora.errors import ConfigError
 
 
 def server(**config):
@@ -78,3 +81,56 @@ def test_the_api_describes_itself():
     s = LocalServer(FakeEngineClient(vocab_size=320), byte_level_tokenizer())
     paths = s.get("/openapi.json").json()["paths"]
     assert {"/generate", "/v1/completions", "/v1/chat/completions", "/load_lora_adapter", "/metrics"} <= set(paths)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/ping"])
+def test_probes_by_head(path):
+    s = server(api_key="k")
+    assert run(s.send("HEAD", path)).status == 200
+    assert s.get(path).status == 200
+
+
+def test_ping_by_post():
+    s = server()
+    assert s.post("/ping").status == 200
+    s.client.die()
+    assert s.post("/ping").status == 503
+
+
+def test_version():
+    s = server()
+    assert s.get("/version").json() == {"version": multilora.__version__}
+    assert s.get("/").json() == {"name": "multilora", "version": multilora.__version__}
+
+
+PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
+
+
+@pytest.mark.parametrize("origins", [("*",), ("https://a.example", "http://b.example:8080")])
+def test_pages_of_the_given_origins_may_call(origins):
+    s = server(cors_origins=origins, api_key="k")
+    here = {"origin": "http://b.example:8080"}
+    answer = cors(s, "OPTIONS", "/v1/completions", here | PREFLIGHT)
+    assert answer.status == 200
+    allowed = "*" if origins == ("*",) else here["origin"]
+    assert answer.headers["access-control-allow-origin"] == allowed
+    assert "authorization" in answer.headers["access-control-allow-headers"].lower()
+    refused = cors(s, "GET", "/v1/models", here)
+    assert (refused.status, refused.headers["access-control-allow-origin"]) == (401, allowed)
+
+
+def test_pages_of_other_origins_may_not_call():
+    for s in (server(cors_origins=("https://a.example",)), server()):
+        for method, headers in (("OPTIONS", PREFLIGHT), ("GET", {})):
+            answer = cors(s, method, "/v1/models", {"origin": "https://evil.example"} | headers)
+            assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("origin", ["a.example", "https://a.example/", "https://a.example/page", ""])
+def test_what_is_no_origin_is_refused_at_the_start(origin):
+    with pytest.raises(ConfigError, match="--cors-origins"):
+        server(cors_origins=(origin,))
+
+
+def cors(s, method, path, headers):
+    return run(s.send(method, path, **headers))

@@ -93,6 +93,16 @@ def test_logprobs(make, stream):
     assert [t for c in choices if c["logprobs"] for t in c["logprobs"]["tokens"]][-2:] == ["<|call|>"] * 2
 
 
+def test_tokenize_and_detokenize(make):
+    s = make()
+    for model, tokenizer in (("own", OWN), ("base:own", OWN), (None, BASE)):
+        tokens = s.post("/tokenize", {"prompt": TEXT, "model": model}).json()["tokens"]
+        assert tokens == tokenizer.encode(TEXT)
+        assert s.post("/detokenize", {"tokens": tokens, "model": model}).json()["text"] == TEXT
+    assert s.post("/detokenize", {"tokens": [CALL], "model": "own"}).json()["text"] == "<|call|>"
+    assert s.post("/detokenize", {"tokens": [CALL]}).error["param"] == "tokens"
+
+
 def test_echo_of_ids(make):
     s = make()
     body = {"model": "own", "prompt": OWN.encode(TEXT), "echo": True, "max_tokens": 1}

@@ -131,8 +131,8 @@ BAD = {
     "no config": ({"config_dict": None}, "config_dict"),
     "nested": ({"config_dict": DEEP}, "nested too deeply"),
     "added tokens": ({"added_tokens_config": {"x": 1}}, "added_tokens_config: not supported"),
-    "name": ({"lora_name": "x/y"}, "'/'"),
-    "unknown field": ({"rank": 1}, "rank: unknown field"),
+    "name": ({"lora_name": "x:y"}, "':'"),
+    "unknown field": ({"rank": 1}, "rank: not supported"),
 }
 
 

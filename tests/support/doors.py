@@ -27,6 +27,9 @@ from multilora.errors import from_wire
 from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
 
+_KINDS = {"context_length_exceeded": "PromptTooLong"}
+"""Of the server's error codes, those that are not the names of their errors."""
+
 TOKENIZER = byte_level_tokenizer()
 ROWS = TOKENIZER.vocab_size + 7
 """Of the tiny model that the doors are tested with."""
@@ -191,7 +194,7 @@ class HttpDoor(LoopDoor):
             error = answer.error if "error" in answer.json() else None
             if error is None:  # SGLang's shape has no kind
                 raise from_wire("AdapterError", answer.json()["error_message"])
-            raise from_wire(error["code"], error["message"])
+            raise from_wire(_KINDS.get(error["code"], error["code"]), error["message"])
         return answer
 
     def generate(self, prompts: Any, params: Any = None, lora_path: Any = None, **wanted: Any) -> list[Result]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from multilora.adapters.device.copier import runs
-from multilora.adapters.host.mapping import populate_for_reading
+from multilora.adapters.host.mapping import prefault_read
 from multilora.adapters.thread_pool import spare_cores
 
 CORES = 14
@@ -102,7 +102,7 @@ class RingCopier:
         for first in range(0, len(job.pages), self._slot_pages):
             pages, slot = job.pages[first : first + self._slot_pages], next(slots)
             part = job.buffer[first : first + len(pages)]
-            populate_for_reading(part)
+            prefault_read(part)
             slot.free.synchronize()
             slot.memory[: len(pages)].copy_(part)
             self._queue(slot.memory, pages)

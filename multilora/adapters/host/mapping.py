@@ -1,4 +1,7 @@
-"""Memory of packed pages as tensors: mapped files, and pages of our own."""
+"""Memory of packed pages as tensors: mapped files, and private pages.
+
+Called by `loading/`, `staging.py` and `device/ring_copier.py`.
+"""
 
 import contextlib
 import ctypes
@@ -11,7 +14,7 @@ import torch
 from multilora.lora.panels import PanelLayout
 
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: map pages that are there already, at once instead of by faults
-POPULATE_BYTES = 4 << 20  # at a time: no other thread of this process can map memory meanwhile
+POPULATE_BYTES = 4 << 20  # per call, because other threads of the process cannot map memory meanwhile
 
 TMPFS = 0x01021994
 
@@ -37,9 +40,9 @@ def map_file(fd: int, nbytes: int) -> torch.Tensor:
     return torch.from_file(f"/dev/fd/{fd}", shared=True, size=nbytes, dtype=torch.uint8)
 
 
-def populate_for_reading(memory: torch.Tensor) -> None:
-    """Map the pages of a contiguous tensor that begins with one. Does not hold the GIL. An older kernel does nothing:
-    pages are mapped when they are touched."""
+def prefault_read(memory: torch.Tensor) -> None:
+    """Fault in the pages of a contiguous, page-aligned tensor for reading, without the GIL. An older kernel does
+    nothing: pages are faulted in when they are touched. See `shared_buffers.prefault_write` for writing."""
     start, nbytes = memory.data_ptr(), memory.nbytes
     for at in range(0, nbytes, POPULATE_BYTES):
         _madvise(start + at, min(POPULATE_BYTES, nbytes - at), POPULATE_READ)
@@ -52,7 +55,7 @@ def lies_in_memory(fd: int) -> bool:
 
 
 def own_memory(nbytes: int) -> torch.Tensor:
-    """uint8 [nbytes], zero; in huge pages if the system has some free: fewer to map and to free."""
+    """Private uint8 [nbytes], all zero, in huge pages if the system has some: fewer faults, and faster to free."""
     memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,7 +1,7 @@
 """Memory into which the loader packs and from which the engine reads: a part of the staging memory, or a file.
 
-Staging memory is one region that both processes share, made once (its engine's end is `staging.py`). Where there is
-none, or no room in it, an adapter comes in an anonymous memory file of its own.
+Staging memory is one region that both processes share, made once (the engine's end is `staging.py`). Where there is
+none, or no room in it, an adapter comes in an anonymous memory file of its own. Called by `loading/`.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python's mmap does not
 
 @dataclass(frozen=True)
 class SharedBuffer:
-    """`size` bytes of `memory` from `start` on, zero at first. fd: of a file that is not mapped anywhere else; None:
-    it is staging memory."""
+    """Bytes [start, start + size) of `memory`, which are zero at first. fd: the file behind it, which is not mapped
+    anywhere else; None: it is the staging memory."""
 
     memory: mmap.mmap
     start: int
@@ -38,8 +38,8 @@ class SharedBuffer:
 
 
 class SharedBuffers:
-    """Allocates buffers; thread-safe. staging: shared with the engine, zero. in_use: it is not zero, and others may
-    read and write there: no part of it is allocated until `take_over`."""
+    """Gives buffers out; thread-safe. staging: shared with the engine, all zero; in_use: it is not zero, and others
+    may read and write there, so nothing of it is given out until `take_over`."""
 
     def __init__(self, staging: mmap.mmap | None = None, in_use: bool = False):
         self._staging = staging
@@ -62,24 +62,23 @@ class SharedBuffers:
             raise
 
     def sent(self, buffer: SharedBuffer) -> None:
-        """The engine has it now. The memory of a file is freed with its last user."""
+        """The engine owns the buffer now: a file until its last user is gone, a part until `give_back`."""
         if buffer.fd is not None:
             os.close(buffer.fd)
 
     def drop(self, buffer: SharedBuffer) -> None:
-        """It was not sent: free it."""
+        """Free a buffer that the engine did not get."""
         self.sent(buffer)
         if buffer.fd is None:
             self.give_back(buffer.start)
 
     def give_back(self, start: int) -> None:
-        """The engine does not read that part of the staging memory any more: free it as soon as it is zero again."""
+        """Free the part of the staging memory at `start`, which is not read any more, once it is zero again."""
         self._zeroing.submit(self._free, start)
 
     def take_over(self) -> None:
-        """No other process uses the staging memory any more, and no part that one allocated will be given back: all
-        of it is free as soon as it is zero."""
-        self._zeroing.submit(self._free_all)  # after whatever has been given back
+        """Free all of the staging memory, once it is zero: nobody uses it, and no earlier part will be given back."""
+        self._zeroing.submit(self._free_all)  # after the parts that were given back before
 
     def _free_all(self) -> None:
         assert self._staging is not None and not self._parts.size, "this loader owns it already"
@@ -102,19 +101,19 @@ class SharedBuffers:
         ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self._staging, start)), 0, size)
 
 
-def populate_for_writing(memory: mmap.mmap, start: int, size: int) -> bool:
-    """Allocate the pages of this part in one go. Its bytes stay as they are. False: there is too little memory, and
-    touching the part may end the process by a signal."""
+def prefault_write(memory: mmap.mmap, start: int, size: int) -> bool:
+    """Fault in the pages of a part for writing, in one call; its bytes stay as they are. False: there is too little
+    memory, so that touching them may end the process with a signal. See `mapping.prefault_read` for reading."""
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
     try:
         memory.madvise(POPULATE_WRITE, first, start + size - first)
     except OSError as e:
-        return e.errno == errno.EINVAL  # an older kernel: pages are allocated when they are touched
+        return e.errno == errno.EINVAL  # an older kernel: pages are faulted in when they are touched
     return True
 
 
 def anonymous_file(size: int) -> int:
-    """Descriptor of `size` zero bytes in memory that no other process can open, or of an unlinked temporary file."""
+    """The descriptor of `size` zero bytes: memory, or else an unlinked temporary file. Raises OSError."""
     resize: Callable[[int, int], None]
     try:
         fd, resize = os.memfd_create("multilora-adapter"), os.ftruncate
@@ -130,7 +129,7 @@ def anonymous_file(size: int) -> int:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Allocate the file on its disk, so that a full one is an error now and no SIGBUS later."""
+    """Allocate the blocks of a file on disk, so that a full disk is an error now and no SIGBUS later."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, 0, size)
     else:

@@ -1,10 +1,10 @@
-"""How much memory this process can still get, by what the system and its container say."""
+"""How much memory this process can still have, by the system and by its container. Called by `engine/build.py`."""
 
 from pathlib import Path
 
 
 def spare_memory(root: Path = Path("/")) -> int | None:
-    """Bytes left, memory that only caches files included; None: the system does not say. root: of the file system."""
+    """Bytes that are left, caches of files included; None: the system does not say. root: the root directory."""
     left = [left for left in (_of_system(root), _of_container(root)) if left is not None]
     return min(left, default=None)
 
@@ -15,7 +15,7 @@ def _of_system(root: Path) -> int | None:
 
 
 def _of_container(root: Path) -> int | None:
-    """Bytes left to the control group (version 2) that this process is in; None: it has no limit."""
+    """Bytes left in the control group (version 2) of this process; None: it has no limit."""
     try:
         group = next(line[3:] for line in _text(root / "proc/self/cgroup").splitlines() if line.startswith("0::"))
         folder = root / "sys/fs/cgroup" / group.strip("/")
@@ -27,13 +27,13 @@ def _of_container(root: Path) -> int | None:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Name → number, of the lines that begin with both."""
+    """name → number, from the lines that begin with both."""
     rows = [line.split() for line in _text(path).splitlines()]
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def _text(path: Path) -> str:
-    """Text of the file; empty if it cannot be read."""
+    """The file's text; empty if it cannot be read."""
     try:
         return path.read_text()
     except OSError:

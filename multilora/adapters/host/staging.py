@@ -1,9 +1,13 @@
-"""Staging memory: pinned memory into which the loader packs, so that the device copies at the full speed of the link.
+"""Staging memory: where the loader packs adapters, pinned, so that the device copies at the full speed of the link.
 
-One region of fixed size, shared with the loader, pinned once at the start: pinning an adapter's own memory when it
-comes would make a running step late. An adapter stays in it only until a thread of this file has moved it into
-ordinary memory, which it tries again while there is none; then the loader may pack another one there. The loader's
-end is in `shared_buffers.py`. The loader's engine end owns the region; the adapter store calls `settle`.
+It is one region of fixed size, shared with the loader and pinned once, at the start: to pin each adapter's own memory
+would delay running steps. An adapter stays in it only until a thread of this file has moved it to ordinary memory
+(and while there is too little, the thread tries again); then the loader may pack another one there. The loader's end
+is in `shared_buffers.py`. Called by `engine/build.py`; `loading/process.py` owns it, the adapter store calls
+`settle`.
+
+    part of the region   taken by the loader -> view() here, sent by the loader -> settle() moves the entry to its own
+                         memory -> the last view goes -> release(start) -> zeroed and free again, at the loader
 """
 
 import contextlib
@@ -20,7 +24,7 @@ import numpy as np
 import torch
 
 from multilora.adapters.host.mapping import HostEntry, own_memory
-from multilora.adapters.host.shared_buffers import anonymous_file, populate_for_writing
+from multilora.adapters.host.shared_buffers import anonymous_file, prefault_write
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ STAGING_BYTES = 1 << 30
 
 
 class Staging:
-    """The engine's end of a region of `nbytes`. Its memory is ordinary until `pin`."""
+    """The region, of `nbytes`. Its memory is not pinned before `pin`."""
 
     def __init__(self, nbytes: int = STAGING_BYTES):
         self.nbytes = nbytes
@@ -41,15 +45,15 @@ class Staging:
         self._pinned = False
         self._closed = False
         self._views = 0
-        self._lock = threading.RLock()  # a view may go at any moment, also while this thread holds it
+        self._lock = threading.RLock()  # reentrant: a finalizer may run while its own thread holds it
         self._to_settle: queue.SimpleQueue[weakref.ref[HostEntry] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._settle_all, name="adapter-settling", daemon=True)
         self._thread.start()
 
     def pin(self) -> bool:
-        """Pin the memory for CUDA. False: it cannot be pinned, as the log says, and is of no use then."""
+        """Pin the memory for CUDA. False: that failed, as the log says, and the region is of no use."""
         error: object = "too little memory"
-        if populate_for_writing(self._memory, 0, self.nbytes):
+        if prefault_write(self._memory, 0, self.nbytes):
             error = torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, 0)
             self._pinned = error == 0
         if not self._pinned:
@@ -58,8 +62,8 @@ class Staging:
         return self._pinned
 
     def view(self, start: int, nbytes: int, release: Callable[[int], None]) -> torch.Tensor:
-        """uint8 [nbytes] from `start` on. `release(start)` is called, on any thread, when no view of it is left; the
-        view counts as used until it has returned."""
+        """uint8 [nbytes] from byte `start` on. `release(start)` is called, on any thread, once no view of that memory
+        is left; the part counts as used until it has returned."""
         part = (ctypes.c_ubyte * nbytes).from_buffer(self._memory, start)
         with self._lock:
             self._views += 1
@@ -68,18 +72,17 @@ class Staging:
 
     @property
     def unused(self) -> bool:
-        """No view is left, and of every one its `release` has returned."""
+        """Whether no view is left and every `release` has returned."""
         with self._lock:
             return not self._views
 
     def settle(self, entry: HostEntry) -> None:
-        """Move the entry out of the region, if it is there: `entry.buffer` is soon memory of its own. Readers of the
-        old buffer keep it."""
+        """Have `entry.buffer` moved out of the region, soon, if it lies there. Readers keep the old one alive."""
         if 0 <= entry.buffer.data_ptr() - self._address < self.nbytes:
             self._to_settle.put(weakref.ref(entry))
 
     def close(self) -> None:
-        """Make no more views. The memory is freed with the last view."""
+        """Stop the thread; no more views may be made. The memory is unpinned with the last view."""
         with self._lock:
             if self._closed:
                 return
@@ -90,6 +93,7 @@ class Staging:
         self._thread.join(CLOSE_SECONDS)  # without the lock, which the thread may need
 
     def _gone(self, start: int, release: Callable[[int], None]) -> None:
+        """The last view of the part at `start` is gone. Called by a finalizer, on any thread."""
         try:
             release(start)
         finally:
@@ -103,16 +107,16 @@ class Staging:
             self._pinned = False
 
     def _settle_all(self) -> None:
-        stay: list[weakref.ref[HostEntry]] = []  # tried again with the next that comes, and now and then
-        while (found := self._next(RETRY_SECONDS if stay else None)) is not None:
-            stay = [entry for entry in stay if _trouble_moving(entry)]
+        unmoved: list[weakref.ref[HostEntry]] = []  # tried again with each new entry and every RETRY_SECONDS
+        while (found := self._next(RETRY_SECONDS if unmoved else None)) is not None:
+            unmoved = [entry for entry in unmoved if _move_error(entry)]
             for entry in found:
-                if trouble := _trouble_moving(entry):
-                    logger.warning("an adapter stays in the staging memory: %s", trouble)
-                    stay.append(entry)
+                if error := _move_error(entry):
+                    logger.warning("an adapter stays in the staging memory: %s", error)
+                    unmoved.append(entry)
 
     def _next(self, seconds: float | None) -> list[weakref.ref[HostEntry]] | None:
-        """The next entry to move, or none after that time. None: the region is closed."""
+        """The next entry, in a list that is empty after `seconds` without one. None: no more will come."""
         try:
             found = self._to_settle.get(timeout=seconds)
         except queue.Empty:
@@ -121,24 +125,24 @@ class Staging:
 
 
 def _forget_cuda_error() -> None:
-    """Clear the error that a failed call leaves behind, which the next kernel launch would raise."""
+    """Clear the error that a failed CUDA call has left for the next kernel launch to raise."""
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device="cuda")
 
 
-def _trouble_moving(found: weakref.ref[HostEntry]) -> str:
-    """Move the entry, if it still exists. Returns why that failed (too little memory, most likely), or nothing."""
+def _move_error(found: weakref.ref[HostEntry]) -> str:
+    """Move the entry, if it still exists. Returns why that failed, most likely for want of memory, or ""."""
     entry = found()
     try:
         if entry is not None:
             _move(entry)
-    except Exception as e:  # noqa: BLE001 - the thread goes on; the caller logs it
+    except Exception as e:  # noqa: BLE001 (the thread logs it and tries again later; it must not end)
         return str(e) or repr(e)
     return ""
 
 
 def _move(entry: HostEntry) -> None:
     own = own_memory(entry.buffer.numel()).view(entry.buffer.shape)
-    np.copyto(own.numpy(), entry.buffer.numpy())  # holds no GIL
-    entry.buffer = own
+    np.copyto(own.numpy(), entry.buffer.numpy())  # releases the GIL
+    entry.buffer = own  # drops a reference to the staging memory; the part is free with the last reader's

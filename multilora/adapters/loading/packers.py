@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from multilora.adapters.host.mapping import lies_in_memory
-from multilora.adapters.host.shared_buffers import SharedBuffer, populate_for_writing
+from multilora.adapters.host.shared_buffers import SharedBuffer, prefault_write
 from multilora.adapters.packing.pack_jobs import PackJob, Span, write_job, write_jobs
 from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
@@ -237,9 +237,9 @@ class Packers:
     def _serve(self, connection: socket.socket) -> None:
         """Carry out orders until the loader has closed its end."""
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        if self._staging is not None and self._region is not None:  # on a GPU; elsewhere nobody needs so much memory
-            populate_for_writing(self._staging, 0, len(self._staging))
-            populate_for_writing(self._region.memory, 0, min(POPULATED_BYTES, len(self._region.memory)))
+        if self._staging is not None and self._region is not None:  # on a GPU; without one, memory is not worth it
+            prefault_write(self._staging, 0, len(self._staging))
+            prefault_write(self._region.memory, 0, min(POPULATED_BYTES, len(self._region.memory)))
         while True:
             header, fds, _, _ = socket.recv_fds(connection, LENGTH_BYTES, 1)
             if not header:
@@ -273,7 +273,7 @@ class Packers:
 
         def put(at: int, part: np.ndarray) -> None:
             if fresh is not None:
-                populate_for_writing(fresh, at, part.nbytes)
+                prefault_write(fresh, at, part.nbytes)
             target[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
 
         try:

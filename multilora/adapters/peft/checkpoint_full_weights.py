@@ -32,8 +32,8 @@ SAVED = frozenset((Part.WEIGHT, Part.BIAS, Part.SAVED_WEIGHT, Part.SAVED_BIAS))
 ORIGINAL = frozenset((Part.ORIGINAL_WEIGHT, Part.ORIGINAL_BIAS))
 COPIES = (Part.WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
 EMBED_PLACE, HEAD_PLACE = Place(MODEL_LEVEL, EMBED), Place(MODEL_LEVEL, HEAD)
-MAX_ADDED = 1 << 17  # rows of a table: every logit of a step is as wide as the widest adapter's
-FEW_ROWS = 0.5  # of a table; then the rest of it is the base model's
+MAX_ADDED = 1 << 17  # rows of a table: the logits of a step are as wide as the widest adapter's
+FEW_ROWS = 0.5  # of a table: up to this share, rows are returned, above it the table
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Contents:
         return width_in, self.vocab_size if module == HEAD else width_out
 
     def weight_shape(self, module: str) -> tuple[int, ...]:
-        """Of the module's own weight, as checkpoints store it."""
+        """The shape of the module's own weight, as checkpoints store it."""
         if module in self.base.norm_sizes:
             return (self.base.norm_sizes[module],)
         if module in TABLES:

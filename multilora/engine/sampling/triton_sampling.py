@@ -25,7 +25,7 @@ from multilora.kernels.triton_launch import can_launch_early, launch
 
 PASSES, BUCKETS, CANDIDATES = 3, 8, 8192
 NARROW_BLOCK, COLLECT_BLOCK, SELECT_BLOCK, DRAW_BLOCK, EMIT_BLOCK, EDIT_BLOCK, BIAS_BLOCK = (
-    8192, 4096, 4096, 2048, 8192, 2048, 128,
+    4096, 4096, 4096, 2048, 8192, 2048, 128,
 )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def _search(logits: Tensor, best: Tensor, numbers: Tensor) -> Tensor:
             (logits, best, numbers, states[max(step - 1, 0)], states[step], first, *size),
             {"BLOCK": NARROW_BLOCK, "BUCKETS": BUCKETS, "FIRST": step == 0, "PDL": early},
             early=early,
-            num_warps=8,
+            num_warps=4,
         )
     launch(
         kernels.collect,

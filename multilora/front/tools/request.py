@@ -53,7 +53,7 @@ class ToolRequest:
         choice = parse_tool_choice(tool_choice, parsed)
         name = tool_call_parser or choose(chat_template)
         return cls(
-            offered=tools if parsed and choice.mode != "none" else None,
+            offered=_offered(tools, choice),
             tools=parsed,
             choice=choice,
             parallel=parallel,
@@ -81,3 +81,12 @@ class ToolRequest:
         """The reader of one answer. prompt_end: gives the end of its rendered prompt."""
         reasoning = self.reasoning(prompt_end()) if self.reasoning else None
         return AnswerReader(reasoning, open_parser(self.family, self.choice, self.tools), parallel=self.parallel)
+
+
+def offered_tools(tools: Any, tool_choice: Any) -> list[dict[str, Any]] | None:
+    """The tools that the chat template is shown, as the client sent them; None: none. Raises BadRequest."""
+    return _offered(tools, parse_tool_choice(tool_choice, parse_tools(tools)))
+
+
+def _offered(tools: list[dict[str, Any]] | None, choice: ToolChoice) -> list[dict[str, Any]] | None:
+    return None if choice.mode == "none" else tools

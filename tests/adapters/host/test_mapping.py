@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from multilora.adapters.host import mapping
-from multilora.adapters.host.mapping import map_file, own_memory, populate_for_reading
+from multilora.adapters.host.mapping import map_file, own_memory, prefault_read
 from multilora.adapters.host.shared_buffers import SharedBuffers
 
 SIZE = 8 * mmap.PAGESIZE
@@ -33,7 +33,7 @@ def test_populating_leaves_the_bytes_alone(monkeypatch) -> None:
     file = buffers.take(SIZE)
     file.memory[:] = bytes(range(256)) * (SIZE // 256)
     memory = map_file(file.fd, SIZE)
-    populate_for_reading(memory)
+    prefault_read(memory)
     assert memory.numpy().tobytes() == bytes(file.memory)
     buffers.sent(file)
 
@@ -44,14 +44,14 @@ def test_prefaulting_what_the_file_has_lost_meanwhile_is_harmless() -> None:
     memory = map_file(file.fd, SIZE)
     file.memory[0] = 5
     os.ftruncate(file.fd, mmap.PAGESIZE)
-    populate_for_reading(memory)
+    prefault_read(memory)
     assert memory[0] == 5
     buffers.sent(file)
 
 
 def test_populating_private_memory() -> None:
     memory = torch.arange(100, dtype=torch.uint8)
-    populate_for_reading(memory[3:])
+    prefault_read(memory[3:])
     assert memory.tolist() == list(range(100))
 
 

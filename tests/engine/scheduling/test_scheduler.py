@@ -1,4 +1,4 @@
-"""What the scheduler promises, one promise a test. Fakes as in `multilora/engine/testing.py`."""
+"""What the scheduler promises, one promise a test. Fakes as in `tests/support/fakes/engine.py`."""
 
 import itertools
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """The scheduler under thousands of random operations, over the real memory and adapter tiers.
 
-The model is a hash whose state lies in the pages (`multilora/engine/testing.py`), so every token that comes out is
+The model is a hash whose state lies in the pages (`tests/support/fakes/engine.py`), so every token that comes out is
 checked, and with it pages, prefix cache, fences and adapter places. After every operation the books must balance.
 """
 
