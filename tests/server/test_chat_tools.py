@@ -4,11 +4,13 @@ import copy
 import json
 from typing import Any
 
+import httpx
 import pytest
 from doors import HttpDoor
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer
 from fakes.tokenizers import byte_level_tokenizer
+from openai import AsyncOpenAI
 
 from multilora.demo import base_model_path
 from multilora.errors import ConfigError
@@ -279,3 +281,33 @@ def test_bad_input(body, param):
 def test_unknown_parsers_are_refused_at_start(flag):
     with pytest.raises(ConfigError, match=flag.replace("_", "-")):
         fake("x", **{flag: "nope"})
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_openais_own_client(demo, choice):
+    """The stream's final message, which the client puts together itself, is the whole answer's."""
+
+    async def both() -> list[Any]:
+        transport = httpx.ASGITransport(demo.server.app)
+        async with httpx.AsyncClient(transport=transport) as http:
+            client = AsyncOpenAI(api_key="-", base_url="http://test/v1", http_client=http)
+            body = {
+                "model": "base",
+                "messages": HELLO,
+                "tools": TOOLS,
+                "tool_choice": choice,
+                "temperature": 1,
+                "seed": 1,
+            }
+            whole = await client.chat.completions.create(**body)
+            async with client.chat.completions.stream(**body) as stream:
+                return [whole.choices[0], (await stream.get_final_completion()).choices[0]]
+
+    whole, streamed = demo.run(both())
+    assert whole.finish_reason == streamed.finish_reason == "tool_calls"
+    assert whole.message.content is None and not streamed.message.content
+    functions = [
+        [(c.type, c.function.name, json.loads(c.function.arguments)) for c in one.message.tool_calls]
+        for one in (whole, streamed)
+    ]
+    assert functions[0] == functions[1] and functions[0][0][0] == "function"
