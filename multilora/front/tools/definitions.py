@@ -107,16 +107,23 @@ def _check_size(tools: list[Any]) -> None:
         raise BadRequest(f"tools: {size} bytes of JSON; at most {MAX_BYTES} are served", param="tools")
 
 
-def _parse_tool(tool: Any, path: str) -> Tool:
-    if not isinstance(tool, dict):
-        raise BadRequest(f"{path}: must be an object, not {_shown(tool)}", param=path)
-    kind = tool.get("type", "function")
+def function_of(value: Any, path: str) -> dict[str, Any]:
+    """The `function` of a tool or of a call, {"type": "function", "function": {…}}. Raises BadRequest."""
+    if not isinstance(value, dict):
+        raise BadRequest(f"{path}: must be an object, not {json_text.type_name(value)}", param=path)
+    kind = value.get("type", "function")
     if kind != "function":
         raise BadRequest(f"{path}.type = {_shown(kind)}: only 'function' is served", param=f"{path}.type")
-    function = tool.get("function")
-    path = f"{path}.function"
+    function = value.get("function")
     if not isinstance(function, dict):
-        raise BadRequest(f"{path}: must be an object, not {_shown(function)}", param=path)
+        path = f"{path}.function"
+        raise BadRequest(f"{path}: must be an object, not {json_text.type_name(function)}", param=path)
+    return function
+
+
+def _parse_tool(tool: Any, path: str) -> Tool:
+    function = function_of(tool, path)
+    path = f"{path}.function"
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise BadRequest(

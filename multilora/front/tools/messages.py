@@ -8,6 +8,7 @@ from typing import Any
 
 from multilora.errors import BadRequest
 from multilora.front.tools import json_text
+from multilora.front.tools.definitions import function_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -83,15 +84,8 @@ def _calls(calls: Any, path: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, path: str) -> dict[str, Any]:
-    if not isinstance(call, dict):
-        raise BadRequest(f"{path}: must be an object, not {json_text.type_name(call)}", param=path)
-    kind = call.get("type", "function")
-    if kind != "function":
-        raise BadRequest(f"{path}.type = {kind!r}: only 'function' is served", param=f"{path}.type")
-    function = call.get("function")
+    function = function_of(call, path)
     path = f"{path}.function"
-    if not isinstance(function, dict):
-        raise BadRequest(f"{path}: must be an object, not {json_text.type_name(function)}", param=path)
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise BadRequest(f"{path}.name = {name!r}: must be the name of a function", param=f"{path}.name")

@@ -55,7 +55,7 @@ def test_schemas_that_prompts_take(schema):
     [
         ({}, "tools", "must be an array, not object"),
         ("f", "tools", "must be an array, not 'f'"),
-        ([3], "tools[0]", "must be an object, not 3"),
+        ([3], "tools[0]", "must be an object, not number"),
         ([function(), None], "tools[1]", "must be an object, not null"),
         ([{"type": "web_search"}], "tools[0].type", "'web_search': only 'function'"),
         ([{"type": "function"}], "tools[0].function", "must be an object, not null"),
