@@ -158,6 +158,10 @@ class Config:
     log_level: str = _server("info", "least severe lines shown", choices=tuple(logs.LEVELS))
     api_key: str | None = _server(None, "clients must send it as a bearer token")
     admin_api_key: str | None = _server(None, "what loading and unloading adapters asks for instead")
+    metrics_key: str | None = _server(None, "what /metrics asks for, as a bearer token (default: nothing)")
+    profile_dir: str | None = _server(
+        None, "where /start_profile writes (default: a directory that goes with the server)", metavar="DIR"
+    )
     cors_origins: tuple[str, ...] = _server(
         (), "web pages of these origins may call the server; `*`: all", metavar="ORIGIN"
     )
