@@ -58,7 +58,7 @@ def router(front: Front, totals: Totals) -> APIRouter:
 
 
 def used_tokens(front: Front) -> int:
-    """Tokens of KV cache that the pages of running requests hold room for."""
+    """Tokens that the running requests' pages hold room for."""
     return front.engine.stats.kv_pages * front.config.page_size
 
 

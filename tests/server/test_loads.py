@@ -23,9 +23,9 @@ STATS = {
 }
 
 # LoadSnapshot of sglang 0.5.23, srt/managers/load_snapshot.py:196, but for what is not measured here
-CORE = """timestamp dp_rank num_running_reqs num_waiting_reqs num_waiting_uncached_tokens num_used_tokens num_total_tokens
-    num_active_tokens num_prealloc_ready_tokens max_total_num_tokens max_running_requests token_usage gen_throughput
-    cache_hit_rate utilization total_prefill_uncached_tokens"""
+CORE = """timestamp dp_rank num_running_reqs num_waiting_reqs num_waiting_uncached_tokens num_used_tokens
+    num_total_tokens num_active_tokens num_prealloc_ready_tokens max_total_num_tokens max_running_requests token_usage
+    gen_throughput cache_hit_rate utilization total_prefill_uncached_tokens"""
 
 
 @pytest.fixture

@@ -31,12 +31,15 @@ def sglang_metrics(config: Config, totals: Totals, stats: Stats, context_length:
 
 
 def _scheduler(names: Labelled, config: Config, stats: Stats, context_length: int) -> Iterator[Metric]:
-    used = stats.total_pages - stats.free_pages - stats.prefix_pages
     utilization = stats.slots_used / stats.slots_total if stats.slots_total else 0.0
     for name, text, value in (
         ("num_running_reqs", "Requests in the running batch", stats.running),
         ("num_queue_reqs", "Requests waiting to run", stats.waiting),
-        ("num_used_tokens", "Tokens of KV cache that the pages in use would hold", used * config.page_size),
+        (
+            "num_used_tokens",
+            "Tokens that the running requests' pages hold room for",
+            stats.kv_pages * config.page_size,
+        ),
         ("token_usage", "Part of the arena's pages that running requests and adapters hold, 0 to 1", stats.usage),
         ("gen_throughput", "Tokens generated in a second", stats.gen_throughput if stats.running else 0.0),
         ("cache_hit_rate", "Part of the latest prompts' tokens found in the prefix cache", stats.cache_hit_rate),
