@@ -23,6 +23,7 @@ from multilora.server import (
     loads,
     native,
     openai,
+    openapi,
     operations,
     profiling,
     tokenization,
@@ -62,6 +63,7 @@ def create_app(
     app.include_router(operations.router(driver, metrics))
     app.include_router(loads.router(front, metrics.totals))
     app.include_router(profiling.router(driver))
+    openapi.install(app)
     app.add_middleware(CountRequests, counts=metrics.http)
     app.add_middleware(HeadAsGet)
     if config.api_key or config.admin_api_key or config.metrics_key:
