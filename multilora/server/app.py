@@ -64,17 +64,18 @@ def create_app(
     app.include_router(loads.router(front, metrics.totals))
     app.include_router(profiling.router(driver))
     openapi.install(app)
+    _add_middleware(app, config, metrics)
+    return app
+
+
+def _add_middleware(app: FastAPI, config: Config, metrics: Metrics) -> None:
+    """From the innermost to the outermost."""
     app.add_middleware(CountRequests, counts=metrics.http)
-    app.add_middleware(HeadAsGet)
     if config.api_key or config.admin_api_key or config.metrics_key:
-        app.add_middleware(
-            KeyCheck,
-            api_key=config.api_key,
-            admin_api_key=config.admin_api_key,
-            metrics_key=config.metrics_key,
-        )
-    if config.cors_origins:  # outermost, so that a page can read the answer to a missing key, too
+        keys = {"admin_api_key": config.admin_api_key, "metrics_key": config.metrics_key}
+        app.add_middleware(KeyCheck, api_key=config.api_key, **keys)
+    if config.cors_origins:  # around the keys, so that a page can read the answer to a missing one, too
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    return app
+    app.add_middleware(HeadAsGet)

@@ -3,7 +3,9 @@ death."""
 
 import asyncio
 import contextlib
+import gzip
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +20,7 @@ import pytest
 from fakes.models import make_adapter, make_tiny_model
 
 from multilora.config import Config
-from multilora.engine.messages import Finished, Output, Submit
+from multilora.engine.messages import Finished, Output, StartProfile, Submit
 from multilora.engine.process.client import EngineClient
 from multilora.errors import (
     AdapterError,
@@ -26,6 +28,7 @@ from multilora.errors import (
     AdapterInvalid,
     AdapterNotFound,
     AdapterNotLoaded,
+    BadRequest,
     EngineDead,
     ModelUnsupported,
     MultiloraError,
