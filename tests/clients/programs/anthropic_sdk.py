@@ -59,6 +59,7 @@ def unknown():
     try:
         client.messages.create(model="nobody", **ASK)
     except anthropic.NotFoundError as e:
+        assert "nobody" in e.message, e.message
         return e.message
     raise AssertionError("an unknown adapter was served")
 
