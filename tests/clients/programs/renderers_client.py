@@ -1,4 +1,4 @@
-"""prime-rl's way to roll out: verifiers' `renderers` posts token ids to /inference/v1/generate and checks the answer."""
+"""prime-rl's way to roll out: `renderers` posts token ids to /inference/v1/generate and checks the answer."""
 
 import asyncio
 import os

@@ -36,8 +36,16 @@ def policies():
         client.pause()
         client.load_lora_adapter(path.name, str(path))
         client.resume()
-        body = {"model": path.name, "prompt": ids, "max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "top_k": 0,
-                "repetition_penalty": 1.0, "n": 1, "return_token_ids": True, "logprobs": 0, "seed": 2**62 + version}  # fmt: skip
+        body = {
+            "model": path.name,
+            "prompt": ids,
+            "max_tokens": 64,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "n": 1,
+        }
+        body |= {"repetition_penalty": 1.0, "return_token_ids": True, "logprobs": 0, "seed": 2**62 + version}
         found = requests.post(f"{V1}/completions", json=body)
         found.raise_for_status()
         (choice,) = found.json()["choices"]
