@@ -9,7 +9,7 @@ CollectorRegistry, so that several servers fit one process.
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -39,6 +39,7 @@ class Metrics(Observer):
         self._context_length = context_length
         self._registry = CollectorRegistry()
         self._registry.register(self.http)
+        ProcessCollector(registry=self._registry)  # of this process, the front
         self._requests = Counter(
             "multilora:requests", "Requests ended", [*PER_ADAPTER, "finish_reason"], registry=self._registry
         )
