@@ -78,8 +78,7 @@ def _facts(routes: APIRouter, front: Front) -> None:
         """The base model."""
         return Json(
             {
-                **_paths(config),
-                "served_model_name": config.model_name,
+                **_names(config),
                 "is_generation": True,
                 "preferred_sampling_params": None,
                 "weight_version": "default",
@@ -95,7 +94,7 @@ def _facts(routes: APIRouter, front: Front) -> None:
     async def server_info() -> Response:
         """Arguments (without keys), version, adapters, and the engine's latest statistics."""
         arguments = {k: v for k, v in dataclasses.asdict(config).items() if k not in _SECRETS}
-        return Json(arguments | _paths(config) | {"version": multilora.__version__} | _running(front))
+        return Json(arguments | _names(config) | {"version": multilora.__version__} | _running(front))
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
@@ -103,15 +102,20 @@ def _facts(routes: APIRouter, front: Front) -> None:
         return Json(front.vocabularies.base.reader("/tokenizer_info").info())
 
 
-def _paths(config: Config) -> dict[str, str]:
+def _names(config: Config) -> dict[str, str]:
     """Of model and tokenizer, never null: tools load the tokenizer from there."""
     model = config.model_path or str(base_model_path())
-    return {"model_path": model, "tokenizer_path": config.tokenizer_path or model}
+    return {
+        "model_path": model,
+        "tokenizer_path": config.tokenizer_path or model,
+        "served_model_name": config.model_name,
+    }
 
 
 def _running(front: Front) -> dict[str, Any]:
     ready, registry = front.engine.ready, front.registry
     return {
+        "dp_size": 1,
         "lora_backend_used": ready.lora_backend,
         "attention_backend_used": ready.attention_backend,
         "device_used": ready.device,

@@ -105,7 +105,7 @@ def test_paths_are_never_null():
     assert info["model_path"] == info["tokenizer_path"] == server().get("/model_info").json()["model_path"]
     assert Path(info["tokenizer_path"], "tokenizer.json").exists()
     info = server(model_path="/m", tokenizer_path="/t").get("/server_info").json()
-    assert (info["model_path"], info["tokenizer_path"]) == ("/m", "/t")
+    assert (info["model_path"], info["tokenizer_path"], info["served_model_name"]) == ("/m", "/t", "base")
 
 
 def test_tokenizer_info():
