@@ -47,8 +47,8 @@ class AdapterManager:
     def load(
         self, name: str, path: str, *, pinned: bool | None = None, replace: bool = False, any_url: bool = False
     ) -> Steps[AdapterInfo]:
-        """Load the adapter in a directory, in a hub repository or at a URL, and let requests use it. any_url: not only
-        one below a --lora-resolver-url. Raises AdapterError.
+        """Load the adapter in a directory, in a hub repository or at a URL, and let requests use it. Raises
+        AdapterError. any_url: a URL need not lie below a --lora-resolver-url.
 
         With `replace` the name may be taken: requests in flight keep the old version, which is unloaded when they
         end. `pinned` None: as the replaced one, else no.

@@ -1,8 +1,8 @@
 """The one road from a client's request to the engine, whichever door it came through, without I/O.
 
 `Front.submit` checks everything before anything is sent. Each sample holds its adapters from before its prompt is
-tokenized until its one ending (stop, length, abort or error). `Front.adapters` loads and unloads them; `Front.resolver` loads
-those that are asked for by a name that is not loaded.
+tokenized until its one ending (stop, length, abort or error). `Front.adapters` loads and unloads
+them; `Front.resolver` loads those that are asked for by a name that is not loaded.
 """
 
 import itertools

@@ -52,7 +52,8 @@ class _Resolved:
 
 @dataclass(frozen=True)
 class _Absent:
-    """Until when (time.monotonic) a name is known to be absent. `error`: why it could not be loaded; None: not found."""
+    """A name is known to be absent `until` then (time.monotonic). `error`: why it could not be loaded; None: it was
+    not found."""
 
     until: float
     error: MultiloraError | None
@@ -248,7 +249,7 @@ class Resolver:
         return few and total + nbytes <= self._config.lora_resolver_bytes
 
     def _victims(self) -> Iterator[str]:
-        """What may be unloaded, the least recently used first: no request has it, and no composition is made of it."""
+        """What may be unloaded, the least recently used first: no request and no composition has it."""
         parts = {name for ref in self._registry.refs() for name, _ in ref.parts}
         for name in self._resolved:
             ref = self._registry.current(name)

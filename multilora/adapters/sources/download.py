@@ -2,7 +2,7 @@
 stops.
 
 `Downloads` is the caller's end; `main` is the process. The order comes as a line on stdin, the result goes to stdout.
-The process ends when its stdin is closed, so it does not outlive its caller. Called by `front/`.
+The process ends when its stdin is closed, so it does not outlive its caller. Called by `spool.py`.
 """
 
 import contextlib
@@ -143,7 +143,7 @@ def main() -> None:
         result = _Result(path=str(_fetch(order)))
     except MultiloraError as e:
         result = _Result(kind=e.kind, message=e.message)
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001 - told to the caller
         result = _Result(kind="AdapterError", message=f"{show(order.path)}: {type(e).__name__}: {show(str(e))}")
     os.write(out, msgspec.json.encode(result))
     os._exit(0)

@@ -3,7 +3,7 @@
 It owns two rules. A name is a relative path none of whose parts is empty or begins with a dot. And what is opened
 lies below the directory: a path is resolved, checked, and then walked from the directory's descriptor without
 following any link, so a part that is swapped for a link after the check is refused. The files are copied, and only
-the copy is read later, so nothing can be swapped afterwards either. Called by `front/resolver.py`.
+the copy is read later, so nothing can be swapped afterwards either. Called by `front/fetcher.py`.
 """
 
 import errno

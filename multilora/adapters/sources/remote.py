@@ -110,7 +110,7 @@ def _http(url: str) -> OpenFile:
 
 def _file_system(url: str) -> OpenFile:
     try:
-        from fsspec.core import url_to_fs
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
         system, root = url_to_fs(url)
     except ImportError as e:

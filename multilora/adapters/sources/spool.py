@@ -2,9 +2,9 @@
 loaded again like every other.
 
 It owns one private directory (made when it is first needed) with a folder for each version, as PEFT would have saved
-it. A folder is deleted by `remove`, the directory by `close` or when the process ends; after a `kill -9`, by the next
-spool. It owns the downloads into it, too, which `close` ends. It knows neither names nor requests, and does not look into the weights: the loader checks them as it checks
-any others. Called by `server/`, `llm/` and `front/`.
+it, and the downloads, some of which go there. A folder is deleted by `remove`, the directory by `close` or when the
+process ends; after a `kill -9`, by the next spool. It knows neither names nor requests, and does not look into the
+weights: the loader checks them as it checks any others. Called by `server/`, `llm/` and `front/`.
 """
 
 import dataclasses
