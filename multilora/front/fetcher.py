@@ -21,7 +21,7 @@ from multilora.adapters.sources.inside import copy_adapter
 from multilora.adapters.sources.remote import is_below, is_served
 from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
-from multilora.errors import AdapterForbidden, AdapterNotFound
+from multilora.errors import AdapterError, AdapterForbidden, AdapterIncompatible, AdapterNotFound, AdapterUnavailable
 from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.vocabulary import TOKENIZER_FILES
 
@@ -69,7 +69,7 @@ class Fetcher:
     def find(self, name: str) -> Steps[Found | None]:
         """Look for an adapter in the places of the resolver, one after the other; None: it is in none of them.
 
-        Raises AdapterError if it is there but cannot be fetched.
+        Raises AdapterError if it is there but cannot be fetched. Where it was looked for is only logged.
         """
         allowance = self._allowance(self._config.lora_resolver_bytes)
         for root in self._config.lora_resolver_dir:
@@ -82,6 +82,11 @@ class Fetcher:
                 return (yield from self._download(path, allowance))
             except AdapterNotFound as e:
                 logger.info("adapter %s: %s", show(name), e)
+            except AdapterIncompatible:
+                raise
+            except AdapterError as e:
+                logger.warning("adapter %s: %s", show(name), e)
+                raise AdapterUnavailable(f"adapter {name!r} cannot be fetched now; try again later") from e
         return None
 
     def discard(self, found: Found) -> None:
