@@ -152,7 +152,7 @@ class Vocabularies:
 
 
 def read_files(path: str, roots: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """Return {name: bytes} of the tokenizer's files beside the adapter in directory `path`; it is empty if there is no
+    """Return {name: bytes} of the tokenizer's files beside the adapter in directory `path`, empty if there is no
     tokenizer. Raises AdapterError."""
     directory = DirectorySource(roots, TOKENIZER_FILES).fetch(path)
     found = [name for name in TOKENIZER_FILES if (directory / name).exists()]
