@@ -1,7 +1,8 @@
 """The one road from a client's request to the engine, whichever door it came through, without I/O.
 
 `Front.submit` checks everything before anything is sent. Each sample holds its adapters from before its prompt is
-tokenized until its one ending (stop, length, abort or error). `Front.adapters` loads and unloads them.
+tokenized until its one ending (stop, length, abort or error). `Front.adapters` loads and unloads
+them; `Front.resolver` loads those that are asked for by a name that is not loaded.
 """
 
 import itertools
@@ -18,11 +19,13 @@ from multilora.errors import BadRequest, EngineDead, QueueFull
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.engine_link import EngineLink
+from multilora.front.fetcher import Fetcher
 from multilora.front.generation import Generation, Job, Sample
 from multilora.front.grammar import GrammarCompiler
 from multilora.front.observer import Ending, Observer
 from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, engine_params
 from multilora.front.registry import AdapterRegistry
+from multilora.front.resolver import Resolver
 from multilora.front.stream import TextStream
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
@@ -35,7 +38,8 @@ INLINE_CHARS = 2048
 class Front:
     """The engine, the names, the vocabularies and the grammars that all requests share, and which samples are open.
 
-    tokenizer: None: token ids only. spool: where adapters that come as tensors are kept. observer: who counts
+    tokenizer: None: token ids only. spool: where adapters are kept that do not come from a directory or the hub.
+    observer: who counts
     requests; None: nobody.
     """
 
@@ -52,8 +56,10 @@ class Front:
         self.engine = engine
         self.observer = observer or Observer()
         self.registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
-        self.vocabularies = Vocabularies(tokenizer, ready, self.registry, config.lora_root)
-        self.adapters = AdapterManager(self.registry, self.vocabularies, spool, self.observer)
+        self.vocabularies = Vocabularies(tokenizer, ready, self.registry, spool.admit(config).lora_root)
+        fetcher = Fetcher(config, spool)
+        self.adapters = AdapterManager(self.registry, self.vocabularies, spool, fetcher, self.observer)
+        self.resolver = Resolver(config, self.registry, self.adapters, fetcher, self.observer)
         self._room = config.max_running_requests + config.max_queued_requests
         self._compiler = GrammarCompiler(tokenizer, ready.vocab_size, ready.eos_token_ids)
         self._tokenizer_sent = False  # to the engine, for its grammars
