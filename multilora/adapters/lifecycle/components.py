@@ -80,6 +80,10 @@ class Components:
         available = self._kv.reclaimer.available() - spare
         return self._store.device.has_room_for(self._pages(versions), available, len(versions), urgent=urgent)
 
+    def nearest_to_idle(self, versions: Versions) -> set[int]:
+        """Other adapters in use, as many as `versions`, that will be idle soonest if nothing more starts on them."""
+        return self._store.device.nearest_to_idle(len(versions), versions)
+
     def acquire_slots(self, versions: Versions) -> None:
         """A request runs on them until `release_slots`. All are resident."""
         for version in versions:

@@ -5,7 +5,7 @@ reserved. Idle adapters compete with idle prefix pages for the pool (`memory/rec
 it changes; only the choice of a victim looks at all idle residents.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from time import monotonic
 
 from multilora.adapters.device.copier import Copier, CopyInFlight
@@ -155,6 +155,15 @@ class DeviceTier:
         assert adapter.device is not None and adapter.refs > 0
         adapter.refs -= 1
         self._touch(adapter, adapter.device)
+
+    def nearest_to_idle(self, count: int, besides: Collection[int]) -> set[int]:
+        """The `count` adapters in use that the fewest running requests use, `besides` and pinned ones left out."""
+        used = [
+            (adapter.refs, version)
+            for version, adapter in self._residents.items()
+            if adapter.refs and not adapter.pinned and version not in besides
+        ]
+        return {version for _, version in sorted(used)[:count]}
 
     def count_demand(self, adapter: AdapterVersion, change: int) -> None:
         """`change` more waiting requests than before will ask for it soon: others are evicted before it."""

@@ -1,16 +1,15 @@
 """Which waiting requests start in a step. Owns no queue and no memory: it looks, and has adapters brought in.
 
-- In the policy's order; but no request overtakes one that came more than `MAX_WAIT` seconds before it.
-- Within that bound, and among the first `LOOK_AT`, a request whose adapter is there goes before one whose adapter is
-  not. No adapter is evicted while one of these requests will ask for it, until the oldest has waited `MAX_WAIT`.
-- Where adapters have to take turns, requests of the same adapter follow each other.
+- In the policy's order, but a request whose adapter is there goes before one whose adapter is not.
+- No adapter is evicted while one of the policy's window will ask for it, until the first one is overdue. Then nothing
+  starts on the adapters that are nearest to idle any more, so that a place becomes free for it.
+- Where adapters have to take turns, requests of the same adapter follow each other, if the policy lets them.
 - A prompt step costs much whatever its number of tokens. So when other adapters are a moment away, those that are
   ready wait for them, if all together lose less by it than by a second step (DESIGN §4).
 
 Called by `scheduler.py`, once a plan.
 """
 
-import bisect
 from collections.abc import Callable, Sequence
 
 from multilora.adapters.lifecycle.components import Components
@@ -20,8 +19,6 @@ from multilora.engine.scheduling.policy import Policy
 from multilora.engine.scheduling.request import Request, RequestState
 from multilora.engine.scheduling.step_cost import StepCost
 
-MAX_WAIT = 5.0  # seconds
-LOOK_AT = 512  # requests in one plan: with thousands waiting, even looking at them counts
 BRING_IN = 32  # the first so many have their adapters brought in before there is room to run them
 
 
@@ -35,14 +32,12 @@ class Admission:
         cost: StepCost,
         *,
         want: Callable[[Request, bool], LoadStatus],
-        max_wait: float,
         clock: Callable[[], float],
     ):
         self._policy = policy
         self._components = components
         self._cost = cost
         self._want = want
-        self._max_wait = max_wait
         self._clock = clock
         self._holding_since: float | None = None
 
@@ -50,46 +45,43 @@ class Admission:
         """Requests to start now, in order; all are ready. waiting: by arrival; planned: what the step holds already;
         slots, budget: requests and tokens that it can still take."""
         full = slots <= 0 or budget <= 0
-        window = self._window(waiting)
+        window = self._policy.window(waiting, now := self._clock())
         self._demand(window)
+        first, overdue = window[0], self._policy.overdue(window[0], now)
         ready: list[Request] = []
         coming: list[Request] = []
         blocked: Request | None = None
+        draining: set[int] = set()
         for i, request in enumerate(window[:BRING_IN] if full else self._policy.order(window)):
-            if blocked is None and i >= BRING_IN and len(ready) >= slots:
+            if i >= BRING_IN and len(ready) >= slots and (blocked is None or not self._policy.groups):
                 break
+            if i >= len(window):
+                self._demand((request,))
             if request.progress.in_flight:  # preempted while its token was being sampled: wait for that
                 continue
             if self._components.ready(request.versions):
-                ready.append(request)
+                if draining.isdisjoint(request.versions):
+                    ready.append(request)
             elif blocked is None and (i < BRING_IN or len(ready) < slots):
-                found = self._want(request, request is waiting[0] and self._aged(request))
+                found = self._want(request, overdue and request is first)
                 blocked = request if found is LoadStatus.BLOCKED else None
                 (ready if found is LoadStatus.READY else coming).append(request)
+                if blocked is first and overdue:
+                    draining = self._components.nearest_to_idle(request.versions)
         if full:
             return []
         if blocked is not None and not ready and not planned and blocked.state is RequestState.WAITING:
             self._want(blocked, True)  # nothing will make room but this
-        if blocked is not None:
+        if blocked is not None and self._policy.groups:
             ready = _grouped(ready)
         return [] if self._holds(ready[:slots], coming, planned, slots, budget) else ready[:slots]
 
-    def _window(self, waiting: Sequence[Request]) -> Sequence[Request]:
-        """The requests that may start."""
-        latest = waiting[0].spec.arrival + self._max_wait
-        end = bisect.bisect_right(waiting, latest, key=lambda r: r.spec.arrival)
-        return waiting[: min(end, LOOK_AT)]
-
-    def _demand(self, window: Sequence[Request]) -> None:
-        """Their adapters stay for them, if possible. Other adapters may be evicted: their requests could not start
-        anyway."""
-        for request in window:
+    def _demand(self, requests: Sequence[Request]) -> None:
+        """Their adapters stay for them, if possible."""
+        for request in requests:
             if not request.queued_demand:
                 request.queued_demand = True
                 self._components.count_demand(request.versions, 1)
-
-    def _aged(self, request: Request) -> bool:
-        return self._clock() - request.spec.arrival > self._max_wait
 
     def _holds(
         self, ready: list[Request], coming: list[Request], planned: Sequence[Chunk], slots: int, budget: int

@@ -8,7 +8,7 @@ waiting requests start is `admission.py`'s choice. When pages run out the policy
 """
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -19,10 +19,11 @@ from multilora.adapters.lifecycle.store import LoadStatus
 from multilora.engine.messages import Finished, Logprobs, Output
 from multilora.engine.plan import Chunk, PageUpdate, StepPlan, StepResult
 from multilora.engine.sampling.state import SamplingState, needs_prompt
-from multilora.engine.scheduling.admission import MAX_WAIT, Admission
+from multilora.engine.scheduling.admission import Admission
 from multilora.engine.scheduling.chunks import adapter_order, make_chunk, make_output, take_prompt_logprobs
+from multilora.engine.scheduling.fair import EQUAL, FairWeights
 from multilora.engine.scheduling.lora_journal import LoraJournal
-from multilora.engine.scheduling.policy import POLICIES
+from multilora.engine.scheduling.policy import MAX_WAIT, POLICIES
 from multilora.engine.scheduling.request import PageNamespaces, Request, RequestSpec, RequestState
 from multilora.engine.scheduling.slots import Slots
 from multilora.engine.scheduling.step_cost import StepCost
@@ -54,12 +55,14 @@ class Scheduler:
         chunk_tokens: int,
         policy: str = "fcfs",
         max_wait: float = MAX_WAIT,
+        weights: FairWeights = EQUAL,
         clock: Callable[[], float] = monotonic,
     ):
         self.kv = kv
         self.namespaces = namespaces
         self.components = Components(adapters, kv)
         self.waiting: list[Request] = []  # by order
+        self.queued_tokens = 0  # of their prompts
         self.running: list[Request] = []  # by admission
         self.launched = 0  # number of the last plan
         self.preemptions = 0
@@ -69,11 +72,9 @@ class Scheduler:
         self._max_running = max_running
         self._chunk_tokens = chunk_tokens
         self._journal = journal
-        self._policy = POLICIES[policy](lambda request: len(self._match(request)))
+        self._policy = POLICIES[policy](lambda request: len(self._match(request)), max_wait, weights)
         self._cost = StepCost()
-        self._admission = Admission(
-            self._policy, self.components, self._cost, want=self._want, max_wait=max_wait, clock=clock
-        )
+        self._admission = Admission(self._policy, self.components, self._cost, want=self._want, clock=clock)
         self._slots = Slots()
         self._installs: list[SamplingState] = []  # for the next plan
         self._steps: dict[int, _Step] = {}  # number → step, from plan to commit
@@ -127,8 +128,7 @@ class Scheduler:
         self.components.begin_plan()
         chunks: dict[Request, Chunk] = {}
         self._plan_decodes(chunks)
-        budget = self._plan_prefills(chunks, self._chunk_tokens)
-        self._admit(chunks, budget)
+        self._plan_prompts(chunks, self._chunk_tokens)
         return self._launch(chunks) if chunks else None
 
     def _plan_decodes(self, chunks: dict[Request, Chunk]) -> None:
@@ -136,30 +136,42 @@ class Scheduler:
             if request.state is RequestState.RUNNING and request.progress.decoding and not request.at_limit:
                 self._take(chunks, request, 1)
 
-    def _plan_prefills(self, chunks: dict[Request, Chunk], budget: int) -> int:
+    def _plan_prompts(self, chunks: dict[Request, Chunk], budget: int) -> None:
+        """Prompts that run go on, then others start; where one would take the whole step, the policy may turn that
+        around for half of it."""
+        running = [r for r in self.running if not r.progress.decoding and r.progress.remaining]
+        prompts = self._policy.prefills(running)
+        if prompts and self.waiting and prompts[0].progress.remaining >= budget and self._policy.yields(prompts[0]):
+            budget -= budget // 2 - self._admit(chunks, budget // 2)
+            self._plan_prefills(chunks, prompts, budget)
+        else:
+            self._admit(chunks, self._plan_prefills(chunks, prompts, budget))
+
+    def _plan_prefills(self, chunks: dict[Request, Chunk], prompts: Sequence[Request], budget: int) -> int:
         """Returns the tokens that the step can still take."""
-        for request in list(self.running):
-            progress = request.progress
+        for request in prompts:
             if not budget:
                 break
-            if request.state is RequestState.RUNNING and not progress.decoding and progress.remaining:
-                budget -= self._take(chunks, request, min(progress.remaining, budget))
+            if request.state is RequestState.RUNNING:
+                budget -= self._take(chunks, request, min(request.progress.remaining, budget))
         return budget
 
-    def _admit(self, chunks: dict[Request, Chunk], budget: int) -> None:
+    def _admit(self, chunks: dict[Request, Chunk], budget: int) -> int:
+        """Returns the tokens of the budget that are left."""
         if not self.waiting:
-            return
+            return budget
         slots = self._max_running - len(self.running)
         for request in self._admission.choose(self.waiting, list(chunks.values()), slots, budget):
             if budget == 0:
-                return
+                break
             if not self.components.ready(request.versions):
                 continue  # evicted for the pages of a request that started before
             self._count_hit(request)
             if self._start(request):
                 budget -= self._take(chunks, request, min(request.progress.remaining, budget))
             elif not self._fail_if_unfittable(request):
-                return
+                break
+        return budget
 
     def _want(self, request: Request, urgent: bool) -> LoadStatus:
         """An adapter comes only if the request could start then, and those that run go on for a while."""
@@ -333,6 +345,7 @@ class Scheduler:
         else:
             self._dequeue(request)
         request.state = RequestState.FINISHED
+        self._policy.forget(request)
         if request.slot is not None:
             self._slots.release(request.slot, self.launched)
             self._installs = [state for state in self._installs if state.slot != request.slot]
@@ -352,11 +365,15 @@ class Scheduler:
         self.end(request.rid, Finished(type="error", kind=error.kind, message=error.message))
 
     def _enqueue(self, request: Request) -> None:
-        bisect.insort(self.waiting, request, key=lambda r: r.spec.order)
+        bisect.insort(self.waiting, request, key=_order)
+        self.queued_tokens += len(request.spec.prompt_ids)
+        self._policy.enqueue(request)
         self.components.count_waiting(request.versions, 1)
 
     def _dequeue(self, request: Request) -> None:
-        self.waiting.remove(request)
+        del self.waiting[bisect.bisect_left(self.waiting, request.spec.order, key=_order)]
+        self.queued_tokens -= len(request.spec.prompt_ids)
+        self._policy.dequeue(request)
         self.components.count_waiting(request.versions, -1)
         if request.queued_demand:
             request.queued_demand = False
@@ -365,3 +382,7 @@ class Scheduler:
     def _match(self, request: Request) -> list[int]:
         """Cached pages of its first tokens."""
         return self.kv.match(request.tokens(), request.namespaces.of, request.match_limit)
+
+
+def _order(request: Request) -> int:
+    return request.spec.order

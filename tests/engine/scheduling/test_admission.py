@@ -12,7 +12,7 @@ from fakes.tiers import FakeFile, FakeTiers
 
 from multilora.engine.messages import LoadAdapter, Output, Submit
 from multilora.engine.plan import StepResult
-from multilora.engine.scheduling import admission
+from multilora.engine.scheduling import policy
 from multilora.params import SamplingParams
 
 IDLE = 0.0005  # seconds between two looks when there is nothing to run
@@ -219,7 +219,7 @@ def test_very_many_adapters_each_come_once():
 
 def test_requests_that_cannot_start_yet_keep_no_adapters(monkeypatch):
     """Twice over more adapters than are looked at: those left over from the first time are wanted again, but late."""
-    monkeypatch.setattr(admission, "LOOK_AT", 20)
+    monkeypatch.setattr(policy, "LOOK_AT", 20)
     world = Timed(lambda n: 0.010, 50, copy_seconds=0.001, max_device_pages=10, max_running=4, chunk_tokens=10)
     seconds = []
     for turn in (1, 2):
@@ -258,7 +258,7 @@ def test_an_adapter_that_somebody_waits_for_stays_until_the_oldest_is_old():
 
 
 def test_a_long_queue_is_not_looked_at_as_a_whole(monkeypatch):
-    monkeypatch.setattr(admission, "LOOK_AT", 20)
+    monkeypatch.setattr(policy, "LOOK_AT", 20)
     world = Timed(lambda n: 0.010, 50, copy_seconds=0.010)
     for adapter in range(1, 51):
         world.submit(f"{adapter}", adapter)

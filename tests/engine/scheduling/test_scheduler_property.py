@@ -25,6 +25,7 @@ from multilora.engine.messages import (
     UnloadAdapter,
 )
 from multilora.engine.plan import Chunk, StepPlan
+from multilora.engine.scheduling.policy import POLICIES
 from multilora.engine.scheduling.request import Request, RequestState
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.errors import AdapterError
@@ -139,7 +140,7 @@ class World(Stepper):
             scheduler=CheckedScheduler,
             max_running=running,
             chunk_tokens=tokens,
-            policy=rng.choice(["fcfs", "lpm"]),
+            policy=rng.choice(list(POLICIES)),
             clock=lambda: self.now,
         )
         self.scheduler = self.engine.scheduler
@@ -171,6 +172,7 @@ class World(Stepper):
             return_logprob=logprobs,
             logprob_start_len=rng.randrange(-1, len(prompt)) if logprobs else -1,
             grammar=rng.choice([None, None, None, "any"]),  # sampling must see the last token
+            tenant=rng.choice("abc"),
         )
         self.clients[message.rid] = self.live[message.rid] = Client(message)
         self.engine.handle(message)

@@ -1,0 +1,212 @@
+"""The policy `fair`: virtual token counters per tenant and, within a tenant, per adapter (see `virtual_counters.py`).
+
+The tenant that has received least starts next, with its adapter that has received least, with that one's oldest
+request. What is received: new prompt tokens that are computed and tokens that are sampled, each times its weight. A
+cached prefix costs nothing, nor does what has to be computed again after a preemption.
+
+Nobody waits for ever: while the oldest request of all has waited over `MAX_AGE`, it is the first to start after every
+`AGED_TURN` others. Nothing is reserved: a tenant that is alone gets everything.
+"""
+
+import bisect
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from types import MappingProxyType
+
+from multilora.engine.scheduling.request import Request
+from multilora.engine.scheduling.virtual_counters import Competitor, Counters, in_turn
+from multilora.params import Composition
+
+MAX_AGE = 60.0  # seconds
+AGED_TURN = 8
+PATIENCE = 1.0  # seconds that the first one waits for an adapter before others have to make room
+LOOK_AT = 512  # requests in one plan: with thousands waiting, even looking at them counts
+HEAD = 32  # requests that the window holds
+REFRESH = 16  # plans for which the window stays as it is while nobody comes or leaves
+
+
+@dataclass(frozen=True)
+class FairWeights:
+    """What a token costs, and the tenants whose share is not 1. All are positive."""
+
+    input: float = 1.0
+    output: float = 2.0
+    tenants: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+
+EQUAL = FairWeights()
+
+
+class _Adapters(Competitor):
+    """One composition of adapters of a tenant. queue: its waiting requests, by age."""
+
+    __slots__ = ("queue",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: list[Request] = []
+
+
+class _Tenant(Competitor):
+    """queued_tokens: of the prompts that wait."""
+
+    __slots__ = ("adapters", "queued_tokens", "waiting")
+
+    def __init__(self, weight: float):
+        super().__init__(weight)
+        self.adapters: Counters[Composition, _Adapters] = Counters(lambda _: _Adapters())
+        self.waiting = 0
+        self.queued_tokens = 0
+
+
+class FairShare:
+    """Who is preempted is the youngest of the tenant that has received most. The first two arguments are those of
+    every policy; it needs neither."""
+
+    groups = False
+
+    def __init__(self, matched: Callable[[Request], int], max_wait: float, weights: FairWeights):
+        del matched, max_wait
+        self._weights = weights
+        self._tenants: Counters[str, _Tenant] = Counters(lambda name: _Tenant(weights.tenants.get(name, 1.0)))
+        self._accounts: dict[Request, tuple[_Tenant, _Adapters]] = {}  # of all unfinished requests
+        self._first_since: dict[Request, float] = {}  # when it was first found to be the first
+        self._aged: Request | None = None  # goes first for its age
+        self._starts = 0  # since the last one that went first for its age
+        self._window: list[Request] = []
+        self._rest: Generator[Request, None, None] | None = None  # what follows the window
+        self._uses = 0  # of the window
+
+    # ------------------------------------------------------------------ the queue
+
+    def enqueue(self, request: Request) -> None:
+        """It waits from now on: it is new, or was preempted."""
+        self._close()
+        tenant, adapters = account = self._accounts.get(request) or self._open(request)
+        self._accounts[request] = account
+        bisect.insort(adapters.queue, request, key=_order)
+        tenant.waiting += 1
+        tenant.queued_tokens += len(request.spec.prompt_ids)
+        tenant.adapters.enter(adapters)
+        self._tenants.enter(tenant)
+
+    def dequeue(self, request: Request) -> None:
+        """It starts or ends."""
+        tenant, adapters = self._accounts[request]
+        del adapters.queue[bisect.bisect_left(adapters.queue, request.spec.order, key=_order)]
+        tenant.waiting -= 1
+        tenant.queued_tokens -= len(request.spec.prompt_ids)
+        if not adapters.queue:
+            tenant.adapters.leave(adapters)
+        if not tenant.waiting:
+            self._tenants.leave(tenant)
+        self._first_since.pop(request, None)
+        self._starts = 0 if request is self._aged else self._starts + 1
+        self._uses = REFRESH
+
+    def forget(self, request: Request) -> None:
+        """It has ended."""
+        tenant, adapters = self._accounts.pop(request)
+        tenant.adapters.release(adapters)
+        self._tenants.release(tenant)
+
+    def queued_before(self, tenant: str, queued_tokens: int) -> int:
+        """At least so many prompt tokens go before those of a new request of the tenant: its own."""
+        del queued_tokens
+        found = self._tenants.get(tenant)
+        return 0 if found is None else found.queued_tokens
+
+    # ------------------------------------------------------------------ who starts
+
+    def window(self, waiting: Sequence[Request], now: float) -> Sequence[Request]:
+        """The first `HEAD` in order."""
+        self._uses += 1
+        if self._rest is None or self._uses > REFRESH:
+            self._close()
+            self._rest = self._in_order(waiting[0], now)
+            self._window = list(islice(self._rest, HEAD))
+            self._uses = 0
+        self._first_since.setdefault(self._window[0], now)
+        return self._window
+
+    def order(self, window: Sequence[Request]) -> Iterable[Request]:
+        """The window, and then others, `LOOK_AT` in all."""
+        yield from window
+        if self._rest is not None:
+            self._uses = REFRESH  # the window is no longer followed by what remains
+            yield from islice(self._rest, LOOK_AT - len(window))
+
+    def overdue(self, request: Request, now: float) -> bool:
+        """Whether it has been the first for long."""
+        return now - self._first_since.get(request, now) > PATIENCE
+
+    def _in_order(self, oldest: Request, now: float) -> Generator[Request, None, None]:
+        by_age = self._starts >= AGED_TURN and now - oldest.spec.arrival > MAX_AGE
+        self._aged = oldest if by_age else None
+        if by_age:
+            yield oldest
+        for request, _ in in_turn(self._tenants, self._of_tenant):
+            if not by_age or request is not oldest:
+                yield request
+
+    def _of_tenant(self, tenant: _Tenant) -> Generator[tuple[Request, float], None, None]:
+        return in_turn(tenant.adapters, self._of_adapters)
+
+    def _of_adapters(self, adapters: _Adapters) -> Generator[tuple[Request, float], None, None]:
+        queue, i = adapters.queue, 0
+        while i < len(queue):
+            request = queue[i]
+            unread = max(0, len(request.spec.prompt_ids) - request.charged)
+            yield request, self._weights.input * unread + self._weights.output
+            if i < len(queue) and queue[i] is request:  # else it has left, and the next one stands here
+                i += 1
+
+    # ------------------------------------------------------------------ who runs
+
+    def charge(self, request: Request, tokens: int) -> None:
+        """Of the next `tokens` tokens, which end at `num_scheduled`, those that were never paid for."""
+        end = request.progress.num_scheduled
+        start = max(end - tokens, request.charged)
+        if end <= start:
+            return
+        request.charged = end
+        prompt = len(request.spec.prompt_ids)
+        service = self._weights.output * max(0, end - max(start, prompt - 1))
+        if start < prompt:
+            service += self._weights.input * (min(end, prompt) - start)
+        if service:
+            tenant, adapters = self._accounts[request]
+            tenant.charge(service)
+            adapters.charge(service)
+
+    def prefills(self, running: Sequence[Request]) -> Sequence[Request]:
+        """Running prompts in the order in which they get a step's tokens."""
+        return running if len(running) < 2 else sorted(running, key=lambda r: self._accounts[r][0].counter)
+
+    def yields(self, running: Request) -> bool:
+        """Whether a tenant that waits has received less than the one of this running prompt."""
+        self._close()
+        first = self._tenants.first()
+        return first is not None and first.counter < self._accounts[running][0].counter
+
+    def victim(self, running: Sequence[Request]) -> Request:
+        oldest = min(running, key=_order)
+        others = (r for r in running if r is not oldest)
+        return max(others, key=lambda r: (self._accounts[r][0].counter, r.spec.order), default=oldest)
+
+    # ------------------------------------------------------------------ inside
+
+    def _open(self, request: Request) -> tuple[_Tenant, _Adapters]:
+        tenant = self._tenants.hold(request.spec.tenant)
+        return tenant, tenant.adapters.hold(request.spec.adapters)
+
+    def _close(self) -> None:
+        """Nobody is in the middle of an order: the counters may change hands."""
+        if self._rest is not None:
+            self._rest.close()
+            self._rest = None
+
+
+def _order(request: Request) -> int:
+    return request.spec.order
