@@ -45,15 +45,16 @@ class Admission:
         """Requests to start now, in order; all are ready. waiting: by arrival; planned: what the step holds already;
         slots, budget: requests and tokens that it can still take."""
         full = slots <= 0 or budget <= 0
-        window = self._policy.window(waiting, now := self._clock())
+        window = self._policy.window(waiting, now := self._clock(), starting=not full)
         self._demand(window)
         first, overdue = window[0], self._policy.overdue(window[0], now)
+        bring_in = min(BRING_IN, len(window))
         ready: list[Request] = []
         coming: list[Request] = []
         blocked: Request | None = None
         draining: set[int] = set()
         for i, request in enumerate(window[:BRING_IN] if full else self._policy.order(window)):
-            if i >= BRING_IN and len(ready) >= slots and (blocked is None or not self._policy.groups):
+            if i >= bring_in and len(ready) >= slots and (blocked is None or not self._policy.groups):
                 break
             if i >= len(window):
                 self._demand((request,))
@@ -62,7 +63,7 @@ class Admission:
             if self._components.ready(request.versions):
                 if draining.isdisjoint(request.versions):
                     ready.append(request)
-            elif blocked is None and (i < BRING_IN or len(ready) < slots):
+            elif blocked is None and (i < bring_in or len(ready) < slots):
                 found = self._want(request, overdue and request is first)
                 blocked = request if found is LoadStatus.BLOCKED else None
                 (ready if found is LoadStatus.READY else coming).append(request)

@@ -9,7 +9,7 @@ Nobody waits for ever: while the oldest request of all has waited over `MAX_AGE`
 """
 
 import bisect
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
@@ -22,8 +22,8 @@ MAX_AGE = 60.0  # seconds
 AGED_TURN = 8
 PATIENCE = 1.0  # seconds that the first one waits for an adapter before others have to make room
 LOOK_AT = 512  # requests in one plan: with thousands waiting, even looking at them counts
-HEAD = 32  # requests that the window holds
-REFRESH = 16  # plans for which the window stays as it is while nobody comes or leaves
+HEAD = 16  # requests that the window holds
+REFRESH = 16  # plans for which the window stays as it is at most
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,16 @@ class _Tenant(Competitor):
         self.queued_tokens = 0
 
 
+@dataclass(slots=True)
+class _Account:
+    """Who pays for a request. prompt: its tokens; charged: tokens of prompt and answer that are paid."""
+
+    tenant: _Tenant
+    adapters: _Adapters
+    prompt: int
+    charged: int = 0
+
+
 class FairShare:
     """Who is preempted is the youngest of the tenant that has received most. The first two arguments are those of
     every policy; it needs neither."""
@@ -70,46 +80,50 @@ class FairShare:
         del matched, max_wait
         self._weights = weights
         self._tenants: Counters[str, _Tenant] = Counters(lambda name: _Tenant(weights.tenants.get(name, 1.0)))
-        self._accounts: dict[Request, tuple[_Tenant, _Adapters]] = {}  # of all unfinished requests
+        self._accounts: dict[Request, _Account] = {}  # of all unfinished requests
         self._first_since: dict[Request, float] = {}  # when it was first found to be the first
         self._aged: Request | None = None  # goes first for its age
         self._starts = 0  # since the last one that went first for its age
         self._window: list[Request] = []
-        self._rest: Generator[Request, None, None] | None = None  # what follows the window
-        self._uses = 0  # of the window
+        self._rest: Generator[Request, None, None] | None = None  # what follows the window, while that is up to date
+        self._plans = REFRESH  # since the window was made anew
 
     # ------------------------------------------------------------------ the queue
 
     def enqueue(self, request: Request) -> None:
         """It waits from now on: it is new, or was preempted."""
         self._close()
-        tenant, adapters = account = self._accounts.get(request) or self._open(request)
-        self._accounts[request] = account
+        self._plans = REFRESH
+        account = self._accounts.get(request) or self._open(request)
+        tenant, adapters = account.tenant, account.adapters
         bisect.insort(adapters.queue, request, key=_order)
         tenant.waiting += 1
-        tenant.queued_tokens += len(request.spec.prompt_ids)
+        tenant.queued_tokens += account.prompt
         tenant.adapters.enter(adapters)
         self._tenants.enter(tenant)
 
     def dequeue(self, request: Request) -> None:
         """It starts or ends."""
-        tenant, adapters = self._accounts[request]
+        account = self._accounts[request]
+        tenant, adapters = account.tenant, account.adapters
         del adapters.queue[bisect.bisect_left(adapters.queue, request.spec.order, key=_order)]
         tenant.waiting -= 1
-        tenant.queued_tokens -= len(request.spec.prompt_ids)
+        tenant.queued_tokens -= account.prompt
         if not adapters.queue:
             tenant.adapters.leave(adapters)
         if not tenant.waiting:
             self._tenants.leave(tenant)
         self._first_since.pop(request, None)
         self._starts = 0 if request is self._aged else self._starts + 1
-        self._uses = REFRESH
+        self._close()
+        if request in self._window:
+            self._window.remove(request)
 
     def forget(self, request: Request) -> None:
         """It has ended."""
-        tenant, adapters = self._accounts.pop(request)
-        tenant.adapters.release(adapters)
-        self._tenants.release(tenant)
+        account = self._accounts.pop(request)
+        account.tenant.adapters.release(account.adapters)
+        self._tenants.release(account.tenant)
 
     def queued_before(self, tenant: str, queued_tokens: int) -> int:
         """At least so many prompt tokens go before those of a new request of the tenant: its own."""
@@ -119,23 +133,23 @@ class FairShare:
 
     # ------------------------------------------------------------------ who starts
 
-    def window(self, waiting: Sequence[Request], now: float) -> Sequence[Request]:
-        """The first `HEAD` in order."""
-        self._uses += 1
-        if self._rest is None or self._uses > REFRESH:
+    def window(self, waiting: Sequence[Request], now: float, *, starting: bool) -> Sequence[Request]:
+        """The first `HEAD` in order. While nothing can start, those that were it last, unless somebody has come."""
+        self._plans += 1
+        if self._plans > REFRESH or not self._window or (starting and self._rest is None):
             self._close()
             self._rest = self._in_order(waiting[0], now)
             self._window = list(islice(self._rest, HEAD))
-            self._uses = 0
+            self._plans = 0
         self._first_since.setdefault(self._window[0], now)
         return self._window
 
     def order(self, window: Sequence[Request]) -> Iterable[Request]:
         """The window, and then others, `LOOK_AT` in all."""
-        yield from window
-        if self._rest is not None:
-            self._uses = REFRESH  # the window is no longer followed by what remains
-            yield from islice(self._rest, LOOK_AT - len(window))
+        yield from list(window)
+        rest, self._rest = self._rest, None
+        if rest is not None:
+            yield from islice(rest, LOOK_AT - len(window))
 
     def overdue(self, request: Request, now: float) -> bool:
         """Whether it has been the first for long."""
@@ -150,14 +164,16 @@ class FairShare:
             if not by_age or request is not oldest:
                 yield request
 
-    def _of_tenant(self, tenant: _Tenant) -> Generator[tuple[Request, float], None, None]:
-        return in_turn(tenant.adapters, self._of_adapters)
+    def _of_tenant(self, tenant: _Tenant) -> Iterator[tuple[Request, float]]:
+        only = tenant.adapters.only
+        return in_turn(tenant.adapters, self._of_adapters) if only is None else self._of_adapters(only)
 
-    def _of_adapters(self, adapters: _Adapters) -> Generator[tuple[Request, float], None, None]:
+    def _of_adapters(self, adapters: _Adapters) -> Iterator[tuple[Request, float]]:
         queue, i = adapters.queue, 0
         while i < len(queue):
             request = queue[i]
-            unread = max(0, len(request.spec.prompt_ids) - request.charged)
+            account = self._accounts[request]
+            unread = max(0, account.prompt - account.charged)
             yield request, self._weights.input * unread + self._weights.output
             if i < len(queue) and queue[i] is request:  # else it has left, and the next one stands here
                 i += 1
@@ -165,41 +181,43 @@ class FairShare:
     # ------------------------------------------------------------------ who runs
 
     def charge(self, request: Request, tokens: int) -> None:
-        """Of the next `tokens` tokens, which end at `num_scheduled`, those that were never paid for."""
-        end = request.progress.num_scheduled
-        start = max(end - tokens, request.charged)
-        if end <= start:
-            return
-        request.charged = end
-        prompt = len(request.spec.prompt_ids)
-        service = self._weights.output * max(0, end - max(start, prompt - 1))
-        if start < prompt:
-            service += self._weights.input * (min(end, prompt) - start)
-        if service:
-            tenant, adapters = self._accounts[request]
-            tenant.charge(service)
-            adapters.charge(service)
+        """Of the `tokens` tokens before `num_scheduled`, those that were never charged for."""
+        account, end = self._accounts[request], request.progress.num_scheduled
+        start, prompt = account.charged, account.prompt
+        if tokens == 1 and start == end - 1 and start >= prompt:  # most of the time: one more sampled token
+            service = self._weights.output
+        else:
+            start = max(start, end - tokens)
+            if end <= start:
+                return
+            sampled = end - max(start, prompt - 1)  # the last token of the prompt brings the first one
+            service = self._weights.output * max(0, sampled) + self._weights.input * max(0, min(end, prompt) - start)
+        account.charged = end
+        account.tenant.counter += service / account.tenant.weight
+        account.adapters.counter += service
 
     def prefills(self, running: Sequence[Request]) -> Sequence[Request]:
         """Running prompts in the order in which they get a step's tokens."""
-        return running if len(running) < 2 else sorted(running, key=lambda r: self._accounts[r][0].counter)
+        return running if len(running) < 2 else sorted(running, key=lambda r: self._accounts[r].tenant.counter)
 
     def yields(self, running: Request) -> bool:
         """Whether a tenant that waits has received less than the one of this running prompt."""
         self._close()
         first = self._tenants.first()
-        return first is not None and first.counter < self._accounts[running][0].counter
+        return first is not None and first.counter < self._accounts[running].tenant.counter
 
     def victim(self, running: Sequence[Request]) -> Request:
         oldest = min(running, key=_order)
         others = (r for r in running if r is not oldest)
-        return max(others, key=lambda r: (self._accounts[r][0].counter, r.spec.order), default=oldest)
+        return max(others, key=lambda r: (self._accounts[r].tenant.counter, r.spec.order), default=oldest)
 
     # ------------------------------------------------------------------ inside
 
-    def _open(self, request: Request) -> tuple[_Tenant, _Adapters]:
+    def _open(self, request: Request) -> _Account:
         tenant = self._tenants.hold(request.spec.tenant)
-        return tenant, tenant.adapters.hold(request.spec.adapters)
+        adapters = tenant.adapters.hold(request.spec.adapters)
+        account = self._accounts[request] = _Account(tenant, adapters, len(request.spec.prompt_ids))
+        return account
 
     def _close(self) -> None:
         """Nobody is in the middle of an order: the counters may change hands."""

@@ -41,9 +41,9 @@ class Policy(Protocol):
         wait."""
         ...
 
-    def window(self, waiting: Sequence[Request], now: float) -> Sequence[Request]:
+    def window(self, waiting: Sequence[Request], now: float, *, starting: bool) -> Sequence[Request]:
         """The waiting requests for which adapters are kept. The first one may make others yield their adapters.
-        waiting: by arrival, not empty; not changed."""
+        waiting: by arrival, not empty; not changed. starting: whether any of them can start in this plan."""
         ...
 
     def order(self, window: Sequence[Request]) -> Iterable[Request]:
@@ -95,8 +95,8 @@ class FirstComeFirstServed:
         del tenant
         return queued_tokens
 
-    def window(self, waiting: Sequence[Request], now: float) -> Sequence[Request]:
-        del now
+    def window(self, waiting: Sequence[Request], now: float, *, starting: bool) -> Sequence[Request]:
+        del now, starting
         latest = waiting[0].spec.arrival + self._max_wait
         end = bisect.bisect_right(waiting, latest, key=lambda r: r.spec.arrival)
         return waiting[: min(end, LOOK_AT)]

@@ -181,7 +181,6 @@ class Request:
     lora_slots: tuple[int, ...] = ()  # of its adapters, while it runs
     namespaces: PageNamespaces = field(default_factory=PageNamespaces)
     epoch: int = 0  # how often it was preempted
-    charged: int = 0  # tokens that its tenant has been charged for
     admitted: float | None = None  # when it first ran
     cached_tokens: int = 0  # of the prompt, when it first ran
     hit_counted: bool = False  # counted as a hit or miss of its adapter

@@ -8,7 +8,7 @@ Owns the counters and which of them compete now. Does not know what is served, n
 """
 
 import itertools
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Iterator
 from heapq import heappop, heappush, heapreplace
 from typing import Generic, TypeVar
 
@@ -20,8 +20,8 @@ SWEEP = 1024  # competitors that are remembered before the first sweep
 
 
 class Competitor:
-    """One of those that are served in turn. counter: what it has received, over its weight. competes: whether it has
-    anything to be served now. held: by how many unfinished requests it is needed."""
+    """One of those that are served in turn. counter: what it has received, over its weight; whoever serves it adds to
+    it. competes: whether it has anything to be served now. held: by how many unfinished requests it is needed."""
 
     __slots__ = ("competes", "counter", "held", "listed", "weight")
 
@@ -31,10 +31,6 @@ class Competitor:
         self.competes = False
         self.held = 0
         self.listed = False  # whether the heap has an entry for it
-
-    def charge(self, service: float) -> None:
-        """It has received `service`, a positive amount."""
-        self.counter += service / self.weight
 
 
 class Counters(Generic[K, C]):
@@ -56,6 +52,11 @@ class Counters(Generic[K, C]):
 
     def __len__(self) -> int:
         return len(self._members)
+
+    @property
+    def only(self) -> C | None:
+        """The one competitor, if there is just one that is remembered."""
+        return next(iter(self._members.values())) if len(self._members) == 1 else None
 
     def get(self, key: K) -> C | None:
         """The competitor, if it is remembered."""
@@ -128,7 +129,7 @@ class Counters(Generic[K, C]):
 
 
 def in_turn(
-    counters: Counters[K, C], served: Callable[[C], Generator[tuple[R, float], None, None]]
+    counters: Counters[K, C], served: Callable[[C], Iterator[tuple[R, float]]]
 ) -> Generator[tuple[R, float], None, None]:
     """What those that compete would be served, in order, each charged at once for what it got: (what, cost).
 
@@ -137,17 +138,13 @@ def in_turn(
     """
     heap = counters._heap  # noqa: SLF001 - of the same module
     taken: list[tuple[float, int, C]] = []
-    opened: list[Generator[tuple[R, float], None, None]] = []
-    again: list[
-        tuple[float, int, float, Generator[tuple[R, float], None, None]]
-    ] = []  # those that have been served before
+    again: list[tuple[float, int, float, Iterator[tuple[R, float]]]] = []  # who has been served before
     try:
         for turn in itertools.count():
             first = counters.first()
             if first is not None and (not again or first.counter <= again[0][0]):
                 taken.append(heappop(heap))
                 counter, weight, source = first.counter, first.weight, served(first)
-                opened.append(source)
             elif again:
                 counter, _, weight, source = heappop(again)
             else:
@@ -157,7 +154,5 @@ def in_turn(
                 yield found
                 heappush(again, (counter + found[1] / weight, turn, weight, source))
     finally:
-        for source in opened:
-            source.close()
         for entry in taken:
             heappush(heap, entry)
