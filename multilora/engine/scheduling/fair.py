@@ -20,6 +20,7 @@ from multilora.params import Composition
 
 MAX_AGE = 60.0  # seconds
 AGED_TURN = 8
+OUTRANKED = 2
 PATIENCE = 1.0  # seconds that the first one waits for an adapter before others have to make room
 LOOK_AT = 512  # requests in one plan: with thousands waiting, even looking at them counts
 HEAD = 16  # requests that the window holds
@@ -49,14 +50,15 @@ class _Adapters(Competitor):
 
 
 class _Tenant(Competitor):
-    """queued_tokens: of the prompts that wait."""
+    """waiting, running: requests; queued_tokens: of the prompts that wait."""
 
-    __slots__ = ("adapters", "queued_tokens", "waiting")
+    __slots__ = ("adapters", "queued_tokens", "running", "waiting")
 
     def __init__(self, weight: float):
         super().__init__(weight)
         self.adapters: Counters[Composition, _Adapters] = Counters(lambda _: _Adapters())
         self.waiting = 0
+        self.running = 0
         self.queued_tokens = 0
 
 
@@ -68,6 +70,7 @@ class _Account:
     adapters: _Adapters
     prompt: int
     charged: int = 0
+    runs: bool = False
 
 
 class FairShare:
@@ -96,6 +99,7 @@ class FairShare:
         self._plans = REFRESH
         account = self._accounts.get(request) or self._open(request)
         tenant, adapters = account.tenant, account.adapters
+        self._stopped(account)
         bisect.insort(adapters.queue, request, key=_order)
         tenant.waiting += 1
         tenant.queued_tokens += account.prompt
@@ -108,6 +112,8 @@ class FairShare:
         tenant, adapters = account.tenant, account.adapters
         del adapters.queue[bisect.bisect_left(adapters.queue, request.spec.order, key=_order)]
         tenant.waiting -= 1
+        tenant.running += 1
+        account.runs = True
         tenant.queued_tokens -= account.prompt
         if not adapters.queue:
             tenant.adapters.leave(adapters)
@@ -122,6 +128,7 @@ class FairShare:
     def forget(self, request: Request) -> None:
         """It has ended."""
         account = self._accounts.pop(request)
+        self._stopped(account)
         account.tenant.adapters.release(account.adapters)
         self._tenants.release(account.tenant)
 
@@ -206,6 +213,13 @@ class FairShare:
         first = self._tenants.first()
         return first is not None and first.counter < self._accounts[running].tenant.counter
 
+    def outranked(self, waiting: Request, running: Sequence[Request]) -> Request | None:
+        """The victim, if its tenant has received more and has over `OUTRANKED` times as many slots for its weight."""
+        victim = self.victim(running)
+        less, more = self._accounts[waiting].tenant, self._accounts[victim].tenant
+        slots, others = (less.running + 1) / less.weight, more.running / more.weight
+        return victim if less.counter < more.counter and others > OUTRANKED * slots else None
+
     def victim(self, running: Sequence[Request]) -> Request:
         oldest = min(running, key=_order)
         others = (r for r in running if r is not oldest)
@@ -218,6 +232,10 @@ class FairShare:
         adapters = tenant.adapters.hold(request.spec.adapters)
         account = self._accounts[request] = _Account(tenant, adapters, len(request.spec.prompt_ids))
         return account
+
+    def _stopped(self, account: _Account) -> None:
+        account.tenant.running -= account.runs
+        account.runs = False
 
     def _close(self) -> None:
         """Nobody is in the middle of an order: the counters may change hands."""

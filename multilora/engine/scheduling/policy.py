@@ -66,6 +66,10 @@ class Policy(Protocol):
         """Whether a running prompt that could take a whole step leaves half of it to those that wait."""
         ...
 
+    def outranked(self, waiting: Request, running: Sequence[Request]) -> Request | None:
+        """All slots are taken: a running request that is preempted so that the first waiting one starts, if any."""
+        ...
+
     def victim(self, running: Sequence[Request]) -> Request:
         """Who is preempted when pages run out. Never the oldest of several, which must be able to finish."""
         ...
@@ -116,6 +120,9 @@ class FirstComeFirstServed:
     def yields(self, running: Request) -> bool:
         del running
         return False
+
+    def outranked(self, waiting: Request, running: Sequence[Request]) -> Request | None:
+        del waiting, running
 
     def victim(self, running: Sequence[Request]) -> Request:
         return max(running, key=lambda r: r.spec.order)

@@ -30,6 +30,8 @@ from multilora.engine.scheduling.step_cost import StepCost
 from multilora.errors import CannotFit, MultiloraError
 from multilora.memory.page_table import KVPages
 
+MOST_FREED = 4  # slots in one plan
+
 
 @dataclass(frozen=True, slots=True)
 class _Step:
@@ -161,6 +163,8 @@ class Scheduler:
         if not self.waiting:
             return budget
         slots = self._max_running - len(self.running)
+        if not slots and budget:
+            slots = self._free_slots(chunks)
         for request in self._admission.choose(self.waiting, list(chunks.values()), slots, budget):
             if budget == 0:
                 break
@@ -172,6 +176,22 @@ class Scheduler:
             elif not self._fail_if_unfittable(request):
                 break
         return budget
+
+    def _free_slots(self, chunks: dict[Request, Chunk]) -> int:
+        """All slots are taken. How many the policy has had freed for the first ones that wait, as far as those can
+        start at once. Those that are preempted for it find their pages again in the prefix cache."""
+        freed = 0
+        for first in self._policy.window(self.waiting, self.clock(), starting=False)[:MOST_FREED]:
+            can_start = not first.progress.in_flight and self.components.ready(first.versions)
+            if not can_start or not self.kv.prefix.enabled or not self._fits(first, self._match(first)):
+                break
+            victim = self._policy.outranked(first, self.running)
+            if victim is None:
+                break
+            self._preempt(victim)
+            chunks.pop(victim, None)
+            freed += 1
+        return freed
 
     def _want(self, request: Request, urgent: bool) -> LoadStatus:
         """An adapter comes only if the request could start then, and those that run go on for a while."""
@@ -205,11 +225,7 @@ class Scheduler:
         """
         progress = request.progress
         matched = self._match(request)
-        spare = len(self.running)  # so that those who decode can go on for a while
-        need = self.kv.pages_for(progress.num_tokens + 1) - len(matched) + spare
-        # idle pages that it is about to use itself are no room for the others
-        own = self.kv.idle_pages(matched) + self.components.idle_pages(request.versions)
-        if self.kv.reclaimer.available() - own < need:
+        if not self._fits(request, matched):
             return False
         self.components.acquire_slots(request.versions)
         request.lora_slots = self.components.slots(request.versions)
@@ -221,6 +237,14 @@ class Scheduler:
         if request.slot is None:
             self._start_first(request)
         return True
+
+    def _fits(self, request: Request, matched: list[int]) -> bool:
+        """Whether the pages of all its tokens can be had, beside those that are `matched`."""
+        spare = len(self.running)  # so that those who decode can go on for a while
+        need = self.kv.pages_for(request.progress.num_tokens + 1) - len(matched) + spare
+        # idle pages that it is about to use itself are no room for the others
+        own = self.kv.idle_pages(matched) + self.components.idle_pages(request.versions)
+        return self.kv.reclaimer.available() - own >= need
 
     def _start_first(self, request: Request) -> None:
         spec = request.spec
