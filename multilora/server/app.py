@@ -16,8 +16,11 @@ from multilora.drivers.async_driver import AsyncDriver, AsyncEngine
 from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
 from multilora.server import adapters, chat, completions, errors, native, openai, operations, tokenization
+from multilora.server.anthropic import errors as anthropic_errors
+from multilora.server.anthropic import routes as anthropic
 from multilora.server.auth import KeyCheck
 from multilora.server.metrics import Metrics
+from multilora.server.responses import routes as responses
 
 
 def create_app(
@@ -37,18 +40,23 @@ def create_app(
     defaults = dict(sampling_defaults or {}) if config.sampling_defaults == "model" else {}
     app = FastAPI(title="multilora", version=multilora.__version__)
     app.state.driver = driver
-    errors.install(
-        app, dict.fromkeys(adapters.NATIVE_PATHS, lambda e: adapters.native_result(front.registry, e.message))
+    shapes: dict[str, errors.Shape] = dict.fromkeys(
+        adapters.NATIVE_PATHS, lambda e: adapters.native_result(front.registry, e.message)
     )
+    anthropic_shapes = dict.fromkeys(anthropic_errors.PATHS, anthropic_errors.anthropic_error)
+    errors.install(app, shapes | anthropic_shapes)
     app.include_router(native.router(driver))
     app.include_router(completions.router(driver, defaults))
     app.include_router(chat.router(driver, defaults))
+    app.include_router(responses.router(driver, defaults))
+    app.include_router(anthropic.router(driver, defaults))
     app.include_router(tokenization.router(driver))
     app.include_router(openai.models_router(front, int(time.time())))
     app.include_router(adapters.router(driver))
     app.include_router(operations.router(driver, metrics))
     if config.api_key or config.admin_api_key:
-        app.add_middleware(KeyCheck, api_key=config.api_key, admin_api_key=config.admin_api_key)
+        keys = {"api_key": config.api_key, "admin_api_key": config.admin_api_key}
+        app.add_middleware(KeyCheck, **keys, shapes=anthropic_shapes)
     if config.cors_origins:  # outermost, so that a page can read the answer to a missing key, too
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]

@@ -41,6 +41,10 @@ HARMLESS: Mapping[str, frozenset[str]] = {
     "/generate": _words("background modalities"),
     "sampling_params": _words("detokenize output_kind flat_logprobs skip_clone output_text_buffer_length"),
     "response_format.json_schema": _words("name description strict"),
+    "text.format": _words("name description strict"),
+    "reasoning": _words("summary generate_summary"),
+    "/v1/messages": _words("cache_control context_management diagnostics inference_geo speed"),
+    "thinking": _words("budget_tokens display"),
     "/load_lora_adapter": _words("lora_id"),
     "/load_lora_adapter_from_tensors": _words("lora_id"),
     "/unload_lora_adapter": _words("lora_id"),
@@ -112,7 +116,7 @@ Of a field that is not listed the values null, false and "nothing" (an empty tex
 are neutral. Of a listed one they are not: `false` for a field that is true by default changes the answer.
 """
 
-ALIASES = {"/v1/tokenize": "/tokenize", "/v1/detokenize": "/detokenize"}
+ALIASES = {"/v1/tokenize": "/tokenize", "/v1/detokenize": "/detokenize", "/v1/messages/count_tokens": "/v1/messages"}
 
 
 class LogOnce:
