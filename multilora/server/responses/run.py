@@ -36,7 +36,8 @@ class Run:
         self._parts = SettledParts()
         self._output = OutputItems()
         self._tokens = 0  # received, but of no part so far
-        self._logprobs: list[dict[str, Any]] = []  # of these
+        self._logprobs: list[dict[str, Any]] = []  # of these, unless they are the markup of thoughts or calls
+        self._in_text = True  # the last part was text, or there was none
         self._reasoning_tokens = 0
 
     @property
@@ -95,7 +96,10 @@ class Run:
             if isinstance(part, Reasoning):
                 self._reasoning_tokens += self._tokens
             self._tokens = 0
-            yield from self._output.push(part, logprobs if isinstance(part, Content) else [])
+            self._in_text = isinstance(part, Content)
+            yield from self._output.push(part, logprobs if self._in_text else [])
+        if not self._in_text:
+            self._logprobs = []
         if delta.finished is not None:
             yield from self._finish(delta.finished)
 
