@@ -228,6 +228,21 @@ def test_a_response_goes_on_from_a_stored_one():
     assert third["status"] == "completed" and prompt(server).count("tool: sunny") == 1
 
 
+def test_items_of_stored_responses_can_be_referred_to():
+    server = fake()
+    first = respond(server).json()
+    items = [{"role": "user", "content": "hi"}, {"type": "item_reference", "id": first["output"][0]["id"]}]
+    assert respond(server, input=[*items, {"role": "user", "content": "and?"}]).status == 200
+    assert prompt(server).split("<|im|>")[1:] == [
+        "user: hi</s>",
+        "assistant: ab</s>",
+        "user: and?</s>",
+        "assistant: ",
+    ]
+    run(server.send("DELETE", f"/v1/responses/{first['id']}"))
+    assert respond(server, input=items).error["param"] == "input[1].id"
+
+
 def test_stored_responses_are_read_and_deleted():
     server = fake()
     kept = respond(server).json()
@@ -395,7 +410,8 @@ def item(**fields: Any) -> dict[str, Any]:
 BAD = [
     ({"input": []}, "input"),
     ({"input": 1}, "input"),
-    (item(type="item_reference", id="x"), "input[1].type"),
+    (item(type="item_reference", id="x"), "input[1].id"),
+    (item(type="web_search_call", id="x"), "input[1].type"),
     (item(role="tool", content="x"), "input[1].role"),
     (item(role="user", content=[{"type": "input_image", "image_url": "x"}]), "input[1].content[0].type"),
     (item(role="user", content=[{"type": "input_text"}]), "input[1].content[0].text"),

@@ -12,10 +12,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from multilora.drivers.async_driver import AsyncDriver
-from multilora.errors import BadRequest, MultiloraError, PreviousResponseNotFound, UnknownResponse
+from multilora.errors import BadRequest, PreviousResponseNotFound, UnknownResponse
 from multilora.params import SamplingParams
 from multilora.server.chat_job import ChatJob
-from multilora.server.dialects import in_words_of
+from multilora.server.dialects import in_words_of, refused
 from multilora.server.errors import StrictRoute
 from multilora.server.responses.body import WORDS, ResponsesBody
 from multilora.server.responses.items import Conversation, input_items
@@ -85,11 +85,7 @@ class Responses:
             self._finish_in_background(run)
             return Json(run.response())
 
-        def error_frame(error: MultiloraError) -> bytes:
-            fields = {"code": error.kind, "message": error.message, "param": error.param}
-            return named_frame("error", run.numbered({"type": "error"} | fields))
-
-        return await EventStream.begin(request.receive, _frames(run), run.cancel, error_frame=error_frame, done=b"")
+        return await EventStream.begin(request.receive, _frames(run), run.cancel, done=b"")
 
     async def _whole(self, response_id: str, body: ResponsesBody) -> dict[str, Any]:
         run = await self._start(response_id, body)
@@ -106,7 +102,7 @@ class Responses:
 
     async def _start(self, response_id: str, body: ResponsesBody) -> Run:
         previous = self._previous(body.previous_response_id)
-        items = input_items(body.input)
+        items = [self._resolved(item, f"input[{i}]") for i, item in enumerate(input_items(body.input))]
         conversation = Conversation()
         for item in previous.items:
             conversation.add(item, "previous_response_id")
@@ -136,6 +132,15 @@ class Responses:
         if stored.run is not None:
             raise BadRequest(f"{param}: response {response_id!r} has not ended", param=param)
         return stored
+
+    def _resolved(self, item: Any, path: str) -> Any:
+        """The item itself, where `item` only refers to it."""
+        if not isinstance(item, dict) or item.get("type") != "item_reference":
+            return item
+        found = self.store.item(item.get("id"))
+        if found is None:
+            raise refused(f"{path}.id", f"item {item.get('id')!r:.100} is not stored, or not any more")
+        return found
 
     def _finish_in_background(self, run: Run) -> None:
         task = asyncio.create_task(run.finish())

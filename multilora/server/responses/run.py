@@ -4,6 +4,7 @@ Whoever iterates `events` drives it; whole answers iterate too, and drop them. O
 nothing of HTTP or of where responses are kept.
 """
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from multilora.front.stream import Delta, FinishReason
 from multilora.front.tools.base import Content, Reasoning, SettledParts
 from multilora.server.chat_job import ChatJob, logprob_entries
 from multilora.server.responses.output import Event, OutputItems
+
+logger = logging.getLogger(__name__)
 
 RUNNING = "in_progress"
 
@@ -31,7 +34,6 @@ class Run:
         self._generation = generation
         self._on_end = on_end
         self._status = RUNNING
-        self._number = -1  # of the last event
         self._end: dict[str, Any] = {"completed_at": None, "error": None, "incomplete_details": None}
         self._parts = SettledParts()
         self._output = OutputItems()
@@ -51,14 +53,11 @@ class Run:
         return self._head | {"status": self._status, "output": self._output.items(), "usage": usage} | self._end
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """All events, in order and numbered. An error of the engine is the last one, and is kept as `error`."""
+        """All events, in order and numbered. An error is the last one, and is kept as `error`."""
+        number = 0
         async for event in self._events():
-            yield self.numbered(event)
-
-    def numbered(self, event: Event) -> Event:
-        """The event as the next one of the stream."""
-        self._number += 1
-        return event | {"sequence_number": self._number}
+            yield event | {"sequence_number": number}
+            number += 1
 
     async def finish(self) -> None:
         """Wait for the ending."""
@@ -80,11 +79,11 @@ class Run:
                     break
                 for event in self._take(sample, delta):
                     yield event
-        except MultiloraError as e:
-            if self.running:
-                self.error = e
-                self._end["error"] = {"code": "server_error", "message": e.message}
-                self._settle("failed")
+        except Exception as e:
+            if not isinstance(e, MultiloraError):
+                logger.exception("error inside a response")
+                e = MultiloraError(f"internal error: {type(e).__name__}")
+            self._fail(e)
         yield {"type": self._last_event(), "response": self.response()}
 
     def _take(self, sample: Sample, delta: Delta) -> Iterator[Event]:
@@ -114,6 +113,12 @@ class Run:
                 self._settle("incomplete")
             case _:
                 self._settle("cancelled")
+
+    def _fail(self, error: MultiloraError) -> None:
+        if self.running:
+            self.error = error
+            self._end["error"] = {"code": "server_error", "message": error.message}
+            self._settle("failed")
 
     def _settle(self, status: str) -> None:
         for _ in self._output.close("incomplete"):  # nothing, unless the answer was broken off

@@ -35,7 +35,7 @@ class Stored:
 
 
 class ResponseStore:
-    """max_count, max_bytes: bounds of what has ended. size + what runs == len(self)."""
+    """max_count, max_bytes: bounds of what has ended."""
 
     def __init__(self, max_count: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_count = max_count
@@ -43,6 +43,7 @@ class ResponseStore:
         self._running: dict[str, Stored] = {}
         self._ended: OrderedDict[str, Stored] = OrderedDict()  # least recently used first
         self._nbytes = 0  # of the ended ones
+        self._output: dict[str, dict[str, Any]] = {}  # of the ended ones, by the id of the item
 
     def __len__(self) -> int:
         return len(self._running) + len(self._ended)
@@ -60,6 +61,10 @@ class ResponseStore:
             raise UnknownResponse(f"Response with id {response_id!r:.100} not found.", param="response_id")
         return self._running[response_id]
 
+    def item(self, item_id: Any) -> dict[str, Any] | None:
+        """The output item of a response that has ended; None: there is none with this id, or not any more."""
+        return self._output.get(item_id) if isinstance(item_id, str) else None
+
     def settle(self, response_id: str) -> None:
         """The response has ended: keep what it came to, within the bounds. One that was discarded stays unknown."""
         stored = self._running.pop(response_id, None)
@@ -68,6 +73,7 @@ class ResponseStore:
         stored.ended, stored.run = stored.response(), None
         stored.items = [*stored.items, *stored.ended["output"]]
         stored.nbytes += json_bytes(stored.ended)
+        self._output |= {item["id"]: item for item in stored.ended["output"]}
         self._ended[response_id] = stored
         self._nbytes += stored.nbytes
         while len(self._ended) > self._max_count or self._nbytes > self._max_bytes:
@@ -79,6 +85,8 @@ class ResponseStore:
         stored = self._ended.pop(response_id, None)
         if stored is not None:
             self._nbytes -= stored.nbytes
+            for item in stored.ended["output"]:
+                del self._output[item["id"]]
 
 
 def json_bytes(value: Any) -> int:
