@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 
+StreamEvent = dict[str, Any]
+"""An event whose `type` is its name, for `named_frame`."""
+
 
 class Json(Response):
     """A JSON response; infinities become null."""

@@ -14,8 +14,7 @@ from multilora.front.stream import FinishReason
 from multilora.front.tools import json_text
 from multilora.front.tools.base import Call, Content, Part, Reasoning, SettledParts
 from multilora.server.chat_job import ChatJob
-
-Event = dict[str, Any]
+from multilora.server.streaming import StreamEvent
 
 
 class MessageAnswer:
@@ -39,7 +38,7 @@ class MessageAnswer:
         usage = _usage(self._generation.samples[0])
         return head | {"content": self._blocks} | self._ending | {"usage": usage}
 
-    async def events(self) -> AsyncGenerator[Event, None]:
+    async def events(self) -> AsyncGenerator[StreamEvent, None]:
         """All events, in order. Raises the typed error of an answer that fails or is aborted."""
         parts = SettledParts()
         started = False
@@ -55,7 +54,7 @@ class MessageAnswer:
                 for event in self._finish(sample, delta.finished):
                     yield event
 
-    def _push(self, part: Part) -> Iterator[Event]:
+    def _push(self, part: Part) -> Iterator[StreamEvent]:
         match part:
             case Content(text):
                 yield from self._text("text", text)
@@ -68,7 +67,7 @@ class MessageAnswer:
                 block["input"] = json_text.load_object(arguments)
                 yield from self._close()
 
-    def _text(self, kind: str, text: str) -> Iterator[Event]:
+    def _text(self, kind: str, text: str) -> Iterator[StreamEvent]:
         """Text of a block whose type is also the name of its field."""
         if not self._open or self._blocks[-1]["type"] != kind:
             block = {"type": kind, kind: ""}
@@ -76,13 +75,13 @@ class MessageAnswer:
         self._pieces.append(text)
         yield self._delta(f"{kind}_delta", kind, text)
 
-    def _begin(self, block: dict[str, Any]) -> Iterator[Event]:
+    def _begin(self, block: dict[str, Any]) -> Iterator[StreamEvent]:
         yield from self._close()
         self._blocks.append(block)
         self._open, self._pieces = True, []
         yield {"type": "content_block_start", "index": len(self._blocks) - 1, "content_block": block}
 
-    def _close(self) -> Iterator[Event]:
+    def _close(self) -> Iterator[StreamEvent]:
         if not self._open:
             return
         self._open = False
@@ -94,11 +93,11 @@ class MessageAnswer:
             block[block["type"]] = "".join(self._pieces)
         yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
 
-    def _delta(self, kind: str, field: str, text: str) -> Event:
+    def _delta(self, kind: str, field: str, text: str) -> StreamEvent:
         delta = {"type": kind, field: text}
         return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
 
-    def _finish(self, sample: Sample, finished: FinishReason) -> Iterator[Event]:
+    def _finish(self, sample: Sample, finished: FinishReason) -> Iterator[StreamEvent]:
         yield from self._close()
         self._ending = self._ending_of(sample, finished)
         yield {"type": "message_delta", "delta": self._ending, "usage": _usage(sample)}

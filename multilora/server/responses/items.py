@@ -19,7 +19,7 @@ def input_items(given: str | list[Any]) -> list[Any]:
     return [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
 
 
-class Conversation:
+class ItemMessages:
     """The chat messages that the items added so far make."""
 
     def __init__(self) -> None:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from multilora.front.tools.base import Call, Content, Part, Reasoning
-
-Event = dict[str, Any]
+from multilora.server.streaming import StreamEvent
 
 
 def new_id(prefix: str) -> str:
@@ -32,7 +31,7 @@ class OutputItems:
             self._part["text"] = "".join(self._pieces)
         return self._items
 
-    def push(self, part: Part, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
+    def push(self, part: Part, logprobs: list[dict[str, Any]]) -> Iterator[StreamEvent]:
         """The events that the next part makes. logprobs: of the tokens of a Content."""
         match part:
             case Content(text):
@@ -43,7 +42,7 @@ class OutputItems:
                 yield from self.close("completed")
                 yield from self._call(part)
 
-    def finish(self, status: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
+    def finish(self, status: str, logprobs: list[dict[str, Any]]) -> Iterator[StreamEvent]:
         """The events of the end. An answer without anything is an empty message. status: of an item that is open.
         logprobs: of the last tokens, which have no text."""
         if not self._items:
@@ -52,7 +51,7 @@ class OutputItems:
             self._part["logprobs"] += logprobs
         yield from self.close(status)
 
-    def close(self, status: str) -> Iterator[Event]:
+    def close(self, status: str) -> Iterator[StreamEvent]:
         """The events that end the open item; none if there is none."""
         if not self._open:
             return
@@ -76,7 +75,7 @@ class OutputItems:
         part: dict[str, Any] = self._item["content"][0]
         return part
 
-    def _text(self, kind: str, text: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
+    def _text(self, kind: str, text: str, logprobs: list[dict[str, Any]]) -> Iterator[StreamEvent]:
         if not self._open or self._item["type"] != kind:
             yield from self.close("completed")
             yield from self._begin(kind)
@@ -87,7 +86,7 @@ class OutputItems:
             delta["logprobs"] = logprobs
         yield delta
 
-    def _begin(self, kind: str) -> Iterator[Event]:
+    def _begin(self, kind: str) -> Iterator[StreamEvent]:
         """Open an item that has text."""
         item: dict[str, Any]
         if kind == "message":
@@ -102,7 +101,7 @@ class OutputItems:
         self._open, self._pieces = True, []
         yield self._event("response.content_part.added", part=part)
 
-    def _call(self, call: Call) -> Iterator[Event]:
+    def _call(self, call: Call) -> Iterator[StreamEvent]:
         item = {
             "id": new_id("fc"),
             "type": "function_call",
@@ -120,12 +119,12 @@ class OutputItems:
         item |= {"arguments": call.arguments, "status": "completed"}
         yield self._item_event("response.output_item.done")
 
-    def _event(self, kind: str, **fields: Any) -> Event:
+    def _event(self, kind: str, **fields: Any) -> StreamEvent:
         """An event about the part of the last item. kind: "delta" and "done" are about its text."""
         if kind in ("delta", "done"):
             kind = f"response.{self._part['type']}.{kind}"
         where = {"item_id": self._item["id"], "output_index": len(self._items) - 1, "content_index": 0}
         return {"type": kind} | where | fields
 
-    def _item_event(self, kind: str) -> Event:
+    def _item_event(self, kind: str) -> StreamEvent:
         return {"type": kind, "output_index": len(self._items) - 1, "item": self._item}

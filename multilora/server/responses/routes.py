@@ -18,13 +18,13 @@ from multilora.server.chat_job import ChatJob
 from multilora.server.dialects import in_words_of, refused
 from multilora.server.errors import StrictRoute
 from multilora.server.responses.body import WORDS, ResponsesBody
-from multilora.server.responses.items import Conversation, input_items
+from multilora.server.responses.items import ItemMessages, input_items
 from multilora.server.responses.output import new_id
-from multilora.server.responses.run import Run
-from multilora.server.responses.store import ResponseStore, Stored, json_bytes
+from multilora.server.responses.run import ResponseRun
+from multilora.server.responses.store import ResponseStore, StoredResponse, json_bytes
 from multilora.server.streaming import EventStream, Json, named_frame, while_connected
 
-NOTHING = Stored(None, [], 0)
+NOTHING = StoredResponse(None, [], 0)
 """What stands before a conversation's first response."""
 
 
@@ -100,10 +100,10 @@ class Responses:
             run.cancel()
         return run.response()
 
-    async def _start(self, response_id: str, body: ResponsesBody) -> Run:
+    async def _start(self, response_id: str, body: ResponsesBody) -> ResponseRun:
         previous = self._previous(body.previous_response_id)
         items = [self._resolved(item, f"input[{i}]") for i, item in enumerate(input_items(body.input))]
-        conversation = Conversation()
+        conversation = ItemMessages()
         for item in previous.items:
             conversation.add(item, "previous_response_id")
         for i, item in enumerate(items):
@@ -114,12 +114,12 @@ class Responses:
             chat = ChatJob(self._driver.front, body.chat_body(conversation.messages), self._defaults)
             generation = await self._driver.generate([chat.job], [response_id])
         head = _head(response_id, body, chat.job.sampling, self._driver.front.config.model_name)
-        run = Run(head, chat, generation, lambda: self.store.settle(response_id))
+        run = ResponseRun(head, chat, generation, lambda: self.store.settle(response_id))
         if body.store is not False:
             self.store.add(response_id, run, [*previous.items, *items], previous.nbytes + json_bytes(items))
         return run
 
-    def _previous(self, response_id: str | None) -> Stored:
+    def _previous(self, response_id: str | None) -> StoredResponse:
         """The response that comes before in the conversation."""
         if response_id is None:
             return NOTHING
@@ -142,13 +142,13 @@ class Responses:
             raise refused(f"{path}.id", f"item {item.get('id')!r:.100} is not stored, or not any more")
         return found
 
-    def _finish_in_background(self, run: Run) -> None:
+    def _finish_in_background(self, run: ResponseRun) -> None:
         task = asyncio.create_task(run.finish())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
 
-async def _frames(run: Run) -> AsyncGenerator[bytes, None]:
+async def _frames(run: ResponseRun) -> AsyncGenerator[bytes, None]:
     async for event in run.events():
         yield named_frame(event["type"], event)
 

@@ -15,14 +15,15 @@ from multilora.front.generation import Sample
 from multilora.front.stream import Delta, FinishReason
 from multilora.front.tools.base import Content, Reasoning, SettledParts
 from multilora.server.chat_job import ChatJob, logprob_entries
-from multilora.server.responses.output import Event, OutputItems
+from multilora.server.responses.output import OutputItems
+from multilora.server.streaming import StreamEvent
 
 logger = logging.getLogger(__name__)
 
 RUNNING = "in_progress"
 
 
-class Run:
+class ResponseRun:
     """head: the fields of the response that stay as they are. on_end: called once, when the response has ended."""
 
     def __init__(
@@ -52,7 +53,7 @@ class Run:
         usage = None if self.running else self._usage(self._generation.samples[0])
         return self._head | {"status": self._status, "output": self._output.items(), "usage": usage} | self._end
 
-    async def events(self) -> AsyncGenerator[Event, None]:
+    async def events(self) -> AsyncGenerator[StreamEvent, None]:
         """All events, in order and numbered. An error is the last one, and is kept as `error`."""
         number = 0
         async for event in self._events():
@@ -70,7 +71,7 @@ class Run:
         if self.running:
             self._settle("cancelled")
 
-    async def _events(self) -> AsyncGenerator[Event, None]:
+    async def _events(self) -> AsyncGenerator[StreamEvent, None]:
         yield {"type": "response.created", "response": self.response()}
         yield {"type": "response.in_progress", "response": self.response()}
         try:
@@ -86,11 +87,13 @@ class Run:
             self._fail(e)
         yield {"type": self._last_event(), "response": self.response()}
 
-    def _take(self, sample: Sample, delta: Delta) -> Iterator[Event]:
+    def _take(self, sample: Sample, delta: Delta) -> Iterator[StreamEvent]:
         self._tokens += len(delta.token_ids)
         if sample.job.return_logprob:
             self._logprobs += logprob_entries(sample, delta)
         for part in self._parts.push(self._chat.events(sample, delta)):
+            if not self.running:
+                return  # cancelled while an event was being sent
             logprobs, self._logprobs = self._logprobs, []
             if isinstance(part, Reasoning):
                 self._reasoning_tokens += self._tokens
@@ -99,10 +102,10 @@ class Run:
             yield from self._output.push(part, logprobs if self._in_text else [])
         if not self._in_text:
             self._logprobs = []
-        if delta.finished is not None:
+        if delta.finished is not None and self.running:
             yield from self._finish(delta.finished)
 
-    def _finish(self, finished: FinishReason) -> Iterator[Event]:
+    def _finish(self, finished: FinishReason) -> Iterator[StreamEvent]:
         yield from self._output.finish("completed" if finished.type == "stop" else "incomplete", self._logprobs)
         match finished.type:
             case "stop":

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from multilora.errors import UnknownResponse
-from multilora.server.responses.run import Run
+from multilora.server.responses.run import ResponseRun
 
 MAX_RESPONSES = 10_000
 MAX_BYTES = 256 << 20
@@ -18,13 +18,13 @@ MAX_BYTES = 256 << 20
 
 
 @dataclass
-class Stored:
+class StoredResponse:
     """run: until the response has ended; from then on `ended` is the response object.
 
     items: the conversation of the response, its own output included once it has ended. nbytes: of these, as JSON.
     """
 
-    run: Run | None
+    run: ResponseRun | None
     items: list[Any]
     nbytes: int
     ended: dict[str, Any] = field(default_factory=dict)
@@ -40,19 +40,19 @@ class ResponseStore:
     def __init__(self, max_count: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_count = max_count
         self._max_bytes = max_bytes
-        self._running: dict[str, Stored] = {}
-        self._ended: OrderedDict[str, Stored] = OrderedDict()  # least recently used first
+        self._running: dict[str, StoredResponse] = {}
+        self._ended: OrderedDict[str, StoredResponse] = OrderedDict()  # least recently used first
         self._nbytes = 0  # of the ended ones
         self._output: dict[str, dict[str, Any]] = {}  # of the ended ones, by the id of the item
 
     def __len__(self) -> int:
         return len(self._running) + len(self._ended)
 
-    def add(self, response_id: str, run: Run, items: list[Any], nbytes: int) -> None:
+    def add(self, response_id: str, run: ResponseRun, items: list[Any], nbytes: int) -> None:
         """Keep a response that runs."""
-        self._running[response_id] = Stored(run, items, nbytes)
+        self._running[response_id] = StoredResponse(run, items, nbytes)
 
-    def get(self, response_id: str) -> Stored:
+    def get(self, response_id: str) -> StoredResponse:
         """The response, used now. Raises UnknownResponse."""
         if response_id in self._ended:
             self._ended.move_to_end(response_id)
