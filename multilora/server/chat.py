@@ -14,6 +14,7 @@ from multilora.server.chat_job import ChatJob, logprob_entries
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest
 from multilora.server.openai_bodies import ChatBody
+from multilora.server.resolving import resolved
 
 
 def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
@@ -22,7 +23,8 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
-        return await ChatRequest(driver.front, body, sampling_defaults).respond(request, driver)
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await ChatRequest(driver.front, body, sampling_defaults).respond(request, driver)
 
     return routes
 

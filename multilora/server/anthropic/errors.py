@@ -3,9 +3,7 @@
 from typing import Any
 
 from multilora.errors import MultiloraError
-
-PATHS = ("/v1/messages", "/v1/messages/count_tokens")
-"""The routes whose errors have this body."""
+from multilora.server.errors import Shape
 
 _TYPES = {
     400: "invalid_request_error",
@@ -19,3 +17,7 @@ _TYPES = {
 def anthropic_error(error: MultiloraError) -> dict[str, Any]:
     """The JSON body of an error, also used for the `error` event of a stream."""
     return {"type": "error", "error": {"type": _TYPES.get(error.status, "api_error"), "message": error.message}}
+
+
+SHAPES: dict[str, Shape] = dict.fromkeys(("/v1/messages", "/v1/messages/count_tokens"), anthropic_error)
+"""The routes whose errors have this body."""

@@ -16,6 +16,7 @@ from multilora.server.anthropic.errors import anthropic_error
 from multilora.server.chat_job import ChatJob
 from multilora.server.dialects import in_words_of
 from multilora.server.errors import StrictRoute
+from multilora.server.resolving import resolved
 from multilora.server.streaming import EventStream, Json, named_frame, while_connected
 
 
@@ -25,16 +26,18 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     @routes.post("/v1/messages")
     async def messages(request: Request, body: MessagesBody) -> Response:
         """Answer messages, in one piece or as a stream."""
-        return await _respond(request, body, driver, sampling_defaults)
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await _respond(request, body, driver, sampling_defaults)
 
     @routes.post("/v1/messages/count_tokens")
-    async def count_tokens(body: CountBody) -> Response:
+    async def count_tokens(request: Request, body: CountBody) -> Response:
         """The number of tokens of a prompt."""
-        with in_words_of(WORDS):
-            job = ChatJob(driver.front, body.chat_body(), {}).job
-            assert isinstance(job.prompt, ChatPrompt)
-            vocabulary = driver.front.vocabularies.of(job.adapters)
-            ids = await driver.run_blocking(Lane.TEXT, partial(job.prompt.encode, vocabulary))
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            with in_words_of(WORDS):
+                job = ChatJob(driver.front, body.chat_body(), {}).job
+                assert isinstance(job.prompt, ChatPrompt)
+                vocabulary = driver.front.vocabularies.of(job.adapters)
+                ids = await driver.run_blocking(Lane.TEXT, partial(job.prompt.encode, vocabulary))
         return Json({"input_tokens": len(ids)})
 
     return routes

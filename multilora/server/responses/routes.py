@@ -17,6 +17,7 @@ from multilora.params import SamplingParams
 from multilora.server.chat_job import ChatJob
 from multilora.server.dialects import in_words_of, refused
 from multilora.server.errors import StrictRoute
+from multilora.server.resolving import resolved
 from multilora.server.responses.body import WORDS, ResponsesBody
 from multilora.server.responses.items import ItemMessages, input_items
 from multilora.server.responses.output import new_id
@@ -36,7 +37,8 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     @routes.post("/v1/responses")
     async def create(request: Request, body: ResponsesBody) -> Response:
         """Answer input items, in one piece, as a stream, or in the background."""
-        return await responses.create(request, body)
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await responses.create(request, body)
 
     @routes.get("/v1/responses/{response_id}")
     async def read(request: Request, response_id: str) -> Response:
