@@ -142,7 +142,7 @@ class Config:
     disable_radix_cache: bool = _memory(False, "do not share the KV cache of equal prefixes")
     schedule_policy: str = _memory(
         "fcfs",
-        "first come first served, or longest cached prefix",
+        "first come first served, longest cached prefix, or the lowest `priority` of the requests first",
         choices=(KeysOf("multilora.engine.scheduling.policy:POLICIES"),),
     )
     attention_backend: str = _memory(

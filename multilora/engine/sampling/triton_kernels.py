@@ -14,7 +14,7 @@ keys there are from each pivot on up to `hi`; their weight; (hi, count above hi,
 import triton
 import triton.language as tl
 
-from multilora.engine.sampling.batch import Column, Kind
+from multilora.engine.sampling.batch import Column, Kind, Source
 from multilora.kernels.triton_launch import wait_for_previous
 
 KIND = tl.constexpr(int(Column.KIND))
@@ -30,8 +30,11 @@ COUNTS = tl.constexpr(int(Column.COUNTS))
 BIAS = tl.constexpr(int(Column.BIAS))
 BIASED = tl.constexpr(int(Column.BIASED))
 MASK = tl.constexpr(int(Column.MASK))
+SOURCE = tl.constexpr(int(Column.SOURCE))
 GREEDY = tl.constexpr(int(Kind.GREEDY))
 TRUNCATED = tl.constexpr(int(Kind.TRUNCATED))
+RAW = tl.constexpr(int(Source.RAW))
+TEMPERED = tl.constexpr(int(Source.TEMPERED))
 
 ONE = tl.constexpr(2.0**36)  # the weight of a row's best token
 COUNT_BITS = tl.constexpr(50)  # counts stand above the weights of 2^13 tokens, in the same 64 bits
@@ -313,6 +316,35 @@ def choose(logits_ptr, best_ptr, numbers_ptr, cut_ptr, masses_ptr, equals_ptr, c
     counts_row = _number(numbers_ptr, COUNTS, row, rows).to(tl.int64)
     if counts_row > 0:
         tl.atomic_add(counts_ptr + counts_row * counts_width + tl.minimum(token, counts_width - 1), 2)
+
+
+@triton.jit
+def process(raw_ptr, logits_ptr, best_ptr, numbers_ptr, cut_ptr, equals_ptr, out_ptr,
+            rows, vocab, raw_stride, stride, blocks,
+            BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program per (row, block): what a row's logprobs are the log-softmax of, by its `Source`."""
+    wait_for_previous(PDL)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    inside = i < vocab
+    source = _number(numbers_ptr, SOURCE, row, rows)
+    if source == RAW:
+        x = tl.load(raw_ptr + row * raw_stride + i, mask=inside, other=0.0)
+    else:
+        x = tl.load(logits_ptr + row * stride + i, mask=inside, other=float("-inf"))
+        if source == TEMPERED:
+            best = tl.load(best_ptr + row)
+            pivot, quota = _cut(cut_ptr, numbers_ptr, best, row, rows)
+            b = tl.arange(0, BLOCKS)
+            equals = tl.load(equals_ptr + row * blocks + b, mask=(b < blocks) & (b < block), other=0)
+            rank = tl.sum(equals, axis=0)  # how many equal the pivot in the blocks before
+            key, weight = _key(x), _weight(x, best, _scale(numbers_ptr, row, rows))
+            equal = (key == pivot) & inside
+            kept = (key > pivot) | (equal & (rank + tl.cumsum(equal.to(tl.int32), axis=0) <= quota))
+            kept = kept & (weight >= _least(numbers_ptr, row, rows))
+            temperature = _number(numbers_ptr, TEMPERATURE, row, rows).to(tl.float32)
+            x = tl.where(kept, tl.div_rn(x - best, temperature), float("-inf"))
+    tl.store(out_ptr + row * vocab + i, x, mask=inside)
 
 
 @triton.jit

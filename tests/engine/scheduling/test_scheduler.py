@@ -367,6 +367,15 @@ def test_a_lost_adapter_ends_who_waits_for_it_and_nobody_else():
 # ---------------------------------------------------------------------- prefix cache
 
 
+def test_requests_share_cached_pages_only_with_those_of_the_same_salt():
+    driver = Driver(tiers())
+    for rid, salt in [("a", "x"), ("b", "y"), ("c", ""), ("d", "x"), ("e", "y"), ("f", "")]:
+        driver.submit(rid, prompt(16), salt=salt)
+        driver.run()
+    assert [driver.heard[rid][0].cached_tokens for rid in "abcdef"] == [0, 0, 0, 12, 12, 12]
+    assert len({tuple(driver.tokens(rid)) for rid in "abcdef"}) == 1
+
+
 def test_a_prompt_logprob_limits_what_comes_from_the_cache():
     driver = Driver(tiers())
     driver.submit("first", prompt(16))
