@@ -40,7 +40,7 @@ def draw(logits: Tensor, numbers: Numbers) -> Tensor:
 
 
 def processed(raw: Tensor, edited: Tensor, numbers: Numbers) -> Tensor:
-    """What the logprobs of each row are the log-softmax of, fp32 [rows, vocab], by its `Source`: the logits `raw`; the
+    """What each row's logprobs are the log-softmax of, fp32 [rows, vocab], by its `Source`: the logits `raw`; the
     `edited` ones; or these, divided by the temperature, −inf for tokens that top-k, top-p or min-p excludes."""
     out = raw.clone()
     untempered = torch.from_numpy(np.flatnonzero(numbers[Column.SOURCE] == Source.EDITED))
@@ -84,9 +84,8 @@ def _tempered(logits: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor | None, 
     if (numbers[Column.KIND] != Kind.PLAIN).any():
         count = top_k.clamp(max=vocab).long()
         if (numbers[Column.TOP_P] < 1).any():
-            nucleus = torch.where(
-                top_p < 1, _nucleus_size(probs, top_p), vocab
-            )  # else it is short of weightless tokens
+            # without top-p all tokens stay, those whose integer weight is 0, too
+            nucleus = torch.where(top_p < 1, _nucleus_size(probs, top_p), vocab)
             count = torch.minimum(count, nucleus)
         kept = best(logits, count)
     if (numbers[Column.MIN_P] > 0).any():

@@ -75,7 +75,7 @@ def token_logprobs(logits: Tensor, ids: Tensor, top_k: int, *, ranks: bool = Fal
 
 
 def _ranks(logits: Tensor, ids: Tensor) -> Tensor:
-    """int64 [rows]: the place of the token `ids` [rows, 1], from 1 on, by falling logit and, among equals, rising id."""
+    """int64 [rows]: the places of `ids` [rows, 1], from 1 on, by falling logit and, among equals, rising id."""
     own = logits.gather(1, ids)
     earlier = torch.arange(logits.shape[1], device=logits.device) < ids
     return 1 + ((logits > own) | ((logits == own) & earlier)).sum(-1)

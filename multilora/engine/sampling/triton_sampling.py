@@ -60,8 +60,9 @@ def edited(
 
 
 class Kept(NamedTuple):
-    """Which tokens each row keeps: `cut`, int64 [rows, 2], of the rows that truncate, the last kept key and its quota; by
-    blocks of tokens, the weight above it, `masses`, int64, and how many equal it, `equals`, int32 [rows, blocks]."""
+    """Which tokens each row keeps. `cut`, int64 [rows, 2]: of the rows that truncate, the last kept key and its quota.
+    By blocks of tokens, [rows, blocks]: `masses`, int64, the weight above that key; `equals`, int32, how many have it.
+    """
 
     cut: Tensor
     masses: Tensor
@@ -69,8 +70,8 @@ class Kept(NamedTuple):
 
 
 def keep(logits: Tensor, best: Tensor, numbers: Tensor, *, truncates: bool) -> Kept:
-    """best: fp32 [rows], the maxima of logits fp32 [rows, vocab]. numbers: on the device. truncates: whether any row has
-    top-k or top-p."""
+    """best: fp32 [rows], the maxima of logits fp32 [rows, vocab]. numbers: on the device. truncates: whether any row
+    has top-k or top-p."""
     rows, vocab = logits.shape
     early = can_launch_early(logits.device)
     blocks = _blocks(vocab, DRAW_BLOCK)
@@ -114,23 +115,11 @@ def processed(raw: Tensor, logits: Tensor, best: Tensor, numbers: Tensor, kept: 
     launch(
         kernels.process,
         (rows, blocks),
-        (
-            raw,
-            logits,
-            best,
-            numbers,
-            kept.cut,
-            kept.equals,
-            out,
-            rows,
-            vocab,
-            raw.stride(0),
-            logits.stride(0),
-            blocks,
-        ),
+        (raw, logits, best, numbers, kept.cut, kept.equals, out, rows, vocab, raw.stride(0), logits.stride(0),
+         blocks),
         {"BLOCK": DRAW_BLOCK, "BLOCKS": 1 << (blocks - 1).bit_length(), "PDL": early},
         early=early,
-    )
+    )  # fmt: skip
     return out
 
 

@@ -16,8 +16,8 @@ class RequestSpec:
 
     order: rises with arrival. adapters: act on the tokens from position `activation` on, which are all but with
     activated LoRA; their versions ascend. top_logprobs, of output tokens: -1 none, 0 the chosen token's, k also the k
-    best; with ranks if return_ranks. prompt_logprobs_from: first prompt position whose logprob is wanted, with those of
-    prompt_top best tokens and, if prompt_ranks, its rank. arrival, deadline: monotonic seconds.
+    best, with ranks if return_ranks. prompt_logprobs_from: first prompt position whose logprob is wanted, together
+    with the prompt_top best tokens and, if prompt_ranks, its rank. arrival, deadline: monotonic seconds.
     """
 
     rid: str
