@@ -161,6 +161,11 @@ class Config:
     cors_origins: tuple[str, ...] = _server(
         (), "web pages of these origins may call the server; `*`: all", metavar="ORIGIN"
     )
+    logprobs_mode: str = _server(
+        "raw",
+        "what logprobs of an answer are the log-softmax of: the model's logits, or what tokens are drawn from",
+        choices=(KeysOf("multilora.params:LOGPROBS_MODES"),),
+    )
     sampling_defaults: str = _server(
         "model",
         "OpenAI routes' defaults: the model's generation_config, or OpenAI's",

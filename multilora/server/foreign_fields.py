@@ -33,7 +33,7 @@ HARMLESS: Mapping[str, frozenset[str]] = {
         prompt_cache_key prompt_cache_retention prompt_cache_options prediction kv_hints skip_reading_prefix_cache
         rid request_id session_id conversation_id routing_key http_worker_ipc received_time external_trace_header
         log_metrics no_logs custom_labels return_cached_tokens_details
-        priority routed_dp_rank data_parallel_rank disagg_prefill_dp_rank
+        routed_dp_rank data_parallel_rank disagg_prefill_dp_rank
         images_config video_config media_io_kwargs mm_processor_kwargs mm_payload return_mm_kwargs
         use_audio_in_video min_dynamic_patch max_dynamic_patch image_max_dynamic_patch video_max_dynamic_patch
         stream_interval stream_reasoning include_obfuscation max_tool_calls"""

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from multilora.engine.sampling import triton_edit_kernels
 from multilora.engine.sampling import triton_kernels as kernels
 from multilora.engine.sampling.batch import Column, Kind
 from multilora.engine.sampling.edits import EditTables
@@ -40,7 +41,7 @@ def edited(
     out = torch.empty(rows, vocab, device=logits.device)
     words = 0 if masks is None else masks.shape[1]
     launch(
-        kernels.edit,
+        triton_edit_kernels.edit,
         (rows, _blocks(vocab, EDIT_BLOCK)),
         (logits, out, numbers, tables.counts, masks, rows, vocab, logits.stride(0), tables.counts.shape[1], words,
          vocab_size),
@@ -50,7 +51,7 @@ def edited(
     if biases:
         ids, values = tables.bias_ids, tables.bias_values
         launch(
-            kernels.bias,
+            triton_edit_kernels.bias,
             (rows,),
             (out, numbers, ids, values, rows, vocab, ids.shape[1]),
             {"BLOCK": BIAS_BLOCK, "PDL": early},
@@ -60,8 +61,8 @@ def edited(
 
 
 class Kept(NamedTuple):
-    """Which tokens each row keeps. `cut`, int64 [rows, 2]: of the rows that truncate, the last kept key and its quota.
-    By blocks of tokens, [rows, blocks]: `masses`, int64, the weight above that key; `equals`, int32, how many have it.
+    """Which tokens each row keeps. `cut`, int64 [rows, 2], of rows that truncate: the last kept key and its quota. By
+    blocks of tokens, [rows, blocks]: `masses`, int64, the weight above that key; `equals`, int32, how many have it.
     """
 
     cut: Tensor
