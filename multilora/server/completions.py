@@ -14,6 +14,7 @@ from multilora.front.generation import Job, Sample
 from multilora.front.prompt import TextPrompt, read_prompts
 from multilora.front.stream import Delta, TextStream
 from multilora.server.errors import StrictRoute
+from multilora.server.foreign_fields import REASONS
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs, common_fields
 from multilora.server.openai_bodies import CompletionBody
 
@@ -49,7 +50,8 @@ class CompletionRequest(OpenAIRequest):
             sampling_defaults, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         )
         if body.best_of is not None and body.best_of != sampling.n:
-            raise BadRequest(f"best_of = {body.best_of}: only the value of n is served", param="best_of")
+            reason = f"only the value of n is served: {REASONS['best_of']}"
+            raise BadRequest(f"best_of = {body.best_of}: {reason}", param="best_of")
         fields = common_fields(body)
         jobs = [
             Job(
@@ -74,15 +76,8 @@ class CompletionRequest(OpenAIRequest):
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         choice = self._choice(sample, delta, first=first)
         logprobs = choice["logprobs"]
-        prompt = first and self._prompt_facts(sample)
-        news = (
-            choice["text"],
-            choice["finish_reason"],
-            choice.get("token_ids"),
-            logprobs and logprobs["tokens"],
-            prompt,
-        )
-        if any(news):
+        texts, ids = logprobs and logprobs["tokens"], choice.get("token_ids")
+        if choice["text"] or choice["finish_reason"] or ids or texts or "prompt_logprobs" in choice:
             yield choice
 
     def _choice(self, sample: Sample, part: TextStream | Delta, *, first: bool) -> Choice:

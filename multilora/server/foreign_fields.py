@@ -39,6 +39,12 @@ HARMLESS: Mapping[str, frozenset[str]] = {
         stream_interval stream_reasoning include_obfuscation max_tool_calls"""
     ),
     "/generate": _words("background modalities"),
+    "/v1/responses": _words("priority"),
+    "/inference/v1/generate": _words("priority"),
+    "/v1/embeddings": _words("priority"),
+    "/v1/score": _words("priority"),
+    "/v1/rerank": _words("priority"),
+    "/classify": _words("priority"),
     "sampling_params": _words("detokenize output_kind flat_logprobs skip_clone output_text_buffer_length"),
     "response_format.json_schema": _words("name description strict"),
     "/load_lora_adapter": _words("lora_id"),
@@ -112,6 +118,15 @@ Of a field that is not listed the values null, false and "nothing" (an empty tex
 are neutral. Of a listed one they are not: `false` for a field that is true by default changes the answer.
 """
 
+REASONS: Mapping[str, str] = {
+    "suffix": "no model here is prompted to fill in the middle; put its own infill format into the prompt",
+    "best_of": "no answer is generated that is not returned; n is how many are",
+    "use_beam_search": "answers are sampled or greedy, there is no beam search",
+    "beam_width": "answers are sampled or greedy, there is no beam search",
+    "length_penalty": "it belongs to beam search, which is not served",
+}
+"""Why a field is refused, where more can be said than that it is not served."""
+
 ALIASES = {"/v1/tokenize": "/tokenize", "/v1/detokenize": "/detokenize"}
 
 
@@ -174,7 +189,10 @@ def _refusal(name: str, value: Any, implemented: Collection[str], route: str) ->
     listed = _neutral(name, route)
     if listed:
         only = " or ".join(repr(neutral) for neutral in listed)
-        return f"{name}: {_short(reprlib.repr(value))} is not supported by this server, only {only} is"
+        reason = f": {REASONS[name]}" if name in REASONS else ""
+        return f"{name}: {_short(reprlib.repr(value))} is not supported by this server, only {only} is{reason}"
+    if name in REASONS:
+        return f"{name}: not supported by this server: {REASONS[name]}"
     near = difflib.get_close_matches(_short(name), implemented, n=1, cutoff=0.85)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{_short(name)}: not supported by this server{hint}"
