@@ -39,12 +39,6 @@ HARMLESS: Mapping[str, frozenset[str]] = {
         stream_interval stream_reasoning include_obfuscation max_tool_calls"""
     ),
     "/generate": _words("background modalities"),
-    "/v1/responses": _words("priority"),
-    "/inference/v1/generate": _words("priority"),
-    "/v1/embeddings": _words("priority"),
-    "/v1/score": _words("priority"),
-    "/v1/rerank": _words("priority"),
-    "/classify": _words("priority"),
     "sampling_params": _words("detokenize output_kind flat_logprobs skip_clone output_text_buffer_length"),
     "response_format.json_schema": _words("name description strict"),
     "/load_lora_adapter": _words("lora_id"),
@@ -62,6 +56,7 @@ NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "": {
         "model": ("default",),
         "n": (1,),
+        "priority": (0,),
         "best_of": (1,),
         "beam_width": (1,),
         "length_penalty": (1,),

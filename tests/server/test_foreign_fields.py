@@ -96,7 +96,6 @@ def test_what_would_change_the_answer_is_refused_by_name(route, name, value):
         ("/v1/chat/completions", "metadata", {"a": "b"}),
         ("/v1/chat/completions", "service_tier", "flex"),
         ("/v1/chat/completions", "modalities", ["text"]),
-        ("/v1/embeddings", "priority", 3),
         ("/generate", "data_parallel_rank", 1),
         ("/generate", "image_data", [None, None]),
         ("sampling_params", "top_k", 0),
