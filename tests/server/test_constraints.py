@@ -53,7 +53,7 @@ ASKED = [
     ({"structured_outputs": {"regex": "a[bc]{3}"}}, re.compile("a[bc]{3}").fullmatch),
     ({"structured_outputs": {"choice": CHOICES}}, CHOICES.__contains__),
     ({"structured_outputs": {"grammar": 'root ::= "cat" | "dog"'}}, ("cat", "dog").__contains__),
-    ({"structured_outputs": {"json_object": True}}, is_object),
+    ({"structured_outputs": {"json_object": True}, "max_tokens": 30}, is_object),
     ({"structured_outputs": {"structural_tag": {"format": FORMAT}}}, has_tag),
     ({"structured_outputs": {"structural_tag": json.dumps(OLD_TAG)}}, has_tag),
     ({"structured_outputs": {"regex": "x", "json": None, "json_object": False, "choice": None}}, "x".__eq__),
@@ -61,7 +61,7 @@ ASKED = [
     ({"guided_regex": "a[bc]{3}"}, re.compile("a[bc]{3}").fullmatch),
     ({"guided_choice": CHOICES}, CHOICES.__contains__),
     ({"guided_grammar": 'root ::= "cat" | "dog"'}, ("cat", "dog").__contains__),
-    ({"response_format": {"type": "json_object"}}, is_object),
+    ({"response_format": {"type": "json_object"}, "max_tokens": 30}, is_object),
     ({"response_format": {"type": "structural_tag", "format": FORMAT}}, has_tag),
     ({"response_format": OLD_TAG}, has_tag),
     ({"regex": "a[bc]{3}"}, re.compile("a[bc]{3}").fullmatch),
@@ -76,20 +76,20 @@ def door():
     door.close()
 
 
-def texts(door: HttpDoor, route: str, **fields: Any) -> list[str]:
-    common = {"max_tokens": 600, "temperature": 0.5, "seed": 5, "n": 2}
+def text_of(door: HttpDoor, route: str, **fields: Any) -> str:
+    common = {"max_tokens": 300, "temperature": 0.5, "seed": 5}
     if route == "/v1/completions":
         answer = door.post(route, {"prompt": "Answer: "} | common | fields).json()
-        return [choice["text"] for choice in answer["choices"]]
+        return str(answer["choices"][0]["text"])
     answer = door.post(route, {"messages": [{"role": "user", "content": "?"}]} | common | fields).json()
-    return [choice["message"]["content"] for choice in answer["choices"]]
+    return str(answer["choices"][0]["message"]["content"])
 
 
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(("fields", "right"), ASKED, ids=lambda value: str(value)[:60])
 def test_the_answer_follows(door, route, fields, right):
-    for text in texts(door, route, **fields):
-        assert right(text), text
+    text = text_of(door, route, **fields)
+    assert right(text), text
 
 
 @pytest.mark.parametrize("tag", [{"type": "structural_tag", "format": FORMAT}, OLD_TAG])
@@ -104,17 +104,17 @@ JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCH
 @pytest.mark.parametrize(
     ("fields", "first", "second"),
     [
-        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.regex", "structured_outputs.ch"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.regex", "structured_outputs."),
         ({"structured_outputs": {"regex": "a"}, "regex": "b"}, "structured_outputs", "regex"),
         ({"response_format": JSON_FORMAT, "guided_json": {}}, "response_format", "guided_json"),
         ({"response_format": JSON_FORMAT, "json_schema": "{}"}, "response_format", "json_schema"),
-        ({"response_format": JSON_FORMAT, "structured_outputs": {"json_object": True}}, "response_format", "structured"),
+        ({"response_format": JSON_FORMAT, "structured_outputs": {"regex": "a"}}, "response_format", "structured_outputs"),
         ({"guided_choice": ["a"], "ebnf": 'root ::= "a"'}, "guided_choice", "ebnf"),
     ],
 )  # fmt: skip
 def test_two_grammars_are_refused_by_both_names(door, fields, first, second):
     with pytest.raises(BadRequest, match=f"only one grammar, but {re.escape(first)}.* and {re.escape(second)}"):
-        texts(door, "/v1/completions", **fields)
+        text_of(door, "/v1/completions", **fields)
 
 
 def test_two_parameters_are_refused_by_both_names():
@@ -139,7 +139,7 @@ def test_two_parameters_are_refused_by_both_names():
         ({"structured_outputs": {"choice": "a"}}, "structured_outputs.choice"),
         ({"structured_outputs": {"grammar": "start: x"}}, "ebnf is not a usable grammar"),
         ({"structured_outputs": {"structural_tag": "[]"}}, "structural_tag is not a usable grammar: a struct"),
-        ({"structured_outputs": {"structural_tag": {"format": {"type": "odd"}}}}, "structural_tag is not a usable gra"),
+        ({"structured_outputs": {"structural_tag": {"format": {"type": "odd"}}}}, "structural_tag is not a"),
         ({"structured_outputs": {"regex": "a", "disable_any_whitespace": True}}, "structured_outputs.disable_any_"),
         ({"structured_outputs": {"regex": "a", "backend": "outlines"}}, "structured_outputs.backend: not supported"),
         ({"guided_choice": []}, "guided_choice: must be"),
@@ -148,7 +148,7 @@ def test_two_parameters_are_refused_by_both_names():
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema: this field is required"),
         ({"response_format": {"type": "structural_tag"}}, "exactly one of format and structures"),
-        ({"response_format": {"type": "structural_tag", "structures": [3], "triggers": ["<"]}}, 'each of "structures'),
+        ({"response_format": {"type": "structural_tag", "structures": [3], "triggers": ["<"]}}, 'each of "struct'),
         ({"response_format": {"type": "structural_tag", "structures": []}}, '"structures" and "triggers" are arrays'),
         ({"response_format": {"type": "structural_tag", "format": []}}, "response_format.format"),
     ],
@@ -156,7 +156,7 @@ def test_two_parameters_are_refused_by_both_names():
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
 def test_bad_input(door, route, fields, message):
     with pytest.raises(BadRequest, match=re.escape(message)):
-        texts(door, route, **fields)
+        text_of(door, route, **fields)
 
 
 def test_options_at_their_defaults_are_ignored():

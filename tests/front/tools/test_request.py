@@ -75,7 +75,7 @@ def test_nothing_is_constrained(tools, own):
 
 
 def test_a_forced_call_and_another_grammar_are_refused_by_both_names():
-    with pytest.raises(BadRequest, match="tool_choice: .* cannot be combined with ebnf") as caught:
+    with pytest.raises(BadRequest, match=r"tool_choice: .* cannot be combined with ebnf") as caught:
         request("required").constrain(SamplingParams(ebnf='root ::= "a"'))
     assert caught.value.param == "tool_choice"
     assert json.loads(request("required").constrain(SamplingParams()).structural_tag)["type"] == "structural_tag"
