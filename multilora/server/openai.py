@@ -8,6 +8,7 @@ through HTTP.
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
@@ -15,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 from multilora.drivers.async_driver import AsyncDriver, AsyncGeneration
 from multilora.errors import BadRequest, UnknownModel
 from multilora.front.adapter_spec import AdapterSpec, parse_specs
+from multilora.front.effects import Lane
 from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import check_priority
@@ -82,15 +84,22 @@ class OpenAIRequest(ABC):
 
         async def answer() -> dict[str, Any]:
             generation = await driver.generate(self._jobs, rids)
-            choices = [self.whole(sample) for sample in await generation.results()]
-            rest = {"choices": choices, "usage": _usage(generation.samples)}
-            facts = self._prompt_facts(generation.samples[0]) if self.prompt_in_head else {}
-            return self._head(generation, self.kind) | rest | facts
+            samples = await generation.results()
+            if self._body.prompt_logprobs is None:
+                return self._response(generation, samples)
+            # the logprobs of a long prompt take too long for the event loop
+            return await driver.run_blocking(Lane.TEXT, partial(self._response, generation, samples))
 
         if not self._body.stream:
             return Json(await while_connected(request.receive, answer()))
         generation = await while_connected(request.receive, driver.generate(self._jobs, rids))
         return await EventStream.begin(request.receive, self._frames(generation), generation.close)
+
+    def _response(self, generation: AsyncGeneration, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The answer in one piece."""
+        rest = {"choices": [self.whole(sample) for sample in samples], "usage": _usage(generation.samples)}
+        facts = self._prompt_facts(generation.samples[0]) if self.prompt_in_head else {}
+        return self._head(generation, self.kind) | rest | facts
 
     async def _frames(self, generation: AsyncGeneration) -> AsyncGenerator[bytes, None]:
         head = self._head(generation, self.chunk_kind)

@@ -108,7 +108,7 @@ JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCH
         ({"structured_outputs": {"regex": "a"}, "regex": "b"}, "structured_outputs", "regex"),
         ({"response_format": JSON_FORMAT, "guided_json": {}}, "response_format", "guided_json"),
         ({"response_format": JSON_FORMAT, "json_schema": "{}"}, "response_format", "json_schema"),
-        ({"response_format": JSON_FORMAT, "structured_outputs": {"regex": "a"}}, "response_format", "structured_outputs"),
+        ({"response_format": JSON_FORMAT, "structured_outputs": {"regex": "a"}}, "response_format", "structured_"),
         ({"guided_choice": ["a"], "ebnf": 'root ::= "a"'}, "guided_choice", "ebnf"),
     ],
 )  # fmt: skip

@@ -137,8 +137,8 @@ class SlotTable:
             penalises=bool(numbers[Column.COUNTS].any()),
             biases=bool(numbers[Column.BIASED].any()),
             masks=bool(masked.any()),
-            ranks=bool(ranks.any()),
-            processes=bool(numbers[Column.SOURCE].any()),
+            ranks=len(asked) > 0 and bool(ranks.any()),
+            processes=len(asked) > 0 and bool(numbers[Column.SOURCE].any()),
         )
 
     def _grow(self, size: int) -> None:
