@@ -9,6 +9,7 @@ from multilora.drivers.async_driver import AsyncDriver
 from multilora.front.front import Front
 from multilora.front.generation import Sample
 from multilora.front.stream import Delta, TextStream
+from multilora.front.tools.messages import prepare_messages
 from multilora.server.chat_answer import MessageStream, finish_reason, whole_message
 from multilora.server.chat_job import ChatJob, logprob_entries
 from multilora.server.errors import StrictRoute
@@ -33,16 +34,19 @@ class ChatRequest(OpenAIRequest):
     """One conversation; a sample is a choice."""
 
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    prompt_ids_in_head = True
+    prompt_in_head = True
 
     def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any]):
         self._chat = ChatJob(front, body, sampling_defaults)
         self._streams: dict[int, MessageStream] = {}  # by the sample's index
         super().__init__(body, [self._chat.job], front.config.model_name)
+        self._last_message = body.messages[-1] if body.echo and body.messages[-1].role == "assistant" else None
 
     def whole(self, sample: Sample) -> Choice:
         stream = sample.stream
         message = whole_message(self._chat.answer(sample), thinks=self._chat.thinks)
+        if echo := self._echo():
+            message["content"] = echo + (message["content"] or "")
         return {
             "index": sample.index,
             "message": message,
@@ -53,7 +57,7 @@ class ChatRequest(OpenAIRequest):
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         if first:
             self._streams[sample.index] = MessageStream()
-            yield _chunk(sample.index, {"role": "assistant", "content": ""})
+            yield _chunk(sample.index, {"role": "assistant", "content": self._echo()})
         stream = self._streams[sample.index]
         deltas = stream.push(self._chat.events(sample, delta), delta.finished)
         logprobs, token_ids = self._logprobs(sample, delta), self._token_ids(delta)
@@ -64,6 +68,13 @@ class ChatRequest(OpenAIRequest):
             logprobs, token_ids = None, {}  # the first one has them
         if delta.finished:
             yield _chunk(sample.index, {}, finish_reason=finish_reason(delta.finished, called=stream.called))
+
+    def _echo(self) -> str:
+        """What `echo` puts before the answer: the last message, if it is the assistant's as well."""
+        if self._last_message is None:
+            return ""
+        [message] = prepare_messages([self._last_message.model_dump(exclude_unset=True)])
+        return str(message["content"])
 
     def _logprobs(self, sample: Sample, part: TextStream | Delta) -> dict[str, Any] | None:
         """`part`: all of the answer, or what is new of it."""

@@ -16,7 +16,7 @@ from multilora.front.stream import Delta, TextStream
 from multilora.front.tools.answer import AnswerReader
 from multilora.front.tools.base import Answer, Event, collect
 from multilora.front.tools.request import ToolRequest
-from multilora.server.openai import adapters_of, check_top_logprobs
+from multilora.server.openai import adapters_of, check_top_logprobs, common_fields
 from multilora.server.openai_bodies import ChatBody, ChatMessage, Conversation
 
 PROMPT_END_TOKENS = 32
@@ -36,12 +36,14 @@ class ChatJob:
         self._tools = _tools(front, body, adapters)
         self._readers: dict[int, AnswerReader] = {}  # by the sample's index
         self.job = Job(
-            prompt=chat_prompt(body, body.messages, self._tools.offered),
+            prompt=chat_prompt(body, body.messages, self._tools.offered, special=bool(body.add_special_tokens)),
             sampling=self._tools.constrain(body.sampling(sampling_defaults, _limit(body))),
             adapters=adapters,
             kept_tokens=self._tools.markers,
             return_logprob=bool(body.logprobs),
             top_logprobs_num=check_top_logprobs(body.top_logprobs or 0, "top_logprobs"),
+            salt=body.salts(1)[0],
+            **common_fields(body),
         )
 
     @property
@@ -90,13 +92,19 @@ def logprob_entries(
 
 
 def chat_prompt(
-    body: Conversation, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None
+    body: Conversation,
+    messages: Sequence[ChatMessage],
+    tools: list[dict[str, Any]] | None,
+    *,
+    special: bool = False,
 ) -> ChatPrompt:
-    """The messages and options for the chat template, which is shown `tools`. Raises BadRequest."""
+    """The messages and options for the chat template, which is shown `tools`. special: the tokenizer adds its special
+    tokens to what the template writes. Raises BadRequest."""
     options: dict[str, Any] = {
         "tools": tools,
         "add_generation_prompt": body.add_generation_prompt is not False and not body.continue_final_message,
         "continue_final_message": bool(body.continue_final_message),
+        "add_special_tokens": special,
     }
     if body.reasoning_effort is not None:
         options["reasoning_effort"] = body.reasoning_effort

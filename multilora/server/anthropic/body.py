@@ -98,6 +98,7 @@ class MessagesBody(CountBody):
     max_tokens: Integer
     stop_sequences: list[str] | None = None
     stream: bool | None = None
+    cache_salt: str | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Integer | None = None

@@ -79,6 +79,8 @@ class ResponsesBody(Body):
     max_output_tokens: Integer | None = None
     top_logprobs: Integer | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: str | None = None
+    priority: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Integer | None = None
