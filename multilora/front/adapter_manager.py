@@ -34,24 +34,40 @@ class AdapterManager:
         self.spool = spool
         self._observer = observer
 
-    def load(self, name: str, path: str, *, pinned: bool | None = None, replace: bool = False) -> Steps[AdapterInfo]:
+    def load(
+        self,
+        name: str,
+        path: str,
+        *,
+        pinned: bool | None = None,
+        replace: bool = False,
+        weight_version: str | None = None,
+    ) -> Steps[AdapterInfo]:
         """Load the adapter in a directory or hub repository and let requests use it. Raises AdapterError.
 
         With `replace` the name may be taken: requests in flight keep the old version, which is unloaded when they
-        end. `pinned` None: as the replaced one, else no.
+        end. `pinned` None: as the replaced one, else no. weight_version: see `versions.py`.
         """
-        if pinned is None:
-            pinned = any(ref.name == name and ref.pinned for ref in self._registry.refs())
-        version = self._registry.begin_load(name, path, pinned, replace=replace)
+        pinned = self._pinned(name, pinned)
+        version = self._registry.begin_load(name, path, pinned, replace=replace, weight_version=weight_version)
         info = yield from self._fetch(version, path, pinned)
         yield from self._commit(name, info)
         return info
 
     def load_tensors(
-        self, name: str, config: dict[str, Any], write: Callable[[Path], None], *, pinned: bool = False
+        self,
+        name: str,
+        config: dict[str, Any],
+        write: Callable[[Path], None],
+        *,
+        pinned: bool | None = None,
+        replace: bool = False,
+        weight_version: str | None = None,
     ) -> Steps[AdapterInfo]:
-        """Load an adapter whose adapter_config.json is `config` and whose .safetensors file `write(path)` writes."""
-        version = self._registry.begin_load(name, TENSOR_ROOT, pinned)
+        """Load an adapter whose adapter_config.json is `config` and whose .safetensors file `write(path)` writes. The
+        rest is as in `load`."""
+        pinned = self._pinned(name, pinned)
+        version = self._registry.begin_load(name, TENSOR_ROOT, pinned, replace=replace, weight_version=weight_version)
         path = ""
         try:
             path = str((yield from RunBlocking(Lane.FILES, partial(self.spool.add, version, config, write))))
@@ -102,13 +118,19 @@ class AdapterManager:
         return [info for _, info in infos]
 
     def compose(
-        self, name: str, parts: Sequence[Any], *, pinned: bool | None = None, replace: bool = False
+        self,
+        name: str,
+        parts: Sequence[Any],
+        *,
+        pinned: bool | None = None,
+        replace: bool = False,
+        weight_version: str | None = None,
     ) -> Steps[None]:
         """Let `name` stand for a composition of loaded adapters, each a {name, weight}."""
         if pinned:
             raise BadRequest("pinned: a composition has no weights of its own; pin its parts", param="pinned")
         spec = parse_composition(list(parts))
-        replaced = self._registry.compose(name, spec, replace=replace)
+        replaced = self._registry.compose(name, spec, replace=replace, weight_version=weight_version)
         logger.info("adapter %r is now %s", name, show(spec))
         if replaced is not None:
             yield from Spawn(self._drop(replaced))
@@ -119,6 +141,12 @@ class AdapterManager:
         yield from self._drop(version)
         self._observer.forget(name)
         logger.info("adapter %r unloaded", name)
+
+    def _pinned(self, name: str, pinned: bool | None) -> bool:
+        """`pinned` or, where that is None, whether the adapter of this name is pinned now."""
+        if pinned is not None:
+            return pinned
+        return any(ref.name == name and ref.pinned for ref in self._registry.refs())
 
     def _fetch(self, version: int, path: str, pinned: bool) -> Steps[AdapterInfo]:
         """Into the engine, and its tokens to the front; if that fails, it is as if the load had never begun."""

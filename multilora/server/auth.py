@@ -20,7 +20,9 @@ ADMIN_PATHS = frozenset(
         "/load_lora_adapter_from_tensors",
         "/unload_lora_adapter",
         "/v1/load_lora_adapter",
+        "/skyrl/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
+        "/update_weight_version",
         "/flush_cache",
         "/abort_request",
     }

@@ -19,9 +19,11 @@ from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.registry import AdapterRegistry
 from multilora.front.stream import Delta, TextStream
+from multilora.front.versions import VersionLabel
 from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.streaming import EventStream, Json, frame, while_connected
+from multilora.server.weight_versions import weight_metadata, weight_version_spans
 
 MAX_TOP_LOGPROBS = 20
 
@@ -63,6 +65,10 @@ class OpenAIRequest(ABC):
         """What a choice says of its tokens, when the client asks for that."""
         return {"token_ids": part.token_ids} if self._body.return_token_ids else {}
 
+    def _spans(self, sample: Sample) -> dict[str, Any]:
+        """What the last that is said of a choice says of the weights, when the client asks for that."""
+        return {"weight_versions": weight_version_spans(sample)} if self._body.return_weight_versions else {}
+
     def _token_name(self, token: int, text: str) -> str:
         """The token in the logprobs: its text or, when the client asks for that, its id."""
         return f"token_id:{token}" if self._body.return_tokens_as_token_ids else text
@@ -77,9 +83,11 @@ class OpenAIRequest(ABC):
 
         async def answer() -> dict[str, Any]:
             generation = await driver.generate(self._jobs, rids)
-            choices = [self.whole(sample) for sample in await generation.results()]
+            choices = [self.whole(sample) | self._spans(sample) for sample in await generation.results()]
             rest = {"choices": choices, "usage": _usage(generation.samples)}
-            return self._head(generation, self.kind) | rest | self._prompt_token_ids(generation.samples[0])
+            first = generation.samples[0]
+            rest |= self._prompt_token_ids(first) | {"metadata": weight_metadata(first)}
+            return self._head(generation, self.kind) | rest
 
         if not self._body.stream:
             return Json(await while_connected(request.receive, answer()))
@@ -97,7 +105,11 @@ class OpenAIRequest(ABC):
             first = sample.index not in begun
             prompt = self._prompt_token_ids(sample) if first else {}
             for choice in self.chunks(sample, delta, first=first):
-                yield frame(head | {"choices": [choice]} | extra | prompt)
+                last: dict[str, Any] = {}
+                if choice["finish_reason"]:
+                    choice |= self._spans(sample)
+                    last = {"metadata": weight_metadata(sample)}
+                yield frame(head | {"choices": [choice]} | extra | prompt | last)
                 prompt = {}
             begun.add(sample.index)
         if self._include_usage:
@@ -136,7 +148,7 @@ def models_router(front: Front, created: int) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
     registry = front.registry
 
-    def card(name: str, root: str, parent: str | None) -> dict[str, Any]:
+    def card(name: str, root: str, parent: str | None, label: VersionLabel) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
@@ -145,12 +157,14 @@ def models_router(front: Front, created: int) -> APIRouter:
             "root": root,
             "parent": parent,
             "max_model_len": front.engine.ready.context_length,
+            "version": label.lora_version,
+            "weight_version": label.weight_version,
         }
 
     def cards() -> list[dict[str, Any]]:
         base = registry.model_name
-        adapters = [card(name, path, base) for name, path in registry.loaded().items()]
-        return [card(base, front.config.model_path or base, None), *adapters]
+        adapters = [card(ref.name, ref.path, base, registry.label_of(ref)) for ref in registry.refs()]
+        return [card(base, front.config.model_path or base, None, VersionLabel(registry.weight_version)), *adapters]
 
     @routes.get("/v1/models")
     async def models() -> Response:

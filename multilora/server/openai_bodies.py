@@ -56,6 +56,7 @@ class OpenAIBody(Body):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_weight_versions: bool | None = None
     response_format: ResponseFormat | None = None
     temperature: float | None = None
     top_p: float | None = None
