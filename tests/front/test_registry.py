@@ -18,6 +18,7 @@ from multilora.errors import (
 )
 from multilora.front.adapter_spec import BASE, AdapterSpec
 from multilora.front.registry import AdapterRegistry, Held
+from multilora.front.versions import VersionLabel
 from multilora.params import Composition
 
 
@@ -123,13 +124,75 @@ def test_a_bare_path_may_be_a_name(registry):
 
 def test_load_twice(registry):
     first = registry.begin_load("a", "/p")
-    for replace in (False, True):
-        with pytest.raises(AdapterAlreadyLoaded, match="already loaded"):
-            registry.begin_load("a", "/q", replace=replace)
+    with pytest.raises(AdapterAlreadyLoaded, match="already loaded"):
+        registry.begin_load("a", "/q")
     registry.commit_load(first, info(first))
     with pytest.raises(AdapterAlreadyLoaded, match="already loaded"):
         registry.begin_load("a", "/q")
     assert registry.loaded() == {"a": "/p"}
+
+
+@pytest.mark.parametrize("later_first", [False, True])
+def test_of_two_replacements_the_later_one_stays(registry, later_first):
+    current = load(registry, "a", "/old")
+    earlier = registry.begin_load("a", "/earlier", replace=True)
+    later = registry.begin_load("a", "/later", replace=True)
+    with pytest.raises(AdapterAlreadyLoaded):
+        registry.begin_load("a", "/strict")
+    order = (later, earlier) if later_first else (earlier, later)
+    replaced = [registry.commit_load(order[0], info(order[0]))]
+    with pytest.raises(AdapterError, match="being replaced"):
+        registry.begin_unload("a")
+    replaced.append(registry.commit_load(order[1], info(order[1])))
+    assert replaced == [current, earlier]
+    assert registry.loaded() == {"a": "/later"}
+    assert registry.acquire(only("a")).composition == plainly(later)
+    for version in replaced:
+        registry.finish_unload(version)
+    assert registry.begin_unload("a") == later
+
+
+def test_of_two_replacements_the_later_one_fails(registry):
+    current = load(registry, "a", "/old")
+    earlier = registry.begin_load("a", "/earlier", replace=True)
+    registry.fail_load(registry.begin_load("a", "/later", replace=True))
+    assert registry.commit_load(earlier, info(earlier)) == current
+    assert registry.loaded() == {"a": "/earlier"}
+
+
+def test_a_request_keeps_the_label_that_it_began_with(registry):
+    assert registry.acquire(BASE).label == VersionLabel("default", None)
+    first = load(registry, "a", weight_version="step 1")
+    running = registry.acquire(only("a"))
+    assert running.label == VersionLabel("step 1", first)
+    second = load(registry, "a", replace=True)
+    assert registry.acquire(only("a")).label == VersionLabel("default", second)
+    unnamed = registry.acquire(only("a"))
+    registry.label_weights("server 2")
+    assert registry.acquire(only("a")).label == VersionLabel("server 2", second)
+    assert registry.acquire(BASE).label == VersionLabel("server 2", None)
+    assert (running.label, unnamed.label) == (VersionLabel("step 1", first), VersionLabel("default", second))
+
+
+def test_the_label_of_several_adapters_is_the_newest_ones(registry):
+    load(registry, "a", weight_version="a1")
+    b = load(registry, "b", weight_version="b1")
+    assert registry.acquire((("a", 0.5), ("b", 0.5))).label == VersionLabel("b1", b)
+    registry.compose("mix", (("a", 0.5), ("b", 0.5)), weight_version="mixed")
+    mix = registry.acquire(only("mix")).label
+    assert mix.weight_version == "mixed" and mix.lora_version > b
+    a = load(registry, "a", replace=True, weight_version="a2")
+    assert registry.acquire(only("mix")).label == VersionLabel("a2", a)
+
+
+@pytest.mark.parametrize("label", ["", "x" * 257])
+def test_labels_have_a_bounded_length(registry, label):
+    with pytest.raises(BadRequest, match="weight_version: has 1 to 256 characters"):
+        registry.begin_load("a", "/p", weight_version=label)
+    with pytest.raises(BadRequest, match="new_version: has 1 to 256 characters"):
+        registry.label_weights(label)
+    assert (registry.weight_version, registry.loaded()) == ("default", {})
+    load(registry, "a", weight_version="x" * 256)
 
 
 def test_unload(registry):

@@ -17,7 +17,7 @@ ROUTES = {body["route"] for body in BODIES}
 # Of OpenAI's documentation or of older clients; in no class of the peers'.
 OPENAI_ONLY = {"function_call", "prediction", "verbosity", "include_obfuscation", "base_model_name"}
 # True for a prompt and false for messages: the route has to know it.
-MUST_BE_IMPLEMENTED = {("/tokenize", "add_special_tokens")}
+MUST_BE_IMPLEMENTED = {("/tokenize", "add_special_tokens"), ("/update_weight_version", "abort_all_requests")}
 FIELDS = [
     pytest.param(body["route"], name, facts, id=f"{body['peer']}-{body['route']}-{name}")
     for body in BODIES
