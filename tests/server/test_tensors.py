@@ -93,7 +93,7 @@ def test_tensors_replace_a_loaded_adapter(server, query, field):
 
     async def replace():
         assert (await server.send("POST", ROUTE + query, BODY | field)).status == 200
-        while spooled(server) != ["3"]:
+        while spooled(server) != ["2"]:
             await asyncio.sleep(0)
         assert server.client.unloaded == [1]
 
