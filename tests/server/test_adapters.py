@@ -254,3 +254,12 @@ def test_an_upsert_that_is_sent_again_before_it_has_ended():
         assert s.client.loaded == {2: "/p/a"}
 
     run(scenario())
+
+
+def test_an_update_of_running_requests_is_refused_by_name():
+    s = server()
+    body = {"lora_name": "a", "lora_path": "/p/a", "upsert": True}
+    answer = s.post("/load_lora_adapter", body | {"allow_update_mid_request": True})
+    assert answer.status == 400
+    assert "allow_update_mid_request: not supported" in answer.json()["error_message"]
+    assert s.post("/load_lora_adapter", body | {"allow_update_mid_request": False}).status == 200
