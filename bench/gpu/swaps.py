@@ -129,7 +129,8 @@ def _swap_for(
     engine: Engine, thread: ThreadPoolExecutor, spool: Spool, trainer: Trainer, seconds: float
 ) -> list[float]:
     """Swap until `seconds` are over. Returns the milliseconds of each swap: load call to first token."""
-    taken, current = [], None
+    taken: list[float] = []
+    current: int | None = None
     end = time.perf_counter() + seconds
     while not taken or time.perf_counter() < end:
         version, start = next(_versions), time.perf_counter()
