@@ -126,6 +126,11 @@ class Config:
     enable_lora_overlap_loading: bool = _adapters(
         True, "copy adapters to a GPU while others compute; off: a copy holds up the step"
     )
+    lora_load_mode: str = _adapters(
+        "strict",
+        "upsert: every load call may replace a loaded adapter, and a missing one is 404",
+        choices=("strict", "upsert"),
+    )
     lora_host_bytes: int | None = _adapters(None, "most host memory for adapters", size=True)
     lora_device_bytes: int | None = _adapters(None, "most device memory for adapters", size=True)
     lora_root: tuple[str, ...] = _adapters(
@@ -158,9 +163,21 @@ class Config:
     chunked_prefill_size: int = _memory(2048, "most new tokens in one step")
     disable_radix_cache: bool = _memory(False, "do not share the KV cache of equal prefixes")
     schedule_policy: str = _memory(
-        "fcfs",
-        "first come first served, or longest cached prefix",
+        "fair",
+        "who starts: the tenant that has received least, who came first, the longest cached prefix, the lowest "
+        "`priority`",
         choices=(KeysOf("multilora.engine.scheduling.policy:POLICIES"),),
+    )
+    fair_input_weight: float = _memory(1.0, "fair: what a computed prompt token counts")
+    fair_output_weight: float = _memory(2.0, "fair: what a generated token counts")
+    fair_tenant_weight: tuple[str, ...] = _memory(
+        (), "fair: share of a tenant, beside 1 for each other; can be repeated", metavar="NAME=WEIGHT"
+    )
+    max_queued_tokens: int | None = _memory(
+        None, "most prompt tokens waiting; beyond it, 503 (default: no limit but that of the requests)"
+    )
+    max_request_seconds: int | None = _memory(
+        None, "longest time for one request, whatever its own `timeout` says (default: no limit)"
     )
     attention_backend: str = _memory(
         "auto", "kernels of the attention", choices=("auto", KeysOf("multilora.attention.backends:BACKENDS"))
@@ -182,6 +199,11 @@ class Config:
     cors_origins: tuple[str, ...] = _server(
         (), "web pages of these origins may call the server; `*`: all", metavar="ORIGIN"
     )
+    logprobs_mode: str = _server(
+        "raw",
+        "what logprobs of an answer are the log-softmax of: the model's logits, or what tokens are drawn from",
+        choices=(KeysOf("multilora.params:LOGPROBS_MODES"),),
+    )
     sampling_defaults: str = _server(
         "model",
         "OpenAI routes' defaults: the model's generation_config, or OpenAI's",
@@ -198,6 +220,7 @@ class Config:
         self._check_targets()
         self._check_origins()
         self._check_resolver()
+        self._check_fairness()
         if ":" in self.model_name:
             raise ConfigError(f"--served-model-name must not contain ':', is {self.model_name!r}")
         if self.tp_size != 1:
@@ -271,6 +294,25 @@ class Config:
         for pattern in self.lora_resolver_hub:
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.*?-]+", pattern, re.ASCII):
                 raise ConfigError(f"--lora-resolver-hub: {pattern!r}: expected ORG/* or ORG/PATTERN")
+
+    @property
+    def tenant_weights(self) -> dict[str, float]:
+        """Of `--fair-tenant-weight`, by name. Raises ConfigError."""
+        weights = {}
+        for text in self.fair_tenant_weight:
+            name, _, value = text.rpartition("=")
+            try:
+                weights[name] = float(value)
+            except ValueError:
+                raise ConfigError(f"--fair-tenant-weight: {text!r}: expected NAME=WEIGHT") from None
+        return weights
+
+    def _check_fairness(self) -> None:
+        named = {f"--fair-tenant-weight {name}": value for name, value in self.tenant_weights.items()}
+        named |= {"--fair-input-weight": self.fair_input_weight, "--fair-output-weight": self.fair_output_weight}
+        for flag, value in named.items():
+            if not 1e-3 <= value <= 1e3:  # which NaN is not either
+                raise ConfigError(f"{flag} must be between 0.001 and 1000, is {value}")
 
     def _check_targets(self) -> None:
         """Whether the model has such modules is checked once it is known, by `engine/build.py`."""

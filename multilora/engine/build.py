@@ -33,6 +33,7 @@ from multilora.engine.execution.cuda_graphs import PIECE_SIZES, CudaGraphs, deco
 from multilora.engine.execution.runner import Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
 from multilora.engine.messages import Ready, Stats
+from multilora.engine.scheduling.fair import FairWeights
 from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.errors import ConfigError
@@ -184,6 +185,7 @@ def _scheduler(
         max_running=config.max_running_requests,
         chunk_tokens=config.chunked_prefill_size,
         policy=config.schedule_policy,
+        weights=FairWeights(config.fair_input_weight, config.fair_output_weight, config.tenant_weights),
     )
 
 

@@ -19,6 +19,7 @@ from multilora.engine.scheduling.policy import Policy
 from multilora.engine.scheduling.request import Request, RequestState
 from multilora.engine.scheduling.step_cost import StepCost
 
+MOST_FREED = 4  # slots, in one plan, by preempting others
 BRING_IN = 32  # the first so many have their adapters brought in before there is room to run them
 
 

@@ -1,4 +1,5 @@
-"""Between requests and the data of a plan: a request's next tokens as a `Chunk`, its news as an `Output`.
+"""Between requests and the data of a plan: a request's next tokens as a `Chunk`, its news as an `Output`, its
+sampling parameters as a `SamplingState`.
 
 Reads requests; changes only whether an Output has been sent and which prompt logprobs have come. Called by
 `scheduler.py`.
@@ -6,7 +7,8 @@ Reads requests; changes only whether an Output has been sent and which prompt lo
 
 from multilora.engine.messages import Finished, Logprobs, Output
 from multilora.engine.plan import Chunk, PromptLogprobs
-from multilora.engine.scheduling.request import Request
+from multilora.engine.sampling.state import SamplingState, needs_prompt
+from multilora.engine.scheduling.request import Request, RequestSpec
 from multilora.params import Composition
 
 
@@ -30,13 +32,29 @@ def make_chunk(request: Request, count: int) -> Chunk:
     )
 
 
+def sampling_state(spec: RequestSpec, slot: int, eos_token_ids: tuple[int, ...]) -> SamplingState:
+    """What the sampler is told of a request when it first runs."""
+    return SamplingState(
+        slot=slot,
+        params=spec.params,
+        seed=spec.seed,
+        prompt_ids=spec.prompt_ids if needs_prompt(spec.params) else [],
+        end_ids=(*(spec.params.stop_token_ids or ()), *(() if spec.params.ignore_eos else eos_token_ids)),
+        vocab_size=spec.vocab_size,
+        top_logprobs=spec.top_logprobs,
+        ranks=spec.return_ranks,
+        processed=spec.logprobs_mode == "processed",
+        grammar=spec.grammar,
+    )
+
+
 def _prompt_logprobs(request: Request, start: int, count: int) -> PromptLogprobs | None:
     """What is still wanted of the prompt's logprobs in [start, start + count)."""
     positions = request.prompt_logprob_positions(start, count)
     if not positions:
         return None
     next_ids = request.spec.prompt_ids[positions.start + 1 : positions.stop + 1]
-    return PromptLogprobs(positions.start, next_ids, request.spec.top_logprobs)
+    return PromptLogprobs(positions.start, next_ids, request.spec.prompt_top, request.spec.prompt_ranks)
 
 
 def take_prompt_logprobs(request: Request, wanted: PromptLogprobs, found: list[Logprobs]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
 
-from multilora.engine.scheduling.request import Request
+from multilora.engine.scheduling.request import Request, by_age
 from multilora.engine.scheduling.virtual_counters import Competitor, Counters, in_turn
 from multilora.params import Composition
 
@@ -40,7 +40,7 @@ EQUAL = FairWeights()
 
 
 class _Adapters(Competitor):
-    """One composition of adapters of a tenant. queue: its waiting requests, by age."""
+    """One composition of adapters of a tenant. queue: its waiting requests, by priority and age."""
 
     __slots__ = ("queue",)
 
@@ -100,7 +100,7 @@ class FairShare:
         account = self._accounts.get(request) or self._open(request)
         tenant, adapters = account.tenant, account.adapters
         self._stopped(account)
-        bisect.insort(adapters.queue, request, key=_order)
+        bisect.insort(adapters.queue, request, key=_turn)
         tenant.waiting += 1
         tenant.queued_tokens += account.prompt
         tenant.adapters.enter(adapters)
@@ -110,7 +110,7 @@ class FairShare:
         """It starts or ends."""
         account = self._accounts[request]
         tenant, adapters = account.tenant, account.adapters
-        del adapters.queue[bisect.bisect_left(adapters.queue, request.spec.order, key=_order)]
+        del adapters.queue[bisect.bisect_left(adapters.queue, _turn(request), key=_turn)]
         tenant.waiting -= 1
         tenant.running += 1
         account.runs = True
@@ -221,7 +221,7 @@ class FairShare:
         return victim if less.counter < more.counter and others > OUTRANKED * slots else None
 
     def victim(self, running: Sequence[Request]) -> Request:
-        oldest = min(running, key=_order)
+        oldest = min(running, key=by_age)
         others = (r for r in running if r is not oldest)
         return max(others, key=lambda r: (self._accounts[r].tenant.counter, r.spec.order), default=oldest)
 
@@ -244,5 +244,6 @@ class FairShare:
             self._rest = None
 
 
-def _order(request: Request) -> int:
-    return request.spec.order
+def _turn(request: Request) -> tuple[int, int]:
+    """Sort key within a tenant's adapters."""
+    return request.spec.priority, request.spec.order

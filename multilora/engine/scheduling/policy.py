@@ -140,9 +140,30 @@ class LongestPrefixMatch(FirstComeFirstServed):
         return first + list(window[LPM_WINDOW:])
 
 
+class PriorityFirst(FirstComeFirstServed):
+    """The lowest number first, as in vLLM; ties by arrival. Of those that run, the one that would start last is
+    preempted, but never the oldest."""
+
+    def queued_before(self, tenant: str, queued_tokens: int) -> int:
+        del tenant, queued_tokens
+        return 0  # its number may be the lowest
+
+    def order(self, window: Sequence[Request]) -> Iterable[Request]:
+        return sorted(window, key=_turn)
+
+    def victim(self, running: Sequence[Request]) -> Request:
+        oldest = min(running, key=lambda r: r.spec.order)
+        return max((r for r in running if r is not oldest), key=_turn, default=oldest)
+
+
+def _turn(request: Request) -> tuple[int, int]:
+    return request.spec.priority, request.spec.order
+
+
 POLICIES: dict[str, Callable[[Matched, float, FairWeights], Policy]] = {
     "fair": FairShare,
     "fcfs": FirstComeFirstServed,
     "lpm": LongestPrefixMatch,
+    "priority": PriorityFirst,
 }
 """By name; made of what the prefix cache has, `max_wait` in seconds, and what `fair` goes by."""

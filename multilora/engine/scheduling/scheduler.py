@@ -18,19 +18,23 @@ from multilora.adapters.lifecycle.disabled import AnyStore
 from multilora.adapters.lifecycle.store import LoadStatus
 from multilora.engine.messages import Finished, Logprobs, Output
 from multilora.engine.plan import Chunk, PageUpdate, StepPlan, StepResult
-from multilora.engine.sampling.state import SamplingState, needs_prompt
-from multilora.engine.scheduling.admission import Admission
-from multilora.engine.scheduling.chunks import adapter_order, make_chunk, make_output, take_prompt_logprobs
+from multilora.engine.sampling.state import SamplingState
+from multilora.engine.scheduling.admission import MOST_FREED, Admission
+from multilora.engine.scheduling.chunks import (
+    adapter_order,
+    make_chunk,
+    make_output,
+    sampling_state,
+    take_prompt_logprobs,
+)
 from multilora.engine.scheduling.fair import EQUAL, FairWeights
 from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.engine.scheduling.policy import MAX_WAIT, POLICIES
-from multilora.engine.scheduling.request import PageNamespaces, Request, RequestSpec, RequestState
+from multilora.engine.scheduling.request import PageNamespaces, Request, RequestSpec, RequestState, by_age
 from multilora.engine.scheduling.slots import Slots
 from multilora.engine.scheduling.step_cost import StepCost
 from multilora.errors import CannotFit, MultiloraError
 from multilora.memory.page_table import KVPages
-
-MOST_FREED = 4  # slots in one plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,22 +256,7 @@ class Scheduler:
         request.cached_tokens = request.progress.num_computed
         self.cached_tokens += request.cached_tokens
         request.slot = self._slots.acquire()
-        self._installs.append(
-            SamplingState(
-                slot=request.slot,
-                params=spec.params,
-                seed=spec.seed,
-                prompt_ids=spec.prompt_ids if needs_prompt(spec.params) else [],
-                end_ids=self._end_ids(spec),
-                vocab_size=spec.vocab_size,
-                top_logprobs=spec.top_logprobs,
-                grammar=spec.grammar,
-            )
-        )
-
-    def _end_ids(self, spec: RequestSpec) -> tuple[int, ...]:
-        """Tokens that end the request."""
-        return (*(spec.params.stop_token_ids or ()), *(() if spec.params.ignore_eos else self.eos_token_ids))
+        self._installs.append(sampling_state(spec, request.slot, self.eos_token_ids))
 
     def _take(self, chunks: dict[Request, Chunk], request: Request, count: int) -> int:
         """Put `count` tokens of a running request into the plan. Returns how many went in: all or none."""
@@ -341,7 +330,8 @@ class Scheduler:
         if progress.num_computed >= (table.keyed + 1) * self.kv.page_size:
             # where others were faster with the same content, their pages take the places of ours from here on
             request.sent_pages = min(request.sent_pages, table.keyed)
-            self.kv.commit(table, progress.num_computed, request.tokens, request.namespaces.of, self.launched)
+            salt = request.spec.salt
+            self.kv.commit(table, progress.num_computed, request.tokens, request.namespaces.of, self.launched, salt)
 
     def _commit_token(self, request: Request, result: StepResult, index: int) -> Output:
         token, error = result.token_ids[index], result.errors[index]
@@ -389,13 +379,13 @@ class Scheduler:
         self.end(request.rid, Finished(type="error", kind=error.kind, message=error.message))
 
     def _enqueue(self, request: Request) -> None:
-        bisect.insort(self.waiting, request, key=_order)
+        bisect.insort(self.waiting, request, key=by_age)
         self.queued_tokens += len(request.spec.prompt_ids)
         self._policy.enqueue(request)
         self.components.count_waiting(request.versions, 1)
 
     def _dequeue(self, request: Request) -> None:
-        del self.waiting[bisect.bisect_left(self.waiting, request.spec.order, key=_order)]
+        del self.waiting[bisect.bisect_left(self.waiting, request.spec.order, key=by_age)]
         self.queued_tokens -= len(request.spec.prompt_ids)
         self._policy.dequeue(request)
         self.components.count_waiting(request.versions, -1)
@@ -405,8 +395,4 @@ class Scheduler:
 
     def _match(self, request: Request) -> list[int]:
         """Cached pages of its first tokens."""
-        return self.kv.match(request.tokens(), request.namespaces.of, request.match_limit)
-
-
-def _order(request: Request) -> int:
-    return request.spec.order
+        return self.kv.match(request.tokens(), request.namespaces.of, request.match_limit, request.spec.salt)

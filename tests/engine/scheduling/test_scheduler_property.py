@@ -171,6 +171,8 @@ class World(Stepper):
             adapters=self.some_adapters(),
             return_logprob=logprobs,
             logprob_start_len=rng.randrange(-1, len(prompt)) if logprobs else -1,
+            salt=rng.choice(["", "", "x"]),
+            priority=rng.choice([0, 0, -1, 7]),
             grammar=rng.choice([None, None, None, "any"]),  # sampling must see the last token
             tenant=rng.choice("abc"),
         )
