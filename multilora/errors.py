@@ -26,6 +26,7 @@
     │   └── AdapterUnavailable      503  a hub or URL does not answer as it should; carries `retry_after` seconds
     ├── Unauthorized                401
     ├── QueueFull                   503  carries `retry_after` seconds
+    ├── DeadlineExceeded            504  the request took longer than its timeout or --max-request-seconds
     └── EngineDead                  503  the engine process ended
 
 `kind` (the class name) and the message travel between processes; `from_wire` makes the same type again.
@@ -164,6 +165,12 @@ class QueueFull(MultiloraError):
 
     status = 503
     retry_after = 1
+
+
+class DeadlineExceeded(MultiloraError):
+    """The request took longer than its timeout, or than any request may."""
+
+    status = 504
 
 
 class EngineDead(MultiloraError):

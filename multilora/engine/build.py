@@ -107,6 +107,7 @@ def build_engine(
         adapters,
         describe=partial(_describe, model.config, device, backend.name if backend else "off", attention.name),
         max_queued=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
         random_seed=config.random_seed,
         ahead=int(device.type == "cuda") if ahead is None else ahead,
     )

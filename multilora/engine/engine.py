@@ -32,10 +32,11 @@ from multilora.engine.messages import (
     UseTokenizer,
 )
 from multilora.engine.profiler import Profiler
+from multilora.engine.scheduling.limits import Limits
 from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.stats import StatsReporter
-from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, QueueFull, UnknownAdapter
+from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, UnknownAdapter
 from multilora.params import Composition
 
 
@@ -50,6 +51,7 @@ class Engine:
         *,
         describe: Callable[[Stats], Ready],
         max_queued: int,
+        max_queued_tokens: int | None = None,
         random_seed: int | None,
         ahead: int = 0,
     ):
@@ -59,7 +61,7 @@ class Engine:
         self.report = StatsReporter(scheduler, adapters)
         self.profiler = Profiler()
         self._describe = describe
-        self._max_queued = max_queued
+        self._limits = Limits(scheduler, max_queued, max_queued_tokens)
         self._seeds = random.Random(random_seed)
         self._calls: dict[int, int] = {}  # version being loaded → call to answer
         self._replies: list[FromEngine] = []
@@ -76,6 +78,7 @@ class Engine:
         Grammars must know the tokens of that step before this one is sampled, but not before its forward pass.
         """
         self._poll_adapters()
+        self._limits.enforce()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
@@ -159,6 +162,7 @@ class Engine:
     def _submit(self, message: Submit) -> None:
         try:
             self.scheduler.add(self._admit(message))
+            self._limits.watch(message)
         except MultiloraError as e:
             finished = Finished(type="error", kind=e.kind, message=e.message)
             self._replies.append(Outputs([Output(rid=message.rid, finished=finished)]))
@@ -167,8 +171,7 @@ class Engine:
         """Checks that only the engine can make, then what the scheduler must know."""
         if self.scheduler.get(message.rid) is not None:
             raise BadRequest(f"request id {message.rid!r} is already in use", param="rid")
-        if len(self.scheduler.waiting) >= self._max_queued:
-            raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting already (--max-queued-requests)")
+        self._limits.check(message)
         self._check_adapters(message.adapters)
         tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
         self.scheduler.components.check_fit([version for version, _ in message.adapters], tokens)

@@ -23,10 +23,11 @@ from multilora.front.fetcher import Fetcher
 from multilora.front.generation import Generation, Job, Sample
 from multilora.front.grammar import GrammarCompiler
 from multilora.front.observer import Ending, Observer
-from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, engine_params
+from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, deadline, engine_params
 from multilora.front.registry import AdapterRegistry
 from multilora.front.resolver import Resolver
 from multilora.front.stream import TextStream
+from multilora.front.tenants import tenant_of
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
 from multilora.params import LOGPROBS_MODES, SamplingParams
@@ -181,7 +182,9 @@ class Front:
             return_ranks=job.return_logprob and job.return_ranks,
             logprobs_mode=job.logprobs_mode or LOGPROBS_MODES[self.config.logprobs_mode],
             salt=job.salt,
+            tenant=tenant_of(self.config, job.adapters),
             priority=job.priority,
+            deadline=deadline(job.timeout, self.config.max_request_seconds),
         )
 
     def _compile(self, params: Sequence[SamplingParams]) -> Steps[Sequence[str | None]]:

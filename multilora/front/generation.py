@@ -28,7 +28,7 @@ class Job:
     `return_ranks`, in `logprobs_mode` (None: the server's). Logprobs of the prompt: from `logprob_start_len` on, if
     `return_logprob`; all of them, raw, with ranks and so many best tokens, by `prompt_logprobs`.
     kept_tokens: texts of special tokens that stay in the answer whatever `sampling.skip_special_tokens` says.
-    salt: see `prompt.prefix_salt`.
+    salt: see `prompt.prefix_salt`. timeout: seconds until the request ends, whatever it has got.
     """
 
     prompt: Prompt
@@ -42,6 +42,7 @@ class Job:
     logprobs_mode: LogprobsMode | None = None
     salt: str = ""
     priority: int = 0
+    timeout: float | None = None
     kept_tokens: tuple[str, ...] = ()
 
 

@@ -5,6 +5,7 @@ Pure functions; raise BadRequest. `generation.py` calls them for every request, 
 
 import itertools
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from multilora.front.vocabulary import Vocabulary
 from multilora.params import GRAMMAR_FIELDS, SamplingParams
 
 MAX_SALT = 1024  # characters
+MAX_TIMEOUT = 7 * 24 * 3600  # seconds
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,19 @@ def check_priority(priority: int | None) -> int:
     if priority is not None and abs(priority) >= 2**63:
         raise BadRequest(f"priority = {priority}: must be a 64-bit integer", param="priority")
     return priority or 0
+
+
+def check_timeout(seconds: float | None) -> float | None:
+    """How long a request may take at most; null: as long as it needs. Raises BadRequest."""
+    if seconds is not None and not 0 < seconds <= MAX_TIMEOUT:  # which NaN is not either
+        raise BadRequest(f"timeout = {seconds}: must be over 0 and at most {MAX_TIMEOUT} seconds", param="timeout")
+    return seconds
+
+
+def deadline(timeout: float | None, longest: float | None) -> float | None:
+    """When a request that comes now ends, in monotonic seconds: the sooner of both limits, in seconds from now."""
+    limits = [seconds for seconds in (timeout, longest) if seconds is not None]
+    return time.monotonic() + min(limits) if limits else None
 
 
 def check_logprobs(

@@ -64,6 +64,7 @@ class GenerateBody(Body):
     cache_salt: Any = None  # see front.prompt.prefix_salt, as for extra_key
     extra_key: Any = None
     priority: Integer | None = None
+    timeout: float | None = None
     stream: bool | None = None
     rid: str | list[str] | None = None
 

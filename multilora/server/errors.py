@@ -29,6 +29,7 @@ _TYPES = {
     405: "invalid_request_error",
     413: "invalid_request_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
 _CODES = {
     "UnknownModel": "model_not_found",

@@ -13,7 +13,7 @@ from multilora.drivers.async_driver import AsyncDriver, AsyncGeneration
 from multilora.errors import BadRequest
 from multilora.front.adapter_spec import parse_specs
 from multilora.front.generation import Job, Sample
-from multilora.front.prompt import Prompt, check_priority, prefix_salt, read_prompts, spread
+from multilora.front.prompt import Prompt, check_priority, check_timeout, prefix_salt, read_prompts, spread
 from multilora.front.registry import AdapterRegistry
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
@@ -97,6 +97,7 @@ def read_batch(registry: AdapterRegistry, body: GenerateBody) -> Batch:
             logprobs_mode=mode,
             salt=prefix_salt(salts[i], keys[i]),
             priority=check_priority(body.priority),
+            timeout=check_timeout(body.timeout),
         )
         for i in range(count)
     ]

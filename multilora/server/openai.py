@@ -19,7 +19,7 @@ from multilora.front.adapter_spec import AdapterSpec, parse_specs
 from multilora.front.effects import Lane
 from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
-from multilora.front.prompt import check_priority
+from multilora.front.prompt import check_priority, check_timeout
 from multilora.front.registry import AdapterRegistry
 from multilora.front.stream import Delta, TextStream
 from multilora.front.versions import VersionLabel
@@ -159,6 +159,7 @@ def common_fields(body: OpenAIBody) -> dict[str, Any]:
         "prompt_logprobs": None if of_prompt is None else check_top_logprobs(of_prompt, "prompt_logprobs"),
         "logprobs_mode": parse_logprobs_mode(body.logprobs_mode),
         "priority": check_priority(body.priority),
+        "timeout": check_timeout(body.timeout),
     }
 
 

@@ -42,6 +42,7 @@ class OpenAIBody(GuidedFields):
     cache_salt: Any = None  # see front.prompt.prefix_salt; a list has one for each prompt, as for extra_key
     extra_key: Any = None
     priority: Integer | None = None
+    timeout: float | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
     temperature: float | None = None

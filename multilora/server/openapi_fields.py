@@ -124,6 +124,7 @@ BODIES: Mapping[str, Field] = {
     "cache_salt": _of("Only requests with the same salt share cached prefixes."),
     "extra_key": _of("Only requests with the same key share cached prefixes."),
     "priority": _of("Who waits less."),
+    "timeout": _of("Seconds after which the request ends, whatever it has got by then."),
     "input": _of("The prompt as text, or the items of a conversation."),
     "instructions": _of("A system message before the conversation."),
     "system": _of("A system message before the conversation."),

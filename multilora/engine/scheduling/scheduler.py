@@ -76,11 +76,11 @@ class Scheduler:
         self.eos_token_ids = eos_token_ids
         self.clock = clock
         self._max_running = max_running
-        self._chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens
         self._journal = journal
-        self._policy = POLICIES[policy](lambda request: len(self._match(request)), max_wait, weights)
-        self._cost = StepCost()
-        self._admission = Admission(self._policy, self.components, self._cost, want=self._want, clock=clock)
+        self.policy = POLICIES[policy](lambda request: len(self._match(request)), max_wait, weights)
+        self.cost = StepCost()
+        self._admission = Admission(self.policy, self.components, self.cost, want=self._want, clock=clock)
         self._slots = Slots()
         self._installs: list[SamplingState] = []  # for the next plan
         self._steps: dict[int, _Step] = {}  # number → step, from plan to commit
@@ -134,7 +134,7 @@ class Scheduler:
         self.components.begin_plan()
         chunks: dict[Request, Chunk] = {}
         self._plan_decodes(chunks)
-        self._plan_prompts(chunks, self._chunk_tokens)
+        self._plan_prompts(chunks, self.chunk_tokens)
         return self._launch(chunks) if chunks else None
 
     def _plan_decodes(self, chunks: dict[Request, Chunk]) -> None:
@@ -146,8 +146,8 @@ class Scheduler:
         """Prompts that run go on, then others start; where one would take the whole step, the policy may turn that
         around for half of it."""
         running = [r for r in self.running if not r.progress.decoding and r.progress.remaining]
-        prompts = self._policy.prefills(running)
-        if prompts and self.waiting and prompts[0].progress.remaining >= budget and self._policy.yields(prompts[0]):
+        prompts = self.policy.prefills(running)
+        if prompts and self.waiting and prompts[0].progress.remaining >= budget and self.policy.yields(prompts[0]):
             budget -= budget // 2 - self._admit(chunks, budget // 2)
             self._plan_prefills(chunks, prompts, budget)
         else:
@@ -185,11 +185,11 @@ class Scheduler:
         """All slots are taken. How many the policy has had freed for the first ones that wait, as far as those can
         start at once. Those that are preempted for it find their pages again in the prefix cache."""
         freed = 0
-        for first in self._policy.window(self.waiting, self.clock(), starting=False)[:MOST_FREED]:
+        for first in self.policy.window(self.waiting, self.clock(), starting=False)[:MOST_FREED]:
             can_start = not first.progress.in_flight and self.components.ready(first.versions)
             if not can_start or not self.kv.prefix.enabled or not self._fits(first, self._match(first)):
                 break
-            victim = self._policy.outranked(first, self.running)
+            victim = self.policy.outranked(first, self.running)
             if victim is None:
                 break
             self._preempt(victim)
@@ -261,7 +261,7 @@ class Scheduler:
     def _take(self, chunks: dict[Request, Chunk], request: Request, count: int) -> int:
         """Put `count` tokens of a running request into the plan. Returns how many went in: all or none."""
         while not self.kv.grow(request.table, request.progress.num_scheduled + count, self.launched):
-            victim = self._policy.victim(self.running)
+            victim = self.policy.victim(self.running)
             self._preempt(victim)
             chunks.pop(victim, None)
             if victim is request:
@@ -285,7 +285,7 @@ class Scheduler:
         pages = []
         for request, chunk in runs:
             request.progress.schedule(chunk.count, len(chunk.answer_positions))
-            self._policy.charge(request, chunk.count)
+            self.policy.charge(request, chunk.count)
             known, table = request.sent_pages, request.table.pages
             if known < len(table):
                 pages.append(PageUpdate(chunk.slot, known, table[known:]))
@@ -304,7 +304,7 @@ class Scheduler:
         self.kv.pool.complete(plan.number)
         begun = max(step.launched_at, self._committed_at)
         self._committed_at = self.clock()
-        self._cost.observe(plan.prompt_tokens, self._committed_at - begun)
+        self.cost.observe(plan.prompt_tokens, self._committed_at - begun)
         outputs = []
         sampled = 0
         for i, (chunk, (request, epoch)) in enumerate(zip(plan.chunks, step.runs, strict=True)):
@@ -359,7 +359,7 @@ class Scheduler:
         else:
             self._dequeue(request)
         request.state = RequestState.FINISHED
-        self._policy.forget(request)
+        self.policy.forget(request)
         if request.slot is not None:
             self._slots.release(request.slot, self.launched)
             self._installs = [state for state in self._installs if state.slot != request.slot]
@@ -381,13 +381,13 @@ class Scheduler:
     def _enqueue(self, request: Request) -> None:
         bisect.insort(self.waiting, request, key=by_age)
         self.queued_tokens += len(request.spec.prompt_ids)
-        self._policy.enqueue(request)
+        self.policy.enqueue(request)
         self.components.count_waiting(request.versions, 1)
 
     def _dequeue(self, request: Request) -> None:
         del self.waiting[bisect.bisect_left(self.waiting, request.spec.order, key=by_age)]
         self.queued_tokens -= len(request.spec.prompt_ids)
-        self._policy.dequeue(request)
+        self.policy.dequeue(request)
         self.components.count_waiting(request.versions, -1)
         if request.queued_demand:
             request.queued_demand = False

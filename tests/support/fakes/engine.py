@@ -241,6 +241,7 @@ def make_engine(
     *,
     ahead: bool = False,
     max_queued: int = 1000,
+    max_queued_tokens: int | None = None,
     scheduler: type[Scheduler] = Scheduler,
     max_running: int = 8,
     chunk_tokens: int = 16,
@@ -263,6 +264,7 @@ def make_engine(
         tiers.store,
         describe=_no_ready,
         max_queued=max_queued,
+        max_queued_tokens=max_queued_tokens,
         random_seed=0,
         ahead=int(ahead),
     )
