@@ -23,6 +23,8 @@
     │   └── AdapterStarvation       400  pinning it would starve every other adapter
     ├── Unauthorized                401
     ├── QueueFull                   503  carries `retry_after` seconds
+    ├── EnginePaused                503  paused and taking no requests; carries `retry_after` seconds
+    │   └── EngineAsleep            503  its memory is released until /wake_up
     └── EngineDead                  503  the engine process ended
 
 `kind` (the class name) and the message travel between processes; `from_wire` makes the same type again.
@@ -144,6 +146,17 @@ class QueueFull(MultiloraError):
 
     status = 503
     retry_after = 1
+
+
+class EnginePaused(MultiloraError):
+    """Generation is paused and takes no requests until it is resumed; try again after `retry_after` seconds."""
+
+    status = 503
+    retry_after = 1
+
+
+class EngineAsleep(EnginePaused):
+    """The engine has released its memory; no request is taken until it is woken up."""
 
 
 class EngineDead(MultiloraError):
