@@ -23,6 +23,17 @@ ADMIN_PATHS = frozenset(
         "/v1/unload_lora_adapter",
         "/flush_cache",
         "/abort_request",
+        "/abort_requests",
+        "/inference/v1/abort_requests",
+        "/pause",
+        "/resume",
+        "/pause_generation",
+        "/continue_generation",
+        "/sleep",
+        "/wake_up",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
+        "/reset_prefix_cache",
     }
 )
 

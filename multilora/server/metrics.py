@@ -147,6 +147,8 @@ def _engine(stats: Stats) -> Iterator[Metric]:
             "Part of the arena's pages that running requests and adapters hold, 0 to 1",
             in_use / stats.total_pages if stats.total_pages else 0.0,
         ),
+        ("multilora:paused", "1 while generation is paused, asleep or not", float(stats.pause.mode is not None)),
+        ("multilora:sleeping", "1 while the engine is asleep", float(stats.pause.sleeping)),
         ("multilora:page_bytes", "Bytes of one page of the arena", stats.page_bytes),
     ]
     for name, text, value in gauges:

@@ -11,8 +11,18 @@ from fakes.engine_driver import EngineDriver
 from fakes.models import make_adapter, make_tiny_model
 from safetensors.torch import load_file, save_file
 
-from multilora.engine.messages import FlushCache, Pause, PauseState, Reply, Resume, Sleep, WakeUp
-from multilora.engine.messages import MemoryTag, PauseMode
+from multilora.engine.messages import (
+    FlushCache,
+    LoadAdapter,
+    MemoryTag,
+    Pause,
+    PauseMode,
+    PauseState,
+    Reply,
+    Resume,
+    Sleep,
+    WakeUp,
+)
 
 BOTH: list[MemoryTag] = ["weights", "kv_cache"]
 PROMPTS = [[5 + (7 * i + j) % 90 for j in range(3 + 5 * i)] for i in range(6)]
@@ -27,7 +37,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     make_tiny_model(path / "model")
     for seed, name in enumerate("abc"):
         options: dict[str, Any] = {"use_dora": True} if name == "c" else {}
-        make_adapter(path / name, path / "model", seed=seed, r=8, lora_alpha=16, target_modules="all-linear", **options)
+        make_adapter(
+            path / name, path / "model", seed=seed, r=8, lora_alpha=16, target_modules="all-linear", **options
+        )
     yield path
     torch.set_num_threads(threads)
 
@@ -88,7 +100,7 @@ def expected(files: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("ahead", "late"), [(0, None), (1, None), (1, 2)])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_pauses_at_random_steps_change_no_token(
     files: Path, expected: list[list[int]], seed: int, ahead: int, late: int | None
 ) -> None:
@@ -278,8 +290,7 @@ def test_memory_goes_back_to_the_system(files: Path) -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     driver = PausedDriver(files, arena_bytes=256 << 20)
-    for view in [arena_of(driver)]:
-        torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage()).fill_(1)
+    torch.empty(0, dtype=torch.uint8).set_(arena_of(driver).untyped_storage()).fill_(1)
     full = resident()
     driver.sleep()
     driver.settle()
@@ -352,32 +363,31 @@ def test_dora_waits_for_the_base_weights(files: Path) -> None:
     driver = PausedDriver(files, "")
     driver.sleep(2)
     driver.settle()
-    version = driver.begin_load("c", files / "c")
+    driver.said.clear()
+    driver.engine.handle(LoadAdapter(call=1, version=1, path=str(files / "c")))
     driver.step(5)
-    assert not driver.engine.running
+    assert not driver.said and not driver.engine.running
     driver.wake_up()
-    driver.settle()
-    driver.finish_load("c", version)
+    while not (loaded := [reply.info for reply in driver.said if reply.info is not None]):
+        driver.step()
+    driver.infos["c"] = loaded[0]
     assert driver.complete(PROMPTS[2], "c", max_new_tokens=4, ignore_eos=True).tokens == plain.tokens
 
 
 def test_discarded_weights_are_read_from_their_path(files: Path, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model")
-    driver = EngineDriver(tmp_path / "model", enable_lora=False)
-    paused = PausedDriver.__new__(PausedDriver)
-    paused.__dict__ |= driver.__dict__ | {"said": []}
+    driver = PausedDriver(tmp_path, "", enable_lora=False)
     path = tmp_path / "model" / "model.safetensors"
     weights = load_file(path)
-    paused.sleep(2)
-    paused.settle()
+    driver.sleep(2)
+    driver.settle()
     path.rename(tmp_path / "away")
-    paused.wake_up()
-    refused = paused.settle()
+    driver.wake_up()
+    refused = driver.settle()
     assert (refused.ok, refused.kind) == (False, "ConfigError")
     assert refused.pause is not None and refused.pause.sleeping
     save_file({name: tensor * 2 for name, tensor in weights.items()}, path, {"format": "pt"})
-    paused.wake_up()
-    assert paused.settle().ok
-    assert paused.complete(PROMPTS[1], max_new_tokens=1).finished is not None
-    first = weight_of(paused)
-    assert torch.equal(first, 2 * next(tensor for tensor in weights.values() if tensor.shape == first.shape))
+    driver.wake_up()
+    assert driver.settle().ok
+    assert driver.complete(PROMPTS[1], max_new_tokens=1).finished is not None
+    assert torch.equal(weight_of(driver), 2 * weights["model.embed_tokens.weight"])

@@ -16,9 +16,12 @@ from multilora.engine.messages import (
     Finished,
     Logprobs,
     Output,
+    PauseState,
     Ready,
+    Reply,
     Stats,
     Submit,
+    ToEngine,
     decode_to_engine,
     encode,
 )
@@ -180,6 +183,7 @@ class FakeEngineClient:
         self.loaded: dict[int, str] = {}
         self.unloaded: list[int] = []
         self.flushes = 0
+        self.calls: list[ToEngine] = []
         self.tokenizer_info: str | None = None
         self._running: dict[str, tuple[asyncio.Task[None], Callable[[Output], None]]] = {}
 
@@ -294,6 +298,11 @@ class FakeEngineClient:
 
     async def flush_cache(self) -> None:
         self.flushes += 1
+
+    async def call(self, message: Callable[[int], ToEngine]) -> Reply:
+        """Notes the message, and answers that the engine is neither paused nor asleep."""
+        self.calls.append(message(0))
+        return Reply(call=0, pause=PauseState())
 
     async def shutdown(self) -> None:
         self.alive = False
