@@ -15,7 +15,18 @@ from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver, AsyncEngine
 from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
-from multilora.server import adapters, chat, completions, errors, native, openai, operations, pauses, tokenization
+from multilora.server import (
+    adapters,
+    chat,
+    completions,
+    errors,
+    native,
+    openai,
+    operations,
+    pauses,
+    token_generate,
+    tokenization,
+)
 from multilora.server.auth import KeyCheck
 from multilora.server.metrics import Metrics
 
@@ -48,6 +59,7 @@ def create_app(
     app.include_router(adapters.router(driver))
     app.include_router(operations.router(driver, metrics))
     app.include_router(pauses.router(driver))
+    app.include_router(token_generate.router(driver))
     if config.api_key or config.admin_api_key:
         app.add_middleware(KeyCheck, api_key=config.api_key, admin_api_key=config.admin_api_key)
     if config.cors_origins:  # outermost, so that a page can read the answer to a missing key, too
