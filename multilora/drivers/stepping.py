@@ -60,7 +60,7 @@ class SteppingDriver:
             case EngineUnload(version):
                 self._engine.unload_adapter(version, partial(_take_reply, task))
             case EngineCall(message):
-                self._engine.call(message, partial(_take_reply, task, whole=True))
+                self._engine.begin_call(message, partial(_take_reply, task, whole=True))
             case WaitUntilIdle(version):
                 self._registry.when_idle(version, task.advance)
             case Spawn(steps):

@@ -154,7 +154,8 @@ def test_abort_and_wait(online: AsyncDoor) -> None:
         await llm.resume()
         running, _ = await begin(online)
         waiting = asyncio.ensure_future(llm.pause("wait"))
-        await asyncio.sleep(0)
+        while online.engine.engine.scheduler.pause.mode is None:
+            await asyncio.sleep(0)
         with pytest.raises(EnginePaused):
             await anext(llm.generate(TEXT, LONG))
         assert len(await running) == 60
@@ -288,10 +289,10 @@ def test_reset_prefix_cache(http: HttpDoor) -> None:
         ("/reset_prefix_cache?reset_running_requests=true", {}),
         ("/reset_prefix_cache", {"reset_running_requests": True}),
     ):
-        http.generate(TEXT, GREEDY)
-        assert http.generate(TEXT, GREEDY)[0].cached_tokens
+        http.generate(2 * TEXT, GREEDY)
+        assert http.generate(2 * TEXT, GREEDY)[0].cached_tokens
         assert http.server.post(path, body).json() == {"success": True}
-        assert http.generate(TEXT, GREEDY)[0].cached_tokens == 0
+        assert http.generate(2 * TEXT, GREEDY)[0].cached_tokens == 0
 
 
 def test_facts_that_trainers_read(http: HttpDoor) -> None:

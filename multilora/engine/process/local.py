@@ -71,13 +71,13 @@ class LocalEngine:
 
     def load_adapter(self, version: int, path: str, pinned: bool, answer: Callable[[Reply], None]) -> None:
         """Begin the load; a later step calls `answer`."""
-        self.call(lambda call: LoadAdapter(call=call, version=version, path=path, pinned=pinned), answer)
+        self.begin_call(lambda call: LoadAdapter(call=call, version=version, path=path, pinned=pinned), answer)
 
     def unload_adapter(self, version: int, answer: Callable[[Reply], None]) -> None:
         """Begin the unload; a later step calls `answer`."""
-        self.call(lambda call: UnloadAdapter(call, version), answer)
+        self.begin_call(lambda call: UnloadAdapter(call, version), answer)
 
-    def call(self, message: Callable[[int], ToEngine], answer: Callable[[Reply], None]) -> None:
+    def begin_call(self, message: Callable[[int], ToEngine], answer: Callable[[Reply], None]) -> None:
         """Begin the call whose message is made of its number; a later step calls `answer`."""
         call = next(self._calls)
         self._callers[call] = answer

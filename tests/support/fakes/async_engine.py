@@ -55,8 +55,8 @@ class InProcessEngine(RecordingEngine):
     async def flush_cache(self) -> None:
         await self.call(FlushCache)
 
-    async def call(self, message: Callable[[int], ToEngine]) -> Reply:  # type: ignore[override]
-        return await self._call(super().call, message)
+    async def call(self, message: Callable[[int], ToEngine]) -> Reply:
+        return await self._call(self.begin_call, message)
 
     async def shutdown(self) -> None:
         self.engine.close()
