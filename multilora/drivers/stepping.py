@@ -22,6 +22,7 @@ from multilora.front.effects import (
     RunBlocking,
     Spawn,
     Steps,
+    WaitUntilDone,
     WaitUntilIdle,
 )
 from multilora.front.registry import AdapterRegistry
@@ -63,6 +64,8 @@ class SteppingDriver:
                 self._engine.begin_call(message, partial(_take_reply, task, whole=True))
             case WaitUntilIdle(version):
                 self._registry.when_idle(version, task.advance)
+            case WaitUntilDone(flight):  # which has a deadline of its own
+                flight.when_done(task.advance)
             case Spawn(steps):
                 _Task(steps, self, _log_error).advance()
                 task.advance()

@@ -26,7 +26,9 @@ from multilora.engine.messages import (
     Reply,
     Resume,
     Sleep,
+    StartProfile,
     Stats,
+    StopProfile,
     Submit,
     ToEngine,
     UnloadAdapter,
@@ -34,6 +36,7 @@ from multilora.engine.messages import (
     WakeUp,
 )
 from multilora.engine.pause_control import PauseControl
+from multilora.engine.profiler import Profiler
 from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.sleep import DeviceSleep
@@ -63,6 +66,7 @@ class Engine:
         self.adapters = adapters
         self.pauses = PauseControl(scheduler, adapters, memory)
         self.report = StatsReporter(scheduler, adapters, lambda: self.pauses.state)
+        self.profiler = Profiler()
         self._describe = describe
         self._max_queued = max_queued
         self._seeds = random.Random(random_seed)
@@ -84,6 +88,7 @@ class Engine:
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
+            self.profiler.before_step(plan.number)
             forward = self.runner.forward(plan)
             if self.runner.needs_tokens(plan):
                 outputs += self._commit(0)
@@ -138,6 +143,10 @@ class Engine:
                 self._answer(call, lambda: self._flush(retract=retract))
             case Pause() | Resume() | Sleep() | WakeUp():
                 self.pauses.handle(message)
+            case StartProfile():
+                self._answer(message.call, lambda: self.profiler.start(message, self.scheduler.launched))
+            case StopProfile(call):
+                self._answer(call, self.profiler.stop)
             case UseTokenizer(info):
                 self.runner.use_tokenizer(info)
             case _:

@@ -18,6 +18,7 @@ from multilora.server.chat_answer import MessageStream, finish_reason, whole_mes
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
 from multilora.server.openai_bodies import ChatBody, ChatMessage, Conversation
+from multilora.server.resolving import resolved
 
 PROMPT_END_TOKENS = 32
 """Tokens of the prompt that are read again to see whether it leaves thoughts open."""
@@ -29,7 +30,8 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
-        return await ChatRequest(driver.front, body, sampling_defaults).respond(request, driver)
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await ChatRequest(driver.front, body, sampling_defaults).respond(request, driver)
 
     return routes
 

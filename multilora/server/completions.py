@@ -15,6 +15,7 @@ from multilora.front.stream import Delta, TextStream
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
 from multilora.server.openai_bodies import CompletionBody
+from multilora.server.resolving import resolved
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -25,7 +26,8 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     @routes.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Complete one prompt or many."""
-        return await CompletionRequest(driver.front, body, sampling_defaults).respond(request, driver)
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await CompletionRequest(driver.front, body, sampling_defaults).respond(request, driver)
 
     return routes
 

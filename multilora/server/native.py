@@ -21,6 +21,7 @@ from multilora.params import SamplingParams
 from multilora.server.bodies import GenerateBody
 from multilora.server.errors import StrictRoute
 from multilora.server.foreign_fields import sort_out
+from multilora.server.resolving import resolved
 from multilora.server.streaming import EventStream, Json, frame, while_connected
 
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
@@ -32,6 +33,10 @@ def router(driver: AsyncDriver) -> APIRouter:
     @routes.post("/generate")
     async def generate(request: Request, body: GenerateBody) -> Response:
         """Generate from text or token ids, one prompt or many, each with its own adapter."""
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await answer(request, body)
+
+    async def answer(request: Request, body: GenerateBody) -> Response:
         batch = read_batch(driver.front.registry, body)
         answers = NativeAnswers(driver.front.vocabularies, body, batch)
 

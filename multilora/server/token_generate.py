@@ -22,6 +22,7 @@ from multilora.server.bodies import Body, Integer, TokenIds
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
 from multilora.server.openai_bodies import OpenAIBody, StreamOptions
+from multilora.server.resolving import resolved
 
 LOWEST = -1e30
 """Said of a token that cannot come (its logprob is minus infinity or not a number): clients want finite numbers."""
@@ -67,7 +68,8 @@ def router(driver: AsyncDriver) -> APIRouter:
     @routes.post("/inference/v1/generate")
     async def generate_tokens(request: Request, body: TokenGenerateBody) -> Response:
         """Continue a prompt of token ids; without `max_tokens` to the end of the context."""
-        return await TokenRequest(driver.front, body).respond(request, driver)
+        async with resolved(request.receive, driver, body.model):
+            return await TokenRequest(driver.front, body).respond(request, driver)
 
     return routes
 
