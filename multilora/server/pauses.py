@@ -89,13 +89,15 @@ def _sleep(routes: APIRouter, driver: AsyncDriver) -> None:
         """As vLLM, but a pause alone is no sleep."""
         return Json({"is_sleeping": pauses.state.sleeping})
 
-    @routes.api_route("/release_memory_occupation", methods=["GET", "POST"])
+    @routes.get("/release_memory_occupation")
+    @routes.post("/release_memory_occupation")
     async def release(body: Annotated[MemoryBody | None, Body()] = None) -> Response:
         """As SGLang; running requests are computed anew afterwards. A pause that is there already outlasts this."""
         await driver.change(pauses.sleep(mode=None, tags=body.tags if body else None))
         return Json(None)
 
-    @routes.api_route("/resume_memory_occupation", methods=["GET", "POST"])
+    @routes.get("/resume_memory_occupation")
+    @routes.post("/resume_memory_occupation")
     async def take_back(body: Annotated[MemoryBody | None, Body()] = None) -> Response:
         """As SGLang."""
         await driver.change(pauses.wake_up(body.tags if body else None))
