@@ -159,7 +159,7 @@ class Config:
     disable_radix_cache: bool = _memory(False, "do not share the KV cache of equal prefixes")
     schedule_policy: str = _memory(
         "fcfs",
-        "first come first served, or longest cached prefix",
+        "first come first served, longest cached prefix, or the lowest `priority` of the requests first",
         choices=(KeysOf("multilora.engine.scheduling.policy:POLICIES"),),
     )
     attention_backend: str = _memory(
@@ -181,6 +181,11 @@ class Config:
     )
     cors_origins: tuple[str, ...] = _server(
         (), "web pages of these origins may call the server; `*`: all", metavar="ORIGIN"
+    )
+    logprobs_mode: str = _server(
+        "raw",
+        "what logprobs of an answer are the log-softmax of: the model's logits, or what tokens are drawn from",
+        choices=(KeysOf("multilora.params:LOGPROBS_MODES"),),
     )
     sampling_defaults: str = _server(
         "model",

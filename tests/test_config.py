@@ -110,7 +110,7 @@ def test_flashinfer_backend_is_auto_with_a_warning(caplog):
         ({"max_running_requests": None}, "--max-running-requests must be a positive integer"),
         ({"lora_backend": "cutlass"}, "--lora-backend must be one of auto, torch, triton, csgmv"),
         ({"lora_eviction_policy": "mru"}, "--lora-eviction-policy must be one of lru, fifo, cost"),
-        ({"schedule_policy": "sjf"}, "--schedule-policy must be one of fcfs, lpm, is 'sjf'"),
+        ({"schedule_policy": "sjf"}, "--schedule-policy must be one of fcfs, lpm, priority, is 'sjf'"),
         ({"attention_backend": "fa3"}, "--attention-backend must be one of auto, flashinfer, torch, is 'fa3'"),
         ({"dtype": "float8"}, "--dtype must be one of auto, float32, bfloat16, float16, is 'float8'"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda, is 'tpu'"),

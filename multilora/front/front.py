@@ -30,7 +30,7 @@ from multilora.front.resolver import Resolver
 from multilora.front.stream import TextStream
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
-from multilora.params import SamplingParams
+from multilora.params import LOGPROBS_MODES, SamplingParams
 
 INLINE_CHARS = 2048
 """Texts of one request that are tokenized at once, 1 ms; more goes to a thread, which costs 0.15 ms."""
@@ -173,7 +173,7 @@ class Front:
         job, length = sample.job, len(sample.prompt_ids)
         context, vocab_size = self.engine.ready.context_length, sample.vocabulary.size
         check_prompt(sample.prompt_ids, context, vocab_size)
-        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, vocab_size)
+        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, vocab_size, job.prompt_logprobs)
         ends = sample.vocabulary.ends
         return Submit(
             rid=sample.key,
@@ -183,6 +183,11 @@ class Front:
             return_logprob=job.return_logprob,
             logprob_start_len=job.logprob_start_len if job.return_logprob else -1,
             top_logprobs_num=job.top_logprobs_num if job.return_logprob else 0,
+            prompt_logprobs=job.prompt_logprobs,
+            return_ranks=job.return_logprob and job.return_ranks,
+            logprobs_mode=job.logprobs_mode or LOGPROBS_MODES[self.config.logprobs_mode],
+            salt=job.salt,
+            priority=job.priority,
         )
 
     def _compile(self, params: Sequence[SamplingParams]) -> Steps[Sequence[str | None]]:

@@ -114,9 +114,11 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
         **template_kwargs: Any,
     ) -> list[int]:
-        """Render the chat template, which writes its own special tokens, and tokenize. Raises BadRequest."""
+        """Render the chat template and tokenize. The template writes its own special tokens: with
+        `add_special_tokens` the tokenizer adds those that it adds to any text. Raises BadRequest."""
         if not self.hf.chat_template:
             raise BadRequest("the model has no chat template; start with --chat-template or use completions")
         if reserved := self._reserved & set(template_kwargs):
@@ -132,7 +134,7 @@ class Tokenizer:
             )
         except _TEMPLATE_ERRORS as e:
             raise BadRequest(f"the chat template refused the messages: {e}", param="messages") from e
-        return self._encode(text, add_special_tokens=False)
+        return self._encode(text, add_special_tokens)
 
     def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """As `self.hf.encode`; straight from its backend in half the time, where its class adds nothing."""
