@@ -6,7 +6,7 @@ the OpenAI routes.
 """
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
@@ -20,7 +20,7 @@ from multilora.front.generation import Job, Sample
 from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.server.bodies import Body, Integer, TokenIds
 from multilora.server.errors import StrictRoute
-from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
+from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs, common_fields
 from multilora.server.openai_bodies import OpenAIBody, StreamOptions
 from multilora.server.resolving import resolved
 
@@ -78,7 +78,7 @@ class TokenRequest(OpenAIRequest):
     """One prompt, `n` choices."""
 
     id_prefix, kind, chunk_kind = "gen", "whole", "chunk"
-    prompt_ids_in_head = True
+    prompt_in_head = True
 
     def __init__(self, front: Front, body: TokenGenerateBody):
         common = body.common()
@@ -91,6 +91,9 @@ class TokenRequest(OpenAIRequest):
             adapters=adapters,
             return_logprob=top is not None,
             top_logprobs_num=top or 0,
+            return_ranks=top is not None,
+            salt=common.salts(1)[0],
+            **common_fields(common),
         )
         super().__init__(common, [job], front.config.model_name)
         self._id = body.request_id or uuid.uuid4().hex
@@ -109,7 +112,9 @@ class TokenRequest(OpenAIRequest):
             "finish_reason": part.finished.openai() if part.finished else None,
             "stop_reason": _stop_reason(part.finished, sample),
             "token_ids": part.token_ids,
-            "logprobs": {"content": _contents(part)} if sample.job.return_logprob else None,
+            "logprobs": {"content": _contents(part, sample.job.top_logprobs_num)}
+            if sample.job.return_logprob
+            else None,
         }
 
     def _head(self, generation: AsyncGeneration, kind: str) -> dict[str, Any]:
@@ -137,25 +142,22 @@ def _stop_reason(finished: FinishReason | None, sample: Sample) -> int | str | N
     return finished.matched if asked else None
 
 
-def _contents(part: TextStream | Delta) -> list[dict[str, Any]]:
-    """One entry for each token; zip would hide a logprob that is missing."""
-    return [_content(token, logprobs) for token, logprobs in zip(part.token_ids, part.logprobs, strict=True)]
+def _contents(part: TextStream | Delta, top: int) -> list[dict[str, Any]]:
+    """One entry for each token, with `top` of the likeliest ones."""
+    return [_content(token, logprobs, top) for token, logprobs in zip(part.token_ids, part.logprobs, strict=True)]
 
 
-def _content(token: int, logprobs: Logprobs) -> dict[str, Any]:
+def _content(token: int, logprobs: Logprobs, top: int) -> dict[str, Any]:
     """`top_logprobs`: the token itself first, then the likeliest ones that are not it, best first."""
-    own = _candidate(token, logprobs.logprob, _rank(token, logprobs.top))
+    own = _candidate(token, logprobs.logprob, logprobs.rank)
     others = [
-        _candidate(other, logprob, rank) for rank, (logprob, other) in enumerate(logprobs.top, 1) if other != token
+        _candidate(other, logprob, rank)
+        for rank, (logprob, other) in enumerate(logprobs.top[:top], 1)
+        if other != token
     ]
-    return own | {"top_logprobs": [own, *others] if logprobs.top else [own]}
+    return own | {"top_logprobs": [own, *others]}
 
 
 def _candidate(token: int, logprob: float | None, rank: int | None) -> dict[str, Any]:
     finite = LOWEST if logprob is None else max(logprob, LOWEST)
     return {"token": f"token_id:{token}", "token_id": token, "logprob": finite, "rank": rank}
-
-
-def _rank(token: int, top: Sequence[tuple[float, int]]) -> int | None:
-    """1 for the likeliest; None where it is not among those that are known."""
-    return next((rank for rank, (_, other) in enumerate(top, 1) if other == token), None)

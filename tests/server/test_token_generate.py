@@ -31,9 +31,8 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpDoor]:
 
 
 def ask(http: HttpDoor, sampling: dict[str, Any] | None = None, **body: Any) -> Any:
-    answer = http.run(
-        http.server.send("POST", ROUTE, {"token_ids": PROMPT, "sampling_params": GREEDY | (sampling or {})} | body)
-    )
+    wanted = {"token_ids": PROMPT, "sampling_params": GREEDY | (sampling or {})} | body
+    answer = http.run(http.server.send("POST", ROUTE, wanted))
     assert answer.status == 200, answer.text
     return answer.frames if body.get("stream") else answer.json()
 
@@ -83,6 +82,28 @@ def test_logprobs_as_renderers_and_as_vllm_read_them(http: HttpDoor, wanted: int
         assert int(wanted) - 1 <= len(others) <= int(wanted)
         assert sorted(others, key=lambda one: -one["logprob"]) == others
         assert own["token_id"] not in {one["token_id"] for one in others}
+
+
+def test_prompt_logprobs_have_the_prompts_own_token_first(http: HttpDoor) -> None:
+    found = ask(http, {"prompt_logprobs": 2, "logprobs": 0})
+    first, *others = found["prompt_logprobs"]
+    assert first is None
+    assert [next(iter(position)) for position in others] == [str(token) for token in PROMPT[1:]]
+    assert all(math.isfinite(next(iter(position.values()))["logprob"]) for position in others)
+    assert all(len(entry["top_logprobs"]) == 1 for entry in found["choices"][0]["logprobs"]["content"])
+
+
+def test_the_likeliest_token_has_rank_1(http: HttpDoor) -> None:
+    [choice] = ask(http, {"logprobs": 0})["choices"]
+    assert {entry["rank"] for entry in choice["logprobs"]["content"]} == {1}
+
+
+def test_salts_keep_prefixes_apart(http: HttpDoor) -> None:
+    def cached(**body: Any) -> int:
+        usage = ask(http, token_ids=[7] * 40, priority=1, **body)["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    assert [cached(cache_salt="one"), cached(cache_salt="one"), cached(cache_salt="two")] == [0, 32, 0]
 
 
 def test_a_stream_adds_up_to_the_whole(http: HttpDoor) -> None:
