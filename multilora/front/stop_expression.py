@@ -1,7 +1,7 @@
 """User's stop expressions, compiled by RE2: matching takes time linear in the text, compiling bounded memory.
 
-Besides the expression itself there is its *prefix expression*: what matches every beginning of a match that reaches the
-end of the text. It tells which text may still become a stop. RE2 has no partial matching, so it is made here from
+Besides the expression itself there is its *prefix expression*, which matches every beginning of a match that reaches
+the end of the text. It tells which text may still become a stop. RE2 has no partial matching, so it is made here from
 the parsed expression: the beginnings of `xy` are those of `x`, and `x` with a beginning of `y`; those of `x{n,m}` are
 up to m - 1 times `x` with a beginning of one more. Called by `stop.py`; knows nothing of streams.
 """
@@ -16,6 +16,7 @@ MAX_CHARACTERS = 512  # of one expression
 MAX_PROGRAM = 4000  # RE2 instructions of one expression or its prefix expression: what a step of the search may cost
 MAX_MEMORY = 8 << 20  # bytes of RE2's program and automaton
 MAX_DEPTH = 50  # groups within groups
+_OCTAL = tuple("01234567")
 _REPEATS = {"*": None, "+": None, "?": 1}
 
 
@@ -177,14 +178,13 @@ class _Prefixes:
             return letter + self._take()
         if letter == "x":
             return letter + self._take(2)
-        while (
-            letter[0] in "01234567" and len(letter) < 3 and self._source[self._at : self._at + 1] in tuple("01234567")
-        ):
-            letter += self._take()
+        if letter in _OCTAL:
+            while len(letter) < 3 and self._source[self._at : self._at + 1] in _OCTAL:
+                letter += self._take()
         return letter
 
     def _bounds(self) -> tuple[int, int | None] | None:
-        """The most that a quantifier, if one comes, repeats, and the text of the full one; greed changes no language."""
+        """The least and the most that the quantifier, if one comes, repeats; whether it is greedy does not matter."""
         start = self._at
         if self._source[start : start + 1] in tuple(_REPEATS):
             sign = self._take()
