@@ -153,6 +153,8 @@ class Config:
     tp_size: int = _memory(1, "GPUs that share the model", aliases=("--tp", "--tensor-parallel-size"))
     random_seed: int | None = _memory(None, "seed of requests that bring none", low=None)
 
+    grammar_timeout: float = _server(10.0, "most seconds of computing to compile one grammar")
+    grammar_max_bytes: int = _server(1 << 30, "most memory to compile one grammar", size=True)
     host: str = _server("127.0.0.1", "address to listen on")
     port: int = _server(30000, "port to listen on; 0: any free one", low=0, high=65535)
     log_level: str = _server("info", "least severe lines shown", choices=tuple(logs.LEVELS))

@@ -4,8 +4,9 @@
 
 Without --url it starts a server over the demo model for each scenario. While a scenario runs, `/health` is asked 50
 times a second; printed are the statuses of the hostile requests, the percentiles of those probes (a slow one also
-counts for those that it kept from being sent), and by how much the memory of the server's processes has grown. The exit code is 1 if a probe failed, its p99 was 100 ms or more, memory grew by
-over 1 GiB, or a hostile request was answered with a 500.
+counts for those that it kept from being sent), and by how much the memory of the server's processes has grown. The
+exit code is 1 if a probe failed, its p99 was 100 ms or more, memory grew by over 1 GiB, or a hostile request was
+answered with a 500.
 """
 
 import argparse
@@ -314,7 +315,7 @@ class Probe:
             thread.join()
 
     def percentile(self, share: float) -> float:
-        """In ms. A probe that took t also stands for those that would have been sent every PROBE_SECONDS meanwhile."""
+        """In ms. A slow probe also stands for those that would have been sent meanwhile."""
         step = PROBE_SECONDS * 1000
         found = sorted(ms - k * step for ms in self.ms for k in range(1 + int(ms / step)))
         return found[min(len(found) - 1, int(share * len(found)))]

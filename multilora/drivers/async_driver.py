@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+from multilora.drivers.grammar_pool import GrammarPool
 from multilora.engine.messages import AdapterInfo, Output
 from multilora.errors import MultiloraError
 from multilora.front.effects import (
+    CompileGrammar,
     Effect,
     EngineLoad,
     EngineUnload,
@@ -32,7 +34,7 @@ from multilora.front.stream import Delta
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-THREADS = {Lane.TEXT: 4, Lane.GRAMMAR: 1, Lane.FILES: 8}
+THREADS = {Lane.TEXT: 4, Lane.FILES: 8}
 
 
 class AsyncEngine(EngineLink, Protocol):
@@ -82,6 +84,7 @@ class AsyncDriver:
     def __init__(self, engine: AsyncEngine, front: Front):
         self.engine = engine
         self.front = front
+        self._grammars = GrammarPool(front.config.grammar_timeout, front.config.grammar_max_bytes)
         self._changes: set[asyncio.Task[Any]] = set()
         self._pools = {lane: ThreadPoolExecutor(count, lane.value) for lane, count in THREADS.items()}
 
@@ -101,6 +104,7 @@ class AsyncDriver:
     async def close(self) -> None:
         """Let the engine finish what runs, and end it; no more blocking work is begun."""
         await self.engine.shutdown()
+        self._grammars.close()
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -122,6 +126,8 @@ class AsyncDriver:
         match effect:
             case RunBlocking(lane, function):
                 return await self.run_blocking(lane, function)
+            case CompileGrammar(setup, field, source):
+                return await self._grammars.compile(setup, field, source)
             case EngineLoad(version, path, pinned):
                 return await self.engine.load_adapter(version, path, pinned)
             case EngineUnload(version):

@@ -57,6 +57,7 @@ class Engine:
         self._describe = describe
         self._max_queued = max_queued
         self._seeds = random.Random(random_seed)
+        self._without_grammar: dict[str, Submit] = {}  # by rid: it is being compiled
         self._calls: dict[int, int] = {}  # version being loaded → call to answer
         self._replies: list[FromEngine] = []
         self._order = 0
@@ -72,6 +73,7 @@ class Engine:
         Grammars must know the tokens of that step before this one is sampled, but not before its forward pass.
         """
         self._poll_adapters()
+        self._poll_grammars()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
@@ -100,7 +102,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Something is unfinished: requests, answers, adapters on their way."""
-        return self.running or bool(self.scheduler.unfinished or self.adapters.busy)
+        return self.running or bool(self.scheduler.unfinished or self.adapters.busy or self._without_grammar)
 
     @property
     def copying(self) -> bool:
@@ -114,6 +116,8 @@ class Engine:
         match message:
             case Submit():
                 self._submit(message)
+            case Abort(rid, text) if self._without_grammar.pop(rid, None) is not None:
+                self._end_unstarted(rid, Finished(type="abort", message=text))
             case Abort(rid, text):
                 self.scheduler.end(rid, Finished(type="abort", message=text))
             case Finish(rid):
@@ -148,11 +152,26 @@ class Engine:
     # ------------------------------------------------------------------ inside
 
     def _submit(self, message: Submit) -> None:
+        if message.grammar is not None and not self.runner.grammar_ready(message.grammar):
+            self._without_grammar[message.rid] = message
+            return
         try:
             self.scheduler.add(self._admit(message))
         except MultiloraError as e:
-            finished = Finished(type="error", kind=e.kind, message=e.message)
-            self._replies.append(Outputs([Output(rid=message.rid, finished=finished)]))
+            self._end_unstarted(message.rid, Finished(type="error", kind=e.kind, message=e.message))
+
+    def _end_unstarted(self, rid: str, finished: Finished) -> None:
+        """The end of a request that the scheduler does not know."""
+        self._replies.append(Outputs([Output(rid=rid, finished=finished)]))
+
+    def _poll_grammars(self) -> None:
+        """Take in the requests whose grammars are compiled by now."""
+        texts = {message.grammar for message in self._without_grammar.values()}
+        ready = {text for text in texts if text is not None and self.runner.grammar_ready(text)}
+        if ready:
+            for message in list(self._without_grammar.values()):
+                if message.grammar in ready:
+                    self._submit(self._without_grammar.pop(message.rid))
 
     def _admit(self, message: Submit) -> RequestSpec:
         """Checks that only the engine can make, then what the scheduler must know."""

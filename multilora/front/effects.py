@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from multilora.engine.messages import AdapterInfo
+from multilora.front.grammars.compiler import Setup
 
 T = TypeVar("T")
 
@@ -35,7 +36,6 @@ class Lane(enum.Enum):
     """Who waits for whom: blocking work of one lane runs on a bounded number of threads of its own."""
 
     TEXT = "text"  # tokenizing and chat templates
-    GRAMMAR = "grammar"
     FILES = "files"  # disk and network
 
 
@@ -45,6 +45,26 @@ class RunBlocking(Effect[T]):
 
     lane: Lane
     function: Callable[[], T]
+
+
+@dataclass(frozen=True)
+class CompiledText:
+    """A grammar as `Submit.grammar` wants it, and what it is bound to: xgrammar's TokenizerInfo as JSON."""
+
+    text: str
+    tokenizer_info: str
+
+
+@dataclass(frozen=True)
+class CompileGrammar(Effect[CompiledText]):
+    """Compile `source`, a grammar of the kind that `field` holds, where it can be stopped.
+
+    Raises BadRequest, also when it takes too much time or memory; QueueFull when too many others wait.
+    """
+
+    setup: Setup
+    field: str
+    source: str
 
 
 @dataclass(frozen=True)

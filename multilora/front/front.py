@@ -19,14 +19,13 @@ from multilora.front.adapter_manager import AdapterManager
 from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.engine_link import EngineLink
 from multilora.front.generation import Generation, Job, Sample
-from multilora.front.grammar import GrammarCompiler
+from multilora.front.grammar import Grammars
 from multilora.front.observer import Observer
 from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, engine_params
 from multilora.front.registry import AdapterRegistry
 from multilora.front.stream import TextStream
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
-from multilora.params import SamplingParams
 
 INLINE_CHARS = 2048
 """Texts of one request that are tokenized at once, 1 ms; more goes to a thread, which costs 0.15 ms."""
@@ -55,8 +54,7 @@ class Front:
         self.vocabularies = Vocabularies(tokenizer, ready, self.registry, config.lora_root)
         self.adapters = AdapterManager(self.registry, self.vocabularies, spool, self.observer)
         self._room = config.max_running_requests + config.max_queued_requests
-        self._compiler = GrammarCompiler(tokenizer, ready.vocab_size, ready.eos_token_ids)
-        self._tokenizer_sent = False  # to the engine, for its grammars
+        self._grammars = Grammars(self.vocabularies.base, engine)
         self._open: dict[str, Sample] = {}  # by rid
         self._serial = itertools.count()
 
@@ -79,7 +77,7 @@ class Front:
                 for sample in samples:
                     sample.prompt_ids = ids
             messages = {sample.key: self._prepare(sample) for sample in generation.samples}
-            grammars = yield from self._compile([job.sampling for job in jobs])
+            grammars = yield from self._grammars.compile([job.sampling for job in jobs])
             for samples, grammar in zip(groups, grammars, strict=True):
                 for sample in samples:
                     message = messages[sample.key]
@@ -165,17 +163,6 @@ class Front:
             logprob_start_len=job.logprob_start_len if job.return_logprob else -1,
             top_logprobs_num=job.top_logprobs_num if job.return_logprob else 0,
         )
-
-    def _compile(self, params: Sequence[SamplingParams]) -> Steps[Sequence[str | None]]:
-        """The compiled grammar of each, None where there is none."""
-        if not any(p.grammar_field for p in params):
-            return [None] * len(params)
-        self.vocabularies.base.reader("a grammar")
-        compiled = yield from RunBlocking(Lane.GRAMMAR, lambda: [self._compiler.compile(p) for p in params])
-        if not self._tokenizer_sent:
-            self._tokenizer_sent = True
-            self.engine.use_tokenizer(self._compiler.tokenizer_info_json())
-        return compiled
 
     def _send(self, sample: Sample, message: Submit, deliver: Callable[[Output], None]) -> None:
         sample.submitted = True

@@ -131,6 +131,9 @@ class FakeRunner:
         self.unread: list[int] = []
         self.tokens_sampled = 0
 
+    def grammar_ready(self, grammar: str) -> bool:
+        return True
+
     def check_sampling(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
         """Everything goes."""
 
