@@ -22,3 +22,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> "Lab":
     from peft_rows import Lab
 
     return Lab(tmp_path_factory.mktemp("peft"))
+
+
+@pytest.fixture(autouse=True)
+def _grammars_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool of processes, which takes seconds to start, is tested in `drivers/test_grammar_pool.py`."""
+    from fakes.grammars import InProcessGrammars
+
+    monkeypatch.setattr("multilora.drivers.async_driver.GrammarPool", InProcessGrammars)

@@ -34,7 +34,7 @@ from multilora.front.stream import Delta
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-THREADS = {Lane.TEXT: 4, Lane.FILES: 8}
+THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8}
 
 
 class AsyncEngine(EngineLink, Protocol):
@@ -62,14 +62,35 @@ class AsyncGeneration:
         self._outputs = outputs
 
     async def events(self) -> AsyncIterator[tuple[Sample, Delta]]:
-        """What is new, of which sample, until each has ended. Raises the typed error of the first that fails."""
+        """What is new, of which sample, until each has ended. Raises the typed error of the first that fails.
+
+        Who reads slowly gets more at a time: what has come meanwhile is one delta.
+        """
         try:
             while not self._generation.finished:
-                event = self._generation.receive(await self._outputs.get())
-                if event is not None:
-                    yield event
+                deltas, error = self._take(await self._outputs.get())
+                for delta in deltas.values():
+                    yield delta
+                if error is not None:
+                    raise error
         finally:
             self.close()
+
+    def _take(self, first: Output) -> tuple[dict[int, tuple[Sample, Delta]], MultiloraError | None]:
+        """All that has come by now, what is new of one sample as one delta, by its index; and the first error."""
+        deltas: dict[int, tuple[Sample, Delta]] = {}
+        output: Output | None = first
+        try:
+            while output is not None:
+                event = self._generation.receive(output)
+                if event is not None:
+                    sample, delta = event
+                    before = deltas.get(sample.index)
+                    deltas[sample.index] = (sample, delta if before is None else before[1].then(delta))
+                output = None if self._outputs.empty() else self._outputs.get_nowait()
+        except MultiloraError as e:
+            return deltas, e
+        return deltas, None
 
     async def results(self) -> list[Sample]:
         """Wait for all endings."""

@@ -6,11 +6,13 @@ event loop.
 """
 
 import asyncio
-import contextlib
 import logging
 import socket
+import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Callable
 
 import msgspec
 
@@ -36,8 +38,8 @@ class GrammarPool:
         self._free = asyncio.Semaphore(AT_ONCE)
         self._waiting = 0
         self._starting = asyncio.Lock()
-        self._process: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None
+        self._end: Callable[[], object] | None = None  # ends the process, here or when this object is gone
         self._tokenizer_info = ""
 
     async def compile(self, setup: Setup, field: str, source: str) -> CompiledText:
@@ -51,13 +53,11 @@ class GrammarPool:
             self._waiting -= 1
         try:
             request = msgspec.json.encode((field, source))
-            start = time.monotonic()
-            data = await self._ask(await self._started(setup), request)
+            data, seconds = await self._ask(await self._started(setup), request)
             if not data and self._ended():
-                start = time.monotonic()
-                data = await self._ask(await self._started(setup), request)
+                data, seconds = await self._ask(await self._started(setup), request)
             if not data:
-                raise self._killed(field, time.monotonic() - start)
+                raise self._killed(field, seconds)
         finally:
             self._free.release()
         answer = msgspec.json.decode(data, type=Answer)
@@ -67,16 +67,14 @@ class GrammarPool:
 
     def close(self) -> None:
         """End the process, and with it whatever it compiles."""
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            self._process = None
+        if self._end is not None:
+            self._end()
+            self._control = self._end = None
 
-    async def _ask(self, control: socket.socket, request: bytes) -> bytes:
-        """The child's answer; empty: it was killed. Closing the connection, as a cancellation does, kills it too."""
+    async def _ask(self, control: socket.socket, request: bytes) -> tuple[bytes, float]:
+        """The child's answer, empty if it was killed, and how long it took. Closing the connection, as a cancellation
+        does, kills it too."""
+        start = time.monotonic()
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -85,14 +83,14 @@ class GrammarPool:
         except BaseException as e:
             ours.close()
             if isinstance(e, ConnectionError):
-                return b""
+                return b"", 0.0
             raise
         try:
             writer.write(request)
             writer.write_eof()
-            return await reader.read()
-        except ConnectionError:
-            return b""  # it was killed before it had read all
+            return await reader.read(), time.monotonic() - start
+        except ConnectionError:  # it was killed before it had read all
+            return b"", time.monotonic() - start
         finally:
             writer.close()
 
@@ -117,38 +115,43 @@ class GrammarPool:
             if self._control is not None and not self._ended():
                 return self._control
             self.close()
-            ours, theirs = socket.socketpair()
             try:
-                await asyncio.wait_for(self._start(setup, ours, theirs), START_SECONDS)
+                await asyncio.wait_for(self._start(await asyncio.to_thread(setup.encode)), START_SECONDS)
             except BaseException as e:
                 self.close()
-                ours.close()
-                if isinstance(e, OSError | EOFError | TimeoutError):
+                if isinstance(e, OSError | EOFError):  # a TimeoutError is an OSError
                     logger.exception("the process that compiles grammars does not start")
                     raise MultiloraError("the process that compiles grammars does not start") from e
                 raise
-            finally:
-                theirs.close()
-            self._control = ours
-            return ours
+            assert self._control is not None
+            return self._control
 
-    async def _start(self, setup: Setup, ours: socket.socket, theirs: socket.socket) -> None:
-        encoded = await asyncio.to_thread(setup.encode)
-        command = [sys.executable, "-m", "multilora.drivers.grammar_process", str(theirs.fileno())]
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            str(self._seconds),
-            str(self._nbytes),
-            stdin=asyncio.subprocess.PIPE,
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()  # so that its end is seen
-        assert self._process.stdin is not None
-        self._process.stdin.write(encoded)
-        self._process.stdin.write_eof()
-        ours.setblocking(False)
-        size = int.from_bytes(await _receive(ours, 8))
-        self._tokenizer_info = (await _receive(ours, size)).decode()
+    async def _start(self, setup: bytes) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            arguments = [str(theirs.fileno()), str(self._seconds), str(self._nbytes)]
+            process = subprocess.Popen(
+                [sys.executable, "-m", "multilora.drivers.grammar_process", *arguments],
+                stdin=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+            )
+        self._end = weakref.finalize(self, _end, process, self._control)
+        await asyncio.to_thread(_write, process, setup)
+        self._control.setblocking(False)
+        size = int.from_bytes(await _receive(self._control, 8))
+        self._tokenizer_info = (await _receive(self._control, size)).decode()
+
+
+def _write(process: "subprocess.Popen[bytes]", data: bytes) -> None:
+    assert process.stdin is not None
+    with process.stdin:
+        process.stdin.write(data)
+
+
+def _end(process: "subprocess.Popen[bytes]", control: socket.socket) -> None:
+    control.close()
+    process.kill()
+    process.wait()
 
 
 async def _receive(source: socket.socket, size: int) -> bytes:

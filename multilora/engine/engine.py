@@ -46,7 +46,7 @@ class Engine:
         adapters: AnyStore,
         *,
         describe: Callable[[Stats], Ready],
-        max_queued: int,
+        max_unfinished: int,
         random_seed: int | None,
         ahead: int = 0,
     ):
@@ -55,7 +55,7 @@ class Engine:
         self.adapters = adapters
         self.report = StatsReporter(scheduler, adapters)
         self._describe = describe
-        self._max_queued = max_queued
+        self._max_unfinished = max_unfinished
         self._seeds = random.Random(random_seed)
         self._without_grammar: dict[str, Submit] = {}  # by rid: it is being compiled
         self._calls: dict[int, int] = {}  # version being loaded → call to answer
@@ -177,8 +177,8 @@ class Engine:
         """Checks that only the engine can make, then what the scheduler must know."""
         if self.scheduler.get(message.rid) is not None:
             raise BadRequest(f"request id {message.rid!r} is already in use", param="rid")
-        if len(self.scheduler.waiting) >= self._max_queued:
-            raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting already (--max-queued-requests)")
+        if self.scheduler.unfinished >= self._max_unfinished:
+            raise QueueFull(f"{self.scheduler.unfinished} requests run or wait already (--max-queued-requests)")
         self._check_adapters(message.adapters)
         tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
         self.scheduler.components.check_fit([version for version, _ in message.adapters], tokens)

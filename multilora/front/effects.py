@@ -36,6 +36,7 @@ class Lane(enum.Enum):
     """Who waits for whom: blocking work of one lane runs on a bounded number of threads of its own."""
 
     TEXT = "text"  # tokenizing and chat templates
+    LONG_TEXT = "long text"
     FILES = "files"  # disk and network
 
 

@@ -21,7 +21,7 @@ from multilora.front.engine_link import EngineLink
 from multilora.front.generation import Generation, Job, Sample
 from multilora.front.grammar import Grammars
 from multilora.front.observer import Observer
-from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, engine_params
+from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, check_stops, engine_params
 from multilora.front.registry import AdapterRegistry
 from multilora.front.stream import TextStream
 from multilora.front.tokenizer import Tokenizer
@@ -29,6 +29,8 @@ from multilora.front.vocabulary import Vocabularies
 
 INLINE_CHARS = 2048
 """Texts of one request that are tokenized at once, 1 ms; more goes to a thread, which costs 0.15 ms."""
+LONG_CHARS = 256 << 10
+"""More than these do not keep shorter ones waiting, 0.2 s."""
 
 
 class Front:
@@ -125,6 +127,7 @@ class Front:
         """From here on the adapters of the job stay what they are now, whatever is loaded or unloaded."""
         vocabulary = self.vocabularies.of(job.adapters)
         vocabulary.check_grammar(job.sampling)
+        check_stops(job.sampling, self.config.max_stop_strings)
         if job.sampling.stop_strings or job.sampling.stop_regexes:
             vocabulary.reader("a stop string", "stop")
         samples = []
@@ -141,18 +144,21 @@ class Front:
 
     def _tokenize(self, samples: Sequence[Sample]) -> Steps[list[list[int]]]:
         """The token ids of each one's prompt. Chat templates may do anything, so they always get a thread."""
+        context_length = self.engine.ready.context_length
         prompts = [sample.job.prompt for sample in samples]
         texts = [prompt.text for prompt in prompts if isinstance(prompt, TextPrompt)]
         if any(isinstance(prompt, ChatPrompt) for prompt in prompts) or sum(map(len, texts)) > INLINE_CHARS:
-            return (yield from RunBlocking(Lane.TEXT, partial(_encode, samples)))
-        return _encode(samples)
+            lane = Lane.TEXT if sum(map(len, texts)) <= LONG_CHARS else Lane.LONG_TEXT
+            return (yield from RunBlocking(lane, partial(_encode, samples, context_length)))
+        return _encode(samples, context_length)
 
     def _prepare(self, sample: Sample) -> Submit:
         """The checks of what depends on the prompt's tokens, and the message but for its grammar."""
         job, length = sample.job, len(sample.prompt_ids)
         context, vocab_size = self.engine.ready.context_length, sample.vocabulary.size
         check_prompt(sample.prompt_ids, context, vocab_size)
-        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, vocab_size)
+        most = min(self.config.max_logprobs, vocab_size)
+        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, most)
         ends = sample.vocabulary.ends
         return Submit(
             rid=sample.key,
@@ -172,5 +178,6 @@ class Front:
             self.engine.abort(sample.key, sample.abort_message)
 
 
-def _encode(samples: Sequence[Sample]) -> list[list[int]]:
-    return [s.job.prompt if isinstance(s.job.prompt, list) else s.job.prompt.encode(s.vocabulary) for s in samples]
+def _encode(samples: Sequence[Sample], context_length: int) -> list[list[int]]:
+    prompts = [(sample.job.prompt, sample.vocabulary) for sample in samples]
+    return [p if isinstance(p, list) else p.encode(vocabulary, context_length) for p, vocabulary in prompts]

@@ -8,6 +8,7 @@ factor, on the expressions (`stop_expression.py`). It knows nothing of tokens.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from time import perf_counter
 
 from multilora.errors import BadRequest
@@ -37,7 +38,7 @@ class StopMatcher:
     def __init__(self, strings: Sequence[str], regexes: Sequence[str]):
         assert all(strings)
         self._strings = _Strings(strings)
-        self._expressions = _Expressions([StopExpression.compile(r) for r in regexes]) if regexes else None
+        self._expressions = _Expressions([_expression(r) for r in regexes]) if regexes else None
         self._seconds = 0.0
         self.held = 0
 
@@ -75,7 +76,7 @@ class _Strings:
     """Aho and Corasick's automaton ("Efficient string matching", 1975): all strings in one pass over the text."""
 
     def __init__(self, strings: Sequence[str]):
-        self._root = _automaton(strings)
+        self._root = _automaton(tuple(strings))
         self._node = self._root
         self._size = 0  # characters fed
 
@@ -98,7 +99,8 @@ class _Strings:
         self._node, self._size = node, self._size + len(piece)
 
 
-def _automaton(strings: Sequence[str]) -> _Node:
+@lru_cache(maxsize=16)  # the samples of a request share one
+def _automaton(strings: tuple[str, ...]) -> _Node:
     root = _Node(0)
     for string in strings:
         node = root
@@ -117,6 +119,11 @@ def _automaton(strings: Sequence[str]) -> _Node:
             node.open = node.depth if node.next else node.fallback.open
             waiting.append(node)
     return root
+
+
+@lru_cache(maxsize=16)
+def _expression(source: str) -> StopExpression:
+    return StopExpression.compile(source)
 
 
 class _Expressions:

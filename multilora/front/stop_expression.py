@@ -14,7 +14,7 @@ from multilora.errors import BadRequest
 
 MAX_CHARACTERS = 512  # of one expression
 MAX_PROGRAM = 4000  # RE2 instructions of one expression or its prefix expression: what a step of the search may cost
-MAX_MEMORY = 8 << 20  # bytes of RE2's program and automaton
+MAX_MEMORY = 2 << 20  # bytes of RE2's program and automaton
 MAX_DEPTH = 50  # groups within groups
 _OCTAL = tuple("01234567")
 _REPEATS = {"*": None, "+": None, "?": 1}

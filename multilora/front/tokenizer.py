@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.errors import BadRequest, ConfigError
+from multilora.front.tokenizer_length import shrinking
 
 _ENCODERS = ("encode", "_encode_plus")  # methods of transformers' tokenizers
 
@@ -89,6 +91,13 @@ class Tokenizer:
             template = template.get("tool_use") or template.get("default") or ""
         return str(template)
 
+    @cached_property
+    def most_bytes_per_token(self) -> int | None:
+        """No text has fewer tokens than its UTF-8 bytes divided by this; None: nothing of that kind is known."""
+        longest = max(len(token.encode()) for token in self.hf.get_vocab())
+        shrinks = shrinking(json.loads(self.hf.backend_tokenizer.to_str()))
+        return None if shrinks is None else longest * shrinks
+
     def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
         """Ids of the special tokens among `texts`."""
         return frozenset(self._special[text] for text in texts if text in self._special)
@@ -101,7 +110,15 @@ class Tokenizer:
             return ids[1:]
         return ids
 
-    def encode_chat(
+    def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        """Render the chat template, which writes its own special tokens, and tokenize. Raises BadRequest."""
+        return self.encode_rendered(self.render_chat(messages, **options))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """What `render_chat` made of a conversation as tokens."""
+        return self._encode(text, add_special_tokens=False)
+
+    def render_chat(
         self,
         messages: list[dict[str, Any]],
         *,
@@ -109,14 +126,14 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **template_kwargs: Any,
-    ) -> list[int]:
-        """Render the chat template, which writes its own special tokens, and tokenize. Raises BadRequest."""
+    ) -> str:
+        """The conversation as the chat template writes it. Raises BadRequest."""
         if not self.hf.chat_template:
             raise BadRequest("the model has no chat template; start with --chat-template or use completions")
         if reserved := self._reserved & set(template_kwargs):
             raise BadRequest(f"{sorted(reserved)[0]!r} cannot be given to the chat template")
         try:
-            text = self.hf.apply_chat_template(
+            text: str = self.hf.apply_chat_template(
                 messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
@@ -126,7 +143,7 @@ class Tokenizer:
             )
         except _TEMPLATE_ERRORS as e:
             raise BadRequest(f"the chat template refused the messages: {e}", param="messages") from e
-        return self._encode(text, add_special_tokens=False)
+        return text
 
     def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """As `self.hf.encode`; straight from its backend in half the time, where its class adds nothing."""

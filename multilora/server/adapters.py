@@ -12,7 +12,7 @@ from multilora.front.registry import AdapterRegistry
 from multilora.server.bodies import LoadAdapterBody, UnloadAdapterBody, V1LoadAdapterBody, V1UnloadAdapterBody
 from multilora.server.errors import StrictRoute, error_response
 from multilora.server.streaming import Json
-from multilora.server.tensors import BoundedRoute, LoadTensorsBody, write_weights
+from multilora.server.tensors import LoadTensorsBody, TensorsRoute, write_weights
 
 NATIVE_PATHS = ("/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter")
 
@@ -56,7 +56,7 @@ def _sglang_routes(routes: APIRouter, driver: AsyncDriver) -> None:
 
 
 def _tensor_routes(driver: AsyncDriver) -> APIRouter:
-    routes = APIRouter(route_class=BoundedRoute)
+    routes = APIRouter(route_class=TensorsRoute)
     adapters, registry = driver.front.adapters, driver.front.registry
 
     @routes.post("/load_lora_adapter_from_tensors")

@@ -18,6 +18,7 @@ from multilora.front.tokenizer import Tokenizer
 from multilora.server import adapters, chat, completions, errors, native, openai, operations, tokenization
 from multilora.server.auth import KeyCheck
 from multilora.server.metrics import Metrics
+from multilora.server.request_body import Bodies
 
 
 def create_app(
@@ -37,6 +38,7 @@ def create_app(
     defaults = dict(sampling_defaults or {}) if config.sampling_defaults == "model" else {}
     app = FastAPI(title="multilora", version=multilora.__version__)
     app.state.driver = driver
+    app.state.bodies = Bodies(config.max_body_bytes)
     errors.install(
         app, dict.fromkeys(adapters.NATIVE_PATHS, lambda e: adapters.native_result(front.registry, e.message))
     )

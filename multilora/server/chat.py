@@ -52,7 +52,7 @@ class ChatRequest(OpenAIRequest):
             adapters=adapters,
             kept_tokens=self._tools.markers,
             return_logprob=bool(body.logprobs),
-            top_logprobs_num=check_top_logprobs(body.top_logprobs or 0, "top_logprobs"),
+            top_logprobs_num=check_top_logprobs(front, body.top_logprobs or 0, "top_logprobs"),
         )
         super().__init__(body, [job], front.config.model_name)
 
@@ -125,7 +125,7 @@ def chat_prompt(
     if body.reasoning_effort is not None:
         options["reasoning_effort"] = body.reasoning_effort
     own = body.chat_template_kwargs or {}
-    if taken := options.keys() & own.keys():
+    if taken := (options.keys() | {"messages", "self"}) & own.keys():
         raise BadRequest(f"{min(taken)!r} cannot be given to the chat template", param="chat_template_kwargs")
     return ChatPrompt([message.model_dump(exclude_unset=True) for message in messages], options | own)
 

@@ -54,7 +54,7 @@ class CompletionRequest(OpenAIRequest):
                 adapters=spec,
                 return_logprob=top is not None,
                 logprob_start_len=0 if top is not None and body.echo else -1,
-                top_logprobs_num=check_top_logprobs(top or 0, "logprobs"),
+                top_logprobs_num=check_top_logprobs(front, top or 0, "logprobs"),
             )
             for prompt, spec in zip(prompts, adapters, strict=True)
         ]

@@ -23,8 +23,6 @@ from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.streaming import EventStream, Json, frame, while_connected
 
-MAX_TOP_LOGPROBS = 20
-
 Choice = dict[str, Any]
 
 
@@ -125,9 +123,10 @@ def adapters_of(registry: AdapterRegistry, body: OpenAIBody, prompts: int) -> li
     return [registry.resolve_model(body.model, spec) for spec in parse_specs(body.lora_path, prompts)]
 
 
-def check_top_logprobs(count: int, field: str) -> int:
-    if not 0 <= count <= MAX_TOP_LOGPROBS:
-        raise BadRequest(f"{field} = {count}: must be 0 to {MAX_TOP_LOGPROBS}", param=field)
+def check_top_logprobs(front: Front, count: int, field: str) -> int:
+    most = front.config.max_logprobs
+    if not 0 <= count <= most:
+        raise BadRequest(f"{field} = {count}: must be 0 to {most} (--max-logprobs)", param=field)
     return count
 
 

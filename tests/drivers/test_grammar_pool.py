@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import signal
 import time
 from collections.abc import Iterator
 
@@ -28,6 +26,7 @@ class Loop:
 
     def __init__(self, seconds: float = 20.0, nbytes: int = 1 << 30):
         self.runner = asyncio.Runner()
+        self.before = {p.pid for p in psutil.Process().children()}
         self.pool = self.run(self._make(seconds, nbytes))
 
     async def _make(self, seconds: float, nbytes: int) -> GrammarPool:
@@ -39,8 +38,14 @@ class Loop:
 
         return self.runner.run(limited())
 
+    @property
+    def process(self) -> psutil.Process | None:
+        """The process that forks, once it is there."""
+        mine = psutil.Process().children()
+        return next((p for p in mine if p.pid not in self.before), None)
+
     def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.pool._process.pid).children()
+        return self.process.children() if self.process else []
 
     def close(self) -> None:
         self.pool.close()
@@ -118,7 +123,7 @@ def test_the_queue_is_bounded(loop, monkeypatch):
 
 
 def test_the_process_is_started_again(loop):
-    os.kill(loop.pool._process.pid, signal.SIGKILL)
+    loop.process.kill()
     loop.run(loop.pool.compile(SETUP, *QUICK))
 
 
@@ -140,8 +145,8 @@ def test_nothing_is_left_when_it_is_closed():
 
     async def scenario() -> list[psutil.Process]:
         slow = asyncio.create_task(loop.pool.compile(SETUP, *SLOW))
-        await until(lambda: loop.pool._process is not None and loop.children())
-        found = [psutil.Process(loop.pool._process.pid), *loop.children()]
+        await until(loop.children)
+        found = [loop.process, *loop.children()]
         loop.pool.close()
         slow.cancel()
         return found

@@ -4,11 +4,11 @@ import asyncio
 import threading
 
 import pytest
+from fakes.grammars import InProcessGrammars
 from fakes.models import FakeEngineClient
 from fakes.server_app import SECONDS, LocalServer, run
 from fakes.tokenizers import byte_level_tokenizer
 
-from multilora.drivers.grammar_pool import GrammarPool
 from multilora.errors import CannotFit, QueueFull
 from multilora.front.effects import CompiledText
 
@@ -249,7 +249,7 @@ def test_an_abort_while_the_grammar_compiles_is_not_lost(monkeypatch):
         assert await asyncio.to_thread(go_on.wait, SECONDS)
         return CompiledText("a", "{}")
 
-    monkeypatch.setattr(GrammarPool, "compile", compile_slowly)
+    monkeypatch.setattr(InProcessGrammars, "compile", compile_slowly)
 
     async def scenario():
         s.client.gate.clear()
