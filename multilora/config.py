@@ -164,7 +164,7 @@ class Config:
     log_level: str = _server("info", "least severe lines shown", choices=tuple(logs.LEVELS))
     api_key: str | None = _server(
         None,
-        "clients must send it as a bearer token; better in a file or in MULTILORA_API_KEY, as others see arguments",
+        "clients must send it as a bearer token (or MULTILORA_API_KEY, which other users do not see)",
     )
     api_key_file: str | None = _server(None, "file with the key for --api-key", metavar="FILE")
     admin_api_key: str | None = _server(

@@ -1,4 +1,4 @@
-"""API keys from where other users of the machine do not see them: a file, or the environment. Called by `parser.py`."""
+"""API keys from where other users of the machine do not see them: a file, or the environment."""
 
 import os
 from typing import Any

@@ -21,7 +21,7 @@ from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import Conversation
 from multilora.server.streaming import Json
 
-MAX_CHARACTERS = 4 << 20
+MAX_CHARACTERS = 1 << 20
 UNBOUNDED = 4 << 20  # tokens of a conversation: its answer is no prompt
 
 
