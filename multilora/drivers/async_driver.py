@@ -34,6 +34,8 @@ from multilora.front.stream import Delta
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+MERGED_FROM = 8
+"""Outputs of a request that nobody has taken yet."""
 THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8}
 
 
@@ -77,7 +79,9 @@ class AsyncGeneration:
             self.close()
 
     def _take(self, first: Output) -> tuple[dict[int, tuple[Sample, Delta]], MultiloraError | None]:
-        """All that has come by now, what is new of one sample as one delta, by its index; and the first error."""
+        """What is new, by the index of its sample, and the first error: of one output, or where more than a few wait, of
+        all of them, with one delta for each sample."""
+        merging = self._outputs.qsize() >= MERGED_FROM
         deltas: dict[int, tuple[Sample, Delta]] = {}
         output: Output | None = first
         try:
@@ -87,7 +91,7 @@ class AsyncGeneration:
                     sample, delta = event
                     before = deltas.get(sample.index)
                     deltas[sample.index] = (sample, delta if before is None else before[1].then(delta))
-                output = None if self._outputs.empty() else self._outputs.get_nowait()
+                output = self._outputs.get_nowait() if merging and not self._outputs.empty() else None
         except MultiloraError as e:
             return deltas, e
         return deltas, None

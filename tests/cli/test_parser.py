@@ -30,6 +30,8 @@ def given(opt) -> tuple[list[str], object]:
         return [opt.flag, "a=/a"], (LoraPath("a", "/a"),)
     if opt.name == "cors_origins":
         return [opt.flag, "https://a.example", "*"], ("https://a.example", "*")
+    if opt.name.endswith("_file"):
+        return [opt.flag, __file__], __file__
     if opt.many:
         return [opt.flag, "q_proj", "v_proj"], ("q_proj", "v_proj")
     if opt.name == "tp_size":
