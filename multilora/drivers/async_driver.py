@@ -79,8 +79,8 @@ class AsyncGeneration:
             self.close()
 
     def _take(self, first: Output) -> tuple[dict[int, tuple[Sample, Delta]], MultiloraError | None]:
-        """What is new, by the index of its sample, and the first error: of one output, or where more than a few wait, of
-        all of them, with one delta for each sample."""
+        """What is new, by the index of its sample, and the first error: of one output, or where more than a few wait,
+        of all of them, with one delta for each sample."""
         merging = self._outputs.qsize() >= MERGED_FROM
         deltas: dict[int, tuple[Sample, Delta]] = {}
         output: Output | None = first
