@@ -16,6 +16,8 @@ from multilora.front.tools.messages import prepare_messages
 from multilora.front.vocabulary import Vocabulary
 from multilora.params import SamplingParams
 
+MAX_PROMPTS = 4096
+"""Of one request."""
 MAX_STOP_REGEXES = 8
 MAX_STOP_CHARACTERS = 8192
 """Of all stop strings of a request together."""
@@ -66,6 +68,10 @@ def read_prompts(given: Any, param: str) -> tuple[list[Prompt], bool]:
     items = list(given)
     if not items:
         raise BadRequest(f"{param}: no prompts, the list is empty", param=param)
+    if len(items) > MAX_PROMPTS and type(items[0]) is not int:
+        raise BadRequest(
+            f"{param}: {len(items)} prompts in one request, at most {MAX_PROMPTS} are taken", param=param
+        )
     if not {str, list, tuple} & set(map(type, items)):
         return [read_prompt(items, param)], False
     return [read_prompt(item, param) for item in items], True

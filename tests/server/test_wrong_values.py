@@ -70,6 +70,16 @@ def test_logprobs(server):
     assert (answer.status, answer.error["param"]) == (400, "top_logprobs")
 
 
+def test_many_prompts(server):
+    """Reading 50,000 of them before they were refused took seconds."""
+    start = time.perf_counter()
+    for path, field in (("/generate", "text"), ("/v1/completions", "prompt")):
+        answer = server.post(path, {field: ["a"] * 50_000})
+        assert (answer.status, answer.error["param"]) == (400, field)
+        assert "at most 4096 are taken" in answer.error["message"]
+    assert time.perf_counter() - start < 1
+
+
 def test_weights(server):
     body = {"text": "a", "sampling_params": {"max_new_tokens": 1}, "lora_path": [{"name": "a", "weight": 3e38}]}
     answer = server.post("/generate", body)
