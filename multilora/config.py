@@ -171,6 +171,10 @@ class Config:
         None, "what loading and unloading adapters asks for instead (or MULTILORA_ADMIN_API_KEY)"
     )
     admin_api_key_file: str | None = _server(None, "file with the key for --admin-api-key", metavar="FILE")
+    metrics_key: str | None = _server(None, "what /metrics asks for, as a bearer token (default: nothing)")
+    profile_dir: str | None = _server(
+        None, "where /start_profile writes (default: a directory that goes with the server)", metavar="DIR"
+    )
     cors_origins: tuple[str, ...] = _server(
         (), "web pages of these origins may call the server; `*`: all", metavar="ORIGIN"
     )
@@ -252,8 +256,10 @@ class Config:
                 raise ConfigError(f"--cors-origins: {origin!r}: expected * or an origin as https://example.org")
 
     def _check_keys(self) -> None:
-        for flag, key in (("--api-key", self.api_key), ("--admin-api-key", self.admin_api_key)):
+        for name in ("api_key", "admin_api_key", "metrics_key"):
+            key = getattr(self, name)
             if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+                flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is empty or has characters that no HTTP header can carry")
 
     def _check_targets(self) -> None:

@@ -9,10 +9,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from multilora.drivers.grammar_pool import GrammarPool
-from multilora.engine.messages import AdapterInfo, Output
+from multilora.engine.messages import AdapterInfo, Output, StartProfile
 from multilora.errors import MultiloraError
 from multilora.front.effects import (
     CompileGrammar,
@@ -48,6 +49,16 @@ class AsyncEngine(EngineLink, Protocol):
     async def unload_adapter(self, version: int) -> None: ...
 
     async def flush_cache(self) -> None: ...
+
+    @property
+    def profile_root(self) -> Path:
+        """The directory below which profiles are written."""
+
+    async def start_profile(self, wanted: StartProfile) -> None:
+        """Raises BadRequest if a profile is running."""
+
+    async def stop_profile(self) -> None:
+        """Returns when the trace is written. Raises BadRequest if no profile is running."""
 
     async def shutdown(self) -> None:
         """Let the engine finish what runs, and end it."""

@@ -23,12 +23,15 @@ from multilora.engine.messages import (
     Outputs,
     Ready,
     Reply,
+    StartProfile,
     Stats,
+    StopProfile,
     Submit,
     ToEngine,
     UnloadAdapter,
     UseTokenizer,
 )
+from multilora.engine.profiler import Profiler
 from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.stats import StatsReporter
@@ -54,6 +57,7 @@ class Engine:
         self.runner = runner
         self.adapters = adapters
         self.report = StatsReporter(scheduler, adapters)
+        self.profiler = Profiler()
         self._describe = describe
         self._max_unfinished = max_unfinished
         self._seeds = random.Random(random_seed)
@@ -77,6 +81,7 @@ class Engine:
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
+            self.profiler.before_step(plan.number)
             forward = self.runner.forward(plan)
             if self.runner.needs_tokens(plan):
                 outputs += self._commit(0)
@@ -128,6 +133,10 @@ class Engine:
                 self._answer(call, lambda: self._unload(version))
             case FlushCache(call):
                 self._answer(call, lambda: self.scheduler.kv.prefix.flush(self.scheduler.launched))
+            case StartProfile():
+                self._answer(message.call, lambda: self.profiler.start(message, self.scheduler.launched))
+            case StopProfile(call):
+                self._answer(call, self.profiler.stop)
             case UseTokenizer(info):
                 self.runner.use_tokenizer(info)
             case _:

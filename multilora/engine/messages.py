@@ -1,7 +1,7 @@
 """What the front and the engine say to each other: msgspec structs, sent as msgpack over ZeroMQ, no pickle.
 
-Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `UnloadAdapter`, `FlushCache`), each
-answered by one `Reply` with the same `call` number; `UseTokenizer` once, `Shutdown` at the end.
+Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `UnloadAdapter`, `FlushCache`, `StartProfile`,
+`StopProfile`), each answered by one `Reply` with the same `call` number; `UseTokenizer` once, `Shutdown` at the end.
 Engine → front: `Ready` once, then `Outputs`, `Reply` and `Stats`.
 
 Adapters are *versions* here: integers that the front's registry hands out and never reuses.
@@ -61,6 +61,28 @@ class UnloadAdapter(msgspec.Struct, tag=True, frozen=True):
 
 class FlushCache(msgspec.Struct, tag=True, frozen=True):
     """Drop every idle prefix page."""
+
+    call: int
+
+
+class StartProfile(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Record what the engine's process does, with torch's profiler, and write the trace to `path` (`.json.gz`).
+
+    start_step: number of the first step; None: at once. num_steps: it ends by itself after so many.
+    activities: of "CPU", "GPU"; the latter is nothing where there is none.
+    """
+
+    path: str
+    call: int = 0
+    start_step: int | None = None
+    num_steps: int | None = None
+    activities: list[str]
+    with_stack: bool = True
+    record_shapes: bool = False
+
+
+class StopProfile(msgspec.Struct, tag=True, frozen=True):
+    """End the profile and write the trace; the Reply comes when it is written."""
 
     call: int
 
@@ -182,6 +204,16 @@ class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     slots_used: int
     adapters: list[AdapterStats]  # all, or in an update those that have changed since the one before
     unloaded: list[int] = []  # versions that are gone since the update before
+    gen_throughput: float = 0.0  # tokens a second, in the latest second or less in which any were generated
+    cache_hit_rate: float = 0.0  # of the prompt tokens of the latest second with any, the part that was cached
+    step_tokens: list[int] = []  # cumulative: steps of up to 1, 2, 4, … 16384 tokens, and of more
+
+    @property
+    def usage(self) -> float:
+        """Part of the pages that running requests and adapters hold, 0 to 1."""
+        return (
+            (self.total_pages - self.free_pages - self.prefix_pages) / self.total_pages if self.total_pages else 0.0
+        )
 
 
 class AdapterStatsTable:
@@ -219,7 +251,18 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-ToEngine = Submit | Abort | Finish | LoadAdapter | UnloadAdapter | FlushCache | UseTokenizer | Shutdown
+ToEngine = (
+    Submit
+    | Abort
+    | Finish
+    | LoadAdapter
+    | UnloadAdapter
+    | FlushCache
+    | StartProfile
+    | StopProfile
+    | UseTokenizer
+    | Shutdown
+)
 FromEngine = Ready | Failed | Outputs | Reply | Stats
 
 _encoder = msgspec.msgpack.Encoder()

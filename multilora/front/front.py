@@ -20,7 +20,7 @@ from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.engine_link import EngineLink
 from multilora.front.generation import Generation, Job, Sample
 from multilora.front.grammar import Grammars
-from multilora.front.observer import Observer
+from multilora.front.observer import Ending, Observer
 from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, check_stops, engine_params
 from multilora.front.registry import AdapterRegistry
 from multilora.front.stream import TextStream
@@ -101,10 +101,17 @@ class Front:
         """The sample has ended: release its adapters."""
         del self._open[sample.rid]
         if sample.submitted:
-            reason = sample.stream.finished.type if sample.stream.finished else "abort"
-            tokens = (len(sample.prompt_ids), sample.stream.completion_tokens)
-            self.observer.ended(sample.job.adapters, *tokens, reason)
+            self.observer.ended(sample.job.adapters, _ending(sample))
         self.registry.release(sample.held)
+
+    @property
+    def in_flight(self) -> int:
+        """How many samples are open: checked, waiting or running."""
+        return len(self._open)
+
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of the samples that have no output yet. O(open samples): not for each request."""
+        return sum(len(sample.prompt_ids) for sample in self._open.values() if not sample.started)
 
     # ------------------------------------------------------------------ the steps of `submit`
 
@@ -176,6 +183,20 @@ class Front:
         self.observer.submitted(sample.job.adapters)
         if sample.abort_message is not None:
             self.engine.abort(sample.key, sample.abort_message)
+
+
+def _ending(sample: Sample) -> Ending:
+    sampling = sample.job.sampling
+    return Ending(
+        reason=sample.stream.finished.type if sample.stream.finished else "abort",
+        prompt_tokens=len(sample.prompt_ids),
+        generated=sample.stream.completion_tokens,
+        n=sampling.n,
+        max_tokens=sampling.max_new_tokens,
+        seconds=sample.seconds,
+        first_seconds=sample.first_seconds,
+        queue_seconds=sample.queue_seconds,
+    )
 
 
 def _encode(samples: Sequence[Sample], context_length: int) -> list[list[int]]:

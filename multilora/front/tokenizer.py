@@ -98,6 +98,12 @@ class Tokenizer:
         shrinks = shrinking(json.loads(self.hf.backend_tokenizer.to_str()))
         return None if shrinks is None else longest * shrinks
 
+    def info(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` holds, as JSON values, without the paths of files."""
+        found = {k: v for k, v in self.hf.init_kwargs.items() if not k.endswith(("_file", "_path"))}
+        plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+        return plain | {"tokenizer_class": type(self.hf).__name__, "chat_template": self.chat_template or None}
+
     def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
         """Ids of the special tokens among `texts`."""
         return frozenset(self._special[text] for text in texts if text in self._special)

@@ -180,7 +180,7 @@ def sampling_defaults(model: str, revision: str | None) -> dict[str, Any]:
 def _log_arguments(config: Config) -> None:
     """What was set, as one line; keys are not shown."""
     fields = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
-    shown = {k: "***" if k.endswith("api_key") else v for k, (v, default) in fields.items() if v != default}
+    shown = {k: "***" if k.endswith("_key") else v for k, (v, default) in fields.items() if v != default}
     if config.lora_paths:
         shown["lora_paths"] = [p.lora_name for p in config.lora_paths[:8]] + ["…"] * (len(config.lora_paths) > 8)
     logger.info("arguments: %s", ", ".join(f"{k}={v!r}" for k, v in shown.items()) or "none, all defaults")
