@@ -277,24 +277,24 @@ def wrong_values(target: Target) -> Counter[int | str]:
 
 @dataclass
 class Probe:
-    """Asks `/health` until it is stopped, on a connection of its own; one that fails or hangs counts as 10 s."""
+    """Asks `/health`, each time on a new connection, from a process of its own; one that fails counts as 10 s."""
 
     target: Target
     ms: list[float] = field(default_factory=list)
     failed: int = 0
-    rss: int = 0
-    _stop: threading.Event = field(default_factory=threading.Event)
+    rss: int = 0  # MiB, the most that was seen
 
-    def run(self) -> None:
-        while not self._stop.is_set():
+    def run(self, stop: threading.Event) -> None:
+        """Fill the fields until told to stop."""
+        while not stop.wait(PROBE_SECONDS):
             start = time.perf_counter()
-            ok = self._ask()
+            ok = self.ask()
             self.failed += not ok
             self.ms.append((time.perf_counter() - start) * 1000 if ok else 10_000.0)
-            self.rss = max(self.rss, self.target.rss_mib()) if len(self.ms) % 10 == 1 else self.rss
-            self._stop.wait(PROBE_SECONDS)
+            if len(self.ms) % 10 == 1:
+                self.rss = max(self.rss, self.target.rss_mib())
 
-    def _ask(self) -> bool:
+    def ask(self) -> bool:
         connection = http.client.HTTPConnection(self.target.host, self.target.port, timeout=60)
         try:
             connection.request("GET", "/health")
@@ -306,13 +306,14 @@ class Probe:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        thread = threading.Thread(target=self.run)
-        thread.start()
+        where = [self.target.host, str(self.target.port), str(self.target.pid)]
+        command = [sys.executable, __file__, "--probe", *where]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             yield
         finally:
-            self._stop.set()
-            thread.join()
+            found, _ = process.communicate()  # closes its stdin, which ends it
+            self.ms, self.failed, self.rss = json.loads(found)
 
     def percentile(self, share: float) -> float:
         """In ms. A slow probe also stands for those that would have been sent meanwhile."""
@@ -328,7 +329,7 @@ def measure(name: str, target: Target) -> bool:
     before, probe, start = target.rss_mib(), Probe(target), time.perf_counter()
     with probe.running():
         statuses = SCENARIOS[name](target)
-        time.sleep(0.5)
+        time.sleep(1.0)
     grown = max(probe.rss, target.rss_mib()) - before
     good = not probe.failed and probe.percentile(0.99) < LIMIT_MS and grown < LIMIT_MIB and not statuses[500]
     answers = ", ".join(f"{count} × {status}" for status, count in statuses.items())
@@ -351,7 +352,7 @@ def own_server(log: str) -> Iterator[Target]:
     target = Target("127.0.0.1", port, process.pid)
     try:
         end = time.monotonic() + 120
-        while not Probe(target)._ask():  # noqa: SLF001 - of this file
+        while not Probe(target).ask():
             if process.poll() is not None or time.monotonic() > end:
                 raise SystemExit(f"the server did not start; see {log}")
             time.sleep(0.2)
@@ -362,7 +363,21 @@ def own_server(log: str) -> Iterator[Target]:
         process.wait()
 
 
+def probe(host: str, port: str, pid: str) -> int:
+    """Measure until stdin is closed, and print what was found."""
+    found, stop = Probe(Target(host, int(port), int(pid))), threading.Event()
+    thread = threading.Thread(target=found.run, args=(stop,))
+    thread.start()
+    sys.stdin.read()
+    stop.set()
+    thread.join()
+    sys.stdout.write(json.dumps([found.ms, found.failed, found.rss]))
+    return 0
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["--probe"]:
+        return probe(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server (default: one of its own for each scenario)")
     parser.add_argument("--pid", type=int, default=0, help="the running server's process, to measure its memory")

@@ -4,6 +4,7 @@ Pure functions; raise BadRequest. `generation.py` calls them for every request, 
 """
 
 import itertools
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,7 @@ def read_prompts(given: Any, param: str) -> tuple[list[Prompt], bool]:
         raise BadRequest(
             f"{param}: {len(items)} prompts in one request, at most {MAX_PROMPTS} are taken", param=param
         )
-    if not {str, list, tuple} & set(map(type, items)):
+    if not isinstance(items[0], str | list | tuple):
         return [read_prompt(items, param)], False
     return [read_prompt(item, param) for item in items], True
 
@@ -87,7 +88,7 @@ def read_prompt(given: Any, param: str) -> Prompt:
 
 
 def _no_prompt(given: Any, param: str) -> BadRequest:
-    return BadRequest(f"{param}: a prompt is text or a list of token ids, not {given!r:.40}", param=param)
+    return BadRequest(f"{param}: a prompt is text or a list of token ids, not {reprlib.repr(given):.40}", param=param)
 
 
 def spread(value: Any, count: int, name: str) -> list[Any]:
@@ -103,11 +104,11 @@ def check_prompt(ids: Sequence[int], context_length: int, vocab_size: int) -> No
     """Raise BadRequest unless every id is in the vocabulary and at least one new token fits the context."""
     if not ids:
         raise BadRequest("the prompt is empty: it needs at least one token", param="input_ids")
+    if len(ids) >= context_length:
+        raise _too_long(context_length, f"{len(ids) + 1}", f"{len(ids)}")
     outside = [i for i in (min(ids), max(ids)) if not 0 <= i < vocab_size]
     if outside:
         raise BadRequest(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens", param="input_ids")
-    if len(ids) >= context_length:
-        raise _too_long(context_length, f"{len(ids) + 1}", f"{len(ids)}")
 
 
 def _check_fits(tokenizer: Tokenizer, text: str, context_length: int) -> None:
