@@ -309,6 +309,8 @@ class Probe:
         where = [self.target.host, str(self.target.port), str(self.target.pid)]
         command = [sys.executable, __file__, "--probe", *where]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()  # it has begun
         try:
             yield
         finally:
@@ -368,6 +370,8 @@ def probe(host: str, port: str, pid: str) -> int:
     found, stop = Probe(Target(host, int(port), int(pid))), threading.Event()
     thread = threading.Thread(target=found.run, args=(stop,))
     thread.start()
+    sys.stdout.write("begun\n")
+    sys.stdout.flush()
     sys.stdin.read()
     stop.set()
     thread.join()
