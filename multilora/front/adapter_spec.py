@@ -73,7 +73,7 @@ def _part(part: Any, what: str) -> tuple[str, float]:
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise _bad(f"{what}.weight = {weight!r:.60}: must be a number")
     if not abs(weight) <= MAX_WEIGHT:  # which NaN is not either
-        raise _bad(f"{what}.weight = {weight!r:.60}: must be finite, at most {MAX_WEIGHT:g} of either sign")
+        raise _bad(f"{what}.weight = {weight!r:.60}: must be a finite number, at most {MAX_WEIGHT:g}")
     return name, float(weight)
 
 
