@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from multilora.params import Composition, SamplingParams
+from multilora.params import Composition, LogprobsMode, SamplingParams
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -24,9 +24,13 @@ class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     return_logprob: bool = False
     logprob_start_len: int = -1  # first prompt position whose logprob is wanted; -1: none of the prompt
     top_logprobs_num: int = 0
+    prompt_logprobs: int | None = None  # so many of the best tokens, and ranks, for each token of the prompt
+    return_ranks: bool = False  # of the answer's tokens, with their logprobs
+    logprobs_mode: LogprobsMode = "raw"  # of the answer's tokens
     grammar: str | None = None  # an xgrammar CompiledGrammar, serialized to JSON
+    salt: str = ""  # requests share cached pages only with requests of the same salt
     tenant: str = ""
-    priority: int = 0
+    priority: int = 0  # the lowest number first, under the scheduling policy of that name
     deadline: float | None = None  # monotonic seconds of this machine
 
 
@@ -106,15 +110,18 @@ class Finished(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: str = ""  # error class name
 
 
+TopLogprobs = list[tuple[float, int]]
+"""(logprob, token id), best first, the lowest ids first among equals."""
+
+
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
-    """How likely one token was, and which tokens were the likeliest at its position: raw log-softmax of the logits,
-    before penalties and temperature. What is not finite (a padded vocabulary, NaN) is None, or left out of `top`."""
+    """How likely one token was, and which tokens were the likeliest at its position, by log-softmax: of the raw
+    logits, or of what the token was drawn from (`LogprobsMode`). What is not finite (a padded vocabulary, a masked
+    token, NaN) is None, or left out of `top`."""
 
     logprob: float | None
-    top: list[tuple[float, int]] = []  # (logprob, token id), best first
-
-
-TopLogprobs = list[tuple[float, int]]  # (logprob, token id), best first
+    top: TopLogprobs = []
+    rank: int | None = None  # the token's place in that order, from 1 on; None: not asked for
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -1,7 +1,8 @@
 """The one road from a client's request to the engine, whichever door it came through, without I/O.
 
 `Front.submit` checks everything before anything is sent. Each sample holds its adapters from before its prompt is
-tokenized until its one ending (stop, length, abort or error). `Front.adapters` loads and unloads them.
+tokenized until its one ending (stop, length, abort or error). `Front.adapters` loads and unloads
+them; `Front.resolver` loads those that are asked for by a name that is not loaded.
 """
 
 import itertools
@@ -18,14 +19,17 @@ from multilora.errors import BadRequest, EngineDead, QueueFull
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.engine_link import EngineLink
+from multilora.front.fetcher import Fetcher
 from multilora.front.generation import Generation, Job, Sample
 from multilora.front.grammar import Grammars
 from multilora.front.observer import Ending, Observer
 from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, check_stops, engine_params
 from multilora.front.registry import AdapterRegistry
+from multilora.front.resolver import Resolver
 from multilora.front.stream import TextStream
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
+from multilora.params import LOGPROBS_MODES
 
 INLINE_CHARS = 2048
 """Texts of one request that are tokenized at once, 1 ms; more goes to a thread, which costs 0.15 ms."""
@@ -36,7 +40,8 @@ LONG_CHARS = 256 << 10
 class Front:
     """The engine, the names, the vocabularies and the grammars that all requests share, and which samples are open.
 
-    tokenizer: None: token ids only. spool: where adapters that come as tensors are kept. observer: who counts
+    tokenizer: None: token ids only. spool: where adapters are kept that do not come from a directory or the hub.
+    observer: who counts
     requests; None: nobody.
     """
 
@@ -53,8 +58,10 @@ class Front:
         self.engine = engine
         self.observer = observer or Observer()
         self.registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
-        self.vocabularies = Vocabularies(tokenizer, ready, self.registry, config.lora_root)
-        self.adapters = AdapterManager(self.registry, self.vocabularies, spool, self.observer)
+        self.vocabularies = Vocabularies(tokenizer, ready, self.registry, spool.admit(config).lora_root)
+        fetcher = Fetcher(config, spool)
+        self.adapters = AdapterManager(self.registry, self.vocabularies, spool, fetcher, self.observer)
+        self.resolver = Resolver(config, self.registry, self.adapters, fetcher, self.observer)
         self._room = config.max_running_requests + config.max_queued_requests
         self._grammars = Grammars(self.vocabularies.base, engine)
         self._open: dict[str, Sample] = {}  # by rid
@@ -165,7 +172,7 @@ class Front:
         context, vocab_size = self.engine.ready.context_length, sample.vocabulary.size
         check_prompt(sample.prompt_ids, context, vocab_size)
         most = min(self.config.max_logprobs, vocab_size)
-        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, most)
+        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, most, job.prompt_logprobs)
         ends = sample.vocabulary.ends
         return Submit(
             rid=sample.key,
@@ -175,6 +182,11 @@ class Front:
             return_logprob=job.return_logprob,
             logprob_start_len=job.logprob_start_len if job.return_logprob else -1,
             top_logprobs_num=job.top_logprobs_num if job.return_logprob else 0,
+            prompt_logprobs=job.prompt_logprobs,
+            return_ranks=job.return_logprob and job.return_ranks,
+            logprobs_mode=job.logprobs_mode or LOGPROBS_MODES[self.config.logprobs_mode],
+            salt=job.salt,
+            priority=job.priority,
         )
 
     def _send(self, sample: Sample, message: Submit, deliver: Callable[[Output], None]) -> None:

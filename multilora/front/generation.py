@@ -17,14 +17,18 @@ from multilora.front.prompt import Prompt
 from multilora.front.registry import Held
 from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.front.vocabulary import Vocabulary
-from multilora.params import SamplingParams
+from multilora.params import LogprobsMode, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One prompt of a request; `sampling.n` says how many samples of it are wanted.
 
+    Logprobs of the answer: `return_logprob`, with those of the `top_logprobs_num` best tokens and with ranks if
+    `return_ranks`, in `logprobs_mode` (None: the server's). Logprobs of the prompt: from `logprob_start_len` on, if
+    `return_logprob`; all of them, raw, with ranks and so many best tokens, by `prompt_logprobs`.
     kept_tokens: texts of special tokens that stay in the answer whatever `sampling.skip_special_tokens` says.
+    salt: see `prompt.prefix_salt`.
     """
 
     prompt: Prompt
@@ -33,6 +37,11 @@ class Job:
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
+    prompt_logprobs: int | None = None
+    return_ranks: bool = False
+    logprobs_mode: LogprobsMode | None = None
+    salt: str = ""
+    priority: int = 0
     kept_tokens: tuple[str, ...] = ()
 
 

@@ -55,3 +55,7 @@ class Observer:
 
     def forget(self, adapter: str) -> None:
         """The adapter of that name was unloaded."""
+
+    def resolved(self, event: str) -> None:
+        """What became of an unknown name that the resolver looked for, "hit", "miss" or "failure"; or "eviction": it
+        has unloaded an adapter to make room."""

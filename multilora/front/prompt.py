@@ -4,6 +4,7 @@ Pure functions; raise BadRequest. `generation.py` calls them for every request, 
 """
 
 import itertools
+import json
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from multilora.errors import BadRequest, PromptTooLong
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.tools.messages import prepare_messages
 from multilora.front.vocabulary import Vocabulary
-from multilora.params import SamplingParams
+from multilora.params import GRAMMAR_FIELDS, SamplingParams
+
+MAX_SALT = 1024  # characters
 
 MAX_PROMPTS = 4096
 """Of one request."""
@@ -26,10 +29,11 @@ MAX_STOP_CHARACTERS = 8192
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """`param`: the field of the client's request that it came in."""
+    """`param`: the client's field that it came in. add_special_tokens: whether the tokenizer adds its own, as BOS."""
 
     text: str
     param: str
+    add_special_tokens: bool = True
 
     @property
     def size(self) -> int:
@@ -40,7 +44,7 @@ class TextPrompt:
         """Raises PromptTooLong, if that is certain, before the text is tokenized."""
         tokenizer = vocabulary.writer("text", self.param)
         _check_fits(tokenizer, self.text, context_length)
-        return tokenizer.encode(self.text)
+        return tokenizer.encode(self.text, add_special_tokens=self.add_special_tokens)
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,11 @@ class ChatPrompt:
         """As `TextPrompt.encode`; the template is rendered in any case."""
         tokenizer = vocabulary.writer("chat", "messages")
         knows_developer = "developer" in tokenizer.chat_template
-        text = tokenizer.render_chat(prepare_messages(self.messages, knows_developer=knows_developer), **self.options)
+        options = dict(self.options)
+        special = bool(options.pop("add_special_tokens", False))
+        text = tokenizer.render_chat(prepare_messages(self.messages, knows_developer=knows_developer), **options)
         _check_fits(tokenizer, text, context_length)
-        return tokenizer.encode_rendered(text)
+        return tokenizer.encode_rendered(text, add_special_tokens=special)
 
 
 Prompt = TextPrompt | ChatPrompt | list[int]
@@ -148,7 +154,25 @@ def check_stops(params: SamplingParams, most: int) -> None:
         )
 
 
-def check_logprobs(start_len: int, top_num: int, prompt_tokens: int, most: int) -> None:
+def prefix_salt(cache_salt: Any, extra_key: Any) -> str:
+    """What keeps a request's cached prefixes apart from those of other salts: vLLM's `cache_salt` and SGLang's
+    `extra_key`, which are never taken for each other. Null and "" are no salt. Raises BadRequest."""
+    for param, value in (("cache_salt", cache_salt), ("extra_key", extra_key)):
+        if value is not None and not isinstance(value, str):
+            raise BadRequest(f"{param} = {value!r:.40}: must be text", param=param)
+        if value is not None and len(value) > MAX_SALT:
+            raise BadRequest(f"{param}: {len(value)} characters; at most {MAX_SALT} are served", param=param)
+    return json.dumps([cache_salt or "", extra_key or ""]) if cache_salt or extra_key else ""
+
+
+def check_priority(priority: int | None) -> int:
+    """The priority of a request; null is 0. Raises BadRequest."""
+    if priority is not None and abs(priority) >= 2**63:
+        raise BadRequest(f"priority = {priority}: must be a 64-bit integer", param="priority")
+    return priority or 0
+
+
+def check_logprobs(start_len: int, top_num: int, prompt_tokens: int, most: int, of_prompt: int | None = None) -> None:
     """Raise BadRequest unless the logprobs asked for exist. start_len: -1 is none of the prompt; most: alternatives
     to a token."""
     if not -1 <= start_len <= prompt_tokens:
@@ -158,6 +182,10 @@ def check_logprobs(start_len: int, top_num: int, prompt_tokens: int, most: int) 
     if not 0 <= top_num <= most:
         raise BadRequest(
             f"top_logprobs_num = {top_num}: must be 0 to {most} (--max-logprobs)", param="top_logprobs_num"
+        )
+    if of_prompt is not None and not 0 <= of_prompt <= most:
+        raise BadRequest(
+            f"prompt_logprobs = {of_prompt}: must be 0 to {most} (--max-logprobs)", param="prompt_logprobs"
         )
 
 
@@ -197,9 +225,7 @@ def engine_params(
         stop_token_ids=stops,
         stop=None,
         stop_regex=None,
-        json_schema=None,
-        regex=None,
-        ebnf=None,
+        **dict.fromkeys(GRAMMAR_FIELDS),
     )
 
 

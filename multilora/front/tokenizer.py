@@ -116,13 +116,16 @@ class Tokenizer:
             return ids[1:]
         return ids
 
-    def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        """Render the chat template, which writes its own special tokens, and tokenize. Raises BadRequest."""
-        return self.encode_rendered(self.render_chat(messages, **options))
+    def encode_chat(
+        self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
+    ) -> list[int]:
+        """`render_chat`, then `encode_rendered`. Raises BadRequest."""
+        return self.encode_rendered(self.render_chat(messages, **options), add_special_tokens=add_special_tokens)
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """What `render_chat` made of a conversation as tokens."""
-        return self._encode(text, add_special_tokens=False)
+    def encode_rendered(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """What `render_chat` made of a conversation as tokens. The template writes its own special tokens: with
+        `add_special_tokens` the tokenizer adds those that it adds to any text."""
+        return self._encode(text, add_special_tokens)
 
     def render_chat(
         self,

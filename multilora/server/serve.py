@@ -121,8 +121,9 @@ class _ServerProcess:
         return self._config.max_connections or connections_within(self._descriptors)
 
     def _signalled(self, number: int) -> None:
-        """First: drain, or give up starting. Second: do not wait for running requests."""
+        """First: end downloads, and drain or give up starting. Second: do not wait for running requests."""
         logger.info("%s received", signal.Signals(number).name)
+        self._spool.downloads.close()
         if self._server is not None:
             self._server.force_exit = self._server.should_exit
             self._server.should_exit = True

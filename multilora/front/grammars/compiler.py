@@ -15,13 +15,15 @@ from typing import Any
 import msgspec
 
 from multilora.front.grammars.source import ANY_JSON, unusable
+from multilora.front.structural_tag import xgrammar_tag
 from multilora.front.tokenizer import Tokenizer
 
 MAX_TEXT = 4 << 20
 """Characters of one grammar as it travels."""
 MAX_COMPILED = 64 << 20
 """Bytes of one compiled grammar."""
-_SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # in the compiler's own messages
+# what the compiler's own messages begin with
+_SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: (Check failed: \(std::holds_alternative\S+ is false: )?")
 _LAST_CHARACTER = 0x10FFFF
 
 
@@ -107,7 +109,7 @@ def _build(field: str, source: str) -> Any:
         "json_schema": Grammar.from_json_schema,
         "regex": Grammar.from_regex,
         "ebnf": Grammar.from_ebnf,
-        "structural_tag": Grammar.from_structural_tag,
+        "structural_tag": lambda tag: Grammar.from_structural_tag(xgrammar_tag(tag)),
     }
     return builders[field](source)
 

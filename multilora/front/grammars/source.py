@@ -5,7 +5,7 @@ source that passes costs to compile is bounded by the process that compiles it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from multilora.errors import BadRequest
@@ -25,27 +25,42 @@ def check_source(field: str, source: str) -> None:
             f"sampling_params.{field} has {len(source)} characters; at most {MAX_SOURCE} are compiled", param=field
         )
     if field == "json_schema" and source != ANY_JSON:
-        _check_schema(_read(source))
+        _check_schema(field, _read(field, source))
+    elif field == "structural_tag":
+        for schema in _schemas_of_tags(_read(field, source)):
+            _check_schema(field, schema)
 
 
-def _read(source: str) -> Any:
+def _read(field: str, source: str) -> Any:
     try:
         return json.loads(source)  # its errors say where
     except RecursionError:
-        raise unusable("json_schema", "it is nested too deeply") from None
+        raise unusable(field, "it is nested too deeply") from None
     except ValueError as e:
-        raise unusable("json_schema", str(e)) from None
+        raise unusable(field, str(e)) from None
 
 
-def _check_schema(schema: Any) -> None:
+def _schemas_of_tags(tag: Any) -> Iterator[Any]:
+    """The JSON schemas in a structural tag of either form."""
+    waiting = [tag]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, list):
+            waiting += found
+        elif isinstance(found, dict):
+            yield from (found[key] for key in ("json_schema", "schema") if isinstance(found.get(key), dict | bool))
+            waiting += [value for key, value in found.items() if key not in ("json_schema", "schema")]
+
+
+def _check_schema(field: str, schema: Any) -> None:
     try:
         for path, inner in schemas_in(schema, "the schema", 0):
             if reason := _not_enforced(inner):
-                raise unusable("json_schema", f"{path}.{reason}")
+                raise unusable(field, f"{path}.{reason}")
     except BadRequest as e:
-        if e.param == "json_schema":
+        if e.param == field:
             raise
-        raise unusable("json_schema", e.message) from None
+        raise unusable(field, e.message) from None
 
 
 def _not_enforced(schema: Mapping[str, Any]) -> str | None:

@@ -48,6 +48,14 @@ class Metrics(Observer):
         self._tokens_out = self._counter("generation_tokens", "Generated tokens of ended requests")
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first output")
         self._queued = self._histogram("queue_time_seconds", "From submission to the first step")
+        self._resolved = Counter(
+            "multilora:resolver_events",
+            "Unknown adapter names looked for (hit, miss, failure), and adapters unloaded for them (eviction)",
+            ["event"],
+            registry=self._registry,
+        )
+        for event in ("hit", "miss", "failure", "eviction"):
+            self._resolved.labels(event)
         self._seen: dict[str, set[str]] = {}  # adapter → finish reasons
 
     def watch(self, names: AdapterRegistry, stats: Callable[[], Stats]) -> None:
@@ -93,6 +101,9 @@ class Metrics(Observer):
         for metric in (self._started, self._tokens_in, self._tokens_out, self._first, self._queued):
             with contextlib.suppress(KeyError):
                 metric.remove(adapter)
+
+    def resolved(self, event: str) -> None:
+        self._resolved.labels(event).inc()
 
     def render(self) -> bytes:
         """The text format of Prometheus."""

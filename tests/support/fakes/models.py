@@ -236,9 +236,13 @@ class FakeEngineClient:
     def _output(self, message: Submit, tokens: list[int], index: int, finished: Finished | None) -> Output:
         fields: dict[str, Any] = {}
         top = [(-0.5, 3), (-1.5, 4), (-2.5, 5)][: message.top_logprobs_num]
+        if message.prompt_logprobs is not None and index == 0:
+            best = [(-0.5, 3), (-1.5, 4), (-2.5, 5)][: message.prompt_logprobs]
+            of_prompt = [Logprobs(-0.25 - p, best, 7 + p) if p else None for p in range(len(message.input_ids))]
+            fields["input_logprobs"] = of_prompt
         if message.return_logprob:
-            fields = {"logprobs": [Logprobs(-0.5, top)] * len(tokens)}
-            if index == 0 and message.logprob_start_len >= 0:
+            fields["logprobs"] = [Logprobs(-0.5, top)] * len(tokens)
+            if message.prompt_logprobs is None and index == 0 and message.logprob_start_len >= 0:
                 positions = range(message.logprob_start_len, len(message.input_ids))
                 fields["input_logprobs"] = [Logprobs(-0.25, top) if p else None for p in positions]
         return Output(
