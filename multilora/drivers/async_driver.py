@@ -38,8 +38,8 @@ from multilora.front.stream import Delta
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-MERGED_FROM = 8
-"""Outputs of a request that nobody has taken yet."""
+MERGED_FROM = 64
+"""Outputs of one request that wait: from so many on they are taken as one."""
 THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8, Lane.DOWNLOADS: 16}
 
 
