@@ -21,8 +21,11 @@ from multilora.engine.messages import (
     LoadAdapter,
     Output,
     Outputs,
+    Pause,
     Ready,
     Reply,
+    Resume,
+    Sleep,
     StartProfile,
     Stats,
     StopProfile,
@@ -30,18 +33,22 @@ from multilora.engine.messages import (
     ToEngine,
     UnloadAdapter,
     UseTokenizer,
+    WakeUp,
 )
+from multilora.engine.pause_control import PauseControl
 from multilora.engine.profiler import Profiler
 from multilora.engine.scheduling.limits import Limits
 from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.engine.sleep import DeviceSleep
 from multilora.engine.stats import StatsReporter
 from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, UnknownAdapter
 from multilora.params import Composition
 
 
 class Engine:
-    """ahead: how many steps may be launched and not committed: 1 on CUDA, else 0."""
+    """ahead: how many steps may be launched and not committed: 1 on CUDA, else 0. memory: what `Sleep` releases;
+    None: nothing."""
 
     def __init__(
         self,
@@ -50,19 +57,22 @@ class Engine:
         adapters: AnyStore,
         *,
         describe: Callable[[Stats], Ready],
-        max_queued: int,
+        max_unfinished: int,
         max_queued_tokens: int | None = None,
         random_seed: int | None,
         ahead: int = 0,
+        memory: DeviceSleep | None = None,
     ):
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
-        self.report = StatsReporter(scheduler, adapters)
+        self.pauses = PauseControl(scheduler, adapters, memory)
+        self.report = StatsReporter(scheduler, adapters, lambda: self.pauses.state)
         self.profiler = Profiler()
         self._describe = describe
-        self._limits = Limits(scheduler, max_queued, max_queued_tokens)
+        self._limits = Limits(scheduler, max_unfinished, max_queued_tokens)
         self._seeds = random.Random(random_seed)
+        self._without_grammar: dict[str, Submit] = {}  # by rid: it is being compiled
         self._calls: dict[int, int] = {}  # version being loaded → call to answer
         self._replies: list[FromEngine] = []
         self._order = 0
@@ -78,6 +88,7 @@ class Engine:
         Grammars must know the tokens of that step before this one is sampled, but not before its forward pass.
         """
         self._poll_adapters()
+        self._poll_grammars()
         self._limits.enforce()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
@@ -88,7 +99,8 @@ class Engine:
                 outputs += self._commit(0)
             self._in_flight.append(self.runner.sample(forward))
         outputs += self._commit(self._ahead if plan is not None else 0)
-        return self._take_replies() + ([Outputs(outputs)] if outputs else [])
+        said = self._take_replies() + ([Outputs(outputs)] if outputs else [])
+        return said + (self.pauses.settle(in_flight=bool(self._in_flight)) if self.pauses.working else [])
 
     def _commit(self, ahead: int) -> list[Output]:
         """Read and commit the oldest steps until only `ahead` are in flight."""
@@ -103,12 +115,14 @@ class Engine:
     def running(self) -> bool:
         """A step would compute or say something: do not wait before the next one."""
         waiting = self._in_flight or self._replies or self.scheduler.has_outbox
-        return bool(self.scheduler.running or waiting or self.adapters.working)
+        runs = self.scheduler.running and not self.scheduler.pause.frozen
+        return bool(runs or waiting or self.adapters.working)
 
     @property
     def busy(self) -> bool:
-        """Something is unfinished: requests, answers, adapters on their way."""
-        return self.running or bool(self.scheduler.unfinished or self.adapters.busy)
+        """Something is unfinished: requests that are not frozen, answers, adapters on their way."""
+        waits = self.scheduler.unfinished and not self.scheduler.pause.frozen
+        return self.running or bool(waits or self.adapters.busy or self.pauses.working or self._without_grammar)
 
     @property
     def copying(self) -> bool:
@@ -122,6 +136,8 @@ class Engine:
         match message:
             case Submit():
                 self._submit(message)
+            case Abort(rid, text) if self._without_grammar.pop(rid, None) is not None:
+                self._end_unstarted(rid, Finished(type="abort", message=text))
             case Abort(rid, text):
                 self.scheduler.end(rid, Finished(type="abort", message=text))
             case Finish(rid):
@@ -130,8 +146,10 @@ class Engine:
                 self._load(message)
             case UnloadAdapter(call, version):
                 self._answer(call, lambda: self._unload(version))
-            case FlushCache(call):
-                self._answer(call, lambda: self.scheduler.kv.prefix.flush(self.scheduler.launched))
+            case FlushCache(call, retract):
+                self._answer(call, lambda: self._flush(retract=retract))
+            case Pause() | Resume() | Sleep() | WakeUp():
+                self.pauses.handle(message)
             case StartProfile():
                 self._answer(message.call, lambda: self.profiler.start(message, self.scheduler.launched))
             case StopProfile(call):
@@ -160,15 +178,31 @@ class Engine:
     # ------------------------------------------------------------------ inside
 
     def _submit(self, message: Submit) -> None:
+        if message.grammar is not None and not self.runner.grammar_ready(message.grammar):
+            self._without_grammar[message.rid] = message
+            return
         try:
             self.scheduler.add(self._admit(message))
             self._limits.watch(message)
         except MultiloraError as e:
-            finished = Finished(type="error", kind=e.kind, message=e.message)
-            self._replies.append(Outputs([Output(rid=message.rid, finished=finished)]))
+            self._end_unstarted(message.rid, Finished(type="error", kind=e.kind, message=e.message))
+
+    def _end_unstarted(self, rid: str, finished: Finished) -> None:
+        """The end of a request that the scheduler does not know."""
+        self._replies.append(Outputs([Output(rid=rid, finished=finished)]))
+
+    def _poll_grammars(self) -> None:
+        """Take in the requests whose grammars are compiled by now."""
+        texts = {message.grammar for message in self._without_grammar.values()}
+        ready = {text for text in texts if text is not None and self.runner.grammar_ready(text)}
+        if ready:
+            for message in list(self._without_grammar.values()):
+                if message.grammar in ready:
+                    self._submit(self._without_grammar.pop(message.rid))
 
     def _admit(self, message: Submit) -> RequestSpec:
         """Checks that only the engine can make, then what the scheduler must know."""
+        self.scheduler.pause.check_open()
         if self.scheduler.get(message.rid) is not None:
             raise BadRequest(f"request id {message.rid!r} is already in use", param="rid")
         self._limits.check(message)
@@ -214,6 +248,11 @@ class Engine:
             self._replies.append(Reply(call=message.call, ok=False, kind=e.kind, message=e.message))
             return
         self._calls[message.version] = message.call
+
+    def _flush(self, *, retract: bool) -> None:
+        if retract:
+            self.scheduler.retract()
+        self.scheduler.kv.prefix.flush(self.scheduler.launched)
 
     def _unload(self, version: int) -> None:
         self.adapters.unload(version, self.scheduler.launched)

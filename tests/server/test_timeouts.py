@@ -27,7 +27,9 @@ def door():
 
 
 def reason_of(answer: dict) -> str:
-    return answer["choices"][0]["finish_reason"] if "choices" in answer else answer["meta_info"]["finish_reason"]["type"]
+    return (
+        answer["choices"][0]["finish_reason"] if "choices" in answer else answer["meta_info"]["finish_reason"]["type"]
+    )
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -5,11 +5,22 @@ Reads requests; changes only whether an Output has been sent and which prompt lo
 `scheduler.py`.
 """
 
+from dataclasses import dataclass
+
 from multilora.engine.messages import Finished, Logprobs, Output
-from multilora.engine.plan import Chunk, PromptLogprobs
+from multilora.engine.plan import Chunk, PromptLogprobs, StepPlan
 from multilora.engine.sampling.state import SamplingState, needs_prompt
 from multilora.engine.scheduling.request import Request, RequestSpec
 from multilora.params import Composition
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A plan on its way. runs: the request of each chunk, and its epoch then: another one means it was preempted."""
+
+    plan: StepPlan
+    runs: list[tuple[Request, int]]
+    launched_at: float
 
 
 def make_chunk(request: Request, count: int) -> Chunk:

@@ -9,32 +9,38 @@ from multilora.engine.messages import Finished, Submit
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.errors import DeadlineExceeded, QueueFull
 
+TOO_LONG = "the request took longer than its timeout or --max-request-seconds"
+
 
 class Limits:
-    """max_queued, max_queued_tokens: requests, and tokens of their prompts, that may wait; None: any number."""
+    """max_unfinished: requests that may run or wait; max_queued_tokens: tokens of prompts that may wait, None: any
+    number."""
 
-    def __init__(self, scheduler: Scheduler, max_queued: int, max_queued_tokens: int | None):
+    def __init__(self, scheduler: Scheduler, max_unfinished: int, max_queued_tokens: int | None):
         self._scheduler = scheduler
-        self._max_queued = max_queued
+        self._max_unfinished = max_unfinished
         self._max_queued_tokens = max_queued_tokens
         self._deadlines: list[tuple[float, str]] = []  # a heap, with request ids; some have ended meanwhile
 
     def check(self, message: Submit) -> None:
-        """Raise QueueFull if there is no room for a new request, or its deadline cannot be met."""
-        waiting, queued = len(self._scheduler.waiting), self._scheduler.queued_tokens
-        if waiting >= self._max_queued:
-            raise QueueFull(f"{waiting} requests are waiting already (--max-queued-requests)")
+        """Raise QueueFull if there is no room for a new request, or its deadline cannot be met; DeadlineExceeded if
+        that is past."""
+        scheduler, queued = self._scheduler, self._scheduler.queued_tokens
+        if scheduler.unfinished >= self._max_unfinished:
+            raise QueueFull(f"{scheduler.unfinished} requests run or wait already (--max-queued-requests)")
         most = self._max_queued_tokens
-        if waiting and most is not None and queued + len(message.input_ids) > most:
+        if scheduler.waiting and most is not None and queued + len(message.input_ids) > most:
             raise QueueFull(f"{queued} prompt tokens are waiting already (--max-queued-tokens)")
         if message.deadline is not None:
-            self._check_deadline(message, message.deadline - self._scheduler.clock())
+            self._check_deadline(message, message.deadline - scheduler.clock())
 
     def _check_deadline(self, message: Submit, left: float) -> None:
+        if left <= 0:  # its grammar took all the time
+            raise DeadlineExceeded(TOO_LONG)
         need = self._seconds_to_first_token(message)
         if need > left:
             raise QueueFull(
-                f"the first token would take about {need:.1f} s, the request ends in {max(0.0, left):.1f} s (timeout "
+                f"the first token would take about {need:.1f} s, the request ends in {left:.1f} s (timeout "
                 "or --max-request-seconds)"
             )
 
@@ -60,7 +66,7 @@ class Limits:
             request = self._scheduler.get(rid)
             if request is None:
                 continue
-            error = DeadlineExceeded("the request took longer than its timeout or --max-request-seconds")
+            error = DeadlineExceeded(TOO_LONG)
             if request.first_output_sent:
                 finished = Finished(type="abort", message=error.message)
             else:

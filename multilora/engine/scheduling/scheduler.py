@@ -9,41 +9,27 @@ waiting requests start is `admission.py`'s choice. When pages run out the policy
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import monotonic
 
 from multilora.adapters.composition.namespaces import Namespaces
 from multilora.adapters.lifecycle.components import Components
 from multilora.adapters.lifecycle.disabled import AnyStore
 from multilora.adapters.lifecycle.store import LoadStatus
-from multilora.engine.messages import Finished, Logprobs, Output
+from multilora.engine.messages import Finished, Output
 from multilora.engine.plan import Chunk, PageUpdate, StepPlan, StepResult
 from multilora.engine.sampling.state import SamplingState
 from multilora.engine.scheduling.admission import MOST_FREED, Admission
-from multilora.engine.scheduling.chunks import (
-    adapter_order,
-    make_chunk,
-    make_output,
-    sampling_state,
-    take_prompt_logprobs,
-)
+from multilora.engine.scheduling.chunks import LaunchedStep, adapter_order, make_chunk, make_output, sampling_state
+from multilora.engine.scheduling.chunks import take_prompt_logprobs as take_logprobs
 from multilora.engine.scheduling.fair import EQUAL, FairWeights
 from multilora.engine.scheduling.lora_journal import LoraJournal
+from multilora.engine.scheduling.pause import Pause
 from multilora.engine.scheduling.policy import MAX_WAIT, POLICIES
 from multilora.engine.scheduling.request import PageNamespaces, Request, RequestSpec, RequestState, by_age
 from multilora.engine.scheduling.slots import Slots
 from multilora.engine.scheduling.step_cost import StepCost
 from multilora.errors import CannotFit, MultiloraError
 from multilora.memory.page_table import KVPages
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A plan on its way. runs: the request of each chunk, and its epoch then: another one means it was preempted."""
-
-    plan: StepPlan
-    runs: list[tuple[Request, int]]
-    launched_at: float
 
 
 class Scheduler:
@@ -66,6 +52,7 @@ class Scheduler:
     ):
         self.kv = kv
         self.namespaces = namespaces
+        self.pause = Pause()
         self.components = Components(adapters, kv)
         self.waiting: list[Request] = []  # by order
         self.queued_tokens = 0  # of their prompts
@@ -83,7 +70,7 @@ class Scheduler:
         self._admission = Admission(self.policy, self.components, self.cost, want=self._want, clock=clock)
         self._slots = Slots()
         self._installs: list[SamplingState] = []  # for the next plan
-        self._steps: dict[int, _Step] = {}  # number → step, from plan to commit
+        self._steps: dict[int, LaunchedStep] = {}  # number → step, from plan to commit
         self._committed_at = 0.0
         self._requests: dict[str, Request] = {}
         self._outbox: list[Output] = []  # endings that no step brings
@@ -107,7 +94,18 @@ class Scheduler:
         if request is not None:
             self._finish(request)
             if finished is not None:
-                self._outbox.append(self._output(request, [], finished))
+                self._outbox.append(make_output(request, self.clock(), [], finished))
+
+    def abort_all(self, message: str) -> None:
+        """End every request with `abort`."""
+        for rid in list(self._requests):
+            self.end(rid, Finished(type="abort", message=message))
+
+    def retract(self) -> None:
+        """Send every running request back to the queue: it gives its pages back and is computed anew later."""
+        for request in list(self.running):
+            self._preempt(request)
+        self.components.begin_plan()  # what the last plan asked for is not wanted now
 
     def fail_waiting(self, version: int, error: MultiloraError) -> None:
         """The adapter could not be brought back: the requests that wait for it end with the error."""
@@ -130,7 +128,9 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None if nothing can run now. Counts as launched: its pages and adapters are taken, its
-        tokens are in flight. Every plan must be committed, in order."""
+        tokens are in flight. Every plan must be committed, in order. While paused nothing is planned."""
+        if self.pause.frozen:
+            return None
         self.components.begin_plan()
         chunks: dict[Request, Chunk] = {}
         self._plan_decodes(chunks)
@@ -293,7 +293,7 @@ class Scheduler:
         free = self._slots.recycle(self.kv.pool.completed)
         install, self._installs = self._installs, []
         plan = StepPlan(self.launched, [chunk for _, chunk in runs], free, install, pages, self._journal.take())
-        self._steps[plan.number] = _Step(plan, [(request, request.epoch) for request, _ in runs], self.clock())
+        self._steps[plan.number] = LaunchedStep(plan, [(request, request.epoch) for request, _ in runs], self.clock())
         return plan
 
     # ------------------------------------------------------------------ commit
@@ -313,12 +313,12 @@ class Scheduler:
                 continue  # it ended while this step was running: the row was wasted
             self._commit_kv(request, chunk, epoch)
             if chunk.prompt_logprobs is not None:
-                take_prompt_logprobs(request, chunk.prompt_logprobs, result.prompt_logprobs[i])
+                take_logprobs(request, chunk.prompt_logprobs, result.prompt_logprobs[i])
             if chunk.answer_positions:
                 outputs.append(self._commit_token(request, result, index))
             elif not request.spec.samples and request.progress.num_computed == request.progress.num_tokens:
                 self._finish(request)  # max_new_tokens 0: only the prompt was wanted
-                outputs.append(self._output(request, [], Finished(type="length")))
+                outputs.append(make_output(request, self.clock(), [], Finished(type="length")))
         return outputs
 
     def _commit_kv(self, request: Request, chunk: Chunk, epoch: int) -> None:
@@ -330,24 +330,20 @@ class Scheduler:
         if progress.num_computed >= (table.keyed + 1) * self.kv.page_size:
             # where others were faster with the same content, their pages take the places of ours from here on
             request.sent_pages = min(request.sent_pages, table.keyed)
-            salt = request.spec.salt
-            self.kv.commit(table, progress.num_computed, request.tokens, request.namespaces.of, self.launched, salt)
+            of, salt = request.namespaces.of, request.spec.salt
+            self.kv.commit(table, progress.num_computed, request.tokens, of, self.launched, salt)
 
     def _commit_token(self, request: Request, result: StepResult, index: int) -> Output:
         token, error = result.token_ids[index], result.errors[index]
         if error is not None:
             self._finish(request)
-            return self._output(request, [], Finished(type="error", kind="MultiloraError", message=error))
+            failed = Finished(type="error", kind="MultiloraError", message=error)
+            return make_output(request, self.clock(), [], failed)
         finished = request.accept(token, self.eos_token_ids)
         self.generated_tokens += 1
         if finished is not None:
             self._finish(request)
-        return self._output(request, [token], finished, result.logprobs[index])
-
-    def _output(
-        self, request: Request, tokens: list[int], finished: Finished | None, logprobs: Logprobs | None = None
-    ) -> Output:
-        return make_output(request, self.clock(), tokens, finished, logprobs)
+        return make_output(request, self.clock(), [token], finished, result.logprobs[index])
 
     # ------------------------------------------------------------------ inside
 

@@ -257,7 +257,7 @@ class Server(Timed):
     def __init__(self, name: str):
         super().__init__(
             step_seconds, ADAPTERS, policy=name, max_running=32, chunk_tokens=2048, total_pages=1024, page_size=16,
-            copy_seconds=0.002, max_queued=10_000,
+            copy_seconds=0.002, max_unfinished=10_000,
         )  # fmt: skip
 
     def check(self) -> None:

@@ -131,6 +131,9 @@ class FakeRunner:
         self.unread: list[int] = []
         self.tokens_sampled = 0
 
+    def grammar_ready(self, grammar: str) -> bool:
+        return True
+
     def check_sampling(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
         """Everything goes."""
 
@@ -240,7 +243,7 @@ def make_engine(
     tiers: FakeTiers,
     *,
     ahead: bool = False,
-    max_queued: int = 1000,
+    max_unfinished: int = 1000,
     max_queued_tokens: int | None = None,
     scheduler: type[Scheduler] = Scheduler,
     max_running: int = 8,
@@ -263,7 +266,7 @@ def make_engine(
         FakeRunner(tiers),  # type: ignore[arg-type]
         tiers.store,
         describe=_no_ready,
-        max_queued=max_queued,
+        max_unfinished=max_unfinished,
         max_queued_tokens=max_queued_tokens,
         random_seed=0,
         ahead=int(ahead),

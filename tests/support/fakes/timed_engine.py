@@ -12,7 +12,7 @@ from multilora.params import SamplingParams
 
 IDLE = 0.0005  # seconds between two looks when there is nothing to run
 TOKENS = 5  # of a prompt
-SCHEDULING = ("max_running", "max_queued", "max_queued_tokens", "max_wait", "chunk_tokens", "policy", "weights")
+SCHEDULING = ("max_running", "max_unfinished", "max_queued_tokens", "max_wait", "chunk_tokens", "policy", "weights")
 
 
 class Timed(Stepper):
