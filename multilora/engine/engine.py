@@ -1,6 +1,7 @@
 """The engine: messages in, messages out, one `step` at a time.
 
-Owns the scheduler, the runner and the adapter store; `build.py` puts them together. Runs in its own process behind
+Owns the scheduler, the runner, the adapter store and the other ranks, which execute every plan as well; `build.py`
+puts them together. Runs in its own process behind
 `worker.py`, or in the caller's under `LLM`.
 """
 
@@ -29,6 +30,7 @@ from multilora.engine.messages import (
     UnloadAdapter,
     UseTokenizer,
 )
+from multilora.engine.ranks.lead import AnyRanks
 from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.stats import StatsReporter
@@ -44,6 +46,7 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         adapters: AnyStore,
+        ranks: AnyRanks,
         *,
         describe: Callable[[Stats], Ready],
         max_queued: int,
@@ -53,6 +56,7 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
+        self._ranks = ranks
         self.report = StatsReporter(scheduler, adapters)
         self._describe = describe
         self._max_queued = max_queued
@@ -69,12 +73,15 @@ class Engine:
         """Load → schedule → forward → sample → commit. Returns what the front should hear.
 
         With `ahead` 1 the step that is committed is the one before: the device computes while the host commits.
-        Grammars must know the tokens of that step before this one is sampled, but not before its forward pass.
+        Grammars must know the tokens of that step before this one is sampled, but not before its forward pass. Raises
+        EngineDead once another rank has failed.
         """
+        self._ranks.check()
         self._poll_adapters()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
+            self._ranks.run_step(plan)
             forward = self.runner.forward(plan)
             if self.runner.needs_tokens(plan):
                 outputs += self._commit(0)
@@ -125,6 +132,7 @@ class Engine:
             case FlushCache(call):
                 self._answer(call, lambda: self.scheduler.kv.prefix.flush(self.scheduler.launched))
             case UseTokenizer(info):
+                self._ranks.use_tokenizer(info)
                 self.runner.use_tokenizer(info)
             case _:
                 raise TypeError(f"not a message for the engine: {message}")
@@ -144,6 +152,7 @@ class Engine:
 
     def close(self) -> None:
         self.adapters.close()
+        self._ranks.close()
 
     # ------------------------------------------------------------------ inside
 
@@ -234,7 +243,7 @@ class Engine:
             path=adapter.path,
             rank=adapter.rank,
             target_modules=adapter.target_modules,
-            nbytes=adapter.pages * self.scheduler.kv.page_bytes,
+            nbytes=adapter.pages * self.adapters.host_page_bytes,
             pages=adapter.pages,
             not_composable_reason=adapter.not_composable_reason,
             vocab_size=adapter.vocab_size,

@@ -31,7 +31,7 @@ def packed(*blocks: LowRank | Vector, page_bytes: int) -> tuple[PackTarget, Pane
     own = Blocks.of(Adapter(blocks, "fingerprint"))
     layout = target.layout(own.shape(SITES))
     buffer = torch.zeros(layout.num_pages, page_bytes, dtype=torch.uint8)
-    pack(own, target, layout, buffer)
+    pack([own], target, layout, buffer)
     return target, layout, buffer
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fakes.ranks import start_thread
 from fakes.tiers import FakeCopier
 from multilora.adapters.loading.loader import InlineLoader
 from multilora.config import Config
@@ -66,6 +67,10 @@ DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
 """Where tests of the engine run: `make test-gpu` runs those that compare with PEFT on the GPU too, in fp32."""
 
 
+TP_SIZE = int(os.environ.get("MULTILORA_TEST_TP_SIZE", "1"))
+"""How many ranks share the model, unless a test says so: any test of the engine can run on several."""
+
+
 class Stepper:
     """Steps an engine and hands on what it says. Subclasses say what becomes of it."""
 
@@ -117,12 +122,13 @@ class EngineDriver(Stepper):
         **options: Any,
     ):
         defaults: dict[str, Any] = {"model_path": str(model_path), "device": DEVICE, "enable_lora": True}
+        defaults["tp_size"] = TP_SIZE
         if DEVICE == "cuda" and "max_total_tokens" not in options:
             defaults["arena_bytes"] = 1 << 28  # several engines share the device
         config = Config.make(**(defaults | options))
         self._on_gpu = choose_device(config.device).type == "cuda"
         make_copier = None if late is None else partial(FakeCopier, delay=lambda: late)
-        self.engine = build_engine(config, InlineLoader, make_copier, ahead)
+        self.engine = build_engine(config, InlineLoader, make_copier, ahead, start_thread)
         self.answers: dict[str, Answer] = {}
         self.infos: dict[str, AdapterInfo] = {}
         self._dropped: set[str] = set()

@@ -1,0 +1,121 @@
+"""A rank that follows: it does what rank 0 sends, in that order, and samples the same tokens, which never travel.
+
+Every rank executes the same plans over its own part of the model and of the adapters, gathers the same logits and
+draws from them by the same (seed, position). It schedules nothing and tells nobody its results. Called by
+`process.py`, in a process of its own.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import zmq
+
+from multilora.adapters.device.copier import DirectCopier
+from multilora.distributed.group import join
+from multilora.engine.build_rank import build_rank, device_of, make_runner
+from multilora.engine.execution.runner import Launched, Runner
+from multilora.engine.plan import StepPlan
+from multilora.engine.ranks.messages import (
+    JOIN_SECONDS,
+    Broken,
+    CopyPages,
+    FromRank,
+    Joining,
+    Progress,
+    RunStep,
+    Shutdown,
+    Start,
+    Up,
+    UseTokenizer,
+    decode_to_rank,
+    encode,
+    meeting_file,
+    plans_address,
+    reports_address,
+)
+from multilora.errors import MultiloraError
+
+logger = logging.getLogger(__name__)
+
+PAUSE_MS = 20
+"""When no plan has come for so long, none is on its way: the last step is read."""
+
+
+def follow(context: "zmq.Context[zmq.Socket[bytes]]", directory: str, rank: int) -> bool:
+    """Serve as rank number `rank` until told to shut down. False: it failed, and rank 0 has been told why."""
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox.bind(plans_address(directory, rank))
+    outbox.connect(reports_address(directory))
+
+    def report(message: FromRank) -> None:
+        outbox.send(encode(message))
+
+    try:
+        start = decode_to_rank(inbox.recv())
+        assert isinstance(start, Start)
+        _Follower(start, inbox, report).run()
+    except MultiloraError as e:
+        report(Broken(rank, e.kind, e.message))
+        return False
+    except Exception as e:
+        logger.exception("rank %d failed", rank)
+        report(Broken(rank, "EngineDead", f"rank {rank}: {e!r:.300}"))
+        return False
+    finally:
+        inbox.close(linger=0)
+        outbox.close(linger=2000)
+    return True
+
+
+class _Follower:
+    """The rank, built; `run` ends when it is told to shut down."""
+
+    def __init__(self, start: Start, inbox: "zmq.Socket[bytes]", report: Callable[[FromRank], None]):
+        config, size = start.config, start.config.tp_size
+        device = device_of(config, start.rank)
+        report(Joining(start.rank))
+        group = join(meeting_file(start.directory), start.rank, size, device, JOIN_SECONDS)
+        parts = build_rank(config, group, device)
+        self._runner: Runner = make_runner(config, parts)
+        self._copier = DirectCopier(parts.arena)
+        self._page_bytes = parts.layout.page_bytes
+        self._inbox = inbox
+        self._ahead = int(device.type == "cuda") if start.ahead is None else start.ahead
+        self._in_flight: deque[Launched] = deque()
+        self._progress = Progress(start.directory, size).steps
+        self._rank = start.rank
+        report(Up(start.rank))
+
+    def run(self) -> None:
+        while True:
+            if self._in_flight and not self._inbox.poll(PAUSE_MS):
+                self._read(0)
+            message = decode_to_rank(self._inbox.recv())
+            match message:
+                case RunStep(plan):
+                    self._step(plan)
+                case CopyPages(pages):
+                    frame = self._inbox.recv(copy=False)
+                    data = torch.frombuffer(bytearray(frame.buffer), dtype=torch.uint8)
+                    self._copier.start_copy(data.view(-1, self._page_bytes), pages)
+                case UseTokenizer(info):
+                    self._runner.use_tokenizer(info)
+                case Shutdown():
+                    return
+
+    def _step(self, plan: StepPlan) -> None:
+        """As `Engine.step`, without the parts that decide."""
+        forward = self._runner.forward(plan)
+        if self._runner.needs_tokens(plan):
+            self._read(0)
+        self._in_flight.append(self._runner.sample(forward))
+        self._read(self._ahead)
+
+    def _read(self, ahead: int) -> None:
+        """Read the oldest steps, as grammars need it, until only `ahead` are in flight."""
+        while len(self._in_flight) > ahead:
+            launched = self._in_flight.popleft()
+            launched.result()
+            self._progress[self._rank] = launched.plan.number

@@ -1,0 +1,277 @@
+"""Rank 0's handle on the other ranks: it starts them, sends each the same steps, watches them and ends them.
+
+    rank 0, in the engine's process                        rank 1, in a process of its own
+    plan ──────────────────── RunStep ─────────────────►   forward ◄── collectives ──► rank 0's forward
+    copy of an adapter ────── CopyPages, bytes ────────►   its part, to the same pages
+                                                            sample: the same token, which stays there
+
+A thread watches: a rank whose process ends, that reports an error or that does not finish a step in time makes the
+whole group fail. The others are killed then, so that the collective in which rank 0 may wait raises, and `check` and
+every `send` raise EngineDead. Called by `engine/build.py`.
+"""
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Protocol
+
+import torch
+import zmq
+
+from multilora.adapters.device.copier import Copier, Copy
+from multilora.config import Config
+from multilora.distributed.group import SINGLE, Group, join
+from multilora.engine.plan import StepPlan
+from multilora.engine.ranks.messages import (
+    JOIN_SECONDS,
+    Broken,
+    CopyPages,
+    Joining,
+    Progress,
+    RunStep,
+    Shutdown,
+    Start,
+    ToRank,
+    Up,
+    UseTokenizer,
+    decode_from_rank,
+    encode,
+    meeting_file,
+    plans_address,
+    reports_address,
+)
+from multilora.errors import EngineDead, MultiloraError, from_wire
+from multilora.private_directory import PrivateDirectory
+
+logger = logging.getLogger(__name__)
+
+CHECK_SECONDS = 0.25  # how often the thread looks
+END_SECONDS = 3.0  # until a rank that is told to end is killed
+
+
+class RankProcess(Protocol):
+    """What runs a rank: a `subprocess.Popen`, or what stands for one."""
+
+    def poll(self) -> int | None: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+StartRank = Callable[[str, int], RankProcess]
+"""(directory, rank) → a rank that is starting."""
+
+
+def start_process(directory: str, rank: int) -> RankProcess:
+    """A rank in a process of its own."""
+    command = [sys.executable, "-m", "multilora.engine.ranks.process", directory, str(rank), str(os.getpid())]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+
+class NoRanks:
+    """The contract of `Ranks` where rank 0 is alone."""
+
+    def run_step(self, plan: StepPlan) -> None: ...
+
+    def use_tokenizer(self, info: str) -> None: ...
+
+    def copying(self, copier: Copier) -> Copier:
+        return copier
+
+    def join(self, device: torch.device) -> Group:  # noqa: ARG002 - part of the contract
+        return SINGLE
+
+    def wait_until_up(self) -> None: ...
+
+    def failure(self, error: BaseException) -> BaseException:
+        return error
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Ranks:
+    """The ranks from 1 on. All methods belong to one thread."""
+
+    def __init__(self, config: Config, start: StartRank = start_process, ahead: int | None = None):
+        self._size = config.tp_size
+        self._timeout = config.watchdog_timeout
+        self._directory = PrivateDirectory("ranks")
+        path = str(self._directory.path)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._progress = Progress(path, self._size, create=True).steps
+        self._reports = self._context.socket(zmq.PULL)
+        self._reports.bind(reports_address(path))
+        self._plans: list[zmq.Socket[bytes]] = []
+        self._group: Group = SINGLE
+        self._sent = 0, 0.0  # number of the last step, and when it was sent
+        self._error: MultiloraError | None = None
+        self._joining: set[int] = set()
+        self._up: set[int] = set()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._processes: list[RankProcess] = []
+        for rank in range(1, self._size):
+            socket = self._context.socket(zmq.PUSH)
+            socket.connect(plans_address(path, rank))  # before the rank is there, so that messages wait for it
+            self._plans.append(socket)
+            socket.send(encode(Start(config=config, rank=rank, directory=path, ahead=ahead)))
+            self._processes.append(start(path, rank))
+        self._watcher = threading.Thread(target=self._watch, name="rank-watchdog", daemon=True)
+        self._watcher.start()
+
+    # ------------------------------------------------------------------ what they do
+
+    def join(self, device: torch.device) -> Group:
+        """Meet them; rank 0's collectives run on `device`. Raises the error that a rank failed with."""
+        self._wait_for(self._joining)
+        self._group = join(meeting_file(str(self._directory.path)), 0, self._size, device, JOIN_SECONDS)
+        return self._group
+
+    def wait_until_up(self) -> None:
+        """Until all are ready for steps. Raises the error that one failed with."""
+        self._wait_for(self._up)
+
+    def run_step(self, plan: StepPlan) -> None:
+        """Have them execute the plan, which rank 0 does next."""
+        self._send(RunStep(plan))
+        self._sent = plan.number, monotonic()
+
+    def use_tokenizer(self, info: str) -> None:
+        """See `Runner`."""
+        self._send(UseTokenizer(info))
+
+    def copying(self, copier: Copier) -> Copier:
+        """A copier of packed adapters that sends every rank its part and gives rank 0's to `copier`."""
+        return _RankCopier(self, copier)
+
+    def send_pages(self, pages: list[int], parts: Sequence[torch.Tensor]) -> None:
+        """parts: uint8 [pages, page_bytes] for each rank from 1 on. They are read until they have been sent."""
+        self.check()
+        header = encode(CopyPages(pages))
+        for socket, part in zip(self._plans, parts, strict=True):
+            socket.send(header, zmq.SNDMORE)
+            socket.send(part.numpy().data, copy=False)
+
+    def _send(self, message: ToRank) -> None:
+        self.check()
+        data = encode(message)
+        for socket in self._plans:
+            socket.send(data)
+
+    # ------------------------------------------------------------------ how they end
+
+    def check(self) -> None:
+        """Raise what a rank failed with."""
+        if self._error is not None:
+            raise self._error
+
+    def failure(self, error: BaseException) -> BaseException:
+        """What to say of an error of rank 0: a rank's own, if it comes from that."""
+        if isinstance(error, MultiloraError):
+            return error
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None, timeout=4 * CHECK_SECONDS)
+        return self._error or error
+
+    def close(self) -> None:
+        """End all of them."""
+        if self._closing:
+            return
+        self._closing = True
+        self._watcher.join()
+        data = encode(Shutdown())
+        for socket in self._plans:
+            with contextlib.suppress(zmq.Again):
+                socket.send(data, zmq.NOBLOCK)
+        end = monotonic() + (0.0 if self._error else END_SECONDS)
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, end - monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(END_SECONDS)
+        self._context.destroy(linger=0)
+        self._directory.close()
+
+    def _wait_for(self, ranks: set[int]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or len(ranks) == self._size - 1)
+        self.check()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _watch(self) -> None:
+        while not self._closing:
+            if self._reports.poll(int(1000 * CHECK_SECONDS)):
+                self._take_reports()
+            error = self._error or self._ended() or self._stalled()
+            if error is not None:
+                self._fail(error)
+                return
+
+    def _take_reports(self) -> None:
+        with self._changed:
+            while self._reports.poll(0):
+                match decode_from_rank(self._reports.recv()):
+                    case Joining(rank):
+                        self._joining.add(rank)
+                    case Up(rank):
+                        self._up.add(rank)
+                    case Broken(_, kind, message):
+                        self._error = self._error or from_wire(kind, message)
+            self._changed.notify_all()
+
+    def _ended(self) -> MultiloraError | None:
+        for rank, process in enumerate(self._processes, 1):
+            if (code := process.poll()) is not None:
+                if self._reports.poll(200):  # what it said last
+                    self._take_reports()
+                return self._error or EngineDead(f"rank {rank} of {self._size} ended with code {code}")
+        return None
+
+    def _stalled(self) -> MultiloraError | None:
+        number, at = self._sent
+        late = [rank for rank in range(1, self._size) if self._progress[rank] < number]
+        if not late or monotonic() - at < self._timeout:
+            return None
+        return EngineDead(
+            f"rank {late[0]} of {self._size} has not finished step {number} within {self._timeout} s "
+            "(--watchdog-timeout)"
+        )
+
+    def _fail(self, error: MultiloraError) -> None:
+        logger.error("%s; all ranks end", error.message)
+        for process in self._processes:
+            process.kill()
+        self._group.abort()
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+
+class _RankCopier:
+    """The contract of `Copier`. Other ranks copy in the order of their messages, so they have an adapter before any
+    step that names it."""
+
+    def __init__(self, ranks: Ranks, copier: Copier):
+        self._ranks = ranks
+        self._copier = copier
+
+    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
+        own, *others = buffer.split(len(pages))
+        self._ranks.send_pages(pages, others)
+        return self._copier.start_copy(own, pages)
+
+    def close(self) -> None:
+        self._copier.close()
+
+
+AnyRanks = Ranks | NoRanks
