@@ -21,7 +21,7 @@ from multilora.adapters.lifecycle.device_tier import DeviceTier
 from multilora.adapters.lifecycle.disabled import AnyStore, DisabledStore
 from multilora.adapters.lifecycle.host_tier import HostTier
 from multilora.adapters.lifecycle.store import AdapterStore
-from multilora.adapters.loading.dora_bias import DoraBiasLoader
+from multilora.adapters.loading.dora_bias import DoraBiasLoader, Facts
 from multilora.adapters.loading.loader import FetchContext, Loader
 from multilora.adapters.loading.process import ProcessLoader
 from multilora.adapters.packing.blocks import PackTarget
@@ -173,7 +173,8 @@ def _adapters(
         on_evict=books.namespaces.demote,
     )
     reclaimer = Reclaimer(books.pool, books.clock, [books.prefix, device])
-    return _store(config, parts, parts.target, device, reclaimer, make_loader), reclaimer
+    facts = ranks.facts(parts.model.base_weight)
+    return _store(config, parts, parts.target, device, reclaimer, make_loader, facts), reclaimer
 
 
 def _store(
@@ -183,6 +184,7 @@ def _store(
     device: DeviceTier,
     reclaimer: Reclaimer,
     make_loader: MakeLoader | None,
+    facts: Facts,
 ) -> AdapterStore:
     model, layout = parts.model, parts.layout
     base = BaseModel.of(model, _weights_dir(config))
@@ -190,7 +192,7 @@ def _store(
     staging = _staging(parts.device) if make_loader is None else None
     loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
     return AdapterStore(
-        DoraBiasLoader(loader, target, model.base_weight),
+        DoraBiasLoader(loader, target, facts),
         HostTier(config.max_loaded_loras, config.lora_host_bytes),
         device,
         reclaimer,

@@ -13,16 +13,17 @@ import torch
 import zmq
 
 from multilora.adapters.device.copier import DirectCopier
-from multilora.distributed.group import join
+from multilora.adapters.loading.dora_bias import module_facts
 from multilora.engine.build_rank import build_rank, device_of, make_runner
 from multilora.engine.execution.runner import Launched, Runner
 from multilora.engine.plan import StepPlan
+from multilora.engine.ranks.meeting import meet
 from multilora.engine.ranks.messages import (
-    JOIN_SECONDS,
     Broken,
     CopyPages,
     FromRank,
     Joining,
+    ModuleFacts,
     Progress,
     RunStep,
     Shutdown,
@@ -31,7 +32,6 @@ from multilora.engine.ranks.messages import (
     UseTokenizer,
     decode_to_rank,
     encode,
-    meeting_file,
     plans_address,
     reports_address,
 )
@@ -76,9 +76,12 @@ class _Follower:
         config, size = start.config, start.config.tp_size
         device = device_of(config, start.rank)
         report(Joining(start.rank))
-        group = join(meeting_file(start.directory), start.rank, size, device, JOIN_SECONDS)
-        parts = build_rank(config, group, device)
+        groups = meet(start.directory, start.rank, size, device)
+        parts = build_rank(config, groups.model, device)
         self._runner: Runner = make_runner(config, parts)
+        self._host_group = groups.host
+        self._base_weight = parts.model.base_weight
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copier = DirectCopier(parts.arena)
         self._page_bytes = parts.layout.page_bytes
         self._inbox = inbox
@@ -97,13 +100,27 @@ class _Follower:
                 case RunStep(plan):
                     self._step(plan)
                 case CopyPages(pages):
-                    frame = self._inbox.recv(copy=False)
-                    data = torch.frombuffer(bytearray(frame.buffer), dtype=torch.uint8)
-                    self._copier.start_copy(data.view(-1, self._page_bytes), pages)
+                    self._copier.start_copy(self._frame(torch.uint8).view(-1, self._page_bytes), pages)
+                case ModuleFacts():
+                    self._tell_facts(message)
                 case UseTokenizer(info):
                     self._runner.use_tokenizer(info)
                 case Shutdown():
                     return
+
+    def _frame(self, dtype: torch.dtype) -> torch.Tensor:
+        """The next frame of the message, [numbers]."""
+        data = bytearray(self._inbox.recv(copy=False).buffer)
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+    @torch.inference_mode()
+    def _tell_facts(self, asked: ModuleFacts) -> None:
+        """Beside the step that runs: the base model's weights never change."""
+        a, b = self._frame(torch.float32), self._frame(torch.float32)
+        delta = (a.view(asked.rank, -1), b.view(asked.rank, -1)) if asked.rank else None
+        with torch.cuda.stream(self._side):  # None: no other stream
+            facts = module_facts(self._base_weight, asked.layer, asked.module, delta)
+        self._host_group.all_gather(facts)
 
     def _step(self, plan: StepPlan) -> None:
         """As `Engine.step`, without the parts that decide."""

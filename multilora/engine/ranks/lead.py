@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
 
@@ -24,14 +25,16 @@ import torch
 import zmq
 
 from multilora.adapters.device.copier import Copier, Copy
+from multilora.adapters.loading.dora_bias import BaseModule, Delta, Facts, facts_of_one, module_facts
 from multilora.config import Config
-from multilora.distributed.group import SINGLE, Group, join
+from multilora.distributed.group import SINGLE, Group
 from multilora.engine.plan import StepPlan
+from multilora.engine.ranks.meeting import Groups, meet
 from multilora.engine.ranks.messages import (
-    JOIN_SECONDS,
     Broken,
     CopyPages,
     Joining,
+    ModuleFacts,
     Progress,
     RunStep,
     Shutdown,
@@ -41,7 +44,6 @@ from multilora.engine.ranks.messages import (
     UseTokenizer,
     decode_from_rank,
     encode,
-    meeting_file,
     plans_address,
     reports_address,
 )
@@ -84,6 +86,9 @@ class NoRanks:
     def copying(self, copier: Copier) -> Copier:
         return copier
 
+    def facts(self, base: BaseModule) -> Facts:
+        return facts_of_one(base)
+
     def join(self, device: torch.device) -> Group:  # noqa: ARG002 - part of the contract
         return SINGLE
 
@@ -110,7 +115,7 @@ class Ranks:
         self._reports = self._context.socket(zmq.PULL)
         self._reports.bind(reports_address(path))
         self._plans: list[zmq.Socket[bytes]] = []
-        self._group: Group = SINGLE
+        self._groups = Groups(SINGLE, SINGLE)
         self._sent = 0, 0.0  # number of the last step, and when it was sent
         self._error: MultiloraError | None = None
         self._joining: set[int] = set()
@@ -132,8 +137,8 @@ class Ranks:
     def join(self, device: torch.device) -> Group:
         """Meet them; rank 0's collectives run on `device`. Raises the error that a rank failed with."""
         self._wait_for(self._joining)
-        self._group = join(meeting_file(str(self._directory.path)), 0, self._size, device, JOIN_SECONDS)
-        return self._group
+        self._groups = meet(str(self._directory.path), 0, self._size, device)
+        return self._groups.model
 
     def wait_until_up(self) -> None:
         """Until all are ready for steps. Raises the error that one failed with."""
@@ -151,6 +156,18 @@ class Ranks:
     def copying(self, copier: Copier) -> Copier:
         """A copier of packed adapters that sends every rank its part and gives rank 0's to `copier`."""
         return _RankCopier(self, copier)
+
+    def facts(self, base: BaseModule) -> Facts:
+        """Each rank's facts of its part of the base model; `base`: of rank 0's."""
+
+        def gather(layer: int, module: str, deltas: Sequence[Delta | None]) -> list[torch.Tensor]:
+            self.check()
+            for socket, delta in zip(self._plans, deltas[1:], strict=True):
+                parts = [part.numpy().tobytes() for part in delta] if delta else [b"", b""]
+                socket.send_multipart([encode(ModuleFacts(layer, module, len(delta[0]) if delta else 0)), *parts])
+            return self._groups.host.all_gather(module_facts(base, layer, module, deltas[0]))
+
+        return gather
 
     def send_pages(self, pages: list[int], parts: Sequence[torch.Tensor]) -> None:
         """parts: uint8 [pages, page_bytes] for each rank from 1 on. They are read until they have been sent."""
@@ -251,7 +268,7 @@ class Ranks:
         logger.error("%s; all ranks end", error.message)
         for process in self._processes:
             process.kill()
-        self._group.abort()
+        self._groups.model.abort()
         with self._changed:
             self._error = error
             self._changed.notify_all()
@@ -268,10 +285,21 @@ class _RankCopier:
     def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
         own, *others = buffer.split(len(pages))
         self._ranks.send_pages(pages, others)
-        return self._copier.start_copy(own, pages)
+        return _OwnCopy(self._copier.start_copy(own, pages), own)
 
     def close(self) -> None:
         self._copier.close()
+
+
+@dataclass(frozen=True)
+class _OwnCopy:
+    """Rank 0's copy of its part, which lives as long."""
+
+    copy: Copy
+    part: torch.Tensor
+
+    def done(self) -> bool:
+        return self.copy.done()
 
 
 AnyRanks = Ranks | NoRanks

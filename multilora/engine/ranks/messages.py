@@ -1,7 +1,7 @@
 """What rank 0 and the other ranks say to each other: msgspec structs, sent as msgpack over ZeroMQ, no pickle.
 
     rank 0 → rank r    Start, then in the order in which rank 0 does the same: CopyPages (its bytes are the frame that
-                       follows), RunStep, UseTokenizer; Shutdown at the end
+                       follows), ModuleFacts (two frames), RunStep, UseTokenizer; Shutdown at the end
     rank r → rank 0    Joining, Up; Broken if it fails
 
 A rank reports its steps through `Progress`, memory that all of them map, which costs a step nothing.
@@ -15,9 +15,6 @@ import numpy as np
 
 from multilora.config import Config
 from multilora.engine.plan import StepPlan
-
-JOIN_SECONDS = 1800.0
-"""The longest that ranks wait for each other, as while they load weights. A step has the watchdog."""
 
 
 class Start(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -39,6 +36,15 @@ class CopyPages(msgspec.Struct, tag=True, frozen=True):
     """The next frame is this rank's part of an adapter, one page after the other: copy it to these arena pages."""
 
     pages: list[int]
+
+
+class ModuleFacts(msgspec.Struct, tag=True, frozen=True):
+    """Compute `dora_bias.module_facts` and gather them. The next two frames are this rank's A and B, fp32, of `rank`
+    rows each; empty if there is no low rank."""
+
+    layer: int
+    module: str
+    rank: int
 
 
 class UseTokenizer(msgspec.Struct, tag=True, frozen=True):
@@ -71,7 +77,7 @@ class Broken(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-ToRank = Start | RunStep | CopyPages | UseTokenizer | Shutdown
+ToRank = Start | RunStep | CopyPages | ModuleFacts | UseTokenizer | Shutdown
 FromRank = Joining | Up | Broken
 
 _encoder = msgspec.msgpack.Encoder()
@@ -101,10 +107,6 @@ def plans_address(directory: str, rank: int) -> str:
 def reports_address(directory: str) -> str:
     """Where rank 0 hears all others."""
     return f"ipc://{directory}/reports"
-
-
-def meeting_file(directory: str) -> str:
-    return f"{directory}/group"
 
 
 class Progress:
