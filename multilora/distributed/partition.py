@@ -21,6 +21,8 @@ def unit_part(width: int, unit: int, rank: int, size: int, *, replicate: bool = 
     units = width // unit
     if replicate and units < size and size % units == 0:
         held = range(rank * units // size, rank * units // size + 1)
+    elif units % size:
+        raise ValueError(f"{units} x {unit} columns cannot be divided into {size} equal parts")
     else:
         held = even_part(units, rank, size)
     return range(held.start * unit, held.stop * unit)

@@ -75,14 +75,17 @@ def build_engine(
     make_copier: MakeCopier | None = None,
     ahead: int | None = None,
     start_rank: StartRank = start_process,
+    *,
+    own_process: bool = False,
 ) -> Engine:
     """Load the model and set up everything else. Raises ConfigError, ModelUnsupported, OutOfMemory.
 
     make_loader: None: a process of its own. make_copier: None: what suits the device. ahead: see Engine; None: 1 on
     CUDA, 0 on CPU, where there is nothing to overlap with. start_rank: starts each rank of --tp-size but the first.
+    own_process: the process exists for the engine only, which may end it if it hangs.
     """
     device = device_of(config)
-    ranks: AnyRanks = Ranks(config, start_rank, ahead) if config.tp_size > 1 else NoRanks()
+    ranks: AnyRanks = Ranks(config, start_rank, ahead, exits=own_process) if config.tp_size > 1 else NoRanks()
     try:
         return _build(config, device, ranks, make_loader, make_copier or partial(_copier, config), ahead)
     except BaseException as e:

@@ -108,7 +108,7 @@ def main(address: str, parent: int) -> int:
     logs.setup(config.log_level, role="engine")
     divide_cores(config.tp_size)
     try:
-        engine = build_engine(config)
+        engine = build_engine(config, own_process=True)
     except MultiloraError as e:
         socket.send(encode(Failed(e.kind, e.message)))
         context.destroy(linger=2000)

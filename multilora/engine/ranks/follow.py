@@ -14,6 +14,7 @@ import zmq
 
 from multilora.adapters.device.copier import DirectCopier
 from multilora.adapters.loading.dora_bias import module_facts
+from multilora.config import Config
 from multilora.engine.build_rank import build_rank, device_of, make_runner
 from multilora.engine.execution.runner import Launched, Runner
 from multilora.engine.plan import StepPlan
@@ -43,8 +44,16 @@ PAUSE_MS = 20
 """When no plan has come for so long, none is on its way: the last step is read."""
 
 
-def follow(context: "zmq.Context[zmq.Socket[bytes]]", directory: str, rank: int) -> bool:
-    """Serve as rank number `rank` until told to shut down. False: it failed, and rank 0 has been told why."""
+def follow(
+    context: "zmq.Context[zmq.Socket[bytes]]",
+    directory: str,
+    rank: int,
+    set_up: Callable[[Config], None] = lambda _config: None,
+) -> bool:
+    """Serve as rank number `rank` until told to shut down. False: it failed, and rank 0 has been told why.
+
+    set_up: what the process does once it knows the config.
+    """
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     inbox.bind(plans_address(directory, rank))
     outbox.connect(reports_address(directory))
@@ -55,6 +64,7 @@ def follow(context: "zmq.Context[zmq.Socket[bytes]]", directory: str, rank: int)
     try:
         start = decode_to_rank(inbox.recv())
         assert isinstance(start, Start)
+        set_up(start.config)
         _Follower(start, inbox, report).run()
     except MultiloraError as e:
         report(Broken(rank, e.kind, e.message))

@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 CHECK_SECONDS = 0.25  # how often the thread looks
 END_SECONDS = 3.0  # until a rank that is told to end is killed
+NOTICE_SECONDS = 5.0  # until a process that does not notice a failure ends
 
 
 class RankProcess(Protocol):
@@ -103,9 +104,13 @@ class NoRanks:
 
 
 class Ranks:
-    """The ranks from 1 on. All methods belong to one thread."""
+    """The ranks from 1 on. All methods belong to one thread.
 
-    def __init__(self, config: Config, start: StartRank = start_process, ahead: int | None = None):
+    exits: this process ends if it has not noticed a failure after some seconds, because rank 0 waits for the device.
+    """
+
+    def __init__(self, config: Config, start: StartRank = start_process, ahead: int | None = None, *, exits: bool):
+        self._exits = exits
         self._size = config.tp_size
         self._timeout = config.watchdog_timeout
         self._directory = PrivateDirectory("ranks")
@@ -122,6 +127,7 @@ class Ranks:
         self._up: set[int] = set()
         self._changed = threading.Condition()
         self._closing = False
+        self._noticed = threading.Event()  # rank 0 knows of the failure, or is about to close
         self._processes: list[RankProcess] = []
         for rank in range(1, self._size):
             socket = self._context.socket(zmq.PUSH)
@@ -188,6 +194,7 @@ class Ranks:
     def check(self) -> None:
         """Raise what a rank failed with."""
         if self._error is not None:
+            self._noticed.set()
             raise self._error
 
     def failure(self, error: BaseException) -> BaseException:
@@ -196,6 +203,7 @@ class Ranks:
             return error
         with self._changed:
             self._changed.wait_for(lambda: self._error is not None, timeout=4 * CHECK_SECONDS)
+        self._noticed.set()
         return self._error or error
 
     def close(self) -> None:
@@ -203,6 +211,7 @@ class Ranks:
         if self._closing:
             return
         self._closing = True
+        self._noticed.set()
         self._watcher.join()
         data = encode(Shutdown())
         for socket in self._plans:
@@ -272,6 +281,10 @@ class Ranks:
         with self._changed:
             self._error = error
             self._changed.notify_all()
+        if self._exits and not self._noticed.wait(NOTICE_SECONDS):
+            logger.error("rank 0 does not come to an end by itself")
+            logging.shutdown()
+            os._exit(1)
 
 
 class _RankCopier:

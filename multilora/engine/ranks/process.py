@@ -14,6 +14,8 @@ import time
 import torch
 import zmq
 
+from multilora import logs
+from multilora.config import Config
 from multilora.engine.ranks.follow import follow
 
 PARENT_CHECK_SECONDS = 0.5
@@ -26,10 +28,15 @@ def main(directory: str, rank: int, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     gc.freeze()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    well = follow(context, directory, rank)
+    well = follow(context, directory, rank, lambda config: _set_up(config, rank))
     context.destroy(linger=2000)
     logging.shutdown()
     os._exit(0 if well else 1)
+
+
+def _set_up(config: Config, rank: int) -> None:
+    logs.setup(config.log_level, role=f"rank {rank}")
+    divide_cores(config.tp_size)
 
 
 def _end_with(parent: int) -> None:
