@@ -7,6 +7,7 @@
 #   make test        the tests (CPU, minutes);          ARGS="-k scheduler"
 #   make test-slow   deaths, restarts and real waits of whole processes (CPU)
 #   make coverage    both, with the share of lines that they run
+#   make test-clients  other people's clients, each in an environment of its own (minutes); ARGS="openai litellm"
 #   make test-gpu    those that need a CUDA device, and on it those that compare with PEFT
 #   make bench       benchmarks;                        ARGS="--help"
 #
@@ -23,7 +24,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-slow coverage test-gpu bench clean
+.PHONY: help setup demo serve check test test-slow coverage test-clients test-gpu bench clean
 
 help:
 	@sed -n 's/^#  *make /make /p' Makefile
@@ -62,6 +63,9 @@ coverage: $(READY)
 	rm -f .coverage*
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu' --cov --cov-report= $(ARGS)
 	$(BIN)/coverage report --skip-covered --sort=cover
+
+test-clients: $(READY)
+	$(BIN)/python scripts/clients.py $(ARGS)
 
 # With pytest-xdist, PYTEST_ADDOPTS="-n 8" shortens it to minutes. Of test_parity.py the two families that the table of
 # test_peft_parity.py lacks; without -k all five.

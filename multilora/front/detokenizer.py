@@ -1,11 +1,11 @@
 """Token ids to text, a few at a time.
 
-What comes out joins to `tokenizer.decode` of all ids: text is held back while it ends in U+FFFD, since that may be
+The emitted pieces join to `tokenizer.decode` of all ids: text is held back while it ends in U+FFFD, since that may be
 the beginning of a character. (One exception, where decode destroys text: a run of byte-fallback tokens that ends
 broken keeps the valid characters it began with.)
 
-Prefix-offset method: a token's text depends on the one before it (leading spaces, joined bytes), so the pending
-tokens are decoded behind the last ones already out, and what those give alone is cut off.
+The method is the prefix offset: a token's text depends on the token before it (leading spaces, joined bytes), so the
+pending tokens are decoded behind the last emitted ones, and the text of those alone is cut off.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,10 @@ _MAX_PENDING = 16  # tokens; a character in the making has at most 3
 
 
 class Detokenizer:
-    """kept: special tokens whose text comes out even when the others are skipped."""
+    """Turns one answer's token ids into text as they arrive; one object per answer.
+
+    kept: special tokens whose text is emitted even when `skip_special_tokens` drops the others.
+    """
 
     def __init__(
         self,
@@ -29,17 +32,17 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids - tokenizer.special_ids_of(kept) if skip_special_tokens else frozenset()
         self._spaces = spaces_between_special_tokens
-        self._prefix: list[int] = []  # the last tokens that are out entirely
-        self._prefix_text = ""  # what they decode to, alone
+        self._prefix: list[int] = []  # the last tokens whose text is emitted entirely
+        self._prefix_text = ""  # the text of `_prefix` decoded alone
         self._pending: list[int] = []  # tokens after them
-        self._sent = 0  # characters of the pending tokens' text that are out
+        self._sent = 0  # characters of the pending tokens' text that are emitted
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The text that these tokens complete."""
+        """Return the text that these tokens complete, possibly empty."""
         return "".join([self._push_one(token) for token in token_ids if token not in self._skip])
 
     def finish(self) -> str:
-        """What is still held back: nothing more will come."""
+        """Return the text that is still held back, since no further token will come."""
         if not self._pending:
             return ""
         rest = self._pending_text()[self._sent :]
@@ -66,9 +69,9 @@ class Detokenizer:
         return self._decode(self._pending)  # a byte run that was valid so far has broken
 
     def _shorten(self, text: str) -> str:
-        """Put out what can no longer change of a long broken `text`, and keep few tokens pending.
+        """Emit the part of a long broken `text` that can no longer change, and keep few tokens pending.
 
-        Cut where decoding both sides apart gives the same as together: no character goes over such a place.
+        The cut lies where decoding both sides apart gives the same text as together: no character spans such a place.
         """
         if not text:  # ids that the tokenizer does not know
             del self._pending[_MAX_PENDING // 2 :]
@@ -84,7 +87,7 @@ class Detokenizer:
         return ""
 
     def _advance(self, count: int, *, sent: int) -> None:
-        """The first `count` pending tokens are out, and `sent` characters of the rest."""
+        """Move the first `count` pending tokens to the prefix; `sent` characters of the others are emitted."""
         self._prefix, self._pending = self._pending[:count], self._pending[count:]
         self._prefix_text = self._decode(self._prefix)
         self._sent = sent

@@ -3,7 +3,7 @@
 An adapter that trains token embeddings may have been trained with added tokens. The tokenizer that lies beside its
 weights, where it has other tokens than the base model's, then reads and writes the text of its requests; its head may
 have more or fewer rows. Such vocabularies are found when an adapter is loaded, kept by version, and dropped with it.
-Plain adapters are never looked at.
+Adapters that train no token embedding cost nothing here.
 """
 
 import logging
@@ -44,8 +44,12 @@ NO_TOKENIZER = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """tokenizer: None: ids only; size: of the logits; own: its ids are not, or not all, the base model's tokens;
-    ends: ids that end an answer besides the base model's; no_text: why text is refused, empty: it is not."""
+    """The tokens that the ids of a request stand for.
+
+    tokenizer: None where the server runs on ids only. size: number of logits per row. own: whether some id is another
+    token than the base model's. ends: ids that end an answer besides the base model's. no_text: the reason why text
+    is refused; empty if it is not.
+    """
 
     tokenizer: Tokenizer | None
     size: int
@@ -54,27 +58,30 @@ class Vocabulary:
     no_text: str = ""
 
     def reader(self, what: str, param: str | None = None) -> Tokenizer:
-        """For ids to text. Raises BadRequest if there is none for `what`."""
+        """Return the tokenizer that turns ids into text. Raises BadRequest if there is none for `what`."""
         if self.tokenizer is None:
             raise BadRequest(f"{what} needs a tokenizer, and --skip-tokenizer-init is set", param=param)
         return self.tokenizer
 
     def writer(self, what: str, param: str | None = None) -> Tokenizer:
-        """For text to ids. Raises BadRequest if there is none for `what`."""
+        """Return the tokenizer that turns text into ids. Raises BadRequest if there is none for `what`."""
         tokenizer = self.reader(what, param)
         if self.no_text:
             raise BadRequest(f"{what}: {self.no_text}", param=param)
         return tokenizer
 
     def check_grammar(self, params: SamplingParams) -> None:
-        """Raises BadRequest for a grammar over other tokens than the base model's."""
+        """Raise BadRequest for a grammar over other tokens than the base model's."""
         if self.own and params.grammar_field is not None:
             what = "not for an adapter with tokens of its own: grammars know the base model's tokens only"
             raise BadRequest(f"sampling_params.{params.grammar_field}: {what}", param=params.grammar_field)
 
 
 class Vocabularies:
-    """Of the base model and of the loaded adapters. tokenizer: the base model's; roots: --lora-root."""
+    """The vocabularies of the base model and of the loaded adapters.
+
+    tokenizer: the base model's. roots: the directories of --lora-root.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer | None, ready: Ready, registry: AdapterRegistry, roots: tuple[str, ...] = ()
@@ -88,19 +95,20 @@ class Vocabularies:
         self._loading = threading.Lock()
 
     def of(self, spec: AdapterSpec) -> Vocabulary:
-        """A composition has the base model's, and what is not loaded too: it will be refused elsewhere."""
+        """Return the vocabulary of `spec`. Compositions have the base model's; so have names that are not loaded,
+        which the registry refuses."""
         version = self._registry.sole_version(spec)
         return self.base if version is None else self._own.get(version, self.base)
 
     def concerns(self, info: AdapterInfo) -> bool:
-        """Whether `add` has something to look at."""
+        """Whether an adapter may have tokens of its own, so that `add` has to look for its tokenizer."""
         return info.trains_tokens or self._size(info) != self.base.size
 
     def add(self, info: AdapterInfo, path: str | None) -> None:
-        """Look for the tokenizer of an adapter that has just been loaded from `path`; None: it came without files.
+        """Look for the tokenizer of an adapter that was just loaded from `path`; None means that it has no files.
 
-        May download, and read for a second: not for an event loop's thread. Raises AdapterError; nothing has changed
-        then.
+        This may download, and read for a second, so it must not run on an event loop's thread. Raises AdapterError,
+        and changes nothing then.
         """
         base, size = self.base.tokenizer, self._size(info)
         files = {} if base is None or path is None else read_files(path, self._roots)
@@ -116,11 +124,12 @@ class Vocabularies:
             self._own[info.version] = Vocabulary(base, size)
 
     def remove(self, version: int) -> None:
-        """Requests that run keep theirs. Nothing happens if the version has none."""
+        """Forget the vocabulary of a version, if it has one. Running requests keep the object that they hold."""
         self._own.pop(version, None)
 
     def _tokenizer(self, files: dict[str, bytes], base: Tokenizer) -> Tokenizer:
-        """The base model's if it has the same tokens. Adapters with equal files share one: it may have 100 MB."""
+        """Return the base model's tokenizer if the tokens are the same. Adapters with equal files share one object,
+        which may take 100 MB."""
         digest = sha256(repr(sorted((name, sha256(data).digest()) for name, data in files.items())).encode()).digest()
         with self._loading:
             tokenizer = self._tokenizers.get(digest)
@@ -142,10 +151,8 @@ class Vocabularies:
 
 
 def read_files(path: str, roots: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """The files of the tokenizer beside the adapter at `path`, a directory or hub repository; empty: there is none.
-
-    Raises AdapterError.
-    """
+    """Return {name: bytes} of the tokenizer's files beside the adapter at `path`, a directory or hub repository; it
+    is empty if there is no tokenizer. Raises AdapterError."""
     names = (*TOKENS, *BESIDE)
     directory = resolve(path, roots, extra=names)
     found = [name for name in names if (directory / name).exists()]
@@ -161,9 +168,10 @@ def _read(path: Path) -> bytes:
 
 
 def load_tokenizer(files: dict[str, bytes]) -> Tokenizer:
-    """From a directory of their own, so that nothing else is looked at.
+    """Load a tokenizer from these files alone, out of a directory of their own, so that no other file is read.
 
-    Raises AdapterInvalid; AdapterError if the disk refuses."""
+    Raises AdapterInvalid, or AdapterError if the disk refuses.
+    """
     with tempfile.TemporaryDirectory(prefix="multilora-tokenizer-") as directory:
         try:
             for name, data in files.items():

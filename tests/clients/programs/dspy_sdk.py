@@ -1,0 +1,27 @@
+"""dspy: a raw call of the language model, and a signature."""
+
+import dspy
+from checks import ADAPTER, BASE, QUESTION, V1, answer, check, main
+
+
+def lm(model, **more):
+    return dspy.LM(f"openai/{model}", api_base=V1, api_key="none", cache=False, num_retries=0, **more)
+
+
+@check("LM, base and adapter")
+def raw():
+    for model in (BASE, ADAPTER):
+        (found,) = lm(model, temperature=0.0, max_tokens=64)(QUESTION)
+        answer(found if isinstance(found, str) else found["text"], model)
+    return found
+
+
+@check("Predict over JSONAdapter (a JSON schema is enforced)")
+def predict():
+    with dspy.context(lm=lm(BASE, temperature=0.0, max_tokens=200), adapter=dspy.JSONAdapter()):
+        found = dspy.Predict("question -> answer: bool")(question="Yes?")
+    assert isinstance(found.answer, bool), found
+    return found.answer
+
+
+main()
