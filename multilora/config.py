@@ -239,7 +239,7 @@ class Config:
                 raise ConfigError(f"--cors-origins: {origin!r}: expected * or an origin as https://example.org")
 
     def _check_targets(self) -> None:
-        """Whether the model has such modules is checked once it is known, by `engine/build.py`."""
+        """Whether the model has such modules is checked once it is known, by `engine/build_rank.py`."""
         targets = self.lora_target_modules
         if targets is None:
             return

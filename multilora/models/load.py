@@ -1,6 +1,6 @@
 """From a path or hub id to a model with room for its weights. What is not served is refused from the config alone.
 
-Called by `engine/build.py`; `adapter_tools/` reads configs only.
+Called by `engine/build_rank.py`; `adapter_tools/` reads configs only.
 """
 
 import logging
