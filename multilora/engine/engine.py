@@ -77,6 +77,15 @@ class Engine:
         EngineDead once another rank has failed.
         """
         self._ranks.check()
+        try:
+            return self._step()
+        except RuntimeError as e:  # of a collective, if a rank is gone
+            error = self._ranks.failure(e)
+            if error is e:
+                raise
+            raise error from e
+
+    def _step(self) -> list[FromEngine]:
         self._poll_adapters()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()

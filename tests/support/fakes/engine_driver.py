@@ -67,10 +67,6 @@ DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
 """Where tests of the engine run: `make test-gpu` runs those that compare with PEFT on the GPU too, in fp32."""
 
 
-TP_SIZE = int(os.environ.get("MULTILORA_TEST_TP_SIZE", "1"))
-"""How many ranks share the model, unless a test says so: any test of the engine can run on several."""
-
-
 class Stepper:
     """Steps an engine and hands on what it says. Subclasses say what becomes of it."""
 
@@ -108,7 +104,8 @@ class Stepper:
 
 class EngineDriver(Stepper):
     """Keyword arguments are fields of `Config`; adapters: name → directory, loaded at once. late: copies of adapters
-    to the device are found done so many steps after their start; None: as they are.
+    to the device are found done so many steps after their start; None: as they are. Ranks of a `tp_size` over 1 are
+    threads.
 
     `answers`: rid → Answer; `infos`: name → AdapterInfo.
     """
@@ -122,7 +119,6 @@ class EngineDriver(Stepper):
         **options: Any,
     ):
         defaults: dict[str, Any] = {"model_path": str(model_path), "device": DEVICE, "enable_lora": True}
-        defaults["tp_size"] = TP_SIZE
         if DEVICE == "cuda" and "max_total_tokens" not in options:
             defaults["arena_bytes"] = 1 << 28  # several engines share the device
         config = Config.make(**(defaults | options))
