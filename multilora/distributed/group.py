@@ -43,8 +43,9 @@ class Group(Protocol):
         """The least of the ranks' values. Waits for the device."""
         ...
 
-    def abort(self) -> None:
-        """Make a collective that waits for a rank that is gone raise, as far as the backend can. Any thread."""
+    def close(self) -> None:
+        """Leave the group. A collective that waits for this rank raises, on the other ranks or, with NCCL, on this
+        one. Any thread."""
 
 
 class SingleRank:
@@ -62,7 +63,7 @@ class SingleRank:
     def minimum(self, value: int) -> int:
         return value
 
-    def abort(self) -> None: ...
+    def close(self) -> None: ...
 
 
 SINGLE = SingleRank()
@@ -94,9 +95,10 @@ class ProcessGroup:
         self._backend.allreduce([found], options).wait()
         return int(found.item())
 
-    def abort(self) -> None:
-        if self._device.type == "cuda":  # gloo notices by itself, when the connection to the rank closes
-            self._backend.abort()
+    def close(self) -> None:
+        backend, self._backend = self._backend, None
+        if backend is not None and self._device.type == "cuda":  # gloo's connections end with the object
+            backend.abort()
 
 
 def join(path: str, rank: int, size: int, device: torch.device, timeout: float) -> Group:

@@ -8,6 +8,7 @@ draws from them by the same (seed, position). It schedules nothing and tells nob
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 import zmq
@@ -18,7 +19,7 @@ from multilora.config import Config
 from multilora.engine.build_rank import build_rank, device_of, make_runner
 from multilora.engine.execution.runner import Launched, Runner
 from multilora.engine.plan import StepPlan
-from multilora.engine.ranks.meeting import meet
+from multilora.engine.ranks.meeting import Groups, meet
 from multilora.engine.ranks.messages import (
     Broken,
     CopyPages,
@@ -65,7 +66,10 @@ def follow(
         start = decode_to_rank(inbox.recv())
         assert isinstance(start, Start)
         set_up(start.config)
-        _Follower(start, inbox, report).run()
+        device = device_of(start.config, rank)
+        report(Joining(rank))
+        with closing(meet(start.directory, rank, start.config.tp_size, device)) as groups:
+            _Follower(start, device, groups, inbox, report).run()
     except MultiloraError as e:
         report(Broken(rank, e.kind, e.message))
         return False
@@ -82,11 +86,15 @@ def follow(
 class _Follower:
     """The rank, built; `run` ends when it is told to shut down."""
 
-    def __init__(self, start: Start, inbox: "zmq.Socket[bytes]", report: Callable[[FromRank], None]):
-        config, size = start.config, start.config.tp_size
-        device = device_of(config, start.rank)
-        report(Joining(start.rank))
-        groups = meet(start.directory, start.rank, size, device)
+    def __init__(
+        self,
+        start: Start,
+        device: torch.device,
+        groups: Groups,
+        inbox: "zmq.Socket[bytes]",
+        report: Callable[[FromRank], None],
+    ):
+        config = start.config
         parts = build_rank(config, groups.model, device)
         self._runner: Runner = make_runner(config, parts)
         self._host_group = groups.host
@@ -97,7 +105,7 @@ class _Follower:
         self._inbox = inbox
         self._ahead = int(device.type == "cuda") if start.ahead is None else start.ahead
         self._in_flight: deque[Launched] = deque()
-        self._progress = Progress(start.directory, size).steps
+        self._progress = Progress(start.directory, config.tp_size).steps
         self._rank = start.rank
         report(Up(start.rank))
 

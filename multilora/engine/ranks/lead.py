@@ -224,6 +224,7 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(END_SECONDS)
+        self._groups.close()
         self._context.destroy(linger=0)
         self._directory.close()
 
@@ -277,7 +278,7 @@ class Ranks:
         logger.error("%s; all ranks end", error.message)
         for process in self._processes:
             process.kill()
-        self._groups.model.abort()
+        self._groups.close()
         with self._changed:
             self._error = error
             self._changed.notify_all()

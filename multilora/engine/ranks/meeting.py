@@ -20,6 +20,11 @@ class Groups:
     model: Group
     host: Group
 
+    def close(self) -> None:
+        """Leave both."""
+        self.model.close()
+        self.host.close()
+
 
 def meet(directory: str, rank: int, size: int, device: torch.device) -> Groups:
     """The groups of the ranks that meet in this directory. Raises ConfigError if one does not come."""

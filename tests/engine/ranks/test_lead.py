@@ -40,7 +40,7 @@ class Corpse:
         socket.connect(reports_address(directory))
         for message in says:
             socket.send(encode(message))
-        socket.close(linger=1000)
+        context.destroy(linger=1000)
 
     def poll(self) -> int | None:
         return self._code
