@@ -102,7 +102,7 @@ class Config:
     )
     skip_tokenizer_init: bool = _model(False, "no tokenizer: requests carry input_ids, answers output_ids")
 
-    enable_lora: bool = _adapters(False, "allow adapters (on by itself when --lora-paths is given)")
+    enable_lora: bool = _adapters(False, "allow adapters (on by itself with --lora-paths or --lora-resolver-…)")
     lora_paths: tuple[LoraPath, ...] = _adapters(
         (), 'adapters to load at start: PATH, NAME=PATH or {"lora_name", "lora_path", "pinned"}', metavar="ADAPTER"
     )
@@ -131,6 +131,23 @@ class Config:
     lora_root: tuple[str, ...] = _adapters(
         (), "adapters must lie inside this directory; can be repeated (default: anywhere)", metavar="DIR"
     )
+    lora_resolver_dir: tuple[str, ...] = _adapters(
+        (), "an unknown adapter NAME that is asked for is loaded from DIR/NAME; can be repeated", metavar="DIR"
+    )
+    lora_resolver_url: tuple[str, ...] = _adapters(
+        (), "the same from URL/NAME, an http(s)://, s3:// or gs:// URL; can be repeated", metavar="URL"
+    )
+    lora_resolver_hub: tuple[str, ...] = _adapters(
+        (), "the same from hub repositories of such a name, as ORG/*; can be repeated", metavar="ORG/PATTERN"
+    )
+    max_resolved_loras: int = _adapters(
+        256, "most adapters loaded like that; the least recently used one is unloaded"
+    )
+    lora_resolver_bytes: int = _adapters(
+        16 << 30, "most disk space for adapters loaded like that or from a URL", size=True
+    )
+    lora_resolver_timeout: int = _adapters(30, "seconds that a request waits for such an adapter; beyond it, 503")
+    lora_fetch_timeout: int = _adapters(300, "seconds that fetching one adapter from the hub or a URL may take")
 
     arena_bytes: int | None = _memory(None, "size of the arena that KV cache and adapters share", size=True)
     max_total_tokens: int | None = _memory(None, "size of the arena, counted in tokens of KV cache")
@@ -142,7 +159,7 @@ class Config:
     disable_radix_cache: bool = _memory(False, "do not share the KV cache of equal prefixes")
     schedule_policy: str = _memory(
         "fcfs",
-        "first come first served, or longest cached prefix",
+        "first come first served, longest cached prefix, or the lowest `priority` of the requests first",
         choices=(KeysOf("multilora.engine.scheduling.policy:POLICIES"),),
     )
     attention_backend: str = _memory(
@@ -161,8 +178,17 @@ class Config:
     log_level: str = _server("info", "least severe lines shown", choices=tuple(logs.LEVELS))
     api_key: str | None = _server(None, "clients must send it as a bearer token")
     admin_api_key: str | None = _server(None, "what loading and unloading adapters asks for instead")
+    metrics_key: str | None = _server(None, "what /metrics asks for, as a bearer token (default: nothing)")
+    profile_dir: str | None = _server(
+        None, "where /start_profile writes (default: a directory that goes with the server)", metavar="DIR"
+    )
     cors_origins: tuple[str, ...] = _server(
         (), "web pages of these origins may call the server; `*`: all", metavar="ORIGIN"
+    )
+    logprobs_mode: str = _server(
+        "raw",
+        "what logprobs of an answer are the log-softmax of: the model's logits, or what tokens are drawn from",
+        choices=(KeysOf("multilora.params:LOGPROBS_MODES"),),
     )
     sampling_defaults: str = _server(
         "model",
@@ -171,7 +197,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if self.lora_paths and not self.enable_lora:
+        if (self.lora_paths or self.has_resolver) and not self.enable_lora:
             object.__setattr__(self, "enable_lora", True)
         for opt in options_of(Config):
             opt.check(getattr(self, opt.name))
@@ -179,6 +205,7 @@ class Config:
         self._check_lora_names()
         self._check_targets()
         self._check_origins()
+        self._check_resolver()
         if ":" in self.model_name:
             raise ConfigError(f"--served-model-name must not contain ':', is {self.model_name!r}")
 
@@ -213,6 +240,11 @@ class Config:
         """The name that clients use for the base model."""
         return self.served_model_name or self.model_path or "multilora-demo"
 
+    @property
+    def has_resolver(self) -> bool:
+        """Whether adapters that are asked for by an unknown name are looked for anywhere."""
+        return bool(self.lora_resolver_dir or self.lora_resolver_url or self.lora_resolver_hub)
+
     def _check_limits(self) -> None:
         if not 0 < self.mem_fraction_static <= 1:
             raise ConfigError(f"--mem-fraction-static must be over 0 and at most 1, is {self.mem_fraction_static}")
@@ -237,6 +269,14 @@ class Config:
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ConfigError(f"--cors-origins: {origin!r}: expected * or an origin as https://example.org")
+
+    def _check_resolver(self) -> None:
+        for url in self.lora_resolver_url:
+            if not re.fullmatch(r"(https?|s3|gs)://[^/?#\s]+(/[^?#\s]*)?", url) or "::" in url:
+                raise ConfigError(f"--lora-resolver-url: {url!r}: expected http(s)://, s3:// or gs:// and a place")
+        for pattern in self.lora_resolver_hub:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.*?-]+", pattern, re.ASCII):
+                raise ConfigError(f"--lora-resolver-hub: {pattern!r}: expected ORG/* or ORG/PATTERN")
 
     def _check_targets(self) -> None:
         """Whether the model has such modules is checked once it is known, by `engine/build_rank.py`."""

@@ -20,7 +20,8 @@
     │   ├── AdapterAlreadyLoaded    400
     │   ├── AdapterNotLoaded        400  unload of a name that does not exist
     │   ├── AdapterUnloading        400  the name is being unloaded
-    │   └── AdapterStarvation       400  pinning it would starve every other adapter
+    │   ├── AdapterStarvation       400  pinning it would starve every other adapter
+    │   └── AdapterUnavailable      503  a hub or URL does not answer as it should; carries `retry_after` seconds
     ├── Unauthorized                401
     ├── QueueFull                   503  carries `retry_after` seconds
     └── EngineDead                  503  the engine process ended
@@ -137,6 +138,13 @@ class Unauthorized(MultiloraError):
     """The API key is missing or wrong."""
 
     status = 401
+
+
+class AdapterUnavailable(AdapterError):
+    """A hub or URL does not answer as it should; try again after `retry_after` seconds."""
+
+    status = 503
+    retry_after = 5
 
 
 class QueueFull(MultiloraError):

@@ -5,7 +5,7 @@ field and the value. The struct travels to the engine as it is.
 """
 
 import math
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -13,6 +13,32 @@ from multilora.errors import BadRequest
 
 Composition = tuple[tuple[int, float], ...]
 """The adapters that act on a request, as (version, weight): () is the base model, ((v, 1.0),) is version v alone."""
+
+
+LogprobsMode = Literal["raw", "processed"]
+LOGPROBS_MODES: dict[str, LogprobsMode] = {
+    "raw": "raw",
+    "processed": "processed",
+    "raw_logprobs": "raw",
+    "processed_logprobs": "processed",
+}
+"""What logprobs of an answer are the log-softmax of, by our names and by vLLM's. raw: the model's logits. processed:
+what the token was drawn from, that is after penalties, bias, grammar, temperature, top-k, top-p and min-p."""
+
+GrammarField = Literal["json_schema", "regex", "ebnf", "structural_tag"]
+GRAMMAR_FIELDS: tuple[GrammarField, ...] = get_args(GrammarField)
+
+
+def parse_logprobs_mode(value: Any, param: str = "logprobs_mode") -> LogprobsMode | None:
+    """None for null. Raises BadRequest naming field and value."""
+    if value is None:
+        return None
+    mode = LOGPROBS_MODES.get(value) if isinstance(value, str) else None
+    if mode is None:
+        logits = value in ("raw_logits", "processed_logits")
+        reason = "logits are not returned, only logprobs; must be" if logits else "must be"
+        raise BadRequest(f"{param} = {value!r:.100}: {reason} one of {', '.join(LOGPROBS_MODES)}", param=param)
+    return mode
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -46,6 +72,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
+    structural_tag: str | None = None  # xgrammar's format, as JSON, or SGLang's older one
 
     @classmethod
     def parse(cls, data: Any) -> "SamplingParams":
@@ -67,8 +94,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
                 raise BadRequest(f"sampling_params.{name}: {value!r}: {e}", param=name) from None
         if fields.get("top_k") == 0:
             fields["top_k"] = -1
-        if fields.get("json_schema") == "":
-            del fields["json_schema"]
+        for name in GRAMMAR_FIELDS:
+            if fields.get(name) == "":
+                del fields[name]
         params = cls(**fields)
         params.check()
         return params
@@ -78,8 +106,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         for name, ok, rule in self._rules():
             if not ok:
                 raise BadRequest(f"sampling_params.{name} = {getattr(self, name)!r}: must be {rule}", param=name)
-        if sum(x is not None for x in (self.json_schema, self.regex, self.ebnf)) > 1:
-            raise BadRequest("only one of json_schema, regex and ebnf can be given", param="json_schema")
+        given = [name for name in GRAMMAR_FIELDS if getattr(self, name) is not None]
+        if len(given) > 1:
+            message = f"an answer can follow only one grammar, but {given[0]} and {given[1]} are both given"
+            raise BadRequest(message, param=given[1])
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         finite = math.isfinite
@@ -126,13 +156,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         return [self.stop_regex] if isinstance(self.stop_regex, str) else list(self.stop_regex or ())
 
     @property
-    def grammar_field(self) -> Literal["json_schema", "regex", "ebnf"] | None:
+    def grammar_field(self) -> GrammarField | None:
         """Which field holds the grammar that the answer has to follow; None: it is free."""
-        if self.json_schema is not None:
-            return "json_schema"
-        if self.regex is not None:
-            return "regex"
-        return "ebnf" if self.ebnf is not None else None
+        return next((name for name in GRAMMAR_FIELDS if getattr(self, name) is not None), None)
 
     @property
     def greedy(self) -> bool:

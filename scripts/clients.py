@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx
 from demo import free_port, server, wait_until_healthy
 
-from multilora.demo import base_model_path
+from multilora.demo import adapter_paths, base_model_path
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "clients"
@@ -99,6 +99,7 @@ def run(client: Client, url: str, base: str, log: Path) -> list[Row]:
             "MULTILORA_BASE": base,
             "MULTILORA_SPARE_PORT": str(free_port()),
             "MULTILORA_TOKENIZER": str(base_model_path()),
+            "MULTILORA_ADAPTERS": str(next(iter(adapter_paths().values())).parent),
             **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), nowhere),
             **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
             "HF_HUB_OFFLINE": "1",

@@ -110,7 +110,7 @@ def test_flashinfer_backend_is_auto_with_a_warning(caplog):
         ({"max_running_requests": None}, "--max-running-requests must be a positive integer"),
         ({"lora_backend": "cutlass"}, "--lora-backend must be one of auto, torch, triton, csgmv"),
         ({"lora_eviction_policy": "mru"}, "--lora-eviction-policy must be one of lru, fifo, cost"),
-        ({"schedule_policy": "sjf"}, "--schedule-policy must be one of fcfs, lpm, is 'sjf'"),
+        ({"schedule_policy": "sjf"}, "--schedule-policy must be one of fcfs, lpm, priority, is 'sjf'"),
         ({"attention_backend": "fa3"}, "--attention-backend must be one of auto, flashinfer, torch, is 'fa3'"),
         ({"dtype": "float8"}, "--dtype must be one of auto, float32, bfloat16, float16, is 'float8'"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda, is 'tpu'"),
@@ -169,3 +169,26 @@ def test_choices_are_those_of_the_implementations(name, table, others):
 @pytest.mark.parametrize("name", DTYPES)
 def test_dtypes_are_those_of_torch(name):
     assert isinstance(getattr(torch, name), torch.dtype)
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc", "s3://", "bucket", "http://h/?q", "http://h/#f", "s3://b::file:///etc", "ftp://h"]
+)
+def test_a_resolvers_url_is_checked(url):
+    with pytest.raises(ConfigError, match="--lora-resolver-url"):
+        Config.make(lora_resolver_url=url)
+
+
+@pytest.mark.parametrize("pattern", ["org", "*/*", "*/name", "org/", "org/a/b", "/x", "org/a b"])
+def test_a_resolvers_hub_pattern_names_its_organization(pattern):
+    with pytest.raises(ConfigError, match="--lora-resolver-hub"):
+        Config.make(lora_resolver_hub=pattern)
+
+
+@pytest.mark.parametrize("option", ["lora_resolver_dir", "lora_resolver_url", "lora_resolver_hub"])
+def test_a_resolver_enables_adapters(option):
+    value = {"lora_resolver_dir": "/d", "lora_resolver_url": "https://h", "lora_resolver_hub": "org/*"}[option]
+    config = Config.make(**{option: value})
+    assert config.enable_lora
+    assert config.has_resolver
+    assert not Config.make().has_resolver

@@ -6,12 +6,14 @@ All methods belong to one event loop.
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from multilora.engine.messages import AdapterInfo, Output
+from multilora.engine.messages import AdapterInfo, Output, StartProfile
 from multilora.errors import MultiloraError
 from multilora.front.effects import (
     Effect,
@@ -22,17 +24,19 @@ from multilora.front.effects import (
     RunBlocking,
     Spawn,
     Steps,
+    WaitUntilDone,
     WaitUntilIdle,
 )
 from multilora.front.engine_link import EngineLink
 from multilora.front.front import Front
 from multilora.front.generation import Generation, Job, Sample
+from multilora.front.registry import Held
 from multilora.front.stream import Delta
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-THREADS = {Lane.TEXT: 4, Lane.GRAMMAR: 1, Lane.FILES: 8}
+THREADS = {Lane.TEXT: 4, Lane.GRAMMAR: 1, Lane.FILES: 8, Lane.DOWNLOADS: 16}
 
 
 class AsyncEngine(EngineLink, Protocol):
@@ -44,6 +48,16 @@ class AsyncEngine(EngineLink, Protocol):
     async def unload_adapter(self, version: int) -> None: ...
 
     async def flush_cache(self) -> None: ...
+
+    @property
+    def profile_root(self) -> Path:
+        """The directory below which profiles are written."""
+
+    async def start_profile(self, wanted: StartProfile) -> None:
+        """Raises BadRequest if a profile is running."""
+
+    async def stop_profile(self) -> None:
+        """Returns when the trace is written. Raises BadRequest if no profile is running."""
 
     async def shutdown(self) -> None:
         """Let the engine finish what runs, and end it."""
@@ -90,6 +104,10 @@ class AsyncDriver:
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         return AsyncGeneration(await self._run(self.front.submit(jobs, outputs.put_nowait, rids)), outputs)
 
+    async def hold(self, names: Iterable[str]) -> Sequence[Held]:
+        """See `Resolver.hold`. When cancelled nothing is held; what is being fetched goes on."""
+        return await self._run(self.front.resolver.hold(names))
+
     async def change(self, steps: Steps[T]) -> T:
         """Carry a change of an adapter through, even if the caller is cancelled meanwhile."""
         return await asyncio.shield(self._start(steps))
@@ -130,6 +148,11 @@ class AsyncDriver:
                 idle = asyncio.Event()
                 self.front.registry.when_idle(version, idle.set)
                 await idle.wait()
+            case WaitUntilDone(flight, seconds):
+                done = asyncio.Event()
+                flight.when_done(done.set)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(done.wait(), seconds)
             case Spawn(steps):
                 self._start(steps)
             case Gather(children, limit):

@@ -21,6 +21,7 @@ from multilora.front.effects import (
     RunBlocking,
     Spawn,
     Steps,
+    WaitUntilDone,
     WaitUntilIdle,
 )
 from multilora.front.registry import AdapterRegistry
@@ -60,6 +61,8 @@ class SteppingDriver:
                 self._engine.unload_adapter(version, partial(_take_reply, task))
             case WaitUntilIdle(version):
                 self._registry.when_idle(version, task.advance)
+            case WaitUntilDone(flight):  # which has a deadline of its own
+                flight.when_done(task.advance)
             case Spawn(steps):
                 _Task(steps, self, _log_error).advance()
                 task.advance()

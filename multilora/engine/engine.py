@@ -24,12 +24,15 @@ from multilora.engine.messages import (
     Outputs,
     Ready,
     Reply,
+    StartProfile,
     Stats,
+    StopProfile,
     Submit,
     ToEngine,
     UnloadAdapter,
     UseTokenizer,
 )
+from multilora.engine.profiler import Profiler
 from multilora.engine.ranks.lead import AnyRanks
 from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
@@ -58,6 +61,7 @@ class Engine:
         self.adapters = adapters
         self._ranks = ranks
         self.report = StatsReporter(scheduler, adapters)
+        self.profiler = Profiler()
         self._describe = describe
         self._max_queued = max_queued
         self._seeds = random.Random(random_seed)
@@ -90,6 +94,7 @@ class Engine:
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
+            self.profiler.before_step(plan.number)
             self._ranks.run_step(plan)
             forward = self.runner.forward(plan)
             if self.runner.needs_tokens(plan):
@@ -140,6 +145,10 @@ class Engine:
                 self._answer(call, lambda: self._unload(version))
             case FlushCache(call):
                 self._answer(call, lambda: self.scheduler.kv.prefix.flush(self.scheduler.launched))
+            case StartProfile():
+                self._answer(message.call, lambda: self.profiler.start(message, self.scheduler.launched))
+            case StopProfile(call):
+                self._answer(call, self.profiler.stop)
             case UseTokenizer(info):
                 self._ranks.use_tokenizer(info)
                 self.runner.use_tokenizer(info)

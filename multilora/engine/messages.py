@@ -1,7 +1,7 @@
 """What the front and the engine say to each other: msgspec structs, sent as msgpack over ZeroMQ, no pickle.
 
-Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `UnloadAdapter`, `FlushCache`), each
-answered by one `Reply` with the same `call` number; `UseTokenizer` once, `Shutdown` at the end.
+Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `UnloadAdapter`, `FlushCache`, `StartProfile`,
+`StopProfile`), each answered by one `Reply` with the same `call` number; `UseTokenizer` once, `Shutdown` at the end.
 Engine → front: `Ready` once, then `Outputs`, `Reply` and `Stats`.
 
 Adapters are *versions* here: integers that the front's registry hands out and never reuses.
@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from multilora.params import Composition, SamplingParams
+from multilora.params import Composition, LogprobsMode, SamplingParams
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -24,9 +24,13 @@ class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     return_logprob: bool = False
     logprob_start_len: int = -1  # first prompt position whose logprob is wanted; -1: none of the prompt
     top_logprobs_num: int = 0
+    prompt_logprobs: int | None = None  # so many of the best tokens, and ranks, for each token of the prompt
+    return_ranks: bool = False  # of the answer's tokens, with their logprobs
+    logprobs_mode: LogprobsMode = "raw"  # of the answer's tokens
     grammar: str | None = None  # an xgrammar CompiledGrammar, serialized to JSON
+    salt: str = ""  # requests share cached pages only with requests of the same salt
     tenant: str = ""
-    priority: int = 0
+    priority: int = 0  # the lowest number first, under the scheduling policy of that name
     deadline: float | None = None  # monotonic seconds of this machine
 
 
@@ -65,6 +69,28 @@ class FlushCache(msgspec.Struct, tag=True, frozen=True):
     call: int
 
 
+class StartProfile(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Record what the engine's process does, with torch's profiler, and write the trace to `path` (`.json.gz`).
+
+    start_step: number of the first step; None: at once. num_steps: it ends by itself after so many.
+    activities: of "CPU", "GPU"; the latter is nothing where there is none.
+    """
+
+    path: str
+    call: int = 0
+    start_step: int | None = None
+    num_steps: int | None = None
+    activities: list[str]
+    with_stack: bool = True
+    record_shapes: bool = False
+
+
+class StopProfile(msgspec.Struct, tag=True, frozen=True):
+    """End the profile and write the trace; the Reply comes when it is written."""
+
+    call: int
+
+
 class UseTokenizer(msgspec.Struct, tag=True, frozen=True):
     """xgrammar's serialized TokenizerInfo, which the grammars of later Submits are bound to."""
 
@@ -84,15 +110,18 @@ class Finished(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: str = ""  # error class name
 
 
+TopLogprobs = list[tuple[float, int]]
+"""(logprob, token id), best first, the lowest ids first among equals."""
+
+
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
-    """How likely one token was, and which tokens were the likeliest at its position: raw log-softmax of the logits,
-    before penalties and temperature. What is not finite (a padded vocabulary, NaN) is None, or left out of `top`."""
+    """How likely one token was, and which tokens were the likeliest at its position, by log-softmax: of the raw
+    logits, or of what the token was drawn from (`LogprobsMode`). What is not finite (a padded vocabulary, a masked
+    token, NaN) is None, or left out of `top`."""
 
     logprob: float | None
-    top: list[tuple[float, int]] = []  # (logprob, token id), best first
-
-
-TopLogprobs = list[tuple[float, int]]  # (logprob, token id), best first
+    top: TopLogprobs = []
+    rank: int | None = None  # the token's place in that order, from 1 on; None: not asked for
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -182,6 +211,16 @@ class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     slots_used: int
     adapters: list[AdapterStats]  # all, or in an update those that have changed since the one before
     unloaded: list[int] = []  # versions that are gone since the update before
+    gen_throughput: float = 0.0  # tokens a second, in the latest second or less in which any were generated
+    cache_hit_rate: float = 0.0  # of the prompt tokens of the latest second with any, the part that was cached
+    step_tokens: list[int] = []  # cumulative: steps of up to 1, 2, 4, … 16384 tokens, and of more
+
+    @property
+    def usage(self) -> float:
+        """Part of the pages that running requests and adapters hold, 0 to 1."""
+        return (
+            (self.total_pages - self.free_pages - self.prefix_pages) / self.total_pages if self.total_pages else 0.0
+        )
 
 
 class AdapterStatsTable:
@@ -219,7 +258,18 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-ToEngine = Submit | Abort | Finish | LoadAdapter | UnloadAdapter | FlushCache | UseTokenizer | Shutdown
+ToEngine = (
+    Submit
+    | Abort
+    | Finish
+    | LoadAdapter
+    | UnloadAdapter
+    | FlushCache
+    | StartProfile
+    | StopProfile
+    | UseTokenizer
+    | Shutdown
+)
 FromEngine = Ready | Failed | Outputs | Reply | Stats
 
 _encoder = msgspec.msgpack.Encoder()

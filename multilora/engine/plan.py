@@ -20,12 +20,13 @@ from multilora.lora.panels import AdapterShape
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Logprobs of `next_ids`, each under the logits of one of the positions `first`, `first + 1`, … of the prompt.
 
-    top: how many of the best tokens are wanted with each.
+    top: how many of the best tokens are wanted with each. ranks: whether each one's rank is wanted.
     """
 
     first: int
     next_ids: list[int]
     top: int
+    ranks: bool = False
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):

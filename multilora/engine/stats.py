@@ -14,6 +14,7 @@ from multilora.memory.page_pool import PageKind
 logger = logging.getLogger(__name__)
 
 DECODE_LOG_SECONDS = 2.0
+STEP_SIZES = 16  # step sizes are counted by powers of two: up to 1, 2, … 2**14 tokens, and more
 
 
 class StatsReporter:
@@ -24,9 +25,16 @@ class StatsReporter:
         self._adapters = adapters
         self._since = monotonic()
         self._generated_then = 0
+        self._step_tokens = [0] * STEP_SIZES
+        self._tokens_then = 0  # prompt and generated, at the step before
+        self._rates = _Rates(scheduler)
 
     def step(self, plan: StepPlan) -> None:
-        """Log a step that has run: a line for every prefill, one for decoding every two seconds."""
+        """Count a step that has run, and log it: a line for every prefill, one for decoding every two seconds."""
+        tokens = self._scheduler.prompt_tokens + self._scheduler.generated_tokens
+        size = max(0, tokens - self._tokens_then - 1).bit_length()
+        self._step_tokens[min(size, STEP_SIZES - 1)] += 1
+        self._tokens_then = tokens
         if logger.isEnabledFor(logging.INFO):
             prefill = [c for c in plan.chunks if not c.decodes]
             if prefill:
@@ -72,6 +80,7 @@ class StatsReporter:
 
     def stats_update(self) -> Stats:
         """What is new since the last update: of adapters, only those that have changed."""
+        self._rates.measure()
         return self._stats(*self._adapters.take_changes())
 
     def _stats(self, adapters: Iterable[AdapterVersion], unloaded: list[int]) -> Stats:
@@ -96,7 +105,30 @@ class StatsReporter:
             slots_used=used,
             adapters=[_adapter_stats(adapter, page_bytes) for adapter in adapters],
             unloaded=unloaded,
+            gen_throughput=self._rates.gen_throughput,
+            cache_hit_rate=self._rates.cache_hit_rate,
+            step_tokens=list(self._step_tokens),
         )
+
+
+class _Rates:
+    """Rates between two updates. A rate stays what it was where nothing has happened since."""
+
+    def __init__(self, scheduler: Scheduler):
+        self._scheduler = scheduler
+        self._then = (monotonic(), 0, 0, 0)
+        self.gen_throughput = self.cache_hit_rate = 0.0
+
+    def measure(self) -> None:
+        """An update is about to be sent."""
+        scheduler = self._scheduler
+        now = (monotonic(), scheduler.generated_tokens, scheduler.prompt_tokens, scheduler.cached_tokens)
+        seconds, generated, computed, cached = (a - b for a, b in zip(now, self._then, strict=True))
+        self._then = now
+        if generated and seconds:
+            self.gen_throughput = generated / seconds
+        if computed + cached:
+            self.cache_hit_rate = cached / (computed + cached)
 
 
 def _adapter_stats(adapter: AdapterVersion, page_bytes: int) -> AdapterStats:

@@ -4,8 +4,9 @@ One `AdapterManager` keeps registry, vocabularies, spool and engine in step thro
 leaves none of them changed. A change is work for a driver (see `effects.py`), which carries through what has begun.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from multilora.engine.messages import AdapterInfo
 from multilora.errors import AdapterError, BadRequest, MultiloraError
 from multilora.front.adapter_spec import parse_composition, show
 from multilora.front.effects import EngineLoad, EngineUnload, Gather, Lane, RunBlocking, Spawn, Steps, WaitUntilIdle
+from multilora.front.fetcher import Fetcher, Found
 from multilora.front.observer import Observer
 from multilora.front.registry import AdapterRegistry
 from multilora.front.vocabulary import Vocabularies
@@ -26,16 +28,27 @@ MAX_LOADS = 8  # at a time, of one `load_many`
 
 
 class AdapterManager:
-    """One per front. `spool`: where adapters that come as tensors are kept."""
+    """One per front. `spool`: where adapters are kept that do not come from a directory or the hub."""
 
-    def __init__(self, registry: AdapterRegistry, vocabularies: Vocabularies, spool: Spool, observer: Observer):
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        vocabularies: Vocabularies,
+        spool: Spool,
+        fetcher: Fetcher,
+        observer: Observer,
+    ):
         self._registry = registry
         self._vocabularies = vocabularies
         self.spool = spool
+        self._fetcher = fetcher
         self._observer = observer
 
-    def load(self, name: str, path: str, *, pinned: bool | None = None, replace: bool = False) -> Steps[AdapterInfo]:
-        """Load the adapter in a directory or hub repository and let requests use it. Raises AdapterError.
+    def load(
+        self, name: str, path: str, *, pinned: bool | None = None, replace: bool = False, any_url: bool = False
+    ) -> Steps[AdapterInfo]:
+        """Load the adapter in a directory, in a hub repository or at a URL, and let requests use it. Raises
+        AdapterError. any_url: a URL need not lie below a --lora-resolver-url.
 
         With `replace` the name may be taken: requests in flight keep the old version, which is unloaded when they
         end. `pinned` None: as the replaced one, else no.
@@ -43,7 +56,7 @@ class AdapterManager:
         if pinned is None:
             pinned = any(ref.name == name and ref.pinned for ref in self._registry.refs())
         version = self._registry.begin_load(name, path, pinned, replace=replace)
-        info = yield from self._fetch(version, path, pinned)
+        info = yield from self._fetch(version, path, pinned, any_url)
         yield from self._commit(name, info)
         return info
 
@@ -52,23 +65,30 @@ class AdapterManager:
     ) -> Steps[AdapterInfo]:
         """Load an adapter whose adapter_config.json is `config` and whose .safetensors file `write(path)` writes."""
         version = self._registry.begin_load(name, TENSOR_ROOT, pinned)
-        path = ""
-        try:
+        with self._undone_on_error(version, TENSOR_ROOT):
             path = str((yield from RunBlocking(Lane.FILES, partial(self.spool.add, version, config, write))))
             info = yield from EngineLoad(version, path, pinned)
             yield from self._add_tokens(info, None)
-        except BaseException as e:
-            self._registry.fail_load(version)
-            self.spool.remove(version)
-            if isinstance(e, MultiloraError) and path:
-                e.message = e.message.replace(path, TENSOR_ROOT)
-                e.args = (e.message,)
+        yield from self._commit(name, info)
+        return info
+
+    def load_found(self, name: str, found: Found) -> Steps[AdapterInfo]:
+        """Load the adapter that the fetcher has found, which takes its folder. Errors call it by its name."""
+        try:
+            version = self._registry.begin_load(name, found.path)
+        except BaseException:
+            self._fetcher.discard(found)
             raise
+        with self._undone_on_error(version, name):
+            path = str(self.spool.keep(found.folder, version))
+            info = yield from EngineLoad(version, path, False)
+            yield from self._add_tokens(info, path)
         yield from self._commit(name, info)
         return info
 
     def load_many(self, paths: Sequence[LoraPath], *, all_or_none: bool = False) -> Steps[list[AdapterInfo]]:
-        """Load several side by side; requests can use them once all have ended. Raises the first error.
+        """Load several side by side, which the operator names; requests can use them once all have ended. Raises the
+        first error.
 
         Those without an error are loaded then, or none of them with `all_or_none`: no load begins any more there
         once one has failed.
@@ -81,7 +101,7 @@ class AdapterManager:
                 raise AdapterError(f"adapter {entry.lora_name!r} is not loaded: another one failed before")
             try:
                 version = self._registry.begin_load(entry.lora_name, entry.lora_path, entry.pinned)
-                return (yield from self._fetch(version, entry.lora_path, entry.pinned))
+                return (yield from self._fetch(version, entry.lora_path, entry.pinned, any_url=True))
             except BaseException:
                 failed = True
                 raise
@@ -120,15 +140,27 @@ class AdapterManager:
         self._observer.forget(name)
         logger.info("adapter %r unloaded", name)
 
-    def _fetch(self, version: int, path: str, pinned: bool) -> Steps[AdapterInfo]:
+    def _fetch(self, version: int, path: str, pinned: bool, any_url: bool) -> Steps[AdapterInfo]:
         """Into the engine, and its tokens to the front; if that fails, it is as if the load had never begun."""
-        try:
-            info = yield from EngineLoad(version, path, pinned)
-            yield from self._add_tokens(info, path)
-        except BaseException:
-            self._registry.fail_load(version)
-            raise
+        with self._undone_on_error(version, path):
+            local = yield from self._fetcher.localize(path, version, any_url=any_url)
+            info = yield from EngineLoad(version, local, pinned)
+            yield from self._add_tokens(info, local)
         return info
+
+    @contextlib.contextmanager
+    def _undone_on_error(self, version: int, shown: str) -> Iterator[None]:
+        """On an error it is as if the load had never begun. What the error says of the version's folder in the spool,
+        it says of `shown` then."""
+        try:
+            yield
+        except BaseException as e:
+            self._registry.fail_load(version)
+            folder = self.spool.remove(version)
+            if isinstance(e, MultiloraError) and folder:
+                e.message = e.message.replace(folder, shown)
+                e.args = (e.message,)
+            raise
 
     def _add_tokens(self, info: AdapterInfo, path: str | None) -> Steps[None]:
         """The last step of a load that went well so far: if it fails, the engine forgets the adapter."""

@@ -10,7 +10,7 @@ This module knows only names, not which adapters are loaded.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from multilora.errors import BadRequest
@@ -53,6 +53,17 @@ def parse_composition(parts: list[Any] | tuple[Any, ...], what: str = "lora_path
     if count > 1:
         raise _bad(f"{what}: adapter {name!r} comes twice; add its weights")
     return spec
+
+
+def names_in(value: Any, depth: int = 2) -> Iterator[str]:
+    """The names in a `lora_path` of any form; what is not well-formed is left out. depth: of lists within lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from names_in(value.get("name"), 0)
+    elif isinstance(value, list | tuple) and depth:
+        for entry in value:
+            yield from names_in(entry, depth - 1)
 
 
 def show(spec: AdapterSpec) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from multilora.engine.messages import AdapterInfo
+from multilora.errors import MultiloraError
 
 T = TypeVar("T")
 
@@ -36,7 +37,8 @@ class Lane(enum.Enum):
 
     TEXT = "text"  # tokenizing and chat templates
     GRAMMAR = "grammar"
-    FILES = "files"  # disk and network
+    FILES = "files"  # the disk
+    DOWNLOADS = "downloads"  # the network: a host that never answers keeps only other downloads waiting
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,37 @@ class WaitUntilIdle(Effect[None]):
     """Wait until no request holds `version`."""
 
     version: int
+
+
+class Flight:
+    """Work under way that others wait for. `error`: what it failed with, once it is done."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.error: MultiloraError | None = None
+        self._callbacks: list[Callable[[], None]] = []
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the flight has ended: at once if it has."""
+        if self.done:
+            callback()
+        else:
+            self._callbacks.append(callback)
+
+    def finish(self) -> None:
+        """The flight has ended; whoever waits goes on."""
+        self.done = True
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+
+@dataclass(frozen=True)
+class WaitUntilDone(Effect[None]):
+    """Wait until the flight has ended, or for `seconds` on a driver of requests that run side by side."""
+
+    flight: Flight
+    seconds: float
 
 
 @dataclass(frozen=True)

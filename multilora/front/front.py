@@ -1,7 +1,8 @@
 """The one road from a client's request to the engine, whichever door it came through, without I/O.
 
 `Front.submit` checks everything before anything is sent. Each sample holds its adapters from before its prompt is
-tokenized until its one ending (stop, length, abort or error). `Front.adapters` loads and unloads them.
+tokenized until its one ending (stop, length, abort or error). `Front.adapters` loads and unloads
+them; `Front.resolver` loads those that are asked for by a name that is not loaded.
 """
 
 import itertools
@@ -18,15 +19,17 @@ from multilora.errors import BadRequest, EngineDead, QueueFull
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.engine_link import EngineLink
+from multilora.front.fetcher import Fetcher
 from multilora.front.generation import Generation, Job, Sample
 from multilora.front.grammar import GrammarCompiler
-from multilora.front.observer import Observer
+from multilora.front.observer import Ending, Observer
 from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, engine_params
 from multilora.front.registry import AdapterRegistry
+from multilora.front.resolver import Resolver
 from multilora.front.stream import TextStream
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
-from multilora.params import SamplingParams
+from multilora.params import LOGPROBS_MODES, SamplingParams
 
 INLINE_CHARS = 2048
 """Texts of one request that are tokenized at once, 1 ms; more goes to a thread, which costs 0.15 ms."""
@@ -35,7 +38,8 @@ INLINE_CHARS = 2048
 class Front:
     """The engine, the names, the vocabularies and the grammars that all requests share, and which samples are open.
 
-    tokenizer: None: token ids only. spool: where adapters that come as tensors are kept. observer: who counts
+    tokenizer: None: token ids only. spool: where adapters are kept that do not come from a directory or the hub.
+    observer: who counts
     requests; None: nobody.
     """
 
@@ -52,8 +56,10 @@ class Front:
         self.engine = engine
         self.observer = observer or Observer()
         self.registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
-        self.vocabularies = Vocabularies(tokenizer, ready, self.registry, config.lora_root)
-        self.adapters = AdapterManager(self.registry, self.vocabularies, spool, self.observer)
+        self.vocabularies = Vocabularies(tokenizer, ready, self.registry, spool.admit(config).lora_root)
+        fetcher = Fetcher(config, spool)
+        self.adapters = AdapterManager(self.registry, self.vocabularies, spool, fetcher, self.observer)
+        self.resolver = Resolver(config, self.registry, self.adapters, fetcher, self.observer)
         self._room = config.max_running_requests + config.max_queued_requests
         self._compiler = GrammarCompiler(tokenizer, ready.vocab_size, ready.eos_token_ids)
         self._tokenizer_sent = False  # to the engine, for its grammars
@@ -101,10 +107,17 @@ class Front:
         """The sample has ended: release its adapters."""
         del self._open[sample.rid]
         if sample.submitted:
-            reason = sample.stream.finished.type if sample.stream.finished else "abort"
-            tokens = (len(sample.prompt_ids), sample.stream.completion_tokens)
-            self.observer.ended(sample.job.adapters, *tokens, reason)
+            self.observer.ended(sample.job.adapters, _ending(sample))
         self.registry.release(sample.held)
+
+    @property
+    def in_flight(self) -> int:
+        """How many samples are open: checked, waiting or running."""
+        return len(self._open)
+
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of the samples that have no output yet. O(open samples): not for each request."""
+        return sum(len(sample.prompt_ids) for sample in self._open.values() if not sample.started)
 
     # ------------------------------------------------------------------ the steps of `submit`
 
@@ -154,7 +167,7 @@ class Front:
         job, length = sample.job, len(sample.prompt_ids)
         context, vocab_size = self.engine.ready.context_length, sample.vocabulary.size
         check_prompt(sample.prompt_ids, context, vocab_size)
-        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, vocab_size)
+        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, vocab_size, job.prompt_logprobs)
         ends = sample.vocabulary.ends
         return Submit(
             rid=sample.key,
@@ -164,6 +177,11 @@ class Front:
             return_logprob=job.return_logprob,
             logprob_start_len=job.logprob_start_len if job.return_logprob else -1,
             top_logprobs_num=job.top_logprobs_num if job.return_logprob else 0,
+            prompt_logprobs=job.prompt_logprobs,
+            return_ranks=job.return_logprob and job.return_ranks,
+            logprobs_mode=job.logprobs_mode or LOGPROBS_MODES[self.config.logprobs_mode],
+            salt=job.salt,
+            priority=job.priority,
         )
 
     def _compile(self, params: Sequence[SamplingParams]) -> Steps[Sequence[str | None]]:
@@ -183,6 +201,20 @@ class Front:
         self.observer.submitted(sample.job.adapters)
         if sample.abort_message is not None:
             self.engine.abort(sample.key, sample.abort_message)
+
+
+def _ending(sample: Sample) -> Ending:
+    sampling = sample.job.sampling
+    return Ending(
+        reason=sample.stream.finished.type if sample.stream.finished else "abort",
+        prompt_tokens=len(sample.prompt_ids),
+        generated=sample.stream.completion_tokens,
+        n=sampling.n,
+        max_tokens=sampling.max_new_tokens,
+        seconds=sample.seconds,
+        first_seconds=sample.first_seconds,
+        queue_seconds=sample.queue_seconds,
+    )
 
 
 def _encode(samples: Sequence[Sample]) -> list[list[int]]:

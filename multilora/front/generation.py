@@ -12,19 +12,23 @@ from multilora.engine.messages import Output
 from multilora.errors import MultiloraError, from_wire
 from multilora.front.adapter_spec import BASE, AdapterSpec
 from multilora.front.engine_link import EngineLink
-from multilora.front.observer import Observer
+from multilora.front.observer import FirstOutput, Observer
 from multilora.front.prompt import Prompt
 from multilora.front.registry import Held
 from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.front.vocabulary import Vocabulary
-from multilora.params import SamplingParams
+from multilora.params import LogprobsMode, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One prompt of a request; `sampling.n` says how many samples of it are wanted.
 
+    Logprobs of the answer: `return_logprob`, with those of the `top_logprobs_num` best tokens and with ranks if
+    `return_ranks`, in `logprobs_mode` (None: the server's). Logprobs of the prompt: from `logprob_start_len` on, if
+    `return_logprob`; all of them, raw, with ranks and so many best tokens, by `prompt_logprobs`.
     kept_tokens: texts of special tokens that stay in the answer whatever `sampling.skip_special_tokens` says.
+    salt: see `prompt.prefix_salt`.
     """
 
     prompt: Prompt
@@ -33,6 +37,11 @@ class Job:
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
+    prompt_logprobs: int | None = None
+    return_ranks: bool = False
+    logprobs_mode: LogprobsMode | None = None
+    salt: str = ""
+    priority: int = 0
     kept_tokens: tuple[str, ...] = ()
 
 
@@ -54,6 +63,7 @@ class Sample:
     stream: TextStream
     prompt_ids: list[int] = field(default_factory=list)  # once it is tokenized
     seconds: float = 0.0  # from the request's start to the last delta
+    first_seconds: float = 0.0  # from the request's start to the first output
     queue_seconds: float = 0.0
     submitted: bool = False
     abort_message: str | None = None  # aborted before it was submitted
@@ -93,11 +103,7 @@ class Generation:
         sample = self._open.get(output.rid)
         if sample is None:
             return None
-        sample.seconds = time.perf_counter() - self._start
-        if not sample.started:
-            sample.started = True
-            sample.queue_seconds = output.queue_seconds
-            self._observer.first_output(sample.job.adapters, sample.seconds, output.queue_seconds)
+        self._observe(sample, output)
         delta = sample.stream.push(output)
         if delta.drop:
             self._engine.finish(sample.key)
@@ -106,6 +112,25 @@ class Generation:
             if delta.finished.type == "error":
                 raise self._error(sample, delta.finished)
         return sample, delta
+
+    def _observe(self, sample: Sample, output: Output) -> None:
+        now = time.perf_counter() - self._start
+        tokens = len(output.token_ids)
+        failed = output.finished is not None and output.finished.type in ("abort", "error")
+        if not sample.started and not (failed and not tokens):  # what failed before it ran has no first output
+            sample.started = True
+            sample.first_seconds, sample.queue_seconds = now, output.queue_seconds
+            first = FirstOutput(
+                seconds=now,
+                queue_seconds=output.queue_seconds,
+                prompt_tokens=len(sample.prompt_ids),
+                cached_tokens=output.cached_tokens,
+                generated=tokens,
+            )
+            self._observer.first_output(sample.job.adapters, first)
+        elif sample.started and tokens:
+            self._observer.next_output(tokens, now - sample.seconds)
+        sample.seconds = now
 
     def close(self) -> None:
         """Abort what has not ended, and release its adapters. Idempotent."""

@@ -13,12 +13,14 @@ from functools import cached_property
 from typing import Any
 
 from multilora.errors import BadRequest
+from multilora.front.structural_tag import xgrammar_tag
 from multilora.front.tokenizer import Tokenizer
 from multilora.params import SamplingParams
 
 ANY_JSON = "$$ANY$$"  # as json_schema: any JSON value
 _CACHE_ENTRIES = 64
-_SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # in the compiler's own messages
+# what the compiler's own messages begin with
+_SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: (Check failed: \(std::holds_alternative\S+ is false: )?")
 
 
 class GrammarCompiler:
@@ -82,6 +84,8 @@ class GrammarCompiler:
                 grammar = self._compiler.compile_regex(source)
             elif field == "ebnf":
                 grammar = self._compiler.compile_grammar(source)
+            elif field == "structural_tag":
+                grammar = self._compiler.compile_structural_tag(xgrammar_tag(source))
             elif source == ANY_JSON:
                 grammar = self._compiler.compile_builtin_json_grammar()
             else:

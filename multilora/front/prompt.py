@@ -4,6 +4,7 @@ Pure functions; raise BadRequest. `generation.py` calls them for every request, 
 """
 
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +14,18 @@ import msgspec
 from multilora.errors import BadRequest, PromptTooLong
 from multilora.front.tools.messages import prepare_messages
 from multilora.front.vocabulary import Vocabulary
-from multilora.params import SamplingParams
+from multilora.params import GRAMMAR_FIELDS, SamplingParams
+
+MAX_SALT = 1024  # characters
 
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """`param`: the field of the client's request that it came in."""
+    """`param`: the client's field that it came in. add_special_tokens: whether the tokenizer adds its own, as BOS."""
 
     text: str
     param: str
+    add_special_tokens: bool = True
 
     @property
     def size(self) -> int:
@@ -29,7 +33,8 @@ class TextPrompt:
         return len(self.text)
 
     def encode(self, vocabulary: Vocabulary) -> list[int]:
-        return vocabulary.writer("text", self.param).encode(self.text)
+        tokenizer = vocabulary.writer("text", self.param)
+        return tokenizer.encode(self.text, add_special_tokens=self.add_special_tokens)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,27 @@ def check_prompt(ids: Sequence[int], context_length: int, vocab_size: int) -> No
         )
 
 
-def check_logprobs(start_len: int, top_num: int, prompt_tokens: int, vocab_size: int) -> None:
+def prefix_salt(cache_salt: Any, extra_key: Any) -> str:
+    """What keeps a request's cached prefixes apart from those of other salts: vLLM's `cache_salt` and SGLang's
+    `extra_key`, which are never taken for each other. Null and "" are no salt. Raises BadRequest."""
+    for param, value in (("cache_salt", cache_salt), ("extra_key", extra_key)):
+        if value is not None and not isinstance(value, str):
+            raise BadRequest(f"{param} = {value!r:.40}: must be text", param=param)
+        if value is not None and len(value) > MAX_SALT:
+            raise BadRequest(f"{param}: {len(value)} characters; at most {MAX_SALT} are served", param=param)
+    return json.dumps([cache_salt or "", extra_key or ""]) if cache_salt or extra_key else ""
+
+
+def check_priority(priority: int | None) -> int:
+    """The priority of a request; null is 0. Raises BadRequest."""
+    if priority is not None and abs(priority) >= 2**63:
+        raise BadRequest(f"priority = {priority}: must be a 64-bit integer", param="priority")
+    return priority or 0
+
+
+def check_logprobs(
+    start_len: int, top_num: int, prompt_tokens: int, vocab_size: int, of_prompt: int | None = None
+) -> None:
     """Raise BadRequest unless the logprobs asked for exist. start_len: -1 is none of the prompt."""
     if not -1 <= start_len <= prompt_tokens:
         raise BadRequest(
@@ -105,6 +130,8 @@ def check_logprobs(start_len: int, top_num: int, prompt_tokens: int, vocab_size:
         )
     if not 0 <= top_num <= vocab_size:
         raise BadRequest(f"top_logprobs_num = {top_num}: must be 0 to {vocab_size}", param="top_logprobs_num")
+    if of_prompt is not None and not 0 <= of_prompt <= vocab_size:
+        raise BadRequest(f"prompt_logprobs = {of_prompt}: must be 0 to {vocab_size}", param="prompt_logprobs")
 
 
 def engine_params(
@@ -143,9 +170,7 @@ def engine_params(
         stop_token_ids=stops,
         stop=None,
         stop_regex=None,
-        json_schema=None,
-        regex=None,
-        ebnf=None,
+        **dict.fromkeys(GRAMMAR_FIELDS),
     )
 
 

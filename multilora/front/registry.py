@@ -13,6 +13,7 @@ from one thread only. `AdapterManager` changes it; every request acquires its ad
 import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from multilora.engine.messages import AdapterInfo
 from multilora.errors import (
@@ -25,7 +26,7 @@ from multilora.errors import (
     UnknownAdapter,
     UnknownModel,
 )
-from multilora.front.adapter_spec import BASE, AdapterSpec, show
+from multilora.front.adapter_spec import BASE, AdapterSpec, names_in, show
 from multilora.params import Composition
 
 MAX_NAME = 256  # characters
@@ -171,6 +172,14 @@ class AdapterRegistry:
                 for callback in callbacks:
                     callback()
 
+    def current(self, name: str) -> AdapterRef | None:
+        """What requests for `name` get, perhaps being unloaded; None: it is not loaded."""
+        return self._current.get(name)
+
+    def is_loading(self, name: str) -> bool:
+        """Whether a version of `name` is being loaded, perhaps to replace the current one."""
+        return name in self._loading
+
     def is_composition(self, version: int) -> bool:
         """It has no weights of its own: the engine does not know it."""
         return bool(self._versions[version].parts)
@@ -216,6 +225,14 @@ class AdapterRegistry:
                 f"model {model!r} and lora_path {show(lora_path)!r} name different adapters", param="lora_path"
             )
         return lora_path
+
+    def names_of(self, model: str | None, lora_path: Any) -> list[str]:
+        """The names of adapters in a request's fields as they came, each once. What is not well-formed is left out:
+        it will be refused elsewhere."""
+        names = []
+        if model not in (None, DEFAULT_MODEL, self.model_name):
+            names.append(model.removeprefix(f"{self.model_name}:"))
+        return list(dict.fromkeys(name for name in (*names, *names_in(lora_path)) if name))
 
     def _resolve_name(self, model: str | None) -> str | None:
         if model in (None, DEFAULT_MODEL, self.model_name):

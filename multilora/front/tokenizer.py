@@ -89,6 +89,12 @@ class Tokenizer:
             template = template.get("tool_use") or template.get("default") or ""
         return str(template)
 
+    def info(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` holds, as JSON values, without the paths of files."""
+        found = {k: v for k, v in self.hf.init_kwargs.items() if not k.endswith(("_file", "_path"))}
+        plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+        return plain | {"tokenizer_class": type(self.hf).__name__, "chat_template": self.chat_template or None}
+
     def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
         """Ids of the special tokens among `texts`."""
         return frozenset(self._special[text] for text in texts if text in self._special)
@@ -108,9 +114,11 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
         **template_kwargs: Any,
     ) -> list[int]:
-        """Render the chat template, which writes its own special tokens, and tokenize. Raises BadRequest."""
+        """Render the chat template and tokenize. The template writes its own special tokens: with
+        `add_special_tokens` the tokenizer adds those that it adds to any text. Raises BadRequest."""
         if not self.hf.chat_template:
             raise BadRequest("the model has no chat template; start with --chat-template or use completions")
         if reserved := self._reserved & set(template_kwargs):
@@ -126,7 +134,7 @@ class Tokenizer:
             )
         except _TEMPLATE_ERRORS as e:
             raise BadRequest(f"the chat template refused the messages: {e}", param="messages") from e
-        return self._encode(text, add_special_tokens=False)
+        return self._encode(text, add_special_tokens)
 
     def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """As `self.hf.encode`; straight from its backend in half the time, where its class adds nothing."""

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from multilora.adapters.sources import resolve
+from multilora.adapters.sources import DirectorySource
 from multilora.adapters.sources.files import open_regular
 from multilora.engine.messages import AdapterInfo, Ready
 from multilora.errors import AdapterError, AdapterInvalid, BadRequest, ConfigError
@@ -34,6 +34,7 @@ BESIDE = (
     "merges.txt",
     "chat_template.jinja",
 )
+TOKENIZER_FILES = (*TOKENS, *BESIDE)
 MAX_BYTES = 64 << 20  # of one file; the largest in use, of 260,000 tokens, has 33 MB
 TRIAL = "a B 1.\n日本"
 NO_TOKENIZER = (
@@ -107,8 +108,8 @@ class Vocabularies:
     def add(self, info: AdapterInfo, path: str | None) -> None:
         """Look for the tokenizer of an adapter that was just loaded from `path`; None means that it has no files.
 
-        This may download, and read for a second, so it must not run on an event loop's thread. Raises AdapterError,
-        and changes nothing then.
+        This may read for a second, so it must not run on an event loop's thread. Raises AdapterError, and changes
+        nothing then.
         """
         base, size = self.base.tokenizer, self._size(info)
         files = {} if base is None or path is None else read_files(path, self._roots)
@@ -151,11 +152,10 @@ class Vocabularies:
 
 
 def read_files(path: str, roots: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """Return {name: bytes} of the tokenizer's files beside the adapter at `path`, a directory or hub repository; it
-    is empty if there is no tokenizer. Raises AdapterError."""
-    names = (*TOKENS, *BESIDE)
-    directory = resolve(path, roots, extra=names)
-    found = [name for name in names if (directory / name).exists()]
+    """Return {name: bytes} of the tokenizer's files beside the adapter in directory `path`, empty if there is no
+    tokenizer. Raises AdapterError."""
+    directory = DirectorySource(roots, TOKENIZER_FILES).fetch(path)
+    found = [name for name in TOKENIZER_FILES if (directory / name).exists()]
     return {name: _read(directory / name) for name in found} if set(found) & set(TOKENS) else {}
 
 

@@ -12,7 +12,8 @@ class Completion:
     """One answer, or what there is of it so far: then `finished` is False and `finish_reason` None.
 
     request_id: the caller's, with `#` and `index` behind it where there are several answers; index: which of the `n`
-    to its prompt. Logprobs are natural logarithms of the raw distribution, only when asked for.
+    to its prompt. Logprobs are natural logarithms, only when asked for: of the answer's tokens under the distribution
+    that `logprobs_mode` names, of the prompt's under the raw one.
     """
 
     text: str

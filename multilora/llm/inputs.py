@@ -44,6 +44,11 @@ def read_jobs(
     return jobs, several
 
 
+def names_of(jobs: Sequence[Job]) -> list[str]:
+    """The names of the jobs' adapters, each once."""
+    return list(dict.fromkeys(name for job in jobs for name, _ in job.adapters))
+
+
 def _read_params(value: Params) -> SamplingParams:
     if isinstance(value, SamplingParams):
         value.check()
@@ -52,7 +57,7 @@ def _read_params(value: Params) -> SamplingParams:
 
 
 def read_lora_paths(paths: Mapping[str, str]) -> list[LoraPath]:
-    """Name → directory or hub repository."""
+    """Name → directory, hub repository or URL."""
     return [LoraPath(name, path) for name, path in paths.items()]
 
 

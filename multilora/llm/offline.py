@@ -18,7 +18,7 @@ from multilora.engine.process.local import LocalEngine
 from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
 from multilora.llm.completion import Completion
-from multilora.llm.inputs import Params, Prompts, read_jobs, read_lora_paths, write_tensors
+from multilora.llm.inputs import Params, Prompts, names_of, read_jobs, read_lora_paths, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,12 @@ class LLM:
             top_logprobs_num=top_logprobs_num,
         )
         outputs: deque[Output] = deque()
-        generation = self._driver.run(self._front.submit(jobs, outputs.append))
+        resolver = self._front.resolver
+        held = self._driver.run(resolver.hold(names_of(jobs)))
+        try:
+            generation = self._driver.run(self._front.submit(jobs, outputs.append))
+        finally:
+            resolver.release(held)
         try:
             while not generation.finished:
                 self._local.step()
@@ -89,11 +94,12 @@ class LLM:
     def load_lora_adapter(
         self, lora_name: str, lora_path: str, pinned: bool | None = None, *, replace: bool = False
     ) -> AdapterInfo:
-        """Load an adapter from a directory or the hub. Raises AdapterError; nothing has changed then.
+        """Load an adapter from a directory, the hub or a URL. Raises AdapterError; nothing has changed then.
 
         With `replace` it may take the place of a loaded one, and is pinned if that was and `pinned` is None.
         """
-        return self._driver.run(self._front.adapters.load(lora_name, lora_path, pinned=pinned, replace=replace))
+        load = self._front.adapters.load(lora_name, lora_path, pinned=pinned, replace=replace, any_url=True)
+        return self._driver.run(load)
 
     def load_lora_adapters(self, lora_paths: Mapping[str, str]) -> dict[str, AdapterInfo]:
         """Load several, name → path, side by side: faster than one after the other.

@@ -17,7 +17,7 @@ from multilora.errors import BadRequest
 from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
 from multilora.llm.completion import Completion
-from multilora.llm.inputs import Params, read_jobs, read_lora_paths, write_tensors
+from multilora.llm.inputs import Params, names_of, read_jobs, read_lora_paths, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,11 @@ class AsyncLLM:
         rids = None if request_id is None else [request_id]
         if rids and jobs[0].sampling.n > 1:
             rids = [f"{request_id}#{i}" for i in range(jobs[0].sampling.n)]
-        generation = await self._started.generate(jobs, rids)
+        held = await self._started.hold(names_of(jobs))
+        try:
+            generation = await self._started.generate(jobs, rids)
+        finally:
+            self._front.resolver.release(held)
         try:
             async for sample, _ in generation.events():
                 yield Completion.of(sample)
@@ -111,12 +115,12 @@ class AsyncLLM:
     async def load_lora_adapter(
         self, lora_name: str, lora_path: str, pinned: bool | None = None, *, replace: bool = False
     ) -> AdapterInfo:
-        """Load an adapter from a directory or the hub. Raises AdapterError; nothing has changed then.
+        """Load an adapter from a directory, the hub or a URL. Raises AdapterError; nothing has changed then.
 
         With `replace` it may take the place of a loaded one, and is pinned if that was and `pinned` is None; requests
         in flight finish on the old weights.
         """
-        load = self._front.adapters.load(lora_name, lora_path, pinned=pinned, replace=replace)
+        load = self._front.adapters.load(lora_name, lora_path, pinned=pinned, replace=replace, any_url=True)
         return await self._started.change(load)
 
     async def load_lora_adapters(self, lora_paths: Mapping[str, str]) -> dict[str, AdapterInfo]:

@@ -38,9 +38,9 @@ class KVPages:
         """How many pages hold this many tokens."""
         return -(-tokens // self.page_size)
 
-    def match(self, tokens: Sequence[int], namespace_of: NamespaceOf, limit: int) -> list[int]:
+    def match(self, tokens: Sequence[int], namespace_of: NamespaceOf, limit: int, salt: str) -> list[int]:
         """Cached pages of the longest known prefix within the first `limit` tokens. Takes no reference."""
-        return self.prefix.match(tokens, namespace_of, limit) if self.prefix.enabled else []
+        return self.prefix.match(tokens, namespace_of, limit, salt) if self.prefix.enabled else []
 
     def start(self, matched: list[int]) -> PageTable:
         """A new table that begins with these matched pages, on which it takes references."""
@@ -69,12 +69,14 @@ class KVPages:
         tokens: Callable[[], Sequence[int]],
         namespace_of: NamespaceOf,
         fence: int,
+        salt: str,
     ) -> None:
         """The first `num_computed` tokens are in their pages: pages newly filled get keys, so that they can serve
         other sequences. tokens: called only if there are such pages."""
         full = num_computed // self.page_size
         if full > table.keyed:  # [keyed, full) moves from private to shared; insert() may swap in equal cached pages
-            self.prefix.insert(tokens()[: full * self.page_size], table.pages, namespace_of, table.keyed, fence)
+            known = tokens()[: full * self.page_size]
+            self.prefix.insert(known, table.pages, namespace_of, table.keyed, fence, salt)
             table.keyed = full
 
     def release(self, table: PageTable, fence: int) -> None:

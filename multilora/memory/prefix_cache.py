@@ -2,8 +2,9 @@
 
 A page's key is (parent page's node, token ids, namespace, salt), compared exactly, so two different prefixes can
 never be taken for each other. The namespace is a property of the page: the base model and every adapter *version*
-have their own. Pages in use carry a reference count; at zero they become idle and may be evicted, leaves first.
-The cache knows what a namespace is equal to, not what it means. Called by `page_table.py` and `engine/build.py`.
+have their own. The salt is the client's: requests share pages only with requests of the same salt. Pages in use have
+a reference count; at zero they become idle and may be evicted, leaves first. The cache knows what a namespace equals,
+not what it means. Called by `page_table.py` and `engine/build.py`.
 
     request A   [p0]──[p1]──[p2]──(p7: partial, private to A)
     request B   [p0]──[p1]──[p5]──(p9)

@@ -15,9 +15,23 @@ from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver, AsyncEngine
 from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
-from multilora.server import adapters, chat, completions, errors, native, openai, operations, tokenization
+from multilora.server import (
+    adapters,
+    chat,
+    completions,
+    errors,
+    loads,
+    native,
+    openai,
+    openapi,
+    operations,
+    profiling,
+    tokenization,
+)
 from multilora.server.auth import KeyCheck
-from multilora.server.metrics import Metrics
+from multilora.server.head import HeadAsGet
+from multilora.server.metrics.collector import Metrics
+from multilora.server.metrics.http import CountRequests
 
 
 def create_app(
@@ -30,7 +44,7 @@ def create_app(
     """`tokenizer` None: token ids only. `sampling_defaults`: sampling parameters from the model's generation_config,
     for the OpenAI routes. `spool`: the one that the engine was told of, else one of its own. The app's
     `state.driver` is its `AsyncDriver`."""
-    metrics = Metrics(config.model_name, config.max_loras_per_batch)
+    metrics = Metrics(config, engine.ready.context_length)
     front = Front(config, engine, tokenizer, spool or Spool(), metrics)
     metrics.watch(front.registry, lambda: engine.stats)
     driver = AsyncDriver(engine, front)
@@ -47,10 +61,21 @@ def create_app(
     app.include_router(openai.models_router(front, int(time.time())))
     app.include_router(adapters.router(driver))
     app.include_router(operations.router(driver, metrics))
-    if config.api_key or config.admin_api_key:
-        app.add_middleware(KeyCheck, api_key=config.api_key, admin_api_key=config.admin_api_key)
-    if config.cors_origins:  # outermost, so that a page can read the answer to a missing key, too
+    app.include_router(loads.router(front, metrics.totals))
+    app.include_router(profiling.router(driver))
+    openapi.install(app)
+    _add_middleware(app, config, metrics)
+    return app
+
+
+def _add_middleware(app: FastAPI, config: Config, metrics: Metrics) -> None:
+    """From the innermost to the outermost."""
+    app.add_middleware(CountRequests, counts=metrics.http)
+    if config.api_key or config.admin_api_key or config.metrics_key:
+        keys = {"admin_api_key": config.admin_api_key, "metrics_key": config.metrics_key}
+        app.add_middleware(KeyCheck, api_key=config.api_key, **keys)
+    if config.cors_origins:  # around the keys, so that a page can read the answer to a missing one, too
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    return app
+    app.add_middleware(HeadAsGet)

@@ -1,7 +1,8 @@
 """API keys: ASGI middleware that asks for `Authorization: Bearer <key>`.
 
 With `api_key` set every route asks for it, except the probes and /metrics. With `admin_api_key` set the routes that
-change the server ask for that one; otherwise `api_key` is enough for them. The admin key opens everything.
+change the server ask for that one; otherwise `api_key` is enough for them. With `metrics_key` set /metrics asks for
+that one. The admin key opens everything.
 Knows paths and keys, nothing of the routes behind them. Installed by `server/app.py`.
 """
 
@@ -13,7 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from multilora.errors import Unauthorized
 from multilora.server.errors import error_response
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping", "/metrics"})
+OPEN_PATHS = frozenset({"/", "/health", "/health_generate", "/ready", "/ping"})
+METRICS_PATHS = frozenset({"/metrics"})
 ADMIN_PATHS = frozenset(
     {
         "/load_lora_adapter",
@@ -23,6 +25,8 @@ ADMIN_PATHS = frozenset(
         "/v1/unload_lora_adapter",
         "/flush_cache",
         "/abort_request",
+        "/start_profile",
+        "/stop_profile",
     }
 )
 
@@ -30,10 +34,11 @@ ADMIN_PATHS = frozenset(
 class KeyCheck:
     """Answers 401 in place of the application when the key is missing or wrong."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, admin_api_key: str | None):
+    def __init__(self, app: ASGIApp, api_key: str | None, admin_api_key: str | None, metrics_key: str | None):
         self.app = app
         self.user_keys = [key for key in (api_key, admin_api_key) if key] if api_key else []
         self.admin_keys = [key for key in (admin_api_key or api_key,) if key]
+        self.metrics_keys = [key for key in (metrics_key, admin_api_key) if key] if metrics_key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._allowed(scope):
@@ -47,9 +52,15 @@ class KeyCheck:
         path = scope["path"].rstrip("/") or "/"
         if path in OPEN_PATHS or scope["method"] == "OPTIONS":
             return True
-        keys = self.admin_keys if path in ADMIN_PATHS else self.user_keys
+        keys = self._keys_for(path)
         if not keys:
             return True
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
         return scheme.lower() == "bearer" and any(matches)
+
+    def _keys_for(self, path: str) -> list[str]:
+        """The keys that open the path; none: it is open."""
+        if path in METRICS_PATHS:
+            return self.metrics_keys
+        return self.admin_keys if path in ADMIN_PATHS else self.user_keys

@@ -60,6 +60,10 @@ class GenerateBody(Body):
     logprob_start_len: Integer | list[Integer | None] | None = None
     top_logprobs_num: Integer | list[Integer | None] | None = None
     return_text_in_logprobs: bool | None = None
+    logprobs_mode: Any = None  # see params.parse_logprobs_mode
+    cache_salt: Any = None  # see front.prompt.prefix_salt, as for extra_key
+    extra_key: Any = None
+    priority: Integer | None = None
     stream: bool | None = None
     rid: str | list[str] | None = None
 

@@ -13,11 +13,13 @@ from multilora.front.generation import Job, Sample
 from multilora.front.prompt import ChatPrompt
 from multilora.front.stream import Delta, TextStream
 from multilora.front.tools.answer import AnswerReader
+from multilora.front.tools.messages import prepare_messages
 from multilora.front.tools.request import ToolRequest
 from multilora.server.chat_answer import MessageStream, finish_reason, whole_message
 from multilora.server.errors import StrictRoute
-from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
+from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs, common_fields
 from multilora.server.openai_bodies import ChatBody, ChatMessage, Conversation
+from multilora.server.resolving import resolved
 
 PROMPT_END_TOKENS = 32
 """Tokens of the prompt that are read again to see whether it leaves thoughts open."""
@@ -29,7 +31,8 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
-        return await ChatRequest(driver.front, body, sampling_defaults).respond(request, driver)
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await ChatRequest(driver.front, body, sampling_defaults).respond(request, driver)
 
     return routes
 
@@ -38,7 +41,7 @@ class ChatRequest(OpenAIRequest):
     """One conversation; a sample is a choice."""
 
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    prompt_ids_in_head = True
+    prompt_in_head = True
 
     def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any]):
         if body.top_logprobs and not body.logprobs:
@@ -47,18 +50,23 @@ class ChatRequest(OpenAIRequest):
         self._tools = _tools(front, body, adapters)
         self._streams: dict[int, MessageStream] = {}  # by the sample's index
         job = Job(
-            prompt=chat_prompt(body, body.messages, self._tools.offered),
+            prompt=chat_prompt(body, body.messages, self._tools.offered, special=bool(body.add_special_tokens)),
             sampling=self._tools.constrain(body.sampling(sampling_defaults, _limit(body))),
             adapters=adapters,
             kept_tokens=self._tools.markers,
             return_logprob=bool(body.logprobs),
             top_logprobs_num=check_top_logprobs(body.top_logprobs or 0, "top_logprobs"),
+            salt=body.salts(1)[0],
+            **common_fields(body),
         )
         super().__init__(body, [job], front.config.model_name)
+        self._last_message = body.messages[-1] if body.echo and body.messages[-1].role == "assistant" else None
 
     def whole(self, sample: Sample) -> Choice:
         stream = sample.stream
         message = whole_message(self._reader(sample), stream.text, thinks=self._tools.reasoning is not None)
+        if echo := self._echo():
+            message["content"] = echo + (message["content"] or "")
         return {
             "index": sample.index,
             "message": message,
@@ -69,7 +77,7 @@ class ChatRequest(OpenAIRequest):
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         if first:
             self._streams[sample.index] = MessageStream(self._reader(sample))
-            yield _chunk(sample.index, {"role": "assistant", "content": ""})
+            yield _chunk(sample.index, {"role": "assistant", "content": self._echo()})
         stream = self._streams[sample.index]
         deltas = stream.push(delta.text, delta.finished)
         logprobs, token_ids = self._logprobs(sample, delta), self._token_ids(delta)
@@ -80,6 +88,13 @@ class ChatRequest(OpenAIRequest):
             logprobs, token_ids = None, {}  # the first one has them
         if delta.finished:
             yield _chunk(sample.index, {}, finish_reason=finish_reason(delta.finished, called=stream.called))
+
+    def _echo(self) -> str:
+        """What `echo` puts before the answer: the last message, if it is the assistant's as well."""
+        if self._last_message is None:
+            return ""
+        [message] = prepare_messages([self._last_message.model_dump(exclude_unset=True)])
+        return str(message["content"])
 
     def _reader(self, sample: Sample) -> AnswerReader:
         """The reader of the sample's answer."""
@@ -114,13 +129,19 @@ def _chunk(
 
 
 def chat_prompt(
-    body: Conversation, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None
+    body: Conversation,
+    messages: Sequence[ChatMessage],
+    tools: list[dict[str, Any]] | None,
+    *,
+    special: bool = False,
 ) -> ChatPrompt:
-    """The messages and options for the chat template, which is shown `tools`. Raises BadRequest."""
+    """The messages and options for the chat template, which is shown `tools`. special: the tokenizer adds its special
+    tokens to what the template writes. Raises BadRequest."""
     options: dict[str, Any] = {
         "tools": tools,
         "add_generation_prompt": body.add_generation_prompt is not False and not body.continue_final_message,
         "continue_final_message": bool(body.continue_final_message),
+        "add_special_tokens": special,
     }
     if body.reasoning_effort is not None:
         options["reasoning_effort"] = body.reasoning_effort

@@ -1,6 +1,7 @@
 """`POST /v1/completions`: OpenAI's text completions over prompts of text or token ids, echo and logprobs included."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,8 +14,10 @@ from multilora.front.generation import Job, Sample
 from multilora.front.prompt import TextPrompt, read_prompts
 from multilora.front.stream import Delta, TextStream
 from multilora.server.errors import StrictRoute
-from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs
+from multilora.server.foreign_fields import REASONS
+from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs, common_fields
 from multilora.server.openai_bodies import CompletionBody
+from multilora.server.resolving import resolved
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -25,7 +28,8 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     @routes.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Complete one prompt or many."""
-        return await CompletionRequest(driver.front, body, sampling_defaults).respond(request, driver)
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await CompletionRequest(driver.front, body, sampling_defaults).respond(request, driver)
 
     return routes
 
@@ -34,10 +38,12 @@ class CompletionRequest(OpenAIRequest):
     """One or more prompts: sample j of prompt i is the choice of index i·n + j."""
 
     id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-    prompt_ids_in_head = False
+    prompt_in_head = False
 
     def __init__(self, front: Front, body: CompletionBody, sampling_defaults: dict[str, Any]):
         prompts, _ = read_prompts(body.prompt, "prompt")
+        if body.add_special_tokens is False:
+            prompts = [replace(p, add_special_tokens=False) if isinstance(p, TextPrompt) else p for p in prompts]
         top = body.top_logprobs
         if body.echo or top is not None:
             front.vocabularies.base.reader("echo or logprobs", "echo")
@@ -46,7 +52,9 @@ class CompletionRequest(OpenAIRequest):
             sampling_defaults, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         )
         if body.best_of is not None and body.best_of != sampling.n:
-            raise BadRequest(f"best_of = {body.best_of}: only the value of n is served", param="best_of")
+            reason = f"only the value of n is served: {REASONS['best_of']}"
+            raise BadRequest(f"best_of = {body.best_of}: {reason}", param="best_of")
+        fields = common_fields(body)
         jobs = [
             Job(
                 prompt=prompt,
@@ -55,8 +63,10 @@ class CompletionRequest(OpenAIRequest):
                 return_logprob=top is not None,
                 logprob_start_len=0 if top is not None and body.echo else -1,
                 top_logprobs_num=check_top_logprobs(top or 0, "logprobs"),
+                salt=salt,
+                **fields,
             )
-            for prompt, spec in zip(prompts, adapters, strict=True)
+            for prompt, spec, salt in zip(prompts, adapters, body.salts(len(prompts)), strict=True)
         ]
         super().__init__(body, jobs, front.config.model_name)
         self._echo = bool(body.echo)
@@ -68,7 +78,8 @@ class CompletionRequest(OpenAIRequest):
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         choice = self._choice(sample, delta, first=first)
         logprobs = choice["logprobs"]
-        if choice["text"] or choice["finish_reason"] or choice.get("token_ids") or (logprobs and logprobs["tokens"]):
+        texts, ids = logprobs and logprobs["tokens"], choice.get("token_ids")
+        if choice["text"] or choice["finish_reason"] or ids or texts or "prompt_logprobs" in choice:
             yield choice
 
     def _choice(self, sample: Sample, part: TextStream | Delta, *, first: bool) -> Choice:
@@ -79,10 +90,8 @@ class CompletionRequest(OpenAIRequest):
             text = _prompt_text(sample) + text
             tokens = [*sample.prompt_ids, *tokens]
             logprobs = [*part.input_logprobs, *logprobs]
-        ids = self._token_ids(part)
-        if ids and first:
-            ids["prompt_token_ids"] = sample.prompt_ids
-        return ids | {
+        facts = self._token_ids(part) | (self._prompt_facts(sample) if first else {})
+        return facts | {
             "index": sample.index,
             "text": text,
             "logprobs": self._logprobs(sample, tokens, logprobs) if sample.job.return_logprob else None,
@@ -100,7 +109,8 @@ class CompletionRequest(OpenAIRequest):
         def top_of(one: Logprobs | None) -> dict[str, float] | None:
             if one is None:
                 return None
-            return {self._token_name(token, text_of(token)): logprob for logprob, token in one.top}
+            best = one.top[: sample.job.top_logprobs_num]
+            return {self._token_name(token, text_of(token)): logprob for logprob, token in best}
 
         return {
             "tokens": [self._token_name(*pair) for pair in zip(tokens, texts, strict=True)],

@@ -33,7 +33,7 @@ HARMLESS: Mapping[str, frozenset[str]] = {
         prompt_cache_key prompt_cache_retention prompt_cache_options prediction kv_hints skip_reading_prefix_cache
         rid request_id session_id conversation_id routing_key http_worker_ipc received_time external_trace_header
         log_metrics no_logs custom_labels return_cached_tokens_details
-        priority routed_dp_rank data_parallel_rank disagg_prefill_dp_rank
+        routed_dp_rank data_parallel_rank disagg_prefill_dp_rank
         images_config video_config media_io_kwargs mm_processor_kwargs mm_payload return_mm_kwargs
         use_audio_in_video min_dynamic_patch max_dynamic_patch image_max_dynamic_patch video_max_dynamic_patch
         stream_interval stream_reasoning include_obfuscation max_tool_calls"""
@@ -56,6 +56,7 @@ NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "": {
         "model": ("default",),
         "n": (1,),
+        "priority": (0,),
         "best_of": (1,),
         "beam_width": (1,),
         "length_penalty": (1,),
@@ -111,6 +112,15 @@ NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 Of a field that is not listed the values null, false and "nothing" (an empty text, list or object, a list of nulls)
 are neutral. Of a listed one they are not: `false` for a field that is true by default changes the answer.
 """
+
+REASONS: Mapping[str, str] = {
+    "suffix": "no model here is prompted to fill in the middle; put its own infill format into the prompt",
+    "best_of": "no answer is generated that is not returned; n is how many are",
+    "use_beam_search": "answers are sampled or greedy, there is no beam search",
+    "beam_width": "answers are sampled or greedy, there is no beam search",
+    "length_penalty": "it belongs to beam search, which is not served",
+}
+"""Why a field is refused, where more can be said than that it is not served."""
 
 ALIASES = {"/v1/tokenize": "/tokenize", "/v1/detokenize": "/detokenize"}
 
@@ -174,7 +184,10 @@ def _refusal(name: str, value: Any, implemented: Collection[str], route: str) ->
     listed = _neutral(name, route)
     if listed:
         only = " or ".join(repr(neutral) for neutral in listed)
-        return f"{name}: {_short(reprlib.repr(value))} is not supported by this server, only {only} is"
+        reason = f": {REASONS[name]}" if name in REASONS else ""
+        return f"{name}: {_short(reprlib.repr(value))} is not supported by this server, only {only} is{reason}"
+    if name in REASONS:
+        return f"{name}: not supported by this server: {REASONS[name]}"
     near = difflib.get_close_matches(_short(name), implemented, n=1, cutoff=0.85)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{_short(name)}: not supported by this server{hint}"

@@ -13,14 +13,15 @@ from multilora.drivers.async_driver import AsyncDriver, AsyncGeneration
 from multilora.errors import BadRequest
 from multilora.front.adapter_spec import parse_specs
 from multilora.front.generation import Job, Sample
-from multilora.front.prompt import Prompt, read_prompts, spread
+from multilora.front.prompt import Prompt, check_priority, prefix_salt, read_prompts, spread
 from multilora.front.registry import AdapterRegistry
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
-from multilora.params import SamplingParams
+from multilora.params import SamplingParams, parse_logprobs_mode
 from multilora.server.bodies import GenerateBody
 from multilora.server.errors import StrictRoute
 from multilora.server.foreign_fields import sort_out
+from multilora.server.resolving import resolved
 from multilora.server.streaming import EventStream, Json, frame, while_connected
 
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
@@ -32,6 +33,10 @@ def router(driver: AsyncDriver) -> APIRouter:
     @routes.post("/generate")
     async def generate(request: Request, body: GenerateBody) -> Response:
         """Generate from text or token ids, one prompt or many, each with its own adapter."""
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await answer(request, body)
+
+    async def answer(request: Request, body: GenerateBody) -> Response:
         batch = read_batch(driver.front.registry, body)
         answers = NativeAnswers(driver.front.vocabularies, body, batch)
 
@@ -78,6 +83,8 @@ def read_batch(registry: AdapterRegistry, body: GenerateBody) -> Batch:
     logprob = spread(body.return_logprob, count, "return_logprob")
     start = spread(body.logprob_start_len, count, "logprob_start_len")
     top = spread(body.top_logprobs_num, count, "top_logprobs_num")
+    mode = parse_logprobs_mode(body.logprobs_mode)
+    salts, keys = spread(body.cache_salt, count, "cache_salt"), spread(body.extra_key, count, "extra_key")
     jobs = [
         Job(
             prompt=prompts[i],
@@ -86,6 +93,9 @@ def read_batch(registry: AdapterRegistry, body: GenerateBody) -> Batch:
             return_logprob=bool(logprob[i]),
             logprob_start_len=-1 if start[i] is None else start[i],
             top_logprobs_num=top[i] or 0,
+            logprobs_mode=mode,
+            salt=prefix_salt(salts[i], keys[i]),
+            priority=check_priority(body.priority),
         )
         for i in range(count)
     ]

@@ -8,6 +8,7 @@ through HTTP.
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
@@ -15,12 +16,16 @@ from fastapi import APIRouter, Request, Response
 from multilora.drivers.async_driver import AsyncDriver, AsyncGeneration
 from multilora.errors import BadRequest, UnknownModel
 from multilora.front.adapter_spec import AdapterSpec, parse_specs
+from multilora.front.effects import Lane
 from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
+from multilora.front.prompt import check_priority
 from multilora.front.registry import AdapterRegistry
 from multilora.front.stream import Delta, TextStream
+from multilora.params import parse_logprobs_mode
 from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import OpenAIBody
+from multilora.server.prompt_logprobs import prompt_logprobs
 from multilora.server.streaming import EventStream, Json, frame, while_connected
 
 MAX_TOP_LOGPROBS = 20
@@ -37,7 +42,7 @@ class OpenAIRequest(ABC):
     id_prefix: ClassVar[str]
     kind: ClassVar[str]  # `object` of a whole response
     chunk_kind: ClassVar[str]
-    prompt_ids_in_head: ClassVar[bool]  # else in the choices
+    prompt_in_head: ClassVar[bool]  # what is said of the prompt; else in the choices
 
     def __init__(self, body: OpenAIBody, jobs: list[Job], model_name: str):
         self._body = body
@@ -54,10 +59,12 @@ class OpenAIRequest(ABC):
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         """The choices of a stream that `delta` makes, one for each frame. first: the sample's first delta."""
 
-    def _prompt_token_ids(self, sample: Sample) -> dict[str, Any]:
-        """What the head of a response or chunk says of the prompt of `sample`, when the client asks for that."""
-        wanted = self.prompt_ids_in_head and self._body.return_token_ids
-        return {"prompt_token_ids": sample.prompt_ids} if wanted else {}
+    def _prompt_facts(self, sample: Sample) -> dict[str, Any]:
+        """What a response or its choices say of the prompt of `sample`, as far as the client asks for it."""
+        facts: dict[str, Any] = {"prompt_token_ids": sample.prompt_ids} if self._body.return_token_ids else {}
+        if sample.job.prompt_logprobs is not None:
+            facts["prompt_logprobs"] = prompt_logprobs(sample)
+        return facts
 
     def _token_ids(self, part: TextStream | Delta) -> dict[str, Any]:
         """What a choice says of its tokens, when the client asks for that."""
@@ -77,14 +84,22 @@ class OpenAIRequest(ABC):
 
         async def answer() -> dict[str, Any]:
             generation = await driver.generate(self._jobs, rids)
-            choices = [self.whole(sample) for sample in await generation.results()]
-            rest = {"choices": choices, "usage": _usage(generation.samples)}
-            return self._head(generation, self.kind) | rest | self._prompt_token_ids(generation.samples[0])
+            samples = await generation.results()
+            if self._body.prompt_logprobs is None:
+                return self._response(generation, samples)
+            # the logprobs of a long prompt take too long for the event loop
+            return await driver.run_blocking(Lane.TEXT, partial(self._response, generation, samples))
 
         if not self._body.stream:
             return Json(await while_connected(request.receive, answer()))
         generation = await while_connected(request.receive, driver.generate(self._jobs, rids))
         return await EventStream.begin(request.receive, self._frames(generation), generation.close)
+
+    def _response(self, generation: AsyncGeneration, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The answer in one piece."""
+        rest = {"choices": [self.whole(sample) for sample in samples], "usage": _usage(generation.samples)}
+        facts = self._prompt_facts(generation.samples[0]) if self.prompt_in_head else {}
+        return self._head(generation, self.kind) | rest | facts
 
     async def _frames(self, generation: AsyncGeneration) -> AsyncGenerator[bytes, None]:
         head = self._head(generation, self.chunk_kind)
@@ -95,7 +110,7 @@ class OpenAIRequest(ABC):
             if continuous:
                 extra = {"usage": _usage([sample])}
             first = sample.index not in begun
-            prompt = self._prompt_token_ids(sample) if first else {}
+            prompt = self._prompt_facts(sample) if first and self.prompt_in_head else {}
             for choice in self.chunks(sample, delta, first=first):
                 yield frame(head | {"choices": [choice]} | extra | prompt)
                 prompt = {}
@@ -123,6 +138,16 @@ def _usage(samples: Sequence[Sample]) -> dict[str, Any]:
 def adapters_of(registry: AdapterRegistry, body: OpenAIBody, prompts: int) -> list[AdapterSpec]:
     """The adapters of each prompt, by `model` and `lora_path`. Raises UnknownModel, UnknownAdapter, BadRequest."""
     return [registry.resolve_model(body.model, spec) for spec in parse_specs(body.lora_path, prompts)]
+
+
+def common_fields(body: OpenAIBody) -> dict[str, Any]:
+    """The fields of `Job` that both routes' bodies fill in the same way. Raises BadRequest."""
+    of_prompt = body.prompt_logprobs
+    return {
+        "prompt_logprobs": None if of_prompt is None else check_top_logprobs(of_prompt, "prompt_logprobs"),
+        "logprobs_mode": parse_logprobs_mode(body.logprobs_mode),
+        "priority": check_priority(body.priority),
+    }
 
 
 def check_top_logprobs(count: int, field: str) -> int:

@@ -3,16 +3,17 @@
 Knows which field means which sampling parameter; nothing of prompts, adapters or answers.
 """
 
-import json
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from multilora.errors import BadRequest
-from multilora.params import SamplingParams
+from multilora.front.prompt import prefix_salt, spread
+from multilora.params import GRAMMAR_FIELDS, SamplingParams
 from multilora.server.bodies import Body, Integer, Prompts, Texts, TokenIds
+from multilora.server.constraints import GuidedFields
 
-_SAMPLING = frozenset(SamplingParams.__struct_fields__)
+_SAMPLING = frozenset(SamplingParams.__struct_fields__) - {*GRAMMAR_FIELDS}
 
 
 class StreamOptions(Body):
@@ -21,28 +22,7 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class JsonSchema(Body):
-    where = "response_format.json_schema"
-    schema_: dict[str, Any] | bool = Field(alias="schema")
-
-
-class ResponseFormat(Body):
-    where = "response_format"
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    def schema_text(self) -> str | None:
-        """The JSON schema that the answer has to follow, as text. None: any text will do."""
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return '{"type": "object"}'
-        if self.json_schema is None:
-            raise BadRequest("response_format.json_schema: this field is required", param="response_format")
-        return json.dumps(self.json_schema.schema_)
-
-
-class OpenAIBody(Body):
+class OpenAIBody(GuidedFields):
     """What both routes share."""
 
     model: str | None = None
@@ -56,7 +36,13 @@ class OpenAIBody(Body):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    response_format: ResponseFormat | None = None
+    prompt_logprobs: Integer | None = None
+    logprobs_mode: Any = None  # see params.parse_logprobs_mode
+    cache_salt: Any = None  # see front.prompt.prefix_salt; a list has one for each prompt, as for extra_key
+    extra_key: Any = None
+    priority: Integer | None = None
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Integer | None = None
@@ -73,9 +59,6 @@ class OpenAIBody(Body):
     no_stop_trim: bool | None = None
     include_stop_str_in_output: bool | None = None
     logit_bias: dict[str, float] | None = None
-    json_schema: str | None = None
-    regex: str | None = None
-    ebnf: str | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -99,12 +82,15 @@ class OpenAIBody(Body):
             fields["min_new_tokens"] = self.min_tokens
         if self.include_stop_str_in_output:
             fields["no_stop_trim"] = True
-        schema = self.response_format.schema_text() if self.response_format else None
-        if schema is not None and self.json_schema:
-            raise BadRequest("only one of response_format and json_schema can be given", param="response_format")
-        if schema is not None:
-            fields["json_schema"] = schema
+        if (constraint := self.constraint()) is not None:
+            _, parameter, source = constraint
+            fields[parameter] = source
         return SamplingParams.parse(fields)
+
+    def salts(self, prompts: int) -> list[str]:
+        """The salt of each prompt's cached prefixes. Raises BadRequest."""
+        salts, keys = spread(self.cache_salt, prompts, "cache_salt"), spread(self.extra_key, prompts, "extra_key")
+        return [prefix_salt(*pair) for pair in zip(salts, keys, strict=True)]
 
 
 class CompletionBody(OpenAIBody):
@@ -112,7 +98,6 @@ class CompletionBody(OpenAIBody):
 
     where = "/v1/completions"
     prompt: str | Texts | TokenIds | Prompts
-    echo: bool | None = None
     logprobs: bool | Integer | None = None
     best_of: Integer | None = None
 

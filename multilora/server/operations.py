@@ -8,6 +8,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 import multilora
+from multilora.config import Config
+from multilora.demo import base_model_path
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import BadRequest, EngineDead
 from multilora.front.front import Front
@@ -15,12 +17,13 @@ from multilora.front.generation import Job
 from multilora.params import SamplingParams
 from multilora.server.bodies import AbortBody
 from multilora.server.errors import StrictRoute
-from multilora.server.metrics import CONTENT_TYPE, Metrics
+from multilora.server.loads import internal_state
+from multilora.server.metrics.collector import CONTENT_TYPE, Metrics
 from multilora.server.streaming import Json, while_connected
 
 logger = logging.getLogger(__name__)
 
-_SECRETS = ("api_key", "admin_api_key")
+_SECRETS = ("api_key", "admin_api_key", "metrics_key")
 
 
 def router(driver: AsyncDriver, metrics: Metrics) -> APIRouter:
@@ -36,9 +39,6 @@ def _health(routes: APIRouter, driver: AsyncDriver) -> None:
     @routes.get("/ready")
     @routes.get("/ping")
     @routes.post("/ping")
-    @routes.head("/health", include_in_schema=False)
-    @routes.head("/ready", include_in_schema=False)
-    @routes.head("/ping", include_in_schema=False)
     async def health() -> Response:
         """200 while the engine lives, else 503."""
         if not driver.engine.alive:
@@ -63,7 +63,6 @@ def _facts(routes: APIRouter, front: Front) -> None:
     config, ready = front.config, front.engine.ready
 
     @routes.get("/")
-    @routes.head("/", include_in_schema=False)
     async def root() -> Response:
         """What answers here."""
         return Json({"name": "multilora", "version": multilora.__version__})
@@ -77,12 +76,9 @@ def _facts(routes: APIRouter, front: Front) -> None:
     @routes.get("/get_model_info")
     async def model_info() -> Response:
         """The base model."""
-        path = config.model_path or config.model_name
         return Json(
             {
-                "model_path": path,
-                "tokenizer_path": config.tokenizer_path or path,
-                "served_model_name": config.model_name,
+                **_names(config),
                 "is_generation": True,
                 "preferred_sampling_params": None,
                 "weight_version": "default",
@@ -98,12 +94,28 @@ def _facts(routes: APIRouter, front: Front) -> None:
     async def server_info() -> Response:
         """Arguments (without keys), version, adapters, and the engine's latest statistics."""
         arguments = {k: v for k, v in dataclasses.asdict(config).items() if k not in _SECRETS}
-        return Json(arguments | {"version": multilora.__version__} | _running(front))
+        return Json(arguments | _names(config) | {"version": multilora.__version__} | _running(front))
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """What the base model's `tokenizer_config.json` says, as vLLM."""
+        return Json(front.vocabularies.base.reader("/tokenizer_info").info())
+
+
+def _names(config: Config) -> dict[str, str]:
+    """Of model and tokenizer, never null: tools load the tokenizer from there."""
+    model = config.model_path or str(base_model_path())
+    return {
+        "model_path": model,
+        "tokenizer_path": config.tokenizer_path or model,
+        "served_model_name": config.model_name,
+    }
 
 
 def _running(front: Front) -> dict[str, Any]:
     ready, registry = front.engine.ready, front.registry
     return {
+        "dp_size": 1,
         "lora_backend_used": ready.lora_backend,
         "attention_backend_used": ready.attention_backend,
         "device_used": ready.device,
@@ -122,7 +134,7 @@ def _running(front: Front) -> dict[str, Any]:
             | ({"parts": [{"name": name, "weight": weight} for name, weight in ref.parts]} if ref.parts else {})
             for ref in registry.refs()
         ],
-        "internal_states": [front.engine.stats],
+        "internal_states": [internal_state(front)],
     }
 
 

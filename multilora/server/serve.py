@@ -109,8 +109,9 @@ class _ServerProcess:
         await self._server.serve(sockets=[listener])
 
     def _signalled(self, number: int) -> None:
-        """First: drain, or give up starting. Second: do not wait for running requests."""
+        """First: end downloads, and drain or give up starting. Second: do not wait for running requests."""
         logger.info("%s received", signal.Signals(number).name)
+        self._spool.downloads.close()
         if self._server is not None:
             self._server.force_exit = self._server.should_exit
             self._server.should_exit = True
@@ -168,7 +169,7 @@ def sampling_defaults(model: str, revision: str | None) -> dict[str, Any]:
 def _log_arguments(config: Config) -> None:
     """What was set, as one line; keys are not shown."""
     fields = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
-    shown = {k: "***" if k.endswith("api_key") else v for k, (v, default) in fields.items() if v != default}
+    shown = {k: "***" if k.endswith("_key") else v for k, (v, default) in fields.items() if v != default}
     if config.lora_paths:
         shown["lora_paths"] = [p.lora_name for p in config.lora_paths[:8]] + ["…"] * (len(config.lora_paths) > 8)
     logger.info("arguments: %s", ", ".join(f"{k}={v!r}" for k, v in shown.items()) or "none, all defaults")

@@ -7,7 +7,7 @@ Called by `app.py`.
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import BadRequest
@@ -19,6 +19,7 @@ from multilora.server.bodies import Body, Prompts, Texts, TokenIds
 from multilora.server.chat import chat_prompt
 from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import Conversation
+from multilora.server.resolving import resolved
 from multilora.server.streaming import Json
 
 
@@ -46,17 +47,19 @@ def router(driver: AsyncDriver) -> APIRouter:
 
     @routes.post("/tokenize")
     @routes.post("/v1/tokenize")
-    async def tokenize(body: TokenizeBody) -> Response:
+    async def tokenize(request: Request, body: TokenizeBody) -> Response:
         """The token ids of a prompt, of several, or of a conversation."""
-        vocabulary = _vocabulary(driver.front, body.model)
+        async with resolved(request.receive, driver, body.model):
+            vocabulary = _vocabulary(driver.front, body.model)
         answer: dict[str, Any] = await driver.run_blocking(Lane.TEXT, partial(_tokenize, body, vocabulary))
         return Json(answer | {"max_model_len": driver.front.engine.ready.context_length})
 
     @routes.post("/detokenize")
     @routes.post("/v1/detokenize")
-    async def detokenize(body: DetokenizeBody) -> Response:
+    async def detokenize(request: Request, body: DetokenizeBody) -> Response:
         """The text of token ids."""
-        vocabulary = _vocabulary(driver.front, body.model)
+        async with resolved(request.receive, driver, body.model):
+            vocabulary = _vocabulary(driver.front, body.model)
         return Json(await driver.run_blocking(Lane.TEXT, partial(_detokenize, body, vocabulary)))
 
     return routes

@@ -28,8 +28,13 @@ def given(opt) -> tuple[list[str], object]:
         return ([f"--no-{opt.flag[2:]}"], False) if opt.default else ([opt.flag], True)
     if opt.type is LoraPath:
         return [opt.flag, "a=/a"], (LoraPath("a", "/a"),)
-    if opt.name == "cors_origins":
-        return [opt.flag, "https://a.example", "*"], ("https://a.example", "*")
+    values = {
+        "cors_origins": ("https://a.example", "*"),
+        "lora_resolver_url": ("https://a.example/loras", "s3://bucket"),
+        "lora_resolver_hub": ("org/*", "other/lora-*"),
+    }.get(opt.name)
+    if values:
+        return [opt.flag, *values], values
     if opt.many:
         return [opt.flag, "q_proj", "v_proj"], ("q_proj", "v_proj")
     if opt.choices:

@@ -87,3 +87,24 @@ def test_without_lora_there_is_nothing_to_tell() -> None:
     engine = engine_with(0)
     update = StatsReporter(engine.scheduler, DisabledStore()).stats_update()
     assert (update.adapters, update.unloaded, update.slots_used, update.slots_total) == ([], [], 0, 0)
+
+
+def test_steps_are_counted_by_their_tokens() -> None:
+    engine = engine_with(1)
+    run(engine, 1)  # a prompt of 3 tokens and one generated, then one more
+    stats = engine.report.stats()
+    assert sum(stats.step_tokens) == stats.steps == 2
+    assert [i for i, n in enumerate(stats.step_tokens) if n] == [0, 2]  # up to 1, up to 4
+
+
+def test_rates_are_those_of_the_latest_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_with(1)
+    now = 100.0
+    monkeypatch.setattr("multilora.engine.stats.monotonic", lambda: now)
+    engine.report.stats_update()
+    run(engine, 1)
+    now += 4.0
+    stats = engine.report.stats_update()
+    assert (stats.gen_throughput, stats.cache_hit_rate) == (0.5, 0.0)
+    now += 60.0
+    assert engine.report.stats_update().gen_throughput == 0.5  # nothing has happened since

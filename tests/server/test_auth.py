@@ -4,7 +4,7 @@ import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer
 
-from multilora.server.auth import ADMIN_PATHS, OPEN_PATHS
+from multilora.server.auth import ADMIN_PATHS, METRICS_PATHS, OPEN_PATHS
 
 USER, ADMIN = {"authorization": "Bearer user"}, {"authorization": "Bearer admin"}
 WRONG = [
@@ -40,7 +40,20 @@ def test_a_missing_or_wrong_key_is_401(headers):
 
 def test_probes_and_metrics_stay_open():
     s = server(api_key="user", admin_api_key="admin")
-    assert {path: s.get(path).status for path in OPEN_PATHS} == dict.fromkeys(OPEN_PATHS, 200)
+    paths = OPEN_PATHS | METRICS_PATHS
+    assert {path: s.get(path).status for path in paths} == dict.fromkeys(paths, 200)
+
+
+@pytest.mark.parametrize("keys", [{}, {"api_key": "user", "admin_api_key": "admin"}])
+def test_metrics_have_a_key_of_their_own(keys):
+    s = server(metrics_key="scrape", **keys)
+    for headers in ({}, USER, {"authorization": "Bearer wrong"}):
+        assert s.get("/metrics", **headers).status == s.get("/metrics/", **headers).status == 401
+    assert s.get("/metrics", authorization="Bearer scrape").status == 200
+    assert s.get("/metrics", **ADMIN).status == (200 if keys else 401)
+    assert s.get("/health").status == 200
+    assert s.get("/v1/models").status == (401 if keys else 200)
+    assert s.get("/v1/models", authorization="Bearer scrape").status == (401 if keys else 200)
 
 
 def test_one_key_opens_everything():

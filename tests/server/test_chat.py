@@ -53,6 +53,29 @@ def test_a_prefix_of_the_answer_can_be_given():
     assert s.client.submitted[0].input_ids == wanted
 
 
+@pytest.mark.parametrize("content", ["so", [{"type": "text", "text": "s"}, {"type": "text", "text": "o"}]])
+def test_echo_puts_the_last_message_before_the_answer_if_it_is_the_assistants(content):
+    s, text = server(), "so" if isinstance(content, str) else "s\no"
+    messages = [*HELLO, {"role": "assistant", "content": content}]
+    for body in ({}, {"continue_final_message": True}):
+        answer = chat(s, messages=messages, echo=True, **body).json()["choices"][0]["message"]["content"]
+        assert answer == text + "ab"
+        frames = chat(s, messages=messages, echo=True, stream=True, **body).frames
+        assert frames[0]["choices"][0]["delta"] == {"role": "assistant", "content": text}
+        assert "".join(f["choices"][0]["delta"].get("content", "") for f in frames) == answer
+    assert chat(s, echo=True).json()["choices"][0]["message"]["content"] == "ab"
+    assert chat(s, messages=messages, echo=False).json()["choices"][0]["message"]["content"] == "ab"
+
+
+def test_special_tokens_before_the_template():
+    s = server()
+    for special in (None, False, True):
+        assert chat(s, add_special_tokens=special).status == 200
+    plain, same, with_special = (m.input_ids for m in s.client.submitted)
+    assert plain == same == with_special[1:] == TOKENIZER.encode_chat(HELLO)
+    assert with_special[0] == TOKENIZER.encode("x")[0]
+
+
 def test_stream():
     frames = chat(server(), stream=True, stream_options={"include_usage": True}).frames
     assert {f["object"] for f in frames} == {"chat.completion.chunk"}

@@ -141,6 +141,23 @@ def test_logprobs_as_a_boolean():
     assert complete(s, logprobs=False).json()["choices"][0]["logprobs"] is None
 
 
+def test_logprobs_without_alternatives():
+    found = complete(server("ab"), logprobs=0).json()["choices"][0]["logprobs"]
+    assert found["token_logprobs"] == [-0.5] * (len(ids("ab")) + 1)
+    assert found["top_logprobs"] is None
+
+
+def test_a_prompt_without_the_tokenizers_special_tokens():
+    s = server()
+    for special in (None, True, False):
+        assert complete(s, prompt=["the end", "the"], add_special_tokens=special).status == 200
+        both = [TOKENIZER.encode(text, add_special_tokens=special is not False) for text in ("the end", "the")]
+        assert [m.input_ids for m in s.client.submitted[-2:]] == both
+    assert len(ids("the end")) == len(TOKENIZER.encode("the end")) - 1
+    assert complete(s, prompt=[5, 6], add_special_tokens=False).status == 200
+    assert s.client.submitted[-1].input_ids == [5, 6]
+
+
 def test_token_ids_whole_and_streamed():
     s = server("ab")
     for echo in (False, True):
@@ -191,6 +208,11 @@ BAD = [
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
     ({"best_of": 2}, "best_of"),
+    ({"suffix": "}"}, "suffix"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"length_penalty": 0.9}, "length_penalty"),
+    ({"add_special_tokens": 1}, "add_special_tokens"),
+    ({"echo": "yes"}, "echo"),
     ({"n": 0}, "n"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options"),

@@ -8,6 +8,11 @@ from fakes.server_app import LocalServer, run
 from prometheus_client.parser import text_string_to_metric_families
 
 from multilora.engine.messages import AdapterStats
+from multilora.errors import BadRequest
+
+VLLM = {"model_name": "base", "engine": "0"}
+REQUESTS = {"model_name": "base", "engine_type": "unified"}
+SGLANG = REQUESTS | {"tp_rank": "0", "pp_rank": "0", "moe_ep_rank": "0"}
 
 
 def server(**config):
@@ -84,12 +89,13 @@ def test_the_engines_numbers():
         slots_used=1,
         adapters=stats,
     )
-    assert value(s, "sglang:lora_pool_slots_used") == 1
-    assert value(s, "sglang:lora_pool_slots_total") == 4
-    assert value(s, "sglang:lora_pool_utilization") == 0.25
-    assert value(s, "vllm:num_requests_running") == 2
-    assert value(s, "vllm:num_requests_waiting") == 1
-    assert value(s, "vllm:kv_cache_usage_perc") == 0.5
+    assert value(s, "sglang:lora_pool_slots_used", **SGLANG) == 1
+    assert value(s, "sglang:lora_pool_slots_total", **SGLANG) == 4
+    assert value(s, "sglang:lora_pool_utilization", **SGLANG) == 0.25
+    assert value(s, "vllm:num_requests_running", **VLLM) == value(s, "sglang:num_running_reqs", **SGLANG) == 2
+    assert value(s, "vllm:num_requests_waiting", **VLLM) == value(s, "sglang:num_queue_reqs", **SGLANG) == 1
+    assert value(s, "vllm:num_requests_waiting_by_reason", reason="deferred", **VLLM) == 1
+    assert value(s, "vllm:kv_cache_usage_perc", **VLLM) == value(s, "sglang:token_usage", **SGLANG) == 0.5
     labels = {"max_lora": "4", "running_lora_adapters": "a", "waiting_lora_adapters": "b"}
     assert value(s, "vllm:lora_requests_info", **labels) > 1e9
     assert value(s, "vllm:lora_adapter_loaded", adapter_name="a", level="device", pinned="true", rank="8") == 1
@@ -145,3 +151,80 @@ def test_names_with_odd_characters_are_escaped():
     s.load(name)
     s.post("/generate", {"input_ids": [5], "lora_path": name, "sampling_params": {"max_new_tokens": 2}})
     assert value(s, "multilora:generation_tokens_total", adapter_name=name) == 2
+
+
+def test_tokens_and_times_for_both_peers():
+    s = server()
+    s.load("a")
+    body = {"input_ids": [[5, 6], [5]], "lora_path": ["a", None], "sampling_params": {"max_new_tokens": 3}}
+    s.post("/generate", body)
+    for prefix, labels in (("vllm", VLLM), ("sglang", REQUESTS)):
+        assert value(s, f"{prefix}:prompt_tokens_total", **labels) == 3
+        assert value(s, f"{prefix}:generation_tokens_total", **labels) == 6
+        assert value(s, f"{prefix}:time_to_first_token_seconds_count", **labels) == 2
+        assert value(s, f"{prefix}:inter_token_latency_seconds_count", **labels) == 4
+        assert value(s, f"{prefix}:e2e_request_latency_seconds_bucket", le="+Inf", **labels) == 2
+        assert value(s, f"{prefix}:request_time_per_output_token_seconds_count", **labels) == 2
+    assert value(s, "vllm:request_success_total", finished_reason="length", **VLLM) == 2
+    assert value(s, "vllm:request_success_total", finished_reason="error", **VLLM) == 0
+    assert value(s, "vllm:request_generation_tokens_bucket", le="2.0", **VLLM) == 0
+    assert value(s, "vllm:request_generation_tokens_bucket", le="5.0", **VLLM) == 2
+    assert value(s, "vllm:request_params_max_tokens_sum", **VLLM) == 6
+    assert value(s, "vllm:prompt_tokens_by_source_total", source="local_cache_hit", **VLLM) == 2
+    assert value(s, "sglang:cached_tokens_total", cache_source="device", **REQUESTS) == 2
+
+
+def test_a_request_that_never_ran_has_no_times():
+    s = server()
+    s.client.refuse = lambda m: BadRequest("no")
+    assert s.post("/generate", {"input_ids": [5]}).status == 400
+
+    async def aborted():
+        s.client.refuse = lambda m: None
+        s.client.gate.clear()
+        call = s.connect("POST", "/generate", {"input_ids": [5]})
+        while len(s.client.submitted) < 2:
+            await asyncio.sleep(0)
+        call.hang_up()
+        await call.answer()
+        s.client.gate.set()
+
+    run(aborted())
+    assert value(s, "vllm:request_success_total", finished_reason="abort", **VLLM) == 1
+    assert value(s, "vllm:request_success_total", finished_reason="error", **VLLM) == 1
+    assert value(s, "vllm:request_prompt_tokens_count", **VLLM) == 2
+    assert value(s, "vllm:e2e_request_latency_seconds_count", **VLLM) == 0
+    assert value(s, "vllm:time_to_first_token_seconds_count", **VLLM) == 0
+
+
+def test_steps_by_their_tokens():
+    s = server()
+    with_stats(s, step_tokens=[0, 1, 2, 3], prompt_tokens=20, generated_tokens=5)
+    assert value(s, "vllm:iteration_tokens_total_bucket", le="1.0", **VLLM) == 0
+    assert value(s, "vllm:iteration_tokens_total_bucket", le="8.0", **VLLM) == 6
+    assert value(s, "vllm:iteration_tokens_total_sum", **VLLM) == 25
+
+
+def test_an_idle_engine_generates_nothing():
+    s = server()
+    with_stats(s, gen_throughput=50.0, running=1)
+    assert value(s, "sglang:gen_throughput", **SGLANG) == 50
+    with_stats(s, running=0)
+    assert value(s, "sglang:gen_throughput", **SGLANG) == 0
+
+
+def test_http_requests_by_route_not_by_what_clients_make_up():
+    s = server()
+    s.load("a")
+    s.get("/v1/models/a")
+    s.get("/v1/models/nobody")
+    for path in ("/made-up", "/made-up-2"):
+        run(s.send("BREW", path))
+    s.get("/health")
+    counted = {key[1]: v for key, v in samples(s).items() if key[0] == "http_requests_total"}
+    assert counted == {
+        (("handler", "/v1/models/{name:path}"), ("method", "GET"), ("status", "2xx")): 1,
+        (("handler", "/v1/models/{name:path}"), ("method", "GET"), ("status", "4xx")): 1,
+        (("handler", "none"), ("method", "other"), ("status", "4xx")): 2,
+    }
+    assert value(s, "http_request_duration_seconds_count", handler="none", method="other") == 2

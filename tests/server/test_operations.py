@@ -1,5 +1,7 @@
 """Health, facts, cache: the routes that generate nothing for a client."""
 
+from pathlib import Path
+
 import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer, run
@@ -42,7 +44,7 @@ def test_model_info(path):
 
 @pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
 def test_server_info_shows_arguments_and_adapters_but_no_keys(path):
-    s = server(max_loras_per_batch=3, api_key="topsecret")
+    s = server(max_loras_per_batch=3, api_key="topsecret", metrics_key="topsecret2")
     s.load("a")
     answer = s.get(path, authorization="Bearer topsecret")
     assert "topsecret" not in answer.text
@@ -83,11 +85,38 @@ def test_the_api_describes_itself():
     assert {"/generate", "/v1/completions", "/v1/chat/completions", "/load_lora_adapter", "/metrics"} <= set(paths)
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/ping"])
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/ping", "/health_generate", "/metrics"])
 def test_probes_by_head(path):
     s = server(api_key="k")
     assert run(s.send("HEAD", path)).status == 200
     assert s.get(path).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/server_info", "/model_info", "/v1/loads", "/nope", "/generate"])
+def test_head_is_get_without_a_body(path):
+    s = server()
+    head, get = run(s.send("HEAD", path)), s.get(path)
+    assert (head.status, head.headers["content-type"]) == (get.status, get.headers["content-type"])
+    assert (head.body, bool(get.body)) == (b"", True)
+
+
+def test_paths_are_never_null():
+    info = server().get("/server_info").json()
+    assert info["model_path"] == info["tokenizer_path"] == server().get("/model_info").json()["model_path"]
+    assert Path(info["tokenizer_path"], "tokenizer.json").exists()
+    info = server(model_path="/m", tokenizer_path="/t").get("/server_info").json()
+    assert (info["model_path"], info["tokenizer_path"], info["served_model_name"]) == ("/m", "/t", "base")
+
+
+def test_tokenizer_info():
+    s = LocalServer(FakeEngineClient(vocab_size=320), byte_level_tokenizer())
+    info = s.get("/tokenizer_info").json()
+    tokenizer = s.driver.front.vocabularies.base.tokenizer
+    assert info["tokenizer_class"] == type(tokenizer.hf).__name__
+    assert info["chat_template"] == (tokenizer.chat_template or None)
+    assert not [name for name in info if name.endswith("_file")]
+    answer = server().get("/tokenizer_info")
+    assert (answer.status, "tokenizer" in answer.error["message"]) == (400, True)
 
 
 def test_ping_by_post():

@@ -40,7 +40,8 @@ def send(server, route, fields):
     answer = server.post(route, fields | REQUIRED[route])
     assert answer.status == 200, answer.text
     (submit,) = server.client.submitted
-    return answer.json(), (submit.input_ids, submit.sampling, submit.adapters, submit.return_logprob)
+    engine_sees = (submit.input_ids, submit.sampling, submit.adapters, submit.return_logprob, submit.prompt_logprobs)
+    return answer.json(), (*engine_sees, submit.salt, submit.priority, submit.logprobs_mode)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_a_null_in_a_required_field_is_a_missing_field(server):
 
 @pytest.mark.parametrize("route", REQUIRED)
 def test_a_foreign_field_in_effect_is_refused_by_name(server, route):
-    for fields in ({"return_hidden_states": True}, {"cache_salt": "s"}, {"nobody_knows_this": 1}):
+    for fields in ({"return_hidden_states": True}, {"allowed_token_ids": [3]}, {"nobody_knows_this": 1}):
         server.client.submitted.clear()
         answer = server.post(route, REQUIRED[route] | fields)
         assert (answer.status, answer.error["param"]) == (400, *fields)
@@ -76,12 +77,12 @@ def test_a_foreign_field_in_effect_is_refused_by_name(server, route):
 
 
 def test_foreign_sampling_parameters(server, plain):
-    assert send(server, "sampling_params", {"structural_tag": None, "best_of": 1})[1] == plain["sampling_params"]
-    for params in ({"structural_tag": "{}"}, [{"best_of": 2}]):
+    assert send(server, "sampling_params", {"extra_args": None, "best_of": 1})[1] == plain["sampling_params"]
+    for params in ({"extra_args": {"a": 1}}, [{"best_of": 2}]):
         text = "x" if isinstance(params, dict) else ["x"]
         answer = server.post("/generate", {"text": text, "sampling_params": params})
         assert answer.status == 400
-        assert answer.error["param"] in ("structural_tag", "best_of")
+        assert answer.error["param"] in ("extra_args", "best_of")
 
 
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
@@ -110,7 +111,10 @@ def test_numbers_without_a_fraction_are_integers(server):
 
 @pytest.mark.parametrize("route", ["sampling_params", "/v1/completions", "/v1/chat/completions"])
 def test_values_that_mean_unset(server, plain, route):
-    assert send(server, route, {"top_k": 0, "json_schema": ""})[1] == plain[route]
+    grammars = dict.fromkeys(("json_schema", "regex", "ebnf"), "")
+    assert send(server, route, {"top_k": 0} | grammars)[1] == plain[route]
+    if route != "sampling_params":
+        assert send(server, route, {"cache_salt": "", "extra_key": "", "priority": 0})[1] == plain[route]
 
 
 def test_the_reasoning_effort_goes_to_the_chat_template(server, plain):

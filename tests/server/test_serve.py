@@ -255,7 +255,7 @@ def test_a_signal_while_the_engine_starts(monkeypatch):
 
 
 def test_keys_are_not_logged(monkeypatch, caplog):
-    process = Process(monkeypatch, api_key="topsecret")
+    process = Process(monkeypatch, api_key="topsecret", metrics_key="topsecret2")
 
     async def start(config):
         raise ConfigError("x")

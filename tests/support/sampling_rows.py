@@ -33,6 +33,8 @@ class Row:
     ends: tuple[int, ...] = ()
     grammar: str | None = None
     top_logprobs: int = -1
+    ranks: bool = False
+    processed: bool = False
     vocab_size: int = 0  # 0: the sampler's
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -46,6 +48,8 @@ class Row:
             end_ids=self.ends,
             vocab_size=self.vocab_size or sampler.vocab_size,
             top_logprobs=self.top_logprobs,
+            ranks=self.ranks,
+            processed=self.processed,
             grammar=self.grammar,
         )
         sampler.install(state)

@@ -1,4 +1,4 @@
-"""Fetching: from a path or hub id to packed bytes in host memory.
+"""Fetching: from a directory to packed bytes in host memory.
 
 `Loader` is the contract. `InlineLoader` does the work in `poll`, for tests and whatever must be deterministic;
 `process.ProcessLoader` does it in another process, away from the step loop.
@@ -19,7 +19,7 @@ from multilora.adapters.packing.pack_jobs import write_jobs
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.checkpoint import read_adapter
 from multilora.adapters.peft.safetensors_file import MAX_HEADER_BYTES
-from multilora.adapters.sources import resolve
+from multilora.adapters.sources import DirectorySource
 from multilora.adapters.sources.files import find_files
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
@@ -88,7 +88,7 @@ class Loader(Protocol):
 
 def read(job: FetchJob, context: FetchContext, readers: ReaderPool = ALONE) -> Adapter:
     """The adapter from its files, checked and with PEFT's rules applied. Raises what `read_adapter` raises."""
-    directory = resolve(job.path, context.roots)
+    directory = DirectorySource(context.roots).fetch(job.path)
     _check_file_size(directory, job, context)
     adapter = read_adapter(directory, context.base, context.limits, readers)
     if not adapter.blocks:

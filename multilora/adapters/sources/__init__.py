@@ -1,33 +1,45 @@
 """Adapter sources, and which of them serves a path string.
 
 A directory that exists, and whatever looks like a path (absolute, or starting with `.` or `~`), is a directory;
-otherwise `org/name[@revision]` is a hub repository. With --lora-root set, only directories inside a root are served.
+`scheme://…` is a URL; otherwise `org/name[@revision]`, also written `hf://org/name[@revision]`, is a hub repository.
+With --lora-root set, only directories inside a root are served.
 """
 
+import enum
 import os
 from pathlib import Path
 
 from multilora.adapters.sources.base import AdapterSource
 from multilora.adapters.sources.directory import DirectorySource, is_encodable
 from multilora.adapters.sources.files import show
-from multilora.adapters.sources.hub import HubSource, is_hub_id
+from multilora.adapters.sources.hub import HUB_SCHEME, HubSource, is_hub_id
+from multilora.adapters.sources.remote import is_url
 from multilora.errors import AdapterForbidden, AdapterNotFound
 
-__all__ = ["AdapterSource", "DirectorySource", "HubSource", "resolve"]
+__all__ = ["AdapterSource", "DirectorySource", "HubSource", "Place", "is_path", "place_of", "resolve"]
 
 
-def resolve(
-    path: str, roots: tuple[str, ...] = (), hub: AdapterSource | None = None, extra: tuple[str, ...] = ()
-) -> Path:
-    """The local directory with the files of adapter `path`, which may be downloaded first.
+class Place(enum.Enum):
+    """Where an adapter's files are."""
 
-    hub: replaces the default hub; extra: names of other files that the caller will read if they are there.
+    DIRECTORY = "directory"
+    HUB = "hub"
+    URL = "url"
 
-    Raises AdapterNotFound, AdapterForbidden, AdapterInvalid, or AdapterError when the hub cannot be reached.
-    """
-    if path.startswith(("/", ".", "~")) or not is_encodable(path) or os.path.isdir(path):
-        return DirectorySource(roots, extra).fetch(path)
-    if not is_hub_id(path):
+
+def is_path(path: str) -> bool:
+    """Whether the text has the form of a path, so that it is a directory or nothing."""
+    return path.startswith(("/", ".", "~")) or not is_encodable(path)
+
+
+def place_of(path: str, roots: tuple[str, ...] = ()) -> Place:
+    """Where adapter `path` is; looks at the disk. Raises AdapterNotFound for text of another form, AdapterForbidden
+    for a hub repository while there are roots."""
+    if is_path(path) or os.path.isdir(path):
+        return Place.DIRECTORY
+    if is_url(path.removeprefix(HUB_SCHEME)):
+        return Place.URL
+    if not is_hub_id(path.removeprefix(HUB_SCHEME)):
         raise AdapterNotFound(
             f"adapter {show(path)}: no such directory, and not a hub repository (org/name[@revision])"
         )
@@ -35,4 +47,19 @@ def resolve(
         raise AdapterForbidden(
             f"adapter {show(path)}: no such directory, and hub repositories are not served while --lora-root is set"
         )
-    return (hub or HubSource(extra=extra)).fetch(path)
+    return Place.HUB
+
+
+def resolve(path: str, roots: tuple[str, ...] = (), hub: AdapterSource | None = None) -> Path:
+    """The local directory with the files of adapter `path`, which may be downloaded first. hub: replaces the default
+    hub.
+
+    Raises AdapterNotFound, AdapterForbidden, AdapterInvalid, or AdapterError when the hub cannot be reached.
+    """
+    match place_of(path, roots):
+        case Place.DIRECTORY:
+            return DirectorySource(roots).fetch(path)
+        case Place.HUB:
+            return (hub or HubSource()).fetch(path.removeprefix(HUB_SCHEME))
+        case Place.URL:
+            raise AdapterNotFound(f"adapter {show(path)}: only a server or an LLM fetches from URLs")

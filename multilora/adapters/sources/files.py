@@ -64,7 +64,7 @@ def find_files(directory: Path) -> AdapterFiles:
         return AdapterFiles(config, (directory / WEIGHTS_NAME,))
     index = directory / INDEX_NAME
     if os.path.exists(index):
-        shard_of = _read_index(index)
+        shard_of = read_index(index)
         names = sorted(set(shard_of.values()))
         for name in names:
             if not os.path.exists(directory / name):
@@ -139,7 +139,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise AdapterInvalid(f"{path.name}: weight_map: an object that maps tensors to files is expected")

@@ -1,7 +1,7 @@
 """Adapters from the Hugging Face hub, `org/name[@revision]`, through huggingface_hub and its cache.
 
 It owns the form of such a path, which files are fetched, and the meaning of the hub's errors. HF_ENDPOINT, HF_TOKEN,
-HF_HOME and HF_HUB_OFFLINE work as everywhere else. Called by `sources/__init__.py`.
+HF_HOME and HF_HUB_OFFLINE work as everywhere else. Called by `sources/__init__.py` and `download.py`.
 """
 
 import logging
@@ -15,6 +15,8 @@ from multilora.adapters.sources.files import CONFIG_NAME, INDEX_NAME, show
 from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound
 
 logger = logging.getLogger(__name__)
+
+HUB_SCHEME = "hf://"  # may stand before the name
 
 HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[A-Za-z0-9][\w./+-]*))?", re.ASCII
@@ -30,13 +32,21 @@ def is_hub_id(path: str) -> bool:
 class HubSource:
     """The hub at `endpoint` (None: HF_ENDPOINT, or the public one), cached in `cache_dir` (None: HF_HUB_CACHE).
 
-    extra: names of files beside an adapter's own, fetched where a repository has them.
+    extra: names of files beside an adapter's own, fetched where a repository has them. local_dir: where the files go
+    instead of the cache.
     """
 
-    def __init__(self, endpoint: str | None = None, cache_dir: Path | None = None, extra: Sequence[str] = ()):
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        cache_dir: Path | None = None,
+        extra: Sequence[str] = (),
+        local_dir: Path | None = None,
+    ):
         self._endpoint = endpoint
         self._cache_dir = cache_dir
         self._patterns = [*FILES, *extra]
+        self._local_dir = local_dir
 
     def fetch(self, path: str) -> Path:
         """The cached snapshot of `org/name[@revision]`.
@@ -68,6 +78,7 @@ class HubSource:
                 revision=revision,
                 endpoint=self._endpoint,
                 cache_dir=self._cache_dir,
+                local_dir=self._local_dir,
                 allow_patterns=self._patterns,
                 tqdm_class=Silent,
             )

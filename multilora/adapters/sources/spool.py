@@ -1,19 +1,22 @@
-"""Adapters that came as tensors, kept as files, so that an evicted one can be loaded again like every other.
+"""Adapters that came as tensors, from a URL or through the resolver, kept as files, so that an evicted one can be
+loaded again like every other.
 
 It owns one private directory (made when it is first needed) with a folder for each version, as PEFT would have saved
-it. A folder is deleted by `remove`, the directory by `close` or when the process ends; after a `kill -9`, by the next
-spool. It knows neither names nor requests, and does not look into the weights: the loader checks them as it checks
-any others. Called by `server/`, `llm/` and `front/`.
+it, and the downloads, some of which go there. A folder is deleted by `remove`, the directory by `close` or when the
+process ends; after a `kill -9`, by the next spool. It knows neither names nor requests, and does not look into the
+weights: the loader checks them as it checks any others. Called by `server/`, `llm/` and `front/`.
 """
 
 import dataclasses
 import json
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from multilora.adapters.sources.download import Downloads
 from multilora.adapters.sources.files import CONFIG_NAME, WEIGHTS_NAME
 from multilora.config import Config
 from multilora.errors import AdapterError, BadRequest
@@ -28,6 +31,7 @@ class Spool:
 
     def __init__(self) -> None:
         remove_orphans()
+        self.downloads = Downloads()
         self._made: PrivateDirectory | None = None
         self._lock = threading.Lock()
 
@@ -65,13 +69,45 @@ class Spool:
             raise
         return folder
 
-    def remove(self, version: int) -> None:
-        """Delete a version's folder. Nothing happens if the version did not come as tensors."""
-        if self._made is not None:
-            shutil.rmtree(self._made.path / str(version), ignore_errors=True)
+    def receive(self, fill: Callable[[Path], bool]) -> Path | None:
+        """A new folder that `fill` has filled; None, and no folder, if that says that there is nothing.
+
+        Raises AdapterError if the disk refuses, and what `fill` raises; then nothing is left behind.
+        """
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="incoming-", dir=self.root))
+        except OSError as e:
+            raise AdapterError(f"the adapter could not be kept: {e.strerror}") from e
+        found = False
+        try:
+            found = fill(folder)
+        finally:
+            if not found:
+                self.discard(folder)
+        return folder if found else None
+
+    def keep(self, folder: Path, version: int) -> Path:
+        """The folder that `receive` has made is the version's from now on. Raises AdapterError."""
+        try:
+            return folder.rename(self.root / str(version))
+        except OSError as e:
+            raise AdapterError(f"the adapter could not be kept: {e.strerror}") from e
+
+    def discard(self, folder: Path) -> None:
+        """Delete a folder that `receive` has made. Nothing happens if it is gone."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def remove(self, version: int) -> str | None:
+        """Delete a version's folder. Returns where that was; None if there is no directory at all."""
+        if self._made is None:
+            return None
+        folder = self._made.path / str(version)
+        shutil.rmtree(folder, ignore_errors=True)
+        return str(folder)
 
     def close(self) -> None:
-        """Delete the directory."""
+        """End the downloads and delete the directory."""
+        self.downloads.close()
         if self._made is not None:
             self._made.close()
 

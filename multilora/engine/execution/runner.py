@@ -225,4 +225,5 @@ def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> TokenLogprobs | None:
     wanted = chunk.prompt_logprobs
     if wanted is None:
         return None
-    return token_logprobs(logits[: len(wanted.next_ids)], upload(wanted.next_ids, logits.device), wanted.top)
+    ids = upload(wanted.next_ids, logits.device)
+    return token_logprobs(logits[: len(wanted.next_ids)], ids, wanted.top, ranks=wanted.ranks)

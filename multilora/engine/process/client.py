@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Self
 
 import msgspec
@@ -32,7 +33,9 @@ from multilora.engine.messages import (
     Ready,
     Reply,
     Shutdown,
+    StartProfile,
     Stats,
+    StopProfile,
     Submit,
     ToEngine,
     UnloadAdapter,
@@ -47,12 +50,20 @@ logger = logging.getLogger(__name__)
 
 
 class EngineClient:
-    """Made by `start`. `ready`: as the engine said at its start; `stats`: the latest."""
+    """Made by `start`. `ready`: as the engine said at its start; `stats`: the latest; `profile_root`: where profiles
+    are written, without --profile-dir in a directory that goes with the client."""
 
     ready: Ready
     stats: Stats
 
-    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, directory: PrivateDirectory):
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        socket: zmq.asyncio.Socket,
+        directory: PrivateDirectory,
+        profile_dir: str | None = None,
+    ):
+        self.profile_root = Path(profile_dir or directory.path / "profiles")
         self._process = process
         self._socket = socket
         self._directory = directory
@@ -74,7 +85,7 @@ class EngineClient:
         socket.bind(address)
         command = [sys.executable, "-m", "multilora.engine.process.worker", address, str(os.getpid())]
         process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
-        client = cls(process, socket, directory)
+        client = cls(process, socket, directory, config.profile_dir)
         try:
             await socket.send(msgspec.msgpack.encode(config))
             await client._wait_until_ready()
@@ -147,6 +158,16 @@ class EngineClient:
     async def flush_cache(self) -> None:
         call = self._next_call()
         await self._call(call, FlushCache(call))
+
+    async def start_profile(self, wanted: StartProfile) -> None:
+        """Raises BadRequest if a profile is running. `wanted.call` is set here."""
+        call = self._next_call()
+        await self._call(call, msgspec.structs.replace(wanted, call=call))
+
+    async def stop_profile(self) -> None:
+        """Returns when the trace is written. Raises BadRequest if no profile is running."""
+        call = self._next_call()
+        await self._call(call, StopProfile(call))
 
     async def shutdown(self, timeout: float = 60.0) -> None:
         """Let the engine finish what runs, for at most `timeout` seconds, and end it."""

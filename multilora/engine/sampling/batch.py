@@ -36,6 +36,7 @@ class Column(IntEnum):
     BIASED = 11  # how many of that row's entries act in this step
     MASK = 12  # row of the step's grammar masks; -1: no grammar
     ASKED = 13  # not of this row: the numbers of the rows that want logprobs, one after the other
+    SOURCE = 14  # a Source
 
 
 class Kind(IntEnum):
@@ -44,6 +45,14 @@ class Kind(IntEnum):
     PLAIN = 0  # drawn from all tokens, or those that min-p leaves
     GREEDY = 1
     TRUNCATED = 2  # drawn after top-k or top-p
+
+
+class Source(IntEnum):
+    """What a row's logprobs are the log-softmax of."""
+
+    RAW = 0  # the model's logits
+    EDITED = 1  # of a greedy row: after all edits; it has no temperature
+    TEMPERED = 2  # the distribution that the token is drawn from
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,8 @@ class SamplingBatch:
     penalises: bool
     biases: bool
     masks: bool
+    ranks: bool  # wanted with the logprobs of some row
+    processes: bool  # some row's logprobs are not of the raw logits
 
     @property
     def edits(self) -> bool:
@@ -70,7 +81,8 @@ class SlotTable:
     def __init__(self) -> None:
         self._numbers = np.zeros((len(Column), 0))
         self._streams = np.zeros(0, dtype=np.uint64)
-        self._ints = np.zeros((4, 0), dtype=np.int64)  # bias entries, end entries, min_new_tokens, top_logprobs
+        # bias entries, end entries, min_new_tokens, top_logprobs, ranks
+        self._ints = np.zeros((5, 0), dtype=np.int64)
 
     def set(self, state: SamplingState, counts_row: int, bias_row: int, entries: tuple[int, int]) -> None:
         """Write a slot's column. entries: how many the row of the bias table has of `logit_bias`, and behind them of
@@ -89,9 +101,11 @@ class SlotTable:
         column[Column.COUNTS] = counts_row
         column[Column.BIAS] = bias_row
         column[Column.MASK] = -1 if state.grammar is None else 0
+        if state.processed and state.top_logprobs >= 0:
+            column[Column.SOURCE] = Source.EDITED if params.temperature == 0 else Source.TEMPERED
         self._numbers[:, state.slot] = column
         self._streams[state.slot] = mixed_seed(state.seed)
-        self._ints[:, state.slot] = (*entries, params.min_new_tokens, state.top_logprobs)
+        self._ints[:, state.slot] = (*entries, params.min_new_tokens, state.top_logprobs, state.ranks)
 
     def clear(self, slot: int) -> None:
         """What rows still in flight for a freed slot do touches nothing that another request may own."""
@@ -99,12 +113,12 @@ class SlotTable:
         column[[Column.KIND, Column.TEMPERATURE, Column.TOP_P, Column.TOP_K]] = Kind.GREEDY, 1.0, 1.0, NO_LIMIT
         column[[Column.REPETITION, Column.MASK]] = 1.0, -1
         self._numbers[:, slot] = column
-        self._ints[:, slot] = 0, 0, 0, -1
+        self._ints[:, slot] = 0, 0, 0, -1, 0
 
     def batch(self, slots: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> SamplingBatch:
         """The rows of one step: `positions` are those of the new tokens within their answers."""
         numbers = self._numbers.take(slots, axis=1)  # contiguous, unlike [:, slots]
-        biased, ends, minimum, top_logprobs = self._ints[:, slots]
+        biased, ends, minimum, top_logprobs, ranks = self._ints[:, slots]
         numbers[Column.BIASED] = biased + ends * (positions < minimum)
         asked = np.flatnonzero(top_logprobs >= 0)
         numbers[Column.ASKED, : len(asked)] = asked
@@ -123,6 +137,8 @@ class SlotTable:
             penalises=bool(numbers[Column.COUNTS].any()),
             biases=bool(numbers[Column.BIASED].any()),
             masks=bool(masked.any()),
+            ranks=len(asked) > 0 and bool(ranks.any()),
+            processes=len(asked) > 0 and bool(numbers[Column.SOURCE].any()),
         )
 
     def _grow(self, size: int) -> None:

@@ -5,6 +5,8 @@ so a row's token cannot depend on its neighbours, on the number of threads or on
 remains is the rounding of `softmax` itself, which works row by row). The draw is the inverse of the cumulative
 distribution in order of token ids: no sort for plain temperature sampling, and tightening `top_p` moves no token that
 stays. Truncation sorts values alone, never ids, which on CPU is an order of magnitude faster.
+`processed` gives the logits of that distribution, for logprobs.
+
 This code serves the CPU and specifies `triton_sampling.py`. Called by `sampler.py`.
 """
 
@@ -15,11 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from multilora.engine.sampling.batch import Column, Kind, Numbers
+from multilora.engine.sampling.batch import Column, Kind, Numbers, Source
 
 _ONE = 2.0**52  # the integer weight of probability 1: products with fractions are exact in fp64
 _PASS_ELEMENTS = 2**17  # of logits at a time: the cache of a core
-_DRAW = [Column.TEMPERATURE, Column.TOP_P, Column.TOP_K, Column.MIN_P, Column.UNIFORM]
+_NARROWING = [Column.TEMPERATURE, Column.TOP_P, Column.TOP_K, Column.MIN_P]
 
 RowIndex = npt.NDArray[np.intp]
 
@@ -37,6 +39,18 @@ def draw(logits: Tensor, numbers: Numbers) -> Tensor:
     return tokens
 
 
+def processed(raw: Tensor, edited: Tensor, numbers: Numbers) -> Tensor:
+    """What each row's logprobs are the log-softmax of, fp32 [rows, vocab], by its `Source`: the logits `raw`; the
+    `edited` ones; or these, divided by the temperature, −inf for tokens that top-k, top-p or min-p excludes."""
+    out = raw.clone()
+    untempered = torch.from_numpy(np.flatnonzero(numbers[Column.SOURCE] == Source.EDITED))
+    out[untempered] = edited[untempered]
+    for rows in _passes(np.flatnonzero(numbers[Column.SOURCE] == Source.TEMPERED), raw.shape[1]):
+        logits, kept = _tempered(_select(edited, rows), numbers[:, rows])[:2]
+        out[torch.from_numpy(rows)] = logits if kept is None else logits.masked_fill_(~kept, float("-inf"))
+    return out
+
+
 def argmax(logits: Tensor) -> Tensor:
     """The best token, the lowest id among equals. On CPU numpy's is ten times faster than torch's."""
     if logits.device.type == "cpu":
@@ -52,20 +66,32 @@ def _passes(rows: RowIndex, vocab: int) -> Iterator[RowIndex]:
 
 def _draw_pass(logits: Tensor, numbers: Numbers) -> Tensor:
     """int64 [r] for logits [r, vocab], whose rows are all of one kind."""
+    _, kept, weights = _tempered(logits, numbers)
+    if kept is not None:
+        weights.mul_(kept)
+    return _invert(weights, torch.from_numpy(numbers[Column.UNIFORM])[:, None])
+
+
+def _tempered(logits: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor | None, Tensor]:
+    """For logits [r, vocab]: (logits − their maximum) / temperature, fp32; which tokens top-k, top-p and min-p leave,
+    bool, None: all; the integer weights of all tokens, int64. Each [r, vocab]."""
     vocab = logits.shape[1]
-    temperature, top_p, top_k, min_p, uniform = torch.from_numpy(numbers[_DRAW])[:, :, None]  # each [r, 1]
+    temperature, top_p, top_k, min_p = torch.from_numpy(numbers[_NARROWING])[:, :, None]  # each [r, 1]
     tempered = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float())
     probs = tempered.softmax(-1)
     weights = (probs * _ONE).long()
-    if (numbers[Column.KIND] == Kind.TRUNCATED).any():
+    kept = None
+    if (numbers[Column.KIND] != Kind.PLAIN).any():
         count = top_k.clamp(max=vocab).long()
         if (numbers[Column.TOP_P] < 1).any():
-            count = torch.minimum(count, _nucleus_size(probs, top_p))
-        weights.mul_(best(logits, count))
+            # without top-p all tokens stay, those whose integer weight is 0, too
+            nucleus = torch.where(top_p < 1, _nucleus_size(probs, top_p), vocab)
+            count = torch.minimum(count, nucleus)
+        kept = best(logits, count)
     if (numbers[Column.MIN_P] > 0).any():
-        least = (min_p * weights.amax(-1, keepdim=True).double()).ceil_().long()
-        weights.mul_(weights >= least)
-    return _invert(weights, uniform)
+        heavy = weights >= (min_p * weights.amax(-1, keepdim=True).double()).ceil_().long()
+        kept = heavy if kept is None else kept & heavy
+    return tempered, kept, weights
 
 
 def _nucleus_size(probs: Tensor, top_p: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from multilora.engine.messages import Logprobs
 from multilora.engine.sampling import triton_sampling
 from multilora.engine.sampling.batch import Column, SamplingBatch, SlotTable
-from multilora.engine.sampling.draw import argmax, draw
+from multilora.engine.sampling.draw import argmax, draw, processed
 from multilora.engine.sampling.edits import EditTables, check_bias, count, edited
 from multilora.engine.sampling.grammar import GrammarCache, GrammarState
 from multilora.engine.sampling.logprobs import TokenLogprobs, token_logprobs
@@ -152,19 +152,19 @@ class Sampler:
         finite = logits.amax(-1)  # NaN anywhere makes the maximum NaN
         partly_asked = 0 < len(batch.asked) < len(logits)
         on_device = logits.new_empty(0)
-        if batch.edits or not batch.all_greedy or partly_asked:
+        if batch.edits or not batch.all_greedy or partly_asked or batch.processes:
             on_device = upload(torch.from_numpy(batch.numbers), self.device)
         masks, grammars = self._masks(batch, slots, positions)
         chosen_from, allowed = logits, finite
         if batch.edits:
             chosen_from = self._edit(logits, batch, on_device, masks)
             allowed = chosen_from.amax(-1)
-        tokens = self._choose(chosen_from, allowed, batch, on_device)
+        tokens, judged = self._choose(logits, chosen_from, allowed, batch, on_device)
         return DeviceSampled(
             token_ids=tokens,
             finite=finite.isfinite(),
             allowed=allowed.isfinite() if batch.edits else None,
-            logprobs=_logprobs(logits, tokens, batch, on_device),
+            logprobs=_logprobs(judged, tokens, batch, on_device),
             asked=batch.asked,
             top_logprobs=batch.top_logprobs,
             grammars=grammars,
@@ -187,7 +187,7 @@ class Sampler:
         logprobs: list[Logprobs | None] = [None] * len(tokens)
         if sampled.logprobs is not None:
             for row, value in zip(sampled.asked.tolist(), sampled.logprobs.to_host(), strict=True):
-                logprobs[row] = Logprobs(value.logprob, value.top[: sampled.top_logprobs[row]])
+                logprobs[row] = Logprobs(value.logprob, value.top[: sampled.top_logprobs[row]], value.rank)
         return Sampled(tokens, logprobs, errors)
 
     def _masks(
@@ -211,15 +211,22 @@ class Sampler:
             return edited(logits, batch.numbers, self._edits, masks, self.vocab_size)
         return triton_sampling.edited(logits, on_device, self._edits, masks, self.vocab_size, biases=batch.biases)
 
-    def _choose(self, logits: Tensor, best: Tensor, batch: SamplingBatch, on_device: Tensor) -> Tensor:
-        """int64 [rows]: the tokens, counted where there are penalties. best: fp32 [rows], the maxima of the rows."""
-        if batch.all_greedy and not batch.penalises:
-            return argmax(logits)
-        if self.device.type != "cpu":
-            return triton_sampling.draw(logits, best, on_device, self._edits.counts, truncates=batch.truncates)
-        tokens = argmax(logits) if batch.all_greedy else draw(logits, batch.numbers)
-        count(tokens, batch.numbers, self._edits)
-        return tokens
+    def _choose(
+        self, raw: Tensor, logits: Tensor, best: Tensor, batch: SamplingBatch, on_device: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """From the edited `logits`, whose rows have the maxima `best`, fp32 [rows]: the tokens, int64 [rows], counted
+        where there are penalties, and the logits that their logprobs are taken from: `raw` ones in most steps."""
+        if self.device.type == "cpu":
+            tokens = argmax(logits) if batch.all_greedy else draw(logits, batch.numbers)
+            count(tokens, batch.numbers, self._edits)
+            return tokens, processed(raw, logits, batch.numbers) if batch.processes else raw
+        if batch.all_greedy and not batch.penalises and not batch.processes:
+            return argmax(logits), raw
+        kept = triton_sampling.keep(logits, best, on_device, truncates=batch.truncates)
+        tokens = triton_sampling.draw(logits, best, on_device, self._edits.counts, kept)
+        if not batch.processes:
+            return tokens, raw
+        return tokens, triton_sampling.processed(raw, logits, best, on_device, kept)
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, batch: SamplingBatch, on_device: Tensor) -> TokenLogprobs | None:
@@ -229,4 +236,4 @@ def _logprobs(logits: Tensor, tokens: Tensor, batch: SamplingBatch, on_device: T
     if n < len(logits):
         rows = on_device[Column.ASKED, :n].long()
         logits, tokens = logits[rows], tokens[rows]
-    return token_logprobs(logits, tokens, int(batch.top_logprobs.max()))
+    return token_logprobs(logits, tokens, int(batch.top_logprobs.max()), ranks=batch.ranks)

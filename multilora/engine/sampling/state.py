@@ -15,6 +15,8 @@ class SamplingState(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: list[int] = []  # only filled when a repetition penalty needs them
     end_ids: tuple[int, ...] = ()  # tokens that end the answer: min_new_tokens forbids them, no grammar sees them
     top_logprobs: int = -1  # -1: no logprobs; 0: the chosen token's; k: also those of the k best tokens
+    ranks: bool = False  # with the logprobs
+    processed: bool = False  # the logprobs are of what the token was drawn from, else of the raw logits
     grammar: str | None = None  # an xgrammar CompiledGrammar, serialized to JSON
 
 

@@ -1,4 +1,4 @@
-"""The kernels of sampling on CUDA; `triton_sampling.py` launches them and explains how they work together.
+"""The kernels of drawing on CUDA; `triton_sampling.py` launches them and explains how they work together.
 
 `numbers` is `SamplingBatch.numbers`, float64 [len(Column), rows]. A logit's *key* is the int32 in the order of the
 floats. A token's *weight* is exp((logit − best) / temperature) as an integer, 2^36 for the best token: sums of
@@ -14,7 +14,7 @@ keys there are from each pivot on up to `hi`; their weight; (hi, count above hi,
 import triton
 import triton.language as tl
 
-from multilora.engine.sampling.batch import Column, Kind
+from multilora.engine.sampling.batch import Column, Kind, Source
 from multilora.kernels.triton_launch import wait_for_previous
 
 KIND = tl.constexpr(int(Column.KIND))
@@ -23,15 +23,12 @@ TOP_P = tl.constexpr(int(Column.TOP_P))
 TOP_K = tl.constexpr(int(Column.TOP_K))
 MIN_P = tl.constexpr(int(Column.MIN_P))
 UNIFORM = tl.constexpr(int(Column.UNIFORM))
-REPETITION = tl.constexpr(int(Column.REPETITION))
-FREQUENCY = tl.constexpr(int(Column.FREQUENCY))
-PRESENCE = tl.constexpr(int(Column.PRESENCE))
 COUNTS = tl.constexpr(int(Column.COUNTS))
-BIAS = tl.constexpr(int(Column.BIAS))
-BIASED = tl.constexpr(int(Column.BIASED))
-MASK = tl.constexpr(int(Column.MASK))
+SOURCE = tl.constexpr(int(Column.SOURCE))
 GREEDY = tl.constexpr(int(Kind.GREEDY))
 TRUNCATED = tl.constexpr(int(Kind.TRUNCATED))
+RAW = tl.constexpr(int(Source.RAW))
+TEMPERED = tl.constexpr(int(Source.TEMPERED))
 
 ONE = tl.constexpr(2.0**36)  # the weight of a row's best token
 COUNT_BITS = tl.constexpr(50)  # counts stand above the weights of 2^13 tokens, in the same 64 bits
@@ -55,13 +52,13 @@ def _value(key):
 
 
 @triton.jit
-def _number(numbers_ptr, column: tl.constexpr, row, rows):
+def number(numbers_ptr, column: tl.constexpr, row, rows):
     return tl.load(numbers_ptr + rows * column + row)
 
 
 @triton.jit
 def _scale(numbers_ptr, row, rows):
-    return (1.4426950408889634 / _number(numbers_ptr, TEMPERATURE, row, rows)).to(tl.float32)  # log2(e) / temperature
+    return (1.4426950408889634 / number(numbers_ptr, TEMPERATURE, row, rows)).to(tl.float32)  # log2(e) / temperature
 
 
 @triton.jit
@@ -75,7 +72,7 @@ def _weight(x, best, scale):
 @triton.jit
 def _least(numbers_ptr, row, rows):
     """int64: the weight that min-p asks for."""
-    return tl.ceil(_number(numbers_ptr, MIN_P, row, rows) * ONE).to(tl.int64)
+    return tl.ceil(number(numbers_ptr, MIN_P, row, rows) * ONE).to(tl.int64)
 
 
 # ---------------------------------------------------------------------- the search for the cut
@@ -85,8 +82,8 @@ def _least(numbers_ptr, row, rows):
 def _wanted(numbers_ptr, first_ptr, row, rows, vocab, BUCKETS: tl.constexpr):
     """(count, weight): a row keeps its best tokens until either is reached. first_ptr: the state of the first pass,
     whose lowest pivot is below all tokens."""
-    count = tl.minimum(_number(numbers_ptr, TOP_K, row, rows), vocab).to(tl.int64)
-    top_p = _number(numbers_ptr, TOP_P, row, rows)
+    count = tl.minimum(number(numbers_ptr, TOP_K, row, rows), vocab).to(tl.int64)
+    top_p = number(numbers_ptr, TOP_P, row, rows)
     total = tl.load(first_ptr + row * 4 * BUCKETS + 2 * BUCKETS)
     mass = tl.ceil(top_p * total.to(tl.float64)).to(tl.int64)
     return count, tl.where(top_p < 1.0, mass, NO_MASS)
@@ -134,7 +131,7 @@ def narrow(logits_ptr, best_ptr, numbers_ptr, before_ptr, state_ptr, first_ptr, 
     Integers, so the order of the programs does not matter."""
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
-    if _number(numbers_ptr, KIND, row, rows) == TRUNCATED:
+    if number(numbers_ptr, KIND, row, rows) == TRUNCATED:
         best = tl.load(best_ptr + row)
         if FIRST:
             lo, hi = tl.full((), LOWEST, tl.int64), _key(best).to(tl.int64)
@@ -169,7 +166,7 @@ def collect(logits_ptr, numbers_ptr, state_ptr, first_ptr, candidates_ptr, rows,
     """One program per (row, block): copy the logits that the passes left undecided to `candidates`, in any order."""
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
-    if _number(numbers_ptr, KIND, row, rows) == TRUNCATED:
+    if number(numbers_ptr, KIND, row, rows) == TRUNCATED:
         lo, hi, _, _ = _narrowed(state_ptr, first_ptr, numbers_ptr, row, rows, vocab, BUCKETS)
         i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + row * stride + i, mask=i < vocab, other=float("nan"))
@@ -221,7 +218,7 @@ def select(logits_ptr, best_ptr, numbers_ptr, state_ptr, first_ptr, candidates_p
     int64 [rows, 2]: the last kept key, and how many tokens of that key stay."""
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
-    if _number(numbers_ptr, KIND, row, rows) == TRUNCATED:
+    if number(numbers_ptr, KIND, row, rows) == TRUNCATED:
         lo, hi, above, above_mass = _narrowed(state_ptr, first_ptr, numbers_ptr, row, rows, vocab, BUCKETS)
         count, mass = _wanted(numbers_ptr, first_ptr, row, rows, vocab, BUCKETS)
         best, scale = tl.load(best_ptr + row), _scale(numbers_ptr, row, rows)
@@ -246,7 +243,7 @@ def select(logits_ptr, best_ptr, numbers_ptr, state_ptr, first_ptr, candidates_p
 @triton.jit
 def _cut(cut_ptr, numbers_ptr, best, row, rows):
     """(pivot, quota): a row keeps keys above `pivot` and the first `quota` tokens of that key."""
-    kind = _number(numbers_ptr, KIND, row, rows)
+    kind = number(numbers_ptr, KIND, row, rows)
     pivot, quota = tl.full((), BELOW_ALL, tl.int64), tl.full((), 0, tl.int64)
     if kind == GREEDY:
         pivot, quota = _key(best).to(tl.int64), tl.full((), 1, tl.int64)
@@ -293,7 +290,7 @@ def choose(logits_ptr, best_ptr, numbers_ptr, cut_ptr, masses_ptr, equals_ptr, c
     ranks = tl.cumsum(equals, axis=0) - equals  # of each block's first token that equals the pivot
     masses += tl.minimum(tl.maximum(quota - ranks, 0), equals) * pivot_weight
     total = tl.sum(masses, axis=0)
-    uniform = _number(numbers_ptr, UNIFORM, row, rows)
+    uniform = number(numbers_ptr, UNIFORM, row, rows)
     target = tl.minimum((uniform * total.to(tl.float64)).to(tl.int64), total - 1)
     block = tl.sum(((tl.cumsum(masses, axis=0) <= target) & (b < blocks)).to(tl.int32), axis=0)
     block = tl.minimum(block, blocks - 1)
@@ -310,9 +307,38 @@ def choose(logits_ptr, best_ptr, numbers_ptr, cut_ptr, masses_ptr, equals_ptr, c
     token = block * BLOCK + tl.sum((cumulative <= target).to(tl.int32), axis=0)
     token = tl.minimum(token, vocab - 1).to(tl.int64)
     tl.store(tokens_ptr + row, token)
-    counts_row = _number(numbers_ptr, COUNTS, row, rows).to(tl.int64)
+    counts_row = number(numbers_ptr, COUNTS, row, rows).to(tl.int64)
     if counts_row > 0:
         tl.atomic_add(counts_ptr + counts_row * counts_width + tl.minimum(token, counts_width - 1), 2)
+
+
+@triton.jit
+def process(raw_ptr, logits_ptr, best_ptr, numbers_ptr, cut_ptr, equals_ptr, out_ptr,
+            rows, vocab, raw_stride, stride, blocks,
+            BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program per (row, block): what a row's logprobs are the log-softmax of, by its `Source`."""
+    wait_for_previous(PDL)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    inside = i < vocab
+    source = number(numbers_ptr, SOURCE, row, rows)
+    if source == RAW:
+        x = tl.load(raw_ptr + row * raw_stride + i, mask=inside, other=0.0)
+    else:
+        x = tl.load(logits_ptr + row * stride + i, mask=inside, other=float("-inf"))
+        if source == TEMPERED:
+            best = tl.load(best_ptr + row)
+            pivot, quota = _cut(cut_ptr, numbers_ptr, best, row, rows)
+            b = tl.arange(0, BLOCKS)
+            equals = tl.load(equals_ptr + row * blocks + b, mask=(b < blocks) & (b < block), other=0)
+            rank = tl.sum(equals, axis=0)  # how many equal the pivot in the blocks before
+            key, weight = _key(x), _weight(x, best, _scale(numbers_ptr, row, rows))
+            equal = (key == pivot) & inside
+            kept = (key > pivot) | (equal & (rank + tl.cumsum(equal.to(tl.int32), axis=0) <= quota))
+            kept = kept & (weight >= _least(numbers_ptr, row, rows))
+            temperature = number(numbers_ptr, TEMPERATURE, row, rows).to(tl.float32)
+            x = tl.where(kept, tl.div_rn(x - best, temperature), float("-inf"))
+    tl.store(out_ptr + row * vocab + i, x, mask=inside)
 
 
 @triton.jit
@@ -334,47 +360,3 @@ def emit(logits_ptr, cut_ptr, ids_ptr, vocab, stride, k, BLOCK: tl.constexpr, PD
         tl.store(ids_ptr + row * k + place, (start + i).to(tl.int64), mask=kept & (place < k))
         written += tl.sum(kept.to(tl.int32), axis=0)
         rank += tl.sum(equal.to(tl.int32), axis=0)
-
-
-# ---------------------------------------------------------------------- edits
-
-
-@triton.jit
-def edit(logits_ptr, out_ptr, numbers_ptr, counts_ptr, masks_ptr,
-         rows, vocab, stride, counts_width, words, mask_vocab,
-         BLOCK: tl.constexpr, MASKS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program per (row, block): a copy of the logits with penalties and grammar masks."""
-    wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + row * stride + i, mask=i < vocab, other=0.0)
-    counts_row = _number(numbers_ptr, COUNTS, row, rows).to(tl.int64)
-    if counts_row > 0:
-        repetition = _number(numbers_ptr, REPETITION, row, rows).to(tl.float32)
-        frequency = _number(numbers_ptr, FREQUENCY, row, rows).to(tl.float32)
-        presence = _number(numbers_ptr, PRESENCE, row, rows).to(tl.float32)
-        counted = tl.load(counts_ptr + counts_row * counts_width + i, mask=i < counts_width, other=0)
-        count = counted // 2
-        repeated = tl.where(x < 0.0, x * repetition, tl.div_rn(x, repetition))
-        x = tl.where(counted > 0, repeated, x)
-        x = tl.where(count > 0, x - (count.to(tl.float32) * frequency + presence), x)
-    if MASKS:
-        line = _number(numbers_ptr, MASK, row, rows).to(tl.int64)
-        if line >= 0:
-            word = tl.load(masks_ptr + line * words + i // 32, mask=i < tl.minimum(mask_vocab, words * 32), other=0)
-            x = tl.where(((word >> (i % 32)) & 1) == 1, x, float("-inf"))
-    tl.store(out_ptr + row * vocab + i, x, mask=i < vocab)
-
-
-@triton.jit
-def bias(logits_ptr, numbers_ptr, ids_ptr, values_ptr, rows, vocab, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """One program per row: add the values to the logits in place. A token may have two of them, the second −inf."""
-    wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    count = _number(numbers_ptr, BIASED, row, rows).to(tl.int32)
-    at = _number(numbers_ptr, BIAS, row, rows).to(tl.int64) * width
-    for start in range(0, count, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        token = tl.load(ids_ptr + at + i, mask=i < count, other=0)
-        tl.atomic_add(logits_ptr + row * vocab + token, tl.load(values_ptr + at + i, mask=i < count, other=0.0),
-                      mask=i < count)  # fmt: skip

@@ -15,9 +15,12 @@ of equals only the lowest ids may stay here (logits that were bf16 have many equ
 floats, so that what top-p keeps is decided by rounding, and differently from the specification.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from multilora.engine.sampling import triton_edit_kernels
 from multilora.engine.sampling import triton_kernels as kernels
 from multilora.engine.sampling.batch import Column, Kind
 from multilora.engine.sampling.edits import EditTables
@@ -38,7 +41,7 @@ def edited(
     out = torch.empty(rows, vocab, device=logits.device)
     words = 0 if masks is None else masks.shape[1]
     launch(
-        kernels.edit,
+        triton_edit_kernels.edit,
         (rows, _blocks(vocab, EDIT_BLOCK)),
         (logits, out, numbers, tables.counts, masks, rows, vocab, logits.stride(0), tables.counts.shape[1], words,
          vocab_size),
@@ -48,7 +51,7 @@ def edited(
     if biases:
         ids, values = tables.bias_ids, tables.bias_values
         launch(
-            kernels.bias,
+            triton_edit_kernels.bias,
             (rows,),
             (out, numbers, ids, values, rows, vocab, ids.shape[1]),
             {"BLOCK": BIAS_BLOCK, "PDL": early},
@@ -57,15 +60,24 @@ def edited(
     return out
 
 
-def draw(logits: Tensor, best: Tensor, numbers: Tensor, counts: Tensor, *, truncates: bool) -> Tensor:
-    """int64 [rows]: as `draw.draw`, and count the tokens. best: fp32 [rows], the maxima of logits fp32 [rows, vocab].
-    numbers: on the device. counts: `EditTables.counts`. truncates: whether any row has top-k or top-p."""
+class Kept(NamedTuple):
+    """Which tokens each row keeps. `cut`, int64 [rows, 2], of rows that truncate: the last kept key and its quota. By
+    blocks of tokens, [rows, blocks]: `masses`, int64, the weight above that key; `equals`, int32, how many have it.
+    """
+
+    cut: Tensor
+    masses: Tensor
+    equals: Tensor
+
+
+def keep(logits: Tensor, best: Tensor, numbers: Tensor, *, truncates: bool) -> Kept:
+    """best: fp32 [rows], the maxima of logits fp32 [rows, vocab]. numbers: on the device. truncates: whether any row
+    has top-k or top-p."""
     rows, vocab = logits.shape
     early = can_launch_early(logits.device)
     blocks = _blocks(vocab, DRAW_BLOCK)
     masses = torch.empty(rows, blocks, dtype=torch.int64, device=logits.device)
     equals = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     cut = _search(logits, best, numbers) if truncates else masses  # nobody reads it then
     launch(
         kernels.weigh,
@@ -74,16 +86,42 @@ def draw(logits: Tensor, best: Tensor, numbers: Tensor, counts: Tensor, *, trunc
         {"BLOCK": DRAW_BLOCK, "PDL": early},
         early=early,
     )
+    return Kept(cut, masses, equals)
+
+
+def draw(logits: Tensor, best: Tensor, numbers: Tensor, counts: Tensor, kept: Kept) -> Tensor:
+    """int64 [rows]: as `draw.draw`, and count the tokens. Arguments as `keep`'s, whose result `kept` is; counts:
+    `EditTables.counts`."""
+    rows, vocab = logits.shape
+    early = can_launch_early(logits.device)
+    blocks = _blocks(vocab, DRAW_BLOCK)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     launch(
         kernels.choose,
         (rows,),
-        (logits, best, numbers, cut, masses, equals, counts, tokens, rows, vocab, logits.stride(0), blocks,
-         counts.shape[1]),
+        (logits, best, numbers, *kept, counts, tokens, rows, vocab, logits.stride(0), blocks, counts.shape[1]),
         {"BLOCK": DRAW_BLOCK, "BLOCKS": 1 << (blocks - 1).bit_length(), "PDL": early},
         early=early,
         num_warps=8,
-    )  # fmt: skip
+    )
     return tokens
+
+
+def processed(raw: Tensor, logits: Tensor, best: Tensor, numbers: Tensor, kept: Kept) -> Tensor:
+    """As `draw.processed`. Arguments as `keep`'s for the edited `logits`, whose result `kept` is."""
+    rows, vocab = logits.shape
+    early = can_launch_early(logits.device)
+    blocks = _blocks(vocab, DRAW_BLOCK)
+    out = torch.empty(rows, vocab, device=logits.device)
+    launch(
+        kernels.process,
+        (rows, blocks),
+        (raw, logits, best, numbers, kept.cut, kept.equals, out, rows, vocab, raw.stride(0), logits.stride(0),
+         blocks),
+        {"BLOCK": DRAW_BLOCK, "BLOCKS": 1 << (blocks - 1).bit_length(), "PDL": early},
+        early=early,
+    )  # fmt: skip
+    return out
 
 
 def best_ids(logits: Tensor, k: int) -> Tensor:

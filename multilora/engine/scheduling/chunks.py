@@ -36,7 +36,7 @@ def _prompt_logprobs(request: Request, start: int, count: int) -> PromptLogprobs
     if not positions:
         return None
     next_ids = request.spec.prompt_ids[positions.start + 1 : positions.stop + 1]
-    return PromptLogprobs(positions.start, next_ids, request.spec.top_logprobs)
+    return PromptLogprobs(positions.start, next_ids, request.spec.prompt_top, request.spec.prompt_ranks)
 
 
 def take_prompt_logprobs(request: Request, wanted: PromptLogprobs, found: list[Logprobs]) -> None:

@@ -53,4 +53,24 @@ class LongestPrefixMatch(FirstComeFirstServed):
         return window + list(waiting[LPM_WINDOW:])
 
 
-POLICIES: dict[str, Callable[[Matched], Policy]] = {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
+class PriorityFirst(FirstComeFirstServed):
+    """The lowest number first, as in vLLM; ties by arrival. Of those that run, the one that would start last is
+    preempted, but never the oldest."""
+
+    def order(self, waiting: Sequence[Request]) -> list[Request]:
+        return sorted(waiting, key=_turn)
+
+    def victim(self, running: Sequence[Request]) -> Request:
+        oldest = min(running, key=lambda r: r.spec.order)
+        return max((r for r in running if r is not oldest), key=_turn, default=oldest)
+
+
+def _turn(request: Request) -> tuple[int, int]:
+    return request.spec.priority, request.spec.order
+
+
+POLICIES: dict[str, Callable[[Matched], Policy]] = {
+    "fcfs": FirstComeFirstServed,
+    "lpm": LongestPrefixMatch,
+    "priority": PriorityFirst,
+}

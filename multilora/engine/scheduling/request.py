@@ -7,7 +7,7 @@ from functools import cached_property
 
 from multilora.engine.messages import Finished, Logprobs, Submit
 from multilora.memory.page_table import PageTable
-from multilora.params import Composition, SamplingParams
+from multilora.params import Composition, LogprobsMode, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,8 @@ class RequestSpec:
 
     order: rises with arrival. adapters: act on the tokens from position `activation` on, which are all but with
     activated LoRA; their versions ascend. top_logprobs, of output tokens: -1 none, 0 the chosen token's, k also the k
-    best. prompt_logprobs_from: first prompt position whose logprob is wanted. arrival, deadline: monotonic seconds.
+    best, with ranks if return_ranks. prompt_logprobs_from: first prompt position whose logprob is wanted, together
+    with the prompt_top best tokens and, if prompt_ranks, its rank. arrival, deadline: monotonic seconds.
     """
 
     rid: str
@@ -29,7 +30,12 @@ class RequestSpec:
     arrival: float
     vocab_size: int
     top_logprobs: int
+    return_ranks: bool
+    logprobs_mode: LogprobsMode
     prompt_logprobs_from: int | None
+    prompt_top: int
+    prompt_ranks: bool
+    salt: str
     grammar: str | None
     tenant: str
     priority: int
@@ -49,7 +55,10 @@ class RequestSpec:
         """invocation_tokens: of its one adapter, if that is an activated LoRA."""
         wants = message.return_logprob
         activation = 0 if invocation_tokens is None else last_occurrence(message.input_ids, invocation_tokens)
-        start = message.logprob_start_len
+        start = message.logprob_start_len if wants else -1
+        of_prompt = message.prompt_logprobs
+        if of_prompt is not None:
+            start = 0
         return cls(
             rid=message.rid,
             prompt_ids=message.input_ids,
@@ -61,7 +70,12 @@ class RequestSpec:
             arrival=arrival,
             vocab_size=vocab_size,
             top_logprobs=message.top_logprobs_num if wants else -1,
-            prompt_logprobs_from=start if wants and 0 <= start < len(message.input_ids) else None,
+            return_ranks=message.return_ranks,
+            logprobs_mode=message.logprobs_mode,
+            prompt_logprobs_from=start if 0 <= start < len(message.input_ids) else None,
+            prompt_top=max(of_prompt or 0, message.top_logprobs_num if wants else 0),
+            prompt_ranks=of_prompt is not None,
+            salt=message.salt,
             grammar=message.grammar,
             tenant=message.tenant,
             priority=message.priority,

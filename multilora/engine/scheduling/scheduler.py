@@ -225,6 +225,8 @@ class Scheduler:
                 end_ids=self._end_ids(spec),
                 vocab_size=spec.vocab_size,
                 top_logprobs=spec.top_logprobs,
+                ranks=spec.return_ranks,
+                processed=spec.logprobs_mode == "processed",
                 grammar=spec.grammar,
             )
         )
@@ -305,7 +307,8 @@ class Scheduler:
         if progress.num_computed >= (table.keyed + 1) * self.kv.page_size:
             # where others were faster with the same content, their pages take the places of ours from here on
             request.sent_pages = min(request.sent_pages, table.keyed)
-            self.kv.commit(table, progress.num_computed, request.tokens, request.namespaces.of, self.launched)
+            salt = request.spec.salt
+            self.kv.commit(table, progress.num_computed, request.tokens, request.namespaces.of, self.launched, salt)
 
     def _commit_token(self, request: Request, result: StepResult, index: int) -> Output:
         token, error = result.token_ids[index], result.errors[index]
@@ -364,4 +367,4 @@ class Scheduler:
 
     def _match(self, request: Request) -> list[int]:
         """Cached pages of its first tokens."""
-        return self.kv.match(request.tokens(), request.namespaces.of, request.match_limit)
+        return self.kv.match(request.tokens(), request.namespaces.of, request.match_limit, request.spec.salt)

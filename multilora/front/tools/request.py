@@ -11,11 +11,12 @@ from typing import Any, Self
 import msgspec
 
 from multilora.errors import BadRequest
+from multilora.front.structural_tag import json_only
 from multilora.front.tools.answer import AnswerReader
 from multilora.front.tools.definitions import Tool, ToolChoice, parse_tool_choice, parse_tools
 from multilora.front.tools.families import FAMILIES, Family, choose, open_parser
 from multilora.front.tools.reasoning import REASONING, ReasoningParser
-from multilora.front.tools.schema import forced_schema
+from multilora.front.tools.schema import MAX_WHITESPACE, forced_schema
 from multilora.params import SamplingParams
 
 _THINK_TAGS = ("<think>", "</think>")
@@ -62,14 +63,18 @@ class ToolRequest:
         )
 
     def constrain(self, sampling: SamplingParams) -> SamplingParams:
-        """`sampling` with the grammar of a forced call; unchanged where none is forced. Raises BadRequest."""
+        """`sampling` with the grammar of a forced call, or of strict tools; else unchanged. Raises BadRequest."""
         schema = forced_schema(self.choice, self.tools, parallel=self.parallel)
-        if schema is None:
-            return sampling
-        if sampling.grammar_field is not None:
-            message = "'required' or a named function cannot be combined with response_format or another grammar"
-            raise BadRequest(f"tool_choice: {message}", param="tool_choice")
-        return msgspec.structs.replace(sampling, json_schema=json.dumps(schema))
+        if schema is not None:
+            if sampling.grammar_field is not None:
+                message = f"'required' or a named function cannot be combined with {sampling.grammar_field}"
+                raise BadRequest(f"tool_choice: {message}, which asks for another grammar", param="tool_choice")
+            tag: dict[str, Any] | None = json_only(schema, MAX_WHITESPACE)
+        elif self.family is None or self.choice.mode != "auto" or sampling.grammar_field is not None:
+            return sampling  # a grammar of the request's own leaves no room for calls
+        else:
+            tag = self.family.strict_tag(self.tools, parallel=self.parallel)
+        return sampling if tag is None else msgspec.structs.replace(sampling, structural_tag=json.dumps(tag))
 
     @property
     def markers(self) -> tuple[str, ...]:

@@ -16,6 +16,9 @@ from multilora.front.tools.definitions import (
     check_constrainable,
 )
 
+MAX_WHITESPACE = 8
+"""White-space characters in one place of a call's arguments: without a bound a model may emit them for ever."""
+
 
 def forced_schema(choice: ToolChoice, tools: Sequence[Tool], *, parallel: bool = True) -> dict[str, Any] | None:
     """The JSON schema that the whole answer has to follow; None: the choice forces nothing.
@@ -98,6 +101,7 @@ def strict_tag(
             "content": {
                 "type": "json_schema",
                 "json_schema": parameters_schema(tool) if tool.strict else {"type": "object"},
+                "max_whitespace_cnt": MAX_WHITESPACE,
             },
             "end": end,
         }

@@ -3,7 +3,9 @@ death."""
 
 import asyncio
 import contextlib
+import gzip
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +20,7 @@ import pytest
 from fakes.models import make_adapter, make_tiny_model
 
 from multilora.config import Config
-from multilora.engine.messages import Finished, Output, Submit
+from multilora.engine.messages import Finished, Output, StartProfile, Submit
 from multilora.engine.process.client import EngineClient
 from multilora.errors import (
     AdapterError,
@@ -26,6 +28,7 @@ from multilora.errors import (
     AdapterInvalid,
     AdapterNotFound,
     AdapterNotLoaded,
+    BadRequest,
     EngineDead,
     ModelUnsupported,
     MultiloraError,
@@ -305,6 +308,31 @@ def test_stats_are_true_after_a_call_to_an_idle_engine(front: EngineOnALoop, fil
     become(adapter_pages=0, adapters=[])
     front.run(front.client.flush_cache())
     become(prefix_pages=0)
+
+
+def test_rates_and_step_sizes_arrive_with_the_stats(front: EngineOnALoop) -> None:
+    before = sum(front.client.stats.step_tokens)
+    front.answer(front.submit(max_new_tokens=20))
+    end = time.monotonic() + SECONDS
+    while front.client.stats.running or sum(front.client.stats.step_tokens) < before + 20:
+        assert time.monotonic() < end
+        front.run(asyncio.sleep(0.02))
+    assert front.client.stats.gen_throughput > 0
+
+
+def test_a_profile_is_written_by_the_engine_where_only_this_user_looks(front: EngineOnALoop) -> None:
+    path = front.client.profile_root / "run" / "a.trace.json.gz"
+    wanted = StartProfile(path=str(path), activities=["CPU", "GPU"], with_stack=False)
+    front.run(front.client.start_profile(wanted))
+    with pytest.raises(BadRequest, match="running already"):
+        front.run(front.client.start_profile(wanted))
+    front.answer(front.submit(max_new_tokens=2))
+    front.run(front.client.stop_profile())
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert {event["pid"] for event in events if event.get("cat") == "cpu_op"} == {front.engine().pid}
+    assert front.client.profile_root.parent.stat().st_mode & 0o077 == 0
+    with pytest.raises(BadRequest, match="no profile"):
+        front.run(front.client.stop_profile())
 
 
 # ---------------------------------------------------------------------- ends

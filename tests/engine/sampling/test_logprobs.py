@@ -27,6 +27,15 @@ def test_ties_go_to_the_lowest_id_whatever_k():
         assert [i for _, i in value.top] == [1, 2, 3, 5, 0, 6, 4][:k]
 
 
+def test_the_rank_is_the_place_in_the_order_of_the_best():
+    logits = torch.tensor([[-1.0, 0.0, -0.0, 0.0, -5.0, 0.0, -1.0], [3.0, 1.0, 2.0, 0.0, 7.0, -9.0, -math.inf]])
+    for token in range(7):
+        found = token_logprobs(logits, torch.tensor([token, token]), 7, ranks=True).to_host()
+        assert found[0].rank == [5, 1, 2, 3, 7, 4, 6][token]
+        assert found[1].rank == [2, 4, 3, 5, 1, 6, 7][token]
+    assert [one.rank for one in token_logprobs(logits, torch.tensor([1, 1]), 7).to_host()] == [None, None]
+
+
 def test_padding_and_nan_never_travel():
     logits = torch.tensor([[1.0, 2.0, float("-inf")], [float("nan"), 0.0, 0.0]])
     padded, broken = token_logprobs(logits, torch.tensor([2, 1]), 3).to_host()
@@ -38,9 +47,10 @@ def test_padding_and_nan_never_travel():
 def test_passes_do_not_show(monkeypatch):
     logits = torch.randn(10, 33, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(10)
-    whole = token_logprobs(logits, ids, 2)
+    whole = token_logprobs(logits, ids, 2, ranks=True)
     monkeypatch.setitem(logprobs._PASS_ELEMENTS, "cpu", 100)
-    parts = token_logprobs(logits, ids, 2)
+    parts = token_logprobs(logits, ids, 2, ranks=True)
+    assert parts.ranks.equal(whole.ranks)
     assert parts.tokens.equal(whole.tokens)
     assert parts.top_ids.equal(whole.top_ids)
     assert parts.top_values.equal(whole.top_values)

@@ -8,8 +8,8 @@ import xgrammar
 from sampling_rows import batch_of, row
 
 from multilora.engine.sampling import triton_sampling
-from multilora.engine.sampling.batch import Column
-from multilora.engine.sampling.draw import draw
+from multilora.engine.sampling.batch import Column, Source
+from multilora.engine.sampling.draw import draw, processed
 from multilora.engine.sampling.edits import edited
 from multilora.engine.sampling.logprobs import token_logprobs
 from multilora.engine.sampling.sampler import Sampled, Sampler
@@ -70,7 +70,8 @@ def drawn(x: torch.Tensor, numbers) -> list[int]:
     x = x.to(DEVICE)
     no_counts = torch.zeros(1, 0, dtype=torch.int32, device=DEVICE)
     on_device = torch.from_numpy(numbers).to(DEVICE)
-    return triton_sampling.draw(x, x.amax(-1), on_device, no_counts, truncates=True).tolist()
+    kept = triton_sampling.keep(x, x.amax(-1), on_device, truncates=True)
+    return triton_sampling.draw(x, x.amax(-1), on_device, no_counts, kept).tolist()
 
 
 @pytest.mark.parametrize("kind", ["peaked", "flat", "ties", "equal", "holes"])
@@ -79,6 +80,24 @@ def test_draws_what_the_specification_draws(kind):
     x = logits_of(kind, n)
     numbers = batch_of([SamplingParams(**fields) for fields in CASES], list(range(n)), [3] * n).numbers
     assert drawn(x, numbers) == draw(x, numbers).tolist()
+
+
+@pytest.mark.parametrize("kind", ["peaked", "flat", "ties", "equal", "holes"])
+def test_processed_logits_are_those_of_the_specification(kind):
+    n = len(CASES) + 1
+    raw, x = logits_of("peaked", n) + 1, logits_of(kind, n)
+    numbers = batch_of([SamplingParams(**fields) for fields in [*CASES, {"top_k": 2}]], [0] * n, [0] * n).numbers
+    numbers[Column.SOURCE, :-1] = Source.TEMPERED
+    numbers[Column.SOURCE, CASES.index({"temperature": 0.0})] = Source.EDITED
+    want = processed(raw, x, numbers)
+    assert want[-1].equal(raw[-1])
+    args = x.to(DEVICE), x.amax(-1).to(DEVICE), torch.from_numpy(numbers).to(DEVICE)
+    kept = triton_sampling.keep(*args, truncates=True)
+    got = triton_sampling.processed(raw.to(DEVICE), *args, kept).cpu()
+    assert got.isfinite().equal(want.isfinite())
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    for i, token in enumerate(drawn(x, numbers)):
+        assert got[i, token].isfinite()
 
 
 @pytest.mark.parametrize("fields", [{"top_k": 5}, {"top_p": 0.5}, {"top_k": 150, "top_p": 0.6}], ids=str)
@@ -169,7 +188,8 @@ def test_the_chosen_token_is_counted():
     numbers[Column.COUNTS] = [2, 0, 1]
     counts = torch.zeros(3, 50, dtype=torch.int32, device=DEVICE)  # of a request that has 50 tokens only
     on_device = torch.from_numpy(numbers).to(DEVICE)
-    tokens = [triton_sampling.draw(x, x.amax(-1), on_device, counts, truncates=False).tolist() for _ in range(2)]
+    kept = triton_sampling.keep(x, x.amax(-1), on_device, truncates=False)
+    tokens = [triton_sampling.draw(x, x.amax(-1), on_device, counts, kept).tolist() for _ in range(2)]
     assert tokens[0] == tokens[1]
     expected = torch.zeros(3, 50, dtype=torch.int32)
     expected[2, min(tokens[0][0], 49)] += 4
@@ -190,7 +210,8 @@ def steps(device: torch.device, n: int, vocab: int) -> list[Sampled]:
     ]
     for slot in range(n):
         fields = CASES[slot % len(CASES)] | edits[slot % 5] if slot % 5 < 3 else CASES[slot % len(CASES)]
-        row(prompt=(1, 2, 3), ends=(7,), seed=slot, top_logprobs=slot % 7 - 1, **fields).install(sampler, slot)
+        wants = {"top_logprobs": slot % 7 - 1, "ranks": slot % 2 == 0, "processed": slot % 3 == 0}
+        row(prompt=(1, 2, 3), ends=(7,), seed=slot, **wants, **fields).install(sampler, slot)
     x = torch.randn(n, vocab, generator=torch.Generator().manual_seed(2)).mul(4).bfloat16().float().to(device)
     launched = [sampler.sample(x, list(range(n)), [position] * n) for position in range(3)]
     return [
@@ -209,6 +230,7 @@ def test_cuda_samples_the_same_tokens_over_several_steps():
             if a is not None and b is not None:
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
                 assert [i for _, i in a.top] == [i for _, i in b.top]
+                assert a.rank == b.rank
 
 
 @pytest.mark.gpu

@@ -6,9 +6,10 @@ from multilora.engine.scheduling.request import Request, RequestSpec
 from multilora.params import SamplingParams
 
 
-def request(order: int) -> Request:
+def request(order: int, priority: int | None = None) -> Request:
+    number = order if priority is None else priority
     message = Submit(
-        rid=str(order), input_ids=[1], sampling=SamplingParams(), tenant="t", priority=order, deadline=9.5
+        rid=str(order), input_ids=[1], sampling=SamplingParams(), tenant="t", priority=number, deadline=9.5
     )
     return Request.of(RequestSpec.of(message, None, seed=0, order=order, arrival=0.0, vocab_size=9))
 
@@ -36,6 +37,17 @@ def test_the_youngest_is_the_victim(name: str) -> None:
     for one in running:
         policy.charge(one, 100)
     assert policy.victim(running).spec.order == 9
+
+
+def test_the_lowest_priority_number_starts_first_and_is_preempted_last() -> None:
+    requests = [request(i, priority) for i, priority in enumerate([5, -3, 0, 5, -3])]
+    policy = POLICIES["priority"](lambda r: 0)
+    assert [r.spec.order for r in policy.order(requests)] == [1, 4, 2, 0, 3]
+    running, gone = list(requests), []
+    while running:
+        gone.append(policy.victim(running))
+        running.remove(gone[-1])
+    assert [r.spec.order for r in gone] == [3, 2, 4, 1, 0], "the oldest, of the highest number, is the last"
 
 
 def test_what_policies_may_go_by_travels_with_the_request() -> None:

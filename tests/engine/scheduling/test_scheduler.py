@@ -103,6 +103,15 @@ def test_lpm_takes_the_longest_cached_prefix_first(policy, order):
     assert driver.heard["warm"][0].cached_tokens == 12
 
 
+@pytest.mark.parametrize(("policy", "order"), [("fcfs", "abcd"), ("priority", "dbac")])
+def test_priorities_count_only_under_their_policy(policy, order):
+    driver = Driver(tiers(), max_running=1, policy=policy)
+    for rid, priority in [("a", 0), ("b", -1), ("c", 5), ("d", -7)]:
+        driver.submit(rid, prompt(5), priority=priority)
+    driver.run()
+    assert "".join(driver.ended) == order
+
+
 def test_a_request_whose_adapter_is_on_its_way_is_passed_by():
     world = tiers(files={"/1": FakeFile()}, copy_delay=lambda: 3)
     driver = Driver(world)
@@ -365,6 +374,15 @@ def test_a_lost_adapter_ends_who_waits_for_it_and_nobody_else():
 
 
 # ---------------------------------------------------------------------- prefix cache
+
+
+def test_requests_share_cached_pages_only_with_those_of_the_same_salt():
+    driver = Driver(tiers())
+    for rid, salt in [("a", "x"), ("b", "y"), ("c", ""), ("d", "x"), ("e", "y"), ("f", "")]:
+        driver.submit(rid, prompt(16), salt=salt)
+        driver.run()
+    assert [driver.heard[rid][0].cached_tokens for rid in "abcdef"] == [0, 0, 0, 12, 12, 12]
+    assert len({tuple(driver.tokens(rid)) for rid in "abcdef"}) == 1
 
 
 def test_a_prompt_logprob_limits_what_comes_from_the_cache():

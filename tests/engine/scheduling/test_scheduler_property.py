@@ -139,7 +139,7 @@ class World(Stepper):
             scheduler=CheckedScheduler,
             max_running=running,
             chunk_tokens=tokens,
-            policy=rng.choice(["fcfs", "lpm"]),
+            policy=rng.choice(["fcfs", "lpm", "priority"]),
             clock=lambda: self.now,
         )
         self.scheduler = self.engine.scheduler
@@ -170,6 +170,8 @@ class World(Stepper):
             adapters=self.some_adapters(),
             return_logprob=logprobs,
             logprob_start_len=rng.randrange(-1, len(prompt)) if logprobs else -1,
+            salt=rng.choice(["", "", "x"]),
+            priority=rng.choice([0, 0, -1, 7]),
             grammar=rng.choice([None, None, None, "any"]),  # sampling must see the last token
         )
         self.clients[message.rid] = self.live[message.rid] = Client(message)

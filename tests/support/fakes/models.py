@@ -7,9 +7,12 @@ Used by this package's tests and by anyone who tests against it. Imports torch a
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from multilora.engine.messages import (
     AdapterInfo,
@@ -17,12 +20,13 @@ from multilora.engine.messages import (
     Logprobs,
     Output,
     Ready,
+    StartProfile,
     Stats,
     Submit,
     decode_to_engine,
     encode,
 )
-from multilora.errors import EngineDead, MultiloraError
+from multilora.errors import BadRequest, EngineDead, MultiloraError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -153,7 +157,7 @@ class FakeEngineClient:
         answer: Callable[[Submit], list[int]] | None = None,
         refuse: Callable[[Submit], MultiloraError | None] = lambda submit: None,
     ):
-        zero = {name: 0 for name in Stats.__struct_fields__ if name != "adapters"}
+        zero = {f.name: 0 for f in msgspec.structs.fields(Stats) if f.required and f.name != "adapters"}
         self.stats = Stats(**zero, adapters=[])
         self.ready = Ready(
             context_length=context_length,
@@ -180,6 +184,9 @@ class FakeEngineClient:
         self.loaded: dict[int, str] = {}
         self.unloaded: list[int] = []
         self.flushes = 0
+        self.profile_root = Path(tempfile.gettempdir(), "profiles")
+        self.profiles: list[StartProfile] = []
+        self.profiling = False
         self.tokenizer_info: str | None = None
         self._running: dict[str, tuple[asyncio.Task[None], Callable[[Output], None]]] = {}
 
@@ -229,9 +236,13 @@ class FakeEngineClient:
     def _output(self, message: Submit, tokens: list[int], index: int, finished: Finished | None) -> Output:
         fields: dict[str, Any] = {}
         top = [(-0.5, 3), (-1.5, 4), (-2.5, 5)][: message.top_logprobs_num]
+        if message.prompt_logprobs is not None and index == 0:
+            best = [(-0.5, 3), (-1.5, 4), (-2.5, 5)][: message.prompt_logprobs]
+            of_prompt = [Logprobs(-0.25 - p, best, 7 + p) if p else None for p in range(len(message.input_ids))]
+            fields["input_logprobs"] = of_prompt
         if message.return_logprob:
-            fields = {"logprobs": [Logprobs(-0.5, top)] * len(tokens)}
-            if index == 0 and message.logprob_start_len >= 0:
+            fields["logprobs"] = [Logprobs(-0.5, top)] * len(tokens)
+            if message.prompt_logprobs is None and index == 0 and message.logprob_start_len >= 0:
                 positions = range(message.logprob_start_len, len(message.input_ids))
                 fields["input_logprobs"] = [Logprobs(-0.25, top) if p else None for p in positions]
         return Output(
@@ -294,6 +305,18 @@ class FakeEngineClient:
 
     async def flush_cache(self) -> None:
         self.flushes += 1
+
+    async def start_profile(self, wanted: StartProfile) -> None:
+        assert decode_to_engine(encode(wanted)) == wanted
+        if self.profiling:
+            raise BadRequest("a profile is running already; stop it first")
+        self.profiling = True
+        self.profiles.append(wanted)
+
+    async def stop_profile(self) -> None:
+        if not self.profiling:
+            raise BadRequest("no profile is running")
+        self.profiling = False
 
     async def shutdown(self) -> None:
         self.alive = False

@@ -1,0 +1,116 @@
+"""Bringing the files of adapters onto this machine, and which places may be asked for them, without I/O.
+
+A path that a client or the operator gives may be a hub repository or a URL; a name that nobody has loaded may be that
+of an adapter in one of the places of --lora-resolver-dir, -url and -hub. The engine only ever reads directories.
+"""
+
+import fnmatch
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from multilora.adapters.sources import Place, is_path, place_of
+from multilora.adapters.sources.copying import Allowance
+from multilora.adapters.sources.files import show
+from multilora.adapters.sources.hub import HUB_SCHEME, is_hub_id
+from multilora.adapters.sources.inside import copy_adapter
+from multilora.adapters.sources.remote import is_below, is_served
+from multilora.adapters.sources.spool import Spool
+from multilora.config import Config
+from multilora.errors import AdapterError, AdapterForbidden, AdapterIncompatible, AdapterNotFound, AdapterUnavailable
+from multilora.front.effects import Lane, RunBlocking, Steps
+from multilora.front.vocabulary import TOKENIZER_FILES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter found by its name: where, and the folder of the spool with `nbytes` of its files."""
+
+    path: str
+    folder: Path
+    nbytes: int
+
+
+class Fetcher:
+    """One per front. `spool` keeps what does not come from a directory or the hub's cache, and owns the downloads."""
+
+    def __init__(self, config: Config, spool: Spool):
+        self._config = config
+        self._spool = spool
+
+    def localize(self, path: str, version: int, *, any_url: bool) -> Steps[str]:
+        """The directory with the files of the adapter at `path`, downloaded if it is a URL or hub repository.
+
+        any_url: the operator gives the path; a client's URL must lie below a --lora-resolver-url. What is downloaded
+        from a URL belongs to `version` in the spool. Raises AdapterError.
+        """
+        if is_path(path):
+            return path
+        match (yield from RunBlocking(Lane.FILES, partial(place_of, path, self._config.lora_root))):
+            case Place.DIRECTORY:
+                return path
+            case Place.HUB:
+                fetch = partial(self._spool.downloads.fetch, path, None, extra=TOKENIZER_FILES)
+                return str((yield from RunBlocking(Lane.DOWNLOADS, partial(fetch, allowance=self._allowance(None)))))
+        if not is_served(path):
+            raise AdapterNotFound(f"adapter {show(path)}: not an http(s)://, s3:// or gs:// URL of a directory")
+        any_url = any_url and not self._config.lora_root
+        if not any_url and not any(is_below(path, prefix) for prefix in self._config.lora_resolver_url):
+            raise AdapterForbidden(f"adapter {show(path)}: the URL lies below no --lora-resolver-url")
+        found = yield from self._download(path, self._allowance(self._config.lora_resolver_bytes))
+        return str(self._spool.keep(found.folder, version))
+
+    def find(self, name: str) -> Steps[Found | None]:
+        """Look for an adapter in the places of the resolver, one after the other; None: it is in none of them.
+
+        Raises AdapterError if it is there but cannot be fetched. Where it was looked for is only logged.
+        """
+        allowance = self._allowance(self._config.lora_resolver_bytes)
+        for root in self._config.lora_resolver_dir:
+            copy = partial(copy_adapter, root, name, extra=TOKENIZER_FILES, allowance=allowance)
+            folder = yield from RunBlocking(Lane.FILES, partial(self._spool.receive, copy))
+            if folder is not None:
+                return Found(os.path.join(root, name), folder, allowance.nbytes)
+        for path in self._remote_places(name):
+            try:
+                return (yield from self._download(path, allowance))
+            except AdapterNotFound as e:
+                logger.info("adapter %s: %s", show(name), e)
+            except AdapterIncompatible:
+                raise
+            except AdapterError as e:
+                logger.warning("adapter %s: %s", show(name), e)
+                raise AdapterUnavailable(f"adapter {name!r} cannot be fetched now; try again later") from e
+        return None
+
+    def discard(self, found: Found) -> None:
+        """Delete the files of an adapter that is not loaded after all."""
+        self._spool.discard(found.folder)
+
+    def _remote_places(self, name: str) -> Iterator[str]:
+        for prefix in self._config.lora_resolver_url:
+            path = f"{prefix.rstrip('/')}/{name}"
+            if is_below(path, prefix):
+                yield path
+        repository = name.partition("@")[0]
+        if is_hub_id(name) and any(fnmatch.fnmatchcase(repository, p) for p in self._config.lora_resolver_hub):
+            yield HUB_SCHEME + name
+
+    def _download(self, path: str, allowance: Allowance) -> Steps[Found]:
+        def download(target: Path) -> bool:
+            self._spool.downloads.fetch(path, target, extra=TOKENIZER_FILES, allowance=allowance)
+            allowance.take(sum(file.stat().st_size for file in target.iterdir()))
+            return True
+
+        folder = yield from RunBlocking(Lane.DOWNLOADS, partial(self._spool.receive, download))
+        assert folder is not None
+        return Found(path, folder, allowance.nbytes)
+
+    def _allowance(self, max_bytes: int | None) -> Allowance:
+        return Allowance(time.monotonic() + self._config.lora_fetch_timeout, max_bytes)

@@ -1,0 +1,23 @@
+"""The engine's numbers under this server's own names, where no peer has one for them."""
+
+from collections.abc import Iterator
+
+from prometheus_client.metrics_core import Metric
+
+from multilora.engine.messages import Stats
+from multilora.server.metrics.family import Labelled
+
+_OWN = Labelled("multilora:", {})
+
+
+def own_metrics(stats: Stats) -> Iterator[Metric]:
+    """Pages of the arena, and what the engine has computed since it started."""
+    yield _OWN.gauge("page_bytes", "Bytes of one page of the arena", stats.page_bytes)
+    uses = ("free", "kv", "prefix", "adapter")
+    pages = {use: getattr(stats, f"{use}_pages") for use in uses}
+    yield _OWN.gauges("pages", "Pages of the arena by use", "use", pages)
+    yield _OWN.counter("engine_prompt_tokens", "Prompt tokens computed", stats.prompt_tokens)
+    yield _OWN.counter("engine_cached_tokens", "Prompt tokens taken from the prefix cache", stats.cached_tokens)
+    yield _OWN.counter("engine_generated_tokens", "Tokens sampled", stats.generated_tokens)
+    yield _OWN.counter("preemptions", "Requests sent back to the queue to free memory", stats.preemptions)
+    yield _OWN.counter("steps", "Steps of the engine", stats.steps)

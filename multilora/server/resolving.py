@@ -1,0 +1,29 @@
+"""What a route does before it reads a body: have the resolver load the adapters that the body names."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.types import Receive
+
+from multilora.drivers.async_driver import AsyncDriver
+from multilora.server.streaming import while_connected
+
+
+@contextlib.asynccontextmanager
+async def resolved(
+    receive: Receive, driver: AsyncDriver, model: str | None, lora_path: Any = None
+) -> AsyncIterator[None]:
+    """Around the reading and sending of one request with these fields: what the resolver has loaded for it stays.
+
+    Raises the error of an adapter that cannot be loaded. A client that hangs up ends its waiting, not the load.
+    """
+    front = driver.front
+    if not front.config.has_resolver:
+        yield
+        return
+    held = await while_connected(receive, driver.hold(front.registry.names_of(model, lora_path)))
+    try:
+        yield
+    finally:
+        front.resolver.release(held)
