@@ -251,7 +251,7 @@ def _describe(parts: RankParts, stats: Stats) -> Ready:
         eos_token_ids=list(config.eos_token_ids),
         num_layers=config.num_layers,
         dtype=str(config.dtype).removeprefix("torch."),
-        device=str(parts.device),
+        device=parts.device.type,
         lora_backend=parts.lora.backend.name if parts.lora else "off",
         attention_backend=parts.attention.name,
         stats=stats,
