@@ -122,6 +122,7 @@ class Ranks:
         self._plans: list[zmq.Socket[bytes]] = []
         self._groups = Groups(SINGLE, SINGLE)
         self._sent = 0, 0.0  # number of the last step, and when it was sent
+        self._gathering_since: float | None = None  # facts of the base model
         self._error: MultiloraError | None = None
         self._joining: set[int] = set()
         self._up: set[int] = set()
@@ -131,6 +132,7 @@ class Ranks:
         self._processes: list[RankProcess] = []
         for rank in range(1, self._size):
             socket = self._context.socket(zmq.PUSH)
+            socket.set(zmq.SNDHWM, 0)  # never wait in `send` for a rank that hangs
             socket.connect(plans_address(path, rank))  # before the rank is there, so that messages wait for it
             self._plans.append(socket)
             socket.send(encode(Start(config=config, rank=rank, directory=path, ahead=ahead)))
@@ -171,7 +173,10 @@ class Ranks:
             for socket, delta in zip(self._plans, deltas[1:], strict=True):
                 parts = [part.numpy().tobytes() for part in delta] if delta else [b"", b""]
                 socket.send_multipart([encode(ModuleFacts(layer, module, len(delta[0]) if delta else 0)), *parts])
-            return self._groups.host.all_gather(module_facts(base, layer, module, deltas[0]))
+            self._gathering_since = monotonic()
+            facts = self._groups.host.all_gather(module_facts(base, layer, module, deltas[0]))
+            self._gathering_since = None
+            return facts
 
         return gather
 
@@ -265,6 +270,9 @@ class Ranks:
         return None
 
     def _stalled(self) -> MultiloraError | None:
+        since = self._gathering_since
+        if since is not None and monotonic() - since >= self._timeout:
+            return EngineDead(f"a rank has told no facts within {self._timeout} s (--watchdog-timeout)")
         number, at = self._sent
         late = [rank for rank in range(1, self._size) if self._progress[rank] < number]
         if not late or monotonic() - at < self._timeout:

@@ -92,7 +92,7 @@ def test_the_answers_of_one_rank_and_a_clean_end(files: Path) -> None:
         assert found[0][0][0] != found[0][1][0], "the adapter does nothing"
 
     run(scenario())
-    assert directories() == before
+    assert directories() <= before
 
 
 ENDS: dict[str, Callable[[psutil.Process, psutil.Process], None]] = {
@@ -157,6 +157,6 @@ def test_offline_use(files: Path) -> None:
         with contextlib.closing(LLM(str(files / "model"), tp_size=ranks, **options)) as llm:
             params = {"temperature": 0.0, "max_new_tokens": 8}
             answers = llm.generate([[5, 6, 7], [5, 6, 8]], params, [None, "a"])
-            found.append([a.output_ids for a in answers])
+            found.append([a.token_ids for a in answers])
     assert found[0] == found[1]
     assert not [p for p in psutil.Process().children() if "multilora.engine.ranks.process" in p.cmdline()]
