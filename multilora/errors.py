@@ -9,8 +9,10 @@
     │   ├── CannotFit               400  would not fit the memory even alone
     │   ├── PayloadTooLarge         413  the body is longer than the route reads
     │   ├── LoraNotEnabled          400
+    │   ├── PreviousResponseNotFound 400 `previous_response_id` is not stored (any more)
     │   └── UnknownAdapter          400  never loaded, or unloaded (404 under a bare OpenAI `model`)
     ├── UnknownModel                404  OpenAI `model` is neither the base model nor an adapter
+    ├── UnknownResponse             404  a response id that is not stored (any more)
     ├── AdapterError                400  a load, unload or bring-back of an adapter failed
     │   ├── AdapterNotFound         400  no such directory, repository or file
     │   ├── AdapterForbidden        400  path outside --lora-root
@@ -82,12 +84,22 @@ class LoraNotEnabled(BadRequest):
     """An adapter was asked for while LoRA is off."""
 
 
+class PreviousResponseNotFound(BadRequest):
+    """`previous_response_id` names no stored response."""
+
+
 class UnknownAdapter(BadRequest):
     """The adapter name was never loaded, or has been unloaded."""
 
 
 class UnknownModel(MultiloraError):
     """The OpenAI field `model` names neither the base model nor an adapter."""
+
+    status = 404
+
+
+class UnknownResponse(MultiloraError):
+    """No response is stored under the id: never, or not any more."""
 
     status = 404
 

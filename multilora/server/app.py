@@ -27,11 +27,15 @@ from multilora.server import (
     operations,
     profiling,
     tokenization,
+    weight_versions,
 )
+from multilora.server.anthropic import errors as anthropic_errors
+from multilora.server.anthropic import routes as anthropic
 from multilora.server.auth import KeyCheck
 from multilora.server.head import HeadAsGet
 from multilora.server.metrics.collector import Metrics
 from multilora.server.metrics.http import CountRequests
+from multilora.server.responses import routes as responses
 
 
 def create_app(
@@ -51,15 +55,19 @@ def create_app(
     defaults = dict(sampling_defaults or {}) if config.sampling_defaults == "model" else {}
     app = FastAPI(title="multilora", version=multilora.__version__)
     app.state.driver = driver
-    errors.install(
-        app, dict.fromkeys(adapters.NATIVE_PATHS, lambda e: adapters.native_result(front.registry, e.message))
+    shapes: dict[str, errors.Shape] = dict.fromkeys(
+        adapters.NATIVE_PATHS, lambda e: adapters.native_result(front.registry, e.message)
     )
+    errors.install(app, shapes | anthropic_errors.SHAPES)
     app.include_router(native.router(driver))
     app.include_router(completions.router(driver, defaults))
     app.include_router(chat.router(driver, defaults))
+    app.include_router(responses.router(driver, defaults))
+    app.include_router(anthropic.router(driver, defaults))
     app.include_router(tokenization.router(driver))
     app.include_router(openai.models_router(front, int(time.time())))
     app.include_router(adapters.router(driver))
+    app.include_router(weight_versions.router(driver))
     app.include_router(operations.router(driver, metrics))
     app.include_router(loads.router(front, metrics.totals))
     app.include_router(profiling.router(driver))
@@ -73,7 +81,7 @@ def _add_middleware(app: FastAPI, config: Config, metrics: Metrics) -> None:
     app.add_middleware(CountRequests, counts=metrics.http)
     if config.api_key or config.admin_api_key or config.metrics_key:
         keys = {"admin_api_key": config.admin_api_key, "metrics_key": config.metrics_key}
-        app.add_middleware(KeyCheck, api_key=config.api_key, **keys)
+        app.add_middleware(KeyCheck, api_key=config.api_key, **keys, shapes=anthropic_errors.SHAPES)
     if config.cors_origins:  # around the keys, so that a page can read the answer to a missing one, too
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]

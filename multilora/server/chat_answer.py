@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from multilora.front.stream import FinishReason
-from multilora.front.tools.answer import AnswerReader
 from multilora.front.tools.base import (
+    Answer,
     Arguments,
     Call,
     CallAbandoned,
@@ -17,13 +17,11 @@ from multilora.front.tools.base import (
     Content,
     Event,
     Reasoning,
-    collect,
 )
 
 
-def whole_message(reader: AnswerReader, text: str, *, thinks: bool) -> dict[str, Any]:
-    """The assistant's message that the finished answer `text` makes. thinks: a reasoning parser is in use."""
-    answer = collect([*reader.push(text), *reader.finish()])
+def whole_message(answer: Answer, *, thinks: bool) -> dict[str, Any]:
+    """The assistant's message that a finished answer makes. thinks: a reasoning parser is in use."""
     content = None if answer.calls and not answer.content else answer.content
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if thinks:
@@ -41,18 +39,14 @@ def finish_reason(finished: FinishReason | None, *, called: bool) -> str | None:
 
 
 class MessageStream:
-    """One answer of a stream, read piece by piece."""
+    """One answer of a stream, as its events come."""
 
-    def __init__(self, reader: AnswerReader):
+    def __init__(self) -> None:
         self.called = False
         """A complete call has been sent."""
-        self._reader = reader
 
-    def push(self, text: str, finished: FinishReason | None) -> list[dict[str, Any]]:
-        """The deltas that the next piece of the answer makes."""
-        events = self._reader.push(text)
-        if finished is not None:
-            events += self._reader.finish()
+    def push(self, events: Iterable[Event], finished: FinishReason | None) -> list[dict[str, Any]]:
+        """The deltas that the next events of the answer make."""
         return list(self._deltas(events, cut=finished is not None and finished.type == "length"))
 
     def _deltas(self, events: Iterable[Event], *, cut: bool) -> Iterator[dict[str, Any]]:

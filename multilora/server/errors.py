@@ -34,6 +34,7 @@ _CODES = {
     "UnknownModel": "model_not_found",
     "Unauthorized": "invalid_api_key",
     "PromptTooLong": "context_length_exceeded",
+    "PreviousResponseNotFound": "previous_response_not_found",
 }
 
 Shape = Callable[[MultiloraError], dict[str, Any]]

@@ -41,6 +41,10 @@ HARMLESS: Mapping[str, frozenset[str]] = {
     "/generate": _words("background modalities"),
     "sampling_params": _words("detokenize output_kind flat_logprobs skip_clone output_text_buffer_length"),
     "response_format.json_schema": _words("name description strict"),
+    "text.format": _words("name description strict"),
+    "reasoning": _words("summary generate_summary"),
+    "/v1/messages": _words("cache_control context_management diagnostics inference_geo speed"),
+    "thinking": _words("budget_tokens display"),
     "/load_lora_adapter": _words("lora_id"),
     "/load_lora_adapter_from_tensors": _words("lora_id"),
     "/unload_lora_adapter": _words("lora_id"),
@@ -105,7 +109,6 @@ NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "max_tokens_per_doc": (0,),
     },
     "/pause_generation": {"mode": ("abort",)},
-    "/update_weight_version": {"abort_all_requests": (True,)},
 }
 """By route ("": every route) and name: the values that ask for nothing, beside null.
 
@@ -122,7 +125,7 @@ REASONS: Mapping[str, str] = {
 }
 """Why a field is refused, where more can be said than that it is not served."""
 
-ALIASES = {"/v1/tokenize": "/tokenize", "/v1/detokenize": "/detokenize"}
+ALIASES = {"/v1/tokenize": "/tokenize", "/v1/detokenize": "/detokenize", "/v1/messages/count_tokens": "/v1/messages"}
 
 
 class LogOnce:

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from multilora.params import SamplingParams
+from multilora.server.anthropic.errors import SHAPES
 from multilora.server.auth import ADMIN_PATHS, METRICS_PATHS, OPEN_PATHS
 from multilora.server.openapi_fields import FIELDS
 
@@ -65,6 +66,14 @@ SCHEMAS: dict[str, Node] = {
         error_message=_TEXT,
         loaded_adapters={"type": "object", "additionalProperties": _TEXT},
     ),
+    "Response": _object(
+        "OpenAI's response object.", id=_TEXT, object=_TEXT, status=_TEXT, output=_list_of(_OBJECT), usage=_OBJECT
+    ),
+    "Message": _object(
+        "Anthropic's message.", id=_TEXT, type=_TEXT, content=_list_of(_OBJECT), stop_reason=_TEXT, usage=_OBJECT
+    ),
+    "NamedEvent": _object("One event of a stream; `type` is its name.", type=_TEXT),
+    "MessageError": _object("Anthropic's.", type=_TEXT, error=_object("What is wrong.", type=_TEXT, message=_TEXT)),
     "Models": _object("The base model, then adapters.", object=_TEXT, data=_list_of(_OBJECT)),
 }
 
@@ -72,6 +81,10 @@ ANSWERS: dict[str, tuple[Node, Node | None]] = {
     "/generate": ({"oneOf": [_ref("Generated"), _list_of(_ref("Generated"))]}, _ref("Generated")),
     "/v1/completions": (_ref("Completion"), _ref("Completion")),
     "/v1/chat/completions": (_ref("ChatCompletion"), _ref("ChatCompletionChunk")),
+    "/v1/responses": (_ref("Response"), _ref("NamedEvent")),
+    "/v1/responses/{response_id}/cancel": (_ref("Response"), None),
+    "/v1/messages": (_ref("Message"), _ref("NamedEvent")),
+    "/v1/messages/count_tokens": (_object("The count.", input_tokens=_INTEGER), None),
     "/load_lora_adapter": (_ref("AdapterResult"), None),
     "/load_lora_adapter_from_tensors": (_ref("AdapterResult"), None),
     "/unload_lora_adapter": (_ref("AdapterResult"), None),
@@ -166,7 +179,7 @@ def _describe_operation(path: str, operation: Node) -> None:
     responses: Node = operation["responses"]
     responses.pop("422", None)
     responses["200"] = {"description": "Done.", "content": _content(path)}
-    error = {"application/json": {"schema": _ref("Error")}}
+    error = {"application/json": {"schema": _ref("MessageError" if path in SHAPES else "Error")}}
     for status, text in ERRORS.items():
         responses[status] = {"description": text, "content": error}
     if path in ANSWERS and ANSWERS[path][0] == _ref("AdapterResult"):
@@ -184,5 +197,7 @@ def _content(path: str) -> Node:
     content: Node = {"application/json": {"schema": answer}}
     if event is not None:
         text = "With stream: `data:` lines, each one JSON object of this kind, or an error; then `data: [DONE]`."
+        if event == _ref("NamedEvent"):
+            text = "With stream: an `event:` and a `data:` line for each object; the last one says how it ended."
         content["text/event-stream"] = {"schema": {"description": text, "oneOf": [event, _ref("Error")]}}
     return content

@@ -42,7 +42,9 @@ SAMPLING: Mapping[str, Field] = {
 }
 
 BODIES: Mapping[str, Field] = {
-    "text": _of("The prompt; a list is a batch. Exactly one of text and input_ids."),
+    "text": _of(
+        "The prompt; a list is a batch. Exactly one of text and input_ids. Of a response: the form of its text."
+    ),
     "input_ids": _of("The prompt as token ids; a list of lists is a batch."),
     "prompt": _of("The prompt or prompts, as text or token ids."),
     "messages": _of("The conversation, oldest message first."),

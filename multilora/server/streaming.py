@@ -1,7 +1,7 @@
 """What HTTP adds to an answer: JSON and server-sent events as responses, and noticing that the client hung up.
 
-Knows nothing of models or text. A closed connection cancels the work; `EventStream` calls `close` exactly once,
-however the stream ends, and turns an error inside the stream into one error frame before `[DONE]`.
+Knows nothing of models or text. A closed connection cancels the work; `EventStream` calls `close` when the stream
+ends, however it does, and turns an error inside the stream into one last frame, before `[DONE]` where there is one.
 """
 
 import asyncio
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 
+StreamEvent = dict[str, Any]
+"""An event whose `type` is its name, for `named_frame`."""
+
 
 class Json(Response):
     """A JSON response; infinities become null."""
@@ -35,6 +38,15 @@ class Json(Response):
 def frame(content: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def named_frame(name: str, content: Any) -> bytes:
+    """One server-sent event that has a name."""
+    return b"event: " + name.encode() + b"\n" + frame(content)
+
+
+def _error_frame(error: MultiloraError) -> bytes:
+    return frame(error_body(error))
 
 
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
@@ -58,13 +70,22 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends `frames` as they come, then `[DONE]`. `close` is called at the end, also after an error."""
+    """Sends `frames` as they come, then `done`. `close` is called at the end, also after an error.
+
+    error_frame: makes the frame of an error inside the stream, in the words of the route.
+    """
 
     media_type = "text/event-stream"
 
     @classmethod
     async def begin(
-        cls, receive: Receive, frames: AsyncGenerator[bytes, None], close: Callable[[], None]
+        cls,
+        receive: Receive,
+        frames: AsyncGenerator[bytes, None],
+        close: Callable[[], None],
+        *,
+        error_frame: Callable[[MultiloraError], bytes] = _error_frame,
+        done: bytes = DONE,
     ) -> "EventStream":
         """Waits for the first frame: an error before it is raised, and so gets an HTTP status of its own."""
         try:
@@ -72,14 +93,23 @@ class EventStream(Response):
         except BaseException:
             close()
             raise
-        return cls(first, frames, close)
+        return cls(first, frames, close, error_frame, done)
 
-    def __init__(self, first: bytes, frames: AsyncGenerator[bytes, None], close: Callable[[], None]):
+    def __init__(
+        self,
+        first: bytes,
+        frames: AsyncGenerator[bytes, None],
+        close: Callable[[], None],
+        error_frame: Callable[[MultiloraError], bytes],
+        done: bytes,
+    ):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._frames = frames
         self._close = close
+        self._error_frame = error_frame
+        self._done = done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - part of the contract
         try:
@@ -101,8 +131,9 @@ class EventStream(Response):
             async for data in self._frames:
                 yield data
         except MultiloraError as e:
-            yield frame(error_body(e))
+            yield self._error_frame(e)
         except Exception as e:
             logger.exception("error inside a stream")
-            yield frame(error_body(MultiloraError(f"internal error: {type(e).__name__}")))
-        yield DONE
+            yield self._error_frame(MultiloraError(f"internal error: {type(e).__name__}"))
+        if self._done:
+            yield self._done

@@ -16,7 +16,7 @@ from multilora.front.front import Front
 from multilora.front.tools.request import offered_tools
 from multilora.front.vocabulary import Vocabulary
 from multilora.server.bodies import Body, Prompts, Texts, TokenIds
-from multilora.server.chat import chat_prompt
+from multilora.server.chat_job import chat_prompt
 from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import Conversation
 from multilora.server.resolving import resolved

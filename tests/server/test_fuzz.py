@@ -1,6 +1,7 @@
 """Whatever a client sends: never a 500, never an adapter held, and always an ending."""
 
 import asyncio
+import json
 
 import pytest
 from fakes.models import FakeEngineClient
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from multilora.params import SamplingParams
 from multilora.server import bodies
 from multilora.server import openai_bodies as openai_models
+from multilora.server.anthropic.body import CountBody, MessagesBody
 from multilora.server.foreign_fields import HARMLESS, NEUTRAL
+from multilora.server.responses.body import ResponsesBody
 
 TOKENIZER = byte_level_tokenizer()
 
@@ -30,7 +33,16 @@ JSON = st.recursive(
     LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=2), max_leaves=6
 )
 SAMPLING = st.dictionaries(st.sampled_from(SamplingParams.__struct_fields__), JSON, max_size=3)
-MESSAGES = st.just([{"role": "user", "content": "hi"}])
+KINDS = ["text", "message", "function_call", "function_call_output", "reasoning", "item_reference", "function"]
+KINDS += ["tool_use", "tool_result", "thinking", "tool", "any", "custom"]
+KEYS = ["role", "content", "call_id", "id", "name", "arguments", "output", "input", "input_schema", "parameters"]
+ITEM = st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4).flatmap(
+    lambda fields: st.sampled_from(KINDS).map(lambda kind: fields | {"type": kind})
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "x"]), "content": TEXT | st.lists(ITEM, max_size=2)}
+)
+MESSAGES = st.just([{"role": "user", "content": "hi"}]) | st.lists(MESSAGE, max_size=3)
 
 LIKELY = {
     "text": st.sampled_from(["hi", ["hi", "ho"]]),
@@ -43,11 +55,18 @@ LIKELY = {
     "response_format": st.sampled_from([{"type": "json_object"}, {"type": "json_schema"}]),
     "max_tokens": st.integers(0, 9),
     "n": st.integers(1, 3),
+    "input": st.just("hi") | st.lists(ITEM, max_size=3),
+    "system": TEXT | st.lists(ITEM, max_size=2),
+    "tools": st.lists(ITEM, max_size=2),
+    "tool_choice": ITEM,
 }
 ROUTES = {
     "/generate": (bodies.GenerateBody, ("text",)),
     "/v1/completions": (openai_models.CompletionBody, ("model", "prompt")),
     "/v1/chat/completions": (openai_models.ChatBody, ("model", "messages")),
+    "/v1/responses": (ResponsesBody, ("input",)),
+    "/v1/messages": (MessagesBody, ("max_tokens", "messages")),
+    "/v1/messages/count_tokens": (CountBody, ("messages",)),
     "/load_lora_adapter": (bodies.LoadAdapterBody, ("lora_name", "lora_path")),
     "/unload_lora_adapter": (bodies.UnloadAdapterBody, ("lora_name",)),
     "/v1/load_lora_adapter": (bodies.V1LoadAdapterBody, ("lora_name", "lora_path")),
@@ -76,14 +95,16 @@ def test_no_body_is_our_mistake(route):
 
         async def scenario():
             answer = await s.send("POST", route, body)
-            for _ in range(3):
+            for _ in range(30):  # what runs in the background ends, too
                 await asyncio.sleep(0)
             return answer
 
         answer = run(scenario())
         assert answer.status in (200, 400, 404), answer.text
         if answer.headers.get("content-type", "").startswith("text/event-stream"):
-            assert all("error" not in frame for frame in answer.frames)
+            lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: {")]
+            frames = [json.loads(line) for line in lines]
+            assert all("error" not in frame and frame.get("type") != "response.failed" for frame in frames)
         assert client._running == {}
         assert all(entry.num_requests == 0 for entry in s.registry.refs())
 

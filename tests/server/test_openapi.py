@@ -64,7 +64,7 @@ def test_bounds_stand_at_the_number_not_beside_it(document):
     assert properties(document)["SamplingParams", "min_p"]["maximum"] == 1
 
 
-@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"])
 def test_answers_streams_and_errors(document, path):
     responses = document["paths"][path]["post"]["responses"]
     assert set(responses) == {"200", "400", "401", "404", "413", "503"}
@@ -80,6 +80,9 @@ def test_answers_are_as_described():
         "Completion": s.post("/v1/completions", {"prompt": "hi", "max_tokens": 2}),
         "ChatCompletion": s.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
         "AdapterResult": s.post("/load_lora_adapter", {"lora_name": "a", "lora_path": "/a"}),
+        "Response": s.post("/v1/responses", {"input": "hi", "max_output_tokens": 2}),
+        "Message": s.post("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
+        "MessageError": s.post("/v1/messages", {}),
         "Models": s.get("/v1/models"),
         "Error": s.post("/generate", {}),
     }

@@ -98,6 +98,35 @@ class Call:
     arguments: str = ""
 
 
+Part = Content | Reasoning | Call
+"""What an answer is made of, once nothing can be taken back: pieces of text and of thoughts, whole calls."""
+
+
+class SettledParts:
+    """The events of one answer as parts: a call is held back until it is complete, and is content if abandoned."""
+
+    def __init__(self) -> None:
+        self._started: dict[int, Call] = {}
+
+    def push(self, events: Iterable[Event]) -> list[Part]:
+        """The parts that `events`, the next ones of the answer, settle."""
+        parts: list[Part] = []
+        for event in events:
+            match event:
+                case Content() | Reasoning():
+                    parts.append(event)
+                case CallStarted(index, call_id, name):
+                    self._started[index] = Call(call_id, name)
+                case Arguments(index, text):
+                    self._started[index].arguments += text
+                case CallEnded(index):
+                    parts.append(self._started.pop(index))
+                case CallAbandoned(index, text):
+                    del self._started[index]
+                    parts.append(Content(text))
+        return parts
+
+
 @dataclass(slots=True)
 class Answer:
     """What the events of a whole answer add up to."""
@@ -110,20 +139,12 @@ class Answer:
 def collect(events: Iterable[Event]) -> Answer:
     """The answer that all events of one parser make; abandoned calls are part of its content."""
     answer = Answer()
-    started: dict[int, Call] = {}
-    for event in events:
-        match event:
+    for part in SettledParts().push(events):
+        match part:
             case Content(text):
                 answer.content += text
             case Reasoning(text):
                 answer.reasoning += text
-            case CallStarted(index, call_id, name):
-                started[index] = Call(call_id, name)
-            case Arguments(index, text):
-                started[index].arguments += text
-            case CallEnded(index):
-                answer.calls.append(started.pop(index))
-            case CallAbandoned(index, text):
-                del started[index]
-                answer.content += text
+            case Call():
+                answer.calls.append(part)
     return answer

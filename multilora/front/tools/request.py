@@ -1,6 +1,6 @@
 """What one chat request says of tools and thoughts, and what follows from it for its prompt, grammar and answers.
 
-Made once for each request, before anything is submitted. Called by `server/chat.py`; knows nothing of HTTP.
+Made once for each request, before anything is submitted. Called by `server/chat_job.py`; knows nothing of HTTP.
 """
 
 import json

@@ -1,0 +1,76 @@
+"""`POST /v1/messages` and `/v1/messages/count_tokens`. Called by `server/app.py`."""
+
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from multilora.drivers.async_driver import AsyncDriver
+from multilora.errors import MultiloraError
+from multilora.front.effects import Lane
+from multilora.front.prompt import ChatPrompt
+from multilora.server.anthropic.answer import MessageAnswer
+from multilora.server.anthropic.body import WORDS, CountBody, MessagesBody
+from multilora.server.anthropic.errors import anthropic_error
+from multilora.server.chat_job import ChatJob
+from multilora.server.dialects import in_words_of
+from multilora.server.errors import StrictRoute
+from multilora.server.resolving import resolved
+from multilora.server.streaming import EventStream, Json, named_frame, while_connected
+
+
+def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
+    routes = APIRouter(route_class=StrictRoute)
+
+    @routes.post("/v1/messages")
+    async def messages(request: Request, body: MessagesBody) -> Response:
+        """Answer messages, in one piece or as a stream."""
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await _respond(request, body, driver, sampling_defaults)
+
+    @routes.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request, body: CountBody) -> Response:
+        """The number of tokens of a prompt."""
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            with in_words_of(WORDS):
+                job = ChatJob(driver.front, body.chat_body(), {}).job
+                assert isinstance(job.prompt, ChatPrompt)
+                vocabulary = driver.front.vocabularies.of(job.adapters)
+                ids = await driver.run_blocking(Lane.TEXT, partial(job.prompt.encode, vocabulary))
+        return Json({"input_tokens": len(ids)})
+
+    return routes
+
+
+async def _respond(
+    request: Request, body: MessagesBody, driver: AsyncDriver, sampling_defaults: dict[str, Any]
+) -> Response:
+    with in_words_of(WORDS):
+        chat = ChatJob(driver.front, body.chat_body(), sampling_defaults)
+    model = driver.front.config.model_name if body.model is None else body.model
+
+    async def begin() -> MessageAnswer:
+        with in_words_of(WORDS):
+            generation = await driver.generate([chat.job])
+        return MessageAnswer(chat, generation, model, body.max_tokens)
+
+    async def whole() -> dict[str, Any]:
+        answer = await begin()
+        async for _ in answer.events():
+            pass
+        return answer.message()
+
+    if not body.stream:
+        return Json(await while_connected(request.receive, whole()))
+    answer = await while_connected(request.receive, begin())
+    return await EventStream.begin(request.receive, _frames(answer), answer.close, error_frame=_error_frame, done=b"")
+
+
+async def _frames(answer: MessageAnswer) -> AsyncGenerator[bytes, None]:
+    async for event in answer.events():
+        yield named_frame(event["type"], event)
+
+
+def _error_frame(error: MultiloraError) -> bytes:
+    return named_frame("error", anthropic_error(error))

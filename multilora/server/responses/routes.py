@@ -1,0 +1,182 @@
+"""`/v1/responses`: create, read, cancel and delete a response.
+
+A whole answer and a stream are aborted when their client hangs up; a background response runs until it ends or is
+cancelled. Called by `server/app.py`.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from multilora.drivers.async_driver import AsyncDriver
+from multilora.errors import BadRequest, PreviousResponseNotFound, UnknownResponse
+from multilora.params import SamplingParams
+from multilora.server.chat_job import ChatJob
+from multilora.server.dialects import in_words_of, refused
+from multilora.server.errors import StrictRoute
+from multilora.server.resolving import resolved
+from multilora.server.responses.body import WORDS, ResponsesBody
+from multilora.server.responses.items import ItemMessages, input_items
+from multilora.server.responses.output import new_id
+from multilora.server.responses.run import ResponseRun
+from multilora.server.responses.store import ResponseStore, StoredResponse, json_bytes
+from multilora.server.streaming import EventStream, Json, named_frame, while_connected
+
+NOTHING = StoredResponse(None, [], 0)
+"""What stands before a conversation's first response."""
+
+
+def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
+    routes = APIRouter(route_class=StrictRoute)
+    responses = Responses(driver, sampling_defaults)
+    store = responses.store
+
+    @routes.post("/v1/responses")
+    async def create(request: Request, body: ResponsesBody) -> Response:
+        """Answer input items, in one piece, as a stream, or in the background."""
+        async with resolved(request.receive, driver, body.model, body.lora_path):
+            return await responses.create(request, body)
+
+    @routes.get("/v1/responses/{response_id}")
+    async def read(request: Request, response_id: str) -> Response:
+        """A stored response as it stands."""
+        if request.query_params.get("stream", "false").lower() not in ("false", "0"):
+            raise BadRequest("stream: a stored response is read in one piece here", param="stream")
+        return Json(store.get(response_id).response())
+
+    @routes.post("/v1/responses/{response_id}/cancel")
+    async def cancel(response_id: str) -> Response:
+        """Abort a response that runs; one that has ended stays as it is."""
+        stored = store.get(response_id)
+        if stored.run is not None:
+            stored.run.cancel()
+        return Json(stored.response())
+
+    @routes.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> Response:
+        """Forget a response; one that runs is aborted."""
+        stored = store.get(response_id)
+        store.discard(response_id)
+        if stored.run is not None:
+            stored.run.cancel()
+        return Json({"id": response_id, "object": "response", "deleted": True})
+
+    return routes
+
+
+class Responses:
+    """Starts responses and keeps them."""
+
+    def __init__(self, driver: AsyncDriver, sampling_defaults: dict[str, Any]):
+        self.store = ResponseStore()
+        self._driver = driver
+        self._defaults = sampling_defaults
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def create(self, request: Request, body: ResponsesBody) -> Response:
+        """Start the response that `body` asks for, and answer as it wants it. Raises the typed errors."""
+        body.check()
+        response_id = new_id("resp")
+        if not body.stream and not body.background:
+            return Json(await while_connected(request.receive, self._whole(response_id, body)))
+        run = await while_connected(request.receive, self._start(response_id, body))
+        if body.background:
+            self._finish_in_background(run)
+            return Json(run.response())
+
+        return await EventStream.begin(request.receive, _frames(run), run.cancel, done=b"")
+
+    async def _whole(self, response_id: str, body: ResponsesBody) -> dict[str, Any]:
+        run = await self._start(response_id, body)
+        try:
+            await run.finish()
+            if run.error is not None:
+                raise run.error
+        except BaseException:  # the client, which has not been told the id, is gone or gets an error
+            self.store.discard(response_id)
+            raise
+        finally:
+            run.cancel()
+        return run.response()
+
+    async def _start(self, response_id: str, body: ResponsesBody) -> ResponseRun:
+        previous = self._previous(body.previous_response_id)
+        items = [self._resolved(item, f"input[{i}]") for i, item in enumerate(input_items(body.input))]
+        conversation = ItemMessages()
+        for item in previous.items:
+            conversation.add(item, "previous_response_id")
+        for i, item in enumerate(items):
+            conversation.add(item, f"input[{i}]")
+        if not conversation.messages and body.instructions is None:
+            raise BadRequest("input: no items, and no instructions", param="input")
+        with in_words_of(WORDS):
+            chat = ChatJob(self._driver.front, body.chat_body(conversation.messages), self._defaults)
+            generation = await self._driver.generate([chat.job], [response_id])
+        head = _head(response_id, body, chat.job.sampling, self._driver.front.config.model_name)
+        run = ResponseRun(head, chat, generation, lambda: self.store.settle(response_id))
+        if body.store is not False:
+            self.store.add(response_id, run, [*previous.items, *items], previous.nbytes + json_bytes(items))
+        return run
+
+    def _previous(self, response_id: str | None) -> StoredResponse:
+        """The response that comes before in the conversation."""
+        if response_id is None:
+            return NOTHING
+        param = "previous_response_id"
+        try:
+            stored = self.store.get(response_id)
+        except UnknownResponse:
+            message = f"Previous response with id {response_id!r:.100} not found."
+            raise PreviousResponseNotFound(message, param=param) from None
+        if stored.run is not None:
+            raise BadRequest(f"{param}: response {response_id!r} has not ended", param=param)
+        return stored
+
+    def _resolved(self, item: Any, path: str) -> Any:
+        """The item itself, where `item` only refers to it."""
+        if not isinstance(item, dict) or item.get("type") != "item_reference":
+            return item
+        found = self.store.item(item.get("id"))
+        if found is None:
+            raise refused(f"{path}.id", f"item {item.get('id')!r:.100} is not stored, or not any more")
+        return found
+
+    def _finish_in_background(self, run: ResponseRun) -> None:
+        task = asyncio.create_task(run.finish())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+async def _frames(run: ResponseRun) -> AsyncGenerator[bytes, None]:
+    async for event in run.events():
+        yield named_frame(event["type"], event)
+
+
+def _head(response_id: str, body: ResponsesBody, sampling: SamplingParams, model_name: str) -> dict[str, Any]:
+    """The fields of the response object that stay as they are, from the first event to the last."""
+    given = body.model_dump(exclude_none=True, by_alias=True)
+    reasoning = body.reasoning
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": model_name if body.model is None else body.model,
+        "background": bool(body.background),
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
+        "store": body.store is not False,
+        "temperature": sampling.temperature,
+        "text": {"format": {"type": "text"}} | given.get("text", {}),
+        "tool_choice": given.get("tool_choice", "auto"),
+        "tools": given.get("tools", []),
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": sampling.top_p,
+        "truncation": "disabled",
+    }

@@ -1,0 +1,94 @@
+"""The responses that clients can come back to, in memory: bounded by number and bytes, lost when the server ends.
+
+The least recently used ones that have ended leave first; those that run stay. Knows nothing of HTTP.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from multilora.errors import UnknownResponse
+from multilora.server.responses.run import ResponseRun
+
+MAX_RESPONSES = 10_000
+MAX_BYTES = 256 << 20
+"""Of all ended responses as JSON, each with the conversation before it."""
+
+
+@dataclass
+class StoredResponse:
+    """run: until the response has ended; from then on `ended` is the response object.
+
+    items: the conversation of the response, its own output included once it has ended. nbytes: of these, as JSON.
+    """
+
+    run: ResponseRun | None
+    items: list[Any]
+    nbytes: int
+    ended: dict[str, Any] = field(default_factory=dict)
+
+    def response(self) -> dict[str, Any]:
+        """The response object as it stands."""
+        return self.run.response() if self.run else self.ended
+
+
+class ResponseStore:
+    """max_count, max_bytes: bounds of what has ended."""
+
+    def __init__(self, max_count: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
+        self._max_count = max_count
+        self._max_bytes = max_bytes
+        self._running: dict[str, StoredResponse] = {}
+        self._ended: OrderedDict[str, StoredResponse] = OrderedDict()  # least recently used first
+        self._nbytes = 0  # of the ended ones
+        self._output: dict[str, dict[str, Any]] = {}  # of the ended ones, by the id of the item
+
+    def __len__(self) -> int:
+        return len(self._running) + len(self._ended)
+
+    def add(self, response_id: str, run: ResponseRun, items: list[Any], nbytes: int) -> None:
+        """Keep a response that runs."""
+        self._running[response_id] = StoredResponse(run, items, nbytes)
+
+    def get(self, response_id: str) -> StoredResponse:
+        """The response, used now. Raises UnknownResponse."""
+        if response_id in self._ended:
+            self._ended.move_to_end(response_id)
+            return self._ended[response_id]
+        if response_id not in self._running:
+            raise UnknownResponse(f"Response with id {response_id!r:.100} not found.", param="response_id")
+        return self._running[response_id]
+
+    def item(self, item_id: Any) -> dict[str, Any] | None:
+        """The output item of a response that has ended; None: there is none with this id, or not any more."""
+        return self._output.get(item_id) if isinstance(item_id, str) else None
+
+    def settle(self, response_id: str) -> None:
+        """The response has ended: keep what it came to, within the bounds. One that was discarded stays unknown."""
+        stored = self._running.pop(response_id, None)
+        if stored is None:
+            return
+        stored.ended, stored.run = stored.response(), None
+        stored.items = [*stored.items, *stored.ended["output"]]
+        stored.nbytes += json_bytes(stored.ended)
+        self._output |= {item["id"]: item for item in stored.ended["output"]}
+        self._ended[response_id] = stored
+        self._nbytes += stored.nbytes
+        while len(self._ended) > self._max_count or self._nbytes > self._max_bytes:
+            self.discard(next(iter(self._ended)))
+
+    def discard(self, response_id: str) -> None:
+        """Forget the response, if it is known."""
+        self._running.pop(response_id, None)
+        stored = self._ended.pop(response_id, None)
+        if stored is not None:
+            self._nbytes -= stored.nbytes
+            for item in stored.ended["output"]:
+                del self._output[item["id"]]
+
+
+def json_bytes(value: Any) -> int:
+    """The length of `value` as JSON."""
+    return len(msgspec.json.encode(value))
