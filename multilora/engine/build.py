@@ -13,8 +13,7 @@ import torch
 
 from multilora.adapters.composition.kv_invariance import leaves_kv
 from multilora.adapters.composition.namespaces import Namespaces
-from multilora.adapters.device.copier import Copier, DirectCopier
-from multilora.adapters.device.ring_copier import RingCopier
+from multilora.adapters.device.copier import Copier
 from multilora.adapters.host.spare_memory import spare_memory
 from multilora.adapters.host.staging import STAGING_BYTES, Staging
 from multilora.adapters.lifecycle.device_tier import DeviceTier
@@ -35,6 +34,7 @@ from multilora.engine.build_rank import (
     device_of,
     make_runner,
     model_path,
+    own_copier,
 )
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Ready, Stats
@@ -87,7 +87,7 @@ def build_engine(
     device = device_of(config)
     ranks: AnyRanks = Ranks(config, start_rank, ahead, exits=own_process) if config.tp_size > 1 else NoRanks()
     try:
-        return _build(config, device, ranks, make_loader, make_copier or partial(_copier, config), ahead)
+        return _build(config, device, ranks, make_loader, make_copier or partial(own_copier, config), ahead)
     except BaseException as e:
         error = ranks.failure(e)
         ranks.close()
@@ -233,14 +233,6 @@ def _weights_dir(config: Config) -> str | None:
     if config.load_format == "dummy":
         return None
     return str(checkpoint_files(model_path(config), config.revision)[0].parent)
-
-
-def _copier(config: Config, arena: torch.Tensor) -> Copier:
-    """On CUDA copies run beside the steps, unless overlap was turned off; on CPU there is no other stream. Several
-    ranks copy in the order of their steps, so that an adapter is there on all of them at once."""
-    if arena.device.type == "cuda" and config.enable_lora_overlap_loading and config.tp_size == 1:
-        return RingCopier(arena)
-    return DirectCopier(arena)
 
 
 def _describe(parts: RankParts, stats: Stats) -> Ready:

@@ -10,6 +10,8 @@ import torch
 
 from multilora import demo
 from multilora.adapters.adapter import AdapterLimits
+from multilora.adapters.device.copier import Copier, DirectCopier
+from multilora.adapters.device.ring_copier import RingCopier
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.attention.backends import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
@@ -104,6 +106,13 @@ def adapter_limits(config: Config, model: CausalLM) -> AdapterLimits:
                 f"{', '.join(known)}"
             )
     return AdapterLimits(config.max_lora_rank, targets)
+
+
+def own_copier(config: Config, arena: torch.Tensor) -> Copier:
+    """On CUDA copies run beside the steps, unless overlap was turned off; on CPU there is no other stream."""
+    if arena.device.type == "cuda" and config.enable_lora_overlap_loading:
+        return RingCopier(arena)
+    return DirectCopier(arena)
 
 
 def _load(config: Config, device: torch.device, group: Group) -> CausalLM:

@@ -13,10 +13,10 @@ from contextlib import closing
 import torch
 import zmq
 
-from multilora.adapters.device.copier import DirectCopier
+from multilora.adapters.device.copier import Copy
 from multilora.adapters.loading.dora_bias import module_facts
 from multilora.config import Config
-from multilora.engine.build_rank import build_rank, device_of, make_runner
+from multilora.engine.build_rank import build_rank, device_of, make_runner, own_copier
 from multilora.engine.execution.runner import Launched, Runner
 from multilora.engine.plan import StepPlan
 from multilora.engine.ranks.meeting import Groups, meet
@@ -41,6 +41,7 @@ from multilora.errors import MultiloraError
 
 logger = logging.getLogger(__name__)
 
+COPY_CHECK_MS = 1
 PAUSE_MS = 20
 """When no plan has come for so long, none is on its way: the last step is read."""
 
@@ -100,36 +101,54 @@ class _Follower:
         self._host_group = groups.host
         self._base_weight = parts.model.base_weight
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._copier = DirectCopier(parts.arena)
+        self._copier = own_copier(config, parts.arena)
+        self._copies: deque[Copy] = deque()  # in flight, in the order of their starts
         self._page_bytes = parts.layout.page_bytes
         self._inbox = inbox
         self._ahead = int(device.type == "cuda") if start.ahead is None else start.ahead
         self._in_flight: deque[Launched] = deque()
-        self._progress = Progress(start.directory, config.tp_size).steps
+        self._progress = Progress(start.directory, config.tp_size)
         self._rank = start.rank
         report(Up(start.rank))
 
     def run(self) -> None:
         while True:
-            if self._in_flight and not self._inbox.poll(PAUSE_MS):
-                self._read(0)
+            self._note_copies()
+            if not self._inbox.poll(self._patience()):
+                if not self._copies:
+                    self._read(0)
+                continue
             message = decode_to_rank(self._inbox.recv())
             match message:
                 case RunStep(plan):
                     self._step(plan)
                 case CopyPages(pages):
-                    self._copier.start_copy(self._frame(torch.uint8).view(-1, self._page_bytes), pages)
+                    part = self._frame(torch.uint8).view(-1, self._page_bytes)
+                    self._copies.append(self._copier.start_copy(part, pages))
                 case ModuleFacts():
                     self._tell_facts(message)
                 case UseTokenizer(info):
                     self._runner.use_tokenizer(info)
                 case Shutdown():
+                    self._copier.close()
                     return
+
+    def _patience(self) -> int | None:
+        """How many milliseconds to wait for a message; None: any number."""
+        if self._copies:
+            return COPY_CHECK_MS
+        return PAUSE_MS if self._in_flight else None
+
+    def _note_copies(self) -> None:
+        """Report those that have finished."""
+        while self._copies and self._copies[0].done():
+            self._copies.popleft()
+            self._progress.copies[self._rank] += 1
 
     def _frame(self, dtype: torch.dtype) -> torch.Tensor:
         """The next frame of the message, [numbers]."""
-        data = bytearray(self._inbox.recv(copy=False).buffer)
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        data = self._inbox.recv(copy=False).buffer  # which the tensor keeps
+        return torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
 
     @torch.inference_mode()
     def _tell_facts(self, asked: ModuleFacts) -> None:
@@ -153,4 +172,4 @@ class _Follower:
         while len(self._in_flight) > ahead:
             launched = self._in_flight.popleft()
             launched.result()
-            self._progress[self._rank] = launched.plan.number
+            self._progress.steps[self._rank] = launched.plan.number

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 import zmq
 
-from multilora.adapters.device.copier import Copier, Copy
+from multilora.adapters.device.copier import Copier, Copy, DirectCopier
 from multilora.adapters.loading.dora_bias import BaseModule, Delta, Facts, facts_of_one, module_facts
 from multilora.config import Config
 from multilora.distributed.group import SINGLE, Group
@@ -116,7 +116,8 @@ class Ranks:
         self._directory = PrivateDirectory("ranks")
         path = str(self._directory.path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._progress = Progress(path, self._size, create=True).steps
+        self._progress = Progress(path, self._size, create=True)
+        self._copies = 0  # orders to copy that were sent
         self._reports = self._context.socket(zmq.PULL)
         self._reports.bind(reports_address(path))
         self._plans: list[zmq.Socket[bytes]] = []
@@ -180,13 +181,17 @@ class Ranks:
 
         return gather
 
-    def send_pages(self, pages: list[int], parts: Sequence[torch.Tensor]) -> None:
-        """parts: uint8 [pages, page_bytes] for each rank from 1 on. They are read until they have been sent."""
+    def send_pages(self, pages: list[int], parts: Sequence[torch.Tensor]) -> Callable[[], bool]:
+        """parts: uint8 [pages, page_bytes] for each rank from 1 on. They are read until they have been sent. Returns
+        what says whether all of these ranks have copied them."""
         self.check()
         header = encode(CopyPages(pages))
         for socket, part in zip(self._plans, parts, strict=True):
             socket.send(header, zmq.SNDMORE)
             socket.send(part.numpy().data, copy=False)
+        self._copies += 1
+        number, finished = self._copies, self._progress.copies
+        return lambda: bool((finished[1:] >= number).all())
 
     def _send(self, message: ToRank) -> None:
         self.check()
@@ -274,7 +279,7 @@ class Ranks:
         if since is not None and monotonic() - since >= self._timeout:
             return EngineDead(f"a rank has told no facts within {self._timeout} s (--watchdog-timeout)")
         number, at = self._sent
-        late = [rank for rank in range(1, self._size) if self._progress[rank] < number]
+        late = [rank for rank in range(1, self._size) if self._progress.steps[rank] < number]
         if not late or monotonic() - at < self._timeout:
             return None
         return EngineDead(
@@ -297,8 +302,8 @@ class Ranks:
 
 
 class _RankCopier:
-    """The contract of `Copier`. Other ranks copy in the order of their messages, so they have an adapter before any
-    step that names it."""
+    """The contract of `Copier`. Where copies run beside steps, one is done when all ranks say so. Where they do not,
+    other ranks have an adapter before any step that names it, by the order of their messages."""
 
     def __init__(self, ranks: Ranks, copier: Copier):
         self._ranks = ranks
@@ -306,22 +311,24 @@ class _RankCopier:
 
     def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
         own, *others = buffer.split(len(pages))
-        self._ranks.send_pages(pages, others)
-        return _OwnCopy(self._copier.start_copy(own, pages), own)
+        arrived = self._ranks.send_pages(pages, others)
+        copy = self._copier.start_copy(own, pages)
+        return _RankCopy(copy, own, (lambda: True) if isinstance(self._copier, DirectCopier) else arrived)
 
     def close(self) -> None:
         self._copier.close()
 
 
 @dataclass(frozen=True)
-class _OwnCopy:
-    """Rank 0's copy of its part, which lives as long."""
+class _RankCopy:
+    """One copy on all ranks: rank 0's own, of its part, which lives as long, and whether the others' have arrived."""
 
     copy: Copy
     part: torch.Tensor
+    arrived: Callable[[], bool]
 
     def done(self) -> bool:
-        return self.copy.done()
+        return self.copy.done() and self.arrived()
 
 
 AnyRanks = Ranks | NoRanks

@@ -4,7 +4,7 @@
                        follows), ModuleFacts (two frames), RunStep, UseTokenizer; Shutdown at the end
     rank r → rank 0    Joining, Up; Broken if it fails
 
-A rank reports its steps through `Progress`, memory that all of them map, which costs a step nothing.
+A rank reports its steps and copies through `Progress`, memory that all of them map, which costs a step nothing.
 """
 
 import mmap
@@ -110,12 +110,13 @@ def reports_address(directory: str) -> str:
 
 
 class Progress:
-    """`steps`: int64 [size], the number of the step that each rank has finished last; shared memory."""
+    """What each rank has finished, int64 [size], in shared memory. steps: the number of its last step; copies: how
+    many `CopyPages` by now."""
 
     def __init__(self, directory: str, size: int, *, create: bool = False):
         path = Path(directory, "progress")
         if create:
-            path.write_bytes(bytes(8 * size))
+            path.write_bytes(bytes(2 * 8 * size))
         with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), 8 * size)
-        self.steps = np.frombuffer(self._memory, np.int64)
+            self._memory = mmap.mmap(file.fileno(), 2 * 8 * size)
+        self.steps, self.copies = np.frombuffer(self._memory, np.int64).reshape(2, size)

@@ -37,4 +37,5 @@ def test_progress_is_seen_by_all(tmp_path: Path) -> None:
     ours = messages.Progress(str(tmp_path), 3, create=True)
     theirs = messages.Progress(str(tmp_path), 3)
     theirs.steps[2] = 41
-    assert ours.steps.tolist() == [0, 0, 41]
+    theirs.copies[1] += 1
+    assert (ours.steps.tolist(), ours.copies.tolist()) == ([0, 0, 41], [0, 1, 0])

@@ -180,8 +180,8 @@ class EngineDriver(Stepper):
         self._replies[reply.call] = reply
 
     def after_step(self) -> None:
-        if self._on_gpu and not self.engine.running:
-            time.sleep(0.001)  # a copy may be on its way
+        if self.engine.copying and not self.engine.running:
+            time.sleep(0.001)
 
     def run(self, max_steps: int = 5000) -> None:
         """Step until nothing is left to do, then check that the engine is at rest."""
