@@ -210,7 +210,10 @@ def test_one_batch_takes_a_step_per_token(family: Family, ahead: int, late: int,
         jobs = submit_all(driver, family, family.jobs())
         driver.run()
         check_answers(driver, family, jobs)
-        assert NEW_TOKENS <= driver.stats.steps - before <= NEW_TOKENS + more
+        most = (
+            NEW_TOKENS + more if family.ranks == 1 else MOST_STEPS
+        )  # other ranks say in their own time what they have
+        assert NEW_TOKENS <= driver.stats.steps - before <= most
 
 
 SMALL = ["qv", "gate", "layer1"]  # adapters of few pages
