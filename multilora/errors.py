@@ -8,6 +8,7 @@
     │   ├── PromptTooLong           400
     │   ├── CannotFit               400  would not fit the memory even alone
     │   ├── PayloadTooLarge         413  the body is longer than the route reads
+    │   ├── RequestTimeout          408  the body did not come in time
     │   ├── LoraNotEnabled          400
     │   ├── PreviousResponseNotFound 400 `previous_response_id` is not stored (any more)
     │   └── UnknownAdapter          400  never loaded, or unloaded (404 under a bare OpenAI `model`)
@@ -26,6 +27,8 @@
     │   └── AdapterUnavailable      503  a hub or URL does not answer as it should; carries `retry_after` seconds
     ├── Unauthorized                401
     ├── QueueFull                   503  carries `retry_after` seconds
+    ├── EnginePaused                503  paused and taking no requests; carries `retry_after` seconds
+    │   └── EngineAsleep            503  its memory is released until /wake_up
     └── EngineDead                  503  the engine process ended
 
 `kind` (the class name) and the message travel between processes; `from_wire` makes the same type again.
@@ -78,6 +81,12 @@ class PayloadTooLarge(BadRequest):
     """The body is longer than the route reads."""
 
     status = 413
+
+
+class RequestTimeout(BadRequest):
+    """The body did not come in time."""
+
+    status = 408
 
 
 class LoraNotEnabled(BadRequest):
@@ -164,6 +173,17 @@ class QueueFull(MultiloraError):
 
     status = 503
     retry_after = 1
+
+
+class EnginePaused(MultiloraError):
+    """Generation is paused and takes no requests until it is resumed; try again after `retry_after` seconds."""
+
+    status = 503
+    retry_after = 1
+
+
+class EngineAsleep(EnginePaused):
+    """The engine has released its memory; no request is taken until it is woken up."""
 
 
 class EngineDead(MultiloraError):

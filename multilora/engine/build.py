@@ -20,7 +20,7 @@ from multilora.adapters.lifecycle.device_tier import DeviceTier
 from multilora.adapters.lifecycle.disabled import AnyStore, DisabledStore
 from multilora.adapters.lifecycle.host_tier import HostTier
 from multilora.adapters.lifecycle.store import AdapterStore
-from multilora.adapters.loading.dora_bias import DoraBiasLoader, Facts
+from multilora.adapters.loading.dora_bias import DoraBiasLoader
 from multilora.adapters.loading.loader import FetchContext, Loader
 from multilora.adapters.loading.process import ProcessLoader
 from multilora.adapters.packing.blocks import PackTarget
@@ -30,8 +30,10 @@ from multilora.engine.build_rank import (
     RankParts,
     adapter_limits,
     build_rank,
+    capture,
     choose_device,
     device_of,
+    fill,
     make_runner,
     model_path,
     own_copier,
@@ -41,6 +43,7 @@ from multilora.engine.messages import Ready, Stats
 from multilora.engine.ranks.lead import AnyRanks, NoRanks, Ranks, StartRank, start_process
 from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.engine.sleep import DeviceSleep
 from multilora.memory.page_pool import PagePool
 from multilora.memory.page_table import KVPages
 from multilora.memory.plan import format_bytes
@@ -109,9 +112,11 @@ def _build(
     model = parts.model
     books = _books(config, parts.arena.shape[0])
     journal = LoraJournal()
-    adapters, reclaimer = _adapters(config, parts, books, journal, make_loader, make_copier, ranks)
+    sleep = DeviceSleep(model, parts.arena, partial(fill, config, model))
+    adapters, reclaimer = _adapters(config, parts, books, sleep, journal, make_loader, make_copier, ranks)
     scheduler = _scheduler(config, parts, books, reclaimer, adapters, journal)
     runner = make_runner(config, parts)
+    sleep.use_graphs = lambda wanted: runner.use_graphs(capture(config, parts) if wanted else None)
     ranks.wait_until_up()
     logger.info("engine ready in %.1f s on %s, %s", monotonic() - started, device, model.config.dtype)
     return Engine(
@@ -120,9 +125,10 @@ def _build(
         adapters,
         ranks,
         describe=partial(_describe, parts),
-        max_queued=config.max_queued_requests,
+        max_unfinished=config.max_running_requests + config.max_queued_requests,
         random_seed=config.random_seed,
         ahead=int(device.type == "cuda") if ahead is None else ahead,
+        memory=sleep,
     )
 
 
@@ -156,6 +162,7 @@ def _adapters(
     config: Config,
     parts: RankParts,
     books: _Books,
+    sleep: DeviceSleep,
     journal: LoraJournal,
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
@@ -177,7 +184,11 @@ def _adapters(
     )
     reclaimer = Reclaimer(books.pool, books.clock, [books.prefix, device])
     facts = ranks.facts(parts.model.base_weight)
-    return _store(config, parts, parts.target, device, reclaimer, make_loader, facts), reclaimer
+
+    def complete(loader: Loader, target: PackTarget) -> Loader:
+        return DoraBiasLoader(loader, target, facts, lambda: sleep.has_weights)
+
+    return _store(config, parts, parts.target, device, reclaimer, make_loader, complete), reclaimer
 
 
 def _store(
@@ -187,7 +198,7 @@ def _store(
     device: DeviceTier,
     reclaimer: Reclaimer,
     make_loader: MakeLoader | None,
-    facts: Facts,
+    complete: Callable[[Loader, PackTarget], Loader],
 ) -> AdapterStore:
     model, layout = parts.model, parts.layout
     base = BaseModel.of(model, _weights_dir(config))
@@ -195,7 +206,7 @@ def _store(
     staging = _staging(parts.device) if make_loader is None else None
     loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
     return AdapterStore(
-        DoraBiasLoader(loader, target, facts),
+        complete(loader, target),
         HostTier(config.max_loaded_loras, config.lora_host_bytes),
         device,
         reclaimer,

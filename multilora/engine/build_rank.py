@@ -22,7 +22,6 @@ from multilora.engine.execution.runner import Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
-from multilora.lora.base import LoraBackend
 from multilora.lora.device_table import table_bytes_per_page
 from multilora.lora.sites import module_shapes
 from multilora.lora.table import LoraTable
@@ -64,10 +63,10 @@ def build_rank(config: Config, group: Group = SINGLE, device: torch.device | Non
 
 def make_runner(config: Config, parts: RankParts) -> Runner:
     """The runner, with its CUDA graphs captured. Nothing has run yet."""
-    backend = parts.lora.backend if parts.lora else None
+    runner = Runner(parts.model, parts.attention, parts.lora, config.page_size, parts.device)
     with asking_for("CUDA graphs", "lower --mem-fraction-static, or start with --disable-cuda-graph"):
-        graphs = _capture(config, parts.model, parts.attention, backend)
-    return Runner(parts.model, parts.attention, parts.lora, config.page_size, parts.device, graphs)
+        runner.use_graphs(capture(config, parts))
+    return runner
 
 
 def choose_device(name: str) -> torch.device:
@@ -129,8 +128,14 @@ def _load(config: Config, device: torch.device, group: Group) -> CausalLM:
             group=group,
         )
         adapter_limits(config, model)
-        model.load(path, load_format=config.load_format, revision=config.revision, seed=config.random_seed or 0)
+        fill(config, model)
     return model
+
+
+def fill(config: Config, model: CausalLM) -> None:
+    """Read the base model's weights into their memory."""
+    path, seed = model_path(config), config.random_seed or 0
+    model.load(path, load_format=config.load_format, revision=config.revision, seed=seed)
 
 
 def _arena(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAttention) -> torch.Tensor:
@@ -195,10 +200,10 @@ def _runner_lora(config: Config, model: CausalLM, arena: torch.Tensor, target: P
     return RunnerLora(backend, table, sites, target.layout)
 
 
-def _capture(
-    config: Config, model: CausalLM, attention: AttentionBackend, lora: LoraBackend | None
-) -> CudaGraphs | None:
-    """None where device or attention backend have none. Nothing runs yet, so page 0 is free to write."""
+def capture(config: Config, parts: RankParts) -> CudaGraphs | None:
+    """CUDA graphs; None where device or attention backend have none. Nothing runs, so page 0 is free to write."""
+    model, attention = parts.model, parts.attention
+    lora = parts.lora.backend if parts.lora else None
     sizes = _graph_sizes(config, model.device)
     if not sizes:
         return None

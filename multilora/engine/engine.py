@@ -22,8 +22,11 @@ from multilora.engine.messages import (
     LoadAdapter,
     Output,
     Outputs,
+    Pause,
     Ready,
     Reply,
+    Resume,
+    Sleep,
     StartProfile,
     Stats,
     StopProfile,
@@ -31,18 +34,22 @@ from multilora.engine.messages import (
     ToEngine,
     UnloadAdapter,
     UseTokenizer,
+    WakeUp,
 )
+from multilora.engine.pause_control import PauseControl
 from multilora.engine.profiler import Profiler
 from multilora.engine.ranks.lead import AnyRanks
 from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.engine.sleep import DeviceSleep
 from multilora.engine.stats import StatsReporter
 from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, QueueFull, UnknownAdapter
 from multilora.params import Composition
 
 
 class Engine:
-    """ahead: how many steps may be launched and not committed: 1 on CUDA, else 0."""
+    """ahead: how many steps may be launched and not committed: 1 on CUDA, else 0. memory: what `Sleep` releases;
+    None: nothing."""
 
     def __init__(
         self,
@@ -52,19 +59,22 @@ class Engine:
         ranks: AnyRanks,
         *,
         describe: Callable[[Stats], Ready],
-        max_queued: int,
+        max_unfinished: int,
         random_seed: int | None,
         ahead: int = 0,
+        memory: DeviceSleep | None = None,
     ):
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
         self._ranks = ranks
-        self.report = StatsReporter(scheduler, adapters)
+        self.pauses = PauseControl(scheduler, adapters, memory)
+        self.report = StatsReporter(scheduler, adapters, lambda: self.pauses.state)
         self.profiler = Profiler()
         self._describe = describe
-        self._max_queued = max_queued
+        self._max_unfinished = max_unfinished
         self._seeds = random.Random(random_seed)
+        self._without_grammar: dict[str, Submit] = {}  # by rid: it is being compiled
         self._calls: dict[int, int] = {}  # version being loaded → call to answer
         self._replies: list[FromEngine] = []
         self._order = 0
@@ -91,6 +101,7 @@ class Engine:
 
     def _step(self) -> list[FromEngine]:
         self._poll_adapters()
+        self._poll_grammars()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
@@ -101,7 +112,8 @@ class Engine:
                 outputs += self._commit(0)
             self._in_flight.append(self.runner.sample(forward))
         outputs += self._commit(self._ahead if plan is not None else 0)
-        return self._take_replies() + ([Outputs(outputs)] if outputs else [])
+        said = self._take_replies() + ([Outputs(outputs)] if outputs else [])
+        return said + (self.pauses.settle(in_flight=bool(self._in_flight)) if self.pauses.working else [])
 
     def _commit(self, ahead: int) -> list[Output]:
         """Read and commit the oldest steps until only `ahead` are in flight."""
@@ -116,12 +128,14 @@ class Engine:
     def running(self) -> bool:
         """A step would compute or say something: do not wait before the next one."""
         waiting = self._in_flight or self._replies or self.scheduler.has_outbox
-        return bool(self.scheduler.running or waiting or self.adapters.working)
+        runs = self.scheduler.running and not self.scheduler.pause.frozen
+        return bool(runs or waiting or self.adapters.working)
 
     @property
     def busy(self) -> bool:
-        """Something is unfinished: requests, answers, adapters on their way."""
-        return self.running or bool(self.scheduler.unfinished or self.adapters.busy)
+        """Something is unfinished: requests that are not frozen, answers, adapters on their way."""
+        waits = self.scheduler.unfinished and not self.scheduler.pause.frozen
+        return self.running or bool(waits or self.adapters.busy or self.pauses.working or self._without_grammar)
 
     @property
     def copying(self) -> bool:
@@ -135,6 +149,8 @@ class Engine:
         match message:
             case Submit():
                 self._submit(message)
+            case Abort(rid, text) if self._without_grammar.pop(rid, None) is not None:
+                self._end_unstarted(rid, Finished(type="abort", message=text))
             case Abort(rid, text):
                 self.scheduler.end(rid, Finished(type="abort", message=text))
             case Finish(rid):
@@ -143,8 +159,12 @@ class Engine:
                 self._load(message)
             case UnloadAdapter(call, version):
                 self._answer(call, lambda: self._unload(version))
-            case FlushCache(call):
-                self._answer(call, lambda: self.scheduler.kv.prefix.flush(self.scheduler.launched))
+            case FlushCache(call, retract):
+                self._answer(call, lambda: self._flush(retract=retract))
+            case Sleep(level=level) if level and self._ranks.size > 1:
+                self._answer(message.call, self._refuse_sleep)
+            case Pause() | Resume() | Sleep() | WakeUp():
+                self.pauses.handle(message)
             case StartProfile():
                 self._answer(message.call, lambda: self.profiler.start(message, self.scheduler.launched))
             case StopProfile(call):
@@ -175,18 +195,34 @@ class Engine:
     # ------------------------------------------------------------------ inside
 
     def _submit(self, message: Submit) -> None:
+        if message.grammar is not None and not self.runner.grammar_ready(message.grammar):
+            self._without_grammar[message.rid] = message
+            return
         try:
             self.scheduler.add(self._admit(message))
         except MultiloraError as e:
-            finished = Finished(type="error", kind=e.kind, message=e.message)
-            self._replies.append(Outputs([Output(rid=message.rid, finished=finished)]))
+            self._end_unstarted(message.rid, Finished(type="error", kind=e.kind, message=e.message))
+
+    def _end_unstarted(self, rid: str, finished: Finished) -> None:
+        """The end of a request that the scheduler does not know."""
+        self._replies.append(Outputs([Output(rid=rid, finished=finished)]))
+
+    def _poll_grammars(self) -> None:
+        """Take in the requests whose grammars are compiled by now."""
+        texts = {message.grammar for message in self._without_grammar.values()}
+        ready = {text for text in texts if text is not None and self.runner.grammar_ready(text)}
+        if ready:
+            for message in list(self._without_grammar.values()):
+                if message.grammar in ready:
+                    self._submit(self._without_grammar.pop(message.rid))
 
     def _admit(self, message: Submit) -> RequestSpec:
         """Checks that only the engine can make, then what the scheduler must know."""
+        self.scheduler.pause.check_open()
         if self.scheduler.get(message.rid) is not None:
             raise BadRequest(f"request id {message.rid!r} is already in use", param="rid")
-        if len(self.scheduler.waiting) >= self._max_queued:
-            raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting already (--max-queued-requests)")
+        if self.scheduler.unfinished >= self._max_unfinished:
+            raise QueueFull(f"{self.scheduler.unfinished} requests run or wait already (--max-queued-requests)")
         self._check_adapters(message.adapters)
         tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
         self.scheduler.components.check_fit([version for version, _ in message.adapters], tokens)
@@ -222,6 +258,11 @@ class Engine:
         own = [self.adapters.get(version).vocab_size for version, _ in composition]
         return own[0] if own and own[0] is not None else self.runner.vocab_size
 
+    def _refuse_sleep(self) -> None:
+        raise BadRequest(
+            f"with --tp-size {self._ranks.size} memory cannot be released: sleep at level 0, or pause instead"
+        )
+
     def _load(self, message: LoadAdapter) -> None:
         try:
             self.adapters.load(message.version, message.path, message.pinned)
@@ -229,6 +270,11 @@ class Engine:
             self._replies.append(Reply(call=message.call, ok=False, kind=e.kind, message=e.message))
             return
         self._calls[message.version] = message.call
+
+    def _flush(self, *, retract: bool) -> None:
+        if retract:
+            self.scheduler.retract()
+        self.scheduler.kv.prefix.flush(self.scheduler.launched)
 
     def _unload(self, version: int) -> None:
         self.adapters.unload(version, self.scheduler.launched)

@@ -26,6 +26,12 @@ from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import ConfigError, MultiloraError
 from multilora.front.tokenizer import Tokenizer
 from multilora.server.app import create_app
+from multilora.server.connections import (
+    AbsoluteTargets,
+    bounded_protocol,
+    connections_within,
+    raise_descriptor_limit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +68,15 @@ class _ServerProcess:
         self._config = config
         self._spool = Spool()
         self._server: _UvicornServer | None = None
+        self._driver: AsyncDriver | None = None
         self._main: asyncio.Task[Any] | None = None
+        self._descriptors = 0  # that the process may have
 
     async def run(self) -> int:
         from multilora.engine.process.client import EngineClient
 
         self._main = asyncio.current_task()
+        self._descriptors = raise_descriptor_limit()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
         _log_arguments(self._config)
@@ -93,10 +102,12 @@ class _ServerProcess:
         config = self._config
         app = create_app(config, client, tokenizer, defaults, self._spool)
         driver: AsyncDriver = app.state.driver
+        self._driver = driver
         await driver.change(driver.front.adapters.load_many(config.lora_paths, all_or_none=True))
         self._server = _UvicornServer(
             uvicorn.Config(
-                app,
+                AbsoluteTargets(app),
+                http=bounded_protocol(self._max_connections()),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -108,6 +119,9 @@ class _ServerProcess:
         logger.info("ready: http://%s:%d", f"[{host}]" if ":" in host else host, port)
         await self._server.serve(sockets=[listener])
 
+    def _max_connections(self) -> int:
+        return self._config.max_connections or connections_within(self._descriptors)
+
     def _signalled(self, number: int) -> None:
         """First: end downloads, and drain or give up starting. Second: do not wait for running requests."""
         logger.info("%s received", signal.Signals(number).name)
@@ -115,6 +129,8 @@ class _ServerProcess:
         if self._server is not None:
             self._server.force_exit = self._server.should_exit
             self._server.should_exit = True
+            if self._driver is not None and self._driver.front.pauses.paused:  # what is frozen would never finish
+                self._driver.front.abort(None, "the server was shut down while it was paused")
         elif self._main is not None:
             self._main.cancel()
 

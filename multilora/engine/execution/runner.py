@@ -133,9 +133,17 @@ class Runner:
         self._sampler = Sampler(model.config.vocab_size, device, model.config.eos_token_ids)
         self._newest = Newest({}, torch.empty(0, dtype=torch.int64))
 
+    def use_graphs(self, graphs: StepGraphs | None) -> None:
+        """Launch steps by these graphs from now on. No step is in flight."""
+        self._graphs = graphs
+
     def use_tokenizer(self, info: str) -> None:
         """See `Sampler.use_tokenizer`."""
         self._sampler.use_tokenizer(info)
+
+    def grammar_ready(self, grammar: str) -> bool:
+        """See `Sampler.grammar_ready`."""
+        return self._sampler.grammar_ready(grammar)
 
     def check_sampling(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
         """Raise BadRequest for what could not be sampled: see `Sampler.check`."""

@@ -80,6 +80,8 @@ def start_process(directory: str, rank: int) -> RankProcess:
 class NoRanks:
     """The contract of `Ranks` where rank 0 is alone."""
 
+    size = 1
+
     def run_step(self, plan: StepPlan) -> None: ...
 
     def use_tokenizer(self, info: str) -> None: ...
@@ -111,12 +113,12 @@ class Ranks:
 
     def __init__(self, config: Config, start: StartRank = start_process, ahead: int | None = None, *, exits: bool):
         self._exits = exits
-        self._size = config.tp_size
+        self.size = config.tp_size
         self._timeout = config.watchdog_timeout
         self._directory = PrivateDirectory("ranks")
         path = str(self._directory.path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._progress = Progress(path, self._size, create=True)
+        self._progress = Progress(path, self.size, create=True)
         self._copies = 0  # orders to copy that were sent
         self._reports = self._context.socket(zmq.PULL)
         self._reports.bind(reports_address(path))
@@ -131,7 +133,7 @@ class Ranks:
         self._closing = False
         self._noticed = threading.Event()  # rank 0 knows of the failure, or is about to close
         self._processes: list[RankProcess] = []
-        for rank in range(1, self._size):
+        for rank in range(1, self.size):
             socket = self._context.socket(zmq.PUSH)
             socket.set(zmq.SNDHWM, 0)  # never wait in `send` for a rank that hangs
             socket.connect(plans_address(path, rank))  # before the rank is there, so that messages wait for it
@@ -146,7 +148,7 @@ class Ranks:
     def join(self, device: torch.device) -> Group:
         """Meet them; rank 0's collectives run on `device`. Raises the error that a rank failed with."""
         self._wait_for(self._joining)
-        self._groups = meet(str(self._directory.path), 0, self._size, device)
+        self._groups = meet(str(self._directory.path), 0, self.size, device)
         return self._groups.model
 
     def wait_until_up(self) -> None:
@@ -240,7 +242,7 @@ class Ranks:
 
     def _wait_for(self, ranks: set[int]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or len(ranks) == self._size - 1)
+            self._changed.wait_for(lambda: self._error is not None or len(ranks) == self.size - 1)
         self.check()
 
     # ------------------------------------------------------------------ the thread
@@ -271,7 +273,7 @@ class Ranks:
             if (code := process.poll()) is not None:
                 if self._reports.poll(200):  # what it said last
                     self._take_reports()
-                return self._error or EngineDead(f"rank {rank} of {self._size} ended with code {code}")
+                return self._error or EngineDead(f"rank {rank} of {self.size} ended with code {code}")
         return None
 
     def _stalled(self) -> MultiloraError | None:
@@ -279,11 +281,11 @@ class Ranks:
         if since is not None and monotonic() - since >= self._timeout:
             return EngineDead(f"a rank has told no facts within {self._timeout} s (--watchdog-timeout)")
         number, at = self._sent
-        late = [rank for rank in range(1, self._size) if self._progress.steps[rank] < number]
+        late = [rank for rank in range(1, self.size) if self._progress.steps[rank] < number]
         if not late or monotonic() - at < self._timeout:
             return None
         return EngineDead(
-            f"rank {late[0]} of {self._size} has not finished step {number} within {self._timeout} s "
+            f"rank {late[0]} of {self.size} has not finished step {number} within {self._timeout} s "
             "(--watchdog-timeout)"
         )
 
