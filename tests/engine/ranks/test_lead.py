@@ -16,9 +16,10 @@ from fakes.ranks import RankThread, start_thread
 from multilora.adapters.loading.loader import InlineLoader
 from multilora.config import Config
 from multilora.engine.build import build_engine
+from multilora.engine.messages import Sleep, WakeUp
 from multilora.engine.ranks import follow, lead
 from multilora.engine.ranks.messages import Broken, FromRank, Joining, encode, reports_address
-from multilora.errors import AdapterIncompatible, ConfigError, EngineDead, OutOfMemory
+from multilora.errors import AdapterIncompatible, BadRequest, ConfigError, EngineDead, OutOfMemory
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,18 @@ def test_a_rank_that_hangs_is_noticed(files: Path, monkeypatch: pytest.MonkeyPat
     driver.submit([5, 6, 8])
     with pytest.raises(EngineDead, match=r"rank 1 of 2 has not finished step \d+ within 1 s \(--watchdog-timeout\)"):
         driver.run()
+    driver.close()
+
+
+def test_memory_is_not_released_by_halves(files: Path) -> None:
+    """Rank 0 could release its own only. A pause is the same on one rank and on several."""
+    driver = EngineDriver(files / "model", tp_size=2)
+    expected = driver.complete([5, 6, 7], max_new_tokens=4).tokens
+    with pytest.raises(BadRequest, match="with --tp-size 2 memory cannot be released: sleep at level 0"):
+        driver.call(Sleep(call=1, level=1, tags=["weights", "kv_cache"], mode=None))
+    driver.call(Sleep(call=2, level=0, tags=[], mode=None))
+    driver.call(WakeUp(3, []))
+    assert driver.complete([5, 6, 7], max_new_tokens=4).tokens == expected
     driver.close()
 
 
