@@ -1,8 +1,7 @@
 """The engine: messages in, messages out, one `step` at a time.
 
 Owns the scheduler, the runner, the adapter store and the other ranks, which execute every plan as well; `build.py`
-puts them together. Runs in its own process behind
-`worker.py`, or in the caller's under `LLM`.
+puts them together. Runs in its own process behind `worker.py`, or in the caller's under `LLM`.
 """
 
 import random
