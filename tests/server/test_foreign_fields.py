@@ -21,8 +21,9 @@ OPENAI_ONLY |= {"summary", "generate_summary"}
 ANTHROPIC_ONLY = {"cache_control", "context_management", "diagnostics", "inference_geo", "speed"}
 ANTHROPIC_ONLY |= {"budget_tokens", "display"}
 OBJECTS = {"reasoning", "text.format", "thinking"}  # within bodies of these two
-# True for a prompt and false for messages: the route has to know it.
+# True for a prompt and false for messages, or with a meaning of its own: the route has to know it.
 MUST_BE_IMPLEMENTED = {("/tokenize", "add_special_tokens"), ("/update_weight_version", "abort_all_requests")}
+MUST_BE_IMPLEMENTED |= {("/pause_generation", "mode")}
 FIELDS = [
     pytest.param(body["route"], name, facts, id=f"{body['peer']}-{body['route']}-{name}")
     for body in BODIES
