@@ -30,6 +30,7 @@ def given(opt) -> tuple[list[str], object]:
         return [opt.flag, "a=/a"], (LoraPath("a", "/a"),)
     values = {
         "cors_origins": ("https://a.example", "*"),
+        "fair_tenant_weight": ("a=2", "b=0.5"),
         "lora_resolver_url": ("https://a.example/loras", "s3://bucket"),
         "lora_resolver_hub": ("org/*", "other/lora-*"),
     }.get(opt.name)
