@@ -103,6 +103,7 @@ def run(client: Client, url: str, base: str, log: Path) -> list[Row]:
             **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), nowhere),
             **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
             "HF_HUB_OFFLINE": "1",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
             "DO_NOT_TRACK": "1",
         }
         with log.open("w") as output:
