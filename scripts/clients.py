@@ -41,6 +41,7 @@ class Client:
     program: str
     install: tuple[str, ...]  # for pip or, if the program is JavaScript, for npm
     no_deps: tuple[str, ...] = ()  # installed afterwards without what they ask for: packages that want a GPU's torch
+    python: str = ""  # of the environment, such as 3.12; empty: this one
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,15 @@ def clients() -> list[Client]:
     return [Client(**{key: tuple(v) if isinstance(v, list) else v for key, v in e.items()}) for e in entries]
 
 
+def stamped(client: Client) -> str:
+    """What `.installed` in an environment says when the environment is what clients.toml asks for."""
+    return repr((client.install, client.no_deps, client.python))
+
+
 def environment(client: Client) -> Path:
     """The folder of the client's environment, made and filled if clients.toml asks for another than is there."""
     folder = ROOT / ".clients" / client.name
-    stamp, wanted = folder / ".installed", repr((client.install, client.no_deps))
+    stamp, wanted = folder / ".installed", stamped(client)
     if stamp.exists() and stamp.read_text() == wanted:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +75,8 @@ def environment(client: Client) -> Path:
         folder.mkdir(parents=True)
         subprocess.run(["npm", "install", "--silent", "--prefix", str(folder), *client.install], check=True)
     else:
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        python = f"python{client.python}" if client.python else sys.executable
+        subprocess.run([python, "-m", "venv", str(folder)], check=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *client.install], check=True)
         if client.no_deps:
@@ -87,7 +94,7 @@ def command(client: Client, folder: Path) -> list[str]:
     return [str(folder / "bin" / "python"), str(program)]
 
 
-def run(client: Client, url: str, base: str, log: Path) -> list[Row]:
+def run(client: Client, url: str, base: str, log: Path, resolver: Path) -> list[Row]:
     """The rows of the client's checks; one that failed, if the program ended before it had any."""
     folder = environment(client)
     nowhere = "http://127.0.0.1:9"
@@ -99,6 +106,7 @@ def run(client: Client, url: str, base: str, log: Path) -> list[Row]:
             "MULTILORA_BASE": base,
             "MULTILORA_SPARE_PORT": str(free_port()),
             "MULTILORA_TOKENIZER": str(base_model_path()),
+            "MULTILORA_RESOLVER_DIR": str(resolver),
             "MULTILORA_ADAPTERS": str(next(iter(adapter_paths().values())).parent),
             **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), nowhere),
             **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
@@ -145,11 +153,15 @@ def main() -> int:
     options.logs.mkdir(parents=True, exist_ok=True)
     results = json.loads(RESULTS.read_text()) if options.names and RESULTS.exists() else {}
     failures = 0
-    with server(options.logs / "server.log") as (url, process), httpx.Client(base_url=url) as http:
+    with (
+        tempfile.TemporaryDirectory() as resolver,
+        server(options.logs / "server.log", "--lora-resolver-dir", resolver) as (url, process),
+        httpx.Client(base_url=url) as http,
+    ):
         wait_until_healthy(http, process)
         base = http.get("/v1/models").json()["data"][0]["id"]
         for client in chosen:
-            rows = run(client, url, base, options.logs / f"{client.name}.log")
+            rows = run(client, url, base, options.logs / f"{client.name}.log", Path(resolver))
             results[client.name] = [asdict(row) for row in rows]
             failures += sum(not row.ok for row in rows)
             for row in rows:

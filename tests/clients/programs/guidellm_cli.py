@@ -12,11 +12,13 @@ from checks import ADAPTER, URL, check, main
 TOKENIZER = os.environ.get("MULTILORA_TOKENIZER", "")
 
 
-def run(*more):
+def run(route):
     out = Path(tempfile.mkdtemp())
-    command = [Path(sys.executable).parent / "guidellm", "benchmark", "run", "--target", URL, "--model", ADAPTER,
-               "--processor", TOKENIZER, "--data", "prompt_tokens=32,output_tokens=8", "--profile", "synchronous",
-               "--max-requests", "5", "--output-path", out / "out.json", *more]  # fmt: skip
+    command = [Path(sys.executable).parent / "guidellm", "run",
+               "--backend", f"kind=openai_http,target={URL},model={ADAPTER},request_format={route}",
+               "--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=5",
+               "--data", f"kind=synthetic_text,prompt_tokens=32,output_tokens=8,processor={TOKENIZER}",
+               "--output-path", out / "out.json"]  # fmt: skip
     subprocess.run([str(part) for part in command], check=True, timeout=240)
     (report,) = out.rglob("*.json")
     totals = json.loads(report.read_text())["benchmarks"][0]["metrics"]["request_totals"]
@@ -24,14 +26,14 @@ def run(*more):
     return totals
 
 
-@check("benchmark run, text completions")
+@check("run, completions")
 def completions():
-    return run("--request-type", "text_completions")
+    return run("/v1/completions")
 
 
-@check("benchmark run, chat completions")
+@check("run, chat completions")
 def chat():
-    return run("--request-type", "chat_completions")
+    return run("/v1/chat/completions")
 
 
 main()
