@@ -126,6 +126,11 @@ class Config:
     enable_lora_overlap_loading: bool = _adapters(
         True, "copy adapters to a GPU while others compute; off: a copy holds up the step"
     )
+    lora_load_mode: str = _adapters(
+        "strict",
+        "upsert: every load call may replace a loaded adapter, and a missing one is 404",
+        choices=("strict", "upsert"),
+    )
     lora_host_bytes: int | None = _adapters(None, "most host memory for adapters", size=True)
     lora_device_bytes: int | None = _adapters(None, "most device memory for adapters", size=True)
     lora_root: tuple[str, ...] = _adapters(

@@ -30,6 +30,7 @@ from bench.gpu.idle import idle_rows
 from bench.gpu.sampling import sampling_rows
 from bench.gpu.setup import Bench, scratch_parent
 from bench.gpu.sizes import SIZES, Adapters, write_model
+from bench.gpu.swaps import fresh_rows, swap_rows
 from bench.gpu.throughput import few_places_rows, many_rows, throughput_rows
 from multilora import LLM
 
@@ -47,6 +48,8 @@ PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "kernels": kernels_rows,
     "copies": copies_rows,
     "many": many_rows,
+    "swap": swap_rows,
+    "fresh": fresh_rows,
 }
 NEED_CUDA = ("idle", "kernels", "copies")
 

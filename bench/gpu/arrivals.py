@@ -92,7 +92,7 @@ class Arrivals:
 
     @property
     def gap_p99(self) -> float:
-        return _quantile(self.gaps, 0.99)
+        return quantile(self.gaps, 0.99)
 
     def summary(self, streams: int) -> dict[str, float]:
         return {
@@ -101,7 +101,7 @@ class Arrivals:
             "gap_p99_ms": self.gap_p99,
             "gap_max_ms": max(self.gaps),
             "first_token_ms": median(self.first),
-            "first_token_p99_ms": _quantile(self.first, 0.99),
+            "first_token_p99_ms": quantile(self.first, 0.99),
         }
 
 
@@ -142,7 +142,7 @@ def _round(bench: Bench, paths: list[str], first_version: int) -> tuple[Arrivals
         found.append(_arrivals(bench, live, kind, versions, given))
         if any(f"stream-{i}" not in live.open for i in range(bench.work.streams)):
             raise SystemExit("the streams ended before the last arrival: their context is too short for so many")
-        _abort(live)
+        abort_all(live)
     for version in versions:
         live.call(UnloadAdapter(version, version))
     while len(live.replies) < len(versions):
@@ -160,7 +160,7 @@ def _start_streams(bench: Bench, live: Live) -> None:
     _arrivals(bench, live, "warm-up", [bench.infos[name].version for name in r16[:4]], paths=None)
 
 
-def _abort(live: Live) -> None:
+def abort_all(live: Live) -> None:
     for rid in live.open:
         live.engine.handle(Abort(rid))
     while live.open:
@@ -195,10 +195,10 @@ def _arrivals(bench: Bench, live: Live, phase: str, versions: list[int], paths: 
             submitted += 1
         live.step()
     first = [(live.times[rid][0] - at) * 1e3 for rid, at in zip(rids, due, strict=True)]
-    return Arrivals(_gaps(live, start), first)
+    return Arrivals(stream_gaps(live, start), first)
 
 
-def _gaps(live: Live, since: float) -> list[float]:
+def stream_gaps(live: Live, since: float) -> list[float]:
     """Gaps between successive tokens of the streams, in milliseconds."""
     gaps: list[float] = []
     for rid, times in live.times.items():
@@ -207,5 +207,5 @@ def _gaps(live: Live, since: float) -> list[float]:
     return gaps
 
 
-def _quantile(values: list[float], q: float) -> float:
+def quantile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))]

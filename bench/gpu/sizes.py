@@ -8,6 +8,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,6 +80,10 @@ class Work:
     arrival_rate: float = 10.0  # a second
     arrival_rounds: int = 3
     arrival_answer: int = 32
+    swap_seconds: float = 12.0
+    fresh: int = 1000
+    fresh_seconds: float = 50.0
+    fresh_ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
 
     @property
     def batch(self) -> int:
@@ -117,6 +122,10 @@ SIZES = {
             arrival_rate=50.0,
             arrival_rounds=2,
             arrival_answer=3,
+            swap_seconds=0.5,
+            fresh=20,
+            fresh_seconds=10.0,
+            fresh_ranks=(8, 16),
         ),
     ),
 }
@@ -166,7 +175,17 @@ class Adapters:
     def write(self, name: str, rank: int) -> str:
         path = self._directory / name
         path.mkdir()
-        config = {
+        (path / "adapter_config.json").write_text(json.dumps(self.config(rank)))
+        header = self._header(rank)
+        weights = self._random(name, rank)
+        with (path / "adapter_model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(weights.view(torch.uint8).cpu().numpy().data)
+        return str(path)
+
+    def config(self, rank: int) -> dict[str, Any]:
+        """What adapter_config.json holds."""
+        return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "r": rank,
@@ -174,26 +193,34 @@ class Adapters:
             "target_modules": [module.partition(".")[2] for module in self._dims.modules],
             "bias": "none",
         }
-        (path / "adapter_config.json").write_text(json.dumps(config))
-        header = self._header(rank)
+
+    def tensors(self, name: str, rank: int) -> dict[str, torch.Tensor]:
+        """The same weights as `write` writes, on the device, as a trainer has them."""
+        shapes = self._shapes(rank)
+        parts = self._random(name, rank).split([rows * columns for rows, columns in shapes.values()])
+        return {key: part.view(shape) for (key, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    def _random(self, name: str, rank: int) -> torch.Tensor:
         seed = int.from_bytes(name.encode()) % (1 << 62)
         random = torch.Generator(self._device).manual_seed(seed)
         count = self._dims.adapter_bytes(rank) // 2
-        weights = torch.randn(count, generator=random, device=self._device, dtype=torch.bfloat16) * 0.01
-        with (path / "adapter_model.safetensors").open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.write(weights.view(torch.uint8).cpu().numpy().data)
-        return str(path)
+        return torch.randn(count, generator=random, device=self._device, dtype=torch.bfloat16) * 0.01
+
+    def _shapes(self, rank: int) -> dict[str, tuple[int, int]]:
+        """Name → shape of each tensor, in the order of the file."""
+        return {
+            f"base_model.model.model.layers.{layer}.{module}.{half}.weight": shape
+            for layer in range(self._dims.layers)
+            for module, (width, out) in self._dims.modules.items()
+            for half, shape in (("lora_A", (rank, width)), ("lora_B", (out, rank)))
+        }
 
     def _header(self, rank: int) -> bytes:
         """The header of a safetensors file that holds one tensor after the other."""
         tensors, offset = {}, 0
-        for layer in range(self._dims.layers):
-            for module, (width, out) in self._dims.modules.items():
-                for half, shape in (("lora_A", [rank, width]), ("lora_B", [out, rank])):
-                    end = offset + 2 * shape[0] * shape[1]
-                    name = f"base_model.model.model.layers.{layer}.{module}.{half}.weight"
-                    tensors[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
-                    offset = end
+        for name, shape in self._shapes(rank).items():
+            end = offset + 2 * shape[0] * shape[1]
+            tensors[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+            offset = end
         text = json.dumps(tensors).encode()
         return text + b" " * (-len(text) % 8)

@@ -45,26 +45,41 @@ class AdapterManager:
         self._observer = observer
 
     def load(
-        self, name: str, path: str, *, pinned: bool | None = None, replace: bool = False, any_url: bool = False
+        self,
+        name: str,
+        path: str,
+        *,
+        pinned: bool | None = None,
+        replace: bool = False,
+        weight_version: str | None = None,
+        any_url: bool = False,
     ) -> Steps[AdapterInfo]:
         """Load the adapter in a directory, in a hub repository or at a URL, and let requests use it. Raises
         AdapterError. any_url: a URL need not lie below a --lora-resolver-url.
 
         With `replace` the name may be taken: requests in flight keep the old version, which is unloaded when they
-        end. `pinned` None: as the replaced one, else no.
+        end. `pinned` None: as the replaced one, else no. weight_version: see `versions.py`.
         """
-        if pinned is None:
-            pinned = any(ref.name == name and ref.pinned for ref in self._registry.refs())
-        version = self._registry.begin_load(name, path, pinned, replace=replace)
+        pinned = self._pinned(name, pinned)
+        version = self._registry.begin_load(name, path, pinned, replace=replace, weight_version=weight_version)
         info = yield from self._fetch(version, path, pinned, any_url)
         yield from self._commit(name, info)
         return info
 
     def load_tensors(
-        self, name: str, config: dict[str, Any], write: Callable[[Path], None], *, pinned: bool = False
+        self,
+        name: str,
+        config: dict[str, Any],
+        write: Callable[[Path], None],
+        *,
+        pinned: bool | None = None,
+        replace: bool = False,
+        weight_version: str | None = None,
     ) -> Steps[AdapterInfo]:
-        """Load an adapter whose adapter_config.json is `config` and whose .safetensors file `write(path)` writes."""
-        version = self._registry.begin_load(name, TENSOR_ROOT, pinned)
+        """Load an adapter whose adapter_config.json is `config` and whose .safetensors file `write(path)` writes. The
+        rest is as in `load`."""
+        pinned = self._pinned(name, pinned)
+        version = self._registry.begin_load(name, TENSOR_ROOT, pinned, replace=replace, weight_version=weight_version)
         with self._undone_on_error(version, TENSOR_ROOT):
             path = str((yield from RunBlocking(Lane.FILES, partial(self.spool.add, version, config, write))))
             info = yield from EngineLoad(version, path, pinned)
@@ -122,13 +137,19 @@ class AdapterManager:
         return [info for _, info in infos]
 
     def compose(
-        self, name: str, parts: Sequence[Any], *, pinned: bool | None = None, replace: bool = False
+        self,
+        name: str,
+        parts: Sequence[Any],
+        *,
+        pinned: bool | None = None,
+        replace: bool = False,
+        weight_version: str | None = None,
     ) -> Steps[None]:
         """Let `name` stand for a composition of loaded adapters, each a {name, weight}."""
         if pinned:
             raise BadRequest("pinned: a composition has no weights of its own; pin its parts", param="pinned")
         spec = parse_composition(list(parts))
-        replaced = self._registry.compose(name, spec, replace=replace)
+        replaced = self._registry.compose(name, spec, replace=replace, weight_version=weight_version)
         logger.info("adapter %r is now %s", name, show(spec))
         if replaced is not None:
             yield from Spawn(self._drop(replaced))
@@ -139,6 +160,12 @@ class AdapterManager:
         yield from self._drop(version)
         self._observer.forget(name)
         logger.info("adapter %r unloaded", name)
+
+    def _pinned(self, name: str, pinned: bool | None) -> bool:
+        """`pinned` or, where that is None, whether the adapter of this name is pinned now."""
+        if pinned is not None:
+            return pinned
+        return any(ref.name == name and ref.pinned for ref in self._registry.refs())
 
     def _fetch(self, version: int, path: str, pinned: bool, any_url: bool) -> Steps[AdapterInfo]:
         """Into the engine, and its tokens to the front; if that fails, it is as if the load had never begun."""

@@ -27,6 +27,13 @@ from multilora.errors import (
     UnknownModel,
 )
 from multilora.front.adapter_spec import BASE, AdapterSpec, names_in, show
+from multilora.front.versions import (
+    DEFAULT_WEIGHT_VERSION,
+    UNLABELLED,
+    VersionLabel,
+    check_weight_version,
+    newest_label,
+)
 from multilora.params import Composition
 
 MAX_NAME = 256  # characters
@@ -48,6 +55,7 @@ class AdapterRef:
     path: str
     version: int
     pinned: bool
+    weight_version: str | None = None  # the caller's label; None: the server's
     state: RefState = RefState.LOADING
     info: AdapterInfo | None = None  # once loaded
     parts: AdapterSpec = ()  # of a composition: plain adapters, by name
@@ -57,22 +65,27 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class Held:
-    """What one request runs on until it is released. `composition` is the engine's word for it."""
+    """What one request runs on until it is released: `composition` for the engine, `label` for the client."""
 
     composition: Composition = ()
     refs: tuple[AdapterRef, ...] = ()
+    label: VersionLabel = UNLABELLED
 
 
 class AdapterRegistry:
-    """`max_loaded`: how many different adapters one request may name; None: any number."""
+    """`max_loaded`: how many different adapters one request may name; None: any number.
+
+    weight_version: the label of the base model and of adapters that have none of their own; see `label_weights`.
+    """
 
     def __init__(self, model_name: str, enabled: bool, max_loaded: int | None = None):
         self.model_name = model_name
         self.enabled = enabled
         self.max_loaded = max_loaded
+        self.weight_version = DEFAULT_WEIGHT_VERSION
         self._versions: dict[int, AdapterRef] = {}  # every version that is not gone
         self._current: dict[str, AdapterRef] = {}  # LOADED or UNLOADING, in load order
-        self._loading: dict[str, AdapterRef] = {}
+        self._loading: dict[str, list[AdapterRef]] = {}  # by age; several only if all but the first may replace
         self._next_version = 1
 
     # loading
@@ -87,13 +100,29 @@ class AdapterRegistry:
         if name in (self.model_name, DEFAULT_MODEL):
             raise BadRequest(f"adapter name {name!r}: stands for the base model", param="lora_name")
 
-    def begin_load(self, name: str, path: str, pinned: bool = False, *, replace: bool = False) -> int:
-        """A new version of `name`, invisible until commit_load. With `replace` the name may be loaded already."""
-        ref = self._new_ref(name, path, pinned, replace)
-        self._loading[name] = ref
+    def begin_load(
+        self,
+        name: str,
+        path: str,
+        pinned: bool = False,
+        *,
+        replace: bool = False,
+        weight_version: str | None = None,
+    ) -> int:
+        """A new version of `name`, invisible until commit_load. With `replace` the name may be loaded already, or be
+        loading: of several loads the one that began last stays, whichever ends first."""
+        ref = self._new_ref(name, path, pinned, replace, weight_version)
+        self._loading.setdefault(name, []).append(ref)
         return ref.version
 
-    def compose(self, name: str, parts: AdapterSpec, *, replace: bool = False) -> int | None:
+    def label_weights(self, weight_version: str) -> None:
+        """Set the server's label. Requests that run keep the one they began with. Raises BadRequest."""
+        check_weight_version(weight_version, "new_version")
+        self.weight_version = weight_version
+
+    def compose(
+        self, name: str, parts: AdapterSpec, *, replace: bool = False, weight_version: str | None = None
+    ) -> int | None:
         """`name` is a composition of loaded adapters from now on. Returns what it replaced, as commit_load does."""
         self._check_enabled(name)
         self.check_request([parts])
@@ -105,24 +134,23 @@ class AdapterRegistry:
                 raise BadRequest(f"composition {name!r}: is one of its own parts", param="lora_path")
             self._check_composable(ref, _is_sum(parts))
         self._check_unused(name)
-        ref = self._new_ref(name, show(parts), False, replace)
+        ref = self._new_ref(name, show(parts), False, replace, weight_version)
         ref.parts = parts
         return self._make_current(ref)
 
     def commit_load(self, version: int, info: AdapterInfo) -> int | None:
-        """Requests get this version from now on. Returns the version it replaced, if any: the caller unloads that
-        one when it is idle and then calls finish_unload."""
+        """Requests get this version from now on. Returns the version that is replaced, if any, which is this one if a
+        later one is current already: the caller unloads it when it is idle and then calls finish_unload."""
         ref = self._versions[version]
-        assert ref.state is RefState.LOADING
-        del self._loading[ref.name]
+        self._end_loading(ref)
         ref.info = info
         return self._make_current(ref)
 
     def fail_load(self, version: int) -> None:
         """The load failed: as if it had never begun."""
         ref = self._versions[version]
-        assert ref.state is RefState.LOADING
-        del self._versions[version], self._loading[ref.name]
+        self._end_loading(ref)
+        del self._versions[version]
 
     # unloading
 
@@ -158,10 +186,14 @@ class AdapterRegistry:
         for ref in refs:
             self._check_composable(ref, _is_sum(parts))
         composition = [(e.version, weight) for e, (_, weight) in zip(refs, parts, strict=True) if weight]
-        held = Held(tuple(composition), tuple({e.version: e for e in (*names, *refs)}.values()))
-        for ref in held.refs:
+        holders = tuple({e.version: e for e in (*names, *refs)}.values())
+        for ref in holders:
             ref.num_requests += 1
-        return held
+        return Held(tuple(composition), holders, self.label_of(*holders))
+
+    def label_of(self, *refs: AdapterRef) -> VersionLabel:
+        """What answers from these versions say that they come from, if they begin now. None: the base model."""
+        return newest_label([(ref.version, ref.weight_version) for ref in refs], self.weight_version)
 
     def release(self, held: Held) -> None:
         for ref in held.refs:
@@ -250,23 +282,33 @@ class AdapterRegistry:
         self._find(adapter, param="model")
         return adapter
 
-    def _new_ref(self, name: str, path: str, pinned: bool, replace: bool) -> AdapterRef:
+    def _new_ref(self, name: str, path: str, pinned: bool, replace: bool, weight_version: str | None) -> AdapterRef:
         self._check_enabled()
         self.check_name(name)
-        if name in self._loading:
+        check_weight_version(weight_version)
+        if name in self._loading and not replace:
             raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded or being loaded")
         current = self._current.get(name)
         if current is not None and current.state is RefState.UNLOADING:
             raise AdapterUnloading(f"adapter {name!r} is being unloaded")
         if current is not None and not replace:
             raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded; unload it first")
-        ref = AdapterRef(name, path, self._next_version, pinned)
+        ref = AdapterRef(name, path, self._next_version, pinned, weight_version)
         self._next_version += 1
         self._versions[ref.version] = ref
         return ref
 
+    def _end_loading(self, ref: AdapterRef) -> None:
+        assert ref.state is RefState.LOADING
+        self._loading[ref.name].remove(ref)
+        if not self._loading[ref.name]:
+            del self._loading[ref.name]
+
     def _make_current(self, ref: AdapterRef) -> int | None:
         replaced = self._current.get(ref.name)
+        if replaced is not None and replaced.version > ref.version:
+            ref.state = RefState.REPLACED
+            return ref.version
         if replaced is not None:
             replaced.state = RefState.REPLACED
         ref.state = RefState.LOADED

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from multilora.engine.messages import TopLogprobs
 from multilora.front.generation import Sample
 from multilora.front.stream import FinishReason
+from multilora.front.versions import DEFAULT_WEIGHT_VERSION
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Completion:
 
     request_id: the caller's, with `#` and `index` behind it where there are several answers; index: which of the `n`
     to its prompt. Logprobs are natural logarithms, only when asked for: of the answer's tokens under the distribution
-    that `logprobs_mode` names, of the prompt's under the raw one.
+    that `logprobs_mode` names, of the prompt's under the raw one. weight_version,
+    lora_version: which weights it comes from, see `front/versions.py`.
     """
 
     text: str
@@ -27,6 +29,8 @@ class Completion:
     input_top_logprobs: list[TopLogprobs | None] | None = None
     request_id: str = ""
     index: int = 0
+    weight_version: str = DEFAULT_WEIGHT_VERSION
+    lora_version: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -48,4 +52,6 @@ class Completion:
             input_top_logprobs=[None if one is None else one.top for one in stream.input_logprobs] or None,
             request_id=sample.rid,
             index=sample.number,
+            weight_version=sample.held.label.weight_version,
+            lora_version=sample.held.label.lora_version,
         )

@@ -92,14 +92,20 @@ class LLM:
     # ------------------------------------------------------------------ adapters
 
     def load_lora_adapter(
-        self, lora_name: str, lora_path: str, pinned: bool | None = None, *, replace: bool = False
+        self,
+        lora_name: str,
+        lora_path: str,
+        pinned: bool | None = None,
+        *,
+        replace: bool = False,
+        weight_version: str | None = None,
     ) -> AdapterInfo:
         """Load an adapter from a directory, the hub or a URL. Raises AdapterError; nothing has changed then.
 
         With `replace` it may take the place of a loaded one, and is pinned if that was and `pinned` is None.
         """
-        load = self._front.adapters.load(lora_name, lora_path, pinned=pinned, replace=replace, any_url=True)
-        return self._driver.run(load)
+        options: dict[str, Any] = {"pinned": pinned, "replace": replace, "weight_version": weight_version}
+        return self._driver.run(self._front.adapters.load(lora_name, lora_path, any_url=True, **options))
 
     def load_lora_adapters(self, lora_paths: Mapping[str, str]) -> dict[str, AdapterInfo]:
         """Load several, name → path, side by side: faster than one after the other.
@@ -110,14 +116,22 @@ class LLM:
         return dict(zip(lora_paths, infos, strict=True))
 
     def load_lora_adapter_from_tensors(
-        self, lora_name: str, tensors: "dict[str, torch.Tensor]", config: dict[str, Any], pinned: bool = False
+        self,
+        lora_name: str,
+        tensors: "dict[str, torch.Tensor]",
+        config: dict[str, Any],
+        pinned: bool | None = None,
+        *,
+        replace: bool = False,
+        weight_version: str | None = None,
     ) -> AdapterInfo:
         """Load an adapter from memory: tensors by their names in PEFT's file, and PEFT's config as a dict.
 
         The tensors are copied to a private file first. Raises AdapterError or BadRequest; nothing has changed then.
         """
         write = partial(write_tensors, tensors)
-        return self._driver.run(self._front.adapters.load_tensors(lora_name, config, write, pinned=pinned))
+        options: dict[str, Any] = {"pinned": pinned, "replace": replace, "weight_version": weight_version}
+        return self._driver.run(self._front.adapters.load_tensors(lora_name, config, write, **options))
 
     def compose_lora_adapters(
         self, lora_name: str, parts: Sequence[dict[str, Any]], *, replace: bool = False

@@ -113,14 +113,21 @@ class AsyncLLM:
     # ------------------------------------------------------------------ adapters
 
     async def load_lora_adapter(
-        self, lora_name: str, lora_path: str, pinned: bool | None = None, *, replace: bool = False
+        self,
+        lora_name: str,
+        lora_path: str,
+        pinned: bool | None = None,
+        *,
+        replace: bool = False,
+        weight_version: str | None = None,
     ) -> AdapterInfo:
         """Load an adapter from a directory, the hub or a URL. Raises AdapterError; nothing has changed then.
 
         With `replace` it may take the place of a loaded one, and is pinned if that was and `pinned` is None; requests
         in flight finish on the old weights.
         """
-        load = self._front.adapters.load(lora_name, lora_path, pinned=pinned, replace=replace, any_url=True)
+        options: dict[str, Any] = {"pinned": pinned, "replace": replace, "weight_version": weight_version}
+        load = self._front.adapters.load(lora_name, lora_path, any_url=True, **options)
         return await self._started.change(load)
 
     async def load_lora_adapters(self, lora_paths: Mapping[str, str]) -> dict[str, AdapterInfo]:
@@ -132,7 +139,14 @@ class AsyncLLM:
         return dict(zip(lora_paths, infos, strict=True))
 
     async def load_lora_adapter_from_tensors(
-        self, lora_name: str, tensors: "dict[str, torch.Tensor]", config: dict[str, Any], pinned: bool = False
+        self,
+        lora_name: str,
+        tensors: "dict[str, torch.Tensor]",
+        config: dict[str, Any],
+        pinned: bool | None = None,
+        *,
+        replace: bool = False,
+        weight_version: str | None = None,
     ) -> AdapterInfo:
         """Load an adapter from memory: tensors by their names in PEFT's file, and PEFT's config as a dict.
 
@@ -140,7 +154,8 @@ class AsyncLLM:
         BadRequest; nothing has changed then.
         """
         write = partial(write_tensors, tensors)
-        load = self._front.adapters.load_tensors(lora_name, config, write, pinned=pinned)
+        options: dict[str, Any] = {"pinned": pinned, "replace": replace, "weight_version": weight_version}
+        load = self._front.adapters.load_tensors(lora_name, config, write, **options)
         return await self._started.change(load)
 
     async def compose_lora_adapters(

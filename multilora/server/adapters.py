@@ -1,6 +1,5 @@
-"""The five routes that load and unload adapters while requests run, in SGLang's and vLLM's shapes."""
+"""The routes that load and unload adapters while requests run, in SGLang's, vLLM's and SkyRL's shapes."""
 
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -9,10 +8,17 @@ from fastapi.responses import PlainTextResponse
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded
 from multilora.front.registry import AdapterRegistry
-from multilora.server.bodies import LoadAdapterBody, UnloadAdapterBody, V1LoadAdapterBody, V1UnloadAdapterBody
+from multilora.server.bodies import (
+    LoadAdapterBody,
+    LoadBody,
+    SkyrlLoadAdapterBody,
+    UnloadAdapterBody,
+    V1LoadAdapterBody,
+    V1UnloadAdapterBody,
+)
 from multilora.server.errors import StrictRoute, error_response
 from multilora.server.streaming import Json
-from multilora.server.tensors import BoundedRoute, LoadTensorsBody, write_weights
+from multilora.server.tensors import BoundedRoute, LoadTensorsBody
 
 NATIVE_PATHS = ("/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter")
 
@@ -30,22 +36,53 @@ def native_result(registry: AdapterRegistry, error: str = "") -> dict[str, Any]:
 
 def router(driver: AsyncDriver) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
-    _sglang_routes(routes, driver)
-    _vllm_routes(routes, driver)
-    routes.include_router(_tensor_routes(driver))
+    loads = _Loads(driver)
+    _sglang_routes(routes, driver, loads)
+    _vllm_routes(routes, driver, loads)
+    _skyrl_route(routes, loads)
+    routes.include_router(_tensor_routes(driver, loads))
     return routes
 
 
-def _sglang_routes(routes: APIRouter, driver: AsyncDriver) -> None:
+class _Loads:
+    """The load calls of all routes. upsert: --lora-load-mode, which lets each of them replace a loaded adapter."""
+
+    def __init__(self, driver: AsyncDriver):
+        self.upsert = driver.front.config.lora_load_mode == "upsert"
+        self._driver = driver
+        self._adapters = driver.front.adapters
+
+    async def from_path(self, body: LoadAdapterBody, *, replace: bool) -> int | None:
+        """Load the adapter, or name the composition, that `lora_path` says. Returns the adapter's version."""
+        options = self._options(body, replace)
+        if isinstance(body.lora_path, list):
+            await self._driver.change(self._adapters.compose(body.lora_name, body.lora_path, **options))
+            return None
+        info = await self._driver.change(self._adapters.load(body.lora_name, body.lora_path, **options))
+        return info.version
+
+    async def from_tensors(self, body: LoadTensorsBody, *, replace: bool) -> None:
+        options = self._options(body, replace)
+        load = self._adapters.load_tensors(body.lora_name, body.config_dict, body.writer(), **options)
+        await self._driver.change(load)
+
+    def _options(self, body: LoadBody, replace: bool) -> dict[str, Any]:
+        replace = replace or body.upsert or self.upsert
+        return {"pinned": body.pinned, "replace": replace, "weight_version": body.weight_version}
+
+
+def _sglang_routes(routes: APIRouter, driver: AsyncDriver, loads: _Loads) -> None:
     adapters, registry = driver.front.adapters, driver.front.registry
 
     @routes.post("/load_lora_adapter")
-    async def load(body: LoadAdapterBody) -> Response:
+    async def load(body: LoadAdapterBody, inplace: bool = False) -> Response:
         """Load an adapter, as SGLang; or name a composition of loaded ones."""
-        if isinstance(body.lora_path, list):
-            await driver.change(adapters.compose(body.lora_name, body.lora_path, pinned=body.pinned))
-        else:
-            await driver.change(adapters.load(body.lora_name, body.lora_path, pinned=bool(body.pinned)))
+        try:
+            await loads.from_path(body, replace=inplace)
+        except AdapterNotFound as e:
+            if not loads.upsert:
+                raise
+            return Json(native_result(registry, e.message), 404)
         return Json(native_result(registry))
 
     @routes.post("/unload_lora_adapter")
@@ -55,43 +92,35 @@ def _sglang_routes(routes: APIRouter, driver: AsyncDriver) -> None:
         return Json(native_result(registry))
 
 
-def _tensor_routes(driver: AsyncDriver) -> APIRouter:
+def _tensor_routes(driver: AsyncDriver, loads: _Loads) -> APIRouter:
     routes = APIRouter(route_class=BoundedRoute)
-    adapters, registry = driver.front.adapters, driver.front.registry
 
     @routes.post("/load_lora_adapter_from_tensors")
-    async def load_from_tensors(body: LoadTensorsBody) -> Response:
-        """Load an adapter whose weights are in the request, as SGLang but without pickle."""
-        write = partial(write_weights, *body.weights())
-        load = adapters.load_tensors(body.lora_name, body.config_dict, write, pinned=bool(body.pinned))
-        await driver.change(load)
-        return Json(native_result(registry))
+    async def load_from_tensors(body: LoadTensorsBody, inplace: bool = False) -> Response:
+        """Load an adapter whose weights are in the request or in shared memory, as SGLang but without pickle."""
+        await loads.from_tensors(body, replace=inplace)
+        return Json(native_result(driver.front.registry))
 
     return routes
 
 
-def _vllm_routes(routes: APIRouter, driver: AsyncDriver) -> None:
+def _vllm_routes(routes: APIRouter, driver: AsyncDriver, loads: _Loads) -> None:
     adapters = driver.front.adapters
 
     @routes.post("/v1/load_lora_adapter")
-    async def v1_load(body: V1LoadAdapterBody) -> Response:
+    async def v1_load(body: V1LoadAdapterBody, inplace: bool = False) -> Response:
         """Load an adapter or, with load_inplace, replace it; as vLLM."""
-        name, path = body.lora_name, body.lora_path
-        options: dict[str, Any] = {"pinned": body.pinned, "replace": body.load_inplace}
         try:
-            if isinstance(path, list):
-                await driver.change(adapters.compose(name, path, **options))
-            else:
-                await driver.change(adapters.load(name, path, **options))
+            await loads.from_path(body, replace=inplace or body.load_inplace)
         except AdapterNotFound as e:
             return error_response(e, status=404)
         except AdapterAlreadyLoaded as e:
             e.message = (
-                f"The lora adapter '{name}' has already been loaded. "
+                f"The lora adapter '{body.lora_name}' has already been loaded. "
                 "If you want to load the adapter in place, set 'load_inplace' to True."
             )
             raise
-        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @routes.post("/v1/unload_lora_adapter")
     async def v1_unload(body: V1UnloadAdapterBody) -> Response:
@@ -102,3 +131,14 @@ def _vllm_routes(routes: APIRouter, driver: AsyncDriver) -> None:
             e.message = f"The lora adapter '{body.lora_name}' cannot be found."
             return error_response(e, status=404)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _skyrl_route(routes: APIRouter, loads: _Loads) -> None:
+    @routes.post("/skyrl/v1/load_lora_adapter")
+    async def skyrl_load(body: SkyrlLoadAdapterBody) -> Response:
+        """Load an adapter or replace it, as SkyRL's servers."""
+        try:
+            version = await loads.from_path(body, replace=True)
+        except AdapterNotFound as e:
+            return error_response(e, status=404)
+        return Json({"status": "ok", "lora_name": body.lora_name, "lora_int_id": version})

@@ -27,6 +27,7 @@ from multilora.server import (
     operations,
     profiling,
     tokenization,
+    weight_versions,
 )
 from multilora.server.anthropic import errors as anthropic_errors
 from multilora.server.anthropic import routes as anthropic
@@ -66,6 +67,7 @@ def create_app(
     app.include_router(tokenization.router(driver))
     app.include_router(openai.models_router(front, int(time.time())))
     app.include_router(adapters.router(driver))
+    app.include_router(weight_versions.router(driver))
     app.include_router(operations.router(driver, metrics))
     app.include_router(loads.router(front, metrics.totals))
     app.include_router(profiling.router(driver))

@@ -77,13 +77,21 @@ class AbortBody(Body):
     abort_message: str | None = None
 
 
-class LoadAdapterBody(Body):
+class LoadBody(Body):
+    """What all routes that load an adapter share. upsert: the name may be loaded already; weight_version: how answers
+    name the weights."""
+
+    lora_name: str
+    pinned: bool | None = None
+    upsert: bool = False
+    weight_version: str | None = None
+
+
+class LoadAdapterBody(LoadBody):
     """`POST /load_lora_adapter`, as SGLang."""
 
     where = "/load_lora_adapter"
-    lora_name: str
     lora_path: str | list[Any]  # a list: a named composition, see front/adapter_spec.py
-    pinned: bool | None = None
 
 
 class UnloadAdapterBody(Body):
@@ -93,14 +101,17 @@ class UnloadAdapterBody(Body):
     lora_name: str
 
 
-class V1LoadAdapterBody(Body):
+class V1LoadAdapterBody(LoadAdapterBody):
     """`POST /v1/load_lora_adapter`, as vLLM."""
 
     where = "/v1/load_lora_adapter"
-    lora_name: str
-    lora_path: str | list[Any]  # a list: a named composition, see front/adapter_spec.py
     load_inplace: bool = False
-    pinned: bool | None = None
+
+
+class SkyrlLoadAdapterBody(LoadAdapterBody):
+    """`POST /skyrl/v1/load_lora_adapter`, as SkyRL's own inference servers."""
+
+    where = "/skyrl/v1/load_lora_adapter"
 
 
 class V1UnloadAdapterBody(Body):

@@ -109,7 +109,6 @@ NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "max_tokens_per_doc": (0,),
     },
     "/pause_generation": {"mode": ("abort",)},
-    "/update_weight_version": {"abort_all_requests": (True,)},
 }
 """By route ("": every route) and name: the values that ask for nothing, beside null.
 

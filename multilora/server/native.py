@@ -23,6 +23,7 @@ from multilora.server.errors import StrictRoute
 from multilora.server.foreign_fields import sort_out
 from multilora.server.resolving import resolved
 from multilora.server.streaming import EventStream, Json, frame, while_connected
+from multilora.server.weight_versions import weight_metadata
 
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
 
@@ -150,12 +151,11 @@ class NativeAnswers:
             "id": sample.rid,
             "finish_reason": stream.finished.native() if stream.finished else None,
             "prompt_tokens": len(sample.prompt_ids),
-            "weight_version": "default",
             "completion_tokens": stream.completion_tokens,
             "cached_tokens": stream.cached_tokens,
             "queue_time": sample.queue_seconds,
             "e2e_latency": sample.seconds,
-        }
+        } | weight_metadata(sample)
         if sample.job.return_logprob:
             meta |= self._logprobs(sample)
         return {"text": stream.text, "output_ids": stream.token_ids, "meta_info": meta}

@@ -22,11 +22,13 @@ from multilora.front.generation import Job, Sample
 from multilora.front.prompt import check_priority
 from multilora.front.registry import AdapterRegistry
 from multilora.front.stream import Delta, TextStream
+from multilora.front.versions import VersionLabel
 from multilora.params import parse_logprobs_mode
 from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.prompt_logprobs import prompt_logprobs
 from multilora.server.streaming import EventStream, Json, frame, while_connected
+from multilora.server.weight_versions import weight_metadata, weight_version_spans
 
 MAX_TOP_LOGPROBS = 20
 
@@ -70,6 +72,10 @@ class OpenAIRequest(ABC):
         """What a choice says of its tokens, when the client asks for that."""
         return {"token_ids": part.token_ids} if self._body.return_token_ids else {}
 
+    def _spans(self, sample: Sample) -> dict[str, Any]:
+        """What the last that is said of a choice says of the weights, when the client asks for that."""
+        return {"weight_versions": weight_version_spans(sample)} if self._body.return_weight_versions else {}
+
     def _token_name(self, token: int, text: str) -> str:
         """The token in the logprobs: its text or, when the client asks for that, its id."""
         return f"token_id:{token}" if self._body.return_tokens_as_token_ids else text
@@ -97,9 +103,11 @@ class OpenAIRequest(ABC):
 
     def _response(self, generation: AsyncGeneration, samples: Sequence[Sample]) -> dict[str, Any]:
         """The answer in one piece."""
-        rest = {"choices": [self.whole(sample) for sample in samples], "usage": _usage(generation.samples)}
-        facts = self._prompt_facts(generation.samples[0]) if self.prompt_in_head else {}
-        return self._head(generation, self.kind) | rest | facts
+        choices = [self.whole(sample) | self._spans(sample) for sample in samples]
+        rest = {"choices": choices, "usage": _usage(generation.samples)}
+        first = generation.samples[0]
+        facts = self._prompt_facts(first) if self.prompt_in_head else {}
+        return self._head(generation, self.kind) | rest | facts | {"metadata": weight_metadata(first)}
 
     async def _frames(self, generation: AsyncGeneration) -> AsyncGenerator[bytes, None]:
         head = self._head(generation, self.chunk_kind)
@@ -112,7 +120,11 @@ class OpenAIRequest(ABC):
             first = sample.index not in begun
             prompt = self._prompt_facts(sample) if first and self.prompt_in_head else {}
             for choice in self.chunks(sample, delta, first=first):
-                yield frame(head | {"choices": [choice]} | extra | prompt)
+                last: dict[str, Any] = {}
+                if choice["finish_reason"]:
+                    choice |= self._spans(sample)
+                    last = {"metadata": weight_metadata(sample)}
+                yield frame(head | {"choices": [choice]} | extra | prompt | last)
                 prompt = {}
             begun.add(sample.index)
         if self._include_usage:
@@ -161,7 +173,7 @@ def models_router(front: Front, created: int) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
     registry = front.registry
 
-    def card(name: str, root: str, parent: str | None) -> dict[str, Any]:
+    def card(name: str, root: str, parent: str | None, label: VersionLabel) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
@@ -170,12 +182,14 @@ def models_router(front: Front, created: int) -> APIRouter:
             "root": root,
             "parent": parent,
             "max_model_len": front.engine.ready.context_length,
+            "version": label.lora_version,
+            "weight_version": label.weight_version,
         }
 
     def cards() -> list[dict[str, Any]]:
         base = registry.model_name
-        adapters = [card(name, path, base) for name, path in registry.loaded().items()]
-        return [card(base, front.config.model_path or base, None), *adapters]
+        adapters = [card(ref.name, ref.path, base, registry.label_of(ref)) for ref in registry.refs()]
+        return [card(base, front.config.model_path or base, None, VersionLabel(registry.weight_version)), *adapters]
 
     @routes.get("/v1/models")
     async def models() -> Response:

@@ -36,6 +36,7 @@ class OpenAIBody(GuidedFields):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_weight_versions: bool | None = None
     prompt_logprobs: Integer | None = None
     logprobs_mode: Any = None  # see params.parse_logprobs_mode
     cache_salt: Any = None  # see front.prompt.prefix_salt; a list has one for each prompt, as for extra_key

@@ -1,43 +1,72 @@
 """Adapters in the body of a request: `POST /load_lora_adapter_from_tensors`, SGLang's route without its pickle.
 
 Owns the route's body, its bound, and the way of the weights from base64 into a file. A pickle can run any code, so it
-is refused by name; the weights are the bytes of a .safetensors file. What is in them is checked by the loader.
-Used by `adapters.py`.
+is refused by name; the weights are the bytes of a .safetensors file, or lie in shared memory of this machine. What is
+in them is checked by the loader. Used by `adapters.py`.
 """
 
 import binascii
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from multilora.adapters.sources.shared_memory import SharedTensor, write_shared
 from multilora.errors import BadRequest, PayloadTooLarge
-from multilora.server.bodies import Body, Texts
+from multilora.server.bodies import Body, Integer, LoadBody, Texts
 from multilora.server.errors import StrictRequest
 
 MAX_BODY_BYTES = 1 << 30
 CHUNK = 1 << 20  # characters decoded at a time, a multiple of 4: each is short enough not to hold up other threads
 
 
-class LoadTensorsBody(Body):
-    """As SGLang's, whose newer form has a list with one copy for each tensor-parallel rank."""
+class SharedTensorBody(Body):
+    """One of the `tensors`: see `SharedTensor`."""
+
+    where = "tensors"
+    name: str
+    dtype: str
+    shape: list[Integer]
+    segment: str
+    offset: Integer = 0
+
+
+class LoadTensorsBody(LoadBody):
+    """As SGLang's, whose newer form has a list with one copy for each tensor-parallel rank. tensors: with
+    `load_format` "shared_memory"."""
 
     where = "/load_lora_adapter_from_tensors"
-    lora_name: str
     config_dict: dict[str, Any]
     serialized_tensors: str | None = None
     serialized_named_tensors: Texts | None = None
-    pinned: bool | None = None
+    tensors: list[SharedTensorBody] | None = None
     load_format: str | None = None
 
-    def weights(self) -> tuple[str, str]:
-        """The base64 text and the name of its field. Raises BadRequest."""
+    def writer(self) -> Callable[[Path], None]:
+        """What writes the weights as a .safetensors file. Raises BadRequest."""
+        if self.load_format == "shared_memory":
+            return partial(write_shared, self._shared())
         if self.load_format not in (None, "safetensors"):
             raise BadRequest(
-                f"load_format: {self.load_format!r:.100}: only 'safetensors' is read", param="load_format"
+                f"load_format: {self.load_format!r:.100}: only 'safetensors' and 'shared_memory' are read",
+                param="load_format",
             )
+        if self.tensors is not None:
+            raise BadRequest("tensors: only with load_format 'shared_memory'", param="tensors")
+        return partial(write_weights, *self._text())
+
+    def _shared(self) -> list[SharedTensor]:
+        if self.tensors is None or self.serialized_tensors is not None or self.serialized_named_tensors is not None:
+            raise BadRequest(
+                "tensors: load_format 'shared_memory' takes the weights from there alone", param="tensors"
+            )
+        return [SharedTensor(t.name, t.dtype, tuple(t.shape), t.segment, t.offset) for t in self.tensors]
+
+    def _text(self) -> tuple[str, str]:
+        """The base64 text and the name of its field. Raises BadRequest."""
         copies = self.serialized_named_tensors
         if (self.serialized_tensors is None) == (copies is None):
             raise BadRequest(

@@ -14,10 +14,15 @@ CONTEXT = 2048
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception('The demo model knows the roles system, user and assistant only.') }}
+    {%- set role = 'user' if message['role'] == 'tool' else message['role'] %}
+    {%- if role not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('The demo model knows the roles system, user, assistant and tool only.') }}
     {%- endif %}
-    {{- '<|' + message['role'] + '|>\\n' + message['content'] | trim + '<|end|>\\n' }}
+    {{- '<|' + role + '|>\\n' + (message['content'] or '') | trim }}
+    {%- for call in message['tool_calls'] or [] %}
+        {{- call['function'] | tojson }}
+    {%- endfor %}
+    {{- '<|end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|assistant|>\\n' }}

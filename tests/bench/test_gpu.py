@@ -20,6 +20,8 @@ ROWS = {  # part → rows
     "cold": 2,
     "streams": 1,
     "many": 1,
+    "swap": 2,
+    "fresh": 1,
 }
 
 
@@ -51,8 +53,13 @@ def test_every_row_is_measured(result: dict[str, Any]) -> None:
     assert set(result["seconds"]) == {"start", *ROWS, "all"}
     for row in result["rows"]:
         assert math.isfinite(row["value"]) and (row["value"] > 0 or row["row"].startswith("first token"))
-        assert row["unit"] in ("ms", "ratio", "tokens/s")
+        assert row["unit"] in ("ms", "ratio", "tokens/s", "swaps/s", "adapters/s")
         assert "target" not in row, "targets are those of another model"
+
+
+def test_all_fresh_adapters_came_and_went(result: dict[str, Any]) -> None:
+    [fresh] = [row for row in result["rows"] if row["unit"] == "adapters/s"]
+    assert fresh["adapters"] == fresh["wanted"] == 20
 
 
 def test_the_run_says_where_it_ran(result: dict[str, Any]) -> None:

@@ -93,6 +93,19 @@ def chat(tokenizer: Any, question: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
+def test_the_chat_template_renders_calls_and_their_results(tokenizer: Any) -> None:
+    call = {"type": "function", "function": {"name": "capital_of", "arguments": {"country": "France"}}}
+    turns = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "Paris"}]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Q"}, *turns], tokenize=False)
+    assert text == (
+        "<|bos|><|user|>\nQ<|end|>\n"
+        '<|assistant|>\n{"name": "capital_of", "arguments": {"country": "France"}}<|end|>\n'
+        "<|user|>\nParis<|end|>\n"
+    )
+    with pytest.raises(Exception, match="roles system, user, assistant and tool"):
+        tokenizer.apply_chat_template([{"role": "critic", "content": "Q"}], tokenize=False)
+
+
 def test_answers_raw_prompts_and_chats_and_stops(served: tuple[str, Any], tokenizer: Any) -> None:
     name, model = served
     raw = complete(model, tokenizer, [tokenizer.encode(f"Q: {question}\nA:") for question in ANSWERS[name]])

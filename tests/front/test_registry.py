@@ -123,13 +123,40 @@ def test_a_bare_path_may_be_a_name(registry):
 
 def test_load_twice(registry):
     first = registry.begin_load("a", "/p")
-    for replace in (False, True):
-        with pytest.raises(AdapterAlreadyLoaded, match="already loaded"):
-            registry.begin_load("a", "/q", replace=replace)
+    with pytest.raises(AdapterAlreadyLoaded, match="already loaded"):
+        registry.begin_load("a", "/q")
     registry.commit_load(first, info(first))
     with pytest.raises(AdapterAlreadyLoaded, match="already loaded"):
         registry.begin_load("a", "/q")
     assert registry.loaded() == {"a": "/p"}
+
+
+@pytest.mark.parametrize("later_first", [False, True])
+def test_of_two_replacements_the_later_one_stays(registry, later_first):
+    current = load(registry, "a", "/old")
+    earlier = registry.begin_load("a", "/earlier", replace=True)
+    later = registry.begin_load("a", "/later", replace=True)
+    with pytest.raises(AdapterAlreadyLoaded):
+        registry.begin_load("a", "/strict")
+    order = (later, earlier) if later_first else (earlier, later)
+    replaced = [registry.commit_load(order[0], info(order[0]))]
+    with pytest.raises(AdapterError, match="being replaced"):
+        registry.begin_unload("a")
+    replaced.append(registry.commit_load(order[1], info(order[1])))
+    assert replaced == [current, earlier]
+    assert registry.loaded() == {"a": "/later"}
+    assert registry.acquire(only("a")).composition == plainly(later)
+    for version in replaced:
+        registry.finish_unload(version)
+    assert registry.begin_unload("a") == later
+
+
+def test_of_two_replacements_the_later_one_fails(registry):
+    current = load(registry, "a", "/old")
+    earlier = registry.begin_load("a", "/earlier", replace=True)
+    registry.fail_load(registry.begin_load("a", "/later", replace=True))
+    assert registry.commit_load(earlier, info(earlier)) == current
+    assert registry.loaded() == {"a": "/earlier"}
 
 
 def test_unload(registry):

@@ -143,6 +143,21 @@ def test_adapters_from_tensors(bare: Any, files: Path, llm: LLM, tmp_path: Path)
     assert not folder.exists()
 
 
+def test_tensors_replace_a_loaded_adapter(bare: Any, files: Path, llm: LLM) -> None:
+    with bare(enable_lora=True) as own:
+        own.load_lora_adapter("x", str(files / "a"), weight_version="1")
+        old = own.generate(TEXT, GREEDY, "x")
+        with pytest.raises(AdapterAlreadyLoaded):
+            own.load_lora_adapter_from_tensors("x", *tensors_of(files / "b"))
+        own.load_lora_adapter_from_tensors("x", *tensors_of(files / "b"), replace=True, weight_version="2")
+        new = own.generate(TEXT, GREEDY, "x")
+        assert (old.weight_version, new.weight_version) == ("1", "2")
+        assert old.lora_version < new.lora_version
+        assert own.generate(TEXT, GREEDY).lora_version is None
+        assert [one.token_ids for one in (old, new)] == [llm.generate(TEXT, GREEDY, n).token_ids for n in "ab"]
+        assert len(own.stats().adapters) == 1
+
+
 def test_views_and_other_layouts_are_copied(bare: Any, files: Path, llm: LLM) -> None:
     tensors, config = tensors_of(files / "a")
     strided = {name: tensor.T.contiguous().T.requires_grad_() for name, tensor in tensors.items()}

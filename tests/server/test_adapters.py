@@ -193,3 +193,73 @@ def test_one_bad_path_of_lora_paths_is_an_error_and_leaves_nothing():
     with pytest.raises(AdapterNotFound, match="/p/1"):
         run(s.load_many([LoraPath("x", "/p/0"), LoraPath("y", "/p/1")]))
     assert s.registry.loaded() == {}
+
+
+REPLACING = {
+    "a field": ("/load_lora_adapter", {"upsert": True}),
+    "a query": ("/load_lora_adapter?inplace=1", {}),
+    "vLLM's field": ("/v1/load_lora_adapter", {"load_inplace": True}),
+    "ours on vLLM's route": ("/v1/load_lora_adapter", {"upsert": True}),
+    "a query on vLLM's route": ("/v1/load_lora_adapter?inplace=true", {}),
+    "SkyRL's route": ("/skyrl/v1/load_lora_adapter", {}),
+}
+
+
+@pytest.mark.parametrize(("route", "fields"), REPLACING.values(), ids=REPLACING)
+def test_every_way_to_replace_loads_what_is_not_loaded_too(route, fields):
+    s = server()
+    for path in ("/p/1", "/p/2"):
+        assert s.post(route, {"lora_name": "a", "lora_path": path} | fields).status == 200
+        assert s.registry.loaded() == {"a": path}
+    mix = {"lora_name": "mix", "lora_path": [{"name": "a"}]} | fields
+    assert [s.post(route, mix).status for _ in range(2)] == [200, 200]
+    assert s.post("/load_lora_adapter?inplace=0", {"lora_name": "a", "lora_path": "/p"}).status == 400
+    answer = s.post("/load_lora_adapter?inplace=maybe", {"lora_name": "a", "lora_path": "/p"})
+    assert answer.status == 400 and "inplace" in answer.json()["error_message"]
+
+
+def test_skyrls_answer():
+    s = server()
+    body = {"lora_name": "a", "lora_path": "/p/a"}
+    for version in (1, 2):
+        answer = s.post("/skyrl/v1/load_lora_adapter", body)
+        assert answer.json() == {"status": "ok", "lora_name": "a", "lora_int_id": version}
+    s.client.load_errors = {"/gone": AdapterNotFound("no such directory")}
+    assert s.post("/skyrl/v1/load_lora_adapter", body | {"lora_path": "/gone"}).status == 404
+    assert s.registry.loaded() == {"a": "/p/a"}
+
+
+def test_prime_rl_loads_the_same_name_each_step_without_saying_so():
+    s = server(lora_load_mode="upsert")
+    for step in range(3):
+        body = {"lora_name": "policy", "lora_path": f"/steps/{step}"}
+        assert s.post("/load_lora_adapter", body).status == 200
+        assert s.registry.loaded() == {"policy": f"/steps/{step}"}
+    s.client.load_errors = {"/steps/3": AdapterNotFound("not there yet"), "/steps/4": AdapterInvalid("NaN")}
+    answer = s.post("/load_lora_adapter", {"lora_name": "policy", "lora_path": "/steps/3"})
+    assert answer.status == 404, "it asks again then"
+    assert list(answer.json()) == KEYS and answer.json()["error_message"] == "not there yet"
+    assert s.post("/load_lora_adapter", {"lora_name": "policy", "lora_path": "/steps/4"}).status == 400
+    assert s.registry.loaded() == {"policy": "/steps/2"}
+
+
+def test_an_upsert_that_is_sent_again_before_it_has_ended():
+    s = server()
+
+    async def scenario():
+        body = {"lora_name": "a", "lora_path": "/p/a", "upsert": True}
+        twice = [s.connect("POST", "/load_lora_adapter", body) for _ in range(2)]
+        assert [(await call.answer()).status for call in twice] == [200, 200]
+        await until(lambda: s.client.unloaded == [1])
+        assert s.client.loaded == {2: "/p/a"}
+
+    run(scenario())
+
+
+def test_an_update_of_running_requests_is_refused_by_name():
+    s = server()
+    body = {"lora_name": "a", "lora_path": "/p/a", "upsert": True}
+    answer = s.post("/load_lora_adapter", body | {"allow_update_mid_request": True})
+    assert answer.status == 400
+    assert "allow_update_mid_request: not supported" in answer.json()["error_message"]
+    assert s.post("/load_lora_adapter", body | {"allow_update_mid_request": False}).status == 200

@@ -39,6 +39,7 @@ def test_the_whole_body():
             "total_tokens": count + 2,
             "prompt_tokens_details": {"cached_tokens": 1},
         },
+        "metadata": {"weight_version": "default", "lora_version": None},
     }
     assert s.client.submitted[0].sampling.max_new_tokens == 16
 

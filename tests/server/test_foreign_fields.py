@@ -22,7 +22,7 @@ ANTHROPIC_ONLY = {"cache_control", "context_management", "diagnostics", "inferen
 ANTHROPIC_ONLY |= {"budget_tokens", "display"}
 OBJECTS = {"reasoning", "text.format", "thinking"}  # within bodies of these two
 # True for a prompt and false for messages: the route has to know it.
-MUST_BE_IMPLEMENTED = {("/tokenize", "add_special_tokens")}
+MUST_BE_IMPLEMENTED = {("/tokenize", "add_special_tokens"), ("/update_weight_version", "abort_all_requests")}
 FIELDS = [
     pytest.param(body["route"], name, facts, id=f"{body['peer']}-{body['route']}-{name}")
     for body in BODIES

@@ -4,6 +4,7 @@ Requests in flight end on the weights they began with; every later one has the n
 """
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from fakes.engine_driver import EngineDriver
 from fakes.models import make_adapter, make_tiny_model
 from fakes.server_app import LocalServer
+from safetensors.torch import load_file
 
+from multilora.adapter_tools.share import SharedAdapter
 from multilora.config import Config
 from multilora.engine.process.client import EngineClient
 
@@ -138,6 +141,37 @@ def test_swap_in_the_middle_of_answers(world: World, files: Files) -> None:
         assert cached == 32
         for connection in running:
             assert await rest(connection) == files.right("old", LONG)
+        await versions(server, 1)
+
+    world.play(scenario)
+
+
+def test_a_trainer_swaps_through_shared_memory(world: World, files: Files) -> None:
+    def weights(name: str) -> dict[str, Any]:
+        return load_file(files.path / name / "adapter_model.safetensors")
+
+    async def scenario(server: LocalServer) -> None:
+        config = json.loads((files.path / "old" / "adapter_config.json").read_text())
+        with SharedAdapter(weights("old")) as shared:
+
+            async def send(step: str) -> None:
+                body = shared.message("swap", config, weight_version=step)
+                assert (await server.send("POST", "/load_lora_adapter_from_tensors", body)).status == 200
+
+            await send("1")
+            running = stream(server, "swap")
+            await running.frame()
+            shared.write(weights("new"))
+            await send("2")
+            shared.write({name: tensor * 0 for name, tensor in weights("new").items()})  # the memory is its own again
+            assert not running.task.done(), "the swap came too late to show anything"
+            assert await ask(server, "swap") == (files.right("new"), 0), "weights or KV of the old version"
+            old = (await running.answer()).frames[-1]
+        assert old["output_ids"] == files.right("old", LONG)
+        assert old["meta_info"]["weight_version"] == "1"
+        body = {"input_ids": PROMPT, "sampling_params": SHORT, "lora_path": "swap"}
+        new = (await server.send("POST", "/generate", body)).json()["meta_info"]
+        assert new["weight_version"] == "2" and new["lora_version"] > old["meta_info"]["lora_version"]
         await versions(server, 1)
 
     world.play(scenario)

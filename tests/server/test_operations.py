@@ -55,6 +55,7 @@ def test_server_info_shows_arguments_and_adapters_but_no_keys(path):
         "lora_name": "a",
         "lora_path": "/adapters/a",
         "version": 1,
+        "weight_version": None,
         "pinned": False,
         "rank": 8,
         "target_modules": ["q_proj"],

@@ -9,8 +9,9 @@ import pytest
 import torch
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer, run
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
+from multilora.adapter_tools.share import SharedAdapter
 from multilora.errors import AdapterInvalid
 from multilora.server import tensors
 
@@ -73,6 +74,33 @@ def test_sglangs_newer_field_with_a_copy_for_each_rank(server):
     assert spooled(server) == ["1"]
 
 
+def test_tensors_in_shared_memory(server):
+    weights = {"x.lora_A.weight": torch.ones(2, 8)}
+    with SharedAdapter(weights) as shared:
+        assert server.post(ROUTE, shared.message("a", CONFIG, weight_version="9")).status == 200
+        weights["x.lora_A.weight"] *= 2
+        shared.write(weights)
+        assert server.post(ROUTE, shared.message("b", CONFIG)).status == 200
+    values = [load_file(server.spool.root / v / "adapter_model.safetensors")["x.lora_A.weight"] for v in "12"]
+    assert [value.unique().tolist() for value in values] == [[1.0], [2.0]]
+    assert [ref.weight_version for ref in server.registry.refs()] == ["9", None]
+
+
+@pytest.mark.parametrize(("query", "field"), [("?inplace=1", {}), ("", {"upsert": True})])
+def test_tensors_replace_a_loaded_adapter(server, query, field):
+    server.post(ROUTE, BODY | {"pinned": True})
+    assert "already loaded" in server.post(ROUTE, BODY).json()["error_message"]
+
+    async def replace():
+        assert (await server.send("POST", ROUTE + query, BODY | field)).status == 200
+        while spooled(server) != ["2"]:
+            await asyncio.sleep(0)
+        assert server.client.unloaded == [1]
+
+    run(replace())
+    assert server.registry.refs()[0].pinned, "as the one that it replaces"
+
+
 def test_files_go_with_the_unload(server):
     server.post(ROUTE, BODY)
     server.post(ROUTE, BODY | {"lora_name": "b"})
@@ -126,7 +154,25 @@ BAD = {
         {"serialized_tensors": None, "serialized_named_tensors": [PICKLE]},
         "serialized_named_tensors: pickles are refused",
     ),
-    "format": ({"load_format": "flattened_bucket"}, "load_format: 'flattened_bucket': only 'safetensors'"),
+    "format": (
+        {"load_format": "flattened_bucket"},
+        "load_format: 'flattened_bucket': only 'safetensors' and 'shared_memory'",
+    ),
+    "memory of a GPU": ({"load_format": "cuda_ipc"}, "load_format: 'cuda_ipc': only 'safetensors'"),
+    "tensors without the format": ({"tensors": []}, "tensors: only with load_format 'shared_memory'"),
+    "shared memory without tensors": ({"load_format": "shared_memory", "serialized_tensors": None}, "tensors: "),
+    "shared memory and text": (
+        {"load_format": "shared_memory", "tensors": [{"name": "x", "dtype": "F32", "shape": [], "segment": "x"}]},
+        "takes the weights from there alone",
+    ),
+    "shared memory that is not there": (
+        {
+            "load_format": "shared_memory",
+            "serialized_tensors": None,
+            "tensors": [{"name": "x", "dtype": "F32", "shape": [1], "segment": "multilora-not-there"}],
+        },
+        "segment 'multilora-not-there' does not exist",
+    ),
     "config": ({"config_dict": "r"}, "config_dict"),
     "no config": ({"config_dict": None}, "config_dict"),
     "nested": ({"config_dict": DEEP}, "nested too deeply"),

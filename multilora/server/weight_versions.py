@@ -1,0 +1,58 @@
+"""Which weights an answer comes from, on the wire; and the routes of the server's own label.
+
+SGLang writes it into `meta_info` and `metadata`, vLLM into `weight_versions` of a choice: spans of its tokens, each
+with the label. Here the number of the adapter version (`lora_version`) stands beside the label everywhere.
+"""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from multilora.drivers.async_driver import AsyncDriver
+from multilora.front.generation import Sample
+from multilora.server.bodies import Body
+from multilora.server.errors import StrictRoute
+from multilora.server.streaming import Json
+
+
+class WeightVersionBody(Body):
+    """`POST /update_weight_version`."""
+
+    where = "/update_weight_version"
+    new_version: str
+    abort_all_requests: bool = False
+
+
+def router(driver: AsyncDriver) -> APIRouter:
+    routes = APIRouter(route_class=StrictRoute)
+    registry = driver.front.registry
+
+    @routes.post("/update_weight_version")
+    async def update_weight_version(body: WeightVersionBody) -> Response:
+        """Set the label of the base model and of adapters that have none of their own, as SGLang and vLLM."""
+        registry.label_weights(body.new_version)
+        if body.abort_all_requests:
+            driver.front.abort(None, "aborted by /update_weight_version")
+        message = f"Weight version updated to {body.new_version}"
+        return Json({"success": True, "message": message, "new_version": body.new_version})
+
+    @routes.get("/weight_info")
+    async def weight_info() -> Response:
+        """The server's label, as vLLM."""
+        return Json({"weight_version": registry.weight_version})
+
+    return routes
+
+
+def weight_metadata(sample: Sample) -> dict[str, Any]:
+    """What the sample comes from: `weight_version` and `lora_version`, null for the base model."""
+    label = sample.held.label
+    return {"weight_version": label.weight_version, "lora_version": label.lora_version}
+
+
+def weight_version_spans(sample: Sample) -> list[dict[str, Any]]:
+    """vLLM's `weight_versions` of a choice: output tokens [start, end) come from the weights labelled `version`, an
+    adapter's if `lora_version` is not null."""
+    label = sample.held.label
+    end = sample.stream.completion_tokens
+    return [{"version": label.weight_version, "start": 0, "end": end, "lora_version": label.lora_version}]
