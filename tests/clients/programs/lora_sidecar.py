@@ -1,5 +1,5 @@
-"""The dynamic LoRA sidecar of Kubernetes' Gateway API inference extension: it loads and unloads what its configuration
-names. (Its own project dropped it in April 2026 for vLLM's file resolver, which is `--lora-resolver-dir` here.)"""
+"""The dynamic LoRA sidecar of Kubernetes' Gateway API inference extension: it loads and unloads what its
+configuration names. (Its project dropped it in April 2026 for vLLM's file resolver: here `--lora-resolver-dir`.)"""
 
 import json
 import os

@@ -1,36 +1,36 @@
-"""SkyRL's Tinker server, driven by the `tinker` SDK: it trains on the CPU (its JAX backend) and samples from our server,
-which finds each saved adapter by its name in --lora-resolver-dir. Nothing of SkyRL is replaced."""
+"""SkyRL's Tinker server, driven by the `tinker` SDK: it trains on the CPU (its JAX backend) and samples from our
+server, which finds each saved adapter by its name in --lora-resolver-dir. Nothing of SkyRL is replaced."""
 
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
 
-from checks import ANSWERS, BASE, PROMPT, URL, answer, check, main
-
-HERE = Path(tempfile.mkdtemp())
-(HERE / BASE).symlink_to(os.environ["MULTILORA_TOKENIZER"])  # the base model has one name on both servers
-os.chdir(HERE)
 import tinker
+from checks import ANSWERS, BASE, PROMPT, URL, answer, check, main
 from tinker import types
 from transformers import AutoTokenizer
 
-TOKENIZER = AutoTokenizer.from_pretrained(BASE)
-PORT = os.environ["MULTILORA_SPARE_PORT"]
+MODEL = os.environ.get("MULTILORA_TOKENIZER", "")
+PORT = os.environ.get("MULTILORA_SPARE_PORT", "0")
+HERE = Path.cwd()  # an empty folder
+TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
 LESSON = " Paris, said the owl. "
 GREEDY = types.SamplingParams(max_tokens=32, temperature=0.0, stop=None)
 
 
 def start():
-    """Start the Tinker server. It starts its engine by the `uv run` that started it, so it must be started by one."""
+    """Start the Tinker server. It starts its engine by the `uv run` that it was started by."""
+    (HERE / BASE).symlink_to(MODEL)  # the base model has one name on both servers
     config = '{"max_lora_adapters": 2, "max_lora_rank": 8, "train_micro_batch_size": 1}'
-    command = ["uv", "run", "--no-project", "--python", sys.executable, "-m", "skyrl.tinker.api", "--base-model", BASE,
-               "--backend", "jax", "--backend-config", config, "--external-inference-url", URL,
-               "--external-inference-lora-base", os.environ["MULTILORA_RESOLVER_DIR"], "--checkpoints-base", HERE / "saved",
-               "--database-url", f"sqlite:///{HERE / 'tinker.db'}", "--host", "127.0.0.1", "--port", PORT]  # fmt: skip
+    command = ["uv", "run", "--no-project", "--python", sys.executable, "-m", "skyrl.tinker.api",
+               "--base-model", BASE, "--backend", "jax", "--backend-config", config,
+               "--external-inference-url", URL,
+               "--external-inference-lora-base", os.environ["MULTILORA_RESOLVER_DIR"],
+               "--checkpoints-base", HERE / "saved", "--database-url", f"sqlite:///{HERE / 'tinker.db'}",
+               "--host", "127.0.0.1", "--port", PORT]  # fmt: skip
     server = subprocess.Popen([str(part) for part in command], env=os.environ | {"JAX_PLATFORMS": "cpu"})
     for _ in range(360):
         try:
@@ -68,7 +68,8 @@ def train():
     whole = tokens(PROMPT + LESSON) + [TOKENIZER.eos_token_id]
     weights = [float(i >= len(tokens(PROMPT))) for i in range(1, len(whole))]
     datum = types.Datum(
-        model_input=types.ModelInput.from_ints(whole[:-1]), loss_fn_inputs={"target_tokens": whole[1:], "weights": weights}
+        model_input=types.ModelInput.from_ints(whole[:-1]),
+        loss_fn_inputs={"target_tokens": whole[1:], "weights": weights},
     )
     scores = []
     for version, steps in enumerate((2, 20)):

@@ -1,9 +1,9 @@
-"""TRL's AsyncGRPOTrainer, whole: it trains a LoRA on the CPU, its rollout worker's process samples from our server, and
-each new policy is published there as an adapter.
+"""TRL's AsyncGRPOTrainer, whole: it trains a LoRA on the CPU, its rollout worker's process samples from our server,
+and each new policy is published there as an adapter.
 
-Two things of its surroundings are replaced, in this process only: the attention kernel, which is FlashAttention 3 from
-the hub, by the same function in torch, and the check that vLLM is installed beside the trainer, of which this way of
-publishing (adapters, no merged weights) uses nothing.
+Two things around it are replaced, in this process only: the attention kernel, which is FlashAttention 3 from the hub,
+by the same function in torch, and the check that vLLM is installed beside the trainer, of which publishing adapters
+(and no merged weights) uses nothing.
 """
 
 import os
@@ -74,11 +74,25 @@ def train():
         BASE_PATH,
         shortness,
         AsyncGRPOConfig(
-            tempfile.mkdtemp(), vllm_server_base_url=URL, max_steps=STEPS, num_generations=4, max_inflight_tasks=8,
-            per_device_train_batch_size=4, gradient_accumulation_steps=1, max_completion_length=24, max_staleness=1,
-            learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", dtype="float32", bf16=False,
-            use_cpu=True, gradient_checkpointing=False, temperature=1.0,
-        ),  # fmt: skip
+            tempfile.mkdtemp(),
+            vllm_server_base_url=URL,
+            max_steps=STEPS,
+            num_generations=4,
+            max_inflight_tasks=8,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            max_completion_length=24,
+            max_staleness=1,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            dtype="float32",
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            temperature=1.0,
+        ),
         Dataset.from_list([{"prompt": [{"role": "user", "content": QUESTION}]}] * 16),
         tokenizer,
         callbacks=[log],

@@ -1,5 +1,5 @@
-"""vLLM's load generator: prompts over two adapters, by both OpenAI routes. (Its module is called, as its command does:
-the command itself imports all of vLLM's engine.)"""
+"""vLLM's load generator: prompts over two adapters, by both OpenAI routes. (Its module is called, as its command
+does: the command itself imports all of vLLM's engine.)"""
 
 import json
 import os
