@@ -26,6 +26,8 @@
     │   └── AdapterUnavailable      503  a hub or URL does not answer as it should; carries `retry_after` seconds
     ├── Unauthorized                401
     ├── QueueFull                   503  carries `retry_after` seconds
+    ├── EnginePaused                503  paused and taking no requests; carries `retry_after` seconds
+    │   └── EngineAsleep            503  its memory is released until /wake_up
     └── EngineDead                  503  the engine process ended
 
 `kind` (the class name) and the message travel between processes; `from_wire` makes the same type again.
@@ -164,6 +166,17 @@ class QueueFull(MultiloraError):
 
     status = 503
     retry_after = 1
+
+
+class EnginePaused(MultiloraError):
+    """Generation is paused and takes no requests until it is resumed; try again after `retry_after` seconds."""
+
+    status = 503
+    retry_after = 1
+
+
+class EngineAsleep(EnginePaused):
+    """The engine has released its memory; no request is taken until it is woken up."""
 
 
 class EngineDead(MultiloraError):

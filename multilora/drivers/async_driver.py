@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from multilora.engine.messages import AdapterInfo, Output, StartProfile
+from multilora.engine.messages import AdapterInfo, Output, Reply, StartProfile, ToEngine
 from multilora.errors import MultiloraError
 from multilora.front.effects import (
     Effect,
+    EngineCall,
     EngineLoad,
     EngineUnload,
     Gather,
@@ -48,6 +49,9 @@ class AsyncEngine(EngineLink, Protocol):
     async def unload_adapter(self, version: int) -> None: ...
 
     async def flush_cache(self) -> None: ...
+
+    async def call(self, message: Callable[[int], ToEngine]) -> Reply:
+        """Send the message that is made of the call's number. Raises the typed error of its reply."""
 
     @property
     def profile_root(self) -> Path:
@@ -144,6 +148,8 @@ class AsyncDriver:
                 return await self.engine.load_adapter(version, path, pinned)
             case EngineUnload(version):
                 await self.engine.unload_adapter(version)
+            case EngineCall(message):
+                return await self.engine.call(message)
             case WaitUntilIdle(version):
                 idle = asyncio.Event()
                 self.front.registry.when_idle(version, idle.set)

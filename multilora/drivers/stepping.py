@@ -15,6 +15,7 @@ from multilora.engine.process.local import LocalEngine
 from multilora.errors import MultiloraError, from_wire
 from multilora.front.effects import (
     Effect,
+    EngineCall,
     EngineLoad,
     EngineUnload,
     Gather,
@@ -59,6 +60,8 @@ class SteppingDriver:
                 self._engine.load_adapter(version, path, pinned, partial(_take_reply, task))
             case EngineUnload(version):
                 self._engine.unload_adapter(version, partial(_take_reply, task))
+            case EngineCall(message):
+                self._engine.begin_call(message, partial(_take_reply, task, whole=True))
             case WaitUntilIdle(version):
                 self._registry.when_idle(version, task.advance)
             case WaitUntilDone(flight):  # which has a deadline of its own
@@ -174,9 +177,10 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, BaseException | None]
         return None, e
 
 
-def _take_reply(task: "_Task[Any]", reply: Reply) -> None:
+def _take_reply(task: "_Task[Any]", reply: Reply, *, whole: bool = False) -> None:
+    """whole: the result is the reply itself, not what it says of an adapter."""
     if reply.ok:
-        task.advance(reply.info)
+        task.advance(reply if whole else reply.info)
     else:
         task.advance(None, from_wire(reply.kind, reply.message))
 

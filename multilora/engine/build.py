@@ -35,6 +35,7 @@ from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, meas
 from multilora.engine.messages import Ready, Stats
 from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.engine.sleep import DeviceSleep
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
 from multilora.lora.base import LoraBackend
@@ -90,15 +91,18 @@ def build_engine(
     over_arena = _attention_maker(config, model)
     memory = _memory(config, model, over_arena)
     attention = over_arena(memory.layout.views(memory.arena))
+    sleep = DeviceSleep(model, memory.arena, partial(_fill, config, model))
     journal = LoraJournal()
     adapters, lora, reclaimer = _lora(
-        config, model, memory, journal, make_loader, make_copier or partial(_copier, config)
+        config, model, memory, sleep, journal, make_loader, make_copier or partial(_copier, config)
     )
     scheduler = _scheduler(config, model.config, memory, reclaimer, adapters, journal)
     backend = lora.backend if lora else None
+    capture = partial(_capture, config, model, attention, backend)
+    runner = Runner(model, attention, lora, config.page_size, device)
     with asking_for("CUDA graphs", "lower --mem-fraction-static, or start with --disable-cuda-graph"):
-        graphs = _capture(config, model, attention, backend)
-    runner = Runner(model, attention, lora, config.page_size, device, graphs)
+        runner.use_graphs(capture())
+    sleep.use_graphs = lambda wanted: runner.use_graphs(capture() if wanted else None)
     logger.info("engine ready in %.1f s on %s, %s", monotonic() - started, device, model.config.dtype)
     return Engine(
         scheduler,
@@ -108,6 +112,7 @@ def build_engine(
         max_queued=config.max_queued_requests,
         random_seed=config.random_seed,
         ahead=int(device.type == "cuda") if ahead is None else ahead,
+        memory=sleep,
     )
 
 
@@ -132,8 +137,14 @@ def _load(config: Config, device: torch.device) -> CausalLM:
             context_length=config.context_length,
         )
         _adapter_limits(config, model)
-        model.load(path, load_format=config.load_format, revision=config.revision, seed=config.random_seed or 0)
+        _fill(config, model)
     return model
+
+
+def _fill(config: Config, model: CausalLM) -> None:
+    """Read the base model's weights into their memory."""
+    path, seed = _model_path(config), config.random_seed or 0
+    model.load(path, load_format=config.load_format, revision=config.revision, seed=seed)
 
 
 def _model_path(config: Config) -> str:
@@ -252,13 +263,14 @@ def _lora(
     config: Config,
     model: CausalLM,
     memory: _Memory,
+    sleep: DeviceSleep,
     journal: LoraJournal,
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
 ) -> tuple[AnyStore, RunnerLora | None, Reclaimer]:
     """What adapters need, if they are enabled; and who makes room in the arena."""
     if config.enable_lora:
-        return _build_lora(config, model, memory, journal, make_loader, make_copier)
+        return _build_lora(config, model, memory, sleep, journal, make_loader, make_copier)
     return DisabledStore(), None, Reclaimer(memory.pool, memory.clock, [memory.prefix])
 
 
@@ -266,6 +278,7 @@ def _build_lora(
     config: Config,
     model: CausalLM,
     memory: _Memory,
+    sleep: DeviceSleep,
     journal: LoraJournal,
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
@@ -294,7 +307,7 @@ def _build_lora(
     staging = _staging(arena.device) if make_loader is None else None
     loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
     store = AdapterStore(
-        DoraBiasLoader(loader, target, model.base_weight),
+        DoraBiasLoader(loader, target, model.base_weight, lambda: sleep.has_weights),
         HostTier(config.max_loaded_loras, config.lora_host_bytes),
         device,
         reclaimer,

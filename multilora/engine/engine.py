@@ -21,8 +21,11 @@ from multilora.engine.messages import (
     LoadAdapter,
     Output,
     Outputs,
+    Pause,
     Ready,
     Reply,
+    Resume,
+    Sleep,
     StartProfile,
     Stats,
     StopProfile,
@@ -30,17 +33,21 @@ from multilora.engine.messages import (
     ToEngine,
     UnloadAdapter,
     UseTokenizer,
+    WakeUp,
 )
+from multilora.engine.pause_control import PauseControl
 from multilora.engine.profiler import Profiler
 from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.engine.sleep import DeviceSleep
 from multilora.engine.stats import StatsReporter
 from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, QueueFull, UnknownAdapter
 from multilora.params import Composition
 
 
 class Engine:
-    """ahead: how many steps may be launched and not committed: 1 on CUDA, else 0."""
+    """ahead: how many steps may be launched and not committed: 1 on CUDA, else 0. memory: what `Sleep` releases;
+    None: nothing."""
 
     def __init__(
         self,
@@ -52,11 +59,13 @@ class Engine:
         max_queued: int,
         random_seed: int | None,
         ahead: int = 0,
+        memory: DeviceSleep | None = None,
     ):
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
-        self.report = StatsReporter(scheduler, adapters)
+        self.pauses = PauseControl(scheduler, adapters, memory)
+        self.report = StatsReporter(scheduler, adapters, lambda: self.pauses.state)
         self.profiler = Profiler()
         self._describe = describe
         self._max_queued = max_queued
@@ -85,7 +94,8 @@ class Engine:
                 outputs += self._commit(0)
             self._in_flight.append(self.runner.sample(forward))
         outputs += self._commit(self._ahead if plan is not None else 0)
-        return self._take_replies() + ([Outputs(outputs)] if outputs else [])
+        said = self._take_replies() + ([Outputs(outputs)] if outputs else [])
+        return said + (self.pauses.settle(in_flight=bool(self._in_flight)) if self.pauses.working else [])
 
     def _commit(self, ahead: int) -> list[Output]:
         """Read and commit the oldest steps until only `ahead` are in flight."""
@@ -100,12 +110,14 @@ class Engine:
     def running(self) -> bool:
         """A step would compute or say something: do not wait before the next one."""
         waiting = self._in_flight or self._replies or self.scheduler.has_outbox
-        return bool(self.scheduler.running or waiting or self.adapters.working)
+        runs = self.scheduler.running and not self.scheduler.pause.frozen
+        return bool(runs or waiting or self.adapters.working)
 
     @property
     def busy(self) -> bool:
-        """Something is unfinished: requests, answers, adapters on their way."""
-        return self.running or bool(self.scheduler.unfinished or self.adapters.busy)
+        """Something is unfinished: requests that are not frozen, answers, adapters on their way."""
+        waits = self.scheduler.unfinished and not self.scheduler.pause.frozen
+        return self.running or bool(waits or self.adapters.busy or self.pauses.working)
 
     @property
     def copying(self) -> bool:
@@ -127,8 +139,10 @@ class Engine:
                 self._load(message)
             case UnloadAdapter(call, version):
                 self._answer(call, lambda: self._unload(version))
-            case FlushCache(call):
-                self._answer(call, lambda: self.scheduler.kv.prefix.flush(self.scheduler.launched))
+            case FlushCache(call, retract):
+                self._answer(call, lambda: self._flush(retract=retract))
+            case Pause() | Resume() | Sleep() | WakeUp():
+                self.pauses.handle(message)
             case StartProfile():
                 self._answer(message.call, lambda: self.profiler.start(message, self.scheduler.launched))
             case StopProfile(call):
@@ -165,6 +179,7 @@ class Engine:
 
     def _admit(self, message: Submit) -> RequestSpec:
         """Checks that only the engine can make, then what the scheduler must know."""
+        self.scheduler.pause.check_open()
         if self.scheduler.get(message.rid) is not None:
             raise BadRequest(f"request id {message.rid!r} is already in use", param="rid")
         if len(self.scheduler.waiting) >= self._max_queued:
@@ -211,6 +226,11 @@ class Engine:
             self._replies.append(Reply(call=message.call, ok=False, kind=e.kind, message=e.message))
             return
         self._calls[message.version] = message.call
+
+    def _flush(self, *, retract: bool) -> None:
+        if retract:
+            self.scheduler.retract()
+        self.scheduler.kv.prefix.flush(self.scheduler.launched)
 
     def _unload(self, version: int) -> None:
         self.adapters.unload(version, self.scheduler.launched)

@@ -1,7 +1,8 @@
 """What the front and the engine say to each other: msgspec structs, sent as msgpack over ZeroMQ, no pickle.
 
-Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `UnloadAdapter`, `FlushCache`, `StartProfile`,
-`StopProfile`), each answered by one `Reply` with the same `call` number; `UseTokenizer` once, `Shutdown` at the end.
+Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `UnloadAdapter`, `FlushCache`, `Pause`,
+`Resume`, `Sleep`, `WakeUp`, `StartProfile`, `StopProfile`), each answered by one `Reply` with the same `call` number;
+`UseTokenizer` once, `Shutdown` at the end.
 Engine → front: `Ready` once, then `Outputs`, `Reply` and `Stats`.
 
 Adapters are *versions* here: integers that the front's registry hands out and never reuses.
@@ -64,9 +65,62 @@ class UnloadAdapter(msgspec.Struct, tag=True, frozen=True):
 
 
 class FlushCache(msgspec.Struct, tag=True, frozen=True):
-    """Drop every idle prefix page."""
+    """Drop every idle prefix page. retract: running requests go back to the queue first and are computed anew, so
+    that no page is in use."""
 
     call: int
+    retract: bool = False
+
+
+PauseMode = Literal["keep", "wait", "abort", "retract"]
+"""What a pause does with the requests that the engine has: they freeze where they are; they finish, and the pause
+begins then; they end with `abort`; they freeze and give their KV pages back, to be computed anew afterwards."""
+
+MemoryTag = Literal["weights", "kv_cache"]
+"""What can be released: the base model's weights; the arena, with KV cache and resident adapters."""
+
+
+class Pause(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Plan no step until `Resume`. Answered once no step is in flight and, with `wait`, no request is left.
+
+    queues: requests that come meanwhile wait in the queue; else they end with EnginePaused. A second Pause replaces
+    the first one's mode. Reply.pause: PauseState.
+    """
+
+    call: int
+    mode: PauseMode
+    queues: bool
+
+
+class Resume(msgspec.Struct, tag=True, frozen=True):
+    """Plan steps again; fails while the engine is asleep. Reply.pause: PauseState."""
+
+    call: int
+
+
+class Sleep(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Pause, then release memory of the device. Adapters stay in host memory, the prefix cache is emptied.
+
+    level 0: pause only; requests that come wait in the queue, on other levels they end with EngineAsleep.
+    level 1: weights on a GPU are kept in host memory.
+    level 2: weights are discarded, and read from their files again at `WakeUp`.
+    mode None: a pause that is there already stays, and outlasts the sleep; else as `keep`. Reply.pause: PauseState.
+    """
+
+    call: int
+    level: int
+    tags: list[MemoryTag]
+    mode: PauseMode | None
+
+
+class WakeUp(msgspec.Struct, tag=True, frozen=True):
+    """Take released memory of these tags again. Once none is missing the engine is awake and generates again.
+
+    Reply.pause: PauseState. Fails with OutOfMemory if the device lacks room; what is restored by then stays.
+    """
+
+    call: int
+    tags: list[MemoryTag]
 
 
 class StartProfile(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -159,6 +213,14 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     trains_tokens: bool = False  # it may have tokens that the base model's tokenizer does not know
 
 
+class PauseState(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the engine generates. mode: of the pause, None: there is none; released: what sleeps."""
+
+    mode: PauseMode | None = None
+    sleeping: bool = False
+    released: list[MemoryTag] = []
+
+
 class Reply(msgspec.Struct, tag=True, frozen=True, kw_only=True, omit_defaults=True):
     """Answer to a call. `kind` and `message` name the error (see `multilora.errors.from_wire`) when not ok."""
 
@@ -167,6 +229,7 @@ class Reply(msgspec.Struct, tag=True, frozen=True, kw_only=True, omit_defaults=T
     kind: str = ""
     message: str = ""
     info: AdapterInfo | None = None
+    pause: PauseState | None = None
 
 
 class AdapterStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,6 +274,7 @@ class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     slots_used: int
     adapters: list[AdapterStats]  # all, or in an update those that have changed since the one before
     unloaded: list[int] = []  # versions that are gone since the update before
+    pause: PauseState = PauseState()
     gen_throughput: float = 0.0  # tokens a second, in the latest second or less in which any were generated
     cache_hit_rate: float = 0.0  # of the prompt tokens of the latest second with any, the part that was cached
     step_tokens: list[int] = []  # cumulative: steps of up to 1, 2, 4, … 16384 tokens, and of more
@@ -265,6 +329,10 @@ ToEngine = (
     | LoadAdapter
     | UnloadAdapter
     | FlushCache
+    | Pause
+    | Resume
+    | Sleep
+    | WakeUp
     | StartProfile
     | StopProfile
     | UseTokenizer

@@ -1,12 +1,12 @@
 """What the engine says of itself: statistics for the front, and log lines a person can read."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import monotonic
 
 from multilora.adapters.lifecycle.disabled import AnyStore
 from multilora.adapters.lifecycle.version import AdapterVersion
-from multilora.engine.messages import AdapterStats, Stats
+from multilora.engine.messages import AdapterStats, PauseState, Stats
 from multilora.engine.plan import StepPlan
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.memory.page_pool import PageKind
@@ -20,9 +20,12 @@ STEP_SIZES = 16  # step sizes are counted by powers of two: up to 1, 2, … 2**1
 class StatsReporter:
     """Reads scheduler and store. Changes only what `stats_update` has told already."""
 
-    def __init__(self, scheduler: Scheduler, adapters: AnyStore):
+    def __init__(
+        self, scheduler: Scheduler, adapters: AnyStore, pause: Callable[[], PauseState] = lambda: PauseState()
+    ):
         self._scheduler = scheduler
         self._adapters = adapters
+        self._pause = pause
         self._since = monotonic()
         self._generated_then = 0
         self._step_tokens = [0] * STEP_SIZES
@@ -105,6 +108,7 @@ class StatsReporter:
             slots_used=used,
             adapters=[_adapter_stats(adapter, page_bytes) for adapter in adapters],
             unloaded=unloaded,
+            pause=self._pause(),
             gen_throughput=self._rates.gen_throughput,
             cache_hit_rate=self._rates.cache_hit_rate,
             step_tokens=list(self._step_tokens),

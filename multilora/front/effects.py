@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from multilora.engine.messages import AdapterInfo
+from multilora.engine.messages import AdapterInfo, Reply, ToEngine
 from multilora.errors import MultiloraError
 
 T = TypeVar("T")
@@ -63,6 +63,13 @@ class EngineUnload(Effect[None]):
     """Have the engine forget `version`, which no request holds. Raises EngineDead."""
 
     version: int
+
+
+@dataclass(frozen=True)
+class EngineCall(Effect[Reply]):
+    """Have the engine perform the call that `message` makes of its number. Raises its typed error, or EngineDead."""
+
+    message: Callable[[int], ToEngine]
 
 
 @dataclass(frozen=True)

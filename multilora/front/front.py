@@ -23,6 +23,7 @@ from multilora.front.fetcher import Fetcher
 from multilora.front.generation import Generation, Job, Sample
 from multilora.front.grammar import GrammarCompiler
 from multilora.front.observer import Ending, Observer
+from multilora.front.pause_manager import PauseManager
 from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, engine_params
 from multilora.front.registry import AdapterRegistry
 from multilora.front.resolver import Resolver
@@ -60,6 +61,7 @@ class Front:
         fetcher = Fetcher(config, spool)
         self.adapters = AdapterManager(self.registry, self.vocabularies, spool, fetcher, self.observer)
         self.resolver = Resolver(config, self.registry, self.adapters, fetcher, self.observer)
+        self.pauses = PauseManager()
         self._room = config.max_running_requests + config.max_queued_requests
         self._compiler = GrammarCompiler(tokenizer, ready.vocab_size, ready.eos_token_ids)
         self._tokenizer_sent = False  # to the engine, for its grammars
@@ -95,13 +97,17 @@ class Front:
             raise
         return generation
 
-    def abort(self, rid: str | None, message: str = "aborted") -> None:
-        """Abort the request `rid`, all of its samples; None: every request. They end with `abort`."""
+    def abort(self, rid: str | None, message: str = "aborted") -> int:
+        """Abort the request `rid`, all of its samples; None: every request. They end with `abort`. Returns how many
+        requests that are."""
+        found = set()
         for open_rid, sample in list(self._open.items()):
             if rid is None or open_rid == rid or open_rid.rpartition("#")[0] == rid:
                 sample.abort_message = message
                 if sample.submitted:
                     self.engine.abort(sample.key, message)
+                found.add(open_rid.rpartition("#")[0] or open_rid)
+        return len(found)
 
     def _end(self, sample: Sample) -> None:
         """The sample has ended: release its adapters."""

@@ -147,6 +147,37 @@ class LLM:
         """Name → path ("__tensor__": loaded from tensors)."""
         return self._front.registry.loaded()
 
+    # ------------------------------------------------------------------ pauses
+
+    def pause(self) -> None:
+        """Let `generate` raise EnginePaused until `resume`. Adapters can be loaded and unloaded meanwhile."""
+        self._driver.run(self._front.pauses.pause("wait"))
+
+    def resume(self) -> None:
+        """End a pause. Raises BadRequest while the engine is asleep."""
+        self._driver.run(self._front.pauses.resume())
+
+    def is_paused(self) -> bool:
+        return self._front.pauses.paused
+
+    def sleep(self, level: int = 1, tags: Sequence[str] | None = None) -> None:
+        """Release the device's memory until `wake_up`; `generate` raises EngineAsleep meanwhile.
+
+        level: 1 keeps the weights in host memory, 2 discards them and reads their files again, 0 releases nothing.
+        tags: "weights" and "kv_cache", which holds resident adapters too; None: both. Adapters stay loaded.
+        """
+        self._driver.run(self._front.pauses.sleep(level, "wait", tags))
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> bool:
+        """Take the memory back. Returns whether nothing is missing, and `generate` works again.
+
+        Raises OutOfMemory where the device lacks room; it can be called again.
+        """
+        return self._driver.run(self._front.pauses.wake_up(tags))
+
+    def is_sleeping(self) -> bool:
+        return self._front.pauses.state.sleeping
+
     # ------------------------------------------------------------------ state and end
 
     @property

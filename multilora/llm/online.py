@@ -168,6 +168,46 @@ class AsyncLLM:
         """Refuse new requests for the name, wait for those it has, and free it. Raises AdapterNotLoaded."""
         await self._started.change(self._front.adapters.unload(lora_name))
 
+    # ------------------------------------------------------------------ pauses
+
+    async def pause(self, mode: str = "abort", *, clear_cache: bool = True) -> None:
+        """Generate nothing until `resume`; returns once the engine is at rest. Raises BadRequest.
+
+        mode: requests that run freeze ("keep"), finish ("wait") or are aborted ("abort"), or freeze and are computed
+        anew afterwards ("retract"). With "keep" and "retract" new requests wait, else they raise EnginePaused.
+        clear_cache: drop the prefix cache, but not with "keep". Adapters can be loaded and unloaded meanwhile.
+        """
+        await self._started.change(self._front.pauses.pause(mode, clear_cache=clear_cache))
+
+    async def resume(self) -> None:
+        """End a pause. Raises BadRequest while the engine is asleep."""
+        await self._started.change(self._front.pauses.resume())
+
+    async def is_paused(self) -> bool:
+        return self._front.pauses.paused
+
+    async def sleep(self, level: int = 1, mode: str = "abort", tags: Sequence[str] | None = None) -> None:
+        """Pause, and release the device's memory until `wake_up`; requests raise EngineAsleep meanwhile.
+
+        level: 1 keeps the weights in host memory, 2 discards them and reads their files again, 0 releases nothing.
+        tags: "weights" and "kv_cache", which holds resident adapters too; None: both. Adapters stay loaded.
+        """
+        await self._started.change(self._front.pauses.sleep(level, mode, tags))
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> bool:
+        """Take the memory back and, once nothing is missing, generate again. Returns whether the engine is awake.
+
+        Raises OutOfMemory where the device lacks room; it can be called again.
+        """
+        return await self._started.change(self._front.pauses.wake_up(tags))
+
+    async def is_sleeping(self) -> bool:
+        return self._front.pauses.state.sleeping
+
+    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> None:
+        """Empty the prefix cache; the flag has running requests computed anew, so that they hold none of it."""
+        await self._started.change(self._front.pauses.flush(retract=reset_running_requests))
+
     def loaded_adapters(self) -> dict[str, str]:
         """Name → path ("__tensor__": loaded from tensors)."""
         return self._front.registry.loaded()

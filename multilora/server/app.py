@@ -25,7 +25,9 @@ from multilora.server import (
     openai,
     openapi,
     operations,
+    pauses,
     profiling,
+    token_generate,
     tokenization,
     weight_versions,
 )
@@ -69,6 +71,8 @@ def create_app(
     app.include_router(adapters.router(driver))
     app.include_router(weight_versions.router(driver))
     app.include_router(operations.router(driver, metrics))
+    app.include_router(pauses.router(driver))
+    app.include_router(token_generate.router(driver))
     app.include_router(loads.router(front, metrics.totals))
     app.include_router(profiling.router(driver))
     openapi.install(app)

@@ -77,6 +77,40 @@ class AbortBody(Body):
     abort_message: str | None = None
 
 
+class PauseBody(Body):
+    """`POST /pause_generation`, as SGLang."""
+
+    where = "/pause_generation"
+    mode: str = "abort"
+
+
+class ContinueBody(Body):
+    """`POST /continue_generation`, as SGLang."""
+
+    where = "/continue_generation"
+
+
+class MemoryBody(Body):
+    """`/release_memory_occupation` and `/resume_memory_occupation`, as SGLang. tags None: everything."""
+
+    where = "/release_memory_occupation"
+    tags: list[str] | None = None
+
+
+class AbortRequestsBody(Body):
+    """`POST /abort_requests`, as vLLM. Nothing in it: every request."""
+
+    where = "/abort_requests"
+    request_ids: list[str] | None = None
+
+
+class ResetCacheBody(Body):
+    """`POST /reset_prefix_cache` by clients that send JSON; vLLM's have a query."""
+
+    where = "/reset_prefix_cache"
+    reset_running_requests: bool | None = None
+
+
 class LoadBody(Body):
     """What all routes that load an adapter share. upsert: the name may be loaded already; weight_version: how answers
     name the weights."""

@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from multilora.errors import AdapterUnavailable, BadRequest, MultiloraError, QueueFull
+from multilora.errors import AdapterUnavailable, BadRequest, EnginePaused, MultiloraError, QueueFull
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def error_response(
     """`body` and `status`: where a route has its own."""
     status = status or error.status
     headers = {}
-    if isinstance(error, QueueFull | AdapterUnavailable):
+    if isinstance(error, QueueFull | EnginePaused | AdapterUnavailable):
         headers["Retry-After"] = str(error.retry_after)
     return JSONResponse(body or error_body(error, status), status, headers)
 

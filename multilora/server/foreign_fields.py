@@ -108,7 +108,6 @@ NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "max_tokens_per_query": (0,),
         "max_tokens_per_doc": (0,),
     },
-    "/pause_generation": {"mode": ("abort",)},
 }
 """By route ("": every route) and name: the values that ask for nothing, beside null.
 

@@ -149,6 +149,13 @@ BODIES: Mapping[str, Field] = {
     "weight_version": _of("The caller's own name of the weights."),
     "abort_all_requests": _of("Abort every request first."),
     "upsert": _of("Replace the adapter of that name if there is one."),
+    "mode": _of("What becomes of the requests that run."),
+    "torch_empty_cache": _of("Has no effect."),
+    "tags": _of("Which memory: weights, kv_cache; null: all."),
+    "request_ids": _of("Ids of requests; none: all."),
+    "request_id": _of("The caller's own id of the request."),
+    "reset_running_requests": _of("Compute running requests anew, so that they hold no cached prefix."),
+    "token_ids": _of("The prompt."),
 }
 
 FIELDS: Mapping[str, Field] = {**BODIES, **SAMPLING}

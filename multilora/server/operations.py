@@ -19,6 +19,7 @@ from multilora.server.bodies import AbortBody
 from multilora.server.errors import StrictRoute
 from multilora.server.loads import internal_state
 from multilora.server.metrics.collector import CONTENT_TYPE, Metrics
+from multilora.server.pauses import vllm_config
 from multilora.server.streaming import Json, while_connected
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,9 @@ def _health(routes: APIRouter, driver: AsyncDriver) -> None:
 
     @routes.get("/health_generate")
     async def health_generate(request: Request) -> Response:
-        """200 once the engine has generated one token."""
+        """200 once the engine has generated one token; at once while it is paused or asleep, and alive."""
+        if driver.front.pauses.paused and driver.engine.alive:
+            return Response()
         sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         prompt = [min(1, driver.engine.ready.vocab_size - 1)]
 
@@ -135,6 +138,9 @@ def _running(front: Front) -> dict[str, Any]:
             | ({"parts": [{"name": name, "weight": weight} for name, weight in ref.parts]} if ref.parts else {})
             for ref in registry.refs()
         ],
+        "paused": front.pauses.paused,
+        "sleeping": front.pauses.state.sleeping,
+        "vllm_config": vllm_config(front),
         "internal_states": [internal_state(front)],
     }
 

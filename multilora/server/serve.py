@@ -62,6 +62,7 @@ class _ServerProcess:
         self._config = config
         self._spool = Spool()
         self._server: _UvicornServer | None = None
+        self._driver: AsyncDriver | None = None
         self._main: asyncio.Task[Any] | None = None
 
     async def run(self) -> int:
@@ -93,6 +94,7 @@ class _ServerProcess:
         config = self._config
         app = create_app(config, client, tokenizer, defaults, self._spool)
         driver: AsyncDriver = app.state.driver
+        self._driver = driver
         await driver.change(driver.front.adapters.load_many(config.lora_paths, all_or_none=True))
         self._server = _UvicornServer(
             uvicorn.Config(
@@ -115,6 +117,8 @@ class _ServerProcess:
         if self._server is not None:
             self._server.force_exit = self._server.should_exit
             self._server.should_exit = True
+            if self._driver is not None and self._driver.front.pauses.paused:  # what is frozen would never finish
+                self._driver.front.abort(None, "the server was shut down while it was paused")
         elif self._main is not None:
             self._main.cancel()
 

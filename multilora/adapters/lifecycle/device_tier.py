@@ -207,11 +207,21 @@ class DeviceTier:
         """Back to where its bytes are. Returns its number of pages."""
         victim = self._victim()
         assert victim is not None
-        self.remove(victim, fence)
-        victim.evictions += 1
-        victim.move(State.ON_HOST if victim.host is not None else State.REGISTERED)
-        self._on_evict(victim.version)
+        self._evict(victim, fence)
         return victim.pages
+
+    def evict_all(self, fence: int) -> list[AdapterVersion]:
+        """Every resident, pinned ones too. Nothing runs on any of them, and none is being copied."""
+        evicted = list(self._residents.values())
+        for adapter in evicted:
+            self._evict(adapter, fence)
+        return evicted
+
+    def _evict(self, adapter: AdapterVersion, fence: int) -> None:
+        self.remove(adapter, fence)
+        adapter.evictions += 1
+        adapter.move(State.ON_HOST if adapter.host is not None else State.REGISTERED)
+        self._on_evict(adapter.version)
 
     def _over(self, count: int, num_pages: int) -> bool:
         """Would `count` more adapters of `num_pages` in all be over a limit of this tier?"""

@@ -93,6 +93,7 @@ class AdapterStore:
         self._fetches = FetchQueue(loader, host, page_bytes)
         self._claims: dict[int, AdapterVersion] = {}  # claimed in this plan
         self._pins_coming: dict[int, AdapterVersion] = {}  # pinned, and not on the device yet
+        self._suspended = False  # nothing is copied to the device
         self._loaded_count = self._loaded_pages = 0
         self._changes: dict[int, AdapterVersion] = {}  # since `take_changes`
         self._gone: list[int] = []  # reported versions that were unloaded since
@@ -135,7 +136,7 @@ class AdapterStore:
         self._poll_copies(fence)
         self.device.shrink(fence)
         events = [event for done in self._fetches.poll_fetches() if (event := self._take_fetched(*done))]
-        for version in list(self._pins_coming):
+        for version in [] if self._suspended else list(self._pins_coming):
             self.request_load(version, fence, urgent=True)
         return events + self._start_fetches()
 
@@ -145,6 +146,17 @@ class AdapterStore:
         self._limits.check_device(device_bytes, max_count, self.loaded())
         max_pages = None if device_bytes is None else device_bytes // self._page_bytes
         self.device.set_limits(max_count, max_pages, fence)
+
+    def suspend_copies(self, fence: int) -> None:
+        """Evict every adapter from the device, and bring none there until `resume_copies`. No request runs on one,
+        none is being copied. Loads and unloads go on, in host memory."""
+        self._suspended = True
+        evicted = self.device.evict_all(fence)
+        self._pins_coming |= {adapter.version: adapter for adapter in evicted if adapter.pinned}
+
+    def resume_copies(self) -> None:
+        """Pinned adapters come back by themselves, others when a request asks for them."""
+        self._suspended = False
 
     @property
     def busy(self) -> bool:

@@ -38,12 +38,24 @@ class _Work:
 
 
 class DoraBiasLoader:
-    """The contract of `Loader`: it completes what the wrapped loader returns. seconds: the time for one `poll`."""
+    """The contract of `Loader`: it completes what the wrapped loader returns.
 
-    def __init__(self, loader: Loader, target: PackTarget, base: BaseModule, seconds: float = SLICE_SECONDS):
+    has_base: whether the base model's weights can be read now, else what needs them waits. seconds: the time for one
+    `poll`.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        target: PackTarget,
+        base: BaseModule,
+        has_base: Callable[[], bool] = lambda: True,
+        seconds: float = SLICE_SECONDS,
+    ):
         self._loader = loader
         self._target = target
         self._base = base
+        self._has_base = has_base
         self._seconds = seconds
         self._queue: deque[_Work] = deque()
         self._stream: torch.cuda.Stream | None = None
@@ -51,7 +63,7 @@ class DoraBiasLoader:
     @property
     def working(self) -> bool:
         """See `Loader`."""
-        return bool(self._queue) or self._loader.working
+        return (bool(self._queue) and self._has_base()) or self._loader.working
 
     def submit(self, job: FetchJob) -> None:
         """See `Loader`."""
@@ -82,7 +94,7 @@ class DoraBiasLoader:
         done: list[tuple[Fetched, torch.Tensor | None]] = []
         deadline = monotonic() + self._seconds
         with torch.inference_mode(), self._side_stream():
-            while self._queue and monotonic() < deadline:
+            while self._queue and self._has_base() and monotonic() < deadline:
                 if next(self._queue[0].steps, StopIteration) is StopIteration:
                     work = self._queue.popleft()
                     done.append((work.result, work.buffer))

@@ -133,6 +133,10 @@ class Runner:
         self._sampler = Sampler(model.config.vocab_size, device, model.config.eos_token_ids)
         self._newest = Newest({}, torch.empty(0, dtype=torch.int64))
 
+    def use_graphs(self, graphs: StepGraphs | None) -> None:
+        """Launch steps by these graphs from now on. No step is in flight."""
+        self._graphs = graphs
+
     def use_tokenizer(self, info: str) -> None:
         """See `Sampler.use_tokenizer`."""
         self._sampler.use_tokenizer(info)

@@ -156,8 +156,12 @@ class EngineClient:
         await self._call(call, UnloadAdapter(call, version))
 
     async def flush_cache(self) -> None:
+        await self.call(FlushCache)
+
+    async def call(self, message: Callable[[int], ToEngine]) -> Reply:
+        """Send the message that is made of the call's number. Raises the typed error of its reply."""
         call = self._next_call()
-        await self._call(call, FlushCache(call))
+        return await self._call(call, message(call))
 
     async def start_profile(self, wanted: StartProfile) -> None:
         """Raises BadRequest if a profile is running. `wanted.call` is set here."""

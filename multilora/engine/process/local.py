@@ -20,6 +20,7 @@ from multilora.engine.messages import (
     Reply,
     Stats,
     Submit,
+    ToEngine,
     UnloadAdapter,
     UseTokenizer,
 )
@@ -70,15 +71,17 @@ class LocalEngine:
 
     def load_adapter(self, version: int, path: str, pinned: bool, answer: Callable[[Reply], None]) -> None:
         """Begin the load; a later step calls `answer`."""
-        call = next(self._calls)
-        self._callers[call] = answer
-        self.engine.handle(LoadAdapter(call=call, version=version, path=path, pinned=pinned))
+        self.begin_call(lambda call: LoadAdapter(call=call, version=version, path=path, pinned=pinned), answer)
 
     def unload_adapter(self, version: int, answer: Callable[[Reply], None]) -> None:
         """Begin the unload; a later step calls `answer`."""
+        self.begin_call(lambda call: UnloadAdapter(call, version), answer)
+
+    def begin_call(self, message: Callable[[int], ToEngine], answer: Callable[[Reply], None]) -> None:
+        """Begin the call whose message is made of its number; a later step calls `answer`."""
         call = next(self._calls)
         self._callers[call] = answer
-        self.engine.handle(UnloadAdapter(call, version))
+        self.engine.handle(message(call))
 
     def step(self) -> None:
         """One step of the engine. Where there is nothing to compute, wait a millisecond."""

@@ -73,6 +73,7 @@ class Worker:
                 return
             if isinstance(message, Shutdown):
                 self._draining = True
+                self._engine.pauses.abort_frozen()
             else:
                 self._engine.handle(message)
                 self._changed = True

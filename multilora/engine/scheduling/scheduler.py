@@ -22,6 +22,7 @@ from multilora.engine.sampling.state import SamplingState, needs_prompt
 from multilora.engine.scheduling.admission import MAX_WAIT, Admission
 from multilora.engine.scheduling.chunks import adapter_order, make_chunk, make_output, take_prompt_logprobs
 from multilora.engine.scheduling.lora_journal import LoraJournal
+from multilora.engine.scheduling.pause import Pause
 from multilora.engine.scheduling.policy import POLICIES
 from multilora.engine.scheduling.request import PageNamespaces, Request, RequestSpec, RequestState
 from multilora.engine.scheduling.slots import Slots
@@ -58,6 +59,7 @@ class Scheduler:
     ):
         self.kv = kv
         self.namespaces = namespaces
+        self.pause = Pause()
         self.components = Components(adapters, kv)
         self.waiting: list[Request] = []  # by order
         self.running: list[Request] = []  # by admission
@@ -102,6 +104,17 @@ class Scheduler:
             if finished is not None:
                 self._outbox.append(self._output(request, [], finished))
 
+    def abort_all(self, message: str) -> None:
+        """End every request with `abort`."""
+        for rid in list(self._requests):
+            self.end(rid, Finished(type="abort", message=message))
+
+    def retract(self) -> None:
+        """Send every running request back to the queue: it gives its pages back and is computed anew later."""
+        for request in list(self.running):
+            self._preempt(request)
+        self.components.begin_plan()  # what the last plan asked for is not wanted now
+
     def fail_waiting(self, version: int, error: MultiloraError) -> None:
         """The adapter could not be brought back: the requests that wait for it end with the error."""
         for request in [r for r in self.waiting if version in r.versions]:
@@ -123,7 +136,9 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None if nothing can run now. Counts as launched: its pages and adapters are taken, its
-        tokens are in flight. Every plan must be committed, in order."""
+        tokens are in flight. Every plan must be committed, in order. While paused nothing is planned."""
+        if self.pause.frozen:
+            return None
         self.components.begin_plan()
         chunks: dict[Request, Chunk] = {}
         self._plan_decodes(chunks)

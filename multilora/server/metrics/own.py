@@ -11,7 +11,9 @@ _OWN = Labelled("multilora:", {})
 
 
 def own_metrics(stats: Stats) -> Iterator[Metric]:
-    """Pages of the arena, and what the engine has computed since it started."""
+    """Pages of the arena, whether the engine is at rest, and what it has computed since it started."""
+    yield _OWN.gauge("paused", "1 while generation is paused, asleep or not", stats.pause.mode is not None)
+    yield _OWN.gauge("sleeping", "1 while the engine is asleep", stats.pause.sleeping)
     yield _OWN.gauge("page_bytes", "Bytes of one page of the arena", stats.page_bytes)
     uses = ("free", "kv", "prefix", "adapter")
     pages = {use: getattr(stats, f"{use}_pages") for use in uses}

@@ -20,7 +20,7 @@ import pytest
 from fakes.models import make_adapter, make_tiny_model
 
 from multilora.config import Config
-from multilora.engine.messages import Finished, Output, StartProfile, Submit
+from multilora.engine.messages import Finished, Output, Pause, PauseState, Resume, Sleep, StartProfile, Submit, WakeUp
 from multilora.engine.process.client import EngineClient
 from multilora.errors import (
     AdapterError,
@@ -398,6 +398,58 @@ def test_messages_that_cannot_be_read_end_the_engine(
     assert not front.client.alive
     assert "messages cannot be read" in caplog.text and "ZeroDivisionError" in caplog.text
     front.close()
+
+
+def test_a_paused_engine_rests_and_says_so(front: EngineOnALoop) -> None:
+    client = front.client
+    queue = front.submit(max_new_tokens=LONG)
+    front.run(queue.get())
+    reply = front.run(client.call(lambda call: Pause(call=call, mode="keep", queues=True)))
+    assert reply.pause == PauseState(mode="keep")
+    end = time.monotonic() + SECONDS
+    while client.stats.pause.mode != "keep":
+        assert time.monotonic() < end
+        front.run(asyncio.sleep(0.02))
+    assert client.stats.running == 1
+    before = front.engine().cpu_times().user
+    front.run(asyncio.sleep(0.5))
+    assert front.engine().cpu_times().user - before < 0.1
+    late = front.submit(max_new_tokens=2)
+    front.run(client.call(Resume))
+    assert len(front.answer(late)[0]) == 2
+    assert front.answer(queue)[1].type == "length"
+
+
+def test_sleep_gives_memory_back_to_the_system(files: Path) -> None:
+    front = EngineOnALoop(config(files, arena_bytes=300 << 20))
+    client = front.client
+    tokens, _ = front.answer(front.submit())
+
+    def resident() -> int:
+        return front.engine().memory_info().rss
+
+    front.run(client.call(lambda call: Sleep(call=call, level=2, tags=["weights", "kv_cache"], mode="abort")))
+    _, finished = front.answer(front.submit())
+    assert (finished.type, finished.kind) == ("error", "EngineAsleep")
+    front.run(client.call(lambda call: WakeUp(call, ["weights", "kv_cache"])))
+    awake = resident()
+    assert front.answer(front.submit())[0] == tokens
+    front.run(client.call(lambda call: Sleep(call=call, level=1, tags=["kv_cache"], mode="keep")))
+    assert awake - resident() > 250 << 20
+    front.close()
+
+
+def test_shutdown_while_paused_ends_what_is_frozen(files: Path) -> None:
+    front = EngineOnALoop(config(files))
+    queues = [front.submit(max_new_tokens=LONG) for _ in range(3)]
+    front.run(queues[0].get())
+    front.run(front.client.call(lambda call: Pause(call=call, mode="keep", queues=True)))
+    began = time.monotonic()
+    front.run(front.client.shutdown())
+    assert time.monotonic() - began < 10
+    for queue in queues:
+        assert front.answer(queue)[1].type == "abort"
+    front.loop.close()
 
 
 def test_shutdown_drains(front: EngineOnALoop) -> None:

@@ -4,11 +4,12 @@ Steps whenever there is something to do and the event loop comes round. Keeps wh
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Self
 
 from multilora.config import Config
 from multilora.engine.build import build_engine
-from multilora.engine.messages import AdapterInfo, Reply
+from multilora.engine.messages import AdapterInfo, FlushCache, Reply, ToEngine
 from multilora.engine.process.local import LocalEngine
 from multilora.errors import from_wire
 
@@ -46,6 +47,16 @@ class InProcessEngine(RecordingEngine):
     def submit(self, message: Any, deliver: Any) -> None:
         super().submit(message, deliver)
         self._pump()
+
+    def abort(self, rid: str, message: str = "aborted") -> None:
+        super().abort(rid, message)
+        self._pump()
+
+    async def flush_cache(self) -> None:
+        await self.call(FlushCache)
+
+    async def call(self, message: Callable[[int], ToEngine]) -> Reply:
+        return await self._call(self.begin_call, message)
 
     async def shutdown(self) -> None:
         self.engine.close()

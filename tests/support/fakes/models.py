@@ -19,10 +19,13 @@ from multilora.engine.messages import (
     Finished,
     Logprobs,
     Output,
+    PauseState,
     Ready,
+    Reply,
     StartProfile,
     Stats,
     Submit,
+    ToEngine,
     decode_to_engine,
     encode,
 )
@@ -184,6 +187,7 @@ class FakeEngineClient:
         self.loaded: dict[int, str] = {}
         self.unloaded: list[int] = []
         self.flushes = 0
+        self.calls: list[ToEngine] = []
         self.profile_root = Path(tempfile.gettempdir(), "profiles")
         self.profiles: list[StartProfile] = []
         self.profiling = False
@@ -305,6 +309,11 @@ class FakeEngineClient:
 
     async def flush_cache(self) -> None:
         self.flushes += 1
+
+    async def call(self, message: Callable[[int], ToEngine]) -> Reply:
+        """Notes the message, and answers that the engine is neither paused nor asleep."""
+        self.calls.append(message(0))
+        return Reply(call=0, pause=PauseState())
 
     async def start_profile(self, wanted: StartProfile) -> None:
         assert decode_to_engine(encode(wanted)) == wanted
