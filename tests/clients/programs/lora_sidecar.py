@@ -35,7 +35,7 @@ def get(url):
 def wait_for(*names):
     for _ in range(120):
         served = [card["id"] for card in json.loads(get(f"{V1}/models"))["data"] if card["id"].startswith("side-")]
-        if served == [f"side-{name}" for name in names]:
+        if sorted(served) == sorted(f"side-{name}" for name in names):
             return served
         time.sleep(0.5)
     raise AssertionError(f"served: {served}")
