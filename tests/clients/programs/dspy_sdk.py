@@ -19,7 +19,7 @@ def raw():
 
 @check("Predict over JSONAdapter (a JSON schema is enforced)")
 def predict():
-    access = AccessPolicy(provider="ours", env_keys=("OURS_KEY",), base_url=V1)
+    access = AccessPolicy(provider="ours", env_keys=(), base_url=V1)
     definition = ProviderDefinition.chat(access, compat=OpenAIChatCompat(), placeholder_key="none")
     register_provider(definition, supports=ModelSupport(response_schema=True))
     ours = dspy.LM(f"ours/{BASE}", cache=False, num_retries=0, temperature=0.0, max_tokens=200)
