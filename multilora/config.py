@@ -175,11 +175,24 @@ class Config:
     tp_size: int = _memory(1, "GPUs that share the model", aliases=("--tp", "--tensor-parallel-size"))
     random_seed: int | None = _memory(None, "seed of requests that bring none", low=None)
 
+    max_connections: int | None = _server(None, "most open connections (default: what file descriptors allow)")
+    max_body_bytes: int = _server(32 << 20, "longest body of a request; longer ones get 413", size=True)
+    max_stop_strings: int = _server(64, "most stop strings and stop expressions of a request")
+    max_logprobs: int = _server(20, "most alternatives to a token that a request may ask for", low=0)
+    grammar_timeout: float = _server(10.0, "most seconds of computing to compile one grammar")
+    grammar_max_bytes: int = _server(1 << 30, "most memory to compile one grammar", size=True)
     host: str = _server("127.0.0.1", "address to listen on")
     port: int = _server(30000, "port to listen on; 0: any free one", low=0, high=65535)
     log_level: str = _server("info", "least severe lines shown", choices=tuple(logs.LEVELS))
-    api_key: str | None = _server(None, "clients must send it as a bearer token")
-    admin_api_key: str | None = _server(None, "what loading and unloading adapters asks for instead")
+    api_key: str | None = _server(
+        None,
+        "clients must send it as a bearer token (or MULTILORA_API_KEY, which other users do not see)",
+    )
+    api_key_file: str | None = _server(None, "file with the key for --api-key", metavar="FILE")
+    admin_api_key: str | None = _server(
+        None, "what loading and unloading adapters asks for instead (or MULTILORA_ADMIN_API_KEY)"
+    )
+    admin_api_key_file: str | None = _server(None, "file with the key for --admin-api-key", metavar="FILE")
     metrics_key: str | None = _server(None, "what /metrics asks for, as a bearer token (default: nothing)")
     profile_dir: str | None = _server(
         None, "where /start_profile writes (default: a directory that goes with the server)", metavar="DIR"
@@ -207,6 +220,7 @@ class Config:
         self._check_lora_names()
         self._check_targets()
         self._check_origins()
+        self._check_keys()
         self._check_resolver()
         if ":" in self.model_name:
             raise ConfigError(f"--served-model-name must not contain ':', is {self.model_name!r}")
@@ -273,6 +287,13 @@ class Config:
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ConfigError(f"--cors-origins: {origin!r}: expected * or an origin as https://example.org")
+
+    def _check_keys(self) -> None:
+        for name in ("api_key", "admin_api_key", "metrics_key"):
+            key = getattr(self, name)
+            if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} is empty or has characters that no HTTP header can carry")
 
     def _check_resolver(self) -> None:
         for url in self.lora_resolver_url:

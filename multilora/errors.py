@@ -8,6 +8,7 @@
     │   ├── PromptTooLong           400
     │   ├── CannotFit               400  would not fit the memory even alone
     │   ├── PayloadTooLarge         413  the body is longer than the route reads
+    │   ├── RequestTimeout          408  the body did not come in time
     │   ├── LoraNotEnabled          400
     │   ├── PreviousResponseNotFound 400 `previous_response_id` is not stored (any more)
     │   └── UnknownAdapter          400  never loaded, or unloaded (404 under a bare OpenAI `model`)
@@ -80,6 +81,12 @@ class PayloadTooLarge(BadRequest):
     """The body is longer than the route reads."""
 
     status = 413
+
+
+class RequestTimeout(BadRequest):
+    """The body did not come in time."""
+
+    status = 408
 
 
 class LoraNotEnabled(BadRequest):

@@ -4,12 +4,14 @@
 field and the value. The struct travels to the engine as it is.
 """
 
-import math
+import reprlib
 from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
 from multilora.errors import BadRequest
+
+MAX_STOP_TOKEN_IDS = 1024
 
 Composition = tuple[tuple[int, float], ...]
 """The adapters that act on a request, as (version, weight): () is the base model, ((v, 1.0),) is version v alone."""
@@ -91,7 +93,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             try:
                 fields[name] = msgspec.convert(value, hint)
             except msgspec.ValidationError as e:
-                raise BadRequest(f"sampling_params.{name}: {value!r}: {e}", param=name) from None
+                raise BadRequest(f"sampling_params.{name}: {_SHORT.repr(value)}: {e}", param=name) from None
         if fields.get("top_k") == 0:
             fields["top_k"] = -1
         for name in GRAMMAR_FIELDS:
@@ -105,26 +107,27 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         """Check ranges. Raises BadRequest naming field and value."""
         for name, ok, rule in self._rules():
             if not ok:
-                raise BadRequest(f"sampling_params.{name} = {getattr(self, name)!r}: must be {rule}", param=name)
-        given = [name for name in GRAMMAR_FIELDS if getattr(self, name) is not None]
-        if len(given) > 1:
-            message = f"an answer can follow only one grammar, but {given[0]} and {given[1]} are both given"
-            raise BadRequest(message, param=given[1])
+                given = _SHORT.repr(getattr(self, name))
+                raise BadRequest(f"sampling_params.{name} = {given}: must be {rule}", param=name)
+        grammars = [name for name in GRAMMAR_FIELDS if getattr(self, name) is not None]
+        if len(grammars) > 1:
+            message = f"an answer can follow only one grammar, but {grammars[0]} and {grammars[1]} are both given"
+            raise BadRequest(message, param=grammars[1])
 
     def _rules(self) -> list[tuple[str, bool, str]]:
-        finite = math.isfinite
         n_max, n_min = self.max_new_tokens, self.min_new_tokens
         bias = self.logit_bias or {}
+        ids = self.stop_token_ids or ()
         stops = self.stop_strings + self.stop_regexes
         return [
             ("max_new_tokens", n_max is None or n_max >= 0, "0 or more"),
-            ("temperature", finite(self.temperature) and self.temperature >= 0, "a finite number, 0 or more"),
+            ("temperature", 0 <= self.temperature <= 1000, "between 0 and 1000"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
             ("top_k", self.top_k == -1 or 1 <= self.top_k < 2**31, "-1 or 0 (all), or at least 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 2, "over 0 and at most 2"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 2, "between 0.01 and 2"),
             (
                 "min_new_tokens",
                 n_min >= 0 and (n_max is None or n_min <= n_max),
@@ -132,11 +135,15 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             ),
             ("n", 1 <= self.n <= 256, "between 1 and 256"),
             ("stop", all(s for s in stops), "non-empty strings"),
-            ("stop_token_ids", all(t >= 0 for t in self.stop_token_ids or ()), "token ids, 0 or more"),
+            (
+                "stop_token_ids",
+                len(ids) <= MAX_STOP_TOKEN_IDS and all(t >= 0 for t in ids),
+                f"at most {MAX_STOP_TOKEN_IDS} token ids, 0 or more",
+            ),
             (
                 "logit_bias",
-                all(k.isdecimal() and finite(v) for k, v in bias.items()),
-                "token ids → finite numbers",
+                all(k.isdecimal() and len(k) < 20 and abs(v) <= 1e6 for k, v in bias.items()),
+                "token ids → numbers between -1e6 and 1e6",
             ),
             (
                 "sampling_seed",
@@ -165,6 +172,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         """Whether the likeliest token is always chosen."""
         return self.temperature == 0.0 or self.top_k == 1
 
+
+_SHORT = reprlib.Repr()  # for messages: what a client sent may be long
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxdict = 20
 
 _HINTS: dict[str, Any] = get_type_hints(SamplingParams)
 _HINTS = {name: _HINTS[name] for name in SamplingParams.__struct_fields__}

@@ -4,6 +4,7 @@ And what several packages' tests share.
 """
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,3 +23,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> "Lab":
     from peft_rows import Lab
 
     return Lab(tmp_path_factory.mktemp("peft"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _grammars_in_process() -> Iterator[None]:
+    """The pool of processes, which takes seconds to start, is tested in `drivers/test_grammar_pool.py`."""
+    from fakes.grammars import InProcessGrammars
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multilora.drivers.async_driver.GrammarPool", InProcessGrammars)
+        yield

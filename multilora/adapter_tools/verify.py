@@ -118,6 +118,7 @@ def verify(
 def _llm(directory: str, model_path: str, with_texts: bool, **options: Any) -> LLM:
     """The engine, with a tokenizer if the model has one. Raises ConfigError if there are texts but no tokenizer."""
     options |= {"lora_paths": {NAME: directory}, "max_total_tokens": 4096, "disable_radix_cache": True}
+    options["max_logprobs"] = TOP
     try:
         return LLM(model_path, **options)
     except ConfigError as e:

@@ -16,6 +16,7 @@ from multilora import __version__, logs
 from multilora.cli import adapters as cli_adapters
 from multilora.cli.adapters import AdapterArgs
 from multilora.cli.compat import ALWAYS_ON, IGNORED, REFUSED
+from multilora.cli.keys import add_keys
 from multilora.config import Config, LoraPath
 from multilora.errors import ConfigError
 from multilora.options import Option, options_of
@@ -44,7 +45,7 @@ class ServeArgs:
         """The checked configuration. Warns of every ignored flag. Raises ConfigError."""
         for flag in self.ignored:
             logger.warning("%s has no effect here and is ignored", flag)
-        return Config.make(**self.options)
+        return Config.make(**add_keys(self.options))
 
 
 def parse(argv: Sequence[str]) -> ServeArgs | AdapterArgs:

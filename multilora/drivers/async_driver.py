@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from multilora.drivers.grammar_pool import GrammarPool
 from multilora.engine.messages import AdapterInfo, Output, Reply, StartProfile, ToEngine
 from multilora.errors import MultiloraError
 from multilora.front.effects import (
+    CompileGrammar,
     Effect,
     EngineCall,
     EngineLoad,
@@ -37,7 +39,9 @@ from multilora.front.stream import Delta
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-THREADS = {Lane.TEXT: 4, Lane.GRAMMAR: 1, Lane.FILES: 8, Lane.DOWNLOADS: 16}
+MERGED_FROM = 64
+"""Outputs of one request that wait: from so many on they are taken as one."""
+THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8, Lane.DOWNLOADS: 16}
 
 
 class AsyncEngine(EngineLink, Protocol):
@@ -78,14 +82,37 @@ class AsyncGeneration:
         self._outputs = outputs
 
     async def events(self) -> AsyncIterator[tuple[Sample, Delta]]:
-        """What is new, of which sample, until each has ended. Raises the typed error of the first that fails."""
+        """What is new, of which sample, until each has ended. Raises the typed error of the first that fails.
+
+        Who reads slowly gets more at a time: what has come meanwhile is one delta.
+        """
         try:
             while not self._generation.finished:
-                event = self._generation.receive(await self._outputs.get())
-                if event is not None:
-                    yield event
+                deltas, error = self._take(await self._outputs.get())
+                for delta in deltas.values():
+                    yield delta
+                if error is not None:
+                    raise error
         finally:
             self.close()
+
+    def _take(self, first: Output) -> tuple[dict[int, tuple[Sample, Delta]], MultiloraError | None]:
+        """What is new, by the index of its sample, and the first error: of one output, or where more than a few wait,
+        of all of them, with one delta for each sample."""
+        merging = self._outputs.qsize() >= MERGED_FROM
+        deltas: dict[int, tuple[Sample, Delta]] = {}
+        output: Output | None = first
+        try:
+            while output is not None:
+                event = self._generation.receive(output)
+                if event is not None:
+                    sample, delta = event
+                    before = deltas.get(sample.index)
+                    deltas[sample.index] = (sample, delta if before is None else before[1].then(delta))
+                output = self._outputs.get_nowait() if merging and not self._outputs.empty() else None
+        except MultiloraError as e:
+            return deltas, e
+        return deltas, None
 
     async def results(self) -> list[Sample]:
         """Wait for all endings."""
@@ -100,6 +127,7 @@ class AsyncDriver:
     def __init__(self, engine: AsyncEngine, front: Front):
         self.engine = engine
         self.front = front
+        self._grammars = GrammarPool(front.config.grammar_timeout, front.config.grammar_max_bytes)
         self._changes: set[asyncio.Task[Any]] = set()
         self._pools = {lane: ThreadPoolExecutor(count, lane.value) for lane, count in THREADS.items()}
 
@@ -123,6 +151,7 @@ class AsyncDriver:
     async def close(self) -> None:
         """Let the engine finish what runs, and end it; no more blocking work is begun."""
         await self.engine.shutdown()
+        self._grammars.close()
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -144,6 +173,8 @@ class AsyncDriver:
         match effect:
             case RunBlocking(lane, function):
                 return await self.run_blocking(lane, function)
+            case CompileGrammar(setup, field, source):
+                return await self._grammars.compile(setup, field, source)
             case EngineLoad(version, path, pinned):
                 return await self.engine.load_adapter(version, path, pinned)
             case EngineUnload(version):

@@ -14,6 +14,8 @@ from multilora.engine.messages import Reply
 from multilora.engine.process.local import LocalEngine
 from multilora.errors import MultiloraError, from_wire
 from multilora.front.effects import (
+    CompiledText,
+    CompileGrammar,
     Effect,
     EngineCall,
     EngineLoad,
@@ -25,6 +27,7 @@ from multilora.front.effects import (
     WaitUntilDone,
     WaitUntilIdle,
 )
+from multilora.front.grammars.compiler import GrammarCompiler, Setup
 from multilora.front.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ class SteppingDriver:
     def __init__(self, engine: LocalEngine, registry: AdapterRegistry):
         self._engine = engine
         self._registry = registry
+        self._compiler: GrammarCompiler | None = None
 
     def run(self, steps: Steps[T]) -> T:
         """The result of `steps`, or its error."""
@@ -51,11 +55,18 @@ class SteppingDriver:
             raise
         return task.result()
 
+    def _compile(self, setup: Setup, field: str, source: str) -> CompiledText:
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(setup.tokenizer.hf, setup.vocab_size, setup.stop_token_ids)
+        return CompiledText(self._compiler.compile(field, source), self._compiler.tokenizer_info)
+
     def perform(self, effect: Effect[Any], task: "_Task[Any]") -> None:
         """Have the task advance with the effect's result, now or in a later step."""
         match effect:
             case RunBlocking(_, function):
                 task.advance(*_outcome(function))
+            case CompileGrammar(setup, field, source):
+                task.advance(*_outcome(partial(self._compile, setup, field, source)))
             case EngineLoad(version, path, pinned):
                 self._engine.load_adapter(version, path, pinned, partial(_take_reply, task))
             case EngineUnload(version):

@@ -109,7 +109,7 @@ def build_engine(
         runner,
         adapters,
         describe=partial(_describe, model.config, device, backend.name if backend else "off", attention.name),
-        max_queued=config.max_queued_requests,
+        max_unfinished=config.max_running_requests + config.max_queued_requests,
         random_seed=config.random_seed,
         ahead=int(device.type == "cuda") if ahead is None else ahead,
         memory=sleep,

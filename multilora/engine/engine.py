@@ -56,7 +56,7 @@ class Engine:
         adapters: AnyStore,
         *,
         describe: Callable[[Stats], Ready],
-        max_queued: int,
+        max_unfinished: int,
         random_seed: int | None,
         ahead: int = 0,
         memory: DeviceSleep | None = None,
@@ -68,8 +68,9 @@ class Engine:
         self.report = StatsReporter(scheduler, adapters, lambda: self.pauses.state)
         self.profiler = Profiler()
         self._describe = describe
-        self._max_queued = max_queued
+        self._max_unfinished = max_unfinished
         self._seeds = random.Random(random_seed)
+        self._without_grammar: dict[str, Submit] = {}  # by rid: it is being compiled
         self._calls: dict[int, int] = {}  # version being loaded → call to answer
         self._replies: list[FromEngine] = []
         self._order = 0
@@ -85,6 +86,7 @@ class Engine:
         Grammars must know the tokens of that step before this one is sampled, but not before its forward pass.
         """
         self._poll_adapters()
+        self._poll_grammars()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
@@ -117,7 +119,7 @@ class Engine:
     def busy(self) -> bool:
         """Something is unfinished: requests that are not frozen, answers, adapters on their way."""
         waits = self.scheduler.unfinished and not self.scheduler.pause.frozen
-        return self.running or bool(waits or self.adapters.busy or self.pauses.working)
+        return self.running or bool(waits or self.adapters.busy or self.pauses.working or self._without_grammar)
 
     @property
     def copying(self) -> bool:
@@ -131,6 +133,8 @@ class Engine:
         match message:
             case Submit():
                 self._submit(message)
+            case Abort(rid, text) if self._without_grammar.pop(rid, None) is not None:
+                self._end_unstarted(rid, Finished(type="abort", message=text))
             case Abort(rid, text):
                 self.scheduler.end(rid, Finished(type="abort", message=text))
             case Finish(rid):
@@ -171,19 +175,34 @@ class Engine:
     # ------------------------------------------------------------------ inside
 
     def _submit(self, message: Submit) -> None:
+        if message.grammar is not None and not self.runner.grammar_ready(message.grammar):
+            self._without_grammar[message.rid] = message
+            return
         try:
             self.scheduler.add(self._admit(message))
         except MultiloraError as e:
-            finished = Finished(type="error", kind=e.kind, message=e.message)
-            self._replies.append(Outputs([Output(rid=message.rid, finished=finished)]))
+            self._end_unstarted(message.rid, Finished(type="error", kind=e.kind, message=e.message))
+
+    def _end_unstarted(self, rid: str, finished: Finished) -> None:
+        """The end of a request that the scheduler does not know."""
+        self._replies.append(Outputs([Output(rid=rid, finished=finished)]))
+
+    def _poll_grammars(self) -> None:
+        """Take in the requests whose grammars are compiled by now."""
+        texts = {message.grammar for message in self._without_grammar.values()}
+        ready = {text for text in texts if text is not None and self.runner.grammar_ready(text)}
+        if ready:
+            for message in list(self._without_grammar.values()):
+                if message.grammar in ready:
+                    self._submit(self._without_grammar.pop(message.rid))
 
     def _admit(self, message: Submit) -> RequestSpec:
         """Checks that only the engine can make, then what the scheduler must know."""
         self.scheduler.pause.check_open()
         if self.scheduler.get(message.rid) is not None:
             raise BadRequest(f"request id {message.rid!r} is already in use", param="rid")
-        if len(self.scheduler.waiting) >= self._max_queued:
-            raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting already (--max-queued-requests)")
+        if self.scheduler.unfinished >= self._max_unfinished:
+            raise QueueFull(f"{self.scheduler.unfinished} requests run or wait already (--max-queued-requests)")
         self._check_adapters(message.adapters)
         tokens = len(message.input_ids) + max(1, message.sampling.max_new_tokens or 0)
         self.scheduler.components.check_fit([version for version, _ in message.adapters], tokens)

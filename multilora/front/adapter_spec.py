@@ -19,7 +19,7 @@ AdapterSpec = tuple[tuple[str, float], ...]
 """(name, weight) of each adapter; () is the base model, (("a", 1.0),) plainly a."""
 
 BASE: AdapterSpec = ()
-MAX_WEIGHT = 3.4028234663852886e38  # weights are fp32 in the end
+MAX_WEIGHT = 1e6
 
 
 def parse_specs(value: Any, count: int) -> list[AdapterSpec]:
@@ -84,7 +84,7 @@ def _part(part: Any, what: str) -> tuple[str, float]:
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise _bad(f"{what}.weight = {weight!r:.60}: must be a number")
     if not abs(weight) <= MAX_WEIGHT:  # which NaN is not either
-        raise _bad(f"{what}.weight = {weight!r:.60}: must be a finite number (fp32)")
+        raise _bad(f"{what}.weight = {weight!r:.60}: must be a finite number, at most {MAX_WEIGHT:g}")
     return name, float(weight)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from multilora.engine.messages import AdapterInfo, Reply, ToEngine
 from multilora.errors import MultiloraError
+from multilora.front.grammars.compiler import Setup
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ class Lane(enum.Enum):
     """Who waits for whom: blocking work of one lane runs on a bounded number of threads of its own."""
 
     TEXT = "text"  # tokenizing and chat templates
-    GRAMMAR = "grammar"
+    LONG_TEXT = "long text"
     FILES = "files"  # the disk
     DOWNLOADS = "downloads"  # the network: a host that never answers keeps only other downloads waiting
 
@@ -47,6 +48,26 @@ class RunBlocking(Effect[T]):
 
     lane: Lane
     function: Callable[[], T]
+
+
+@dataclass(frozen=True)
+class CompiledText:
+    """A grammar as `Submit.grammar` wants it, and what it is bound to: xgrammar's TokenizerInfo as JSON."""
+
+    text: str
+    tokenizer_info: str
+
+
+@dataclass(frozen=True)
+class CompileGrammar(Effect[CompiledText]):
+    """Compile `source`, a grammar of the kind that `field` holds, where it can be stopped.
+
+    Raises BadRequest, also when it takes too much time or memory; QueueFull when too many others wait.
+    """
+
+    setup: Setup
+    field: str
+    source: str
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,21 @@ from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.engine_link import EngineLink
 from multilora.front.fetcher import Fetcher
 from multilora.front.generation import Generation, Job, Sample
-from multilora.front.grammar import GrammarCompiler
+from multilora.front.grammar import Grammars
 from multilora.front.observer import Ending, Observer
 from multilora.front.pause_manager import PauseManager
-from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, engine_params
+from multilora.front.prompt import ChatPrompt, TextPrompt, check_logprobs, check_prompt, check_stops, engine_params
 from multilora.front.registry import AdapterRegistry
 from multilora.front.resolver import Resolver
 from multilora.front.stream import TextStream
 from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
-from multilora.params import LOGPROBS_MODES, SamplingParams
+from multilora.params import LOGPROBS_MODES
 
 INLINE_CHARS = 2048
 """Texts of one request that are tokenized at once, 1 ms; more goes to a thread, which costs 0.15 ms."""
+LONG_CHARS = 256 << 10
+"""More than these do not keep shorter ones waiting, 0.2 s."""
 
 
 class Front:
@@ -63,8 +65,7 @@ class Front:
         self.resolver = Resolver(config, self.registry, self.adapters, fetcher, self.observer)
         self.pauses = PauseManager()
         self._room = config.max_running_requests + config.max_queued_requests
-        self._compiler = GrammarCompiler(tokenizer, ready.vocab_size, ready.eos_token_ids)
-        self._tokenizer_sent = False  # to the engine, for its grammars
+        self._grammars = Grammars(self.vocabularies.base, engine)
         self._open: dict[str, Sample] = {}  # by rid
         self._serial = itertools.count()
 
@@ -87,7 +88,7 @@ class Front:
                 for sample in samples:
                     sample.prompt_ids = ids
             messages = {sample.key: self._prepare(sample) for sample in generation.samples}
-            grammars = yield from self._compile([job.sampling for job in jobs])
+            grammars = yield from self._grammars.compile([job.sampling for job in jobs])
             for samples, grammar in zip(groups, grammars, strict=True):
                 for sample in samples:
                     message = messages[sample.key]
@@ -146,6 +147,7 @@ class Front:
         """From here on the adapters of the job stay what they are now, whatever is loaded or unloaded."""
         vocabulary = self.vocabularies.of(job.adapters)
         vocabulary.check_grammar(job.sampling)
+        check_stops(job.sampling, self.config.max_stop_strings)
         if job.sampling.stop_strings or job.sampling.stop_regexes:
             vocabulary.reader("a stop string", "stop")
         samples = []
@@ -162,18 +164,21 @@ class Front:
 
     def _tokenize(self, samples: Sequence[Sample]) -> Steps[list[list[int]]]:
         """The token ids of each one's prompt. Chat templates may do anything, so they always get a thread."""
+        context_length = self.engine.ready.context_length
         prompts = [sample.job.prompt for sample in samples]
         texts = [prompt.text for prompt in prompts if isinstance(prompt, TextPrompt)]
         if any(isinstance(prompt, ChatPrompt) for prompt in prompts) or sum(map(len, texts)) > INLINE_CHARS:
-            return (yield from RunBlocking(Lane.TEXT, partial(_encode, samples)))
-        return _encode(samples)
+            lane = Lane.TEXT if sum(map(len, texts)) <= LONG_CHARS else Lane.LONG_TEXT
+            return (yield from RunBlocking(lane, partial(_encode, samples, context_length)))
+        return _encode(samples, context_length)
 
     def _prepare(self, sample: Sample) -> Submit:
         """The checks of what depends on the prompt's tokens, and the message but for its grammar."""
         job, length = sample.job, len(sample.prompt_ids)
         context, vocab_size = self.engine.ready.context_length, sample.vocabulary.size
         check_prompt(sample.prompt_ids, context, vocab_size)
-        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, vocab_size, job.prompt_logprobs)
+        most = min(self.config.max_logprobs, vocab_size)
+        check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, most, job.prompt_logprobs)
         ends = sample.vocabulary.ends
         return Submit(
             rid=sample.key,
@@ -189,17 +194,6 @@ class Front:
             salt=job.salt,
             priority=job.priority,
         )
-
-    def _compile(self, params: Sequence[SamplingParams]) -> Steps[Sequence[str | None]]:
-        """The compiled grammar of each, None where there is none."""
-        if not any(p.grammar_field for p in params):
-            return [None] * len(params)
-        self.vocabularies.base.reader("a grammar")
-        compiled = yield from RunBlocking(Lane.GRAMMAR, lambda: [self._compiler.compile(p) for p in params])
-        if not self._tokenizer_sent:
-            self._tokenizer_sent = True
-            self.engine.use_tokenizer(self._compiler.tokenizer_info_json())
-        return compiled
 
     def _send(self, sample: Sample, message: Submit, deliver: Callable[[Output], None]) -> None:
         sample.submitted = True
@@ -223,5 +217,6 @@ def _ending(sample: Sample) -> Ending:
     )
 
 
-def _encode(samples: Sequence[Sample]) -> list[list[int]]:
-    return [s.job.prompt if isinstance(s.job.prompt, list) else s.job.prompt.encode(s.vocabulary) for s in samples]
+def _encode(samples: Sequence[Sample], context_length: int) -> list[list[int]]:
+    prompts = [(sample.job.prompt, sample.vocabulary) for sample in samples]
+    return [p if isinstance(p, list) else p.encode(vocabulary, context_length) for p, vocabulary in prompts]

@@ -5,6 +5,7 @@ Pure functions; raise BadRequest. `generation.py` calls them for every request, 
 
 import itertools
 import json
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +13,18 @@ from typing import Any
 import msgspec
 
 from multilora.errors import BadRequest, PromptTooLong
+from multilora.front.tokenizer import Tokenizer
 from multilora.front.tools.messages import prepare_messages
 from multilora.front.vocabulary import Vocabulary
 from multilora.params import GRAMMAR_FIELDS, SamplingParams
 
 MAX_SALT = 1024  # characters
+
+MAX_PROMPTS = 4096
+"""Of one request."""
+MAX_STOP_REGEXES = 8
+MAX_STOP_CHARACTERS = 8192
+"""Of all stop strings of a request together."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +40,29 @@ class TextPrompt:
         """In characters."""
         return len(self.text)
 
-    def encode(self, vocabulary: Vocabulary) -> list[int]:
+    def encode(self, vocabulary: Vocabulary, context_length: int) -> list[int]:
+        """Raises PromptTooLong, if that is certain, before the text is tokenized."""
         tokenizer = vocabulary.writer("text", self.param)
+        _check_fits(tokenizer, self.text, context_length)
         return tokenizer.encode(self.text, add_special_tokens=self.add_special_tokens)
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Messages for the model's chat template; `options`: further arguments of `Tokenizer.encode_chat`."""
+    """Messages for the model's chat template; `options`: further arguments of `Tokenizer.render_chat`."""
 
     messages: list[dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def encode(self, vocabulary: Vocabulary) -> list[int]:
+    def encode(self, vocabulary: Vocabulary, context_length: int) -> list[int]:
+        """As `TextPrompt.encode`; the template is rendered in any case."""
         tokenizer = vocabulary.writer("chat", "messages")
         knows_developer = "developer" in tokenizer.chat_template
-        return tokenizer.encode_chat(prepare_messages(self.messages, knows_developer=knows_developer), **self.options)
+        options = dict(self.options)
+        special = bool(options.pop("add_special_tokens", False))
+        text = tokenizer.render_chat(prepare_messages(self.messages, knows_developer=knows_developer), **options)
+        _check_fits(tokenizer, text, context_length)
+        return tokenizer.encode_rendered(text, add_special_tokens=special)
 
 
 Prompt = TextPrompt | ChatPrompt | list[int]
@@ -60,7 +75,11 @@ def read_prompts(given: Any, param: str) -> tuple[list[Prompt], bool]:
     items = list(given)
     if not items:
         raise BadRequest(f"{param}: no prompts, the list is empty", param=param)
-    if not {str, list, tuple} & set(map(type, items)):
+    if len(items) > MAX_PROMPTS and type(items[0]) is not int:
+        raise BadRequest(
+            f"{param}: {len(items)} prompts in one request, at most {MAX_PROMPTS} are taken", param=param
+        )
+    if not isinstance(items[0], str | list | tuple):
         return [read_prompt(items, param)], False
     return [read_prompt(item, param) for item in items], True
 
@@ -75,7 +94,7 @@ def read_prompt(given: Any, param: str) -> Prompt:
 
 
 def _no_prompt(given: Any, param: str) -> BadRequest:
-    return BadRequest(f"{param}: a prompt is text or a list of token ids, not {given!r:.40}", param=param)
+    return BadRequest(f"{param}: a prompt is text or a list of token ids, not {reprlib.repr(given):.40}", param=param)
 
 
 def spread(value: Any, count: int, name: str) -> list[Any]:
@@ -91,14 +110,47 @@ def check_prompt(ids: Sequence[int], context_length: int, vocab_size: int) -> No
     """Raise BadRequest unless every id is in the vocabulary and at least one new token fits the context."""
     if not ids:
         raise BadRequest("the prompt is empty: it needs at least one token", param="input_ids")
+    if len(ids) >= context_length:
+        raise _too_long(context_length, f"{len(ids) + 1}", f"{len(ids)}")
     outside = [i for i in (min(ids), max(ids)) if not 0 <= i < vocab_size]
     if outside:
         raise BadRequest(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens", param="input_ids")
-    if len(ids) >= context_length:
-        raise PromptTooLong(
-            f"This model's maximum context length is {context_length} tokens. However, you requested {len(ids) + 1} "
-            f"tokens ({len(ids)} in the prompt, at least 1 in the completion). Please shorten the prompt.",
-            param="input_ids",
+
+
+def _check_fits(tokenizer: Tokenizer, text: str, context_length: int) -> None:
+    """Raise PromptTooLong for a text that has more tokens than the context, whatever they are."""
+    longest = tokenizer.most_bytes_per_token
+    least = 0 if longest is None else len(text.encode(errors="replace")) // longest
+    if least >= context_length:
+        raise _too_long(context_length, f"at least {least + 1}", f"{least} or more")
+
+
+def _too_long(context_length: int, requested: str, prompt: str) -> PromptTooLong:
+    """In the words of vLLM, which clients look for."""
+    return PromptTooLong(
+        f"This model's maximum context length is {context_length} tokens. However, you requested {requested} "
+        f"tokens ({prompt} in the prompt, at least 1 in the completion). Please shorten the prompt.",
+        param="input_ids",
+    )
+
+
+def check_stops(params: SamplingParams, most: int) -> None:
+    """Raise BadRequest for more stop strings and expressions than `most`, or longer ones than are searched for."""
+    strings, regexes = params.stop_strings, params.stop_regexes
+    if len(strings) + len(regexes) > most:
+        raise BadRequest(
+            f"sampling_params.stop: {len(strings) + len(regexes)} stop strings and expressions, at most {most} are "
+            "searched for (--max-stop-strings)",
+            param="stop",
+        )
+    if len(regexes) > MAX_STOP_REGEXES:
+        raise BadRequest(
+            f"sampling_params.stop_regex: {len(regexes)} expressions, at most {MAX_STOP_REGEXES} are searched for",
+            param="stop_regex",
+        )
+    if sum(map(len, strings)) > MAX_STOP_CHARACTERS:
+        raise BadRequest(
+            f"sampling_params.stop: over {MAX_STOP_CHARACTERS} characters in all stop strings together", param="stop"
         )
 
 
@@ -120,18 +172,21 @@ def check_priority(priority: int | None) -> int:
     return priority or 0
 
 
-def check_logprobs(
-    start_len: int, top_num: int, prompt_tokens: int, vocab_size: int, of_prompt: int | None = None
-) -> None:
-    """Raise BadRequest unless the logprobs asked for exist. start_len: -1 is none of the prompt."""
+def check_logprobs(start_len: int, top_num: int, prompt_tokens: int, most: int, of_prompt: int | None = None) -> None:
+    """Raise BadRequest unless the logprobs asked for exist. start_len: -1 is none of the prompt; most: alternatives
+    to a token."""
     if not -1 <= start_len <= prompt_tokens:
         raise BadRequest(
             f"logprob_start_len = {start_len}: the prompt has {prompt_tokens} tokens", param="logprob_start_len"
         )
-    if not 0 <= top_num <= vocab_size:
-        raise BadRequest(f"top_logprobs_num = {top_num}: must be 0 to {vocab_size}", param="top_logprobs_num")
-    if of_prompt is not None and not 0 <= of_prompt <= vocab_size:
-        raise BadRequest(f"prompt_logprobs = {of_prompt}: must be 0 to {vocab_size}", param="prompt_logprobs")
+    if not 0 <= top_num <= most:
+        raise BadRequest(
+            f"top_logprobs_num = {top_num}: must be 0 to {most} (--max-logprobs)", param="top_logprobs_num"
+        )
+    if of_prompt is not None and not 0 <= of_prompt <= most:
+        raise BadRequest(
+            f"prompt_logprobs = {of_prompt}: must be 0 to {most} (--max-logprobs)", param="prompt_logprobs"
+        )
 
 
 def engine_params(

@@ -1,17 +1,23 @@
 """Stop strings and stop expressions in text that arrives in pieces.
 
 The matcher says where the text has to end, and how much of its end must not be shown yet because it may be the
-beginning of a stop. It knows nothing of tokens.
+beginning of a stop. Its work per character depends neither on how many strings there are nor, but for a bounded
+factor, on the expressions (`stop_expression.py`). It knows nothing of tokens.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import regex
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from time import perf_counter
 
 from multilora.errors import BadRequest
+from multilora.front.stop_expression import StopExpression
 
-_TIMEOUT = 0.2  # seconds for one search: an expression can take exponential time
+MAX_HELD = 2048
+"""Bytes of text that may wait for an expression to be completed; a match that began before them is given up."""
+MAX_SECONDS = 1.0
+"""For all searches of one matcher: an expression whose automaton outgrows its memory may take 30 ms a piece."""
 
 
 @dataclass(frozen=True)
@@ -29,78 +35,162 @@ class StopMatcher:
     held: how many characters at the end may be the beginning of a stop. Raises BadRequest for a bad expression.
     """
 
-    def __init__(self, strings: list[str], regexes: list[str]):
+    def __init__(self, strings: Sequence[str], regexes: Sequence[str]):
         assert all(strings)
-        self._strings = strings
-        self._patterns = [_compile(r) for r in regexes]
-        self._lookback = max((len(s) for s in strings), default=1) - 1
-        self._text = ""  # with expressions: all text; else the last `lookback` characters before the next piece
-        self._offset = 0  # of _text in all text fed
-        self._past = -1  # expressions' matches that end here or before are passed over
+        self._strings = _Strings(strings)
+        self._expressions = _Expressions([_expression(r) for r in regexes]) if regexes else None
+        self._seconds = 0.0
         self.held = 0
 
     def feed(self, piece: str, *, may_match: bool = True) -> StopMatch | None:
         """The first match that ends in `piece`. While not `may_match`, matches are passed over for good.
 
-        Raises BadRequest when an expression takes too long.
+        Raises BadRequest when the expressions have taken too long in all.
         """
-        searched = len(self._text)  # no string ends here or before
-        start = searched - self.held  # no expression can match from before
-        self._text += piece
+        matches = list(self._strings.feed(piece, may_match=may_match))
+        self.held = self._strings.held
+        if self._expressions is not None:
+            start = perf_counter()
+            matches += self._expressions.feed(piece, may_match=may_match)
+            self._seconds += perf_counter() - start
+            if self._seconds > MAX_SECONDS and not matches:
+                raise BadRequest("stop_regex takes too long to match", param="stop_regex")
+            self.held = max(self.held, self._expressions.held)
+        return min(matches, key=lambda m: (m.end, m.start), default=None)
+
+
+@dataclass(slots=True)
+class _Node:
+    """A beginning of strings. depth: its length; fallback: the longest other beginning that it ends with; found: the
+    longest whole string that it ends with; open: the longest beginning, itself included, that it ends with and that
+    is not the whole of every string that begins with it."""
+
+    depth: int
+    next: "dict[str, _Node]" = field(default_factory=dict)
+    fallback: "_Node | None" = None
+    found: str = ""
+    open: int = 0
+
+
+class _Strings:
+    """Aho and Corasick's automaton ("Efficient string matching", 1975): all strings in one pass over the text."""
+
+    def __init__(self, strings: Sequence[str]):
+        self._root = _automaton(tuple(strings))
+        self._node = self._root
+        self._size = 0  # characters fed
+
+    @property
+    def held(self) -> int:
+        return self._node.open
+
+    def feed(self, piece: str, *, may_match: bool) -> Iterator[StopMatch]:
+        """The first match, if there is one; of those that end together, the longest."""
+        if not self._root.next:
+            return
+        node = self._node
+        for count, char in enumerate(piece, self._size + 1):
+            while char not in node.next and node.fallback is not None:
+                node = node.fallback
+            node = node.next.get(char, node)
+            if node.found and may_match:
+                yield StopMatch(count - len(node.found), count, node.found)
+                return
+        self._node, self._size = node, self._size + len(piece)
+
+
+@lru_cache(maxsize=16)  # the samples of a request share one
+def _automaton(strings: tuple[str, ...]) -> _Node:
+    root = _Node(0)
+    for string in strings:
+        node = root
+        for end, char in enumerate(string, 1):
+            node = node.next.setdefault(char, _Node(end))
+        node.found = string
+    waiting = deque([root])
+    while waiting:
+        parent = waiting.popleft()
+        for char, node in parent.next.items():
+            behind = parent.fallback
+            while behind is not None and char not in behind.next:
+                behind = behind.fallback
+            node.fallback = root if behind is None else behind.next[char]
+            node.found = node.found or node.fallback.found
+            node.open = node.depth if node.next else node.fallback.open
+            waiting.append(node)
+    return root
+
+
+@lru_cache(maxsize=16)
+def _expression(source: str) -> StopExpression:
+    return StopExpression.compile(source)
+
+
+class _Expressions:
+    """The text that expressions may still need, as UTF-8."""
+
+    def __init__(self, expressions: Sequence[StopExpression]):
+        self._expressions = expressions
+        self._text = b""  # from one character before what is held, which `\\b` looks at
+        self._before = 0  # characters before it
+        self._start = 0  # in it: no match that counts begins before
+        self._past = -1  # in it: matches that end here or before are passed over
+        self.held = 0
+
+    def feed(self, piece: str, *, may_match: bool) -> Iterator[StopMatch]:
+        self._text += piece.encode()
         if may_match and piece:
-            matches = [*self._find_strings(searched), *self._find_regexes(start)]
-            if matches:
-                first = min(matches, key=lambda m: (m.end, m.start))
-                return StopMatch(first.start + self._offset, first.end + self._offset, first.matched)
+            found = [m for m in map(self._find, self._expressions) if m is not None]
+            if found:
+                yield from found
+                return
         if not may_match:
             self._past = len(self._text)
-        self.held = max(self._held_by_strings(), self._held_by_regexes(start))
-        if not self._patterns:
-            cut = max(0, len(self._text) - self._lookback)
-            self._text, self._offset = self._text[cut:], self._offset + cut
+        self._hold()
+
+    def _find(self, expression: StopExpression) -> StopMatch | None:
+        text, at = self._text, self._start
+        while (match := expression.match.search(text, at)) is not None:
+            start, end = match.span()
+            if end > self._past:
+                begin = self._before + _characters(text[:start])
+                matched = text[start:end].decode()
+                return StopMatch(begin, begin + len(matched), matched)
+            at = _next(text, start)
+            if start == len(text):
+                break
         return None
 
-    def _find_strings(self, searched: int) -> Iterator[StopMatch]:
-        for s in self._strings:
-            start = self._text.find(s, max(0, searched - len(s) + 1))
-            if start >= 0:
-                yield StopMatch(start, start + len(s), s)
-
-    def _held_by_strings(self) -> int:
-        text, longest = self._text, 0
-        for s in self._strings:
-            lengths = range(min(len(s) - 1, len(text)), longest, -1)
-            longest = next((k for k in lengths if text.endswith(s[:k])), longest)
-        return longest
-
-    def _find_regexes(self, start: int) -> Iterator[StopMatch]:
-        for pattern in self._patterns:
-            for m in self._search(pattern, start, partial=False):
-                if m.end() > self._past:
-                    yield StopMatch(m.start(), m.end(), m.group())
-                    break
-
-    def _held_by_regexes(self, start: int) -> int:
-        """Until the end from the first place where a match begins that the next piece may complete or lengthen."""
-        end = len(self._text)
-        places = [end]
-        for pattern in self._patterns:
-            matches = self._search(pattern, start, partial=True)
-            places.append(next((m.start() for m in matches if m.partial or m.end() == end), end))
-        return end - min(places)
-
-    def _search(self, pattern: "regex.Pattern[str]", start: int, *, partial: bool) -> Iterator["regex.Match[str]"]:
-        try:
-            yield from pattern.finditer(self._text, start, overlapped=True, partial=partial, timeout=_TIMEOUT)
-        except TimeoutError:
-            raise BadRequest(f"stop_regex {pattern.pattern!r} takes too long to match", param="stop_regex") from None
+    def _hold(self) -> None:
+        """Hold the text from the first place on where a match begins that the next piece may complete or lengthen."""
+        text = self._text
+        places = [len(text)]
+        for expression in self._expressions:
+            begun = expression.prefix.search(text, self._start)
+            places.append(len(text) if begun is None else begun.start())
+        start = max(min(places), _next(text, len(text) - MAX_HELD - 1) if len(text) > MAX_HELD else 0)
+        self.held = _characters(text[start:])
+        cut = _previous(text, start)
+        self._before += _characters(text[:cut])
+        self._text, self._start, self._past = text[cut:], start - cut, self._past - cut
 
 
-def _compile(expression: str) -> "regex.Pattern[str]":
-    try:
-        pattern = regex.compile(expression)
-    except regex.error as e:
-        raise BadRequest(f"stop_regex {expression!r} is not a regular expression: {e}", param="stop_regex") from None
-    if pattern.search(""):
-        raise BadRequest(f"stop_regex {expression!r} matches the empty text", param="stop_regex")
-    return pattern
+def _characters(text: bytes) -> int:
+    """How many there are in UTF-8."""
+    return len(text.decode())
+
+
+def _next(text: bytes, at: int) -> int:
+    """Where the character after the one at, or around, `at` begins."""
+    at += 1
+    while at < len(text) and text[at] & 0xC0 == 0x80:
+        at += 1
+    return at
+
+
+def _previous(text: bytes, at: int) -> int:
+    """Where the character before `at` begins; 0 at the beginning."""
+    at = max(0, at - 1)
+    while at and text[at] & 0xC0 == 0x80:
+        at -= 1
+    return at

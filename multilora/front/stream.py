@@ -56,6 +56,17 @@ class Delta:
     finished: FinishReason | None = None
     drop: bool = False
 
+    def then(self, later: "Delta") -> "Delta":
+        """What both added, one after the other."""
+        return Delta(
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+            input_logprobs=self.input_logprobs + later.input_logprobs,
+            finished=later.finished,
+            drop=later.drop,
+        )
+
 
 class TextStream:
     """Cumulative: text, token_ids, logprobs, …; `tokenizer` None: ids only, no text and no stop strings.

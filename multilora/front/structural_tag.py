@@ -1,7 +1,7 @@
 """Structural tags: free text in which certain texts begin parts that follow a grammar.
 
 Knows the two forms that clients send: xgrammar's own, `{"type": "structural_tag", "format": {…}}`, and SGLang's older
-one, `{"structures": [{"begin", "schema", "end"}, …], "triggers": […]}`. Called by `grammar.py`.
+one, `{"structures": [{"begin", "schema", "end"}, …], "triggers": […]}`. Called by `grammars/compiler.py`.
 """
 
 import json

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.errors import BadRequest, ConfigError
+from multilora.front.tokenizer_length import shrinking
 
 _ENCODERS = ("encode", "_encode_plus")  # methods of transformers' tokenizers
 
@@ -89,6 +91,13 @@ class Tokenizer:
             template = template.get("tool_use") or template.get("default") or ""
         return str(template)
 
+    @cached_property
+    def most_bytes_per_token(self) -> int | None:
+        """No text has fewer tokens than its UTF-8 bytes divided by this; None: nothing of that kind is known."""
+        longest = max(len(token.encode()) for token in self.hf.get_vocab())
+        shrinks = shrinking(json.loads(self.hf.backend_tokenizer.to_str()))
+        return None if shrinks is None else longest * shrinks
+
     def info(self) -> dict[str, Any]:
         """What `tokenizer_config.json` holds, as JSON values, without the paths of files."""
         found = {k: v for k, v in self.hf.init_kwargs.items() if not k.endswith(("_file", "_path"))}
@@ -108,23 +117,32 @@ class Tokenizer:
         return ids
 
     def encode_chat(
+        self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
+    ) -> list[int]:
+        """`render_chat`, then `encode_rendered`. Raises BadRequest."""
+        return self.encode_rendered(self.render_chat(messages, **options), add_special_tokens=add_special_tokens)
+
+    def encode_rendered(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """What `render_chat` made of a conversation as tokens. The template writes its own special tokens: with
+        `add_special_tokens` the tokenizer adds those that it adds to any text."""
+        return self._encode(text, add_special_tokens)
+
+    def render_chat(
         self,
         messages: list[dict[str, Any]],
         *,
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        add_special_tokens: bool = False,
         **template_kwargs: Any,
-    ) -> list[int]:
-        """Render the chat template and tokenize. The template writes its own special tokens: with
-        `add_special_tokens` the tokenizer adds those that it adds to any text. Raises BadRequest."""
+    ) -> str:
+        """The conversation as the chat template writes it. Raises BadRequest."""
         if not self.hf.chat_template:
             raise BadRequest("the model has no chat template; start with --chat-template or use completions")
         if reserved := self._reserved & set(template_kwargs):
             raise BadRequest(f"{sorted(reserved)[0]!r} cannot be given to the chat template")
         try:
-            text = self.hf.apply_chat_template(
+            text: str = self.hf.apply_chat_template(
                 messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
@@ -134,7 +152,7 @@ class Tokenizer:
             )
         except _TEMPLATE_ERRORS as e:
             raise BadRequest(f"the chat template refused the messages: {e}", param="messages") from e
-        return self._encode(text, add_special_tokens)
+        return text
 
     def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """As `self.hf.encode`; straight from its backend in half the time, where its class adds nothing."""

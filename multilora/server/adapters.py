@@ -18,7 +18,7 @@ from multilora.server.bodies import (
 )
 from multilora.server.errors import StrictRoute, error_response
 from multilora.server.streaming import Json
-from multilora.server.tensors import BoundedRoute, LoadTensorsBody
+from multilora.server.tensors import LoadTensorsBody, TensorsRoute
 
 NATIVE_PATHS = ("/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter")
 
@@ -93,7 +93,7 @@ def _sglang_routes(routes: APIRouter, driver: AsyncDriver, loads: _Loads) -> Non
 
 
 def _tensor_routes(driver: AsyncDriver, loads: _Loads) -> APIRouter:
-    routes = APIRouter(route_class=BoundedRoute)
+    routes = APIRouter(route_class=TensorsRoute)
 
     @routes.post("/load_lora_adapter_from_tensors")
     async def load_from_tensors(body: LoadTensorsBody, inplace: bool = False) -> Response:

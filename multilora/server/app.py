@@ -37,6 +37,7 @@ from multilora.server.auth import KeyCheck
 from multilora.server.head import HeadAsGet
 from multilora.server.metrics.collector import Metrics
 from multilora.server.metrics.http import CountRequests
+from multilora.server.request_body import Bodies
 from multilora.server.responses import routes as responses
 
 
@@ -57,6 +58,7 @@ def create_app(
     defaults = dict(sampling_defaults or {}) if config.sampling_defaults == "model" else {}
     app = FastAPI(title="multilora", version=multilora.__version__)
     app.state.driver = driver
+    app.state.bodies = Bodies(config.max_body_bytes)
     shapes: dict[str, errors.Shape] = dict.fromkeys(
         adapters.NATIVE_PATHS, lambda e: adapters.native_result(front.registry, e.message)
     )

@@ -41,9 +41,9 @@ class ChatJob:
             adapters=adapters,
             kept_tokens=self._tools.markers,
             return_logprob=bool(body.logprobs),
-            top_logprobs_num=check_top_logprobs(body.top_logprobs or 0, "top_logprobs"),
+            top_logprobs_num=check_top_logprobs(front, body.top_logprobs or 0, "top_logprobs"),
             salt=body.salts(1)[0],
-            **common_fields(body),
+            **common_fields(front, body),
         )
 
     @property
@@ -109,7 +109,7 @@ def chat_prompt(
     if body.reasoning_effort is not None:
         options["reasoning_effort"] = body.reasoning_effort
     own = body.chat_template_kwargs or {}
-    if taken := options.keys() & own.keys():
+    if taken := (options.keys() | {"messages", "self"}) & own.keys():
         raise BadRequest(f"{min(taken)!r} cannot be given to the chat template", param="chat_template_kwargs")
     return ChatPrompt([message.model_dump(exclude_unset=True) for message in messages], options | own)
 

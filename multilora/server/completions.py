@@ -54,7 +54,7 @@ class CompletionRequest(OpenAIRequest):
         if body.best_of is not None and body.best_of != sampling.n:
             reason = f"only the value of n is served: {REASONS['best_of']}"
             raise BadRequest(f"best_of = {body.best_of}: {reason}", param="best_of")
-        fields = common_fields(body)
+        fields = common_fields(front, body)
         jobs = [
             Job(
                 prompt=prompt,
@@ -62,7 +62,7 @@ class CompletionRequest(OpenAIRequest):
                 adapters=spec,
                 return_logprob=top is not None,
                 logprob_start_len=0 if top is not None and body.echo else -1,
-                top_logprobs_num=check_top_logprobs(top or 0, "logprobs"),
+                top_logprobs_num=check_top_logprobs(front, top or 0, "logprobs"),
                 salt=salt,
                 **fields,
             )

@@ -7,8 +7,9 @@ the shape of their success; `install` is told so. Called by `server/app.py`; the
 
 import json
 import logging
+import reprlib
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -19,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from multilora.errors import AdapterUnavailable, BadRequest, EnginePaused, MultiloraError, QueueFull
+from multilora.server.request_body import INLINE_BYTES, Bodies
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     413: "invalid_request_error",
     503: "service_unavailable_error",
 }
@@ -37,6 +40,9 @@ _CODES = {
     "PreviousResponseNotFound": "previous_response_not_found",
 }
 
+MAX_MESSAGE = 2000
+"""Characters of an error's message: it may quote what the client sent."""
+
 Shape = Callable[[MultiloraError], dict[str, Any]]
 
 
@@ -44,7 +50,7 @@ def error_body(error: MultiloraError, status: int | None = None) -> dict[str, An
     """The JSON body of an error, also used for an error frame inside a stream."""
     return {
         "error": {
-            "message": error.message,
+            "message": error.message if len(error.message) <= MAX_MESSAGE else error.message[:MAX_MESSAGE] + "…",
             "type": _TYPES.get(status or error.status, "server_error"),
             "param": error.param,
             "code": _CODES.get(error.kind, error.kind),
@@ -83,8 +89,15 @@ def from_validation(error: RequestValidationError) -> BadRequest:
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
+    """The beginning of its repr; cheap for large values, too."""
+    if isinstance(value, str | bytes):
+        value = value[:100]
+    text = repr(value) if isinstance(value, str | bytes | int | float) else _SHORT.repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 4, 30, 10, 100
 
 
 def install(app: FastAPI, shapes: dict[str, Shape]) -> None:
@@ -126,23 +139,62 @@ def install(app: FastAPI, shapes: dict[str, Shape]) -> None:
 class StrictRequest(Request):
     """JSON as the standard has it: no NaN, no lone surrogates, no numbers that are infinite."""
 
+    raw: bytes | None = None  # the body, if it has been read
+    decoded: Any = None  # what is in it, if that has been decoded
+
+    async def body(self) -> bytes:
+        return await super().body() if self.raw is None else self.raw
+
     async def json(self) -> Any:
-        body = await self.body()
-        try:
-            return msgspec.json.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-            raise json.JSONDecodeError(str(e), "", 0) from None
-        except RecursionError:
-            raise json.JSONDecodeError("nested too deeply", "", 0) from None
+        return _json(await self.body()) if self.decoded is None else self.decoded
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        raise json.JSONDecodeError(str(e), "", 0) from None
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
 
 
 class StrictRoute(APIRoute):
-    """A route whose body is read by `StrictRequest`."""
+    """A route whose body is read by `StrictRequest`, within the bounds of `request_body.py`."""
+
+    max_body_bytes: ClassVar[int | None] = None
+    """Where a route has its own limit."""
+    advice: ClassVar[str] = " (--max-body-bytes)"
+    """What to do about a longer body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
-            return await handler(StrictRequest(request.scope, request.receive, request._send))  # noqa: SLF001 - starlette has no other name for it
+            own = StrictRequest(request.scope, request.receive, request._send)  # noqa: SLF001 - starlette has no other name for it
+            if self.body_field is not None:
+                bodies: Bodies = request.app.state.bodies
+                own.raw = await bodies.read(own, self.max_body_bytes, self.advice)  # here its errors keep their types
+                if len(own.raw) > INLINE_BYTES and "json" in own.headers.get("content-type", ""):
+                    own.decoded = await bodies.decode(own.raw, self._validated, self.max_body_bytes)
+                    own.raw = b"{}"  # not kept while the request runs
+            return await handler(own)
 
         return strict
+
+    def _validated(self, body: bytes) -> Any:
+        """What the route's function takes, which FastAPI then leaves as it is. Raises RequestValidationError."""
+        assert self.body_field is not None
+        try:
+            value, errors = self.body_field.validate(_json(body), loc=("body",))
+        except json.JSONDecodeError as e:
+            invalid = {
+                "type": "json_invalid",
+                "loc": ("body", e.pos),
+                "msg": "",
+                "input": {},
+                "ctx": {"error": e.msg},
+            }
+            raise RequestValidationError([invalid]) from None
+        if errors:
+            raise RequestValidationError(errors[:1])
+        return value

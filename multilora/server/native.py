@@ -25,6 +25,9 @@ from multilora.server.resolving import resolved
 from multilora.server.streaming import EventStream, Json, frame, while_connected
 from multilora.server.weight_versions import weight_metadata
 
+LARGE_FRAME = 64 << 10
+"""Bytes of a frame from which on not every token gets one."""
+
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
 
 
@@ -140,9 +143,18 @@ class NativeAnswers:
         return [self.full(sample) for sample in sorted(samples, key=self._batch.position)]
 
     async def frames(self, generation: AsyncGeneration) -> AsyncGenerator[bytes, None]:
-        async for sample, _ in generation.events():
+        """Each has all of a sample so far. Once they are large there is one whenever the answer has grown by 1/64, so
+        that a stream is at most 64 times as long as its answer."""
+        due: dict[int, float] = {}  # sample's index → tokens that its next frame has at least
+        async for sample, delta in generation.events():
+            tokens = sample.stream.completion_tokens
+            if delta.finished is None and tokens < due.get(sample.index, 0):
+                continue
             answer = self.full(sample)
-            yield frame(answer | {"index": self._batch.position(sample)} if self._batch.several else answer)
+            data = frame(answer | {"index": self._batch.position(sample)} if self._batch.several else answer)
+            if len(data) > LARGE_FRAME:
+                due[sample.index] = tokens * (1 + 1 / 64)
+            yield data
 
     def full(self, sample: Sample) -> dict[str, Any]:
         """All of the sample so far."""

@@ -30,8 +30,6 @@ from multilora.server.prompt_logprobs import prompt_logprobs
 from multilora.server.streaming import EventStream, Json, frame, while_connected
 from multilora.server.weight_versions import weight_metadata, weight_version_spans
 
-MAX_TOP_LOGPROBS = 20
-
 Choice = dict[str, Any]
 
 
@@ -152,19 +150,20 @@ def adapters_of(registry: AdapterRegistry, body: OpenAIBody, prompts: int) -> li
     return [registry.resolve_model(body.model, spec) for spec in parse_specs(body.lora_path, prompts)]
 
 
-def common_fields(body: OpenAIBody) -> dict[str, Any]:
+def common_fields(front: Front, body: OpenAIBody) -> dict[str, Any]:
     """The fields of `Job` that both routes' bodies fill in the same way. Raises BadRequest."""
     of_prompt = body.prompt_logprobs
     return {
-        "prompt_logprobs": None if of_prompt is None else check_top_logprobs(of_prompt, "prompt_logprobs"),
+        "prompt_logprobs": None if of_prompt is None else check_top_logprobs(front, of_prompt, "prompt_logprobs"),
         "logprobs_mode": parse_logprobs_mode(body.logprobs_mode),
         "priority": check_priority(body.priority),
     }
 
 
-def check_top_logprobs(count: int, field: str) -> int:
-    if not 0 <= count <= MAX_TOP_LOGPROBS:
-        raise BadRequest(f"{field} = {count}: must be 0 to {MAX_TOP_LOGPROBS}", param=field)
+def check_top_logprobs(front: Front, count: int, field: str) -> int:
+    most = front.config.max_logprobs
+    if not 0 <= count <= most:
+        raise BadRequest(f"{field} = {count}: must be 0 to {most} (--max-logprobs)", param=field)
     return count
 
 

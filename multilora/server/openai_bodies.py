@@ -3,7 +3,7 @@
 Knows which field means which sampling parameter; nothing of prompts, adapters or answers.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -51,9 +51,9 @@ class OpenAIBody(GuidedFields):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Integer] | None = None
-    stop_regex: str | list[str] | None = None
+    stop: str | Texts | None = None
+    stop_token_ids: Annotated[list[Integer], Field(fail_fast=True)] | None = None
+    stop_regex: str | Texts | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
@@ -113,13 +113,13 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
 
 class Conversation(Body):
     """What the chat template makes a prompt of."""
 
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     tools: Any = None  # see front/tools/definitions.py, as for tool_choice
     tool_choice: Any = None
     reasoning_effort: str | None = None
@@ -132,7 +132,7 @@ class ChatBody(Conversation, OpenAIBody):
     """`POST /v1/chat/completions`. Without a limit the answer may fill the context."""
 
     where = "/v1/chat/completions"
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: Integer | None = None
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool | None = None

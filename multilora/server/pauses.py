@@ -138,11 +138,6 @@ def _facts(routes: APIRouter, front: Front) -> None:
         """As vLLM: how many devices compute."""
         return Json({"world_size": world_size(front)})
 
-    @routes.get("/weight_info")
-    async def weight_info() -> Response:
-        """As vLLM: the version of the base model's weights, which never change."""
-        return Json({"weight_version": "default"})
-
 
 def world_size(front: Front) -> int:
     """Devices that compute one step together."""

@@ -26,6 +26,12 @@ from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import ConfigError, MultiloraError
 from multilora.front.tokenizer import Tokenizer
 from multilora.server.app import create_app
+from multilora.server.connections import (
+    AbsoluteTargets,
+    bounded_protocol,
+    connections_within,
+    raise_descriptor_limit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +70,13 @@ class _ServerProcess:
         self._server: _UvicornServer | None = None
         self._driver: AsyncDriver | None = None
         self._main: asyncio.Task[Any] | None = None
+        self._descriptors = 0  # that the process may have
 
     async def run(self) -> int:
         from multilora.engine.process.client import EngineClient
 
         self._main = asyncio.current_task()
+        self._descriptors = raise_descriptor_limit()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
         _log_arguments(self._config)
@@ -98,7 +106,8 @@ class _ServerProcess:
         await driver.change(driver.front.adapters.load_many(config.lora_paths, all_or_none=True))
         self._server = _UvicornServer(
             uvicorn.Config(
-                app,
+                AbsoluteTargets(app),
+                http=bounded_protocol(self._max_connections()),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -109,6 +118,9 @@ class _ServerProcess:
         host, port = listener.getsockname()[:2]
         logger.info("ready: http://%s:%d", f"[{host}]" if ":" in host else host, port)
         await self._server.serve(sockets=[listener])
+
+    def _max_connections(self) -> int:
+        return self._config.max_connections or connections_within(self._descriptors)
 
     def _signalled(self, number: int) -> None:
         """First: end downloads, and drain or give up starting. Second: do not wait for running requests."""

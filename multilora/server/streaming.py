@@ -122,6 +122,7 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for data in self._with_ending():
+            await asyncio.sleep(0)  # `send` and a queue that is not empty let nobody else run, nor a hang-up be seen
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -6,18 +6,15 @@ in them is checked by the loader. Used by `adapters.py`.
 """
 
 import binascii
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
-
 from multilora.adapters.sources.shared_memory import SharedTensor, write_shared
-from multilora.errors import BadRequest, PayloadTooLarge
+from multilora.errors import BadRequest
 from multilora.server.bodies import Body, Integer, LoadBody, Texts
-from multilora.server.errors import StrictRequest
+from multilora.server.errors import StrictRoute
 
 MAX_BODY_BYTES = 1 << 30
 CHUNK = 1 << 20  # characters decoded at a time, a multiple of 4: each is short enough not to hold up other threads
@@ -113,37 +110,8 @@ def _check_format(start: bytes, field: str) -> None:
     raise BadRequest(f"{field}: not a safetensors file; {wanted}", param=field)
 
 
-class _BoundedRequest(StrictRequest):
-    async def body(self) -> bytes:
-        """At most MAX_BODY_BYTES. Raises PayloadTooLarge as soon as it is known to be more."""
-        if not hasattr(self, "_body"):
-            declared = self.headers.get("content-length", "")
-            self._check(int(declared) if declared.isdecimal() else 0)
-            chunks: list[bytes] = []
-            size = 0
-            async for chunk in self.stream():
-                size += len(chunk)
-                self._check(size)
-                chunks.append(chunk)
-            self._body = b"".join(chunks)
-        return self._body
+class TensorsRoute(StrictRoute):
+    """A StrictRoute whose body has weights in it."""
 
-    def _check(self, size: int) -> None:
-        if size > MAX_BODY_BYTES:
-            raise PayloadTooLarge(
-                f"the body has over {MAX_BODY_BYTES} bytes: save the adapter to a directory and load it by its path"
-            )
-
-
-class BoundedRoute(APIRoute):
-    """A StrictRoute that reads no longer body than that."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def bounded(request: Request) -> Response:
-            own = _BoundedRequest(request.scope, request.receive, request._send)  # noqa: SLF001 - starlette has no other name for it
-            await own.body()  # here its error keeps its type
-            return await handler(own)
-
-        return bounded
+    max_body_bytes = MAX_BODY_BYTES
+    advice = ": save the adapter to a directory and load it by its path"

@@ -23,6 +23,7 @@ from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs, common_fields
 from multilora.server.openai_bodies import OpenAIBody, StreamOptions
 from multilora.server.resolving import resolved
+from multilora.server.weight_versions import weight_version_spans
 
 LOWEST = -1e30
 """Said of a token that cannot come (its logprob is minus infinity or not a number): clients want finite numbers."""
@@ -83,7 +84,7 @@ class TokenRequest(OpenAIRequest):
     def __init__(self, front: Front, body: TokenGenerateBody):
         common = body.common()
         wanted = common.logprobs
-        top = None if wanted is None or wanted is False else check_top_logprobs(int(wanted), "logprobs")
+        top = None if wanted is None or wanted is False else check_top_logprobs(front, int(wanted), "logprobs")
         (adapters,) = adapters_of(front.registry, common, 1)
         job = Job(
             prompt=body.token_ids,
@@ -93,18 +94,19 @@ class TokenRequest(OpenAIRequest):
             top_logprobs_num=top or 0,
             return_ranks=top is not None,
             salt=common.salts(1)[0],
-            **common_fields(common),
+            **common_fields(front, common),
         )
         super().__init__(common, [job], front.config.model_name)
         self._id = body.request_id or uuid.uuid4().hex
 
     def whole(self, sample: Sample) -> Choice:
-        unsaid = {"routed_experts": None, "sampling_mask": None, "weight_versions": None}
-        return self._choice(sample, sample.stream) | unsaid
+        unsaid = {"routed_experts": None, "sampling_mask": None}
+        return self._choice(sample, sample.stream) | unsaid | {"weight_versions": weight_version_spans(sample)}
 
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:  # noqa: ARG002 - the contract's
         if delta.token_ids or delta.finished is not None:
-            yield self._choice(sample, delta)
+            ends = {"weight_versions": weight_version_spans(sample)} if delta.finished is not None else {}
+            yield self._choice(sample, delta) | ends
 
     def _choice(self, sample: Sample, part: TextStream | Delta) -> Choice:
         return {

@@ -22,6 +22,9 @@ from multilora.server.openai_bodies import Conversation
 from multilora.server.resolving import resolved
 from multilora.server.streaming import Json
 
+MAX_CHARACTERS = 1 << 20
+UNBOUNDED = 4 << 20  # tokens of a conversation: its answer is no prompt
+
 
 class TokenizeBody(Conversation):
     """Exactly one of `prompt` and `messages`. `add_special_tokens` is for `prompt`: templates write their own."""
@@ -51,7 +54,7 @@ def router(driver: AsyncDriver) -> APIRouter:
         """The token ids of a prompt, of several, or of a conversation."""
         async with resolved(request.receive, driver, body.model):
             vocabulary = _vocabulary(driver.front, body.model)
-        answer: dict[str, Any] = await driver.run_blocking(Lane.TEXT, partial(_tokenize, body, vocabulary))
+        answer: dict[str, Any] = await driver.run_blocking(Lane.LONG_TEXT, partial(_tokenize, body, vocabulary))
         return Json(answer | {"max_model_len": driver.front.engine.ready.context_length})
 
     @routes.post("/detokenize")
@@ -60,7 +63,7 @@ def router(driver: AsyncDriver) -> APIRouter:
         """The text of token ids."""
         async with resolved(request.receive, driver, body.model):
             vocabulary = _vocabulary(driver.front, body.model)
-        return Json(await driver.run_blocking(Lane.TEXT, partial(_detokenize, body, vocabulary)))
+        return Json(await driver.run_blocking(Lane.LONG_TEXT, partial(_detokenize, body, vocabulary)))
 
     return routes
 
@@ -75,8 +78,10 @@ def _tokenize(body: TokenizeBody, vocabulary: Vocabulary) -> dict[str, Any]:
         raise BadRequest("exactly one of prompt and messages must be given", param="prompt")
     if body.messages is not None:
         prompt = chat_prompt(body, body.messages, offered_tools(body.tools, body.tool_choice))
-        return _answer(body, vocabulary, prompt.encode(vocabulary))
+        return _answer(body, vocabulary, prompt.encode(vocabulary, UNBOUNDED))
     tokenizer = vocabulary.writer("prompt", "prompt")
+    if sum(map(len, [body.prompt] if isinstance(body.prompt, str) else body.prompt or [])) > MAX_CHARACTERS:
+        raise BadRequest(f"prompt: over {MAX_CHARACTERS} characters", param="prompt")
     special = body.add_special_tokens is not False
     texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt or []
     found = [tokenizer.encode(text, add_special_tokens=special) for text in texts]

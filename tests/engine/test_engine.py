@@ -1,6 +1,7 @@
 """The engine as its front sees it: checks at the door, endings, calls, and who waits for whom."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
@@ -119,7 +120,42 @@ INFO = xgrammar.TokenizerInfo([bytes([i]) for i in range(99)], vocab_size=101, s
 
 
 def grammar(regex: str) -> str:
-    return xgrammar.GrammarCompiler(INFO).compile_regex(regex).serialize_json()
+    return xgrammar.Grammar.from_regex(regex).serialize_json()
+
+
+class SlowCompiler:
+    """Compiles nothing before it `may`."""
+
+    def __init__(self, compiler: xgrammar.GrammarCompiler):
+        self.may = threading.Event()
+        self._compiler = compiler
+
+    def compile_grammar(self, grammar: xgrammar.Grammar) -> xgrammar.CompiledGrammar:
+        assert self.may.wait(60)
+        return self._compiler.compile_grammar(grammar)
+
+
+def slow_compiler(driver: EngineDriver) -> SlowCompiler:
+    driver.engine.handle(UseTokenizer(INFO.serialize_json()))
+    cache = driver.engine.runner._sampler._grammars
+    cache._compiler = SlowCompiler(cache._compiler)
+    return cache._compiler
+
+
+def test_a_grammar_that_is_being_compiled_holds_up_nobody(files: Path) -> None:
+    driver = drive(files)
+    compiler = slow_compiler(driver)
+    first, second = (driver.submit(PROMPT, grammar=grammar("[0-9]{3}")) for _ in range(2))
+    other = driver.submit(PROMPT)
+    driver.step(30)
+    assert driver.answers[other].finished.type == "length"
+    assert driver.engine.busy and not driver.engine.running
+    driver.abort(second)
+    driver.step()
+    assert driver.answers[second].finished.type == "abort"
+    compiler.may.set()
+    driver.run()
+    assert bytes(driver.answers[first].tokens[:3]).isdigit()
 
 
 def under_grammars(files: Path, ahead: int, **options: Any) -> dict[str, Answer]:

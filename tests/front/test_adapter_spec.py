@@ -48,7 +48,7 @@ def test_two_items(value, choices):
         ([A | {"weight": None}], r"weight = None: must be a number"),
         ([A | {"weight": float("nan")}], r"weight = nan: must be a finite number"),
         ([A | {"weight": float("-inf")}], r"weight = -inf: must be a finite"),
-        ([A | {"weight": 1e39}], r"weight = 1e\+39: must be a finite number \(fp32\)"),
+        ([A | {"weight": 1e39}], r"weight = 1e\+39: must be a finite number, at most 1e\+06"),
         ([A | {"weight": 10**400}], r"must be a finite number"),
     ],
 )

@@ -136,7 +136,7 @@ LONE: dict[str, tuple[dict[str, Any], type[MultiloraError], str]] = {
     "bad stop_regex": ({"params": {"stop_regex": "("}}, BadRequest, "stop_regex"),
     "bad regex": ({"params": {"regex": "["}}, BadRequest, "regex is not a usable grammar"),
     "bad schema": ({"params": {"json_schema": "{"}}, BadRequest, "json_schema is not a usable grammar"),
-    "two grammars": ({"params": {"regex": "a", "ebnf": "b"}}, BadRequest, "only one of"),
+    "two grammars": ({"params": {"regex": "a", "ebnf": "b"}}, BadRequest, "only one grammar"),
     "bias outside": ({"params": {"logit_bias": {"999": 1}}}, BadRequest, "logit_bias: token id 999"),
     "stop token outside": ({"params": {"stop_token_ids": [999]}}, BadRequest, "stop_token_ids: token id 999"),
     "logprob_start_len": ({"logprob_start_len": 9999}, BadRequest, "logprob_start_len = 9999: the prompt has"),

@@ -86,7 +86,7 @@ def text_of(door: HttpDoor, route: str, **fields: Any) -> str:
 
 
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
-@pytest.mark.parametrize(("fields", "right"), ASKED, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("fields", "right"), ASKED, ids=[str(fields)[:60] for fields, _ in ASKED])
 def test_the_answer_follows(door, route, fields, right):
     text = text_of(door, route, **fields)
     assert right(text), text

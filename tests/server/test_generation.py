@@ -4,12 +4,13 @@ import asyncio
 import threading
 
 import pytest
+from fakes.grammars import InProcessGrammars
 from fakes.models import FakeEngineClient
 from fakes.server_app import SECONDS, LocalServer, run
 from fakes.tokenizers import byte_level_tokenizer
 
 from multilora.errors import CannotFit, QueueFull
-from multilora.front.grammar import GrammarCompiler
+from multilora.front.effects import CompiledText
 
 HUNG = {"input_ids": [5], "lora_path": "a", "rid": "r", "sampling_params": {"max_new_tokens": 200}}
 
@@ -243,12 +244,12 @@ def test_an_abort_while_the_grammar_compiles_is_not_lost(monkeypatch):
     s = Counting(tokenizer=byte_level_tokenizer())
     compiling, go_on = threading.Event(), threading.Event()
 
-    def compile_slowly(self, params):
+    async def compile_slowly(self, setup, field, source):
         compiling.set()
-        assert go_on.wait(SECONDS)
+        assert await asyncio.to_thread(go_on.wait, SECONDS)
+        return CompiledText("a", "{}")
 
-    monkeypatch.setattr(GrammarCompiler, "compile", compile_slowly)
-    monkeypatch.setattr(GrammarCompiler, "tokenizer_info_json", lambda self: "{}")
+    monkeypatch.setattr(InProcessGrammars, "compile", compile_slowly)
 
     async def scenario():
         s.client.gate.clear()

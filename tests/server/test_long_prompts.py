@@ -25,7 +25,7 @@ def tokenizer() -> Tokenizer:
 def test_others_go_on_while_it_is_tokenized(tokenizer: Tokenizer, route: str) -> None:
     word = tokenizer.encode("the")[-1]
     endless = {"model": "base", "prompt": [word], "stream": True, "max_tokens": 90_000}
-    client = FakeEngineClient(vocab_size=1024, context_length=100_000, answer=lambda submit: [word] * 90_000)
+    client = FakeEngineClient(vocab_size=1024, context_length=300_000, answer=lambda submit: [word] * 90_000)
     server = LocalServer(client, tokenizer)
 
     async def scenario() -> tuple[float, float, int]:

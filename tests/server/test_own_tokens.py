@@ -35,7 +35,7 @@ def make(path):
             vocab_size=SIZE, context_length=8192, eos_token_ids=(1,), answer=lambda submit: list(answer)
         )
         client.tokens[str(path)] = SIZE + 2
-        s = LocalServer(client, tokenizer, **config)
+        s = LocalServer(client, tokenizer, max_logprobs=SIZE + 99, **config)
         run(s.load_from("own", str(path)))
         return s
 

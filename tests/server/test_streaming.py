@@ -142,3 +142,44 @@ def test_a_client_that_hangs_up_ends_the_frames():
         assert (closed, ended) == ([True], [True])
 
     run(scenario())
+
+
+def test_a_hang_up_ends_frames_that_never_wait():
+    """A backlog is such frames: all of it was formatted for nobody, while nobody else was served."""
+    closed, made = [], []
+
+    async def frames():
+        for i in range(1_000_000):
+            made.append(i)
+            yield frame({})
+
+    async def scenario():
+        call = Connection(stream(frames, closed), "GET", "/")
+        await call.frame()
+        call.hang_up()
+        await call.answer()
+        assert len(made) < 100
+        assert closed == [True]
+
+    run(scenario())
+
+
+def test_others_run_between_frames_that_never_wait():
+    turns = []
+
+    async def frames():
+        for _ in range(200):
+            yield frame({})
+
+    async def others():
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    async def scenario():
+        task = asyncio.create_task(others())
+        await Connection(stream(frames, []), "GET", "/").answer()
+        task.cancel()
+        assert len(turns) >= 200
+
+    run(scenario())

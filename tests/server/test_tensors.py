@@ -204,7 +204,7 @@ def test_padding_in_the_middle(server, monkeypatch):
 @pytest.mark.parametrize("headers", [{}, {"content-length": "99999999999"}])
 def test_a_body_over_the_bound(server, monkeypatch, headers):
     if not headers:
-        monkeypatch.setattr(tensors, "MAX_BODY_BYTES", 100)
+        monkeypatch.setattr(tensors.TensorsRoute, "max_body_bytes", 100)
     answer = server.post(ROUTE, BODY, **headers)
     assert answer.status == 413
     assert "load it by its path" in answer.json()["error_message"]

@@ -53,6 +53,7 @@ def test_the_whole_answer(http: HttpDoor) -> None:
         "kv_transfer_params": None,
         "ec_transfer_params": None,
         "mm_placeholders": None,
+        "metadata": {"lora_version": 1, "weight_version": "default"},
         "choices": [
             {
                 "index": 0,
@@ -62,7 +63,7 @@ def test_the_whole_answer(http: HttpDoor) -> None:
                 "logprobs": None,
                 "routed_experts": None,
                 "sampling_mask": None,
-                "weight_versions": None,
+                "weight_versions": [{"version": "default", "start": 0, "end": 6, "lora_version": 1}],
             }
         ],
     }

@@ -141,6 +141,10 @@ class Runner:
         """See `Sampler.use_tokenizer`."""
         self._sampler.use_tokenizer(info)
 
+    def grammar_ready(self, grammar: str) -> bool:
+        """See `Sampler.grammar_ready`."""
+        return self._sampler.grammar_ready(grammar)
+
     def check_sampling(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
         """Raise BadRequest for what could not be sampled: see `Sampler.check`."""
         self._sampler.check(params, vocab_size, grammar)

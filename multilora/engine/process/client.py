@@ -43,10 +43,12 @@ from multilora.engine.messages import (
     decode_from_engine,
     encode,
 )
-from multilora.errors import EngineDead, from_wire
+from multilora.errors import ConfigError, EngineDead, from_wire
 from multilora.private_directory import PrivateDirectory, remove_orphans
 
 logger = logging.getLogger(__name__)
+
+MAX_SOCKET_PATH = 103  # bytes; what every system takes
 
 
 class EngineClient:
@@ -80,6 +82,9 @@ class EngineClient:
         remove_orphans()
         directory = PrivateDirectory("engine")
         address = f"ipc://{directory.path / 'socket'}"
+        if len(address.encode()) - len("ipc://") > MAX_SOCKET_PATH:
+            directory.close()
+            raise ConfigError(f"TMPDIR is too long for a socket in it: {directory.path.parent}")
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.set(zmq.LINGER, 0)
         socket.bind(address)

@@ -1,23 +1,25 @@
 """Grammar-constrained output: which tokens may come next, as bit masks from xgrammar.
 
-The front compiles grammars and sends them serialized; `GrammarCache` reads them once, `GrammarState` follows one
+The front checks grammars and sends them as text; `GrammarCache` compiles each once, `GrammarState` follows one
 request. The masks of a step are made on the host in one call, on several threads. Called by
 `engine/sampling/sampler.py`.
 """
 
-import hashlib
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 
 import numpy as np
 import torch
 import xgrammar
 from torch import Tensor
 
+from multilora.engine.sampling.background import Background
 from multilora.errors import BadRequest
 
-logger = logging.getLogger(__name__)
+CACHE_BYTES = 256 << 20
+COMPILE_THREADS = 2
 
 
 class GrammarState:
@@ -58,40 +60,58 @@ class GrammarState:
 
 
 class GrammarCache:
-    """Compiled grammars by digest of their serialized form, the least recently used dropped first.
+    """Compiled grammars by their text, as many as fit `capacity` bytes; the least recently used is dropped
+    first.
 
-    `tokenizer_info` is the front's `TokenizerInfo.serialize_json()`: grammars are bound to it.
+    `tokenizer_info` is the front's `TokenizerInfo.serialize_json()`: grammars are compiled for it. A text is that of
+    `Grammar.serialize_json()`; the front has tried what it costs to compile, which is done on threads of its own.
     """
 
-    def __init__(self, tokenizer_info: str, vocab_size: int, capacity: int = 64):
+    def __init__(self, tokenizer_info: str, vocab_size: int, capacity: int = CACHE_BYTES):
         self._tokenizer_info = xgrammar.TokenizerInfo.deserialize_json(tokenizer_info)
         if self._tokenizer_info.vocab_size > vocab_size:
             raise ValueError(f"grammar vocabulary {self._tokenizer_info.vocab_size} > the model's {vocab_size}")
         self._capacity = capacity
-        self._compiled: OrderedDict[bytes, xgrammar.CompiledGrammar] = OrderedDict()
+        self._compiler = xgrammar.GrammarCompiler(self._tokenizer_info, max_threads=1, cache_enabled=False)
+        self._compiled: OrderedDict[str, xgrammar.CompiledGrammar] = OrderedDict()
+        self._compiling: dict[str, Future[xgrammar.CompiledGrammar]] = {}
+        self._background = Background(COMPILE_THREADS, "grammar")
+        self._bytes = 0
         self._filler = xgrammar.BatchGrammarMatcher()
 
     def __len__(self) -> int:
         return len(self._compiled)
 
-    def read(self, grammar: str) -> xgrammar.CompiledGrammar:
-        """The compiled form of `grammar` (`CompiledGrammar.serialize_json()`).
+    def ready(self, grammar: str) -> bool:
+        """Whether `read` will return, or raise, at once; if not, the grammar is being compiled from now on."""
+        if grammar in self._compiled:
+            return True
+        if grammar not in self._compiling:
+            self._compiling[grammar] = self._background.submit(partial(self._compile, grammar))
+        return self._compiling[grammar].done()
 
-        Raises BadRequest when it cannot be read or was compiled for another tokenizer.
+    def read(self, grammar: str) -> xgrammar.CompiledGrammar:
+        """The compiled form of `grammar`. Compiles it now where `ready` has not been asked, or too long ago.
+
+        Raises BadRequest when it cannot be read or compiled.
         """
-        key = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
-        compiled = self._compiled.get(key)
+        compiled = self._compiled.get(grammar)
         if compiled is None:
-            compiled = self._compiled[key] = self._deserialize(grammar)
-            logger.debug("grammar %s read, %d bytes", key.hex(), compiled.memory_size_bytes)
-            if len(self._compiled) > self._capacity:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
+            compiling = self._compiling.pop(grammar, None)
+            compiled = self._compile(grammar) if compiling is None else compiling.result()
+            self._keep(grammar, compiled)
+        self._compiled.move_to_end(grammar)
         return compiled
 
-    def _deserialize(self, grammar: str) -> xgrammar.CompiledGrammar:
+    def _keep(self, grammar: str, compiled: xgrammar.CompiledGrammar) -> None:
+        self._compiled[grammar] = compiled
+        self._bytes += _size(grammar, compiled)
+        while self._bytes > self._capacity and len(self._compiled) > 1:
+            self._bytes -= _size(*self._compiled.popitem(last=False))
+
+    def _compile(self, grammar: str) -> xgrammar.CompiledGrammar:
         try:
-            return xgrammar.CompiledGrammar.deserialize_json(grammar, self._tokenizer_info)
+            return self._compiler.compile_grammar(xgrammar.Grammar.deserialize_json(grammar))
         except (RuntimeError, ValueError) as e:  # xgrammar's own errors derive from these
             raise BadRequest(f"the grammar cannot be used: {e}", param="grammar") from None
 
@@ -115,6 +135,10 @@ class GrammarCache:
                 if without.any():
                     bits[line] = without
         return masks
+
+
+def _size(grammar: str, compiled: xgrammar.CompiledGrammar) -> int:
+    return len(grammar) + int(compiled.memory_size_bytes)
 
 
 def _bits(tokens: Sequence[int] | frozenset[int], words: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:

@@ -97,6 +97,10 @@ class Sampler:
         """xgrammar's serialized TokenizerInfo, which later grammars are bound to."""
         self._grammars = GrammarCache(info, self.vocab_size)
 
+    def grammar_ready(self, grammar: str) -> bool:
+        """Whether `check` and `install` need not wait for the grammar to be compiled; if not, that begins now."""
+        return self._grammars is None or self._grammars.ready(grammar)
+
     def check(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
         """Raise BadRequest for what only the sampler can tell: a grammar that cannot be used, a biased token outside
         the vocabulary of `vocab_size` tokens."""

@@ -150,7 +150,7 @@ def check_parameters(schema: Mapping[str, Any], path: str) -> None:
     kind = schema.get("type", "object")
     if kind != "object":
         raise BadRequest(f"{path}.type = {_shown(kind)}: the arguments of a function are an object", param=path)
-    for where, inner in _schemas(schema, path, 0):
+    for where, inner in schemas_in(schema, path, 0):
         kinds = inner.get("type")
         if not all(isinstance(kind, str) for kind in (kinds if isinstance(kinds, list) else [kinds or ""])):
             raise BadRequest(f"{where}.type: must be a string or an array of strings", param=f"{where}.type")
@@ -165,7 +165,7 @@ def check_constrainable(tools: Sequence[Tool]) -> None:
     """Raise BadRequest for what may stand in a prompt but not in a grammar: types that JSON has not, references that
     lead elsewhere. tools: all tools of the request."""
     for i, tool in enumerate(tools):
-        for where, inner in _schemas(tool.parameters, f"tools[{i}].function.parameters", 0):
+        for where, inner in schemas_in(tool.parameters, f"tools[{i}].function.parameters", 0):
             kinds = inner.get("type")
             for kind in kinds if isinstance(kinds, list) else [] if kinds is None else [kinds]:
                 if kind not in _TYPES:
@@ -177,7 +177,7 @@ def check_constrainable(tools: Sequence[Tool]) -> None:
                 raise BadRequest(f"{path} = {_shown(ref)}: only references within the schema are served", param=path)
 
 
-def _schemas(schema: Any, path: str, depth: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def schemas_in(schema: Any, path: str, depth: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(path, schema) of a schema and of all schemas in it. Raises BadRequest where something else stands for one."""
     if isinstance(schema, bool):
         return
@@ -192,14 +192,14 @@ def _schemas(schema: Any, path: str, depth: int) -> Iterator[tuple[str, Mapping[
             if not isinstance(value, Mapping):
                 raise BadRequest(f"{where}: must be an object of schemas, not {_shown(value)}", param=where)
             for name, inner in value.items():
-                yield from _schemas(inner, f"{where}.{name}", depth + 1)
+                yield from schemas_in(inner, f"{where}.{name}", depth + 1)
         elif key in LIST_KEYWORDS and (isinstance(value, list) or key not in SCHEMA_KEYWORDS):
             if not isinstance(value, list):
                 raise BadRequest(f"{where}: must be an array of schemas, not {_shown(value)}", param=where)
             for i, inner in enumerate(value):
-                yield from _schemas(inner, f"{where}[{i}]", depth + 1)
+                yield from schemas_in(inner, f"{where}[{i}]", depth + 1)
         elif key in SCHEMA_KEYWORDS:
-            yield from _schemas(value, where, depth + 1)
+            yield from schemas_in(value, where, depth + 1)
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,7 @@ from multilora.server.dialects import in_words_of
 from multilora.server.errors import StrictRoute
 from multilora.server.resolving import resolved
 from multilora.server.streaming import EventStream, Json, named_frame, while_connected
+from multilora.server.tokenization import UNBOUNDED
 
 
 def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
@@ -37,7 +38,7 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
                 job = ChatJob(driver.front, body.chat_body(), {}).job
                 assert isinstance(job.prompt, ChatPrompt)
                 vocabulary = driver.front.vocabularies.of(job.adapters)
-                ids = await driver.run_blocking(Lane.TEXT, partial(job.prompt.encode, vocabulary))
+                ids = await driver.run_blocking(Lane.LONG_TEXT, partial(job.prompt.encode, vocabulary, UNBOUNDED))
         return Json({"input_tokens": len(ids)})
 
     return routes

@@ -17,9 +17,8 @@ CPU = torch.device("cpu")
 VOCAB = 1003  # odd, so that no vector width divides it
 EOS = 2
 INFO = xgrammar.TokenizerInfo([bytes([i]) for i in range(256)], vocab_size=VOCAB, stop_token_ids=[EOS])
-COMPILER = xgrammar.GrammarCompiler(INFO)
-DIGITS = COMPILER.compile_regex("[0-9]{3}").serialize_json()
-MANY_DIGITS = COMPILER.compile_regex("[0-9]+").serialize_json()
+DIGITS = xgrammar.Grammar.from_regex("[0-9]{3}").serialize_json()
+MANY_DIGITS = xgrammar.Grammar.from_regex("[0-9]+").serialize_json()
 VARIETY = [
     {"temperature": 0.0},
     {},

@@ -131,6 +131,9 @@ class FakeRunner:
         self.unread: list[int] = []
         self.tokens_sampled = 0
 
+    def grammar_ready(self, grammar: str) -> bool:
+        return True
+
     def check_sampling(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
         """Everything goes."""
 
@@ -240,7 +243,7 @@ def make_engine(
     tiers: FakeTiers,
     *,
     ahead: bool = False,
-    max_queued: int = 1000,
+    max_unfinished: int = 1000,
     scheduler: type[Scheduler] = Scheduler,
     max_running: int = 8,
     chunk_tokens: int = 16,
@@ -262,7 +265,7 @@ def make_engine(
         FakeRunner(tiers),  # type: ignore[arg-type]
         tiers.store,
         describe=_no_ready,
-        max_queued=max_queued,
+        max_unfinished=max_unfinished,
         random_seed=0,
         ahead=int(ahead),
     )

@@ -178,8 +178,8 @@ class EngineDriver(Stepper):
         self._replies[reply.call] = reply
 
     def after_step(self) -> None:
-        if self._on_gpu and not self.engine.running:
-            time.sleep(0.001)  # a copy may be on its way
+        if not self.engine.running and (self._on_gpu or self.engine.busy):
+            time.sleep(0.001)  # a copy may be on its way, or a grammar is being compiled
 
     def run(self, max_steps: int = 5000) -> None:
         """Step until nothing is left to do, then check that the engine is at rest."""

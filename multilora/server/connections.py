@@ -1,0 +1,132 @@
+"""Connections within bounds: how many there are, how long one may be silent, and how long it may take nothing.
+
+Owns the limit of file descriptors and uvicorn's protocol with timers. Knows nothing of requests but whether one is
+under way; the time for a body is `request_body.py`'s. Used by `serve.py`.
+"""
+
+import asyncio
+import logging
+import resource
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+logger = logging.getLogger(__name__)
+
+HEAD_SECONDS = 30.0
+"""From the first byte of a request, or the start of the connection, to the end of its headers."""
+STALL_SECONDS = 60.0
+"""How long a client may take nothing of what it is sent."""
+MOST_DESCRIPTORS = 65_536
+FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+
+
+def raise_descriptor_limit() -> int:
+    """Allow this process, and those that it starts, as many file descriptors as the system lets it. Returns that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+
+
+def connections_within(descriptors: int) -> int:
+    """How many connections leave enough descriptors for files, adapters and processes."""
+    return max(1, descriptors - min(256, descriptors // 2))
+
+
+if TYPE_CHECKING:
+    _Protocol = asyncio.Protocol
+else:
+    _Protocol = AutoHTTPProtocol
+
+
+def bounded_protocol(max_connections: int) -> type[asyncio.Protocol]:
+    """uvicorn's protocol class, with the limits of this module."""
+
+    class BoundedProtocol(_Protocol):
+        """A connection that is closed when it is one too many, silent, or does not read."""
+
+        transport: asyncio.Transport
+        connections: set[Any]  # of the server
+        cycle: Any  # uvicorn's object of a request; None before the first
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self._head: asyncio.TimerHandle | None = None
+            self._stall: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                self.transport.write(FULL)
+                self.transport.close()
+            else:
+                self._wait_for_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting_for_head()
+            self._stop_waiting_for_reader()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._between_requests:
+                self._wait_for_head()
+            else:
+                self._stop_waiting_for_head()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            if self._stall is None:
+                self._stall = asyncio.get_running_loop().call_later(STALL_SECONDS, self._stalled)
+
+        def resume_writing(self) -> None:
+            self._stop_waiting_for_reader()
+            super().resume_writing()
+
+        @property
+        def _between_requests(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def _wait_for_head(self) -> None:
+            """The time runs from the first byte; further ones do not prolong it."""
+            if self._head is None and not self.transport.is_closing():
+                self._head = asyncio.get_running_loop().call_later(HEAD_SECONDS, self._silent)
+
+        def _stop_waiting_for_head(self) -> None:
+            if self._head is not None:
+                self._head.cancel()
+                self._head = None
+
+        def _stop_waiting_for_reader(self) -> None:
+            if self._stall is not None:
+                self._stall.cancel()
+                self._stall = None
+
+        def _silent(self) -> None:
+            self._head = None
+            if self._between_requests and not self.transport.is_closing():
+                self.transport.close()
+
+        def _stalled(self) -> None:
+            logger.info("a connection was ended: its client has taken nothing for %g s", STALL_SECONDS)
+            self.transport.abort()
+
+    return BoundedProtocol
+
+
+class AbsoluteTargets:
+    """ASGI middleware: a request target with scheme and host, as proxies may send it, means its path."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and not scope["path"].startswith("/"):
+            _, found, rest = scope["path"].partition("://")
+            if found:
+                path = "/" + rest.partition("/")[2]
+                scope = dict(scope, path=path, raw_path=path.encode())
+        await self.app(scope, receive, send)

@@ -1,0 +1,166 @@
+"""Connections within bounds, over real sockets: too many, silent ones, ones that do not read."""
+
+import asyncio
+import contextlib
+import resource
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import uvicorn
+from fakes.server_app import SECONDS
+
+from multilora.server import connections
+from multilora.server.connections import (
+    AbsoluteTargets,
+    bounded_protocol,
+    connections_within,
+    raise_descriptor_limit,
+)
+
+GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class App:
+    """Says its path; `/large` sends 64 MB, `/slow` waits."""
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+
+    async def __call__(self, scope, receive, send) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] == "/large":
+            for _ in range(64):
+                await send({"type": "http.response.body", "body": b"x" * (1 << 20), "more_body": True})
+            assert (await receive())["type"] == "http.disconnect"
+            self.gone.set()
+        if scope["path"] == "/slow":
+            await asyncio.sleep(0.4)
+        await send({"type": "http.response.body", "body": scope["path"].encode()})
+
+
+@contextlib.asynccontextmanager
+async def serving(app, most: int = 100) -> AsyncIterator[int]:
+    """The port."""
+    config = uvicorn.Config(AbsoluteTargets(app), http=bounded_protocol(most), log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    server.config.load()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        task = asyncio.create_task(server._serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield listener.getsockname()[1]
+        server.should_exit = server.force_exit = True
+        await task
+
+
+def run(scenario) -> None:
+    async def limited() -> None:
+        await asyncio.wait_for(scenario(), SECONDS)
+
+    asyncio.run(limited())
+
+
+async def ask(port: int, request: bytes = GET) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    answer = await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+    return answer
+
+
+def test_one_connection_too_many_is_told():
+    async def scenario():
+        async with serving(App(), most=3) as port:
+            held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            assert b" 503 " in await ask(port)
+            held.pop()[1].close()
+            while b" 200 " not in await ask(port):
+                await asyncio.sleep(0.01)
+            for _, writer in held:
+                writer.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /a HTTP/1.1\r\nHost", GET + b"GET"])
+def test_a_silent_connection_is_closed(monkeypatch, said):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
+
+    async def scenario():
+        async with serving(App()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(said)
+            await reader.read()
+            writer.close()
+
+    run(scenario)
+
+
+def test_a_slow_head_is_not_prolonged_by_its_bytes(monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+
+    async def scenario():
+        async with serving(App()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            closed = asyncio.create_task(reader.read())
+            sent = 0
+            while not closed.done():
+                writer.write(b"G")
+                sent += 1
+                await asyncio.sleep(0.05)
+            assert sent < 20
+            writer.close()
+
+    run(scenario)
+
+
+def test_a_request_under_way_is_not_silent(monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
+
+    async def scenario():
+        async with serving(App()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"/slow" in await reader.readuntil(b"0\r\n\r\n")
+            writer.close()
+
+    run(scenario)
+
+
+def test_a_client_that_takes_nothing_is_cut_off(monkeypatch):
+    monkeypatch.setattr(connections, "STALL_SECONDS", 0.3)
+
+    async def scenario():
+        app = App()
+        async with serving(app) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            writer.transport.pause_reading()
+            writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+            await app.gone.wait()
+            writer.transport.abort()
+
+    run(scenario)
+
+
+def test_a_target_with_scheme_and_host_means_its_path():
+    async def scenario():
+        async with serving(App()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET http://host:80/v1/models?x=1 HTTP/1.1\r\nHost: host\r\n\r\n")
+            assert b"\r\n/v1/models\r\n" in await reader.readuntil(b"0\r\n\r\n")
+            writer.close()
+
+    run(scenario)
+
+
+def test_descriptors():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+        assert raise_descriptor_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [connections_within(n) for n in (64, 1024, 65536)] == [32, 768, 65280]
