@@ -32,7 +32,7 @@ def start():
                "--checkpoints-base", HERE / "saved", "--database-url", f"sqlite:///{HERE / 'tinker.db'}",
                "--host", "127.0.0.1", "--port", PORT]  # fmt: skip
     server = subprocess.Popen([str(part) for part in command], env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    for _ in range(360):
+    for _ in range(1000):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{PORT}/api/v1/healthz", timeout=2)
             break
