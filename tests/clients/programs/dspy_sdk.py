@@ -1,4 +1,4 @@
-"""dspy: a raw call of the language model, and a signature by the JSON schema of a provider declared to enforce one."""
+"""dspy: a raw call of the language model, and a signature by the JSON schema of a provider declared to enforce it."""
 
 import dspy
 from checks import ADAPTER, BASE, QUESTION, V1, answer, check, main

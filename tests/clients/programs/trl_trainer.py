@@ -1,9 +1,9 @@
 """TRL's AsyncGRPOTrainer, whole: it trains a LoRA on the CPU, its rollout worker's process samples from our server,
 and each new policy is published there as an adapter.
 
-Two things around it are replaced, in this process only: the attention kernel, which is FlashAttention 3 from the hub,
-by the same function in torch, and the check that vLLM is installed beside the trainer, of which publishing adapters
-(and no merged weights) uses nothing.
+Three things around it are replaced, in this process only: the attention kernel, which is FlashAttention 3 from the
+hub, by the same function in torch; the peak rate of the GPU, of which it logs a fraction; and the check that vLLM is
+installed beside the trainer, of which publishing adapters (and no merged weights) uses nothing.
 """
 
 import os
@@ -12,11 +12,17 @@ import tempfile
 os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "ACCELERATE_USE_CPU": "true", "WANDB_MODE": "disabled"}
 import requests
 import torch
-from checks import QUESTION, URL, V1, check, main, same
+from checks import URL, V1, check, main, same
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
-from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_rollout_worker, packing
+from trl.experimental.async_grpo import (
+    AsyncGRPOConfig,
+    AsyncGRPOTrainer,
+    async_grpo_trainer,
+    async_rollout_worker,
+    packing,
+)
 
 BASE_PATH = os.environ.get("MULTILORA_TOKENIZER", "")
 STEPS = 4
@@ -66,6 +72,7 @@ class Log(TrainerCallback):
 @check("AsyncGRPO: policies published, rolled out, their log-probabilities those of the trainer")
 def train():
     packing._flash_attn = lambda: TorchKernel
+    async_grpo_trainer.get_peak_flops_per_device = lambda *_: 1e12
     async_rollout_worker.is_vllm_available = lambda: True
     tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)
     tokenizer.response_template = CHAT  # TRL knows those of well-known models
@@ -79,6 +86,7 @@ def train():
             max_steps=STEPS,
             num_generations=4,
             max_inflight_tasks=8,
+            token_budget=0,  # rows of a fixed number of samples
             per_device_train_batch_size=4,
             gradient_accumulation_steps=1,
             max_completion_length=24,
@@ -93,7 +101,7 @@ def train():
             gradient_checkpointing=False,
             temperature=1.0,
         ),
-        Dataset.from_list([{"prompt": [{"role": "user", "content": QUESTION}]}] * 16),
+        Dataset.from_list([{"prompt": [{"role": "user", "content": "Tell me a story."}]}] * 16),
         tokenizer,
         callbacks=[log],
         peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
