@@ -71,9 +71,9 @@ test-clients: $(READY)
 # test_peft_parity.py lacks; without -k all five.
 test-gpu: $(READY)
 	$(BIN)/pytest -q -m gpu $(ARGS)
-	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q tests/engine/test_peft_parity.py \
+	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q -m 'not slow' tests/engine/test_peft_parity.py \
 		tests/engine/test_composition.py tests/engine/test_activation.py
-	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q tests/engine/test_parity.py -k 'llama3 or mistral'
+	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q -m 'not slow' tests/engine/test_parity.py -k 'llama3 or mistral'
 
 bench: $(READY)
 	$(BIN)/python -m bench.cpu $(ARGS)

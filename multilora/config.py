@@ -172,7 +172,10 @@ class Config:
     )
     cuda_graph_max_bs: int | None = _memory(None, "largest decode batch captured in a CUDA graph")
     disable_cuda_graph: bool = _memory(False, "launch every kernel by itself")
-    tp_size: int = _memory(1, "GPUs that share the model", aliases=("--tp", "--tensor-parallel-size"))
+    tp_size: int = _memory(
+        1, "GPUs that share the model, or processes on CPU", aliases=("--tp", "--tensor-parallel-size")
+    )
+    watchdog_timeout: int = _memory(300, "with --tp-size: seconds after which a step that hangs ends the engine")
     random_seed: int | None = _memory(None, "seed of requests that bring none", low=None)
 
     max_connections: int | None = _server(None, "most open connections (default: what file descriptors allow)")
@@ -224,8 +227,6 @@ class Config:
         self._check_resolver()
         if ":" in self.model_name:
             raise ConfigError(f"--served-model-name must not contain ':', is {self.model_name!r}")
-        if self.tp_size != 1:
-            raise ConfigError("--tp-size over 1 is not supported yet")
 
     @classmethod
     def make(cls, **fields: Any) -> "Config":
@@ -304,7 +305,7 @@ class Config:
                 raise ConfigError(f"--lora-resolver-hub: {pattern!r}: expected ORG/* or ORG/PATTERN")
 
     def _check_targets(self) -> None:
-        """Whether the model has such modules is checked once it is known, by `engine/build.py`."""
+        """Whether the model has such modules is checked once it is known, by `engine/build_rank.py`."""
         targets = self.lora_target_modules
         if targets is None:
             return

@@ -1,6 +1,6 @@
 """The log format of every process of the server: time, level, role (front, engine) and message, on one line.
 
-Called once per process, by `__main__.py` and `engine/process/worker.py`; never at import.
+Called once per process, by `__main__.py`, `engine/process/worker.py` and `engine/ranks/process.py`; never at import.
 """
 
 import logging

@@ -1,7 +1,8 @@
 """Directories in TMPDIR that only this user can read, and that are always deleted.
 
 A directory is deleted by `close` or when its process ends. After a `kill -9` the next call of `remove_orphans`
-deletes it: a living owner holds a lock on it. Called by `adapters/sources/spool.py` and `engine/process/client.py`.
+deletes it: a living owner holds a lock on it. Called by `adapters/sources/spool.py`,
+`engine/process/client.py` and `engine/ranks/lead.py`.
 """
 
 import contextlib
@@ -16,11 +17,11 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"multilora-(tensors|engine)-\d+-")  # then the owner's process id, for information
+_NAME = re.compile(r"multilora-(tensors|engine|ranks)-\d+-")  # then the owner's process id, for information
 
 
 class PrivateDirectory:
-    """A new directory of mode 0700. kind: a part of its name, "tensors" or "engine"."""
+    """A new directory of mode 0700. kind: a part of its name, "tensors", "engine" or "ranks"."""
 
     def __init__(self, kind: str):
         self.path, lock = _make(f"multilora-{kind}-{os.getpid()}-")

@@ -152,7 +152,7 @@ _ONE_VALUE = """
     tokenizer-mode tokenizer-worker-num tool-server torch-compile-max-bs torchao-config
     trace-modules triton-attention-num-kv-splits triton-attention-split-tile-size
     unified-cache-external-linker-backend unified-cache-external-linker-config uno-lora-path warmups
-    watchdog-timeout watermark-config weight-cache-mode weight-cache-socket weight-cache-timeout
+     watermark-config weight-cache-mode weight-cache-socket weight-cache-timeout
     weight-loader-prefetch-num-threads weight-version
 """
 

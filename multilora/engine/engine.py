@@ -1,7 +1,7 @@
 """The engine: messages in, messages out, one `step` at a time.
 
-Owns the scheduler, the runner and the adapter store; `build.py` puts them together. Runs in its own process behind
-`worker.py`, or in the caller's under `LLM`.
+Owns the scheduler, the runner, the adapter store and the other ranks, which execute every plan as well; `build.py`
+puts them together. Runs in its own process behind `worker.py`, or in the caller's under `LLM`.
 """
 
 import random
@@ -37,6 +37,7 @@ from multilora.engine.messages import (
 )
 from multilora.engine.pause_control import PauseControl
 from multilora.engine.profiler import Profiler
+from multilora.engine.ranks.lead import AnyRanks
 from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.sleep import DeviceSleep
@@ -54,6 +55,7 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         adapters: AnyStore,
+        ranks: AnyRanks,
         *,
         describe: Callable[[Stats], Ready],
         max_unfinished: int,
@@ -64,6 +66,7 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
+        self._ranks = ranks
         self.pauses = PauseControl(scheduler, adapters, memory)
         self.report = StatsReporter(scheduler, adapters, lambda: self.pauses.state)
         self.profiler = Profiler()
@@ -83,14 +86,26 @@ class Engine:
         """Load → schedule → forward → sample → commit. Returns what the front should hear.
 
         With `ahead` 1 the step that is committed is the one before: the device computes while the host commits.
-        Grammars must know the tokens of that step before this one is sampled, but not before its forward pass.
+        Grammars must know the tokens of that step before this one is sampled, but not before its forward pass. Raises
+        EngineDead once another rank has failed.
         """
+        self._ranks.check()
+        try:
+            return self._step()
+        except RuntimeError as e:  # of a collective, if a rank is gone
+            error = self._ranks.failure(e)
+            if error is e:
+                raise
+            raise error from e
+
+    def _step(self) -> list[FromEngine]:
         self._poll_adapters()
         self._poll_grammars()
         plan = self.scheduler.plan()
         outputs = self.scheduler.take_outbox()
         if plan is not None:
             self.profiler.before_step(plan.number)
+            self._ranks.run_step(plan)
             forward = self.runner.forward(plan)
             if self.runner.needs_tokens(plan):
                 outputs += self._commit(0)
@@ -145,6 +160,8 @@ class Engine:
                 self._answer(call, lambda: self._unload(version))
             case FlushCache(call, retract):
                 self._answer(call, lambda: self._flush(retract=retract))
+            case Sleep(level=level) if level and self._ranks.size > 1:
+                self._answer(message.call, self._refuse_sleep)
             case Pause() | Resume() | Sleep() | WakeUp():
                 self.pauses.handle(message)
             case StartProfile():
@@ -152,6 +169,7 @@ class Engine:
             case StopProfile(call):
                 self._answer(call, self.profiler.stop)
             case UseTokenizer(info):
+                self._ranks.use_tokenizer(info)
                 self.runner.use_tokenizer(info)
             case _:
                 raise TypeError(f"not a message for the engine: {message}")
@@ -171,6 +189,7 @@ class Engine:
 
     def close(self) -> None:
         self.adapters.close()
+        self._ranks.close()
 
     # ------------------------------------------------------------------ inside
 
@@ -238,6 +257,11 @@ class Engine:
         own = [self.adapters.get(version).vocab_size for version, _ in composition]
         return own[0] if own and own[0] is not None else self.runner.vocab_size
 
+    def _refuse_sleep(self) -> None:
+        raise BadRequest(
+            f"with --tp-size {self._ranks.size} memory cannot be released: sleep at level 0, or pause instead"
+        )
+
     def _load(self, message: LoadAdapter) -> None:
         try:
             self.adapters.load(message.version, message.path, message.pinned)
@@ -282,7 +306,7 @@ class Engine:
             path=adapter.path,
             rank=adapter.rank,
             target_modules=adapter.target_modules,
-            nbytes=adapter.pages * self.scheduler.kv.page_bytes,
+            nbytes=adapter.pages * self.adapters.host_page_bytes,
             pages=adapter.pages,
             not_composable_reason=adapter.not_composable_reason,
             vocab_size=adapter.vocab_size,

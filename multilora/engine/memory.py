@@ -1,6 +1,6 @@
 """What a GPU must hold beside weights and arena, measured before the arena is there; and who asked for too much.
 
-Runs the largest step once over a few pages of its own. Called by `build.py`, at start.
+Runs the largest step once over a few pages of its own. Called by `build_rank.py`, at start.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -3,24 +3,35 @@
 This is the only place where LoRA enters. The layer knows its site; which adapters act there is known to the backend,
 which has been prepared for this step. Gate and up come out activated, since a backend may add LoRA on the way through
 the activation.
+
+A rank of a group holds its part of the matrix (`lora/sharding.py`). Where that is a part of the inputs, its outputs
+are a share, LoRA's included, and the ranks' shares are summed at the end: what is added once, a bias, rank 0 adds.
 """
 
 import torch
 from torch import nn
 
+from multilora.distributed.group import SINGLE, Group
 from multilora.layers.activation import SiluAndMul
 from multilora.layers.context import ForwardContext
 from multilora.layers.weight import PlainWeight, Weight
 from multilora.lora.full_weights import FullWeightModules, product
+from multilora.lora.sharding import local_site, sums_over_ranks
 from multilora.lora.sites import LoraSite, LoraSlice
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, then the step's adapters in place. Widths and the presence of a bias come from the site."""
+    """y = x Wᵀ + b, then the step's adapters in place. Widths and the presence of a bias come from the site.
 
-    def __init__(self, site: LoraSite, *, device: torch.device, dtype: torch.dtype):
+    whole: the site as declared; site: what this rank holds of it, which widths below are those of.
+    """
+
+    def __init__(self, whole: LoraSite, *, device: torch.device, dtype: torch.dtype, group: Group = SINGLE):
         super().__init__()
-        self.site = site
+        self.whole = whole
+        self.site = site = local_site(whole, group.size)
+        self.group = group
+        self._sums = group.size > 1 and sums_over_ranks(whole)
         self.weight: Weight = PlainWeight(site.out_features, site.in_features, device=device, dtype=dtype)
         self.bias: nn.Parameter | None = None
         if site.bias:
@@ -31,13 +42,18 @@ class Linear(nn.Module):
         y = self._product(x, ctx)
         if ctx.lora is not None:
             ctx.lora.apply(y, x, self.site.index)
-        return y
+        return self.group.all_reduce(y) if self._sums else y
+
+    @property
+    def added_bias(self) -> nn.Parameter | None:
+        """The bias that this rank adds."""
+        return None if self._sums and self.group.rank else self.bias
 
     def _product(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """What LoRA is added to."""
         if ctx.lora is not None:
             ctx.lora.begin()
-        y = self.weight.matmul(x, self.bias)
+        y = self.weight.matmul(x, self.added_bias)
         if ctx.full_weights is not None:
             self._replace(y, x, ctx.full_weights)
         return y
@@ -47,15 +63,16 @@ class Linear(nn.Module):
 
         y: [tokens, out_features], changed in place.
         """
+        bias = self.added_bias
         for s in self.site.slices:
             for rows, weights in full_weights.find(self.site.layer, s.module):
                 y[rows, s.columns] = product(x[rows], weights)
-                if self.bias is not None:
-                    y[rows, s.columns] += self.bias[s.columns]
+                if bias is not None:
+                    y[rows, s.columns] += bias[s.columns]
 
     def base_weight(self, part: LoraSlice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight [out, in], dequantised, and bias [out] of one of the site's slices; read-only."""
-        bias = self.bias[part.columns] if self.bias is not None else None
+        """Weight [out, in], dequantised, and added bias [out] of one of the site's slices; read-only."""
+        bias = self.added_bias[part.columns] if self.added_bias is not None else None
         return self.weight.dequantised(part.columns), bias
 
     def load(self, part: LoraSlice, name: str, tensor: torch.Tensor) -> None:
@@ -70,8 +87,8 @@ class Linear(nn.Module):
 class GateUp(Linear):
     """silu(gate) · up, where [gate, up] = x Wᵀ + b, then the step's adapters."""
 
-    def __init__(self, site: LoraSite, *, device: torch.device, dtype: torch.dtype):
-        super().__init__(site, device=device, dtype=dtype)
+    def __init__(self, whole: LoraSite, *, device: torch.device, dtype: torch.dtype, group: Group = SINGLE):
+        super().__init__(whole, device=device, dtype=dtype, group=group)
         self.silu_and_mul = SiluAndMul(device)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:

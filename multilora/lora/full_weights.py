@@ -30,17 +30,23 @@ class FullWeightModules:
                 for weights in self._table.full_weights(slot, layer, module):
                     yield slice(segment.start, segment.end), weights
 
-    def embed(self, y: torch.Tensor, ids: torch.Tensor, layer: int, module: str) -> None:
+    def embed(
+        self, y: torch.Tensor, ids: torch.Tensor, layer: int, module: str, *, first: int = 0, replaces: bool = True
+    ) -> None:
         """Replace trained rows and add the low rank, in place. y: [tokens, hidden], the base model's rows for
-        `ids`, int64 [tokens]."""
+        `ids`, int64 [tokens].
+
+        For a rank whose rows are one share of a sum: first: the token of the first column of its A; replaces: False
+        where another rank adds the trained rows, then the base model's become zero.
+        """
         for rows, weights in self.find(layer, module):
-            replace_rows(y[rows], ids[rows], weights)
+            replace_rows(y[rows], ids[rows], weights, 1 if replaces else 0)
         for segment in self._segments:
             rows = slice(segment.start, segment.end)
             for slot, weight in zip(segment.slots, segment.weights, strict=True):
                 low_rank = self._table.site(slot, self._embed_site)
                 if low_rank is not None:
-                    expand(y[rows], columns_of(low_rank, ids[rows]), low_rank, weight)
+                    expand(y[rows], columns_of(low_rank, ids[rows] - first), low_rank, weight)
 
 
 def product(x: torch.Tensor, weights: FullWeight) -> torch.Tensor:
@@ -48,8 +54,8 @@ def product(x: torch.Tensor, weights: FullWeight) -> torch.Tensor:
     return torch.cat([x @ piece.weight.to(x.dtype).T for piece in weights.pieces], dim=1)
 
 
-def replace_rows(y: torch.Tensor, ids: torch.Tensor, weights: FullWeight) -> None:
-    """In place: row t of y, [tokens, cols], becomes the weight's row for ids[t], where it has one."""
+def replace_rows(y: torch.Tensor, ids: torch.Tensor, weights: FullWeight, factor: int = 1) -> None:
+    """In place: row t of y, [tokens, cols], becomes `factor` times the weight's row for ids[t], where it has one."""
     index = ids
     if weights.token_ids is not None:
         index = torch.searchsorted(weights.token_ids, ids).clamp_(max=weights.rows - 1)
@@ -60,7 +66,7 @@ def replace_rows(y: torch.Tensor, ids: torch.Tensor, weights: FullWeight) -> Non
         count = len(piece.weight)
         inside = known & (index >= piece.row) & (index < piece.row + count)
         row = piece.weight[(index - piece.row).clamp_(0, count - 1)]
-        torch.where(inside[:, None], row.to(y.dtype), y, out=y)
+        torch.where(inside[:, None], row.to(y.dtype) * factor, y, out=y)
 
 
 def columns_of(weights: SiteWeights, ids: torch.Tensor) -> torch.Tensor:

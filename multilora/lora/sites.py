@@ -22,7 +22,8 @@ LAYERS = "model.layers"
 class Shard(StrEnum):
     """How tensor parallelism divides the weight of a module among ranks."""
 
-    COLUMN = "column"  # by output features
+    COLUMN = "column"  # by output features, in whole units
+    KV = "kv"  # the same, and where there are fewer units than ranks, several ranks hold the same one
     ROW = "row"  # by input features; the outputs of the ranks are summed
     VOCAB = "vocab"  # by rows of a table
     REPLICATED = "replicated"  # every rank holds all of it
@@ -36,7 +37,8 @@ class LoraSlice:
     whole model ("model"); "": it is held directly.
     before_kv: its output is part of what the keys or values of its own decoder layer are computed from, so that
     changing it changes them (at model level: those of the first layer). True is the safe answer.
-    bias: the base model has one. expert: which expert of a mixture it belongs to; None: there is none.
+    bias: the base model has one. expert: which expert of a mixture it belongs to; None: there is none. unit: so many
+    outputs belong together, such as those of a head: ranks divide whole units.
     """
 
     module: str  # PEFT's name, the last component of the path: "q_proj"
@@ -47,6 +49,7 @@ class LoraSlice:
     shard: Shard = Shard.REPLICATED
     bias: bool = False
     expert: int | None = None
+    unit: int = 1
 
     @property
     def columns(self) -> slice:
@@ -108,10 +111,12 @@ class DeclaredModules:
         return self.norms[-1]
 
 
-def target(path: str, out_features: int, *, before_kv: bool, shard: Shard, bias: bool = False) -> LoraSlice:
+def target(
+    path: str, out_features: int, *, before_kv: bool, shard: Shard, bias: bool = False, unit: int = 1
+) -> LoraSlice:
     """The declaration of a LoRA target, for `DeclaredModules.site`. path: as `DeclaredModules.norm` has it."""
     parent, _, module = path.rpartition(".")
-    return LoraSlice(module, 0, out_features, parent, before_kv, shard, bias)
+    return LoraSlice(module, 0, out_features, parent, before_kv, shard, bias, unit=unit)
 
 
 def module_path(layer: int, parent: str, module: str) -> str:

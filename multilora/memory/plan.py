@@ -1,4 +1,4 @@
-"""How large the arena is, and a plan that a person can read. Called by `engine/build.py`, once, at start."""
+"""How large the arena is, and a plan that a person can read. Called by `engine/build_rank.py`, once, at start."""
 
 from dataclasses import dataclass
 

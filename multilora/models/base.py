@@ -13,9 +13,12 @@ import torch
 from torch import nn
 
 from multilora.attention.base import AttentionShape
+from multilora.distributed.group import SINGLE, Group
+from multilora.distributed.partition import unit_part
 from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import LMHead
 from multilora.layers.linear import Linear
+from multilora.lora.sharding import local_sites
 from multilora.lora.sites import DeclaredModules, LoraSite, LoraSlice, NormModule
 from multilora.memory.kv_layout import KVLayout
 from multilora.models.config import ModelConfig
@@ -23,15 +26,18 @@ from multilora.models.weights import fill_dummy, load_weights
 
 
 class CausalLM(nn.Module, ABC):
-    """A decoder with a language-model head, computed in `config.dtype` on `device`.
+    """A decoder with a language-model head, computed in `config.dtype` on `device` by the ranks of `group` together.
 
-    The constructor of a family allocates its weights; `load` fills them in place, so their addresses never change.
+    The constructor of a family allocates this rank's weights; `load` fills them in place, so their addresses never
+    change. `config` and `lora_sites` describe the whole model; KV, attention and weights are this rank's. Raises
+    ConfigError naming the module that cannot be divided among the ranks.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device):
+    def __init__(self, config: ModelConfig, device: torch.device, group: Group = SINGLE):
         super().__init__()
         self.config = config
         self.device = device
+        self.group = group
         self.declared = DeclaredModules()
 
     @classmethod
@@ -64,13 +70,17 @@ class CausalLM(nn.Module, ABC):
         Raises ModelUnsupported for tensors that do not fit the model, ConfigError for a missing or broken file.
         """
         if load_format == "dummy":
-            fill_dummy(self, seed)
+            fill_dummy(self, seed + self.group.rank)
         else:
             load_weights(self, model_path, revision)
 
     def lora_sites(self) -> tuple[LoraSite, ...]:
         """Every linear layer, the embedding and the head, by `LoraSite.index`."""
         return tuple(self.declared.sites)
+
+    def local_sites(self) -> tuple[LoraSite, ...]:
+        """`lora_sites` as each rank computes them."""
+        return local_sites(self.lora_sites(), self.group.size)
 
     def norms(self) -> tuple[NormModule, ...]:
         """Every norm that adapters can replace."""
@@ -79,13 +89,19 @@ class CausalLM(nn.Module, ABC):
     def kv_layout(self, page_size: int) -> KVLayout:
         """How `page_size` tokens of KV lie in a page of the arena."""
         config = self.config
-        return KVLayout(config.num_layers, page_size, config.num_kv_heads, config.head_dim, config.kv_dtype)
+        return KVLayout(config.num_layers, page_size, self._kv_heads, config.head_dim, config.kv_dtype)
 
     @property
     def attention_shape(self) -> AttentionShape:
         """What the attention backend has to compute in every layer."""
         c = self.config
-        return AttentionShape(c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim**-0.5, c.sliding_window)
+        heads = c.num_heads // self.group.size
+        return AttentionShape(heads, self._kv_heads, c.head_dim, c.head_dim**-0.5, c.sliding_window)
+
+    @property
+    def _kv_heads(self) -> int:
+        """Of this rank."""
+        return len(unit_part(self.config.num_kv_heads, 1, self.group.rank, self.group.size, replicate=True))
 
     @property
     def weight_bytes(self) -> int:

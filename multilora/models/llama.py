@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from multilora.attention.rotate import CosSin
+from multilora.distributed.group import SINGLE, Group
 from multilora.layers.attention import SelfAttention
 from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import Embedding, LMHead
@@ -21,16 +22,18 @@ from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig
 
 
-def self_attention(config: ModelConfig, layer: int, declared: DeclaredModules, **kind: Any) -> SelfAttention:
+def self_attention(
+    config: ModelConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any
+) -> SelfAttention:
     """Only k and v (and what k goes through) act on the keys and values of the layer."""
-    column = partial(target, shard=Shard.COLUMN, bias=config.qkv_bias)
+    heads = partial(target, bias=config.qkv_bias, unit=config.head_dim)
     qkv = declared.site(
         layer,
         "qkv_proj",
         config.hidden_size,
-        column("self_attn.q_proj", config.q_size, before_kv=False),
-        column("self_attn.k_proj", config.kv_size, before_kv=True),
-        column("self_attn.v_proj", config.kv_size, before_kv=True),
+        heads("self_attn.q_proj", config.q_size, before_kv=False, shard=Shard.COLUMN),
+        heads("self_attn.k_proj", config.kv_size, before_kv=True, shard=Shard.KV),
+        heads("self_attn.v_proj", config.kv_size, before_kv=True, shard=Shard.KV),
     )
     o_proj = target("self_attn.o_proj", config.hidden_size, before_kv=False, shard=Shard.ROW, bias=config.o_bias)
     o = declared.site(layer, "o_proj", config.q_size, o_proj)
@@ -39,20 +42,24 @@ def self_attention(config: ModelConfig, layer: int, declared: DeclaredModules, *
         for name, before_kv in (("q_norm", False), ("k_norm", True)):
             norm = declared.norm(layer, f"self_attn.{name}", config.head_dim, before_kv=before_kv)
             head_norms[name] = RMSNorm(norm, config.rms_norm_eps, **kind)
-    return SelfAttention(layer, config.head_dim, Linear(qkv, **kind), Linear(o, **kind), **head_norms)
+    qkv_linear, o_linear = Linear(qkv, group=group, **kind), Linear(o, group=group, **kind)
+    return SelfAttention(layer, config.head_dim, qkv_linear, o_linear, **head_norms)
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)), gate and up merged."""
 
-    def __init__(self, config: ModelConfig, layer: int, declared: DeclaredModules, **kind: Any):
+    def __init__(self, config: ModelConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         behind = partial(target, before_kv=False, bias=config.mlp_bias)
         column, row = partial(behind, shard=Shard.COLUMN), partial(behind, shard=Shard.ROW)
-        gate_up = column("mlp.gate_proj", inner), column("mlp.up_proj", inner)
-        self.gate_up_proj = GateUp(declared.site(layer, "gate_up_proj", hidden, *gate_up), **kind)
-        self.down_proj = Linear(declared.site(layer, "down_proj", inner, row("mlp.down_proj", hidden)), **kind)
+        gate_up = declared.site(
+            layer, "gate_up_proj", hidden, column("mlp.gate_proj", inner), column("mlp.up_proj", inner)
+        )
+        down = declared.site(layer, "down_proj", inner, row("mlp.down_proj", hidden))
+        self.gate_up_proj = GateUp(gate_up, group=group, **kind)
+        self.down_proj = Linear(down, group=group, **kind)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, hidden]. Returns the same shape."""
@@ -63,11 +70,11 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind its norm."""
 
-    def __init__(self, config: ModelConfig, layer: int, declared: DeclaredModules, **kind: Any):
+    def __init__(self, config: ModelConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = self_attention(config, layer, declared, **kind)
-        self.mlp = MLP(config, layer, declared, **kind)
+        self.self_attn = self_attention(config, layer, declared, group, **kind)
+        self.mlp = MLP(config, layer, declared, group, **kind)
         self.input_layernorm = RMSNorm(declared.norm(layer, "input_layernorm", size, before_kv=True), eps, **kind)
         self.post_attention_layernorm = RMSNorm(
             declared.norm(layer, "post_attention_layernorm", size, before_kv=False), eps, **kind
@@ -90,13 +97,15 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The embedding, the layers and the final norm. Nothing behind the last layer acts on keys and values."""
 
-    def __init__(self, config: ModelConfig, declared: DeclaredModules, device: torch.device):
+    def __init__(self, config: ModelConfig, declared: DeclaredModules, device: torch.device, group: Group):
         super().__init__()
         kind: dict[str, Any] = {"device": device, "dtype": config.dtype}
         hidden = config.hidden_size
         embed = target(f"model.{EMBED}", hidden, before_kv=True, shard=Shard.VOCAB)
-        self.embed_tokens = Embedding(declared.site(MODEL_LEVEL, EMBED, config.vocab_size, embed), **kind)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, declared, **kind) for i in range(config.num_layers))
+        table = declared.site(MODEL_LEVEL, EMBED, config.vocab_size, embed)
+        self.embed_tokens = Embedding(table, group=group, **kind)
+        layers = (DecoderLayer(config, i, declared, group, **kind) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(layers)
         norm = declared.norm(MODEL_LEVEL, "model.norm", hidden, before_kv=False)
         self.norm = RMSNorm(norm, config.rms_norm_eps, **kind)
         self.rotary = Rotary(config.rope, config.context_length, device)
@@ -113,15 +122,16 @@ class Decoder(nn.Module):
 class LlamaForCausalLM(CausalLM):
     """See `CausalLM`."""
 
-    def __init__(self, config: ModelConfig, device: torch.device):
-        super().__init__(config, device)
-        self.model = Decoder(config, self.declared, device)
+    def __init__(self, config: ModelConfig, device: torch.device, group: Group = SINGLE):
+        super().__init__(config, device, group)
+        self.model = Decoder(config, self.declared, device, group)
         head = target(HEAD, config.vocab_size, before_kv=False, shard=Shard.VOCAB)
         self.lm_head = LMHead(
             self.declared.site(MODEL_LEVEL, HEAD, config.hidden_size, head),
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
             device=device,
             dtype=config.dtype,
+            group=group,
         )
 
     @classmethod

@@ -1,6 +1,6 @@
 """From a path or hub id to a model with room for its weights. What is not served is refused from the config alone.
 
-Called by `engine/build.py`; `adapter_tools/` reads configs only.
+Called by `engine/build_rank.py`; `adapter_tools/` reads configs only.
 """
 
 import logging
@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+from multilora.distributed.group import SINGLE, Group
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig, model_config
@@ -27,12 +28,14 @@ def make_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     context_length: int | None = None,
+    group: Group = SINGLE,
 ) -> CausalLM:
-    """The model of a local directory or hub id, its weights allocated but not filled (see `CausalLM.load`).
+    """This rank's part of the model of a local directory or hub id, its weights allocated but not filled (see
+    `CausalLM.load`).
 
     dtype: the name of a torch dtype; "auto": the checkpoint's, float32 on the CPU. Fetches JSON files only. Raises
     ModelUnsupported for an architecture or a setting that is not served, ConfigError for a path or file that is
-    missing or broken.
+    missing or broken, or a group that the model cannot be divided among.
     """
     cls, config = read_config(
         model_path, revision=revision, trust_remote_code=trust_remote_code, context_length=context_length
@@ -41,7 +44,7 @@ def make_model(
         config = config.with_dtype(getattr(torch, dtype))
     elif device.type == "cpu":
         config = config.with_dtype(torch.float32)
-    return cls(config, device).eval()
+    return cls(config, device, group).eval()
 
 
 def read_config(

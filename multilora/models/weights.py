@@ -1,7 +1,8 @@
 """Fill a model from safetensors, one tensor at a time, or with seeded noise.
 
-Owns the correspondence of names: a merged linear layer is filled slice by slice. Nothing is left to chance: every
-parameter must be filled, every tensor used or known to be superfluous, every shape equal. Called by `base.py`.
+Owns the correspondence of names: a merged linear layer is filled slice by slice, and a rank of a group reads only the
+part of each tensor that it holds. Nothing is left to chance: every parameter must be filled, every tensor used or
+known to be superfluous, every shape equal. Called by `base.py`.
 """
 
 import json
@@ -22,8 +23,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+from multilora.distributed.partition import padded_part
 from multilora.errors import ConfigError, ModelUnsupported
+from multilora.layers.embedding import Embedding, LMHead
 from multilora.layers.linear import Linear
+from multilora.lora.sharding import inputs_of, outputs_of
 from multilora.lora.sites import HEAD
 
 logger = logging.getLogger(__name__)
@@ -43,12 +47,12 @@ def load_weights(model: nn.Module, model_path: str, revision: str | None = None)
     files = checkpoint_files(model_path, revision)
     targets = destinations(model)
     wanted = _check(files, targets)
-    total, nbytes = sum(math.prod(t.shape) for t in targets.values()), 0
+    total, nbytes = sum(math.prod(map(len, t.part)) if t.part else math.prod(t.shape) for t in targets.values()), 0
     with tqdm(total=total, unit=" parameters", unit_scale=True, desc="Loading weights") as bar:
         for file, names in wanted.items():
             with _open(file) as tensors:
                 for name in names:
-                    tensor = tensors.get_tensor(name)
+                    tensor = targets[name].read(tensors, name)
                     targets[name].load(tensor)
                     bar.update(tensor.numel())
                     nbytes += tensor.nbytes
@@ -70,10 +74,21 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where one tensor of a checkpoint goes: the shape that it must have, and what copies it to its memory."""
+    """Where one tensor of a checkpoint goes: the shape that it must have, what copies it to its memory, and which
+    part this rank holds (rows, then columns; empty: all of it)."""
 
     shape: tuple[int, ...]
     load: Callable[[torch.Tensor], object]
+    part: tuple[range, ...] = ()
+
+    def read(self, tensors: Any, name: str) -> torch.Tensor:
+        """The part that this rank holds; no other byte is read. tensors: an open safetensors file."""
+        held = tuple(len(part) for part in self.part) or self.shape
+        if held == self.shape:
+            tensor: torch.Tensor = tensors.get_tensor(name)
+            return tensor
+        found: torch.Tensor = tensors.get_slice(name)[tuple(slice(p.start, p.stop) for p in self.part)]
+        return found
 
 
 def destinations(model: nn.Module) -> dict[str, Destination]:
@@ -84,6 +99,9 @@ def destinations(model: nn.Module) -> dict[str, Destination]:
         if isinstance(module, Linear):
             found |= _of_linear(path, module)
             seen.update(module.parameters())
+        elif isinstance(module, Embedding | LMHead) and module.weight not in seen:
+            found[f"{path}.weight"] = _of_table(module)
+            seen.add(module.weight)
         for name, param in module.named_parameters(recurse=False):
             if param not in seen:
                 found[f"{path}.{name}"] = Destination(tuple(param.shape), param.copy_)
@@ -94,14 +112,32 @@ def destinations(model: nn.Module) -> dict[str, Destination]:
 def _of_linear(path: str, linear: Linear) -> dict[str, Destination]:
     """Checkpoints have the slices of a merged layer as modules of their own, beside each other in its parent."""
     parent = path.rpartition(".")[0]
+    whole, rank, size = linear.whole, linear.group.rank, linear.group.size
     found = {}
-    for part in linear.site.slices:
-        shapes: dict[str, tuple[int, ...]] = {"weight": (part.out_features, linear.site.in_features)}
+    for part, entire in zip(linear.site.slices, whole.slices, strict=True):
+        outputs = outputs_of(whole, entire, rank, size)
+        shapes: dict[str, tuple[tuple[int, ...], tuple[range, ...]]] = {
+            "weight": ((entire.out_features, whole.in_features), (outputs, inputs_of(whole, rank, size)))
+        }
         if part.bias:
-            shapes["bias"] = (part.out_features,)
-        for name, shape in shapes.items():
-            found[f"{parent}.{part.module}.{name}"] = Destination(shape, partial(linear.load, part, name))
+            shapes["bias"] = ((entire.out_features,), (outputs,))
+        for name, (shape, held) in shapes.items():
+            found[f"{parent}.{part.module}.{name}"] = Destination(shape, partial(linear.load, part, name), held)
     return found
+
+
+def _of_table(table: Embedding | LMHead) -> Destination:
+    """A rank's rows of the table come first in its memory, then zeros up to the size that all ranks have."""
+    group, weight = table.group, table.weight
+    site = table.whole
+    vocab = site.in_features if isinstance(table, Embedding) else site.out_features
+    hidden = weight.shape[1]
+
+    def load(rows: torch.Tensor) -> None:
+        weight[: len(rows)].copy_(rows)
+        weight[len(rows) :].zero_()
+
+    return Destination((vocab, hidden), load, (padded_part(vocab, group.rank, group.size), range(hidden)))
 
 
 def checkpoint_files(model_path: str, revision: str | None = None) -> list[Path]:

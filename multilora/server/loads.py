@@ -38,8 +38,9 @@ def router(front: Front, totals: Totals) -> APIRouter:
         found = [load] if dp_rank in (None, 0) else []
         if format == "prometheus":
             return Response(_prometheus(found), media_type=CONTENT_TYPE)
-        about = {"version": multilora.__version__, "accelerator": front.engine.ready.device, "num_accelerators": 1}
-        return Json({"timestamp": datetime.now(UTC).isoformat()} | about | {"loads": found})
+        about = {"version": multilora.__version__, "accelerator": front.engine.ready.device}
+        devices = {"num_accelerators": front.config.tp_size}
+        return Json({"timestamp": datetime.now(UTC).isoformat()} | about | devices | {"loads": found})
 
     @routes.get("/get_load")
     async def get_load() -> Response:

@@ -37,8 +37,6 @@ def given(opt) -> tuple[list[str], object]:
         return [opt.flag, *values], values
     if opt.many:
         return [opt.flag, "q_proj", "v_proj"], ("q_proj", "v_proj")
-    if opt.name == "tp_size":
-        return [opt.flag, "1"], 1
     if opt.choices:
         return [opt.flag, str(opt.choices[-1])], opt.choices[-1]
     if opt.size:
@@ -88,15 +86,14 @@ def test_lora_root_is_repeatable():
 
 def test_a_command_line_of_sglang(caplog):
     argv = (
-        "--model-path m --tp-size 1 --enable-lora --enable-metrics --schedule-conservativeness 0.3 "
+        "--model-path m --tp-size 2 --enable-lora --enable-metrics --schedule-conservativeness 0.3 "
         "--cuda-graph-bs 1 2 4 --disable-overlap-schedule --watchdog-timeout=300 --lora-backend flashinfer"
     )
-    assert config(*argv.split()) == Config(model_path="m", enable_lora=True)
+    assert config(*argv.split()) == Config(model_path="m", enable_lora=True, tp_size=2)
     assert [r.getMessage().split()[0] for r in caplog.records if r.name == "multilora.cli.parser"] == [
         "--schedule-conservativeness",
         "--cuda-graph-bs",
         "--disable-overlap-schedule",
-        "--watchdog-timeout",
     ]
 
 

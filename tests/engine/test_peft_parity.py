@@ -2,8 +2,8 @@
 
 Per row one small model and one adapter that PEFT saved; the engine's greedy tokens equal PEFT's and every logprob of
 every position agrees to 1e-4, alone and in a batch that mixes the adapter with a plain one and with the base model.
-All in fp32. The table at the end of docs/adapters.md lists these rows; with PARITY_RESULTS set, the results are
-written there for `scripts/parity_table.py`.
+All in fp32; in the slow tier on two ranks that share the model, too. The table at the end of docs/adapters.md lists
+these rows; with PARITY_RESULTS set, the results are written there for `scripts/parity_table.py`.
 """
 
 import importlib.util
@@ -59,8 +59,11 @@ class Bench:
 
 
 class Benches:
-    def __init__(self, lab: Lab):
+    """ranks: so many share every model."""
+
+    def __init__(self, lab: Lab, ranks: int):
         self._lab = lab
+        self.ranks = ranks
         self._made: dict[str, Bench] = {}
 
     def get(self, model: str) -> Bench:
@@ -69,18 +72,24 @@ class Benches:
             path = self._lab.model(model)
             base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
             self._made[model] = Bench(
-                EngineDriver(path, {"plain": self._lab.adapter(row)}, page_size=4),
+                EngineDriver(path, {"plain": self._lab.adapter(row)}, page_size=4, tp_size=self.ranks),
                 references(base, row),
                 references(self._lab.reference(row), row),
             )
         return self._made[model]
 
+    def close(self) -> None:
+        for bench in self._made.values():
+            bench.driver.close()
 
-@pytest.fixture(scope="module")
-def benches(lab: Lab) -> Iterator[Benches]:
+
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "on two ranks"])
+def benches(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Benches]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Benches(lab)
+    benches = Benches(lab, request.param)
+    yield benches
+    benches.close()
     torch.set_num_threads(threads)
 
 
@@ -109,7 +118,8 @@ def test_parity(row: Row, lab: Lab, benches: Benches, results: dict[str, dict[st
     bench = benches.get(row.model)
     if row.refused is not None:
         check_refused(row, bench.driver, lab)
-        results[row.feature] = {"model": row.model, "refused": row.refused}
+        if benches.ranks == 1:
+            results[row.feature] = {"model": row.model, "refused": row.refused}
         return
     expected = references(lab.reference(row), row)
     assert expected[0].tokens != bench.base[0].tokens, "the adapter does nothing"
@@ -128,7 +138,8 @@ def test_parity(row: Row, lab: Lab, benches: Benches, results: dict[str, dict[st
         worst = max(worst, difference(bench.driver.answers[rid], answer))
     bench.driver.unload("row")
     assert worst < CLOSE
-    results[row.feature] = {"model": row.model, "difference": worst}
+    if benches.ranks == 1:
+        results[row.feature] = {"model": row.model, "difference": worst}
 
 
 def check_refused(row: Row, driver: EngineDriver, lab: Lab) -> None:

@@ -44,7 +44,7 @@ class Bench:
             blocks = Blocks.of(adapter)
             layout = self.target.layout(blocks.shape(sites))
             buffer = torch.zeros(layout.num_pages, page_bytes, dtype=torch.uint8)
-            pack(blocks, self.target, layout, buffer)
+            pack([blocks], self.target, layout, buffer)
             packed.append((layout, buffer))
         total = sum(layout.num_pages for layout, _ in packed) + 3
         order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()

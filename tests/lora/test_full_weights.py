@@ -28,7 +28,7 @@ def make(page_bytes: int, *adapters: tuple) -> LoraTable:
         own = Blocks.of(Adapter(blocks, "fingerprint"))
         layout = target.layout(own.shape(SITES))
         buffer = torch.zeros(layout.num_pages, page_bytes, dtype=torch.uint8)
-        pack(own, target, layout, buffer)
+        pack([own], target, layout, buffer)
         packed.append((layout, buffer))
     total = sum(len(buffer) for _, buffer in packed)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(1)).tolist()

@@ -82,7 +82,8 @@ def test_how_modules_shard_and_what_acts_before_the_kv(tmp_path: Path) -> None:
     for name, part in slices.items():
         shards.setdefault(part.shard, set()).add(name)
     assert shards == {
-        Shard.COLUMN: {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"},
+        Shard.COLUMN: {"q_proj", "gate_proj", "up_proj"},
+        Shard.KV: {"k_proj", "v_proj"},
         Shard.ROW: {"o_proj", "down_proj"},
         Shard.VOCAB: {"embed_tokens", "lm_head"},
     }

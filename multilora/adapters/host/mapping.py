@@ -25,7 +25,8 @@ _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 @dataclass
 class HostEntry:
-    """A packed adapter in host memory. buffer: uint8 [layout.num_pages, page_bytes], ready to copy to the device."""
+    """A packed adapter in host memory. buffer: uint8 [ranks · layout.num_pages, page_bytes], ready to copy to the
+    devices, the pages of rank 0 first."""
 
     layout: PanelLayout
     buffer: torch.Tensor

@@ -12,7 +12,7 @@ from multilora.errors import LoraNotEnabled
 
 class DisabledStore:
     busy = working = copying = False
-    pinned_count = pinned_pages = 0
+    pinned_count = pinned_pages = host_page_bytes = 0
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:  # noqa: ARG002 - part of the contract
         """Raise LoraNotEnabled."""

@@ -14,10 +14,12 @@ from multilora.adapters.loading.loader import Fetched, FetchJob, Loader
 
 
 class FetchQueue:
-    def __init__(self, loader: Loader, host: HostTier, page_bytes: int):
+    """host_page_bytes: what a page of the arena takes on the host, for all ranks."""
+
+    def __init__(self, loader: Loader, host: HostTier, host_page_bytes: int):
         self._loader = loader
         self._host = host
-        self._page_bytes = page_bytes
+        self._host_page_bytes = host_page_bytes
         self._queued: deque[AdapterVersion] = deque()
         self._fetching: dict[int, AdapterVersion] = {}  # unloaded ones (DRAINING) included
         self._fetching_bytes = 0
@@ -65,7 +67,7 @@ class FetchQueue:
         return done
 
     def _nbytes(self, adapter: AdapterVersion) -> int:
-        return adapter.pages * self._page_bytes
+        return adapter.pages * self._host_page_bytes
 
     def check(self, adapters: Iterable[AdapterVersion]) -> None:
         """Raise AssertionError if these, all there are, are not where their states say."""

@@ -13,10 +13,21 @@ from multilora.errors import AdapterIncompatible, AdapterStarvation, ConfigError
 
 
 class Limits:
-    """total_pages: of the arena; context_pages: what one full-context request takes (for the starvation rule)."""
+    """total_pages: of the arena; context_pages: what one full-context request takes (for the starvation rule);
+    page_bytes: of one rank's page on the device; host_page_bytes: of the same page of all ranks, on the host."""
 
-    def __init__(self, host: HostTier, device: DeviceTier, *, page_bytes: int, total_pages: int, context_pages: int):
+    def __init__(
+        self,
+        host: HostTier,
+        device: DeviceTier,
+        *,
+        page_bytes: int,
+        host_page_bytes: int,
+        total_pages: int,
+        context_pages: int,
+    ):
         self.page_bytes = page_bytes
+        self.host_page_bytes = host_page_bytes
         self.total_pages = total_pages
         self._host = host
         self._device = device
@@ -28,8 +39,8 @@ class Limits:
         return min(self._device.max_pages or self.total_pages, self.total_pages)
 
     def largest_bytes(self) -> int:
-        """Size of the largest adapter that could ever be resident."""
-        return min(self.device_pages, self.total_pages - 1) * self.page_bytes
+        """Size on the host of the largest adapter that could ever be resident."""
+        return min(self.device_pages, self.total_pages - 1) * self.host_page_bytes
 
     def check_room(self, path: str, pages: int, pinned_pages: int) -> None:
         """Refuse an adapter that could never be resident beside those that are pinned already."""
@@ -61,7 +72,7 @@ class Limits:
                 f"starvation: pinning {path} would leave no room for another under --lora-device-bytes"
             )
         unpinned = [a.pages for a in known if not a.pinned]
-        if unpinned and not self._host.has_room_for(2, (pages + max(unpinned)) * self.page_bytes):
+        if unpinned and not self._host.has_room_for(2, (pages + max(unpinned)) * self.host_page_bytes):
             raise AdapterStarvation(
                 f"starvation: pinning {path} would leave no room for the adapters that are loaded already "
                 "under --max-loaded-loras or --lora-host-bytes"

@@ -58,8 +58,9 @@ class Lost:
 class AdapterStore:
     """version → AdapterVersion, over a host tier, a device tier and a loader.
 
-    total_pages: of the arena; context_pages: what one full-context request takes (for the starvation rule). settle:
-    is told of every adapter that has come to the host tier, and may change where in host memory it lies.
+    total_pages: of the arena; context_pages: what one full-context request takes (for the starvation rule). ranks: so
+    many share the model; the host holds an adapter's pages of each of them. settle: is told of every adapter that has
+    come to the host tier, and may change where in host memory it lies.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class AdapterStore:
         leaves_kv: Callable[[AdapterShape], bool] = lambda _shape: False,
         settle: Callable[[HostEntry], None] = lambda _entry: None,
         page_bytes: int,
+        ranks: int = 1,
         total_pages: int,
         context_pages: int,
     ):
@@ -86,11 +88,17 @@ class AdapterStore:
         self._layout_of = layout_of
         self._leaves_kv = leaves_kv
         self._settle = settle
+        self.host_page_bytes = ranks * page_bytes
         self._limits = Limits(
-            host, device, page_bytes=page_bytes, total_pages=total_pages, context_pages=context_pages
+            host,
+            device,
+            page_bytes=page_bytes,
+            host_page_bytes=self.host_page_bytes,
+            total_pages=total_pages,
+            context_pages=context_pages,
         )
         self._adapters: dict[int, AdapterVersion] = {}
-        self._fetches = FetchQueue(loader, host, page_bytes)
+        self._fetches = FetchQueue(loader, host, self.host_page_bytes)
         self._claims: dict[int, AdapterVersion] = {}  # claimed in this plan
         self._pins_coming: dict[int, AdapterVersion] = {}  # pinned, and not on the device yet
         self._suspended = False  # nothing is copied to the device

@@ -14,6 +14,7 @@ import torch
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
 from multilora.adapters.packing.blocks import Blocks, PackTarget, WriteJobs, pack
+from multilora.adapters.packing.cut import cut
 from multilora.adapters.packing.pack_jobs import write_jobs
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.checkpoint import read_adapter
@@ -26,7 +27,7 @@ from multilora.lora.panels import AdapterShape
 
 
 class FetchJob(msgspec.Struct, frozen=True):
-    """Fetch one adapter version. max_bytes: refuse it if its packed size is larger."""
+    """Fetch one adapter version. max_bytes: refuse it if its packed size, of all ranks, is larger."""
 
     version: int
     path: str
@@ -73,7 +74,8 @@ class Loader(Protocol):
         """Start a job. Its result comes from a later `poll`, errors included."""
 
     def poll(self) -> list[tuple[Fetched, torch.Tensor | None]]:
-        """Finished jobs, in any order; the buffer is uint8 [pages, page_bytes] (None on error). Never blocks long."""
+        """Finished jobs, in any order; the buffer is uint8 [ranks · pages, page_bytes] (None on error). Never blocks
+        long."""
         ...
 
     def fileno(self) -> int | None:
@@ -117,22 +119,23 @@ def fetch(
     write: WriteJobs = write_jobs,
 ) -> tuple[Fetched, torch.Tensor | None]:
     """Read, check and pack one adapter, with `readers` for its files and `write` for its weights. Returns the result
-    and the pages, uint8 [pages, page_bytes]; typed errors are part of the result."""
+    and the pages of all ranks, uint8 [ranks · pages, page_bytes]; typed errors are part of the result."""
     target = context.target
     try:
         adapter = read(job, context, readers)
-        blocks = Blocks.of(adapter)
-        shape = blocks.shape(target.sites)
+        ranks = [Blocks.of(cut(adapter, context.base.sites, rank, target.ranks)) for rank in range(target.ranks)]
+        shape = ranks[0].shape(target.sites)
         layout = target.layout(shape)
-        nbytes = layout.num_pages * target.page_bytes
+        num_pages = target.ranks * layout.num_pages
+        nbytes = num_pages * target.page_bytes
         if job.max_bytes is not None and nbytes > job.max_bytes:
             raise AdapterIncompatible(
                 f"incompatible: {job.path} takes {nbytes} bytes, over the limit of {job.max_bytes}: the smallest of "
                 "the arena, --lora-host-bytes and --lora-device-bytes"
             )
-        buffer = allocate(layout.num_pages, target.page_bytes)
+        buffer = allocate(num_pages, target.page_bytes)
         try:
-            pack(blocks, target, layout, buffer, write)
+            pack(ranks, target, layout, buffer, write)
         except AdapterInvalid as e:
             raise AdapterInvalid(f"{job.path}: {e.message}") from None
     except MultiloraError as e:

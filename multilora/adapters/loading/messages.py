@@ -29,6 +29,7 @@ class Start(msgspec.Struct, frozen=True):
     base: BaseModel
     dtype: str
     page_bytes: int
+    ranks: int
     limits: AdapterLimits
     roots: tuple[str, ...]
     staging: int | None

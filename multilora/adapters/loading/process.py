@@ -85,7 +85,14 @@ class ProcessLoader:
         dtype = str(context.target.dtype).removeprefix("torch.")
         staging = self._staging.fd if self._staging is not None else None
         return Start(
-            context.base, dtype, self._page_bytes, context.limits, context.roots, staging, not self._has_staging
+            context.base,
+            dtype,
+            self._page_bytes,
+            context.target.ranks,
+            context.limits,
+            context.roots,
+            staging,
+            not self._has_staging,
         )
 
     def _spawn(self, connection: int) -> ChildProcess:
@@ -233,7 +240,7 @@ class ProcessLoader:
 def serve(connection: socket.socket) -> None:
     """Answer jobs until the engine closes its end. A fetch that is still running then has its answer dropped."""
     start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=Start)
-    target = PackTarget(start.base.sites, getattr(torch, start.dtype), start.page_bytes)
+    target = PackTarget.of(start.base.sites, getattr(torch, start.dtype), start.page_bytes, start.ranks)
     context = FetchContext(start.base, target, start.limits, start.roots)
     cores = spare_cores(MAX_PACKERS)
     gc.collect()

@@ -2,11 +2,12 @@
 
 `lora/panels.py` decides the layout; here scalings are folded in, and the numbers are cast to the model's dtype and
 written. What needs the base model's weights (DoRA's norms, differences of biases) is left to `loading/dora_bias.py`.
-It knows neither files nor the device. Called by `loading/loader.py`.
+For ranks that share a model, each rank's pages are packed from its cut of the blocks (`cut.py`), one rank's after the
+other's. It knows neither files nor the device. Called by `loading/loader.py`.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -26,6 +27,7 @@ from multilora.lora.panels import (
     make_layout,
     round_rank,
 )
+from multilora.lora.sharding import local_sites
 from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 
 SCALE_SHIFT_OF = {
@@ -37,11 +39,17 @@ SCALE_SHIFT_OF = {
 
 @dataclass(frozen=True)
 class PackTarget:
-    """What adapters are packed for: the sites, dtype and page size of one engine."""
+    """What adapters are packed for: the sites of each of `ranks` ranks, dtype and page size of one engine."""
 
     sites: tuple[LoraSite, ...]
     dtype: torch.dtype
     page_bytes: int
+    ranks: int = 1
+
+    @classmethod
+    def of(cls, sites: tuple[LoraSite, ...], dtype: torch.dtype, page_bytes: int, ranks: int) -> "PackTarget":
+        """For ranks that divide the whole model's `sites` among them."""
+        return cls(local_sites(sites, ranks), dtype, page_bytes, ranks)
 
     @property
     def geometry(self) -> PanelGeometry:
@@ -108,25 +116,37 @@ WriteJobs = Callable[[list[PackJob], torch.dtype, torch.Tensor], None]
 
 
 def pack(
-    blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Tensor, write: WriteJobs = write_jobs
+    ranks: Sequence[Blocks],
+    target: PackTarget,
+    layout: PanelLayout,
+    out: torch.Tensor,
+    write: WriteJobs = write_jobs,
 ) -> None:
-    """Write the adapter's pages into `out`, uint8 [layout.num_pages, page_bytes], which must be zero.
+    """Write the pages of an adapter into `out`, uint8 [ranks · layout.num_pages, page_bytes], which must be zero.
 
-    A scale-shift pair is written unfinished: the magnitude (or 1), and the trained bias plus lora_B's (or 0).
-    Raises AdapterInvalid if a weight is not finite in the target dtype.
+    ranks: the blocks as each rank has them, all of one layout. A scale-shift pair is written unfinished: the
+    magnitude (or 1), and the trained bias plus lora_B's (or 0). Raises AdapterInvalid if a weight is not finite in
+    the target dtype.
     """
+    jobs: list[PackJob] = []
+    for rank, blocks in enumerate(ranks):
+        first = rank * layout.num_pages
+        _pack_at_once(blocks, target, layout, out[first : first + layout.num_pages])
+        for plan in _job_plans(target.sites, layout.shape, target.geometry, first):
+            block = blocks.low_rank[plan.key]
+            weight, scaling = (block.b, block.scaling) if plan.is_b else (block.a, 1.0)
+            jobs.append(PackJob(plan.name, weight, scaling, plan.spans))
+    write(jobs, target.dtype, out)
+
+
+def _pack_at_once(blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Tensor) -> None:
+    """What is no job: scale-shift pairs and full weights of one rank, into its pages."""
     for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
         if matrix.scale_shift:
             site = target.sites[matrix.site]
             _pack_scale_shift(blocks.vectors[site.layer, site.slices[matrix.slice].module], parts, target, out)
     for full, parts in zip(blocks.full_weights, layout.full_weights, strict=True):
         _pack_full_weight(full, parts, target, out)
-    jobs = []
-    for plan in _job_plans(target.sites, layout.shape, target.geometry):
-        block = blocks.low_rank[plan.key]
-        weight, scaling = (block.b, block.scaling) if plan.is_b else (block.a, 1.0)
-        jobs.append(PackJob(plan.name, weight, scaling, plan.spans))
-    write(jobs, target.dtype, out)
 
 
 @dataclass(frozen=True)
@@ -140,12 +160,15 @@ class _JobPlan:
 
 
 @lru_cache(maxsize=16)
-def _job_plans(sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry) -> tuple[_JobPlan, ...]:
+def _job_plans(
+    sites: tuple[LoraSite, ...], shape: AdapterShape, geometry: PanelGeometry, first_page: int
+) -> tuple[_JobPlan, ...]:
     layout = make_layout(sites, shape, geometry)
     plans: list[_JobPlan] = []
     for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
         if not matrix.scale_shift:
-            plans += _plans_of(matrix, parts, sites[matrix.site], shape, geometry)
+            moved = tuple(replace(part, page=first_page + part.page) for part in parts) if first_page else parts
+            plans += _plans_of(matrix, moved, sites[matrix.site], shape, geometry)
     return tuple(plans)
 
 

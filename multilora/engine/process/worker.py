@@ -14,7 +14,6 @@ from time import monotonic
 from typing import NoReturn
 
 import msgspec
-import torch
 import zmq
 
 from multilora import logs
@@ -22,6 +21,7 @@ from multilora.config import Config
 from multilora.engine.build import build_engine
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Failed, FromEngine, Shutdown, decode_to_engine, encode
+from multilora.engine.ranks.process import divide_cores
 from multilora.errors import MultiloraError
 
 logger = logging.getLogger(__name__)
@@ -107,9 +107,9 @@ def main(address: str, parent: int) -> int:
             return 1
     config = msgspec.msgpack.decode(socket.recv(), type=Config)
     logs.setup(config.log_level, role="engine")
-    _divide_cores()
+    divide_cores(config.tp_size)
     try:
-        engine = build_engine(config)
+        engine = build_engine(config, own_process=True)
     except MultiloraError as e:
         socket.send(encode(Failed(e.kind, e.message)))
         context.destroy(linger=2000)
@@ -130,12 +130,6 @@ def _give_up(context: zmq.Context[zmq.Socket[bytes]]) -> NoReturn:
     context.destroy(linger=2000)
     logging.shutdown()
     os._exit(1)
-
-
-def _divide_cores() -> None:
-    """On CPU the engine computes on all cores; where there are more than two it leaves one to the front."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    torch.set_num_threads(cores - 1 if cores > 2 else cores)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multilora.adapters.adapter import Adapter, LowRank, Vector, VectorKind
-from multilora.adapters.loading.dora_bias import DoraBiasLoader, complete_scale_shifts
+from multilora.adapters.loading.dora_bias import DoraBiasLoader, complete_scale_shifts, facts_of_one
 from multilora.adapters.loading.loader import Fetched, FetchJob
 from multilora.adapters.packing.blocks import Blocks, PackTarget, pack, scale_shift_view
 from multilora.lora.panels import PanelLayout
@@ -31,7 +31,7 @@ def packed(*blocks: LowRank | Vector, page_bytes: int) -> tuple[PackTarget, Pane
     own = Blocks.of(Adapter(blocks, "fingerprint"))
     layout = target.layout(own.shape(SITES))
     buffer = torch.zeros(layout.num_pages, page_bytes, dtype=torch.uint8)
-    pack(own, target, layout, buffer)
+    pack([own], target, layout, buffer)
     return target, layout, buffer
 
 
@@ -61,7 +61,7 @@ def test_dora_and_biases(page_bytes: int) -> None:
         Vector(0, "k_proj", VectorKind.LORA_BIAS, lora_bias, scaling=0.25),
         page_bytes=page_bytes,
     )
-    steps = sum(1 for _ in complete_scale_shifts(buffer, layout, target, base))
+    steps = sum(1 for _ in complete_scale_shifts(buffer, layout, target, facts_of_one(base)))
     assert steps == 2
     found = pairs(layout, buffer)
     scale = m_q / norms("q_proj")
@@ -77,7 +77,7 @@ def test_dora_keeps_the_base_models_bias() -> None:
     target, layout, buffer = packed(
         LOW["q_proj"], Vector(0, "q_proj", VectorKind.MAGNITUDE, magnitude), page_bytes=4096
     )
-    list(complete_scale_shifts(buffer, layout, target, base))
+    list(complete_scale_shifts(buffer, layout, target, facts_of_one(base)))
     scale, shift = pairs(layout, buffer)["q_proj"]
     x = torch.randn(HIDDEN, generator=RANDOM)
     low = LOW["q_proj"]
@@ -92,7 +92,7 @@ def test_dora_keeps_the_base_models_bias() -> None:
 def test_a_bias_without_low_rank() -> None:
     bias = torch.randn(Q, generator=RANDOM)
     target, layout, buffer = packed(LOW["k_proj"], Vector(0, "q_proj", VectorKind.BIAS, bias), page_bytes=4096)
-    list(complete_scale_shifts(buffer, layout, target, base))
+    list(complete_scale_shifts(buffer, layout, target, facts_of_one(base)))
     scale, shift = pairs(layout, buffer)["q_proj"]
     assert torch.equal(scale, torch.ones(Q))
     torch.testing.assert_close(shift, bias - BIASES["q_proj"])
@@ -139,7 +139,7 @@ def test_slices_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("multilora.adapters.loading.dora_bias.monotonic", clock)
     inner = OneByOne([special, plain, failed])
-    loader = DoraBiasLoader(inner, target, base, seconds=1.5)
+    loader = DoraBiasLoader(inner, target, facts_of_one(base), seconds=1.5)
     assert not loader.working
     first = loader.poll()
     assert [r.version for r, _ in first] == [2, 3], "what needs nothing goes straight through"

@@ -73,7 +73,7 @@ def packed(packers: Packers, blocks: Blocks, target: PackTarget) -> torch.Tensor
         packers.write(jobs, dtype, out, buffer)
 
     try:
-        pack(blocks, target, layout, out, write)
+        pack([blocks], target, layout, out, write)
     finally:
         buffers.sent(buffer)
         buffers.sent(before)

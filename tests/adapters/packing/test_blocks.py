@@ -40,7 +40,7 @@ def blocks(ranks: dict[str, int], seed: int = 0) -> Blocks:
 def packed(items: Blocks, where: PackTarget) -> tuple[PanelLayout, torch.Tensor]:
     layout = where.layout(items.shape(where.sites))
     out = torch.zeros(layout.num_pages, where.page_bytes, dtype=torch.uint8)
-    pack(items, where, layout, out)
+    pack([items], where, layout, out)
     return layout, out
 
 
@@ -179,7 +179,7 @@ def test_wide_weights_are_transposed_in_tiles(rank, page_bytes):
     items = Blocks.of(Adapter((LowRank(0, "o_proj", a, b.T, 0.3),), "fingerprint"))
     layout = where.layout(items.shape(WIDE))
     out = torch.zeros(layout.num_pages, page_bytes, dtype=torch.uint8)
-    pack(items, where, layout, out)
+    pack([items], where, layout, out)
     found = unpacked(layout, out, torch.bfloat16)
     assert torch.equal(found[0], padded(a, torch.bfloat16))
     assert torch.equal(found[1], padded(b.T.float() * 0.3, torch.bfloat16))

@@ -15,6 +15,7 @@ from fakes.tiers import PAGE_BYTES, TARGET, FakeTiers
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Logprobs, Ready, Stats
 from multilora.engine.plan import Chunk, LoraInstall, StepPlan, StepResult
+from multilora.engine.ranks.lead import NoRanks
 from multilora.engine.sampling.state import SamplingState
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.lora.table import LoraTable
@@ -264,6 +265,7 @@ def make_engine(
         ),
         FakeRunner(tiers),  # type: ignore[arg-type]
         tiers.store,
+        NoRanks(),
         describe=_no_ready,
         max_unfinished=max_unfinished,
         random_seed=0,

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fakes.ranks import start_thread
 from fakes.tiers import FakeCopier
 from multilora.adapters.loading.loader import InlineLoader
 from multilora.config import Config
@@ -103,7 +104,8 @@ class Stepper:
 
 class EngineDriver(Stepper):
     """Keyword arguments are fields of `Config`; adapters: name → directory, loaded at once. late: copies of adapters
-    to the device are found done so many steps after their start; None: as they are.
+    to the device are found done so many steps after their start; None: as they are. Ranks of a `tp_size` over 1 are
+    threads.
 
     `answers`: rid → Answer; `infos`: name → AdapterInfo.
     """
@@ -122,7 +124,7 @@ class EngineDriver(Stepper):
         config = Config.make(**(defaults | options))
         self._on_gpu = choose_device(config.device).type == "cuda"
         make_copier = None if late is None else partial(FakeCopier, delay=lambda: late)
-        self.engine = build_engine(config, InlineLoader, make_copier, ahead)
+        self.engine = build_engine(config, InlineLoader, make_copier, ahead, start_thread)
         self.answers: dict[str, Answer] = {}
         self.infos: dict[str, AdapterInfo] = {}
         self._dropped: set[str] = set()

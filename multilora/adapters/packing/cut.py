@@ -1,0 +1,54 @@
+"""What each rank of a tensor-parallel group needs of an adapter's blocks, as the cuts of their modules ask for it.
+
+    the module is cut by     lora_A             lora_B             magnitude   biases     full weight
+    outputs                  whole              columns            columns     columns    rows
+    inputs                   columns            whole              whole       rank 0's   columns
+
+Where a module is cut by inputs, the ranks' outputs are summed: scale · (y₀ + y₁ + …) + shift is
+(scale · y₀ + shift) + scale · y₁ + …, so only rank 0 has a shift. Norms, and what replaces a table or rows of it, are
+whole on every rank. Called by `loading/loader.py`.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from multilora.adapters.adapter import Adapter, Block, Full, LowRank, Rows, Vector, VectorKind
+from multilora.lora.sharding import inputs_of, local_site, outputs_of, sums_over_ranks
+from multilora.lora.sites import TABLES, LoraSite, LoraSlice
+
+Sites = tuple[LoraSite, ...]
+
+
+def cut(adapter: Adapter, sites: Sites, rank: int, size: int) -> Adapter:
+    """The adapter as rank number `rank` of `size` has it. sites: of the whole model."""
+    if size == 1:
+        return adapter
+    places = {(site.layer, part.module): (site, part) for site in sites for part in site.slices}
+    return replace(adapter, blocks=tuple(_cut(block, places, rank, size) for block in adapter.blocks))
+
+
+def _cut(block: Block, places: dict[tuple[int, str], tuple[LoraSite, LoraSlice]], rank: int, size: int) -> Block:
+    if isinstance(block, Rows) or (block.layer, block.module) not in places:
+        return block
+    site, part = places[block.layer, block.module]
+    inputs, outputs = inputs_of(site, rank, size), outputs_of(site, part, rank, size)
+    local = local_site(site, size)
+    width = local.slices[site.slices.index(part)].out_features
+    match block:
+        case LowRank(a=a, b=b):
+            return replace(block, a=_columns(a, inputs, local.in_features), b=_columns(b, outputs, width))
+        case Vector(value=value):
+            if sums_over_ranks(site) and rank and block.kind is not VectorKind.MAGNITUDE:
+                return replace(block, value=torch.zeros_like(value))
+            return replace(block, value=_columns(value, outputs, width))
+        case Full(weight=weight) if block.module not in TABLES:
+            return replace(block, weight=weight[outputs.start : outputs.stop, inputs.start : inputs.stop])
+    return block
+
+
+def _columns(x: torch.Tensor, held: range, width: int) -> torch.Tensor:
+    """These columns of x, its last dimension, and zeros behind them up to `width`."""
+    x = x[..., held.start : held.stop]
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))

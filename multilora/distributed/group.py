@@ -1,0 +1,138 @@
+"""A group of ranks and its collectives. `SINGLE` is a group of one, which communicates with nobody, so that layers
+need not ask whether there are others.
+
+The process groups are made directly, not registered with `torch.distributed`, whose global state belongs to the
+program that this package is used in. Knows neither models nor processes: whoever starts the ranks gives each of them
+the same file to meet in.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch._C import _distributed_c10d as c10d
+
+from multilora.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
+
+Backend = Any
+"""A ProcessGroupGloo or ProcessGroupNCCL. torch's annotations lack their collectives."""
+
+
+class Group(Protocol):
+    """`size` ranks, of which this is number `rank`. Every rank calls the collectives in the same order, with tensors
+    of the same shape and dtype."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' x, the same bits on all of them; may be x itself, changed in place."""
+        ...
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The x of every rank, by rank."""
+        ...
+
+    def minimum(self, value: int) -> int:
+        """The least of the ranks' values. Waits for the device."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group. A collective that waits for this rank raises, on the other ranks or, with NCCL, on this
+        one. Any thread."""
+
+
+class SingleRank:
+    """The contract of `Group` for a rank that is alone."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x]
+
+    def minimum(self, value: int) -> int:
+        return value
+
+    def close(self) -> None: ...
+
+
+SINGLE = SingleRank()
+
+
+class ProcessGroup:
+    """The contract of `Group` over one of torch's process groups, whose collectives run on `device`."""
+
+    def __init__(self, backend: Backend, rank: int, size: int, device: torch.device):
+        self.rank = rank
+        self.size = size
+        self._backend = backend
+        self._device = device
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        self._backend.allreduce([x]).wait()
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        self._backend._allgather_base(out, x.contiguous()).wait()  # noqa: SLF001 - the backends' own, without a copy
+        return list(out.chunk(self.size))
+
+    def minimum(self, value: int) -> int:
+        found = torch.tensor([value], device=self._device)
+        options = c10d.AllreduceOptions()
+        options.reduceOp = c10d.ReduceOp(c10d.ReduceOp.MIN)
+        self._backend.allreduce([found], options).wait()
+        return int(found.item())
+
+    def close(self) -> None:
+        backend, self._backend = self._backend, None
+        if backend is not None and self._device.type == "cuda":  # gloo's connections end with the object
+            backend.abort()
+
+
+def join(path: str, rank: int, size: int, device: torch.device, timeout: float) -> Group:
+    """The group of `size` ranks that meet in the file `path`, which does not exist before; waits until all have come.
+
+    timeout: seconds after which a collective that a rank does not take part in raises RuntimeError. Raises
+    ConfigError if a rank does not come.
+    """
+    if size == 1:
+        return SINGLE
+    store = c10d.FileStore(path, size)
+    try:
+        backend = _BACKENDS[device.type](store, rank, size, timedelta(seconds=timeout))
+        group = ProcessGroup(backend, rank, size, device)
+        group.minimum(rank)  # connects, and NCCL's communicator must be there before anything is captured
+    except RuntimeError as e:
+        raise ConfigError(f"--tp-size {size}: rank {rank} does not reach the others: {e}") from e
+    return group
+
+
+def _gloo(store: c10d.Store, rank: int, size: int, timeout: timedelta) -> Backend:
+    gloo: Any = c10d.ProcessGroupGloo
+    options = gloo._Options()  # noqa: SLF001 - torch has no other name for it
+    options._devices = [gloo.create_device(hostname=LOOPBACK)]  # noqa: SLF001
+    options._timeout = timeout  # noqa: SLF001
+    return gloo(store, rank, size, options)
+
+
+def _nccl(store: c10d.Store, rank: int, size: int, timeout: timedelta) -> Backend:
+    nccl: Any = c10d.ProcessGroupNCCL  # absent where torch was built without it
+    options = nccl.Options()
+    options._timeout = timeout  # noqa: SLF001
+    return nccl(store, rank, size, options)
+
+
+_BACKENDS: dict[str, Callable[[c10d.Store, int, int, timedelta], Backend]] = {"cpu": _gloo, "cuda": _nccl}
+"""By the type of the device that collectives run on."""

@@ -1,0 +1,34 @@
+"""How the ranks of an engine find each other. Called by `lead.py` and `follow.py`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from multilora.distributed.group import Group, join
+
+JOIN_SECONDS = 1800.0
+"""The longest that ranks wait for each other, as while they load weights. A step has the watchdog."""
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """model: its collectives run on the model's device, within steps; host: on the CPU, between steps, so that they
+    are never mixed up with those of a step that still runs on a GPU."""
+
+    model: Group
+    host: Group
+
+    def close(self) -> None:
+        """Leave both."""
+        self.model.close()
+        self.host.close()
+
+
+def meet(directory: str, rank: int, size: int, device: torch.device) -> Groups:
+    """The groups of the ranks that meet in this directory. Raises ConfigError if one does not come."""
+    host = join(f"{directory}/host-group", rank, size, CPU, JOIN_SECONDS)
+    if device.type == "cpu":
+        return Groups(host, host)
+    return Groups(join(f"{directory}/model-group", rank, size, device, JOIN_SECONDS), host)

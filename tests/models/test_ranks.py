@@ -1,0 +1,149 @@
+"""Models that ranks divide among them: the logits of one rank, from weights of which each rank has read its part."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes.models import FAMILIES, make_tiny_model
+from safetensors import safe_open
+
+from multilora.attention.backends import make_attention
+from multilora.batch import AttentionMeta
+from multilora.distributed.group import SINGLE, Group, join
+from multilora.errors import ConfigError
+from multilora.layers.context import ForwardContext
+from multilora.models import weights
+from multilora.models.base import CausalLM
+from multilora.models.load import make_model
+
+CPU = torch.device("cpu")
+TOKENS = 20
+
+
+def on_ranks(path: Path, size: int, function: Callable[[CausalLM], Any]) -> list[Any]:
+    """What the function says of each rank's model."""
+    found: list[Any] = [None] * size
+
+    def run(rank: int) -> None:
+        group = join(str(path / f"meeting {size}"), rank, size, CPU, 30.0)
+        found[rank] = function(loaded(path, group))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def loaded(path: Path, group: Group) -> CausalLM:
+    model = make_model(str(path), device=CPU, group=group)
+    model.load(str(path), load_format="auto", revision=None, seed=0)
+    return model
+
+
+@torch.inference_mode()
+def logits(model: CausalLM) -> torch.Tensor:
+    """Of every position of one prompt."""
+    layout = model.kv_layout(TOKENS)
+    attention = make_attention("torch", layout.views(torch.zeros(1, layout.page_bytes, dtype=torch.uint8)),
+                               model.attention_shape)  # fmt: skip
+    rows = torch.arange(TOKENS)
+    zeros = torch.zeros_like(rows)
+    attention.prepare(AttentionMeta((TOKENS,), (TOKENS,), torch.zeros(1, 1, dtype=torch.int64), zeros, rows))
+    ctx = ForwardContext(attention, None)
+    return model.logits(model(model.embed(rows * 5, ctx), rows, ctx), ctx)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_logits(tmp_path: Path, family: str, tied: bool) -> None:
+    """On four ranks each of the two KV heads lies on two."""
+    make_tiny_model(tmp_path, family, tie_word_embeddings=tied)
+    expected = logits(loaded(tmp_path, SINGLE))
+    for size in (2, 4):
+        first, *others = on_ranks(tmp_path, size, logits)
+        torch.testing.assert_close(first, expected, atol=2e-5, rtol=1e-5)
+        assert all(torch.equal(other, first) for other in others), "not a bit may differ: each rank samples"
+
+
+class Counted:
+    """An open safetensors file that counts the bytes it gives out, by tensor."""
+
+    def __init__(self, file: Any, read: dict[str, int]):
+        self._file = file
+        self._read = read
+
+    def __enter__(self) -> "Counted":
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.__exit__(*exc)
+
+    def keys(self) -> Any:
+        return self._file.keys()
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._noted(name, self._file.get_tensor(name))
+
+    def get_slice(self, name: str) -> Any:
+        inner, noted = self._file.get_slice(name), self._noted
+
+        class Slice:
+            get_shape, get_dtype = inner.get_shape, inner.get_dtype
+
+            def __getitem__(self, key: Any) -> torch.Tensor:
+                return noted(name, inner[key])
+
+        return Slice()
+
+    def _noted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        self._read[name] = self._read.get(name, 0) + tensor.nbytes
+        return tensor
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_reads_what_it_holds_and_nothing_else(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny_model(tmp_path, "qwen2")
+    reads: dict[int, dict[str, int]] = {}
+
+    def opened(file: Path) -> Counted:
+        read = reads.setdefault(threading.get_ident(), {})
+        return Counted(safe_open(file, framework="pt", device="cpu"), read)
+
+    monkeypatch.setattr(weights, "_open", opened)
+    held = on_ranks(tmp_path, size, lambda model: (threading.get_ident(), model.weight_bytes))
+    whole = {}
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118, not a dict
+            whole[name] = file.get_tensor(name).nbytes
+    for ident, nbytes in held:
+        assert reads[ident].keys() == whole.keys()
+        assert sum(reads[ident].values()) <= nbytes, "the rest is padding of the vocabulary"
+    for name, nbytes in whole.items():
+        read = [reads[ident][name] for ident, _ in held]
+        if "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias")):
+            assert read == [nbytes] * size
+        elif "k_proj" in name or "v_proj" in name:
+            assert read == [nbytes // 2] * size, "one of two KV heads"
+        elif "embed_tokens" in name or "lm_head" in name:
+            assert sum(read) == nbytes
+        else:
+            assert read == [nbytes // size] * size, name
+
+
+def test_a_model_that_cannot_be_divided_is_refused_before_its_weights(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+
+    class Three(type(SINGLE)):
+        size = 3
+
+    with pytest.raises(ConfigError, match="--tp-size 3: q_proj, k_proj, v_proj: 4 x 16 columns cannot be divided"):
+        make_model(str(tmp_path), device=CPU, group=Three())
