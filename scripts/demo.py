@@ -216,11 +216,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """URL and process of a running `multilora serve` with every bundled adapter; ended in any case."""
+def server(log: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """URL and process of a running `multilora serve` with every bundled adapter and `flags`; ended in any case."""
     port = free_port()
     paths = [f"{name}={path}" for name, path in adapter_paths().items()]
-    command = [sys.executable, "-m", "multilora", "serve", "--port", str(port), "--lora-paths", *paths]
+    command = [sys.executable, "-m", "multilora", "serve", "--port", str(port), *flags, "--lora-paths", *paths]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:

@@ -19,7 +19,8 @@ def chat():
                "--endpoint-type", "chat", "--streaming", "--request-count", "5", "--concurrency", "2",
                "--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "8", "--tokenizer", TOKENIZER,
                "--artifact-dir", out, "--ui", "none"]  # fmt: skip
-    subprocess.run([str(part) for part in command], check=True, timeout=240)
+    env = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}  # with it, no local tokenizer
+    subprocess.run([str(part) for part in command], check=True, timeout=240, env=env)
     (report,) = out.rglob("profile_export_aiperf.json")
     found = json.loads(report.read_text())
     count = found["request_count"]["avg"]

@@ -1,7 +1,8 @@
-"""dspy: a raw call of the language model, and a signature."""
+"""dspy: a raw call of the language model, and a signature by the JSON schema of a provider declared to enforce it."""
 
 import dspy
 from checks import ADAPTER, BASE, QUESTION, V1, answer, check, main
+from dspy.lm15 import AccessPolicy, ModelSupport, OpenAIChatCompat, ProviderDefinition, register_provider
 
 
 def lm(model, **more):
@@ -18,7 +19,11 @@ def raw():
 
 @check("Predict over JSONAdapter (a JSON schema is enforced)")
 def predict():
-    with dspy.context(lm=lm(BASE, temperature=0.0, max_tokens=200), adapter=dspy.JSONAdapter()):
+    access = AccessPolicy(provider="ours", env_keys=(), base_url=V1)
+    definition = ProviderDefinition.chat(access, compat=OpenAIChatCompat(), placeholder_key="none")
+    register_provider(definition, supports=ModelSupport(response_schema=True))
+    ours = dspy.LM(f"ours/{BASE}", cache=False, num_retries=0, temperature=0.0, max_tokens=200)
+    with dspy.context(lm=ours, adapter=dspy.JSONAdapter()):
         found = dspy.Predict("question -> answer: bool")(question="Yes?")
     assert isinstance(found.answer, bool), found
     return found.answer

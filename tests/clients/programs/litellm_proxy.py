@@ -11,11 +11,12 @@ import urllib.request
 from checks import ADAPTER, QUESTION, V1, answer, check, main
 
 PORT = int(os.environ.get("MULTILORA_SPARE_PORT", "0"))
+KEY = "sk-0f4b5c1e9a7d4c06b1f2"  # the proxy does not start without one
 
 
 def ask(path, body=None):
     data = None if body is None else json.dumps(body).encode()
-    headers = {"content-type": "application/json", "authorization": "Bearer none"}
+    headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
     with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data, headers)) as found:
         return json.loads(found.read())
 
@@ -33,13 +34,14 @@ def chat():
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
         json.dump(config, file)  # JSON is YAML
     command = [os.path.join(os.path.dirname(sys.executable), "litellm"), "--config", file.name, "--port", str(PORT)]
-    proxy = subprocess.Popen([*command, "--host", "127.0.0.1"])
+    proxy = subprocess.Popen([*command, "--host", "127.0.0.1"], env=os.environ | {"LITELLM_MASTER_KEY": KEY})
     try:
         for _ in range(240):
             try:
                 ask("/health/liveliness")
                 break
             except OSError:
+                assert proxy.poll() is None, f"the proxy ended: {proxy.returncode}"
                 time.sleep(0.5)
         body = {"model": "ours", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
         return answer(ask("/v1/chat/completions", body)["choices"][0]["message"]["content"], ADAPTER)
