@@ -150,7 +150,7 @@ def check_message(error: MultiloraError) -> None:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("multilora.llm.offline.build_engine", partial(build_engine, make_loader=InlineLoader))
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # some paths look like hub ids
+        patch.setenv("HF_HUB_OFFLINE", "1")  # some paths look like hub ids, which a process of its own looks for
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         bench = Bench(tmp_path_factory.mktemp("fuzz"))
