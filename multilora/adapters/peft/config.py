@@ -26,6 +26,10 @@ from multilora.adapters.sources.files import show
 from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.sites import EMBED, HEAD, TABLES
 
+ANY_MODULE = ".*"
+"""The targets of a config that says null: the modules that the file has tensors of. PEFT writes what it has resolved,
+so only other trainers write null; PEFT would read it as a default by model family and drop the other tensors."""
+
 
 @dataclass(frozen=True)
 class PeftConfig:
@@ -156,7 +160,8 @@ def parse_config(raw: dict[str, Any], path: Path) -> PeftConfig:
     fields = Fields(path.name, raw)
     fields.check_known()
     fields.check_init()
-    targets = fields.modules("target_modules", required=True)
+    unsaid = raw.get("target_modules", "") is None
+    targets = ANY_MODULE if unsaid else fields.modules("target_modules", required=True)
     layers = fields.layers()
     layers_pattern = fields.modules("layers_pattern")
     if isinstance(targets, str) and (layers is not None or layers_pattern):

@@ -159,6 +159,16 @@ def rewrite(source: Path, target: Path, rename: dict[str, str] | None = None, **
     return target
 
 
+def test_null_targets_are_the_modules_with_tensors(plain: Path, tmp_path: Path) -> None:
+    """As trainers other than PEFT write it."""
+    adapter = read_adapter(rewrite(plain, tmp_path / "null", target_modules=None), BASE, NO_LIMITS)
+    assert_same(adapter, deltas(read_adapter(plain, BASE, NO_LIMITS)))
+    assert adapter.target_modules == ["q_proj", "up_proj"]
+    rename = {"mlp.up_proj": "mlp.any_proj"}
+    with pytest.raises(AdapterIncompatible, match="any_proj"):
+        read_adapter(rewrite(plain, tmp_path / "other", rename, target_modules=None), BASE, NO_LIMITS)
+
+
 @pytest.mark.parametrize("case", GRID)
 def test_equals_peft(case: str, model_path: Path, tmp_path: Path) -> None:
     config, dtype = GRID[case]
