@@ -96,7 +96,13 @@ def test_logprobs(llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "says"),
-    [([], "no prompts"), ([TEXT, 5], "not 5"), ([5, "x"], "not 5"), ([[5, 0.5]], "token ids"), (5, "not 5")],
+    [
+        ([], "no prompts"),
+        ([TEXT, 5], "not 5"),
+        ([5, "x"], r"not \[5, 'x'\]"),
+        ([[5, 0.5]], "token ids"),
+        (5, "not 5"),
+    ],
 )
 def test_what_is_no_prompt(llm: LLM, prompts: Any, says: str) -> None:
     before = llm.stats()

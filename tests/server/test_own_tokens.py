@@ -224,10 +224,10 @@ def test_a_reload_while_a_prompt_is_tokenized(make, path, monkeypatch):
     text = TEXT * 200  # long enough for a thread
     tokenizing, go_on = threading.Event(), threading.Event()
 
-    def slow_encode(tokenizer, text, encode=Tokenizer.encode):
+    def slow_encode(tokenizer, text, encode=Tokenizer.encode, **options):
         tokenizing.set()
         assert go_on.wait(SECONDS)
-        return encode(tokenizer, text)
+        return encode(tokenizer, text, **options)
 
     async def scenario():
         monkeypatch.setattr(Tokenizer, "encode", slow_encode)
