@@ -47,7 +47,9 @@ def llm(files: Path) -> Iterator[LLM]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     paths = {name: str(files / name) for name in ("plain", "own", "bare", "spare")}
-    with LLM(str(files / "model"), lora_paths=paths, device="cpu", max_total_tokens=4096) as llm:
+    with LLM(
+        str(files / "model"), lora_paths=paths, device="cpu", max_total_tokens=4096, max_logprobs=OWN_ROWS
+    ) as llm:
         yield llm
     torch.set_num_threads(threads)
 

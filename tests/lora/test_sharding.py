@@ -19,7 +19,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoraSite, ...]:
 
 
 def test_widths(sites: tuple[LoraSite, ...]) -> None:
-    assert local_sites(sites, 1) is sites
+    assert local_sites(sites, 1) == sites
     assert module_shapes(local_sites(sites, 2)) == {
         "embed_tokens": (64, 64),  # 51 of 101 tokens, padded
         "q_proj": (64, 64),
