@@ -123,7 +123,7 @@ def compiled_grammar(sampler: Sampler, vocab: int) -> str:
     info = xgrammar.TokenizerInfo(tokens, vocab_type=xgrammar.VocabType.RAW, vocab_size=vocab, stop_token_ids=[0])
     sampler.use_tokenizer(info.serialize_json())
     schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
-    grammar: str = xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(schema)).serialize_json()
+    grammar: str = xgrammar.Grammar.from_json_schema(json.dumps(schema)).serialize_json()
     return grammar
 
 
