@@ -1,4 +1,7 @@
-"""`verify`: adapters saved by PEFT pass; one whose files say something else than PEFT loads does not."""
+"""`verify`: adapters saved by PEFT pass; one whose files say something else than PEFT loads does not.
+
+Covers `reference.py`, `render.py` too.
+"""
 
 import importlib.util
 import math

@@ -1,4 +1,7 @@
-"""Which backend is chosen, and what is said when it cannot be."""
+"""Which backend is chosen, and what is said when it cannot be.
+
+Covers `backends.py`, `base.py` too.
+"""
 
 import importlib.util
 import logging

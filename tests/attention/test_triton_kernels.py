@@ -1,4 +1,7 @@
-"""Rotation with page write, and page lists, against plain torch: in Triton's interpreter, and on a GPU."""
+"""Rotation with page write, and page lists, against plain torch: in Triton's interpreter, and on a GPU.
+
+Covers `rotate.py` too.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""`multilora adapters`: flags, tables, JSON, and exit codes."""
+"""`multilora adapters`: flags, tables, JSON, and exit codes.
+
+Covers `adapter_commands.py` too.
+"""
 
 import json
 from functools import partial

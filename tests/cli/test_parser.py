@@ -1,4 +1,7 @@
-"""The command line: one flag per Config field, SGLang's flags, errors, and what a process prints."""
+"""The command line: one flag per Config field, SGLang's flags, errors, and what a process prints.
+
+Covers `compat.py` too.
+"""
 
 import dataclasses
 import subprocess

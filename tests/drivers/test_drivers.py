@@ -1,4 +1,7 @@
-"""Both drivers perform the front's effects alike: results, errors, order, limits. Work here asks no engine."""
+"""Both drivers perform the front's effects alike: results, errors, order, limits. Work here asks no engine.
+
+Covers `async_driver.py`, `stepping.py` too.
+"""
 
 import asyncio
 import threading

@@ -1,4 +1,7 @@
-"""Grammars in processes that are killed: what takes too long or too much, or whose client leaves."""
+"""Grammars in processes that are killed: what takes too long or too much, or whose client leaves.
+
+Covers `grammar_process.py` too.
+"""
 
 import asyncio
 import json

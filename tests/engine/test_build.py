@@ -1,4 +1,7 @@
-"""What is refused while an engine is put together, before it takes memory. (What is built: every other test.)"""
+"""What is refused while an engine is put together, before it takes memory. (What is built: every other test.)
+
+Covers `build_rank.py` too.
+"""
 
 import os
 import re

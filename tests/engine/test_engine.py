@@ -1,4 +1,7 @@
-"""The engine as its front sees it: checks at the door, endings, calls, and who waits for whom."""
+"""The engine as its front sees it: checks at the door, endings, calls, and who waits for whom.
+
+Covers `messages.py` too.
+"""
 
 import shutil
 import threading

@@ -1,4 +1,7 @@
-"""Pausing and sleeping: no token changes, every request ends once, memory really goes and comes back."""
+"""Pausing and sleeping: no token changes, every request ends once, memory really goes and comes back.
+
+Covers `pause_control.py`, `scheduling/pause.py`, `sleep.py` too.
+"""
 
 import random
 from collections.abc import Iterator

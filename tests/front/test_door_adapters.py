@@ -1,4 +1,7 @@
-"""Adapters through every door: loaded, refused, replaced, composed, unloaded, and nothing left of what failed."""
+"""Adapters through every door: loaded, refused, replaced, composed, unloaded, and nothing left of what failed.
+
+Covers `adapter_manager.py`, `fetcher.py` too.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

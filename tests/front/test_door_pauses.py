@@ -1,4 +1,7 @@
-"""Pausing and sleeping through every door; what only doors with an event loop can do, and HTTP's own words."""
+"""Pausing and sleeping through every door; what only doors with an event loop can do, and HTTP's own words.
+
+Covers `pause_manager.py` too.
+"""
 
 import asyncio
 from collections.abc import Iterator

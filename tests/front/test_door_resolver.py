@@ -1,4 +1,7 @@
-"""The resolver through every door, with a real engine: what is named and lies in its directory answers."""
+"""The resolver through every door, with a real engine: what is named and lies in its directory answers.
+
+Covers `resolver.py` too.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Requests through every door: the same answers, the same refusals, the same words to the engine."""
+"""Requests through every door: the same answers, the same refusals, the same words to the engine.
+
+Covers `front.py`, `generation.py`, `effects.py`, `engine_link.py`, `observer.py` too.
+"""
 
 import json
 import re

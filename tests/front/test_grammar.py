@@ -1,4 +1,7 @@
-"""Grammars as they are checked, compiled, kept by the front and given to the engine."""
+"""Grammars as they are checked, compiled, kept by the front and given to the engine.
+
+Covers `grammars/compiler.py`, `grammars/source.py` too.
+"""
 
 import json
 from collections.abc import Sequence

@@ -1,3 +1,5 @@
+"""Covers `stop_expression.py`."""
+
 import itertools
 from time import perf_counter
 

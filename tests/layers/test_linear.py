@@ -1,4 +1,7 @@
-"""One matrix for several modules, and the one place where LoRA enters."""
+"""One matrix for several modules, and the one place where LoRA enters.
+
+Covers `context.py`, `weight.py` too.
+"""
 
 from dataclasses import replace
 

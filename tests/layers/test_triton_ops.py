@@ -1,4 +1,7 @@
-"""The fused operations against the layers' own torch code: in Triton's interpreter, and on a GPU if there is one."""
+"""The fused operations against the layers' own torch code: in Triton's interpreter, and on a GPU if there is one.
+
+Covers `ops.py` too.
+"""
 
 import pytest
 import torch

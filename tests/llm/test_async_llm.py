@@ -1,5 +1,8 @@
 """`AsyncLLM`: answers as they grow, aborts, cancellations, its life. What it shares with the other doors is tested in
-`tests/front`."""
+`tests/front`.
+
+Covers `online.py` too.
+"""
 
 import asyncio
 import itertools

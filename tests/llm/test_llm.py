@@ -1,5 +1,8 @@
 """`LLM`: prompts in their forms, parameters and adapters per prompt, errors before anything runs, adapters at run
-time, grammars and stop strings end to end."""
+time, grammars and stop strings end to end.
+
+Covers `offline.py`, `inputs.py`, `completion.py` too.
+"""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,7 @@
-"""The backends of the CPU against the formula, over popularity x mixed ranks x odd sizes x dtype."""
+"""The backends of the CPU against the formula, over popularity x mixed ranks x odd sizes x dtype.
+
+Covers `base.py`, `reference.py`, `torch_backend.py`, `segment_loop.py`, `sites.py`, `table.py` too.
+"""
 
 import pytest
 import torch

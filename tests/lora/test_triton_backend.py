@@ -1,4 +1,7 @@
-"""The kernels against the reference: interpreted on CPU (fp32, fp16), compiled where there is a GPU (bf16 too)."""
+"""The kernels against the reference: interpreted on CPU (fp32, fp16), compiled where there is a GPU (bf16 too).
+
+Covers `triton_kernels.py`, `triton_panels.py`, `device_table.py`, `tuning.py` too.
+"""
 
 import pytest
 import torch

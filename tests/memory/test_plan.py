@@ -1,3 +1,5 @@
+"""Covers `kv_layout.py`."""
+
 import pytest
 import torch
 

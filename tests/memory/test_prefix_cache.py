@@ -1,3 +1,5 @@
+"""Covers `page_table.py`, `reclaim.py`."""
+
 import random
 
 from multilora.memory.page_pool import PageKind, PagePool

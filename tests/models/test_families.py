@@ -1,4 +1,7 @@
-"""Every family against transformers, in fp32: full and chunked prefill, decode, and steps that mix them."""
+"""Every family against transformers, in fp32: full and chunked prefill, decode, and steps that mix them.
+
+Covers `llama.py`, `mistral.py`, `qwen2.py`, `qwen3.py` too.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path

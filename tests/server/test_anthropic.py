@@ -1,4 +1,8 @@
-"""/v1/messages and its count_tokens through HTTP: blocks in and out, the events of a stream, errors, keys."""
+"""/v1/messages and its count_tokens through HTTP: blocks in and out, the events of a stream, errors, keys.
+
+Covers `anthropic/answer.py`, `anthropic/body.py`, `anthropic/errors.py`, `anthropic/messages.py`,
+`anthropic/routes.py` too.
+"""
 
 import asyncio
 import json

@@ -1,4 +1,7 @@
-"""POST /v1/chat/completions: the template, shapes, logprobs, tools, streams."""
+"""POST /v1/chat/completions: the template, shapes, logprobs, tools, streams.
+
+Covers `chat_job.py`, `chat_answer.py` too.
+"""
 
 import pytest
 from fakes.models import FakeEngineClient

@@ -1,4 +1,7 @@
-"""Errors as responses: every kind of broken body, and typed errors of every status."""
+"""Errors as responses: every kind of broken body, and typed errors of every status.
+
+Covers `dialects.py` too.
+"""
 
 import pytest
 from fakes.models import FakeEngineClient

@@ -1,4 +1,7 @@
-"""One histogram read with the buckets of several metrics."""
+"""One histogram read with the buckets of several metrics.
+
+Covers `metrics/histogram.py`, `metrics/buckets.py` too.
+"""
 
 import random
 from bisect import bisect_right

@@ -1,4 +1,7 @@
-"""/metrics: names that other tools read, per-adapter numbers, and labels that go with their adapter."""
+"""/metrics: names that other tools read, per-adapter numbers, and labels that go with their adapter.
+
+Covers `metrics/collector.py`, `metrics/adapters.py`, `metrics/own.py`, `metrics/totals.py`, `metrics/http.py` too.
+"""
 
 import asyncio
 

@@ -1,4 +1,7 @@
-"""POST /generate: one and many, adapters per item, logprobs, streams, and what it refuses."""
+"""POST /generate: one and many, adapters per item, logprobs, streams, and what it refuses.
+
+Covers `bodies.py` too.
+"""
 
 import pytest
 from fakes.models import FakeEngineClient

@@ -1,4 +1,7 @@
-"""What the OpenAI routes share: which adapter answers, model lists, defaults, rids."""
+"""What the OpenAI routes share: which adapter answers, model lists, defaults, rids.
+
+Covers `openai_bodies.py` too.
+"""
 
 import re
 

@@ -1,4 +1,7 @@
-"""/openapi.json says what the routes take and answer: fields, bounds, errors, streams and keys."""
+"""/openapi.json says what the routes take and answer: fields, bounds, errors, streams and keys.
+
+Covers `openapi_fields.py` too.
+"""
 
 import pytest
 from fakes.models import FakeEngineClient

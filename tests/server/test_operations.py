@@ -1,4 +1,7 @@
-"""Health, facts, cache: the routes that generate nothing for a client."""
+"""Health, facts, cache: the routes that generate nothing for a client.
+
+Covers `head.py`, `app.py` too.
+"""
 
 from pathlib import Path
 

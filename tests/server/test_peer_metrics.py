@@ -2,6 +2,8 @@
 
 Each reader's `source` says where its queries were read. `labels` are those that it selects or groups by, `values`
 single values that it selects; `absent` names what the peer itself does not always show.
+
+Covers `metrics/vllm.py`, `metrics/sglang.py`, `metrics/family.py` too.
 """
 
 import json

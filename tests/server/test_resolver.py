@@ -1,4 +1,7 @@
-"""Adapters that are loaded because a request names them: flights, misses, failures, quotas, deadlines, metrics."""
+"""Adapters that are loaded because a request names them: flights, misses, failures, quotas, deadlines, metrics.
+
+Covers `resolving.py` too.
+"""
 
 import asyncio
 import re

@@ -1,4 +1,7 @@
-"""Stored responses: what is kept, and who leaves when there is too much."""
+"""Stored responses: what is kept, and who leaves when there is too much.
+
+Covers `responses/store.py` too.
+"""
 
 from typing import Any
 

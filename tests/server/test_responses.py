@@ -1,4 +1,8 @@
-"""/v1/responses through HTTP: items in and out, the events of a stream, stored responses, endings."""
+"""/v1/responses through HTTP: items in and out, the events of a stream, stored responses, endings.
+
+Covers `responses/body.py`, `responses/items.py`, `responses/output.py`, `responses/routes.py`, `responses/run.py`
+too.
+"""
 
 import asyncio
 import json

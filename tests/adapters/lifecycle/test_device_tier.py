@@ -1,4 +1,7 @@
-"""The device tier by itself: which adapter is evicted first, slots in the table, limits."""
+"""The device tier by itself: which adapter is evicted first, slots in the table, limits.
+
+Covers `device/eviction.py` too.
+"""
 
 import weakref
 

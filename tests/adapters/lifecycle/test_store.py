@@ -1,4 +1,7 @@
-"""The adapter store over fake files and slow copies: the way up, the way down, and what must wait for what."""
+"""The adapter store over fake files and slow copies: the way up, the way down, and what must wait for what.
+
+Covers `lifecycle/fetch_queue.py`, `lifecycle/disabled.py` too.
+"""
 
 from typing import Any
 

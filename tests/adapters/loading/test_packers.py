@@ -1,4 +1,7 @@
-"""Processes that pack: the same bytes as in one process, errors by name, and nothing lost when one of them dies."""
+"""Processes that pack: the same bytes as in one process, errors by name, and nothing lost when one of them dies.
+
+Covers `packing/pack_jobs.py` too.
+"""
 
 import gc
 import mmap

@@ -1,4 +1,7 @@
-"""The loader process' own end: every job is answered once, and every buffer for pages is sent or free again."""
+"""The loader process' own end: every job is answered once, and every buffer for pages is sent or free again.
+
+Covers `loading/messages.py` too.
+"""
 
 import mmap
 import socket

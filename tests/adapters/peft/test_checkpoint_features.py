@@ -1,4 +1,7 @@
-"""Every row of the parity table, block by block: put into a plain model's weights, they give PEFT's logits."""
+"""Every row of the parity table, block by block: put into a plain model's weights, they give PEFT's logits.
+
+Covers `peft/checkpoint_full_weights.py`, `peft/checkpoint_lora.py`, `peft/contents.py`, `adapter.py` too.
+"""
 
 import shutil
 from collections.abc import Callable

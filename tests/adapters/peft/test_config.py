@@ -1,4 +1,7 @@
-"""adapter_config.json: what is refused and how it is said; PEFT's matching rules against PEFT's own functions."""
+"""adapter_config.json: what is refused and how it is said; PEFT's matching rules against PEFT's own functions.
+
+Covers `peft/fields.py`, `peft/match.py` too.
+"""
 
 import copy
 import time

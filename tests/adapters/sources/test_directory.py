@@ -1,4 +1,7 @@
-"""Which source a path goes to, and that nothing outside --lora-root is ever handed on."""
+"""Which source a path goes to, and that nothing outside --lora-root is ever handed on.
+
+Covers `sources/base.py` too.
+"""
 
 import os
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Adapters copied from below a directory that clients may name: no name and no link leads out of it."""
+"""Adapters copied from below a directory that clients may name: no name and no link leads out of it.
+
+Covers `sources/copying.py` too.
+"""
 
 import errno
 import logging

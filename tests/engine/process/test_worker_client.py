@@ -1,5 +1,8 @@
 """Two real processes: the client here, the engine behind a socket, over a tiny model; and how each takes the other's
-death."""
+death.
+
+Covers `process/client.py`, `process/worker.py` too.
+"""
 
 import asyncio
 import contextlib

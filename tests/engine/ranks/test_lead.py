@@ -1,6 +1,8 @@
 """Rank 0's handle on the others: how a start fails, how a step fails, and what the host keeps for all ranks.
 
 Ranks are threads here, or less; `test_processes.py` has real ones.
+
+Covers `ranks/follow.py`, `ranks/meeting.py` too.
 """
 
 import threading

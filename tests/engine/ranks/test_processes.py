@@ -1,5 +1,8 @@
 """Real ranks: an engine process and the processes of its other ranks, behind the front's handle. However one of them
-ends, every request gets its one ending soon, nobody is left, and another start works."""
+ends, every request gets its one ending soon, nobody is left, and another start works.
+
+Covers `ranks/process.py`, `process/local.py` too.
+"""
 
 import asyncio
 import contextlib

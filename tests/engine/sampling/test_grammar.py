@@ -1,3 +1,5 @@
+"""Covers `sampling/background.py`."""
+
 import json
 import random
 import threading

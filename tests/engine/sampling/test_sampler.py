@@ -1,3 +1,5 @@
+"""Covers `sampling/state.py`."""
+
 import math
 
 import pytest

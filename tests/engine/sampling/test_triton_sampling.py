@@ -1,4 +1,7 @@
-"""The kernels against the torch code that specifies them: without a GPU in Triton's interpreter, small and slow."""
+"""The kernels against the torch code that specifies them: without a GPU in Triton's interpreter, small and slow.
+
+Covers `sampling/triton_kernels.py`, `sampling/triton_edit_kernels.py` too.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""What the scheduler promises, one promise a test. Fakes as in `tests/support/fakes/engine.py`."""
+"""What the scheduler promises, one promise a test. Fakes as in `tests/support/fakes/engine.py`.
+
+Covers `scheduling/chunks.py` too.
+"""
 
 import itertools
 from dataclasses import replace

@@ -1,3 +1,5 @@
+"""Covers `tools/json_calls.py`."""
+
 import json
 
 import pytest
