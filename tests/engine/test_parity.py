@@ -2,8 +2,8 @@
 give for that request alone, whatever the chunking, the caches, the memory, the evictions and the order of arrival.
 
 All in fp32 with greedy decoding; logprobs agree to 1e-4; with a seed, random answers do not change either. In the
-slow tier two of them are tested on ranks that share the model, too. Where the reference itself hardly prefers one token
-over another, rounding could decide: `make_family` takes only prompts whose every choice is clear, so that a
+slow tier two families are tested on ranks that share the model, too. Where the reference itself hardly prefers one
+token over another, rounding could decide: `make_family` takes only prompts whose every choice is clear, so that a
 difference is always a bug.
 """
 
