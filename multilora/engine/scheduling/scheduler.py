@@ -186,11 +186,11 @@ class Scheduler:
         start at once. Those that are preempted for it find their pages again in the prefix cache."""
         freed = 0
         for first in self.policy.window(self.waiting, self.clock(), starting=False)[:MOST_FREED]:
-            can_start = not first.progress.in_flight and self.components.ready(first.versions)
-            if not can_start or not self.kv.prefix.enabled or not self._fits(first, self._match(first)):
+            victim = self.policy.outranked(first, self.running)  # asked first: most policies have none, at no cost
+            if victim is None or not self.kv.prefix.enabled:
                 break
-            victim = self.policy.outranked(first, self.running)
-            if victim is None:
+            can_start = not first.progress.in_flight and self.components.ready(first.versions)
+            if not can_start or not self._fits(first, self._match(first)):
                 break
             self._preempt(victim)
             chunks.pop(victim, None)
