@@ -319,7 +319,7 @@ class Config:
 
     @property
     def tenant_weights(self) -> dict[str, float]:
-        """Of `--fair-tenant-weight`, by name. Raises ConfigError."""
+        """The weights of `--fair-tenant-weight`, by tenant. Raises ConfigError."""
         weights = {}
         for text in self.fair_tenant_weight:
             name, _, value = text.rpartition("=")

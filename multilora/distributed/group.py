@@ -135,4 +135,4 @@ def _nccl(store: c10d.Store, rank: int, size: int, timeout: timedelta) -> Backen
 
 
 _BACKENDS: dict[str, Callable[[c10d.Store, int, int, timedelta], Backend]] = {"cpu": _gloo, "cuda": _nccl}
-"""By the type of the device that collectives run on."""
+"""The backend of collectives, by the type of the device that they run on."""

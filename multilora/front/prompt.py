@@ -23,10 +23,10 @@ MAX_SALT = 1024  # characters
 MAX_TIMEOUT = 7 * 24 * 3600  # seconds
 
 MAX_PROMPTS = 4096
-"""Of one request."""
+"""The bound of the prompts in one request."""
 MAX_STOP_REGEXES = 8
 MAX_STOP_CHARACTERS = 8192
-"""Of all stop strings of a request together."""
+"""The bound of all stop strings of a request together."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FLIGHTS = 64
 FLIGHTS_AT_ONCE = 8
-"""Of one request."""
+"""How many flights one request begins side by side."""
 
 ABSENT_SECONDS = 5.0
 """How long a name that was not found, or could not be loaded, is not looked for again."""
@@ -125,7 +125,7 @@ class Resolver:
         return True
 
     def _is_loaded(self, name: str) -> bool:
-        """By the resolver, and not unloaded or replaced since."""
+        """Whether the resolver has loaded it, and nobody has unloaded or replaced it since."""
         resolved, current = self._resolved.get(name), self._registry.current(name)
         if resolved is None or current is None:
             return False

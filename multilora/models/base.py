@@ -100,7 +100,7 @@ class CausalLM(nn.Module, ABC):
 
     @property
     def _kv_heads(self) -> int:
-        """Of this rank."""
+        """The number of KV heads that this rank holds."""
         return len(unit_part(self.config.num_kv_heads, 1, self.group.rank, self.group.size, replicate=True))
 
     @property

@@ -119,7 +119,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Front], Section]]] = {
     "lora": ("lora", _lora),
     "queues": ("queues", _queues),
 }
-"""By SGLang's word in `include`: its name in the answer, and what is in it."""
+"""The sections of the answer by SGLang's word in `include`: its name there, and what is in it."""
 
 _KNOWN = frozenset({"core", "all", "spec", "disagg", *SECTIONS})  # there is never anything in spec and disagg
 

@@ -90,7 +90,7 @@ ANSWERS: dict[str, tuple[Node, Node | None]] = {
     "/unload_lora_adapter": (_ref("AdapterResult"), None),
     "/v1/models": (_ref("Models"), None),
 }
-"""By path: the schemas of the answer and of one event of a stream, where the route can stream."""
+"""The schemas of the answer and, where the route can stream, of one event of a stream, by path."""
 
 PLAIN_TEXT = frozenset(
     [

@@ -160,4 +160,4 @@ BODIES: Mapping[str, Field] = {
 }
 
 FIELDS: Mapping[str, Field] = {**BODIES, **SAMPLING}
-"""By name, of every body."""
+"""The description of each field of every body, by name."""

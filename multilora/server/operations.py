@@ -106,7 +106,7 @@ def _facts(routes: APIRouter, front: Front) -> None:
 
 
 def _names(config: Config) -> dict[str, str]:
-    """Of model and tokenizer, never null: tools load the tokenizer from there."""
+    """The paths of model and tokenizer, never null, since tools load the tokenizer from there."""
     model = config.model_path or str(base_model_path())
     return {
         "model_path": model,

@@ -6,7 +6,7 @@ from multilora.engine.messages import Logprobs
 from multilora.front.generation import Sample
 
 PositionLogprobs = dict[str, dict[str, Any]]
-"""By token id, as text: `{"logprob", "rank", "decoded_token"}`; first the prompt's own token, then the best."""
+"""Token id, as text, to `{"logprob", "rank", "decoded_token"}`; first the prompt's own token, then the best."""
 
 
 def prompt_logprobs(sample: Sample) -> list[PositionLogprobs | None]:

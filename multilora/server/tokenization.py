@@ -69,7 +69,7 @@ def router(driver: AsyncDriver) -> APIRouter:
 
 
 def _vocabulary(front: Front, model: str | None) -> Vocabulary:
-    """Of the base model or the adapter that `model` names. Raises UnknownModel, UnknownAdapter."""
+    """The vocabulary of the base model or the adapter that `model` names. Raises UnknownModel, UnknownAdapter."""
     return front.vocabularies.of(front.registry.resolve_model(model))
 
 
@@ -92,7 +92,7 @@ def _tokenize(body: TokenizeBody, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _answer(body: TokenizeBody, vocabulary: Vocabulary, ids: list[int]) -> dict[str, Any]:
-    """Of one text."""
+    """The answer for one text."""
     texts = vocabulary.reader("token_strs").hf.convert_ids_to_tokens(ids) if body.return_token_strs else None
     return {"tokens": ids, "count": len(ids), "token_strs": texts}
 

@@ -188,7 +188,7 @@ class FairShare:
     # ------------------------------------------------------------------ who runs
 
     def charge(self, request: Request, tokens: int) -> None:
-        """Of the `tokens` tokens before `num_scheduled`, those that were never charged for."""
+        """How many of the `tokens` tokens before `num_scheduled` were never charged for."""
         account, end = self._accounts[request], request.progress.num_scheduled
         start, prompt = account.charged, account.prompt
         if tokens == 1 and start == end - 1 and start >= prompt:  # most of the time: one more sampled token

@@ -167,4 +167,4 @@ POLICIES: dict[str, Callable[[Matched, float, FairWeights], Policy]] = {
     "lpm": LongestPrefixMatch,
     "priority": PriorityFirst,
 }
-"""By name; made of what the prefix cache has, `max_wait` in seconds, and what `fair` goes by."""
+"""The policies by name; each is made of what the prefix cache has, `max_wait` in seconds, and `fair`'s weights."""

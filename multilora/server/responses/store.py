@@ -14,7 +14,7 @@ from multilora.server.responses.run import ResponseRun
 
 MAX_RESPONSES = 10_000
 MAX_BYTES = 256 << 20
-"""Of all ended responses as JSON, each with the conversation before it."""
+"""The bound of all ended responses as JSON, each with the conversation before it."""
 
 
 @dataclass
