@@ -265,7 +265,7 @@ def test_adapters_arrive_while_others_decode(llama: Family) -> None:
 @cuda
 def test_the_largest_step_is_measured(llama: Family, caplog: pytest.LogCaptureFixture) -> None:
     """A step takes at least the logits of its tokens; the arena gets what is left of the rest."""
-    with caplog.at_level("INFO", "multilora.engine.build"):
+    with caplog.at_level("INFO", "multilora.engine"):
         driver = llama.driver([], chunked_prefill_size=256)
     [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("memory:")]
     assert "a step" in line and "CUDA graphs" in line
