@@ -70,6 +70,7 @@ NO_TORCH = (
 NO_IO = ("front/",)  # whoever drives it decides how to wait
 IO_MODULES = {"asyncio", "concurrent", "multiprocessing", "select", "socket", "subprocess", "zmq"}
 MAX_LINES = 400
+MAX_FUNCTION_LINES = 50
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,26 @@ def too_long(root: Path) -> list[str]:
     return [f"{path}: {count} lines" for path, count in counts.items() if count > MAX_LINES]
 
 
+def long_functions(root: Path) -> list[str]:
+    return [
+        f"{module.path}:{node.lineno}: {node.name} has {length} lines"
+        for module in modules(root)
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
+    ]
+
+
+def names_with_two_meanings(root: Path) -> list[str]:
+    """Public classes of one name in two places; a reader must not have to ask which is meant."""
+    homes: dict[str, list[str]] = {}
+    for module in modules(root):
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module.path)
+    return [f"{name}: {', '.join(paths)}" for name, paths in sorted(homes.items()) if len(paths) > 1]
+
+
 RULES = [
     upward_imports,
     upward_room_imports,
@@ -260,6 +281,8 @@ RULES = [
     false_callers,
     prints,
     too_long,
+    long_functions,
+    names_with_two_meanings,
 ]
 
 
@@ -388,14 +411,18 @@ def test_true_headers_are_fine(tmp_path):
 
 
 def test_the_other_rules_can_fail(tmp_path):
+    longest = "def f():\n" + "    pass\n" * MAX_FUNCTION_LINES
     root = wrong_package(
         tmp_path,
         server__app='"""S."""\nimport torch.nn',
         engine__process__client="def f():\n    from torch import nn\n    print(1)\n",
         front__front='"""F."""\ndef f():\n    import asyncio',
         surprise='"""S."""\n' + "\n" * MAX_LINES,
-        adapters__attic__old='"""O."""',
+        adapters__attic__old='"""O."""\nclass Twice: ...\nclass _Once: ...\n',
+        adapters__attic__older='"""O."""\nclass Twice: ...\nclass _Once: ...\n' + longest,
     )
+    assert long_functions(root) == [f"adapters/attic/older.py:4: f has {MAX_FUNCTION_LINES + 1} lines"]
+    assert names_with_two_meanings(root) == ["Twice: adapters/attic/old.py, adapters/attic/older.py"]
     assert torch_imports(root) == [
         "engine/process/client.py:2: imports torch.nn",
         "server/app.py:2: imports torch.nn",

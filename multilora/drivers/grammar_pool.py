@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from multilora.drivers.grammar_process import Answer
+from multilora.drivers.grammar_process import GrammarResult
 from multilora.errors import BadRequest, MultiloraError, QueueFull
 from multilora.front.effects import CompiledText
 from multilora.front.grammars.compiler import Setup
@@ -60,7 +60,7 @@ class GrammarPool:
                 raise self._killed(field, seconds)
         finally:
             self._free.release()
-        answer = msgspec.json.decode(data, type=Answer)
+        answer = msgspec.json.decode(data, type=GrammarResult)
         if answer.error is not None:
             raise BadRequest(answer.error, param=field)
         return CompiledText(answer.text, self._tokenizer_info)

@@ -25,7 +25,7 @@ from multilora.front.grammars.compiler import GrammarCompiler, Setup
 NICENESS = 5  # running requests come first
 
 
-class Answer(msgspec.Struct):
+class GrammarResult(msgspec.Struct):
     """error: why the grammar is refused; None: `text` is the grammar."""
 
     text: str = ""
@@ -95,11 +95,11 @@ def _end_with(client: socket.socket) -> None:
         os._exit(1)
 
 
-def _compile(compiler: GrammarCompiler, field: str, source: str) -> Answer:
+def _compile(compiler: GrammarCompiler, field: str, source: str) -> GrammarResult:
     try:
-        return Answer(text=compiler.compile(field, source))
+        return GrammarResult(text=compiler.compile(field, source))
     except BadRequest as e:
-        return Answer(error=e.message)
+        return GrammarResult(error=e.message)
     except MemoryError:
         os._exit(1)  # as where native code gives up
 

@@ -38,7 +38,7 @@ from multilora.engine.messages import (
 from multilora.engine.pause_control import PauseControl
 from multilora.engine.profiler import Profiler
 from multilora.engine.ranks.lead import AnyRanks
-from multilora.engine.scheduling.limits import Limits
+from multilora.engine.scheduling.limits import RequestLimits
 from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.sleep import DeviceSleep
@@ -73,7 +73,7 @@ class Engine:
         self.report = StatsReporter(scheduler, adapters, lambda: self.pauses.state)
         self.profiler = Profiler()
         self._describe = describe
-        self._limits = Limits(scheduler, max_unfinished, max_queued_tokens)
+        self._limits = RequestLimits(scheduler, max_unfinished, max_queued_tokens)
         self._seeds = random.Random(random_seed)
         self._without_grammar: dict[str, Submit] = {}  # by rid: it is being compiled
         self._calls: dict[int, int] = {}  # version being loaded → call to answer

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from multilora.adapters.sources import Place, is_path, place_of
+from multilora.adapters.sources import SourceKind, is_path, source_kind
 from multilora.adapters.sources.copying import Allowance
 from multilora.adapters.sources.files import show
 from multilora.adapters.sources.hub import HUB_SCHEME, is_hub_id
@@ -52,10 +52,10 @@ class Fetcher:
         """
         if is_path(path):
             return path
-        match (yield from RunBlocking(Lane.FILES, partial(place_of, path, self._config.lora_root))):
-            case Place.DIRECTORY:
+        match (yield from RunBlocking(Lane.FILES, partial(source_kind, path, self._config.lora_root))):
+            case SourceKind.DIRECTORY:
                 return path
-            case Place.HUB:
+            case SourceKind.HUB:
                 fetch = partial(self._spool.downloads.fetch, path, None, extra=TOKENIZER_FILES)
                 return str((yield from RunBlocking(Lane.DOWNLOADS, partial(fetch, allowance=self._allowance(None)))))
         if not is_served(path):

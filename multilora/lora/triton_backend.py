@@ -32,7 +32,7 @@ from multilora.lora.triton_panels import ENTRY_WORDS, TILE_WORDS
 from multilora.lora.triton_steps import (
     H_ALIGN,
     MIN_TILE,
-    Group,
+    LaunchGroup,
     Segments,
     Step,
     StepTiles,
@@ -130,7 +130,7 @@ class TritonLora:
         use = self._use(segments)
         beside = self._side is not None and use is None and num_rows >= BESIDE_ROWS
         h, blocks = self._room(need), self.tuning.small
-        group = Group(on_device[at:], num_rows, h, use, blocks, self._vector, MIN_TILE, any_rank=True)
+        group = LaunchGroup(on_device[at:], num_rows, h, use, blocks, self._vector, MIN_TILE, any_rank=True)
         return Step((group,), on_device[:at], 0, self.overlap and not beside, beside)
 
     def _large_step(self, segments: Segments, num_rows: int) -> Step:
@@ -151,10 +151,12 @@ class TritonLora:
         groups = []
         if many:
             use, grid = self._use(many), len(tiles.tiles)
-            groups.append(Group(on_device[at:], grid, h[:need], use, large, False, rows, any_rank=False))
+            groups.append(LaunchGroup(on_device[at:], grid, h[:need], use, large, False, rows, any_rank=False))
         if single:
             use, grid = self._use(single), len(singles.tiles)
-            groups.append(Group(on_device[singles_at:], grid, h[need:], use, small, True, MIN_TILE, any_rank=True))
+            groups.append(
+                LaunchGroup(on_device[singles_at:], grid, h[need:], use, small, True, MIN_TILE, any_rank=True)
+            )
         gated_tiles = len(tiles.tiles) + len(base) if gated else 0
         return Step(tuple(groups), on_device[:at], gated_tiles, overlap=False, beside=False)
 
@@ -219,7 +221,7 @@ class TritonLora:
         for group in self._step.groups:
             self._expand(group, y, site)
 
-    def _shrink(self, group: Group, x: torch.Tensor, site: int) -> None:
+    def _shrink(self, group: LaunchGroup, x: torch.Tensor, site: int) -> None:
         assert x.is_contiguous()
         rank = group.rank(site, stacked=True)
         if not rank:
@@ -229,7 +231,7 @@ class TritonLora:
             group.launches[key] = self._shrink_launch(group, self._table.sites[site], rank)
         group.launches[key]((x,), site)
 
-    def _expand(self, group: Group, y: torch.Tensor, site: int) -> None:
+    def _expand(self, group: LaunchGroup, y: torch.Tensor, site: int) -> None:
         assert y.is_contiguous()
         if not group.touches(site):
             return
@@ -239,7 +241,7 @@ class TritonLora:
             group.launches[key] = self._expand_launch(group, self._table.sites[site], rank)
         group.launches[key]((y,), site)
 
-    def _expand_gated(self, group: Group, y: torch.Tensor, site: int) -> torch.Tensor:
+    def _expand_gated(self, group: LaunchGroup, y: torch.Tensor, site: int) -> torch.Tensor:
         """expand() of this group's rows within silu(gate) · up of all rows."""
         assert y.is_contiguous()
         out = torch.empty(y.shape[0], y.shape[1] // 2, dtype=y.dtype, device=y.device)
@@ -250,7 +252,7 @@ class TritonLora:
         group.launches[key]((y, out), site)
         return out
 
-    def _shrink_launch(self, group: Group, site: LoraSite, rank: int) -> Repeated:
+    def _shrink_launch(self, group: LaunchGroup, site: LoraSite, rank: int) -> Repeated:
         assert self._step is not None
         table, early = self._table, self._step.overlap
         blocks, splits = group.blocks.shrink(site.in_features), group.splits(site)
@@ -274,7 +276,7 @@ class TritonLora:
             shrink_kernel, (group.grid, splits, parts), rest, constants, early=early, **options_of(blocks)
         )
 
-    def _expand_launch(self, group: Group, site: LoraSite, rank: int) -> Repeated:
+    def _expand_launch(self, group: LaunchGroup, site: LoraSite, rank: int) -> Repeated:
         assert self._step is not None
         table, early = self._table, self._step.overlap
         blocks, splits = group.blocks.expand(site.out_features), group.splits(site)
@@ -297,7 +299,7 @@ class TritonLora:
         grid = group.grid, columns.table.shape[0]
         return Repeated(expand_kernel, grid, rest, constants, early=early, **options_of(blocks))
 
-    def _gated_launch(self, group: Group, site: LoraSite, rank: int, fast: bool) -> Repeated:
+    def _gated_launch(self, group: LaunchGroup, site: LoraSite, rank: int, fast: bool) -> Repeated:
         assert self._step is not None and group.blocks.gated is not None
         gate, up = site.slices
         assert gate.offset == 0 and gate.out_features == up.offset == up.out_features
@@ -317,7 +319,7 @@ class TritonLora:
         grid = self._step.gated, cdiv(width, blocks.n)
         return Repeated(gated_kernel, grid, rest, constants, early=False, **options_of(blocks))
 
-    def _tables(self, group: Group) -> tuple[torch.Tensor, ...]:
+    def _tables(self, group: LaunchGroup) -> tuple[torch.Tensor, ...]:
         assert self._step is not None
         table = self._table
         return group.h, table.weights, table.addresses, table.records, group.tiles, self._step.entries

@@ -109,7 +109,7 @@ def base_tiles(segments: Segments, num_rows: int, tile_rows: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Group:
+class LaunchGroup:
     """Tiles that are launched together.
 
     h: their own intermediate, fp32, flat; use: see `DeviceTable.used_sites` (None: any adapters may come, as the
@@ -157,7 +157,7 @@ class Step:
     """What the launches of one step need. gated: the number of tiles, those of groups[0] and the base rows after
     them, that cover all rows for the gated kernel; 0: gate and up are expanded as every other site is."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[LaunchGroup, ...]
     entries: torch.Tensor
     gated: int
     overlap: bool  # kernels start early

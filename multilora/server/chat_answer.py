@@ -8,7 +8,6 @@ from typing import Any
 
 from multilora.front.stream import FinishReason
 from multilora.front.tools.base import (
-    Answer,
     Arguments,
     Call,
     CallAbandoned,
@@ -16,11 +15,12 @@ from multilora.front.tools.base import (
     CallStarted,
     Content,
     Event,
+    ParsedAnswer,
     Reasoning,
 )
 
 
-def whole_message(answer: Answer, *, thinks: bool) -> dict[str, Any]:
+def whole_message(answer: ParsedAnswer, *, thinks: bool) -> dict[str, Any]:
     """The assistant's message that a finished answer makes. thinks: a reasoning parser is in use."""
     content = None if answer.calls and not answer.content else answer.content
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}

@@ -14,7 +14,7 @@ from multilora.front.generation import Job, Sample
 from multilora.front.prompt import ChatPrompt
 from multilora.front.stream import Delta, TextStream
 from multilora.front.tools.answer import AnswerReader
-from multilora.front.tools.base import Answer, Event, collect
+from multilora.front.tools.base import Event, ParsedAnswer, collect
 from multilora.front.tools.request import ToolRequest
 from multilora.server.openai import adapters_of, check_top_logprobs, common_fields
 from multilora.server.openai_bodies import ChatBody, ChatMessage, Conversation
@@ -51,7 +51,7 @@ class ChatJob:
         """Whether thoughts are told apart from the answer's content."""
         return self._tools.reasoning is not None
 
-    def answer(self, sample: Sample) -> Answer:
+    def answer(self, sample: Sample) -> ParsedAnswer:
         """All of a finished sample."""
         reader = self._reader(sample)
         return collect([*reader.push(sample.stream.text), *reader.finish()])

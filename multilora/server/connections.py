@@ -7,7 +7,7 @@ under way; the time for a body is `request_body.py`'s. Used by `serve.py`.
 import asyncio
 import logging
 import resource
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -42,79 +42,81 @@ else:
     _Protocol = AutoHTTPProtocol
 
 
+class BoundedProtocol(_Protocol):
+    """A connection that is closed when it is one too many, silent, or does not read."""
+
+    max_connections: ClassVar[int]  # of the server; set by `bounded_protocol`
+
+    transport: asyncio.Transport
+    connections: set[Any]  # of the server
+    cycle: Any  # uvicorn's object of a request; None before the first
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._head: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self.transport.write(FULL)
+            self.transport.close()
+        else:
+            self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting_for_head()
+        self._stop_waiting_for_reader()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._between_requests:
+            self._wait_for_head()
+        else:
+            self._stop_waiting_for_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall is None:
+            self._stall = asyncio.get_running_loop().call_later(STALL_SECONDS, self._stalled)
+
+    def resume_writing(self) -> None:
+        self._stop_waiting_for_reader()
+        super().resume_writing()
+
+    @property
+    def _between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _wait_for_head(self) -> None:
+        """The time runs from the first byte; further ones do not prolong it."""
+        if self._head is None and not self.transport.is_closing():
+            self._head = asyncio.get_running_loop().call_later(HEAD_SECONDS, self._silent)
+
+    def _stop_waiting_for_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    def _stop_waiting_for_reader(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _silent(self) -> None:
+        self._head = None
+        if self._between_requests and not self.transport.is_closing():
+            self.transport.close()
+
+    def _stalled(self) -> None:
+        logger.info("a connection was ended: its client has taken nothing for %g s", STALL_SECONDS)
+        self.transport.abort()
+
+
 def bounded_protocol(max_connections: int) -> type[asyncio.Protocol]:
     """uvicorn's protocol class, with the limits of this module."""
-
-    class BoundedProtocol(_Protocol):
-        """A connection that is closed when it is one too many, silent, or does not read."""
-
-        transport: asyncio.Transport
-        connections: set[Any]  # of the server
-        cycle: Any  # uvicorn's object of a request; None before the first
-
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            self._head: asyncio.TimerHandle | None = None
-            self._stall: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > max_connections:
-                self.transport.write(FULL)
-                self.transport.close()
-            else:
-                self._wait_for_head()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting_for_head()
-            self._stop_waiting_for_reader()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self._between_requests:
-                self._wait_for_head()
-            else:
-                self._stop_waiting_for_head()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            if self._stall is None:
-                self._stall = asyncio.get_running_loop().call_later(STALL_SECONDS, self._stalled)
-
-        def resume_writing(self) -> None:
-            self._stop_waiting_for_reader()
-            super().resume_writing()
-
-        @property
-        def _between_requests(self) -> bool:
-            return self.cycle is None or self.cycle.response_complete
-
-        def _wait_for_head(self) -> None:
-            """The time runs from the first byte; further ones do not prolong it."""
-            if self._head is None and not self.transport.is_closing():
-                self._head = asyncio.get_running_loop().call_later(HEAD_SECONDS, self._silent)
-
-        def _stop_waiting_for_head(self) -> None:
-            if self._head is not None:
-                self._head.cancel()
-                self._head = None
-
-        def _stop_waiting_for_reader(self) -> None:
-            if self._stall is not None:
-                self._stall.cancel()
-                self._stall = None
-
-        def _silent(self) -> None:
-            self._head = None
-            if self._between_requests and not self.transport.is_closing():
-                self.transport.close()
-
-        def _stalled(self) -> None:
-            logger.info("a connection was ended: its client has taken nothing for %g s", STALL_SECONDS)
-            self.transport.abort()
-
-    return BoundedProtocol
+    return type("BoundedProtocol", (BoundedProtocol,), {"max_connections": max_connections})
 
 
 class AbsoluteTargets:

@@ -39,7 +39,7 @@ class FetchQueue:
     def start_fetches(self, max_bytes: int, kept: Collection[AdapterVersion]) -> list[AdapterVersion]:
         """QUEUED → FETCHING, in order, as long as the host tier has room beside its pinned entries and those of
         `kept`. Returns the ones that it could never hold beside the pinned ones, removed but still QUEUED: new ones
-        only, as every pin leaves room for those that are loaded already (`Limits.check_pin`)."""
+        only, as every pin leaves room for those that are loaded already (`TierLimits.check_pin`)."""
         hopeless = []
         while self._queued:
             adapter = self._queued[0]

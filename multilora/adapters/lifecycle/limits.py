@@ -12,7 +12,7 @@ from multilora.adapters.lifecycle.version import AdapterVersion
 from multilora.errors import AdapterIncompatible, AdapterStarvation, ConfigError
 
 
-class Limits:
+class TierLimits:
     """total_pages: of the arena; context_pages: what one full-context request takes (for the starvation rule);
     page_bytes: of one rank's page on the device; host_page_bytes: of the same page of all ranks, on the host."""
 

@@ -16,7 +16,7 @@ from multilora.adapters.host.mapping import HostEntry
 from multilora.adapters.lifecycle.device_tier import DeviceTier
 from multilora.adapters.lifecycle.fetch_queue import FetchQueue
 from multilora.adapters.lifecycle.host_tier import HostTier
-from multilora.adapters.lifecycle.limits import Limits
+from multilora.adapters.lifecycle.limits import TierLimits
 from multilora.adapters.lifecycle.version import AdapterVersion, State
 from multilora.adapters.loading.loader import Fetched, Loader
 from multilora.errors import (
@@ -89,7 +89,7 @@ class AdapterStore:
         self._leaves_kv = leaves_kv
         self._settle = settle
         self.host_page_bytes = ranks * page_bytes
-        self._limits = Limits(
+        self._limits = TierLimits(
             host,
             device,
             page_bytes=page_bytes,

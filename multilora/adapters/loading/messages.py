@@ -19,7 +19,7 @@ from multilora.adapters.peft.base_model import BaseModel
 MAX_MESSAGE = 1 << 20
 
 
-class Start(msgspec.Struct, frozen=True):
+class StartLoader(msgspec.Struct, frozen=True):
     """The first message: a `FetchContext` in plain types.
 
     staging: the descriptor of the staging memory, if there is any; staging_in_use: a predecessor's parts are still in

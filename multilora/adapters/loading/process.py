@@ -27,7 +27,7 @@ from multilora.adapters.host.shared_buffers import SharedBuffer, SharedBuffers
 from multilora.adapters.host.staging import Staging
 from multilora.adapters.loading.child_process import ChildProcess, RestartPolicy
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, failed, fetch
-from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, Start, receive, send
+from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, StartLoader, receive, send
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.packing.pack_jobs import PackJob
@@ -80,11 +80,11 @@ class ProcessLoader:
             self._child = self._spawn(theirs.fileno())
             self._poll_socket(ours)
 
-    def _first_message(self) -> Start:
+    def _first_message(self) -> StartLoader:
         context = self._context
         dtype = str(context.target.dtype).removeprefix("torch.")
         staging = self._staging.fd if self._staging is not None else None
-        return Start(
+        return StartLoader(
             context.base,
             dtype,
             self._page_bytes,
@@ -239,7 +239,7 @@ class ProcessLoader:
 
 def serve(connection: socket.socket) -> None:
     """Answer jobs until the engine closes its end. A fetch that is still running then has its answer dropped."""
-    start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=Start)
+    start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=StartLoader)
     target = PackTarget.of(start.base.sites, getattr(torch, start.dtype), start.page_bytes, start.ranks)
     context = FetchContext(start.base, target, start.limits, start.roots)
     cores = spare_cores(MAX_PACKERS)

@@ -16,10 +16,10 @@ from multilora.adapters.sources.hub import HUB_SCHEME, HubSource, is_hub_id
 from multilora.adapters.sources.remote import is_url
 from multilora.errors import AdapterForbidden, AdapterNotFound
 
-__all__ = ["AdapterSource", "DirectorySource", "HubSource", "Place", "is_path", "place_of", "resolve"]
+__all__ = ["AdapterSource", "DirectorySource", "HubSource", "SourceKind", "is_path", "resolve", "source_kind"]
 
 
-class Place(enum.Enum):
+class SourceKind(enum.Enum):
     """Where an adapter's files are."""
 
     DIRECTORY = "directory"
@@ -32,13 +32,13 @@ def is_path(path: str) -> bool:
     return path.startswith(("/", ".", "~")) or not is_encodable(path)
 
 
-def place_of(path: str, roots: tuple[str, ...] = ()) -> Place:
+def source_kind(path: str, roots: tuple[str, ...] = ()) -> SourceKind:
     """Where adapter `path` is; looks at the disk. Raises AdapterNotFound for text of another form, AdapterForbidden
     for a hub repository while there are roots."""
     if is_path(path) or os.path.isdir(path):
-        return Place.DIRECTORY
+        return SourceKind.DIRECTORY
     if is_url(path.removeprefix(HUB_SCHEME)):
-        return Place.URL
+        return SourceKind.URL
     if not is_hub_id(path.removeprefix(HUB_SCHEME)):
         raise AdapterNotFound(
             f"adapter {show(path)}: no such directory, and not a hub repository (org/name[@revision])"
@@ -47,7 +47,7 @@ def place_of(path: str, roots: tuple[str, ...] = ()) -> Place:
         raise AdapterForbidden(
             f"adapter {show(path)}: no such directory, and hub repositories are not served while --lora-root is set"
         )
-    return Place.HUB
+    return SourceKind.HUB
 
 
 def resolve(path: str, roots: tuple[str, ...] = (), hub: AdapterSource | None = None) -> Path:
@@ -56,10 +56,10 @@ def resolve(path: str, roots: tuple[str, ...] = (), hub: AdapterSource | None = 
 
     Raises AdapterNotFound, AdapterForbidden, AdapterInvalid, or AdapterError when the hub cannot be reached.
     """
-    match place_of(path, roots):
-        case Place.DIRECTORY:
+    match source_kind(path, roots):
+        case SourceKind.DIRECTORY:
             return DirectorySource(roots).fetch(path)
-        case Place.HUB:
+        case SourceKind.HUB:
             return (hub or HubSource()).fetch(path.removeprefix(HUB_SCHEME))
-        case Place.URL:
+        case SourceKind.URL:
             raise AdapterNotFound(f"adapter {show(path)}: only a server or an LLM fetches from URLs")

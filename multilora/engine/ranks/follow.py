@@ -18,6 +18,7 @@ from multilora.adapters.loading.dora_bias import module_facts
 from multilora.config import Config
 from multilora.engine.build_rank import build_rank, device_of, make_runner, own_copier
 from multilora.engine.execution.runner import Launched, Runner
+from multilora.engine.messages import Shutdown, UseTokenizer
 from multilora.engine.plan import StepPlan
 from multilora.engine.ranks.meeting import Groups, meet
 from multilora.engine.ranks.messages import (
@@ -26,12 +27,10 @@ from multilora.engine.ranks.messages import (
     FromRank,
     Joining,
     ModuleFacts,
-    Progress,
+    RankProgress,
+    RankStart,
     RunStep,
-    Shutdown,
-    Start,
     Up,
-    UseTokenizer,
     decode_to_rank,
     encode,
     plans_address,
@@ -65,7 +64,7 @@ def follow(
 
     try:
         start = decode_to_rank(inbox.recv())
-        assert isinstance(start, Start)
+        assert isinstance(start, RankStart)
         set_up(start.config)
         device = device_of(start.config, rank)
         report(Joining(rank))
@@ -89,7 +88,7 @@ class _Follower:
 
     def __init__(
         self,
-        start: Start,
+        start: RankStart,
         device: torch.device,
         groups: Groups,
         inbox: "zmq.Socket[bytes]",
@@ -107,7 +106,7 @@ class _Follower:
         self._inbox = inbox
         self._ahead = int(device.type == "cuda") if start.ahead is None else start.ahead
         self._in_flight: deque[Launched] = deque()
-        self._progress = Progress(start.directory, config.tp_size)
+        self._progress = RankProgress(start.directory, config.tp_size)
         self._rank = start.rank
         report(Up(start.rank))
 

@@ -28,6 +28,7 @@ from multilora.adapters.device.copier import Copier, Copy, DirectCopier
 from multilora.adapters.loading.dora_bias import BaseModule, Delta, Facts, facts_of_one, module_facts
 from multilora.config import Config
 from multilora.distributed.group import SINGLE, Group
+from multilora.engine.messages import Shutdown, UseTokenizer
 from multilora.engine.plan import StepPlan
 from multilora.engine.ranks.meeting import Groups, meet
 from multilora.engine.ranks.messages import (
@@ -35,13 +36,11 @@ from multilora.engine.ranks.messages import (
     CopyPages,
     Joining,
     ModuleFacts,
-    Progress,
+    RankProgress,
+    RankStart,
     RunStep,
-    Shutdown,
-    Start,
     ToRank,
     Up,
-    UseTokenizer,
     decode_from_rank,
     encode,
     plans_address,
@@ -118,7 +117,7 @@ class Ranks:
         self._directory = PrivateDirectory("ranks")
         path = str(self._directory.path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._progress = Progress(path, self.size, create=True)
+        self._progress = RankProgress(path, self.size, create=True)
         self._copies = 0  # orders to copy that were sent
         self._reports = self._context.socket(zmq.PULL)
         self._reports.bind(reports_address(path))
@@ -138,7 +137,7 @@ class Ranks:
             socket.set(zmq.SNDHWM, 0)  # never wait in `send` for a rank that hangs
             socket.connect(plans_address(path, rank))  # before the rank is there, so that messages wait for it
             self._plans.append(socket)
-            socket.send(encode(Start(config=config, rank=rank, directory=path, ahead=ahead)))
+            socket.send(encode(RankStart(config=config, rank=rank, directory=path, ahead=ahead)))
             self._processes.append(start(path, rank))
         self._watcher = threading.Thread(target=self._watch, name="rank-watchdog", daemon=True)
         self._watcher.start()

@@ -1,10 +1,10 @@
 """What rank 0 and the other ranks say to each other: msgspec structs, sent as msgpack over ZeroMQ, no pickle.
 
-    rank 0 → rank r    Start, then in the order in which rank 0 does the same: CopyPages (its bytes are the frame that
-                       follows), ModuleFacts (two frames), RunStep, UseTokenizer; Shutdown at the end
+    rank 0 → rank r    RankStart, then in the order in which rank 0 does the same: CopyPages (its bytes are the frame
+                       that follows), ModuleFacts (two frames), RunStep, UseTokenizer; Shutdown at the end
     rank r → rank 0    Joining, Up; Broken if it fails
 
-A rank reports its steps and copies through `Progress`, memory that all of them map, which costs a step nothing.
+A rank reports its steps and copies through `RankProgress`, memory that all of them map, which costs a step nothing.
 """
 
 import mmap
@@ -14,10 +14,11 @@ import msgspec
 import numpy as np
 
 from multilora.config import Config
+from multilora.engine.messages import Shutdown, UseTokenizer
 from multilora.engine.plan import StepPlan
 
 
-class Start(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+class RankStart(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The first message. directory: holds the sockets, the file in which the ranks meet, and their progress."""
 
     config: Config
@@ -47,16 +48,6 @@ class ModuleFacts(msgspec.Struct, tag=True, frozen=True):
     rank: int
 
 
-class UseTokenizer(msgspec.Struct, tag=True, frozen=True):
-    """See `engine/messages.py`."""
-
-    info: str
-
-
-class Shutdown(msgspec.Struct, tag=True, frozen=True):
-    """Nothing follows."""
-
-
 class Joining(msgspec.Struct, tag=True, frozen=True):
     """The rank has started and is about to meet the others."""
 
@@ -77,7 +68,7 @@ class Broken(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-ToRank = Start | RunStep | CopyPages | ModuleFacts | UseTokenizer | Shutdown
+ToRank = RankStart | RunStep | CopyPages | ModuleFacts | UseTokenizer | Shutdown
 FromRank = Joining | Up | Broken
 
 _encoder = msgspec.msgpack.Encoder()
@@ -109,7 +100,7 @@ def reports_address(directory: str) -> str:
     return f"ipc://{directory}/reports"
 
 
-class Progress:
+class RankProgress:
     """What each rank has finished, int64 [size], in shared memory. steps: the number of its last step; copies: how
     many `CopyPages` by now."""
 

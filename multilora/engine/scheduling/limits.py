@@ -12,7 +12,7 @@ from multilora.errors import DeadlineExceeded, QueueFull
 TOO_LONG = "the request took longer than its timeout or --max-request-seconds"
 
 
-class Limits:
+class RequestLimits:
     """max_unfinished: requests that may run or wait; max_queued_tokens: tokens of prompts that may wait, None: any
     number."""
 

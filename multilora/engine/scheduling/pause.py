@@ -4,7 +4,7 @@ from multilora.engine.messages import PauseMode
 from multilora.errors import EngineAsleep, EnginePaused
 
 
-class Pause:
+class SchedulingPause:
     """mode: None while the engine generates; queues: whether a pause lets requests come and wait."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from multilora.engine.scheduling.chunks import LaunchedStep, adapter_order, make
 from multilora.engine.scheduling.chunks import take_prompt_logprobs as take_logprobs
 from multilora.engine.scheduling.fair import EQUAL, FairWeights
 from multilora.engine.scheduling.lora_journal import LoraJournal
-from multilora.engine.scheduling.pause import Pause
+from multilora.engine.scheduling.pause import SchedulingPause
 from multilora.engine.scheduling.policy import MAX_WAIT, POLICIES
 from multilora.engine.scheduling.request import PageNamespaces, Request, RequestSpec, RequestState, by_age
 from multilora.engine.scheduling.slots import Slots
@@ -52,7 +52,7 @@ class Scheduler:
     ):
         self.kv = kv
         self.namespaces = namespaces
-        self.pause = Pause()
+        self.pause = SchedulingPause()
         self.components = Components(adapters, kv)
         self.waiting: list[Request] = []  # by order
         self.queued_tokens = 0  # of their prompts

@@ -128,7 +128,7 @@ class SettledParts:
 
 
 @dataclass(slots=True)
-class Answer:
+class ParsedAnswer:
     """What the events of a whole answer add up to."""
 
     content: str = ""
@@ -136,9 +136,9 @@ class Answer:
     calls: list[Call] = field(default_factory=list)
 
 
-def collect(events: Iterable[Event]) -> Answer:
+def collect(events: Iterable[Event]) -> ParsedAnswer:
     """The answer that all events of one parser make; abandoned calls are part of its content."""
-    answer = Answer()
+    answer = ParsedAnswer()
     for part in SettledParts().push(events):
         match part:
             case Content(text):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from multilora.config import Config
+from multilora.engine.messages import Shutdown, UseTokenizer
 from multilora.engine.plan import Chunk, LoraInstall, LoraRemoval, StepPlan
 from multilora.engine.ranks import messages
 from multilora.lora.panels import AdapterShape, FullWeightShape
@@ -16,12 +17,14 @@ PLAN = StepPlan(7, [Chunk(0, 4, 2, [5, 6], (1,), (0.5,))], lora=[LoraInstall(1, 
 @pytest.mark.parametrize(
     "message",
     [
-        messages.Start(config=Config.make(lora_paths=["a=/a"], tp_size=2), rank=1, directory="/tmp/x", ahead=None),
+        messages.RankStart(
+            config=Config.make(lora_paths=["a=/a"], tp_size=2), rank=1, directory="/tmp/x", ahead=None
+        ),
         messages.RunStep(PLAN),
         messages.CopyPages([3, 4, 8]),
         messages.ModuleFacts(3, "down_proj", 16),
-        messages.UseTokenizer("{}"),
-        messages.Shutdown(),
+        UseTokenizer("{}"),
+        Shutdown(),
     ],
 )
 def test_to_a_rank(message: messages.ToRank) -> None:
@@ -34,8 +37,8 @@ def test_from_a_rank(message: messages.FromRank) -> None:
 
 
 def test_progress_is_seen_by_all(tmp_path: Path) -> None:
-    ours = messages.Progress(str(tmp_path), 3, create=True)
-    theirs = messages.Progress(str(tmp_path), 3)
+    ours = messages.RankProgress(str(tmp_path), 3, create=True)
+    theirs = messages.RankProgress(str(tmp_path), 3)
     theirs.steps[2] = 41
     theirs.copies[1] += 1
     assert (ours.steps.tolist(), ours.copies.tolist()) == ([0, 0, 41], [0, 1, 0])

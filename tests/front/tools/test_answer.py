@@ -2,7 +2,7 @@ from answers import PLACES, TOOLS, answers, counter, cut, joined, read
 from hypothesis import given
 
 from multilora.front.tools.answer import AnswerReader
-from multilora.front.tools.base import Answer, Call, CallStarted, collect
+from multilora.front.tools.base import Call, CallStarted, ParsedAnswer, collect
 from multilora.front.tools.hermes import HermesCalls
 from multilora.front.tools.reasoning import REASONING
 
@@ -15,7 +15,7 @@ def both(**options) -> AnswerReader:
 
 def test_thoughts_content_and_calls():
     text = f"<think>\nI could {CALL[:11]} it.\n</think>\n\nLet me see.\n{CALL}\n{CALL}"
-    expected = Answer(
+    expected = ParsedAnswer(
         "Let me see.", "I could <tool_call> it.", [Call("id0", "get_time", "{}"), Call("id1", "get_time", "{}")]
     )
     assert collect(read(both(), [text])) == expected
@@ -24,7 +24,7 @@ def test_thoughts_content_and_calls():
 
 def test_thoughts_that_a_call_ends():
     answer = collect(read(both(), [f"<think>\nI call it.\n{CALL}"]))
-    assert answer == Answer("", "I call it.", [Call("id0", "get_time", "{}")])
+    assert answer == ParsedAnswer("", "I call it.", [Call("id0", "get_time", "{}")])
 
 
 def test_the_first_call_only():
@@ -34,8 +34,10 @@ def test_the_first_call_only():
 
 
 def test_one_parser_or_none():
-    assert collect(read(AnswerReader(None, None), ["<think>a", "</think>b"])) == Answer("<think>a</think>b")
-    assert collect(read(AnswerReader(REASONING["qwen3"](""), None), [f"<think>a</think>{CALL}"])) == Answer(CALL, "a")
+    assert collect(read(AnswerReader(None, None), ["<think>a", "</think>b"])) == ParsedAnswer("<think>a</think>b")
+    assert collect(read(AnswerReader(REASONING["qwen3"](""), None), [f"<think>a</think>{CALL}"])) == ParsedAnswer(
+        CALL, "a"
+    )
     assert collect(read(AnswerReader(None, HermesCalls(TOOLS, counter())), [CALL])).calls == [
         Call("id0", "get_time", "{}")
     ]

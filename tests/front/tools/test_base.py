@@ -1,13 +1,13 @@
 import re
 
 from multilora.front.tools.base import (
-    Answer,
     Arguments,
     Call,
     CallAbandoned,
     CallEnded,
     CallStarted,
     Content,
+    ParsedAnswer,
     Reasoning,
     collect,
     mistral_call_id,
@@ -35,5 +35,5 @@ def test_what_events_add_up_to():
         CallAbandoned(1, "<g {"),
         Content("b"),
     ]
-    assert collect(events) == Answer("a<g {b", "I think.", [Call("x", "f", "{}")])
-    assert collect([]) == Answer()
+    assert collect(events) == ParsedAnswer("a<g {b", "I think.", [Call("x", "f", "{}")])
+    assert collect([]) == ParsedAnswer()
