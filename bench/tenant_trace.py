@@ -1,7 +1,7 @@
-"""A workload in which one greedy tenant floods a server that nine modest ones use: for tests and for `bench.tenants`.
+"""Workloads in which requests compete: for tests and for `bench.tenants`. Knows nothing of engines.
 
-The greedy tenant asks for 31 adapters in turn, each modest one for an adapter of its own. All arrive as Poisson
-processes. Knows nothing of engines.
+`trace`: one greedy tenant floods a server that nine modest ones use. The greedy tenant asks for 31 adapters in turn,
+each modest one for an adapter of its own. `turns`: adapters that have to take turns. All arrive as Poisson processes.
 """
 
 import random
@@ -49,6 +49,18 @@ def trace(
 def modest_only(arrivals: Sequence[Arrival]) -> list[Arrival]:
     """The same trace without the greedy tenant: what the modest ones get from an unloaded server."""
     return [arrival for arrival in arrivals if not arrival.greedy]
+
+
+def turns(count: int, rate: float, adapters: int, *, prompt: int, answer: int, seed: int = 0) -> list[Arrival]:
+    """`count` requests, `rate` a second, each of one of the first `adapters` adapters and of that one's own tenant.
+    prompt, answer: tokens, the same for all."""
+    rng = random.Random(seed)
+    now, found = 0.0, []
+    for _ in range(count):
+        now += rng.expovariate(rate)
+        adapter = rng.randrange(adapters)
+        found.append(Arrival(now, f"tenant-{adapter}", adapter, prompt, answer))
+    return found
 
 
 def p99(values: Sequence[float]) -> float:
