@@ -24,6 +24,7 @@ from multilora.batch import ForwardBatch
 from multilora.engine.execution.cuda_graphs import GraphedStep
 from multilora.engine.execution.runner import AdapterScope
 from multilora.engine.memory import measure_step
+from multilora.engine.messages import Sleep, WakeUp
 from multilora.errors import OutOfMemory
 
 DEVICE, DTYPE = os.environ.get("MULTILORA_TEST_DEVICE", "cuda"), "bfloat16"
@@ -260,6 +261,27 @@ def test_adapters_arrive_while_others_decode(llama: Family) -> None:
 
 
 # ---------------------------------------------------------------------- memory
+
+
+@cuda
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_frees_the_device_and_the_graphs_are_captured_again(llama: Family, level: int) -> None:
+    """bf16 with graphs: the answers after waking up are the same, bit by bit, as steps of equal shape are."""
+    driver = llama.driver(arena_bytes=512 << 20)
+    prompt, wanted = llama.prompts[2], {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    before = {name: driver.complete(prompt, name, **wanted).tokens for name in (None, *ADAPTERS)}
+    free, _ = torch.cuda.mem_get_info()
+    driver.engine.handle(Sleep(call=0, level=level, mode="keep", tags=["kv_cache", "weights"]))
+    for _ in range(20):
+        driver.step()
+    asleep, _ = torch.cuda.mem_get_info()
+    assert asleep - free >= 512 << 20
+    driver.engine.handle(WakeUp(0, ["kv_cache", "weights"]))
+    for _ in range(20):
+        driver.step()
+    assert {name: driver.complete(prompt, name, **wanted).tokens for name in before} == before
+    assert driver.engine.runner._graphs is not None
+    driver.close()
 
 
 @cuda
