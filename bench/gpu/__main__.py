@@ -33,6 +33,8 @@ from bench.gpu.sizes import SIZES, Adapters, write_model
 from bench.gpu.swaps import fresh_rows, swap_rows
 from bench.gpu.throughput import few_places_rows, many_rows, throughput_rows
 from multilora import LLM
+from multilora.config import Config
+from multilora.engine.scheduling.policy import POLICIES
 
 ARENA_FRACTION = 0.6  # leaves room for the second engine and for what is measured below the engine
 
@@ -63,6 +65,7 @@ def main() -> int:
     parser.add_argument("--lora-backend", default="auto")
     parser.add_argument("--disable-cuda-graph", action="store_true")
     parser.add_argument("--chunked-prefill-size", type=int, default=2048, help="most prompt tokens in a step")
+    parser.add_argument("--schedule-policy", choices=sorted(POLICIES), default=Config().schedule_policy)
     parser.add_argument("--out", help="also write the result to this file")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -100,6 +103,7 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         "attention_backend": args.attention_backend,
         "disable_cuda_graph": args.disable_cuda_graph,
         "chunked_prefill_size": args.chunked_prefill_size,
+        "schedule_policy": args.schedule_policy,
         "random_seed": 0,
     }
     model = write_model(directory / "model", dims)
