@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -61,6 +62,8 @@ BY_DEVICE = {
 }
 TURNS = {"17913": (6, 3), "13349": (16, 8)}  # SGLang's issue -> adapters, places
 
+IMPLEMENTATIONS = dict(POLICIES)
+
 
 class Switched:
     """A policy that hands every call to another one, which can be exchanged while no request is unfinished."""
@@ -70,7 +73,7 @@ class Switched:
         self.use("fcfs")
 
     def use(self, name: str) -> None:
-        self._policy: Policy = POLICIES[name](*self._arguments)
+        self._policy: Policy = IMPLEMENTATIONS[name](*self._arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
@@ -97,7 +100,6 @@ class World:
     """One engine with all adapters loaded; it has run each of them."""
 
     def __init__(self, directory: Path, device: str, sizes: Sizes):
-        POLICIES["switched"] = Switched
         self.sizes = sizes
         config = Config.make(
             model_path=write_model(directory / "model", sizes.dims),
@@ -105,11 +107,12 @@ class World:
             skip_tokenizer_init=True,
             device=device,
             enable_lora=True,
-            schedule_policy="switched",
+            schedule_policy="fcfs",
             max_running_requests=sizes.slots,
             random_seed=0,
         )
-        self.engine: Engine = build_engine(config, None if device == "cuda" else InlineLoader)
+        with patch.dict(POLICIES, {"fcfs": Switched}):
+            self.engine: Engine = build_engine(config, None if device == "cuda" else InlineLoader)
         files = Adapters(directory, sizes.dims, torch.device(device))
         paths = files.write_all({f"a{i}": RANK for i in range(ADAPTERS)})
         for i, path in enumerate(paths.values(), start=1):

@@ -122,9 +122,9 @@ class Front:
     def _end(self, sample: Sample) -> None:
         """The sample has ended: release its adapters."""
         del self._open[sample.rid]
-        if sample.submitted:
-            self.observer.ended(sample.job.adapters, _ending(sample))
         self.registry.release(sample.held)
+        if sample.submitted:
+            self.observer.ended(sample.job.adapters, _ending(sample, self.engine.ready.context_length))
 
     @property
     def in_flight(self) -> int:
@@ -214,14 +214,15 @@ class Front:
             self.engine.abort(sample.key, sample.abort_message)
 
 
-def _ending(sample: Sample) -> Ending:
+def _ending(sample: Sample, context_length: int) -> Ending:
     sampling = sample.job.sampling
+    asked = sampling.max_new_tokens
     return Ending(
         reason=sample.stream.finished.type if sample.stream.finished else "abort",
         prompt_tokens=len(sample.prompt_ids),
         generated=sample.stream.completion_tokens,
         n=sampling.n,
-        max_tokens=sampling.max_new_tokens,
+        max_tokens=None if asked is None else min(asked, context_length),
         seconds=sample.seconds,
         first_seconds=sample.first_seconds,
         queue_seconds=sample.queue_seconds,

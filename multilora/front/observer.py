@@ -23,7 +23,8 @@ class FirstOutput:
 class Ending:
     """What is known of a sample that has ended.
 
-    reason: FinishReason's type; generated: tokens of the answer; n, max_tokens: as the client asked.
+    reason: FinishReason's type; generated: tokens of the answer; n: as the client asked;
+    max_tokens: too, at most the context's length (the client's number may have a thousand digits).
     seconds, first_seconds: from the request's arrival to its last and its first output, 0 where there was none;
     queue_seconds: until its first step.
     """

@@ -19,7 +19,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     yield made
     made.engine.close()
     gc.unfreeze()
-    del POLICIES["switched"]
 
 
 def test_the_trace_is_measured(world: World) -> None:

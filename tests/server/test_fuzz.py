@@ -82,6 +82,15 @@ def bodies_of(model, required):
     return some.flatmap(lambda extra: st.fixed_dictionaries({n: fields[n] for n in sorted({*required} | extra)}))
 
 
+@pytest.mark.parametrize("route", ["/v1/messages", "/v1/chat/completions"])
+def test_a_number_of_a_thousand_digits_asks_for_all_that_fits(route):
+    client = FakeEngineClient(vocab_size=320, eos_token_ids=(1,), answer=lambda m: [5, 6, 7, 1])
+    s = LocalServer(client, TOKENIZER)
+    body = {"model": "base", "max_tokens": 10**1000, "messages": [{"role": "user", "content": "hi"}]}
+    assert run(s.send("POST", route, body)).status == 200
+    assert client._running == {}
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_no_body_is_our_mistake(route):
     client = FakeEngineClient(vocab_size=320, eos_token_ids=(1,), answer=lambda m: [5, 6, 7, 1])
