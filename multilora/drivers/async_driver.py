@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from multilora.drivers.grammar_pool import GrammarPool
 from multilora.engine.messages import AdapterInfo, Output, Reply, StartProfile, ToEngine
 from multilora.errors import MultiloraError
+from multilora.front.adapter_ref import Held
 from multilora.front.effects import (
     CompileGrammar,
     Effect,
@@ -33,7 +34,6 @@ from multilora.front.effects import (
 from multilora.front.engine_link import EngineLink
 from multilora.front.front import Front
 from multilora.front.generation import Generation, Job, Sample
-from multilora.front.registry import Held
 from multilora.front.stream import Delta
 
 logger = logging.getLogger(__name__)

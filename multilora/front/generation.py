@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from multilora.engine.messages import Output
 from multilora.errors import MultiloraError, from_wire
+from multilora.front.adapter_ref import Held
 from multilora.front.adapter_spec import BASE, AdapterSpec
 from multilora.front.engine_link import EngineLink
 from multilora.front.observer import FirstOutput, Observer
 from multilora.front.prompt import Prompt
-from multilora.front.registry import Held
 from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.front.vocabulary import Vocabulary
 from multilora.params import LogprobsMode, SamplingParams

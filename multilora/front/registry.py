@@ -10,9 +10,7 @@ from one thread only. `AdapterManager` changes it; every request acquires its ad
                     └─ fail_load → gone      └─ commit_load of its successor → REPLACED ─ finish_unload → gone
 """
 
-import enum
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from multilora.engine.messages import AdapterInfo
@@ -26,50 +24,17 @@ from multilora.errors import (
     UnknownAdapter,
     UnknownModel,
 )
+from multilora.front.adapter_ref import AdapterRef, Held, RefState
 from multilora.front.adapter_spec import BASE, AdapterSpec, names_in, show
 from multilora.front.versions import (
     DEFAULT_WEIGHT_VERSION,
-    UNLABELLED,
     VersionLabel,
     check_weight_version,
     newest_label,
 )
-from multilora.params import Composition
 
 MAX_NAME = 256  # characters
 DEFAULT_MODEL = "default"  # what clients of SGLang write for the base model
-
-
-class RefState(enum.Enum):
-    LOADING = "loading"
-    LOADED = "loaded"
-    UNLOADING = "unloading"
-    REPLACED = "replaced"
-
-
-@dataclass
-class AdapterRef:
-    """Reference to one version of one adapter, or a named composition. `num_requests`: how many requests hold it."""
-
-    name: str
-    path: str
-    version: int
-    pinned: bool
-    weight_version: str | None = None  # the caller's label; None: the server's
-    state: RefState = RefState.LOADING
-    info: AdapterInfo | None = None  # once loaded
-    parts: AdapterSpec = ()  # of a composition: plain adapters, by name
-    num_requests: int = 0
-    idle_callbacks: list[Callable[[], None]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Held:
-    """What one request runs on until it is released: `composition` for the engine, `label` for the client."""
-
-    composition: Composition = ()
-    refs: tuple[AdapterRef, ...] = ()
-    label: VersionLabel = UNLABELLED
 
 
 class AdapterRegistry:

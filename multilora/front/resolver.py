@@ -24,10 +24,11 @@ from itertools import islice
 from multilora.config import Config
 from multilora.errors import BadRequest, EngineDead, MultiloraError, QueueFull, from_wire
 from multilora.front.adapter_manager import AdapterManager
+from multilora.front.adapter_ref import Held, RefState
 from multilora.front.effects import Flight, Spawn, Steps, WaitUntilDone
 from multilora.front.fetcher import Fetcher, Found
 from multilora.front.observer import Observer
-from multilora.front.registry import AdapterRegistry, Held, RefState
+from multilora.front.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
 

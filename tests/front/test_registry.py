@@ -1,3 +1,5 @@
+"""Names, versions, states and counts of requests. Covers `adapter_ref.py` too."""
+
 import random
 from collections import Counter
 
@@ -16,8 +18,9 @@ from multilora.errors import (
     UnknownAdapter,
     UnknownModel,
 )
+from multilora.front.adapter_ref import Held
 from multilora.front.adapter_spec import BASE, AdapterSpec
-from multilora.front.registry import AdapterRegistry, Held
+from multilora.front.registry import AdapterRegistry
 from multilora.params import Composition
 
 
