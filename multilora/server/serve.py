@@ -26,24 +26,20 @@ from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import ConfigError, MultiloraError
 from multilora.front.tokenizer import Tokenizer
 from multilora.server.app import create_app
-from multilora.server.connections import (
-    AbsoluteTargets,
-    bounded_protocol,
-    connections_within,
-    raise_descriptor_limit,
-)
+from multilora.server.connections import connections_within, raise_descriptor_limit
+from multilora.server.uvicorn_setup import event_loop, uvicorn_config
 
 logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 25  # for running requests, after a signal
-KEEP_ALIVE_SECONDS = 60
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def serve(config: Config) -> int:
     """Run the server until SIGTERM or SIGINT. Returns the exit code."""
     try:
-        return asyncio.run(_ServerProcess(config).run())
+        with asyncio.Runner(loop_factory=event_loop()) as runner:
+            return runner.run(_ServerProcess(config).run())
     except asyncio.CancelledError:
         logger.info("stopped before the server was ready")
         return 0
@@ -104,17 +100,7 @@ class _ServerProcess:
         driver: AsyncDriver = app.state.driver
         self._driver = driver
         await driver.change(driver.front.adapters.load_many(config.lora_paths, all_or_none=True))
-        self._server = _UvicornServer(
-            uvicorn.Config(
-                AbsoluteTargets(app),
-                http=bounded_protocol(self._max_connections()),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=DRAIN_SECONDS,
-            )
-        )
+        self._server = _UvicornServer(uvicorn_config(app, self._max_connections(), DRAIN_SECONDS))
         host, port = listener.getsockname()[:2]
         logger.info("ready: http://%s:%d", f"[{host}]" if ":" in host else host, port)
         await self._server.serve(sockets=[listener])

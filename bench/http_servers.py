@@ -1,0 +1,148 @@
+"""The servers that `bench.http_face` compares, each a process: `python -m bench.http_servers NAME STREAMS`.
+
+- face: this package's application under uvicorn as `multilora serve` runs it, with an engine that computes nothing
+- bare: a Starlette application of one route, whose streams send a ready-made frame of the same size for each token
+
+Both wait for STREAMS requests. Then each byte on stdin is a step: the engine's message for all streams, encoded as it
+comes from an engine process, is decoded and delivered. Stdout has the port, and at the end the CPU seconds.
+"""
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+
+from multilora.config import Config
+from multilora.engine.messages import Output, Outputs, Ready, Stats, Submit, decode_from_engine, encode
+from multilora.front.tokenizer import Tokenizer
+from multilora.server.app import create_app
+from multilora.server.uvicorn_setup import event_loop, uvicorn_config
+
+FRAME = (
+    b'data: {"id":"cmpl-%s","object":"text_completion","created":1764400000,"model":"base","choices":[{"index":0,'
+    % (b"0" * 32)
+    + b'"text":" the","logprobs":null,"finish_reason":null}]}\n\n'
+)
+
+
+class Steps:
+    """Where the tokens come from: `deliver` is called for each stream at each step."""
+
+    def __init__(self, streams: int, token: int):
+        self._streams = streams
+        self._token = token
+        self._receivers: dict[str, Callable[[Output], None]] = {}
+        self._message: bytes = b""
+
+    def submit(self, message: Submit, deliver: Callable[[Output], None]) -> None:
+        self.add(message.rid, deliver)
+
+    def add(self, rid: str, deliver: Callable[[Output], None]) -> None:
+        """One more stream. With the last one the steps begin."""
+        self._receivers[rid] = deliver
+        if len(self._receivers) == self._streams:
+            self._message = encode(Outputs([Output(rid=rid, token_ids=[self._token]) for rid in self._receivers]))
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._read)
+
+    def _read(self) -> None:
+        ticks = os.read(sys.stdin.fileno(), 1 << 10)
+        for tick in ticks:
+            if tick == ord("t"):
+                self._step()
+            else:  # the times until here
+                self._tell(f"{time.process_time()}")
+        if not ticks:  # whoever measured is gone
+            os._exit(0)
+
+    def _step(self) -> None:
+        outputs = decode_from_engine(self._message)
+        assert isinstance(outputs, Outputs)
+        for output in outputs.items:
+            self._receivers[output.rid](output)
+
+    @staticmethod
+    def _tell(text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+class SteppedEngine(Steps):
+    """Stands where an `EngineClient` stands."""
+
+    alive = True
+
+    def __init__(self, streams: int, token: int):
+        super().__init__(streams, token)
+        nothing = {name: 0 for name in Stats.__struct_fields__ if Stats.__annotations__[name] is int}
+        self.stats = Stats(adapters=[], **nothing)
+        self.ready = Ready(
+            context_length=1 << 20,
+            vocab_size=1 << 17,
+            eos_token_ids=[],
+            num_layers=1,
+            dtype="float32",
+            device="cpu",
+            lora_backend="none",
+            attention_backend="none",
+            stats=self.stats,
+        )
+
+    def abort(self, rid: str, message: str = "") -> None: ...
+
+    def finish(self, rid: str) -> None: ...
+
+    def use_tokenizer(self, info: str) -> None: ...
+
+
+def face(streams: int) -> uvicorn.Config:
+    config = Config.make(served_model_name="base", max_running_requests=2 * streams)
+    tokenizer = Tokenizer.of(config)
+    assert tokenizer is not None
+    [token] = tokenizer.encode(" the", add_special_tokens=False)[-1:]
+    engine: Any = SteppedEngine(streams, token)
+    return uvicorn_config(create_app(config, engine, tokenizer), max_connections=2 * streams)
+
+
+def bare(streams: int) -> uvicorn.Config:
+    steps = Steps(streams, 1)
+
+    async def stream(request: Request) -> StreamingResponse:
+        await request.body()
+        queue: asyncio.Queue[Output] = asyncio.Queue()
+        steps.add(str(id(queue)), queue.put_nowait)
+
+        async def frames() -> AsyncIterator[bytes]:
+            while True:
+                await queue.get()
+                yield FRAME
+
+        return StreamingResponse(frames(), media_type="text/event-stream")
+
+    app = Starlette(routes=[Route("/{path:path}", stream, methods=["POST"])])
+    return uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+
+
+SERVERS = {"face": face, "bare": bare}
+
+
+async def _serve(config: uvicorn.Config) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(4096)
+        sys.stdout.write(f"{listener.getsockname()[1]}\n")
+        sys.stdout.flush()
+        await uvicorn.Server(config).serve(sockets=[listener])
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=event_loop()) as runner:
+        runner.run(_serve(SERVERS[sys.argv[1]](int(sys.argv[2]))))
