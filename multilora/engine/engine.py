@@ -7,6 +7,7 @@ puts them together. Runs in its own process behind `worker.py`, or in the caller
 import random
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from multilora.adapters.lifecycle.disabled import AnyStore
 from multilora.adapters.lifecycle.store import Loaded, Lost
@@ -23,6 +24,7 @@ from multilora.engine.messages import (
     Outputs,
     Pause,
     Ready,
+    ReplaceAdapter,
     Reply,
     Resume,
     Sleep,
@@ -43,7 +45,7 @@ from multilora.engine.scheduling.request import RequestSpec
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.sleep import DeviceSleep
 from multilora.engine.stats import StatsReporter
-from multilora.errors import BadRequest, LoraNotEnabled, MultiloraError, UnknownAdapter
+from multilora.errors import AdapterNotLoaded, BadRequest, LoraNotEnabled, MultiloraError, UnknownAdapter
 from multilora.params import Composition
 
 
@@ -77,6 +79,7 @@ class Engine:
         self._seeds = random.Random(random_seed)
         self._without_grammar: dict[str, Submit] = {}  # by rid: it is being compiled
         self._calls: dict[int, int] = {}  # version being loaded → call to answer
+        self._unloads: list[UnloadAdapter] = []  # to be performed once no request is on the version
         self._replies: list[FromEngine] = []
         self._order = 0
         self._ahead = ahead
@@ -114,7 +117,8 @@ class Engine:
                 outputs += self._commit(0)
             self._in_flight.append(self.runner.sample(forward))
         outputs += self._commit(self._ahead if plan is not None else 0)
-        said = self._take_replies() + ([Outputs(outputs)] if outputs else [])
+        self._poll_unloads()
+        said = ([Outputs(outputs)] if outputs else []) + self._take_replies()
         return said + (self.pauses.settle(in_flight=bool(self._in_flight)) if self.pauses.working else [])
 
     def _commit(self, ahead: int) -> list[Output]:
@@ -136,7 +140,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Something is unfinished: requests that are not frozen, answers, adapters on their way."""
-        waits = self.scheduler.unfinished and not self.scheduler.pause.frozen
+        waits = (self.scheduler.unfinished or self._unloads) and not self.scheduler.pause.frozen
         return self.running or bool(waits or self.adapters.busy or self.pauses.working or self._without_grammar)
 
     @property
@@ -159,8 +163,11 @@ class Engine:
                 self.scheduler.end(rid, None)
             case LoadAdapter():
                 self._load(message)
-            case UnloadAdapter(call, version):
-                self._answer(call, lambda: self._unload(version))
+            case ReplaceAdapter(call, version, successor):
+                self._answer(call, lambda: self._replace(version, successor))
+            case UnloadAdapter():
+                self._unloads.append(message)
+                self._poll_unloads()
             case FlushCache(call, retract):
                 self._answer(call, lambda: self._flush(retract=retract))
             case Sleep(level=level) if level and self._ranks.size > 1:
@@ -278,8 +285,22 @@ class Engine:
             self.scheduler.retract()
         self.scheduler.kv.prefix.flush(self.scheduler.launched)
 
+    def _replace(self, version: int, successor: int) -> None:
+        for one in (version, successor):
+            if not self.adapters.known(one):
+                raise AdapterNotLoaded(f"adapter version {one} does not exist")
+        self.scheduler.updates.begin(version, successor, self.scheduler.running + self.scheduler.waiting)
+
+    def _poll_unloads(self) -> None:
+        """Perform those whose versions no request is on. What runs on one goes on with another, or ends."""
+        for message in list(self._unloads):
+            if not self.scheduler.updates.in_use(message.version):
+                self._unloads.remove(message)
+                self._answer(message.call, partial(self._unload, message.version))
+
     def _unload(self, version: int) -> None:
         self.adapters.unload(version, self.scheduler.launched)
+        self.scheduler.updates.forget(version)
         self.scheduler.namespaces.drop(version, self.scheduler.launched)
 
     def _answer(self, call: int, action: Callable[[], None]) -> None:

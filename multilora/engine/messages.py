@@ -1,8 +1,8 @@
 """What the front and the engine say to each other: msgspec structs, sent as msgpack over ZeroMQ, no pickle.
 
-Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `UnloadAdapter`, `FlushCache`, `Pause`,
-`Resume`, `Sleep`, `WakeUp`, `StartProfile`, `StopProfile`), each answered by one `Reply` with the same `call` number;
-`UseTokenizer` once, `Shutdown` at the end.
+Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `ReplaceAdapter`, `UnloadAdapter`,
+`FlushCache`, `Pause`, `Resume`, `Sleep`, `WakeUp`, `StartProfile`, `StopProfile`), each answered by one `Reply` with
+the same `call` number; `UseTokenizer` once, `Shutdown` at the end.
 Engine → front: `Ready` once, then `Outputs`, `Reply` and `Stats`.
 
 Adapters are *versions* here: integers that the front's registry hands out and never reuses.
@@ -57,8 +57,19 @@ class LoadAdapter(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     pinned: bool = False
 
 
+class ReplaceAdapter(msgspec.Struct, tag=True, frozen=True):
+    """Requests on `version`, running, waiting or yet to come, go on with `successor`; both are loaded. Answered at
+    once: the steps that are launched from then on use the successor. Each request that changes is told of by an
+    `AdapterSwitch`; one that cannot change finishes on `version`."""
+
+    call: int
+    version: int
+    successor: int
+
+
 class UnloadAdapter(msgspec.Struct, tag=True, frozen=True):
-    """Forget the version and free its memory. The front has no request on it any more."""
+    """Forget the version and free its memory. The front has no request on it any more; answered once the engine has
+    none either."""
 
     call: int
     version: int
@@ -178,8 +189,18 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int | None = None  # the token's place in that order, from 1 on; None: not asked for
 
 
+class AdapterSwitch(msgspec.Struct, frozen=True, array_like=True):
+    """The request goes on with adapter version `new` instead of `old`: its answer's tokens from index `start` on, of
+    which some before may still be on their way."""
+
+    start: int
+    old: int
+    new: int
+
+
 class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """New tokens of one request. The last one carries `finished`; nothing follows it.
+    """New tokens of one request. The last one carries `finished`; nothing follows it. With `switch` it brings no
+    tokens.
 
     logprobs: parallel to `token_ids`; empty where not asked for. input_logprobs come with the first Output, one per
     prompt token from `logprob_start_len` on; None for the first prompt token of all, which has none.
@@ -193,6 +214,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     queue_seconds: float = 0.0
     logprobs: list[Logprobs] = []
     input_logprobs: list[Logprobs | None] = []
+    switch: AdapterSwitch | None = None
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):
@@ -327,6 +349,7 @@ ToEngine = (
     | Abort
     | Finish
     | LoadAdapter
+    | ReplaceAdapter
     | UnloadAdapter
     | FlushCache
     | Pause

@@ -35,6 +35,7 @@ class Node:
     children: int = 0
     uses: int = 1
     score: float = 0.0
+    orphan: bool = False  # its namespace was dropped: nobody finds it, and it is freed when it is released
 
 
 class PrefixCache:
@@ -106,7 +107,9 @@ class PrefixCache:
                 private.append(page)
                 continue
             node.refs -= 1
-            if node.refs == 0:
+            if node.refs == 0 and node.orphan:
+                self._free(node, fence)
+            elif node.refs == 0:
                 self.pool.move(page, PageKind.PREFIX)
                 self._offer(node)
         self.pool.free_pages(private, fence)
@@ -138,8 +141,14 @@ class PrefixCache:
         return namespace in self._by_namespace
 
     def drop_namespace(self, namespace: int, fence: int) -> None:
-        """Free every page of a namespace that no request will ask for again. All of them must be idle."""
-        self._remove_all(list(self._by_namespace.get(namespace, {}).values()), fence)
+        """Free every page of a namespace that no request will ask for again: the idle ones now, the others, which
+        belong to requests that have gone on to another namespace, when they are released."""
+        nodes = list(self._by_namespace.get(namespace, {}).values())
+        self._remove_all([node for node in nodes if node.refs == 0], fence)
+        for node in nodes:
+            if node.refs:
+                self._forget(node)
+                node.orphan = True
 
     def demote_namespace(self, namespace: int) -> None:
         """Halve the score of a namespace's idle leaves: its adapter has left the device."""
@@ -157,15 +166,17 @@ class PrefixCache:
         idle = sum(1 for n in self._nodes.values() if n.refs == 0)
         assert idle == self.idle_pages(), f"{idle} idle nodes, {self.idle_pages()} idle pages"
         children: dict[int, int] = {}
-        for node in self._nodes.values():
-            assert self._by_page[node.page] is node
+        for page, node in self._by_page.items():
+            assert node.page == page
+            assert (self._nodes.get(node.key) is node) is not node.orphan
+            assert node.refs or not node.orphan, "an orphan that nobody holds"
             assert self.pool.kind(node.page) is (PageKind.KV if node.refs else PageKind.PREFIX)
             if node.parent is not None:
-                assert self._nodes[node.parent.key] is node.parent, "a child outlived its parent"
+                assert self._by_page[node.parent.page] is node.parent, "a child outlived its parent"
                 assert node.parent.refs >= node.refs, "a child is held more often than its parent"
                 children[node.parent.id] = children.get(node.parent.id, 0) + 1
-        assert all(children.get(n.id, 0) == n.children for n in self._nodes.values())
-        assert len(self._by_page) == len(self._nodes)
+        assert all(children.get(n.id, 0) == n.children for n in self._by_page.values())
+        assert len(self._nodes) == sum(not n.orphan for n in self._by_page.values())
 
     # ------------------------------------------------------------------ inside
 
@@ -205,12 +216,20 @@ class PrefixCache:
             heapq.heappush(self._heap, (node.score, node.id, node))
 
     def _remove(self, node: Node, fence: int) -> None:
-        assert node.refs == 0 and node.children == 0
-        del self._nodes[node.key], self._by_page[node.page]
+        self._forget(node)
+        self._free(node, fence)
+
+    def _forget(self, node: Node) -> None:
+        """Nobody finds it any more."""
+        del self._nodes[node.key]
         namespace = self._by_namespace[node.key[2]]
         del namespace[node.id]
         if not namespace:
             del self._by_namespace[node.key[2]]
+
+    def _free(self, node: Node, fence: int) -> None:
+        assert node.refs == 0 and node.children == 0
+        del self._by_page[node.page]
         self.pool.free_pages([node.page], fence)
         parent = node.parent
         if parent is not None:

@@ -55,7 +55,8 @@ class Namespaces:
         self._like_base.add(version)
 
     def drop(self, version: int, fence: int) -> None:
-        """The version is unloaded and no request holds it: forget every page that it had a part in."""
+        """The version is unloaded and no request runs on it: nobody finds the pages that it had a part in any
+        more."""
         self._like_base.discard(version)
         self._prefix.drop_namespace(version + 1, fence)
         for key in list(self._of_version.get(version, ())):

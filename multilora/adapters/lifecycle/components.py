@@ -43,6 +43,23 @@ class Components:
         for version in versions:
             self._store.device.count_demand(self._store.get(version), change)
 
+    # ------------------------------------------------------------------ one for another
+
+    def can_replace(self, version: int, successor: int, *, composed: bool) -> bool:
+        """Whether a request in the middle of its answer can go on with the successor: it must act from the same
+        token on, and on the same vocabulary. composed: it is not all that acts, or has a weight."""
+        old, new = self._store.get(version), self._store.get(successor)
+        return (
+            old.invocation_tokens == new.invocation_tokens
+            and old.vocab_size == new.vocab_size
+            and not (old.trains_tokens or new.trains_tokens)
+            and not (composed and new.not_composable_reason)
+        )
+
+    def in_use(self, version: int) -> bool:
+        """Whether a request runs on it, or waits for it."""
+        return self._store.known(version) and bool(self._store.get(version).refs or self._store.get(version).waiting)
+
     # ------------------------------------------------------------------ bringing them in
 
     def ready(self, versions: Versions) -> bool:

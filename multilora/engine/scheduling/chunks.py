@@ -1,14 +1,14 @@
 """Between requests and the data of a plan: a request's next tokens as a `Chunk`, its news as an `Output`, its
 sampling parameters as a `SamplingState`.
 
-Reads requests; changes only whether an Output has been sent and which prompt logprobs have come. Called by
-`scheduler.py`.
+Reads requests; changes only what of them has been sent (pages, a first Output) and which prompt logprobs have come.
+Called by `scheduler.py`.
 """
 
 from dataclasses import dataclass
 
 from multilora.engine.messages import Finished, Logprobs, Output
-from multilora.engine.plan import Chunk, PromptLogprobs, StepPlan
+from multilora.engine.plan import Chunk, PageUpdate, PromptLogprobs, StepPlan
 from multilora.engine.sampling.state import SamplingState, needs_prompt
 from multilora.engine.scheduling.request import Request, RequestSpec
 from multilora.params import Composition
@@ -41,6 +41,16 @@ def make_chunk(request: Request, count: int) -> Chunk:
         count == 1 and start >= progress.num_prompt,
         _prompt_logprobs(request, start, count),
     )
+
+
+def take_page_update(request: Request) -> PageUpdate | None:
+    """The pages that the runner does not know yet; it does from then on. None: it knows all."""
+    known, table = request.sent_pages, request.table.pages
+    if known == len(table):
+        return None
+    assert request.slot is not None
+    request.sent_pages = len(table)
+    return PageUpdate(request.slot, known, table[known:])
 
 
 def sampling_state(spec: RequestSpec, slot: int, eos_token_ids: tuple[int, ...]) -> SamplingState:

@@ -1,18 +1,19 @@
 """One object per request: what the client asked for, how far it has come, and what it holds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
 from multilora.engine.messages import Finished, Logprobs, Submit
+from multilora.engine.scheduling.page_namespaces import PageNamespaces
 from multilora.memory.page_table import PageTable
 from multilora.params import Composition, LogprobsMode, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestSpec:
-    """What the client asked for. Never changes.
+    """What the client asked for. Never changes, but for the version of an adapter that is replaced meanwhile.
 
     order: rises with arrival. adapters: act on the tokens from position `activation` on, which are all but with
     activated LoRA; their versions ascend. top_logprobs, of output tokens: -1 none, 0 the chosen token's, k also the k
@@ -81,6 +82,11 @@ class RequestSpec:
             priority=message.priority,
             deadline=message.deadline,
         )
+
+    def with_successor(self, version: int, successor: int) -> "RequestSpec":
+        """The same request, on `successor` instead of `version`."""
+        adapters = [(successor if one == version else one, weight) for one, weight in self.adapters]
+        return replace(self, adapters=tuple(sorted(adapters)))
 
     @cached_property
     def versions(self) -> tuple[int, ...]:
@@ -162,20 +168,6 @@ class Progress:
         assert 0 <= self.num_computed <= self.num_scheduled <= end, self
 
 
-@dataclass(frozen=True)
-class PageNamespaces:
-    """A request's namespaces of the prefix cache, by page: base, the page that activation falls into, the others."""
-
-    base_pages: int = 0
-    edge: int = 0
-    rest: int = 0
-
-    def of(self, page: int) -> int:
-        if page < self.base_pages:
-            return 0
-        return self.edge if page == self.base_pages else self.rest
-
-
 class RequestState(Enum):
     WAITING = "waiting"  # never ran, or preempted: holds no pages and no adapter
     RUNNING = "running"
@@ -194,6 +186,8 @@ class Request:
     sent_pages: int = 0
     lora_slots: tuple[int, ...] = ()  # of its adapters, while it runs
     namespaces: PageNamespaces = field(default_factory=PageNamespaces)
+    mixed: bool = False  # several versions of an adapter have written its KV: it is never shared
+    stalled: bool = False  # it takes no step until the version that it goes on with is resident
     epoch: int = 0  # how often it was preempted
     admitted: float | None = None  # when it first ran
     cached_tokens: int = 0  # of the prompt, when it first ran
@@ -217,6 +211,18 @@ class Request:
     def at_limit(self) -> bool:
         """Whether the tokens in flight already exhaust `max_new_tokens`."""
         return len(self.progress.output_ids) + self.progress.in_flight >= self.spec.max_new_tokens
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether a token of its answer is known, or being sampled."""
+        return bool(self.progress.output_ids or self.progress.in_flight)
+
+    def restart(self) -> None:
+        """Back to the queue: it holds no pages any more."""
+        self.state = RequestState.WAITING
+        self.progress.restart(0)
+        self.epoch += 1
+        self.mixed = self.stalled = False
 
     def tokens(self) -> list[int]:
         """All known tokens."""

@@ -7,7 +7,6 @@ Rules: decoding requests always go on, oldest first; prompts share `chunked_pref
 waiting requests start is `admission.py`'s choice. When pages run out the policy's victim is preempted.
 """
 
-import bisect
 from collections.abc import Callable, Sequence
 from time import monotonic
 
@@ -19,15 +18,25 @@ from multilora.engine.messages import Finished, Output
 from multilora.engine.plan import Chunk, PageUpdate, StepPlan, StepResult
 from multilora.engine.sampling.state import SamplingState
 from multilora.engine.scheduling.admission import MOST_FREED, Admission
-from multilora.engine.scheduling.chunks import LaunchedStep, adapter_order, make_chunk, make_output, sampling_state
-from multilora.engine.scheduling.chunks import take_prompt_logprobs as take_logprobs
+from multilora.engine.scheduling.chunks import (
+    LaunchedStep,
+    adapter_order,
+    make_chunk,
+    make_output,
+    sampling_state,
+    take_page_update,
+    take_prompt_logprobs,
+)
 from multilora.engine.scheduling.fair import EQUAL, FairWeights
 from multilora.engine.scheduling.lora_journal import LoraJournal
+from multilora.engine.scheduling.page_namespaces import PageNamespaces
 from multilora.engine.scheduling.pause import SchedulingPause
 from multilora.engine.scheduling.policy import MAX_WAIT, POLICIES
-from multilora.engine.scheduling.request import PageNamespaces, Request, RequestSpec, RequestState, by_age
+from multilora.engine.scheduling.request import Request, RequestSpec, RequestState
 from multilora.engine.scheduling.slots import Slots
 from multilora.engine.scheduling.step_cost import StepCost
+from multilora.engine.scheduling.updates import AdapterUpdates
+from multilora.engine.scheduling.waiting_queue import WaitingQueue
 from multilora.errors import CannotFit, MultiloraError
 from multilora.memory.page_table import KVPages
 
@@ -54,8 +63,6 @@ class Scheduler:
         self.namespaces = namespaces
         self.pause = SchedulingPause()
         self.components = Components(adapters, kv)
-        self.waiting: list[Request] = []  # by order
-        self.queued_tokens = 0  # of their prompts
         self.running: list[Request] = []  # by admission
         self.launched = 0  # number of the last plan
         self.preemptions = 0
@@ -66,6 +73,8 @@ class Scheduler:
         self.chunk_tokens = chunk_tokens
         self._journal = journal
         self.policy = POLICIES[policy](lambda request: len(self._match(request)), max_wait, weights)
+        self._queue = WaitingQueue(self.policy, self.components)
+        self.waiting = self._queue.requests  # by order
         self.cost = StepCost()
         self._admission = Admission(self.policy, self.components, self.cost, want=self._want, clock=clock)
         self._slots = Slots()
@@ -73,16 +82,18 @@ class Scheduler:
         self._steps: dict[int, LaunchedStep] = {}  # number → step, from plan to commit
         self._committed_at = 0.0
         self._requests: dict[str, Request] = {}
-        self._outbox: list[Output] = []  # endings that no step brings
+        self._outbox: list[Output] = []  # what no step brings: endings, and other adapter versions
+        self.updates = AdapterUpdates(
+            self.components, namespaces, kv.page_size, preempt=self._preempt, tell=lambda o: self._outbox.append(o)
+        )
 
     # ------------------------------------------------------------------ requests come and go
 
     def add(self, spec: RequestSpec) -> None:
         """A new request, whose id is not in use."""
         request = self._requests[spec.rid] = Request.of(spec)
-        base_pages, pre_activation = divmod(spec.activation, self.kv.page_size)
-        edge, rest = (self.namespaces.acquire(spec.adapters, n) for n in (pre_activation, 0))
-        request.namespaces = PageNamespaces(base_pages, edge, rest)
+        page_size = self.kv.page_size
+        request.namespaces = PageNamespaces.acquire(self.namespaces, spec.adapters, spec.activation, page_size)
         self._enqueue(request)
 
     def get(self, rid: str) -> Request | None:
@@ -93,6 +104,7 @@ class Scheduler:
         request = self._requests.get(rid)
         if request is not None:
             self._finish(request)
+            self._outbox = [output for output in self._outbox if output.rid != rid]
             if finished is not None:
                 self._outbox.append(make_output(request, self.clock(), [], finished))
 
@@ -109,8 +121,16 @@ class Scheduler:
 
     def fail_waiting(self, version: int, error: MultiloraError) -> None:
         """The adapter could not be brought back: the requests that wait for it end with the error."""
+        self.updates.forget(version)
+        for request in self.running:
+            request.stalled = False
         for request in [r for r in self.waiting if version in r.versions]:
             self._fail(request, error)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Of the prompts that wait."""
+        return self._queue.tokens
 
     @property
     def unfinished(self) -> int:
@@ -132,6 +152,7 @@ class Scheduler:
         if self.pause.frozen:
             return None
         self.components.begin_plan()
+        self.updates.apply(self.running, self.launched)
         chunks: dict[Request, Chunk] = {}
         self._plan_decodes(chunks)
         self._plan_prompts(chunks, self.chunk_tokens)
@@ -139,13 +160,14 @@ class Scheduler:
 
     def _plan_decodes(self, chunks: dict[Request, Chunk]) -> None:
         for request in list(self.running):
-            if request.state is RequestState.RUNNING and request.progress.decoding and not request.at_limit:
+            waits = request.at_limit or request.stalled
+            if request.state is RequestState.RUNNING and request.progress.decoding and not waits:
                 self._take(chunks, request, 1)
 
     def _plan_prompts(self, chunks: dict[Request, Chunk], budget: int) -> None:
         """Prompts that run go on, then others start; where one would take the whole step, the policy may turn that
         around for half of it."""
-        running = [r for r in self.running if not r.progress.decoding and r.progress.remaining]
+        running = [r for r in self.running if not r.progress.decoding and r.progress.remaining and not r.stalled]
         prompts = self.policy.prefills(running)
         if prompts and self.waiting and prompts[0].progress.remaining >= budget and self.policy.yields(prompts[0]):
             budget -= budget // 2 - self._admit(chunks, budget // 2)
@@ -234,7 +256,7 @@ class Scheduler:
         self.components.acquire_slots(request.versions)
         request.lora_slots = self.components.slots(request.versions)
         request.table = self.kv.start(matched)
-        self._dequeue(request)
+        self._queue.dequeue(request)
         self.running.append(request)
         request.state = RequestState.RUNNING
         progress.restart(len(matched) * self.kv.page_size)
@@ -273,23 +295,19 @@ class Scheduler:
         """Back to the queue, by age. Its full pages stay in the prefix cache as long as nobody needs the room."""
         self.preemptions += 1
         self._release_resources(request)
-        request.state = RequestState.WAITING
-        request.progress.restart(0)
-        request.epoch += 1
+        request.restart()
         self._enqueue(request)
 
     def _launch(self, chunks: dict[Request, Chunk]) -> StepPlan:
         """The chunks as a plan, with what changed since the one before."""
         self.launched += 1
         runs = sorted(chunks.items(), key=adapter_order)
-        pages = []
+        pages: list[PageUpdate] = []
         for request, chunk in runs:
             request.progress.schedule(chunk.count, len(chunk.answer_positions))
             self.policy.charge(request, chunk.count)
-            known, table = request.sent_pages, request.table.pages
-            if known < len(table):
-                pages.append(PageUpdate(chunk.slot, known, table[known:]))
-                request.sent_pages = len(table)
+            if update := take_page_update(request):
+                pages.append(update)
         free = self._slots.recycle(self.kv.pool.completed)
         install, self._installs = self._installs, []
         plan = StepPlan(self.launched, [chunk for _, chunk in runs], free, install, pages, self._journal.take())
@@ -312,8 +330,8 @@ class Scheduler:
             if request.state is RequestState.FINISHED:
                 continue  # it ended while this step was running: the row was wasted
             self._commit_kv(request, chunk, epoch)
-            if chunk.prompt_logprobs is not None:
-                take_logprobs(request, chunk.prompt_logprobs, result.prompt_logprobs[i])
+            if chunk.prompt_logprobs is not None and request.epoch == epoch:
+                take_prompt_logprobs(request, chunk.prompt_logprobs, result.prompt_logprobs[i])
             if chunk.answer_positions:
                 outputs.append(self._commit_token(request, result, index))
             elif not request.spec.samples and request.progress.num_computed == request.progress.num_tokens:
@@ -327,7 +345,7 @@ class Scheduler:
         if request.state is not RequestState.RUNNING or request.epoch != epoch:
             return  # preempted since: the pages are no longer its own
         progress.commit(chunk.count)
-        if progress.num_computed >= (table.keyed + 1) * self.kv.page_size:
+        if not request.mixed and progress.num_computed >= (table.keyed + 1) * self.kv.page_size:
             # where others were faster with the same content, their pages take the places of ours from here on
             request.sent_pages = min(request.sent_pages, table.keyed)
             of, salt = request.namespaces.of, request.spec.salt
@@ -353,15 +371,14 @@ class Scheduler:
         if request.state is RequestState.RUNNING:
             self._release_resources(request)
         else:
-            self._dequeue(request)
+            self._queue.dequeue(request)
         request.state = RequestState.FINISHED
         self.policy.forget(request)
         if request.slot is not None:
             self._slots.release(request.slot, self.launched)
             self._installs = [state for state in self._installs if state.slot != request.slot]
         spec = request.spec
-        self.namespaces.release(spec.adapters, spec.activation % self.kv.page_size)
-        self.namespaces.release(spec.adapters)
+        PageNamespaces.release(self.namespaces, spec.adapters, spec.activation, self.kv.page_size)
         del self._requests[spec.rid]
 
     def _release_resources(self, request: Request) -> None:
@@ -375,19 +392,8 @@ class Scheduler:
         self.end(request.rid, Finished(type="error", kind=error.kind, message=error.message))
 
     def _enqueue(self, request: Request) -> None:
-        bisect.insort(self.waiting, request, key=by_age)
-        self.queued_tokens += len(request.spec.prompt_ids)
-        self.policy.enqueue(request)
-        self.components.count_waiting(request.versions, 1)
-
-    def _dequeue(self, request: Request) -> None:
-        del self.waiting[bisect.bisect_left(self.waiting, request.spec.order, key=by_age)]
-        self.queued_tokens -= len(request.spec.prompt_ids)
-        self.policy.dequeue(request)
-        self.components.count_waiting(request.versions, -1)
-        if request.queued_demand:
-            request.queued_demand = False
-            self.components.count_demand(request.versions, -1)
+        self._queue.enqueue(request)
+        self.updates.follow(request)
 
     def _match(self, request: Request) -> list[int]:
         """Cached pages of its first tokens."""

@@ -3,7 +3,8 @@ import random
 import pytest
 
 from multilora.engine.messages import Submit
-from multilora.engine.scheduling.request import PageNamespaces, Progress, Request, RequestSpec, last_occurrence
+from multilora.engine.scheduling.page_namespaces import PageNamespaces
+from multilora.engine.scheduling.request import Progress, Request, RequestSpec, last_occurrence
 from multilora.params import SamplingParams
 
 

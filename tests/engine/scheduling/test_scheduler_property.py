@@ -9,17 +9,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
-from fakes.engine import EOS, VOCAB, Answer, answer, make_engine, only
+from fakes.engine import EOS, VOCAB, Answer, after, answer, make_engine, only, token_of
 from fakes.engine_driver import Stepper
 from fakes.tiers import FakeFile, FakeTiers
 
 from multilora.engine.messages import (
     Abort,
+    AdapterSwitch,
     Finish,
     Finished,
     FlushCache,
     LoadAdapter,
     Output,
+    ReplaceAdapter,
     Reply,
     Submit,
     UnloadAdapter,
@@ -57,7 +59,9 @@ class CheckedScheduler(Scheduler):
         chunks = {request: c for (request, _), c in zip(runs, plan.chunks if plan else (), strict=True)}
         assert len(chunks) == len(runs), "a request twice in one plan"
         for request, epoch in decoding:
-            assert request in chunks or request.epoch > epoch, "a decoding request was left out"
+            left_out = request not in chunks and request.epoch == epoch
+            assert not left_out or request.stalled, "a decoding request was left out"
+        assert not any(r.stalled for r in chunks)
         self._check_limits(chunks)
         for (request, epoch), chunk in zip(runs, chunks.values(), strict=True):
             progress, sampled = request.progress, len(chunk.answer_positions)
@@ -102,6 +106,7 @@ class Client:
     aborted: bool = False
     dropped: bool = False  # `Finish` sent
     ended: Finished | None = None
+    switches: list[AdapterSwitch] = field(default_factory=list)
 
     @property
     def over(self) -> bool:
@@ -233,6 +238,15 @@ class World(Stepper):
             self.unloading.add(call)
             self.engine.handle(UnloadAdapter(call, version))
 
+    def replace(self) -> None:
+        """New requests do not ask for the old version any more; it is unloaded when the engine has none on it."""
+        if len(self.loaded) > 1:
+            old, new = sorted(self.rng.sample(self.loaded, k=2))
+            self.loaded.remove(old)
+            self.unloading |= {first := self.next(), second := self.next()}
+            self.engine.handle(ReplaceAdapter(first, old, new))
+            self.engine.handle(UnloadAdapter(second, old))
+
     def flush(self) -> None:
         self.unloading.add(call := self.next())
         self.engine.handle(FlushCache(call))
@@ -263,6 +277,10 @@ class World(Stepper):
     def take(self, output: Output) -> None:
         client = self.clients[output.rid]
         assert not client.over, f"{output.rid} hears something after its end"
+        if output.switch is not None:
+            assert not client.heard or output.switch.start > 0
+            client.switches.append(output.switch)
+            return
         if client.heard:
             assert not output.input_logprobs
         client.heard = True
@@ -283,7 +301,30 @@ class World(Stepper):
         sampling = message.sampling
         return answer(message.input_ids, adapters, sampling.max_new_tokens or 0, sampling.ignore_eos, activation)
 
+    def check_switched(self, client: Client) -> None:
+        """The tokens before a switch are the old version's. After it the KV is that of both, or, if the request was
+        preempted since, the new one's alone."""
+        message, tokens, switches = client.submit, client.tokens, list(client.switches)
+        adapters, states = message.adapters, {0}
+        for token in message.input_ids[:-1]:
+            states = {after(state, token, adapters) for state in states}
+        for i, token in enumerate(tokens):
+            known = message.input_ids + tokens[:i]
+            while switches and switches[0].start <= i:
+                switch = switches.pop(0)
+                adapters = tuple((switch.new if v == switch.old else v, weight) for v, weight in adapters)
+            anew = 0
+            for one in known[:-1] if client.switches[0].start <= i else ():
+                anew = after(anew, one, adapters)
+            states = {after(state, known[-1], adapters) for state in (states | {anew} if anew else states)}
+            states = {state for state in states if token_of(state) == token}
+            assert states, (i, client)
+
     def check_client(self, client: Client) -> None:
+        if client.switches:
+            if not any(self.invocation_tokens(v) for v, _ in client.submit.adapters):
+                self.check_switched(client)
+            return
         message, ended = client.submit, client.ended
         right = self.right_answer(message)
         assert client.tokens == right.tokens[: len(client.tokens)]
@@ -322,19 +363,23 @@ class World(Stepper):
     def check_pages(self, running: list[Request]) -> None:
         """Only full pages are shared, at the same place, and the cache knows by how many."""
         holders: dict[int, list[tuple[Request, int]]] = {}
+        mixed: set[int] = set()
         for request in running:
             for i, page in enumerate(request.table.pages):
-                holders.setdefault(page, []).append((request, i))
-        assert len(holders) == self.tiers.pool.count(PageKind.KV)
+                if not request.mixed:
+                    holders.setdefault(page, []).append((request, i))
+                else:
+                    mixed.add(page)
+        assert len(holders.keys() | mixed) == self.tiers.pool.count(PageKind.KV)
         nodes = self.tiers.prefix._by_page
         for page, held in holders.items():
             if page in nodes:
-                assert nodes[page].refs == len(held)
+                assert nodes[page].refs == len(held) or page in mixed
                 assert len({(i, acting(r, i * 4, i * 4 + 4)) for r, i in held}) == 1
                 assert len({tuple(acting(r, 0, i * 4)) for r, i in held}) == 1
                 assert all((i + 1) * 4 <= r.progress.num_computed for r, i in held)
             else:
-                assert len(held) == 1
+                assert len(held) == 1 and page not in mixed
 
     # ------------------------------------------------------------------ a life
 
@@ -343,6 +388,7 @@ class World(Stepper):
         (submit, 25),
         (load, 4),
         (unload, 2),
+        (replace, 2),
         (abort, 3),
         (finish, 3),
         (break_or_mend_a_file, 2),
