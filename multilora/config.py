@@ -163,7 +163,7 @@ class Config:
     chunked_prefill_size: int = _memory(2048, "most new tokens in one step")
     disable_radix_cache: bool = _memory(False, "do not share the KV cache of equal prefixes")
     schedule_policy: str = _memory(
-        "fcfs",
+        "fair",
         "who starts: the tenant that has received least, who came first, the longest cached prefix, the lowest "
         "`priority`",
         choices=(KeysOf("multilora.engine.scheduling.policy:POLICIES"),),

@@ -15,6 +15,7 @@ import msgspec
 from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.engine.messages import Output, Submit
+from multilora.engine.scheduling.policy import POLICIES
 from multilora.errors import BadRequest, EngineDead, QueueFull
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.effects import Lane, RunBlocking, Steps
@@ -89,6 +90,7 @@ class Front:
         self._check_room(count)
         unused = iter(self._check_rids(rids, count))
         self.registry.check_request(job.adapters for job in jobs)
+        self._check_priorities(jobs)
         generation = Generation(self.engine, self.observer, self._end)
         try:
             groups = [self._open_samples(generation, job, unused) for job in jobs]
@@ -144,6 +146,16 @@ class Front:
             raise BadRequest(f"{count} sequences in one request; the queue holds {self._room}")
         if len(self._open) + count > self._room:
             raise QueueFull(f"the queue is full: {len(self._open)} requests run or wait; try again later")
+
+    def _check_priorities(self, jobs: Sequence[Job]) -> None:
+        policy = self.config.schedule_policy
+        asked = next((job.priority for job in jobs if job.priority), None)
+        if asked is not None and not POLICIES[policy].heeds_priority:
+            heeding = " or ".join(name for name, each in POLICIES.items() if each.heeds_priority)
+            raise BadRequest(
+                f"priority = {asked}: --schedule-policy is {policy}, which orders nothing by it; {heeding} does",
+                param="priority",
+            )
 
     def _check_rids(self, rids: Sequence[str] | None, count: int) -> Sequence[str]:
         if rids is None:

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 from doors import HttpDoor
+from fakes.models import FakeEngineClient
+from fakes.server_app import LocalServer, run
+from fakes.tokenizers import byte_level_tokenizer
 
 from multilora.demo import base_model_path
 from multilora.errors import BadRequest
@@ -82,3 +85,13 @@ def test_priority_changes_no_answer_and_must_be_a_number(door, send):
     for value in ("high", 1.5, True, 2**63, -(2**70)):
         with pytest.raises(BadRequest, match="priority"):
             send(door, [5, 6, 7], priority=value)
+
+
+@pytest.mark.parametrize(("policy", "heeded"), [("fair", True), ("priority", True), ("fcfs", False), ("lpm", False)])
+def test_a_priority_is_heeded_or_refused(policy, heeded):
+    server = LocalServer(FakeEngineClient(), byte_level_tokenizer(), schedule_policy=policy)
+    for route, fields in (("/generate", {"text": "hi"}), ("/v1/completions", {"model": "base", "prompt": "hi"})):
+        answer = run(server.send("POST", route, fields | {"priority": 3}))
+        assert answer.status == (200 if heeded else 400), answer.text
+        assert heeded or ("priority = 3" in answer.text and "fair or priority" in answer.text)
+        assert run(server.send("POST", route, fields | {"priority": 0})).status == 200

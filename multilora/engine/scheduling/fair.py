@@ -78,8 +78,9 @@ class FairShare:
     every policy; it needs neither."""
 
     groups = False
+    heeds_priority = True
 
-    def __init__(self, matched: Callable[[Request], int], max_wait: float, weights: FairWeights):
+    def __init__(self, matched: Callable[[Request], int], max_wait: float = PATIENCE, weights: FairWeights = EQUAL):
         del matched, max_wait
         self._weights = weights
         self._tenants: Counters[str, _Tenant] = Counters(lambda name: _Tenant(weights.tenants.get(name, 1.0)))

@@ -20,9 +20,14 @@ Matched = Callable[[Request], int]
 
 
 class Policy(Protocol):
-    """groups: whether requests of one adapter follow each other, out of order, where adapters have to take turns."""
+    """groups: whether requests of one adapter follow each other, out of order, where adapters have to take turns.
+    heeds_priority: whether a request's `priority` changes when it starts; where it does not, one that sets it is
+    refused at the door."""
 
     groups: bool
+    heeds_priority: bool
+
+    def __init__(self, matched: Matched, max_wait: float = ..., weights: FairWeights = ...): ...
 
     def enqueue(self, request: Request) -> None:
         """The request waits from now on: it is new, or was preempted."""
@@ -80,6 +85,7 @@ class FirstComeFirstServed:
     `max_wait` seconds before it, whatever the order within that bound is."""
 
     groups = True
+    heeds_priority = False
 
     def __init__(self, matched: Matched, max_wait: float = MAX_WAIT, weights: FairWeights = EQUAL):
         del weights
@@ -145,6 +151,8 @@ class PriorityFirst(FirstComeFirstServed):
     """The lowest number first, as in vLLM; ties by arrival. Of those that run, the one that would start last is
     preempted, but never the oldest."""
 
+    heeds_priority = True
+
     def queued_before(self, tenant: str, queued_tokens: int) -> int:
         del tenant, queued_tokens
         return 0  # its number may be the lowest
@@ -161,7 +169,7 @@ def _turn(request: Request) -> tuple[int, int]:
     return request.spec.priority, request.spec.order
 
 
-POLICIES: dict[str, Callable[[Matched, float, FairWeights], Policy]] = {
+POLICIES: dict[str, type[Policy]] = {
     "fair": FairShare,
     "fcfs": FirstComeFirstServed,
     "lpm": LongestPrefixMatch,
