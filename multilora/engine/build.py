@@ -30,13 +30,13 @@ from multilora.engine.build_rank import (
     RankParts,
     adapter_limits,
     build_rank,
-    capture,
     choose_device,
     device_of,
-    fill,
     make_runner,
+    make_sleep,
     model_path,
     own_copier,
+    recapture,
 )
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Ready, Stats
@@ -113,11 +113,11 @@ def _build(
     model = parts.model
     books = _books(config, parts.arena.shape[0])
     journal = LoraJournal()
-    sleep = DeviceSleep(model, parts.arena, partial(fill, config, model))
+    sleep = make_sleep(config, parts, ranks)
     adapters, reclaimer = _adapters(config, parts, books, sleep, journal, make_loader, make_copier, ranks)
     scheduler = _scheduler(config, parts, books, reclaimer, adapters, journal)
     runner = make_runner(config, parts)
-    sleep.use_graphs = lambda wanted: runner.use_graphs(capture(config, parts) if wanted else None)
+    sleep.use_graphs = recapture(config, parts, runner)
     ranks.wait_until_up()
     logger.info("engine ready in %.1f s on %s, %s", monotonic() - started, device, model.config.dtype)
     return Engine(

@@ -4,7 +4,9 @@ Called by `build.py`, for rank 0, and by `ranks/follow.py`, for the others.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -20,6 +22,7 @@ from multilora.distributed.group import SINGLE, Group
 from multilora.engine.execution.cuda_graphs import PIECE_SIZES, CudaGraphs, decode_sizes
 from multilora.engine.execution.runner import Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
+from multilora.engine.sleep import DeviceSleep, Peers
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
 from multilora.lora.device_table import table_bytes_per_page
@@ -67,6 +70,16 @@ def make_runner(config: Config, parts: RankParts) -> Runner:
     with asking_for("CUDA graphs", "lower --mem-fraction-static, or start with --disable-cuda-graph"):
         runner.use_graphs(capture(config, parts))
     return runner
+
+
+def make_sleep(config: Config, parts: RankParts, peers: Peers) -> DeviceSleep:
+    """What releases the memory of this rank; its `use_graphs` is to be set once there is a runner."""
+    return DeviceSleep(parts.model, parts.arena, partial(fill, config, parts.model), peers)
+
+
+def recapture(config: Config, parts: RankParts, runner: Runner) -> Callable[[bool], None]:
+    """Drops the runner's graphs (False), or captures them again (True)."""
+    return lambda wanted: runner.use_graphs(capture(config, parts) if wanted else None)
 
 
 def choose_device(name: str) -> torch.device:

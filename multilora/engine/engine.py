@@ -170,8 +170,6 @@ class Engine:
                 self._poll_unloads()
             case FlushCache(call, retract):
                 self._answer(call, lambda: self._flush(retract=retract))
-            case Sleep(level=level) if level and self._ranks.size > 1:
-                self._answer(message.call, self._refuse_sleep)
             case Pause() | Resume() | Sleep() | WakeUp():
                 self.pauses.handle(message)
             case StartProfile():
@@ -266,11 +264,6 @@ class Engine:
         """An adapter with its own head may have another one than the base model."""
         own = [self.adapters.get(version).vocab_size for version, _ in composition]
         return own[0] if own and own[0] is not None else self.runner.vocab_size
-
-    def _refuse_sleep(self) -> None:
-        raise BadRequest(
-            f"with --tp-size {self._ranks.size} memory cannot be released: sleep at level 0, or pause instead"
-        )
 
     def _load(self, message: LoadAdapter) -> None:
         try:

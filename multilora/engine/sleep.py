@@ -6,6 +6,9 @@ are dropped before and captured anew afterwards. (vLLM's CuMem allocator keeps t
 physical memory in C++; that saves the seconds of the captures and costs a native extension. torch's expandable
 segments and `torch.cuda.MemPool` cannot unmap the memory of a live tensor.) On CPU the memory returns to the system.
 
+With several ranks each has such an object and does the same; they agree on what has been restored before any of them
+captures a graph, as a capture runs collectives.
+
 Called by `pause_control.py` while no step is in flight; nothing may read arena or weights until they are restored.
 """
 
@@ -13,15 +16,19 @@ import gc
 import logging
 from collections.abc import Callable, Iterable
 from time import monotonic
+from typing import Protocol
 
 import torch
 
 from multilora.engine.memory import asking_for
 from multilora.engine.messages import MemoryTag
+from multilora.errors import MultiloraError, OutOfMemory
 from multilora.memory.plan import format_bytes
 from multilora.models.base import CausalLM
 
 logger = logging.getLogger(__name__)
+
+ADVICE = "free what else uses the device and wake the engine up again"
 
 
 class _Tensors:
@@ -65,8 +72,24 @@ class _Tensors:
             tensor.zero_()
 
 
+class Peers(Protocol):
+    """The other ranks, as the one that is told to sleep sees them; a rank that follows has only `agree`."""
+
+    def release_memory(self, tags: list[MemoryTag], level: int) -> None:
+        """Have the others begin `DeviceSleep.release`."""
+        ...
+
+    def restore_memory(self, tag: MemoryTag) -> None:
+        """Have the others begin `DeviceSleep.restore`."""
+        ...
+
+    def agree(self, done: bool) -> list[int]:
+        """Wait until all have come here. Returns the ranks that were not `done`."""
+        ...
+
+
 class DeviceSleep:
-    """The memory of one engine.
+    """The memory of one rank.
 
     reload: reads the weights into the model again; use_graphs(False) drops the CUDA graphs, use_graphs(True) captures
     them, where there are some.
@@ -77,10 +100,12 @@ class DeviceSleep:
         model: CausalLM,
         arena: torch.Tensor,
         reload: Callable[[], None],
+        peers: Peers,
         use_graphs: Callable[[bool], None] = lambda _captured: None,
     ):
         self.released: set[MemoryTag] = set()
         self.use_graphs = use_graphs
+        self._peers = peers
         self._device = arena.device
         self._reload = reload
         self._weights = _Tensors(model.parameters())
@@ -99,6 +124,7 @@ class DeviceSleep:
         began, fresh = monotonic(), set(tags) - self.released
         if not fresh:
             return
+        self._peers.release_memory(sorted(fresh), level)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         if not self.released:
@@ -117,6 +143,7 @@ class DeviceSleep:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        self._peers.agree(True)
         logger.info(
             "asleep: %s of %s released in %.2f s",
             format_bytes(freed),
@@ -126,21 +153,32 @@ class DeviceSleep:
 
     @torch.no_grad()
     def restore(self, tags: Iterable[MemoryTag]) -> None:
-        """Take back what these tags name and is free. Raises OutOfMemory, and ConfigError or ModelUnsupported where
-        discarded weights cannot be read again; what had been restored by then stays."""
-        began, wanted = monotonic(), self.released & set(tags)
-        with asking_for("waking up", "free what else uses the device and wake the engine up again"):
-            if "weights" in wanted:
-                self._restore_weights()
-                self.released.discard("weights")
-            if "kv_cache" in wanted:
-                self._arena.allocate()
-                self._arena.clear()
-                self.released.discard("kv_cache")
-            if wanted and not self.released:
-                self.use_graphs(True)
+        """Take back what these tags name and is free, the weights first. Raises OutOfMemory, and ConfigError or
+        ModelUnsupported where discarded weights cannot be read again; what had been restored by then stays."""
+        began, wanted = monotonic(), sorted(self.released & set(tags), reverse=True)
+        for tag in wanted:
+            self._restore(tag)
         if wanted:
-            logger.info("%s restored in %.2f s", " and ".join(sorted(wanted)), monotonic() - began)
+            logger.info("%s restored in %.2f s", " and ".join(wanted), monotonic() - began)
+
+    def _restore(self, tag: MemoryTag) -> None:
+        """One of them, on all ranks, and after the last one the graphs."""
+        self._peers.restore_memory(tag)
+        error: MultiloraError | None = None
+        try:
+            with asking_for("waking up", ADVICE):
+                self._restore_weights() if tag == "weights" else self._restore_arena()
+        except MultiloraError as e:
+            error = e
+        failed = self._peers.agree(error is None)
+        if error is not None:
+            raise error
+        if failed:
+            raise OutOfMemory(f"waking up: rank {failed[0]} does not get its {tag} back, its log says why; {ADVICE}")
+        self.released.discard(tag)
+        if not self.released:
+            with asking_for("waking up", ADVICE):
+                self.use_graphs(True)
 
     def _restore_weights(self) -> None:
         self._weights.allocate()
@@ -149,3 +187,7 @@ class DeviceSleep:
         elif self._discarded:
             self._reload()
             self._discarded = False
+
+    def _restore_arena(self) -> None:
+        self._arena.allocate()
+        self._arena.clear()

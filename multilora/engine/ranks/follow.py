@@ -16,9 +16,9 @@ import zmq
 from multilora.adapters.device.copier import Copy
 from multilora.adapters.loading.dora_bias import module_facts
 from multilora.config import Config
-from multilora.engine.build_rank import build_rank, device_of, make_runner, own_copier
+from multilora.engine.build_rank import build_rank, device_of, make_runner, make_sleep, own_copier, recapture
 from multilora.engine.execution.runner import Launched, Runner
-from multilora.engine.messages import Shutdown, UseTokenizer
+from multilora.engine.messages import MemoryTag, Shutdown, UseTokenizer
 from multilora.engine.plan import StepPlan
 from multilora.engine.ranks.meeting import Groups, meet
 from multilora.engine.ranks.messages import (
@@ -29,6 +29,8 @@ from multilora.engine.ranks.messages import (
     ModuleFacts,
     RankProgress,
     RankStart,
+    ReleaseMemory,
+    RestoreMemory,
     RunStep,
     Up,
     decode_to_rank,
@@ -83,6 +85,17 @@ def follow(
     return True
 
 
+class _Peers:
+    """The contract of `sleep.Peers` for a rank that tells nobody what to do."""
+
+    def __init__(self, groups: Groups):
+        self.agree = groups.not_done
+
+    def release_memory(self, tags: list[MemoryTag], level: int) -> None: ...
+
+    def restore_memory(self, tag: MemoryTag) -> None: ...
+
+
 class _Follower:
     """The rank, built; `run` ends when it is told to shut down."""
 
@@ -98,6 +111,8 @@ class _Follower:
         parts = build_rank(config, groups.model, device)
         self._runner: Runner = make_runner(config, parts)
         self._host_group = groups.host
+        self._sleep = make_sleep(config, parts, _Peers(groups))
+        self._sleep.use_graphs = recapture(config, parts, self._runner)
         self._base_weight = parts.model.base_weight
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copier = own_copier(config, parts.arena)
@@ -128,6 +143,11 @@ class _Follower:
                     self._tell_facts(message)
                 case UseTokenizer(info):
                     self._runner.use_tokenizer(info)
+                case ReleaseMemory(tags, level):
+                    self._read(0)
+                    self._sleep.release(tags, level)
+                case RestoreMemory(tag):
+                    self._restore(tag)
                 case Shutdown():
                     self._copier.close()
                     return
@@ -157,6 +177,15 @@ class _Follower:
         with torch.cuda.stream(self._side):  # None: no other stream
             facts = module_facts(self._base_weight, asked.layer, asked.module, delta)
         self._host_group.all_gather(facts)
+
+    def _restore(self, tag: MemoryTag) -> None:
+        """Rank 0 hears whether the memory is there, and may ask again. If only the graphs fail, so does the rank."""
+        try:
+            self._sleep.restore([tag])
+        except MultiloraError as e:
+            if tag not in self._sleep.released:
+                raise
+            logger.error("rank %d: %s", self._rank, e.message)
 
     def _step(self, plan: StepPlan) -> None:
         """As `Engine.step`, without the parts that decide."""

@@ -28,7 +28,7 @@ from multilora.adapters.device.copier import Copier, Copy, DirectCopier
 from multilora.adapters.loading.dora_bias import BaseModule, Delta, Facts, facts_of_one, module_facts
 from multilora.config import Config
 from multilora.distributed.group import SINGLE, Group
-from multilora.engine.messages import Shutdown, UseTokenizer
+from multilora.engine.messages import MemoryTag, Shutdown, UseTokenizer
 from multilora.engine.plan import StepPlan
 from multilora.engine.ranks.meeting import Groups, meet
 from multilora.engine.ranks.messages import (
@@ -38,6 +38,8 @@ from multilora.engine.ranks.messages import (
     ModuleFacts,
     RankProgress,
     RankStart,
+    ReleaseMemory,
+    RestoreMemory,
     RunStep,
     ToRank,
     Up,
@@ -101,6 +103,13 @@ class NoRanks:
 
     def check(self) -> None: ...
 
+    def release_memory(self, tags: list[MemoryTag], level: int) -> None: ...
+
+    def restore_memory(self, tag: MemoryTag) -> None: ...
+
+    def agree(self, done: bool) -> list[int]:
+        return [] if done else [0]
+
     def close(self) -> None: ...
 
 
@@ -124,7 +133,7 @@ class Ranks:
         self._plans: list[zmq.Socket[bytes]] = []
         self._groups = Groups(SINGLE, SINGLE)
         self._sent = 0, 0.0  # number of the last step, and when it was sent
-        self._gathering_since: float | None = None  # facts of the base model
+        self._waiting_since: float | None = None  # for what all ranks tell each other between steps
         self._error: MultiloraError | None = None
         self._joining: set[int] = set()
         self._up: set[int] = set()
@@ -175,9 +184,9 @@ class Ranks:
             for socket, delta in zip(self._plans, deltas[1:], strict=True):
                 parts = [part.numpy().tobytes() for part in delta] if delta else [b"", b""]
                 socket.send_multipart([encode(ModuleFacts(layer, module, len(delta[0]) if delta else 0)), *parts])
-            self._gathering_since = monotonic()
+            self._waiting_since = monotonic()
             facts = self._groups.host.all_gather(module_facts(base, layer, module, deltas[0]))
-            self._gathering_since = None
+            self._waiting_since = None
             return facts
 
         return gather
@@ -193,6 +202,21 @@ class Ranks:
         self._copies += 1
         number, finished = self._copies, self._progress.copies
         return lambda: bool((finished[1:] >= number).all())
+
+    def release_memory(self, tags: list[MemoryTag], level: int) -> None:
+        """Have them release what rank 0 does next (see `DeviceSleep`)."""
+        self._send(ReleaseMemory(tags, level))
+
+    def restore_memory(self, tag: MemoryTag) -> None:
+        """Have them restore what rank 0 does next."""
+        self._send(RestoreMemory(tag))
+
+    def agree(self, done: bool) -> list[int]:
+        """Wait for all ranks. Returns those that were not `done`."""
+        self._waiting_since = monotonic()
+        failed = self._groups.not_done(done)
+        self._waiting_since = None
+        return failed
 
     def _send(self, message: ToRank) -> None:
         self.check()
@@ -276,9 +300,9 @@ class Ranks:
         return None
 
     def _stalled(self) -> MultiloraError | None:
-        since = self._gathering_since
+        since = self._waiting_since
         if since is not None and monotonic() - since >= self._timeout:
-            return EngineDead(f"a rank has told no facts within {self._timeout} s (--watchdog-timeout)")
+            return EngineDead(f"a rank has not answered within {self._timeout} s (--watchdog-timeout)")
         number, at = self._sent
         late = [rank for rank in range(1, self.size) if self._progress.steps[rank] < number]
         if not late or monotonic() - at < self._timeout:

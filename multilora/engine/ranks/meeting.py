@@ -20,6 +20,11 @@ class Groups:
     model: Group
     host: Group
 
+    def not_done(self, done: bool) -> list[int]:
+        """The ranks that say no here, once all have said something."""
+        answers = self.host.all_gather(torch.tensor([done], dtype=torch.uint8))
+        return [rank for rank, answer in enumerate(answers) if not answer.item()]
+
     def close(self) -> None:
         """Leave both."""
         self.model.close()

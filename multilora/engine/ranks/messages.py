@@ -1,7 +1,8 @@
 """What rank 0 and the other ranks say to each other: msgspec structs, sent as msgpack over ZeroMQ, no pickle.
 
     rank 0 → rank r    RankStart, then in the order in which rank 0 does the same: CopyPages (its bytes are the frame
-                       that follows), ModuleFacts (two frames), RunStep, UseTokenizer; Shutdown at the end
+                       that follows), ModuleFacts (two frames), RunStep, UseTokenizer, ReleaseMemory,
+                       RestoreMemory; Shutdown at the end
     rank r → rank 0    Joining, Up; Broken if it fails
 
 A rank reports its steps and copies through `RankProgress`, memory that all of them map, which costs a step nothing.
@@ -14,7 +15,7 @@ import msgspec
 import numpy as np
 
 from multilora.config import Config
-from multilora.engine.messages import Shutdown, UseTokenizer
+from multilora.engine.messages import MemoryTag, Shutdown, UseTokenizer
 from multilora.engine.plan import StepPlan
 
 
@@ -48,6 +49,19 @@ class ModuleFacts(msgspec.Struct, tag=True, frozen=True):
     rank: int
 
 
+class ReleaseMemory(msgspec.Struct, tag=True, frozen=True):
+    """Finish the steps in flight and release the device memory that the tags name, as `Sleep` at this level."""
+
+    tags: list[MemoryTag]
+    level: int
+
+
+class RestoreMemory(msgspec.Struct, tag=True, frozen=True):
+    """Take the memory of this tag again, as `WakeUp`."""
+
+    memory: MemoryTag
+
+
 class Joining(msgspec.Struct, tag=True, frozen=True):
     """The rank has started and is about to meet the others."""
 
@@ -68,7 +82,7 @@ class Broken(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-ToRank = RankStart | RunStep | CopyPages | ModuleFacts | UseTokenizer | Shutdown
+ToRank = RankStart | RunStep | CopyPages | ModuleFacts | UseTokenizer | ReleaseMemory | RestoreMemory | Shutdown
 FromRank = Joining | Up | Broken
 
 _encoder = msgspec.msgpack.Encoder()

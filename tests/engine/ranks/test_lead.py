@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import zmq
 from fakes.engine_driver import EngineDriver
 from fakes.models import make_adapter, make_tiny_model
@@ -17,11 +18,14 @@ from fakes.ranks import RankThread, start_thread
 
 from multilora.adapters.loading.loader import InlineLoader
 from multilora.config import Config
+from multilora.engine import build as build_module
 from multilora.engine.build import build_engine
+from multilora.engine.build_rank import make_sleep
 from multilora.engine.messages import Sleep, WakeUp
 from multilora.engine.ranks import follow, lead
 from multilora.engine.ranks.messages import Broken, FromRank, Joining, encode, reports_address
-from multilora.errors import AdapterIncompatible, BadRequest, ConfigError, EngineDead, OutOfMemory
+from multilora.engine.sleep import DeviceSleep
+from multilora.errors import AdapterIncompatible, ConfigError, EngineDead, OutOfMemory
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +139,69 @@ def test_a_rank_that_hangs_is_noticed(files: Path, monkeypatch: pytest.MonkeyPat
     driver.close()
 
 
-def test_memory_is_not_released_by_halves(files: Path) -> None:
-    """Rank 0 could release its own only. A pause is the same on one rank and on several."""
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[DeviceSleep]:
+    """What releases the memory of each rank that is built."""
+    made: list[DeviceSleep] = []
+
+    def make(*arguments: Any) -> DeviceSleep:
+        made.append(make_sleep(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(follow, "make_sleep", make)
+    monkeypatch.setattr(build_module, "make_sleep", make)
+    return made
+
+
+def held(sleep: DeviceSleep) -> tuple[int, int]:
+    """Bytes of weights and arena that are there."""
+    tensors = [sleep._weights._tensors, sleep._arena._tensors]
+    weights, arena = (sum(t.untyped_storage().nbytes() for t in each) for each in tensors)
+    return weights, arena
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_all_ranks_release_their_memory_and_take_it_again(files: Path, sleeps: list[DeviceSleep], level: int) -> None:
+    driver = EngineDriver(files / "model", {"a": files / "a"}, tp_size=2, ahead=1)
+    expected = [driver.complete([5, 6, 7], name, max_new_tokens=4).tokens for name in (None, "a")]
+    before = [held(sleep) for sleep in sleeps]
+    assert len(sleeps) == 2 and all(weights and arena for weights, arena in before)
+    for call in (10, 20):
+        driver.call(Sleep(call=call, level=level, tags=["weights", "kv_cache"], mode=None))
+        # On CPU the weights of level 1 stay where they would be kept.
+        assert [held(sleep) for sleep in sleeps] == [(weights if level == 1 else 0, 0) for weights, _ in before]
+        driver.call(WakeUp(call + 1, ["weights"]))
+        assert [held(sleep) for sleep in sleeps] == [(weights, 0) for weights, _ in before]
+        driver.call(WakeUp(call + 2, ["kv_cache"]))
+        assert [held(sleep) for sleep in sleeps] == before
+        assert [driver.complete([5, 6, 7], name, max_new_tokens=4).tokens for name in (None, "a")] == expected
+    driver.close()
+
+
+def test_a_rank_that_does_not_get_its_memory_back_leaves_all_asleep(
+    files: Path, sleeps: list[DeviceSleep], monkeypatch: pytest.MonkeyPatch
+) -> None:
     driver = EngineDriver(files / "model", tp_size=2)
     expected = driver.complete([5, 6, 7], max_new_tokens=4).tokens
-    with pytest.raises(BadRequest, match="with --tp-size 2 memory cannot be released: sleep at level 0"):
-        driver.call(Sleep(call=1, level=1, tags=["weights", "kv_cache"], mode=None))
+    driver.call(Sleep(call=1, level=2, tags=["weights", "kv_cache"], mode=None))
+    other = next(sleep for sleep in sleeps if isinstance(sleep._peers, follow._Peers))
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other._arena, "allocate", full)
+        with pytest.raises(OutOfMemory, match="rank 1 does not get its kv_cache back"):
+            driver.call(WakeUp(2, ["weights", "kv_cache"]))
+    assert all("kv_cache" in sleep.released for sleep in sleeps)
+    driver.call(WakeUp(3, ["kv_cache"]))
+    assert driver.complete([5, 6, 7], max_new_tokens=4).tokens == expected
+    driver.close()
+
+
+def test_a_pause_is_the_same_on_several_ranks(files: Path) -> None:
+    driver = EngineDriver(files / "model", tp_size=2)
+    expected = driver.complete([5, 6, 7], max_new_tokens=4).tokens
     driver.call(Sleep(call=2, level=0, tags=[], mode=None))
     driver.call(WakeUp(3, []))
     assert driver.complete([5, 6, 7], max_new_tokens=4).tokens == expected
