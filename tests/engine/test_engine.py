@@ -96,7 +96,7 @@ def test_a_request_id_in_use_is_refused(files: Path) -> None:
     rid = driver.submit(PROMPT)
     driver.step()
     driver.engine.handle(Submit(rid=rid, input_ids=[5], sampling=SamplingParams(max_new_tokens=3)))
-    refused, going_on = [m.items[0] for m in driver.engine.step() if isinstance(m, Outputs)]
+    going_on, refused = [m.items[0] for m in driver.engine.step() if isinstance(m, Outputs)]
     assert refused.finished is not None and refused.finished.kind == "BadRequest"
     assert going_on.token_ids == expected[1:2]
     driver.answers[rid].add(going_on)
