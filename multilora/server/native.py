@@ -177,14 +177,15 @@ class NativeAnswers:
         stream, job = sample.stream, sample.job
         tokenizer = sample.vocabulary.tokenizer if self._with_text else None
         prompt = sample.prompt_ids[job.logprob_start_len :] if job.logprob_start_len >= 0 else []
-        pairs = zip(stream.input_logprobs, prompt, strict=False), zip(stream.logprobs, stream.token_ids, strict=False)
+        inputs = [None, *stream.input_logprobs[1:]] if stream.input_logprobs else []  # as SGLang, from any start
+        pairs = zip(inputs, prompt, strict=False), zip(stream.logprobs, stream.token_ids, strict=False)
         found: dict[str, Any] = {}
         for side, own in zip(("input", "output"), pairs, strict=True):
             found[f"{side}_token_logprobs"] = _triples(
                 [(None if one is None else one.logprob, token) for one, token in own], tokenizer
             )
         if job.top_logprobs_num:
-            for side, logprobs in (("input", stream.input_logprobs), ("output", stream.logprobs)):
+            for side, logprobs in (("input", inputs), ("output", stream.logprobs)):
                 found[f"{side}_top_logprobs"] = [
                     None if one is None else _triples(one.top, tokenizer) for one in logprobs
                 ]
