@@ -1,6 +1,6 @@
-"""Every number that is promised for one GPU, beside the hardware's limit, the target and the best peer.
+"""Every number that is promised, for one GPU or several, beside the hardware's limit, the target and the best peer.
 
-    python -m bench.gpu [--only decode streams …] [--out bench/results/gpu.json]
+    python -m bench.gpu [--only decode streams …] [--tp-size N] [--out bench/results/gpu.json]
 
 Llama-3.1-8B's dimensions, random weights, bf16; adapters on all seven projections with truly distinct random weights;
 one engine for all rows (`base_only` starts a second one beside it, without LoRA). A row's limit comes from bandwidths
@@ -54,6 +54,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "fresh": fresh_rows,
 }
 NEED_CUDA = ("idle", "kernels", "copies")
+ONE_DEVICE = ("kernels",)  # what they measure is a whole model's
 
 
 def main() -> int:
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="ROWS", help=f"some of: {', '.join(PARTS)}")
     parser.add_argument("--dims", choices=SIZES, default="llama-8b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tp-size", type=int, default=1, help="devices that share the model")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--lora-backend", default="auto")
     parser.add_argument("--disable-cuda-graph", action="store_true")
@@ -70,7 +72,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    parts = args.only or [part for part in PARTS if args.device == "cuda" or part not in NEED_CUDA]
+    if args.tp_size > 1 and set(args.only or ()) & set(ONE_DEVICE):
+        parser.error(f"with --tp-size {args.tp_size} there are no rows {', '.join(ONE_DEVICE)}")
+    parts = args.only or [part for part in PARTS if _measurable(part, args)]
     directory = Path(tempfile.mkdtemp(prefix="multilora-bench-", dir=scratch_parent()))
     try:
         result = run(directory, args, parts)
@@ -78,6 +82,10 @@ def main() -> int:
         shutil.rmtree(directory)
     finish(result, args.out)
     return 1 if result["failed"] else 0
+
+
+def _measurable(part: str, args: argparse.Namespace) -> bool:
+    return (args.device == "cuda" or part not in NEED_CUDA) and (args.tp_size == 1 or part not in ONE_DEVICE)
 
 
 def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
@@ -100,6 +108,7 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         "skip_tokenizer_init": True,
         "max_running_requests": work.batch,
         "disable_radix_cache": True,
+        "tp_size": args.tp_size,
         "attention_backend": args.attention_backend,
         "disable_cuda_graph": args.disable_cuda_graph,
         "chunked_prefill_size": args.chunked_prefill_size,
@@ -118,7 +127,8 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         gc.collect()
         gc.freeze()  # as the engine does in a process of its own
         result["seconds"]["start"] = round(time.perf_counter() - started, 1)
-        bench = Bench(llm, start_without, dims, work, machine, Adapters(directory, dims, machine.device), args.dims)
+        adapters = Adapters(directory, dims, machine.device)
+        bench = Bench(llm, start_without, dims, work, machine, adapters, args.dims, args.tp_size)
         for part in parts:
             measure_part(bench, part, result)
     result["seconds"]["all"] = round(time.perf_counter() - started, 1)

@@ -39,9 +39,9 @@ def _row(
         bench.timed(prompts, names, tokens)
         times[tokens] = min(bench.timed(prompts, names, tokens) for _ in range(work.repeats))
     step = (times[work.decode_steps + 1] - times[1]) / work.decode_steps
-    moved = bench.dims.step_bytes(batch, work.decode_prompt + work.decode_steps / 2, ranks)
+    limit = bench.step_ms(batch, work.decode_prompt + work.decode_steps / 2, ranks)
     row = bench.row(f"decode, batch {batch}, {name}", "ms", *aims.get(batch, ()))
-    return row.show(step * 1e3, moved / bench.machine.read * 1e3)
+    return row.show(step * 1e3, limit)
 
 
 def base_only_rows(bench: Bench) -> Iterator[dict[str, Any]]:

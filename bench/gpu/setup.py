@@ -15,6 +15,22 @@ from multilora import LLM
 from multilora.engine.messages import AdapterInfo
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
+TARGETS_OF_RANKS = {
+    2: {
+        "decode, batch 1, LoRA unused": 2.6,
+        "decode, batch 64, LoRA unused": 3.6,
+        "decode, batch 64, 64 distinct rank-16": 4.7,
+        "decode, batch 64, 64 distinct, ranks 8/16/32/64": 5.8,
+    },
+    4: {
+        "decode, batch 1, LoRA unused": 2.0,
+        "decode, batch 64, LoRA unused": 2.7,
+        "decode, batch 64, 64 distinct rank-16": 3.6,
+        "decode, batch 64, 64 distinct, ranks 8/16/32/64": 4.3,
+    },
+}
+"""Milliseconds by --tp-size and row, for Llama-3.1-8B's dimensions."""
+
 BLOCK = 32  # adapters that lie on disk at a time
 
 
@@ -31,7 +47,7 @@ class Machine:
 @dataclass(frozen=True)
 class Bench:
     """What every row needs. start_without: makes another engine, with LoRA off; sizes: the name of dims and work;
-    infos: every loaded adapter by name."""
+    tp_size: how many devices share the model; infos: every loaded adapter by name."""
 
     llm: LLM
     start_without: Callable[[], LLM]
@@ -40,6 +56,7 @@ class Bench:
     machine: Machine
     adapters: Adapters
     sizes: str
+    tp_size: int = 1
     infos: dict[str, AdapterInfo] = field(default_factory=dict)
 
     def load(self, ranks: dict[str, int]) -> None:
@@ -60,8 +77,17 @@ class Bench:
         return list(ranks)
 
     def row(self, name: str, unit: str, target: float | None = None, best_peer: float | None = None) -> Row:
-        """Targets and peers are those of one model and workload."""
-        return Row(name, unit, target, best_peer) if self.sizes == "llama-8b" else Row(name, unit)
+        """Targets and peers are those of one model and workload on one device; others are in `TARGETS_OF_RANKS`."""
+        if self.sizes != "llama-8b":
+            return Row(name, unit)
+        if self.tp_size > 1:
+            return Row(name, unit, TARGETS_OF_RANKS.get(self.tp_size, {}).get(name))
+        return Row(name, unit, target, best_peer)
+
+    def step_ms(self, batch: int, context: float, adapters: list[int]) -> float:
+        """The least milliseconds of a decode step: the bytes of one device at the measured bandwidth. Collectives are
+        not in it."""
+        return self.dims.step_bytes(batch, context, adapters, self.tp_size) / self.machine.read * 1e3
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         random = torch.Generator().manual_seed(count)

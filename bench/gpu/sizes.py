@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 
+BY_INPUTS = ("o_proj", "down_proj")
+"""Modules that ranks cut by their inputs; the others are cut by outputs."""
+
 
 @dataclass(frozen=True)
 class Dims:
-    """The dimensions of a Llama in bf16."""
+    """The dimensions of a Llama in bf16. Where `ranks` is asked for, a figure is that of one of so many ranks."""
 
     hidden: int
     inter: int
@@ -45,18 +48,23 @@ class Dims:
         """Parameters in the matrices of all layers."""
         return self.layers * sum(a * b for a, b in self.modules.values())
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the keys and values of one token."""
-        return 2 * self.layers * 2 * self.kv_heads * self.head_dim
+    def kv_bytes(self, ranks: int = 1) -> int:
+        """Bytes of the keys and values of one token. KV heads fewer than ranks are held more than once."""
+        return 2 * self.layers * 2 * max(1, self.kv_heads // ranks) * self.head_dim
 
-    def adapter_bytes(self, rank: int) -> int:
-        return 2 * self.layers * rank * sum(a + b for a, b in self.modules.values())
+    def adapter_bytes(self, rank: int, ranks: int = 1) -> float:
+        """A is whole where the module is cut by outputs, B where it is cut by inputs."""
+        numbers = sum(
+            a / ranks + b if module.endswith(BY_INPUTS) else a + b / ranks for module, (a, b) in self.modules.items()
+        )
+        return 2 * self.layers * rank * numbers
 
-    def step_bytes(self, batch: int, context: float, ranks: list[int]) -> float:
-        """What a decode step must read: the matrices, the KV of `batch` requests, one adapter of each of `ranks`."""
-        matrices = 2 * (self.parameters + self.hidden * self.vocab)
-        return matrices + batch * context * self.kv_bytes + sum(map(self.adapter_bytes, ranks))
+    def step_bytes(self, batch: int, context: float, adapters: list[int], ranks: int = 1) -> float:
+        """What a decode step must read: the matrices, the KV of `batch` requests, one adapter of each of the LoRA
+        ranks `adapters`."""
+        matrices = 2 * (self.parameters + self.hidden * self.vocab) / ranks
+        kv = batch * context * self.kv_bytes(ranks)
+        return matrices + kv + sum(self.adapter_bytes(rank, ranks) for rank in adapters)
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ class Work:
 
 SIZES = {
     "llama-8b": (Dims(4096, 14336, 32, 32, 8, 128, 128256, 8192), Work()),
+    "llama-70b": (Dims(8192, 28672, 80, 64, 8, 128, 128256, 8192), Work()),
     "tiny": (
         Dims(64, 96, 2, 4, 2, 16, 101, 1024),
         Work(
@@ -129,7 +138,7 @@ SIZES = {
         ),
     ),
 }
-"""By --dims: Llama-3.1-8B's, for which there are targets, and what a test can run on a CPU."""
+"""By --dims: Llama-3.1-8B's, for which there are targets, the 70B model's, and what a test can run on a CPU."""
 
 
 def write_model(path: Path, dims: Dims) -> str:
@@ -203,7 +212,7 @@ class Adapters:
     def _random(self, name: str, rank: int) -> torch.Tensor:
         seed = int.from_bytes(name.encode()) % (1 << 62)
         random = torch.Generator(self._device).manual_seed(seed)
-        count = self._dims.adapter_bytes(rank) // 2
+        count = int(self._dims.adapter_bytes(rank)) // 2
         return torch.randn(count, generator=random, device=self._device, dtype=torch.bfloat16) * 0.01
 
     def _shapes(self, rank: int) -> dict[str, tuple[int, int]]:

@@ -59,9 +59,9 @@ def _row(
 def least_seconds(bench: Bench, requests: int, together: int, ranks: list[int]) -> float:
     """The fewest seconds of a closed batch of which `together` run at a time, on adapters of these ranks."""
     work, dims = bench.work, bench.dims
-    prompts = requests * work.prompt * 2 * dims.parameters / bench.machine.matmul
+    prompts = requests * work.prompt * 2 * dims.parameters / bench.tp_size / bench.machine.matmul
     steps = requests * (work.answer - 1) / together
-    return prompts + steps * dims.step_bytes(together, work.prompt + work.answer / 2, ranks) / bench.machine.read
+    return prompts + steps * bench.step_ms(together, work.prompt + work.answer / 2, ranks) / 1e3
 
 
 def many_rows(bench: Bench) -> Iterator[dict[str, Any]]:
