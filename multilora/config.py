@@ -187,7 +187,13 @@ class Config:
     tp_size: int = _memory(
         1, "GPUs that share the model, or processes on CPU", aliases=("--tp", "--tensor-parallel-size")
     )
-    watchdog_timeout: int = _memory(300, "with --tp-size: seconds after which a step that hangs ends the engine")
+    watchdog_timeout: int = _memory(300, "seconds after which a step that hangs ends the engine")
+    engine_heartbeat_timeout: int = _memory(
+        4, "seconds without a sign of life after which the engine is ended; 0: never", low=0
+    )
+    max_engine_restarts: int = _memory(
+        3, "how often in a row an engine that has ended is started again by itself", low=0
+    )
     random_seed: int | None = _memory(None, "seed of requests that bring none", low=None)
 
     max_connections: int | None = _server(None, "most open connections (default: what file descriptors allow)")

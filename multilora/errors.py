@@ -31,6 +31,7 @@
     │   └── EngineAsleep            503  its memory is released until /wake_up
     ├── DeadlineExceeded            504  the request took longer than its timeout or --max-request-seconds
     └── EngineDead                  503  the engine process ended
+        └── EngineRestarting        503  it ended and is being started again; carries `retry_after` seconds
 
 `kind` (the class name) and the message travel between processes; `from_wire` makes the same type again.
 """
@@ -194,9 +195,15 @@ class DeadlineExceeded(MultiloraError):
 
 
 class EngineDead(MultiloraError):
-    """The engine process ended; the server has to be restarted."""
+    """The engine process ended."""
 
     status = 503
+
+
+class EngineRestarting(EngineDead):
+    """The engine process ended and is being started again; try again after `retry_after` seconds."""
+
+    retry_after = 5
 
 
 def _tree(cls: type[MultiloraError]) -> dict[str, type[MultiloraError]]:

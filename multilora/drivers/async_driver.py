@@ -89,8 +89,9 @@ class AsyncGeneration:
         try:
             while not self._generation.finished:
                 deltas, error = self._take(await self._outputs.get())
-                for delta in deltas.values():
-                    yield delta
+                for sample, delta in deltas.values():
+                    sample.shown = True
+                    yield sample, delta
                 if error is not None:
                     raise error
         finally:
@@ -105,7 +106,9 @@ class AsyncGeneration:
         try:
             while output is not None:
                 event = self._generation.receive(output)
-                if event is not None:
+                if output.again:
+                    deltas = {i: seen for i, seen in deltas.items() if seen[0].key != output.rid}
+                elif event is not None:
                     sample, delta = event
                     before = deltas.get(sample.index)
                     deltas[sample.index] = (sample, delta if before is None else before[1].then(delta))
@@ -115,9 +118,14 @@ class AsyncGeneration:
         return deltas, None
 
     async def results(self) -> list[Sample]:
-        """Wait for all endings."""
-        async for _ in self.events():
-            pass
+        """Wait for all endings. Nobody sees anything before: what the engine has to begin again is begun again."""
+        try:
+            while not self._generation.finished:
+                _, error = self._take(await self._outputs.get())
+                if error is not None:
+                    raise error
+        finally:
+            self.close()
         return self.samples
 
 

@@ -328,6 +328,7 @@ class Engine:
             not_composable_reason=adapter.not_composable_reason,
             vocab_size=adapter.vocab_size,
             trains_tokens=adapter.trains_tokens,
+            fingerprint=adapter.fingerprint,
         )
 
     def _take_replies(self) -> list[FromEngine]:

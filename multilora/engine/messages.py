@@ -202,6 +202,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """New tokens of one request. The last one carries `finished`; nothing follows it. With `switch` it brings no
     tokens.
 
+    again: the engine has ended and the request runs again on the next one; what came before is void.
+
     logprobs: parallel to `token_ids`; empty where not asked for. input_logprobs come with the first Output, one per
     prompt token from `logprob_start_len` on; None for the first prompt token of all, which has none.
     """
@@ -212,6 +214,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     queue_seconds: float = 0.0
+    again: bool = False
     logprobs: list[Logprobs] = []
     input_logprobs: list[Logprobs | None] = []
     switch: AdapterSwitch | None = None
@@ -233,6 +236,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     not_composable_reason: str = ""  # why it cannot be part of a composition; empty: it can
     vocab_size: int | None = None  # of its own head; None: the base model's
     trains_tokens: bool = False  # it may have tokens that the base model's tokenizer does not know
+    fingerprint: str = ""  # of its files, changes when they do
 
 
 class PauseState(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,8 @@ from multilora.engine.messages import Output, Ready, Stats, Submit
 
 
 class EngineLink(Protocol):
-    """`ready`: as the engine said at its start; `stats`: the latest; `alive`: False once the engine has ended.
+    """`ready`: as the engine said at its start; `stats`: the latest; `alive`: False once the engine has ended for
+    good; `restarting`: it has ended, and another one is coming; `restarts`: how often that was so.
 
     No method waits for the engine.
     """
@@ -21,9 +22,15 @@ class EngineLink(Protocol):
     @property
     def alive(self) -> bool: ...
 
+    @property
+    def restarting(self) -> bool: ...
+
+    @property
+    def restarts(self) -> int: ...
+
     def submit(self, message: Submit, deliver: Callable[[Output], None]) -> None:
         """`deliver` gets each Output of that rid; the last has `finished` (type error, kind EngineDead, if the
-        engine dies)."""
+        engine dies for good). One with `again` says that all before it is void."""
 
     def abort(self, rid: str, message: str = "aborted") -> None:
         """The request's last Output will say `abort`. A rid that is unknown or has ended is ignored."""

@@ -16,7 +16,7 @@ from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.engine.messages import Output, Submit
 from multilora.engine.scheduling.policy import POLICIES
-from multilora.errors import BadRequest, EngineDead, QueueFull
+from multilora.errors import BadRequest, EngineDead, EngineRestarting, QueueFull
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.engine_link import EngineLink
@@ -142,6 +142,8 @@ class Front:
     def _check_room(self, count: int) -> None:
         if not self.engine.alive:
             raise EngineDead("the engine process ended; restart the server")
+        if self.engine.restarting:
+            raise EngineRestarting("the engine is being started again; try again later")
         if count > self._room:
             raise BadRequest(f"{count} sequences in one request; the queue holds {self._room}")
         if len(self._open) + count > self._room:

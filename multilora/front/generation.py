@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from multilora.engine.messages import Output
-from multilora.errors import MultiloraError, from_wire
+from multilora.errors import EngineRestarting, MultiloraError, from_wire
 from multilora.front.adapter_ref import Held
 from multilora.front.adapter_spec import BASE, AdapterSpec
 from multilora.front.engine_link import EngineLink
@@ -69,6 +69,7 @@ class Sample:
     submitted: bool = False
     abort_message: str | None = None  # aborted before it was submitted
     started: bool = False  # its first output is here
+    shown: bool = False  # the client has been told some of it
 
 
 class Generation:
@@ -97,12 +98,15 @@ class Generation:
         return not self._open
 
     def receive(self, output: Output) -> tuple[Sample, Delta] | None:
-        """What an Output adds, to which sample; None: that one has ended already.
+        """What an Output adds, to which sample; None: that one has ended already, or begins again.
 
         Raises the typed error that a sample ends with; the others are for `close` to abort.
         """
         sample = self._open.get(output.rid)
         if sample is None:
+            return None
+        if output.again:
+            self._begin_again(sample)
             return None
         self._observe(sample, output)
         delta = sample.stream.push(output)
@@ -113,6 +117,13 @@ class Generation:
             if delta.finished.type == "error":
                 raise self._error(sample, delta.finished)
         return sample, delta
+
+    def _begin_again(self, sample: Sample) -> None:
+        """The engine has ended and the next one computes the sample anew. Whoever has been told some of it cannot be
+        told something else: raises EngineRestarting there."""
+        if sample.shown:
+            raise EngineRestarting("the engine ended in the middle of this answer and is started again; try again")
+        sample.stream = sample.stream.renewed()
 
     def _observe(self, sample: Sample, output: Output) -> None:
         now = time.perf_counter() - self._start

@@ -82,6 +82,7 @@ class TextStream:
         kept: Sequence[str] = (),
     ):
         self.params = params
+        self._made_of = (tokenizer, params, eos_token_ids, kept)
         self.cached_tokens = 0
         self.token_ids: list[int] = []
         self.logprobs: list[Logprobs] = []
@@ -97,6 +98,10 @@ class TextStream:
             if tokenizer is None:
                 raise BadRequest("stop strings need a tokenizer; this server runs without one", param="stop")
             self._matcher = StopMatcher(params.stop_strings, params.stop_regexes)
+
+    def renewed(self) -> "TextStream":
+        """A stream of the same request that has read nothing."""
+        return TextStream(*self._made_of)
 
     @property
     def text(self) -> str:

@@ -12,7 +12,7 @@ from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.engine.messages import AdapterInfo, Stats
-from multilora.engine.process.client import EngineClient
+from multilora.engine.process.supervisor import EngineSupervisor
 from multilora.errors import BadRequest
 from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class AsyncLLM:
             raise RuntimeError("this AsyncLLM has been started already")
         loading = asyncio.create_task(asyncio.to_thread(Tokenizer.of, self.config))
         try:
-            engine = await EngineClient.start(self._spool.admit(self.config))
+            engine = await EngineSupervisor.start(self._spool.admit(self.config))
         finally:
             await asyncio.gather(loading, return_exceptions=True)
         try:

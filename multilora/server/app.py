@@ -53,7 +53,7 @@ def create_app(
     `state.driver` is its `AsyncDriver`."""
     metrics = Metrics(config, engine.ready.context_length)
     front = Front(config, engine, tokenizer, spool or Spool(), metrics)
-    metrics.watch(front.registry, lambda: engine.stats)
+    metrics.watch(front.registry, engine)
     driver = AsyncDriver(engine, front)
     defaults = dict(sampling_defaults or {}) if config.sampling_defaults == "model" else {}
     app = FastAPI(title="multilora", version=multilora.__version__)

@@ -19,7 +19,14 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from multilora.errors import AdapterUnavailable, BadRequest, EnginePaused, MultiloraError, QueueFull
+from multilora.errors import (
+    AdapterUnavailable,
+    BadRequest,
+    EnginePaused,
+    EngineRestarting,
+    MultiloraError,
+    QueueFull,
+)
 from multilora.server.request_body import INLINE_BYTES, Bodies
 
 logger = logging.getLogger(__name__)
@@ -65,7 +72,7 @@ def error_response(
     """`body` and `status`: where a route has its own."""
     status = status or error.status
     headers = {}
-    if isinstance(error, QueueFull | EnginePaused | AdapterUnavailable):
+    if isinstance(error, QueueFull | EnginePaused | AdapterUnavailable | EngineRestarting):
         headers["Retry-After"] = str(error.retry_after)
     return JSONResponse(body or error_body(error, status), status, headers)
 

@@ -1,5 +1,6 @@
 """The routes that generate nothing for a client: health, facts about the server, cache, abort, metrics."""
 
+import asyncio
 import dataclasses
 import logging
 from typing import Any
@@ -11,7 +12,7 @@ import multilora
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.drivers.async_driver import AsyncDriver
-from multilora.errors import BadRequest, EngineDead
+from multilora.errors import BadRequest, EngineDead, EngineRestarting, QueueFull
 from multilora.front.front import Front
 from multilora.front.generation import Job
 from multilora.params import SamplingParams
@@ -23,6 +24,9 @@ from multilora.server.pauses import vllm_config
 from multilora.server.streaming import Json, while_connected
 
 logger = logging.getLogger(__name__)
+
+GENERATE_SECONDS = 20.0
+"""How long /health_generate waits for its token."""
 
 _SECRETS = ("api_key", "admin_api_key", "metrics_key")
 
@@ -37,20 +41,26 @@ def router(driver: AsyncDriver, metrics: Metrics) -> APIRouter:
 
 def _health(routes: APIRouter, driver: AsyncDriver) -> None:
     @routes.get("/health")
-    @routes.get("/ready")
     @routes.get("/ping")
     @routes.post("/ping")
     async def health() -> Response:
-        """200 while the engine lives, else 503."""
+        """200 while there is an engine or another one is coming, else 503: the server must be restarted."""
         if not driver.engine.alive:
             raise EngineDead("the engine process ended; restart the server")
         return Response()
 
+    @routes.get("/ready")
+    async def ready() -> Response:
+        """200 while requests are taken, 503 also while the engine is being started again."""
+        if driver.engine.restarting:
+            raise EngineRestarting("the engine is being started again; try again later")
+        return await health()
+
     @routes.get("/health_generate")
     async def health_generate(request: Request) -> Response:
         """200 once the engine has generated one token; at once while it is paused or asleep, and alive."""
-        if driver.front.pauses.paused and driver.engine.alive:
-            return Response()
+        if driver.front.pauses.paused and not driver.engine.restarting:
+            return await health()
         sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         prompt = [min(1, driver.engine.ready.vocab_size - 1)]
 
@@ -58,7 +68,10 @@ def _health(routes: APIRouter, driver: AsyncDriver) -> None:
             generation = await driver.generate([Job(prompt=prompt, sampling=sampling)])
             await generation.results()
 
-        await while_connected(request.receive, generate())
+        try:
+            await asyncio.wait_for(while_connected(request.receive, generate()), GENERATE_SECONDS)
+        except TimeoutError:
+            raise QueueFull(f"the engine has generated no token within {GENERATE_SECONDS:g} s") from None
         return Response()
 
 

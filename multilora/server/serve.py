@@ -69,7 +69,7 @@ class _ServerProcess:
         self._descriptors = 0  # that the process may have
 
     async def run(self) -> int:
-        from multilora.engine.process.client import EngineClient
+        from multilora.engine.process.supervisor import EngineSupervisor
 
         self._main = asyncio.current_task()
         self._descriptors = raise_descriptor_limit()
@@ -79,7 +79,7 @@ class _ServerProcess:
         with bind(self._config.host, self._config.port) as listener:
             loading = asyncio.create_task(asyncio.to_thread(load_text, self._config))
             try:
-                client = await EngineClient.start(self._spool.admit(self._config))
+                client = await EngineSupervisor.start(self._spool.admit(self._config))
             except BaseException:
                 await asyncio.gather(loading, return_exceptions=True)
                 raise

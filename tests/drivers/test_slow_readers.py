@@ -1,4 +1,5 @@
-"""Who reads a stream slowly gets what has come meanwhile in one piece, and nothing is lost."""
+"""Who reads a stream slowly gets what has come meanwhile in one piece, and nothing is lost. What an engine that has
+ended had said is void for who has not read it, and an error for who has."""
 
 import asyncio
 import json
@@ -8,7 +9,8 @@ from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer, run
 from fakes.tokenizers import byte_level_tokenizer
 
-from multilora.errors import CannotFit
+from multilora.engine.messages import Finished, Output
+from multilora.errors import CannotFit, EngineRestarting
 from multilora.front.generation import Job
 from multilora.params import SamplingParams
 from multilora.server import native
@@ -62,6 +64,76 @@ def test_an_error_comes_after_what_was_before_it():
         with pytest.raises(CannotFit):
             await anext(events)
         assert generation.samples[0].key in s.client.aborted
+
+    run(scenario())
+
+
+class Interrupted:
+    """A generation of two samples whose outputs the test gives, also those of a second engine."""
+
+    def __init__(self, s: LocalServer):
+        self.s = s
+
+    async def begin(self):
+        self.s.client.gate.clear()
+        sampling = SamplingParams(max_new_tokens=3, n=2, stop=["x"])
+        self.generation = await self.s.driver.generate([Job(prompt=[5], sampling=sampling)])
+        self.keys = [sample.key for sample in self.generation.samples]
+        self.deliver = self.generation._outputs.put_nowait
+
+    def say(self, index, *tokens, **fields):
+        self.deliver(Output(rid=self.keys[index], token_ids=list(tokens), **fields))
+
+    def end(self):
+        for index in (0, 1):
+            self.say(index, 70, 71, finished=Finished(type="length"))
+
+
+def test_an_answer_that_nobody_has_seen_begins_again():
+    async def scenario():
+        i = Interrupted(server_of())
+        await i.begin()
+        i.say(0, 80)
+        i.say(0, again=True)
+        i.say(1, 81)
+        answers = asyncio.ensure_future(i.generation.results())
+        await asyncio.sleep(0.01)
+        i.say(1, again=True)
+        i.end()
+        assert [sample.stream.token_ids for sample in await answers] == [[70, 71]] * 2
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("count", [0, 70])
+def test_a_stream_whose_client_has_seen_nothing_begins_again(count):
+    """Also where many outputs wait and are taken as one."""
+
+    async def scenario():
+        i = Interrupted(server_of())
+        await i.begin()
+        if count:
+            for _ in range(count):
+                i.say(0, 80)
+            i.say(0, again=True)
+        i.end()
+        deltas = [delta async for _, delta in i.generation.events()]
+        assert [delta.token_ids for delta in deltas] == [[70, 71]] * 2
+
+    run(scenario())
+
+
+def test_a_stream_whose_client_has_seen_some_ends_with_an_error():
+    async def scenario():
+        i = Interrupted(server_of())
+        await i.begin()
+        events = i.generation.events()
+        i.say(0, 80)
+        assert (await anext(events))[1].token_ids == [80]
+        i.say(0, again=True)
+        with pytest.raises(EngineRestarting):
+            await anext(events)
+        assert i.s.client.aborted == i.keys and i.s.driver.front.in_flight == 0
 
     run(scenario())
 

@@ -73,7 +73,7 @@ class Running:
 def running(files: Path) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fakes.async_engine.build_engine", partial(build_engine, make_loader=InlineLoader))
-        patch.setattr(online, "EngineClient", InProcessEngine)
+        patch.setattr(online, "EngineSupervisor", InProcessEngine)
         running = Running(files)
     yield running
     running.close()
@@ -209,7 +209,7 @@ def test_a_bad_start_leaves_nothing_behind(files: Path, monkeypatch: pytest.Monk
             await super().shutdown()
 
     monkeypatch.setattr("fakes.async_engine.build_engine", partial(build_engine, make_loader=InlineLoader))
-    monkeypatch.setattr(online, "EngineClient", Engine)
+    monkeypatch.setattr(online, "EngineSupervisor", Engine)
     paths = {"a": str(files / "a"), "x": str(files / "nowhere")}
     llm = AsyncLLM(str(files / "model"), lora_paths=paths, device="cpu", max_total_tokens=512)
     with pytest.raises(AdapterNotFound):
@@ -239,7 +239,7 @@ def test_over_an_engine_process(files: Path) -> None:
             assert (len(answers), answers[-1].finished) == (5, True)
             with pytest.raises(AdapterNotFound):
                 await llm.load_lora_adapter("x", str(files / "nowhere"))
-            process = llm._started.engine._process  # type: ignore[attr-defined]
+            process = llm._started.engine._latest._process  # type: ignore[attr-defined]
         assert process.returncode == 0
 
     asyncio.run(asyncio.wait_for(scenario(), 3 * SECONDS))

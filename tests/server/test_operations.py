@@ -27,6 +27,33 @@ def test_health(path):
     assert (answer.status, answer.error["code"]) == (503, "EngineDead")
 
 
+def test_while_the_engine_is_being_started_again_the_server_is_healthy_but_not_ready():
+    s = server()
+    s.client.restarting = True
+    assert s.get("/health").status == s.get("/ping").status == 200
+    for path in ("/ready", "/health_generate"):
+        answer = s.get(path)
+        assert (answer.status, answer.error["code"]) == (503, "EngineRestarting")
+        assert int(answer.headers["retry-after"]) > 0
+    assert s.post("/generate", {"input_ids": [5]}).error["code"] == "EngineRestarting"
+    s.client.restarting, s.client.restarts = False, 2
+    assert s.get("/ready").status == 200
+    assert "multilora:engine_restarts_total 2.0" in s.get("/metrics").text
+
+
+def test_health_generate_waits_for_a_bounded_time(monkeypatch):
+    monkeypatch.setattr("multilora.server.operations.GENERATE_SECONDS", 0.05)
+    s = server()
+
+    async def scenario():
+        s.client.gate.clear()
+        answer = await s.send("GET", "/health_generate")
+        assert (answer.status, answer.error["code"]) == (503, "QueueFull")
+        assert len(s.client.aborted) == 1
+
+    run(scenario())
+
+
 def test_health_generate_generates():
     s = server()
     s.get("/health_generate")

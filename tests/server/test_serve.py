@@ -17,7 +17,7 @@ from fakes.models import FakeEngineClient
 
 from multilora import demo
 from multilora.config import Config
-from multilora.engine.process import client as engine_client
+from multilora.engine.process import supervisor as engine_supervisor
 from multilora.errors import AdapterNotFound, ConfigError, ModelUnsupported
 from multilora.server import serve as module
 
@@ -41,7 +41,7 @@ class Process:
             async def start(cls, config):
                 return await process.start(config)
 
-        monkeypatch.setattr(engine_client, "EngineClient", Engine)
+        monkeypatch.setattr(engine_supervisor, "EngineSupervisor", Engine)
 
         class Handler(logging.Handler):
             def emit(self, record):

@@ -64,7 +64,7 @@ async def scenario(config: Config, adapter: str) -> None:
         check_error(await connection.answer())
     for stream in streams:
         *tokens, error = (await stream.answer()).frames
-        assert "restart the server" in error["error"]["message"]
+        assert "the engine process ended with code 1" in error["error"]["message"]
         assert not any("error" in frame or frame["meta_info"]["finish_reason"] for frame in tokens), "a second ending"
     finished = (await poison.get()).finished
     assert finished is not None and (finished.type, finished.kind) == ("error", "EngineDead")
@@ -77,4 +77,4 @@ async def scenario(config: Config, adapter: str) -> None:
 
 def check_error(answer: Answer) -> None:
     assert answer.status == 503
-    assert "restart the server" in answer.error["message"]
+    assert "the engine process ended" in answer.error["message"]

@@ -132,7 +132,7 @@ class AsyncDoor(LoopDoor):
         self.llm = AsyncLLM(str(model), **options)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("fakes.async_engine.build_engine", partial(build_engine, make_loader=InlineLoader))
-            patch.setattr("multilora.llm.online.EngineClient", InProcessEngine)
+            patch.setattr("multilora.llm.online.EngineSupervisor", InProcessEngine)
             self.run(self.llm.start())
         self.front, self.engine = self.llm._front, self.llm._started.engine
 

@@ -1,13 +1,15 @@
 """The front's handle on an engine process: asyncio on this side, ZeroMQ in between.
 
 Starts the process, sends messages, hands each request's Outputs to the function given with it, and notices when the
-process dies: then every waiting request and call ends with EngineDead. All methods belong to one event loop.
+process dies or hangs, which ends it and all that it has started: then every waiting request and call ends with
+EngineDead. `supervisor.py` starts another one. All methods belong to one event loop.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,18 +45,24 @@ from multilora.engine.messages import (
     decode_from_engine,
     encode,
 )
+from multilora.engine.process.pulse import PULSE_SECONDS, PulseMonitor
 from multilora.errors import ConfigError, EngineDead, from_wire
 from multilora.private_directory import PrivateDirectory, remove_orphans
 
 logger = logging.getLogger(__name__)
 
 MAX_SOCKET_PATH = 103  # bytes; what every system takes
+RANKS_FIRST_SECONDS = 10
+"""A group of ranks notices by itself which of them hangs, and has so much longer to say so."""
 
 
 class EngineClient:
     """Made by `start`. `ready`: as the engine said at its start; `stats`: the latest; `profile_root`: where profiles
-    are written, without --profile-dir in a directory that goes with the client."""
+    are written, without --profile-dir in a directory that goes with the client. on_end: is told why the process has
+    ended, before requests and calls are."""
 
+    restarting = False  # that is its supervisor's business
+    restarts = 0
     ready: Ready
     stats: Stats
 
@@ -63,12 +71,16 @@ class EngineClient:
         process: asyncio.subprocess.Process,
         socket: zmq.asyncio.Socket,
         directory: PrivateDirectory,
+        monitor: PulseMonitor,
         profile_dir: str | None = None,
     ):
+        self.on_end: Callable[[str], None] = lambda _reason: None
         self.profile_root = Path(profile_dir or directory.path / "profiles")
         self._process = process
         self._socket = socket
         self._directory = directory
+        self._monitor = monitor
+        self._why = ""  # it was killed
         self._receivers: dict[str, Callable[[Output], None]] = {}  # by rid
         self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._last_call = 0
@@ -88,19 +100,24 @@ class EngineClient:
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.set(zmq.LINGER, 0)
         socket.bind(address)
-        command = [sys.executable, "-m", "multilora.engine.process.worker", address, str(os.getpid())]
-        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
-        client = cls(process, socket, directory, config.profile_dir)
+        monitor, pulses = _open_pulse(config)
+        command = [sys.executable, "-m", "multilora.engine.process.worker", address, str(os.getpid()), str(pulses)]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, pass_fds=[pulses], start_new_session=True
+            )
+        finally:
+            os.close(pulses)
+        client = cls(process, socket, directory, monitor, config.profile_dir)
         try:
             await socket.send(msgspec.msgpack.encode(config))
             await client._wait_until_ready()
         except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            client._kill_group()
             await process.wait()
             client._close()
             raise
-        client._tasks = [asyncio.create_task(client._receive()), asyncio.create_task(client._watch())]
+        client._tasks = [asyncio.create_task(work) for work in (client._receive(), client._watch(), client._listen())]
         return client
 
     async def _wait_until_ready(self) -> None:
@@ -182,12 +199,13 @@ class EngineClient:
         """Let the engine finish what runs, for at most `timeout` seconds, and end it."""
         if self._dead is None:
             self._send(Shutdown())
-        try:
-            await asyncio.wait_for(self._process.wait(), timeout)
-        except TimeoutError:
-            logger.warning("the engine did not end within %.0f s; killing it", timeout)
-            self._process.kill()
-            await self._process.wait()
+        if self._process.returncode is None:
+            try:
+                await asyncio.wait_for(self._process.wait(), timeout)
+            except TimeoutError:
+                logger.warning("the engine did not end within %.0f s; killing it", timeout)
+                self._kill_group()
+                await self._process.wait()
         self._die("the server has shut down")
         for task in self._tasks:
             task.cancel()
@@ -221,8 +239,7 @@ class EngineClient:
                 self._take(decode_from_engine(await self._socket.recv()))
         except Exception:  # nobody would hear the engine any more
             logger.exception("the engine's messages cannot be read; ending it")
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()  # `_watch` tells everybody
+            self.kill("its messages could not be read")
 
     def _take(self, message: FromEngine) -> None:
         match message:
@@ -247,16 +264,34 @@ class EngineClient:
 
     # ------------------------------------------------------------------ its end
 
+    def kill(self, why: str) -> None:
+        """End the process, its ranks and its loader at once, whatever they do; `on_end` hears of it soon."""
+        self._why = self._why or why
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def _listen(self) -> None:
+        while (wrong := self._monitor.check()) is None:
+            await asyncio.sleep(PULSE_SECONDS)
+        logger.error("the engine process hangs: %s; killing it", wrong)
+        self.kill(wrong)
+
     async def _watch(self) -> None:
         code = await self._process.wait()
+        self._kill_group()  # what it has started goes with it
         await asyncio.sleep(0.05)  # what it said last may still be on its way
-        logger.error("the engine process ended with code %s", code)
-        self._die(f"the engine process ended with code {code}; restart the server")
+        said = f"was ended: {self._why}" if self._why else f"ended with code {code}"
+        logger.error("the engine process %s", said)
+        self._die(f"the engine process {said}")
 
     def _die(self, reason: str) -> None:
         if self._dead is not None:
             return
         self._dead = reason
+        self.on_end(reason)
         receivers, self._receivers = self._receivers, {}
         for rid, deliver in receivers.items():
             deliver(self._dead_output(rid))
@@ -271,3 +306,11 @@ class EngineClient:
     def _close(self) -> None:
         self._socket.close()
         self._directory.close()
+        self._monitor.close()
+
+
+def _open_pulse(config: Config) -> tuple[PulseMonitor, int]:
+    """What hears the engine's heartbeat, and the descriptor for the engine's end."""
+    reading, writing = os.pipe()
+    step = config.watchdog_timeout + (RANKS_FIRST_SECONDS if config.tp_size > 1 else 0)
+    return PulseMonitor(reading, config.engine_heartbeat_timeout, step), writing

@@ -30,6 +30,8 @@ class LocalEngine:
     """`step` hands out what the engine says; nothing happens between steps."""
 
     alive = True  # it ends with this process
+    restarting = False
+    restarts = 0
 
     def __init__(self, engine: Engine):
         self.engine = engine

@@ -1,8 +1,8 @@
 """The engine's process: messages from a ZeroMQ socket into the engine, its answers back.
 
-Run by `client.py` as `python -m multilora.engine.process.worker ADDRESS PARENT`; the first message on the socket is
-the Config. It ends when told to (after finishing what runs), when its parent, process PARENT, is gone, or when a step
-fails: the front then answers every waiting request with an error.
+Run by `client.py` as `python -m multilora.engine.process.worker ADDRESS PARENT PULSE`; the first message on the
+socket is the Config, and heartbeats go to the descriptor PULSE. It ends when told to (after finishing what runs),
+when its parent, process PARENT, is gone, or when a step fails: the front then starts another one.
 """
 
 import gc
@@ -21,6 +21,7 @@ from multilora.config import Config
 from multilora.engine.build import build_engine
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Failed, FromEngine, Shutdown, decode_to_engine, encode
+from multilora.engine.process.pulse import Pulse
 from multilora.engine.ranks.process import divide_cores
 from multilora.errors import MultiloraError
 
@@ -35,8 +36,9 @@ COPY_CHECK_MS = 1
 class Worker:
     """The loop around one engine."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], parent: int):
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], parent: int, pulse: Pulse):
         self._engine = engine
+        self._pulse = pulse
         self._socket = socket
         self._draining = False
         self._stats_at = 0.0
@@ -52,8 +54,10 @@ class Worker:
         """Step the engine until it is drained, or the parent is gone."""
         gc.collect()
         gc.freeze()  # the objects that exist now stay; a collection that visits all of them takes 10 ms and more
+        self._pulse.start()
         self._send(self._engine.ready())
         while not (self._draining and not self._engine.busy) and os.getppid() == self._parent:
+            self._pulse.rounds += 1
             self._receive()
             for message in self._engine.step():
                 self._send(message)
@@ -96,7 +100,7 @@ class Worker:
         self._socket.send(encode(message))
 
 
-def main(address: str, parent: int) -> int:
+def main(address: str, parent: int, pulse: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the front decides when we stop
         signal.signal(number, signal.SIG_IGN)
     context = zmq.Context()
@@ -115,7 +119,7 @@ def main(address: str, parent: int) -> int:
         context.destroy(linger=2000)
         return 1
     try:
-        Worker(engine, socket, parent).run()
+        Worker(engine, socket, parent, Pulse(pulse)).run()
     except Exception:
         logger.exception("a step failed; the engine ends")
         _give_up(context)
@@ -133,4 +137,4 @@ def _give_up(context: zmq.Context[zmq.Socket[bytes]]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -7,15 +7,15 @@ CollectorRegistry, so that several servers fit one process.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from multilora.config import Config
-from multilora.engine.messages import Stats
 from multilora.front.adapter_spec import AdapterSpec
+from multilora.front.engine_link import EngineLink
 from multilora.front.observer import Ending, FirstOutput, Observer
 from multilora.front.registry import AdapterRegistry
 from multilora.server.metrics.adapters import PER_ADAPTER, adapter_metrics, routing_metrics
@@ -58,9 +58,9 @@ class Metrics(Observer):
             self._resolved.labels(event)
         self._seen: dict[str, set[str]] = {}  # adapter → finish reasons
 
-    def watch(self, names: AdapterRegistry, stats: Callable[[], Stats]) -> None:
-        """Show the engine's state too. `stats`: returns its latest snapshot."""
-        self._registry.register(_StateCollector(self._config, self._context_length, self.totals, names, stats))
+    def watch(self, names: AdapterRegistry, engine: EngineLink) -> None:
+        """Show the engine's state too, as it said last."""
+        self._registry.register(_StateCollector(self._config, self._context_length, self.totals, names, engine))
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"multilora:{name}", text, PER_ADAPTER, registry=self._registry)
@@ -119,21 +119,21 @@ class _StateCollector(Collector):
         context_length: int,
         totals: Totals,
         registry: AdapterRegistry,
-        stats: Callable[[], Stats],
+        engine: EngineLink,
     ):
         self._config = config
         self._context_length = context_length
         self._totals = totals
         self._names = registry
-        self._stats = stats
+        self._engine = engine
 
     def describe(self) -> Iterable[Metric]:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats = self._engine.stats
         adapters = [(name, a) for a in stats.adapters if (name := self._names.name_of(a.version)) is not None]
-        yield from own_metrics(stats)
+        yield from own_metrics(stats, self._engine.restarts)
         yield from vllm_metrics(self._config, self._totals, stats)
         yield from sglang_metrics(self._config, self._totals, stats, self._context_length)
         yield from routing_metrics(stats, adapters, self._config.max_loras_per_batch)

@@ -10,8 +10,10 @@ from multilora.server.metrics.family import Labelled
 _OWN = Labelled("multilora:", {})
 
 
-def own_metrics(stats: Stats) -> Iterator[Metric]:
-    """Pages of the arena, whether the engine is at rest, and what it has computed since it started."""
+def own_metrics(stats: Stats, restarts: int) -> Iterator[Metric]:
+    """Pages of the arena, whether the engine is at rest, and what it has computed since it started. restarts: how
+    often another engine was started in place of one that had ended."""
+    yield _OWN.counter("engine_restarts", "Engines started in place of one that had ended", restarts)
     yield _OWN.gauge("paused", "1 while generation is paused, asleep or not", stats.pause.mode is not None)
     yield _OWN.gauge("sleeping", "1 while the engine is asleep", stats.pause.sleeping)
     yield _OWN.gauge("page_bytes", "Bytes of one page of the arena", stats.page_bytes)

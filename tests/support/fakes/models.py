@@ -174,6 +174,8 @@ class FakeEngineClient:
             stats=self.stats,
         )
         self.alive = True
+        self.restarting = False
+        self.restarts = 0
         self.answer = answer or self._deterministic
         self.refuse = refuse
         self.gate = asyncio.Event()
