@@ -6,11 +6,15 @@ Owns who is told what when an engine ends. Used by one event loop.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from multilora.engine.messages import (
     AdapterInfo,
+    AdapterSwitch,
     Finished,
     Output,
     Pause,
+    ReplaceAdapter,
     Reply,
     Resume,
     Sleep,
@@ -50,6 +54,12 @@ class OpenRequest:
         del self._open[self.message.rid]
         self._deliver(Output(rid=self.message.rid, finished=finished))
 
+    def switch(self, old: int, new: int) -> None:
+        """The request, which does not run, will run on another version of its adapter from its start."""
+        adapters = tuple((new if version == old else version, weight) for version, weight in self.message.adapters)
+        self.message = msgspec.structs.replace(self.message, adapters=adapters)
+        self._deliver(Output(rid=self.message.rid, switch=AdapterSwitch(0, old, new)))
+
     def begin_again(self) -> None:
         """What has been delivered is void: the request runs again from its start."""
         if self.started:
@@ -76,6 +86,7 @@ class EngineBook:
         self.adapters: dict[int, KeptAdapter] = {}
         self.tokenizer: str | None = None
         self.pauses: list[Pause | Sleep | WakeUp] = []
+        self._successors: dict[int, int] = {}  # of versions whose requests go on with another one
 
     def open(self, message: Submit, deliver: Callable[[Output], None]) -> OpenRequest:
         """Note a request, which has not been sent."""
@@ -89,6 +100,9 @@ class EngineBook:
     def note_call(self, message: ToEngine, reply: Reply) -> None:
         """Note what a call has changed that outlasts an engine."""
         match message:
+            case ReplaceAdapter(version=version, successor=successor):
+                latest = {old: successor for old, new in self._successors.items() if new == version}
+                self._successors |= latest | {version: successor}
             case Resume():
                 self.pauses = []
             case WakeUp() if reply.pause is not None and not reply.pause.sleeping:
@@ -97,6 +111,13 @@ class EngineBook:
                 ]
             case Pause() | Sleep() | WakeUp():
                 self.pauses = [kept for kept in self.pauses if not _same(kept, message)] + [message]
+
+    def remove_adapter(self, version: int) -> KeptAdapter | None:
+        """The engine is to forget the version. None: it is not known here."""
+        named = {version for request in self.requests.values() for version, _ in request.message.adapters}
+        for old in [old for old in self._successors if old not in named and old not in self.adapters]:
+            del self._successors[old]
+        return self.adapters.pop(version, None)
 
     def interrupt(self, reason: str) -> None:
         """The engine has ended and another one is coming. Who has been told something hears of it at once; who has
@@ -107,6 +128,13 @@ class EngineBook:
                 request.end(Finished(type="error", kind="EngineDead", message=text))
             else:
                 request.begin_again()
+                self._switch(request)
+
+    def _switch(self, request: OpenRequest) -> None:
+        """It was on a version that has been replaced by then: the next engine may not have that one any more."""
+        for old, _ in request.message.adapters:
+            if old in self._successors:
+                request.switch(old, self._successors[old])
 
     def end_all(self, reason: str) -> None:
         """There will be no engine any more."""

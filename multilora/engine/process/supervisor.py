@@ -153,7 +153,7 @@ class EngineSupervisor:
     async def unload_adapter(self, version: int) -> None:
         """No request is on it. Once begun it is not undone: an engine that ends meanwhile has forgotten it, too."""
         await self._when_up()
-        kept = self._book.adapters.pop(version, None)
+        kept = self._book.remove_adapter(version)
         client = self._client
         if client is not None and (kept is None or kept.lost is None):
             try:

@@ -2,7 +2,19 @@
 
 import pytest
 
-from multilora.engine.messages import Finished, Output, Pause, PauseState, Reply, Resume, Sleep, Submit, WakeUp
+from multilora.engine.messages import (
+    AdapterSwitch,
+    Finished,
+    Output,
+    Pause,
+    PauseState,
+    ReplaceAdapter,
+    Reply,
+    Resume,
+    Sleep,
+    Submit,
+    WakeUp,
+)
 from multilora.engine.process.book import MAX_RUNS, EngineBook
 from multilora.params import SamplingParams
 
@@ -89,3 +101,19 @@ def test_waking_up_leaves_the_pause_that_was_there_before(mode: str | None, kept
     assert [type(message) for message in book.pauses] == [Pause, Sleep, WakeUp]
     book.note_call(WakeUp(4, ["kv_cache"]), Reply(call=4, pause=PauseState(mode=mode)))
     assert [type(message) for message in book.pauses] == kept
+
+
+def test_requests_on_a_replaced_version_run_again_on_its_latest_successor() -> None:
+    book = EngineBook()
+    told: list[Output] = []
+    adapters = ((1, 1.0), (9, 0.5))
+    book.open(Submit(rid="r", input_ids=[1], sampling=SamplingParams(), adapters=adapters), told.append)
+    book.note_call(ReplaceAdapter(1, 1, 2), Reply(call=1))
+    book.note_call(ReplaceAdapter(2, 2, 3), Reply(call=2))
+    book.remove_adapter(1)
+    book.interrupt("it ended")
+    assert [output.switch for output in told] == [AdapterSwitch(0, 1, 3)]
+    assert book.requests["r"].message.adapters == ((3, 1.0), (9, 0.5))
+    book.requests["r"].end(Finished(type="length"))
+    book.remove_adapter(2)
+    assert book._successors == {}, "nothing is kept for ever"
