@@ -215,6 +215,9 @@ class Config:
     )
     admin_api_key_file: str | None = _server(None, "file with the key for --admin-api-key", metavar="FILE")
     metrics_key: str | None = _server(None, "what /metrics asks for, as a bearer token (default: nothing)")
+    state_dir: str | None = _server(
+        None, "where loaded adapters are remembered, for the next start (default: nowhere)", metavar="DIR"
+    )
     profile_dir: str | None = _server(
         None, "where /start_profile writes (default: a directory that goes with the server)", metavar="DIR"
     )

@@ -24,6 +24,7 @@
     │   ├── AdapterNotLoaded        400  unload of a name that does not exist
     │   ├── AdapterUnloading        400  the name is being unloaded
     │   ├── AdapterStarvation       400  pinning it would starve every other adapter
+    │   ├── StorageFailed           507  the disk refuses what must be kept: it is full, or fails
     │   └── AdapterUnavailable      503  a hub or URL does not answer as it should; carries `retry_after` seconds
     ├── Unauthorized                401
     ├── QueueFull                   503  carries `retry_after` seconds
@@ -168,6 +169,12 @@ class AdapterUnavailable(AdapterError):
 
     status = 503
     retry_after = 5
+
+
+class StorageFailed(AdapterError):
+    """The disk refuses files or records that must be kept: it is full, or it fails."""
+
+    status = 507
 
 
 class QueueFull(MultiloraError):

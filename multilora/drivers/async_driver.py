@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MERGED_FROM = 64
 """Outputs of one request that wait: from so many on they are taken as one."""
-THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8, Lane.DOWNLOADS: 16}
+THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8, Lane.STATE: 1, Lane.DOWNLOADS: 16}
 
 
 class AsyncEngine(EngineLink, Protocol):

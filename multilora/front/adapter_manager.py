@@ -19,7 +19,9 @@ from multilora.front.adapter_spec import parse_composition, show
 from multilora.front.effects import EngineLoad, EngineUnload, Gather, Lane, RunBlocking, Spawn, Steps, WaitUntilIdle
 from multilora.front.fetcher import Fetcher, Found
 from multilora.front.observer import Observer
+from multilora.front.records import AdapterRecord, Records
 from multilora.front.registry import AdapterRegistry
+from multilora.front.versions import check_weight_version
 from multilora.front.vocabulary import Vocabularies
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,8 @@ MAX_LOADS = 8  # at a time, of one `load_many`
 
 
 class AdapterManager:
-    """One per front. `spool`: where adapters are kept that do not come from a directory or the hub."""
+    """One per front. `spool`: where adapters are kept that do not come from a directory or the hub. records: what is
+    written down before a change is answered."""
 
     def __init__(
         self,
@@ -37,12 +40,14 @@ class AdapterManager:
         spool: Spool,
         fetcher: Fetcher,
         observer: Observer,
+        records: Records,
     ):
         self._registry = registry
         self._vocabularies = vocabularies
         self.spool = spool
         self._fetcher = fetcher
         self._observer = observer
+        self._records = records
 
     def load(
         self,
@@ -83,7 +88,7 @@ class AdapterManager:
         with self._undone_on_error(version, TENSOR_ROOT):
             path = str((yield from RunBlocking(Lane.FILES, partial(self.spool.add, version, config, write))))
             info = yield from EngineLoad(version, path, pinned)
-            yield from self._add_tokens(info, None)
+            yield from self.add_tokens(info, None)
         yield from self._commit(name, info)
         return info
 
@@ -97,13 +102,15 @@ class AdapterManager:
         with self._undone_on_error(version, name):
             path = str(self.spool.keep(found.folder, version))
             info = yield from EngineLoad(version, path, False)
-            yield from self._add_tokens(info, path)
-        yield from self._commit(name, info)
+            yield from self.add_tokens(info, path)
+        yield from self._commit(name, info, recorded=False)
         return info
 
-    def load_many(self, paths: Sequence[LoraPath], *, all_or_none: bool = False) -> Steps[list[AdapterInfo]]:
+    def load_many(
+        self, paths: Sequence[LoraPath], *, all_or_none: bool = False, recorded: bool = True
+    ) -> Steps[list[AdapterInfo]]:
         """Load several side by side, which the operator names; requests can use them once all have ended. Raises the
-        first error.
+        first error. recorded: they outlast the server, where it has --state-dir.
 
         Those without an error are loaded then, or none of them with `all_or_none`: no load begins any more there
         once one has failed.
@@ -131,7 +138,7 @@ class AdapterManager:
                 self._registry.fail_load(info.version)
                 yield from EngineUnload(info.version)
             else:
-                yield from self._commit(name, info)
+                yield from self._commit(name, info, recorded=recorded)
         if errors:
             raise errors[0]
         return [info for _, info in infos]
@@ -149,17 +156,45 @@ class AdapterManager:
         if pinned:
             raise BadRequest("pinned: a composition has no weights of its own; pin its parts", param="pinned")
         spec = parse_composition(list(parts))
-        replaced = self._registry.compose(name, spec, replace=replace, weight_version=weight_version)
+        version = self._registry.begin_compose(name, spec, replace=replace, weight_version=weight_version)
+        try:
+            yield from self._write(partial(self._records.save, AdapterRecord.of(self._registry.ref(version))))
+        except BaseException:
+            self._registry.fail_load(version)
+            raise
+        replaced = self._registry.commit_load(version, None)
         logger.info("adapter %r is now %s", name, show(spec))
         if replaced is not None:
             yield from Spawn(self._drop(replaced))
 
     def unload(self, name: str) -> Steps[None]:
         """Refuse new requests for `name`, wait for those it has, and free it. Raises AdapterNotLoaded."""
+        if (
+            name in self._records.names
+            and self._registry.current(name) is None
+            and not self._registry.is_loading(name)
+        ):
+            yield from self._write(partial(self._records.remove, name))  # it could not be restored
+            return
         version = self._registry.begin_unload(name)
+        try:
+            yield from self._write(partial(self._records.remove, name))
+        except BaseException:
+            self._registry.undo_unload(version)
+            raise
         yield from self._drop(version)
         self._observer.forget(name)
         logger.info("adapter %r unloaded", name)
+
+    def label_weights(self, weight_version: str) -> Steps[None]:
+        """Set the server's label of its weights, see `versions.py`. Raises BadRequest."""
+        check_weight_version(weight_version, "new_version")
+        yield from self._write(partial(self._records.label_weights, weight_version))
+        self._registry.label_weights(weight_version)
+
+    def localize(self, path: str, version: int) -> Steps[str]:
+        """The directory with the files of an adapter that was loaded before. Raises AdapterError."""
+        return (yield from self._fetcher.localize(path, version, any_url=True))
 
     def _pinned(self, name: str, pinned: bool | None) -> bool:
         """`pinned` or, where that is None, whether the adapter of this name is pinned now."""
@@ -172,7 +207,7 @@ class AdapterManager:
         with self._undone_on_error(version, path):
             local = yield from self._fetcher.localize(path, version, any_url=any_url)
             info = yield from EngineLoad(version, local, pinned)
-            yield from self._add_tokens(info, local)
+            yield from self.add_tokens(info, local)
         return info
 
     @contextlib.contextmanager
@@ -189,7 +224,7 @@ class AdapterManager:
                 e.args = (e.message,)
             raise
 
-    def _add_tokens(self, info: AdapterInfo, path: str | None) -> Steps[None]:
+    def add_tokens(self, info: AdapterInfo, path: str | None) -> Steps[None]:
         """The last step of a load that went well so far: if it fails, the engine forgets the adapter."""
         if not self._vocabularies.concerns(info):
             return
@@ -199,11 +234,33 @@ class AdapterManager:
             yield from EngineUnload(info.version)
             raise
 
-    def _commit(self, name: str, info: AdapterInfo) -> Steps[None]:
+    def forget_tokens(self, version: int) -> None:
+        """The version is not loaded after all."""
+        self._vocabularies.remove(version)
+
+    def _write(self, change: Callable[[], None]) -> Steps[None]:
+        """Have a change on the disk before it is answered, where there are records. Raises StorageFailed."""
+        if self._records.durable:
+            yield from RunBlocking(Lane.STATE, change)
+
+    def _commit(self, name: str, info: AdapterInfo, *, recorded: bool = True) -> Steps[None]:
+        if recorded:
+            yield from self._record(info)
         replaced = self._registry.commit_load(info.version, info)
         logger.info("adapter %r loaded: rank %d, %d bytes, %s", name, info.rank, info.nbytes, info.path)
         if replaced is not None:
             yield from Spawn(self._drop(replaced))
+
+    def _record(self, info: AdapterInfo) -> Steps[None]:
+        record = AdapterRecord.of(self._registry.ref(info.version), info.path, info.fingerprint)
+        try:
+            yield from self._write(partial(self._records.save, record))
+        except BaseException:
+            self._registry.fail_load(info.version)
+            self._vocabularies.remove(info.version)
+            yield from EngineUnload(info.version)
+            self.spool.remove(info.version)
+            raise
 
     def _drop(self, version: int) -> Steps[None]:
         """Wait until no request holds the version, then free it."""

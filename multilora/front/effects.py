@@ -39,6 +39,7 @@ class Lane(enum.Enum):
     TEXT = "text"  # tokenizing and chat templates
     LONG_TEXT = "long text"
     FILES = "files"  # the disk
+    STATE = "state"  # the records of --state-dir, one change after the other
     DOWNLOADS = "downloads"  # the network: a host that never answers keeps only other downloads waiting
 
 

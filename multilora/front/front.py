@@ -34,8 +34,10 @@ from multilora.front.prompt import (
     deadline,
     engine_params,
 )
+from multilora.front.records import Records
 from multilora.front.registry import AdapterRegistry
 from multilora.front.resolver import Resolver
+from multilora.front.restoring import load_at_start
 from multilora.front.stream import TextStream
 from multilora.front.tenants import tenant_of
 from multilora.front.tokenizer import Tokenizer
@@ -52,8 +54,7 @@ class Front:
     """The engine, the names, the vocabularies and the grammars that all requests share, and which samples are open.
 
     tokenizer: None: token ids only. spool: where adapters are kept that do not come from a directory or the hub.
-    observer: who counts
-    requests; None: nobody.
+    observer: who counts requests; None: nobody. records: what is written down of adapters; None: nothing.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Front:
         tokenizer: Tokenizer | None,
         spool: Spool,
         observer: Observer | None = None,
+        records: Records | None = None,
     ):
         ready = engine.ready
         self.config = config
@@ -70,14 +72,19 @@ class Front:
         self.observer = observer or Observer()
         self.registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
         self.vocabularies = Vocabularies(tokenizer, ready, self.registry, spool.admit(config).lora_root)
+        self.records = records or Records()
         fetcher = Fetcher(config, spool)
-        self.adapters = AdapterManager(self.registry, self.vocabularies, spool, fetcher, self.observer)
+        self.adapters = AdapterManager(self.registry, self.vocabularies, spool, fetcher, self.observer, self.records)
         self.resolver = Resolver(config, self.registry, self.adapters, fetcher, self.observer)
         self.pauses = PauseManager()
         self._room = config.max_running_requests + config.max_queued_requests
         self._grammars = Grammars(self.vocabularies.base, engine)
         self._open: dict[str, Sample] = {}  # by rid
         self._serial = itertools.count()
+
+    def load_at_start(self) -> Steps[None]:
+        """Load what is there from the start: --lora-paths, and what the records have. See `restoring.py`."""
+        return load_at_start(self.adapters, self.registry, self.records, self.config.lora_paths)
 
     def submit(
         self, jobs: Sequence[Job], deliver: Callable[[Output], None], rids: Sequence[str] | None = None

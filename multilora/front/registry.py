@@ -73,12 +73,17 @@ class AdapterRegistry:
         *,
         replace: bool = False,
         weight_version: str | None = None,
+        version: int | None = None,
     ) -> int:
         """A new version of `name`, invisible until commit_load. With `replace` the name may be loaded already, or be
-        loading: of several loads the one that began last stays, whichever ends first."""
-        ref = self._new_ref(name, path, pinned, replace, weight_version)
+        loading: of several loads the one that began last stays, whichever ends first. version: an unused number."""
+        ref = self._new_ref(name, path, pinned, replace, weight_version, version)
         self._loading.setdefault(name, []).append(ref)
         return ref.version
+
+    def skip_versions(self, next_version: int) -> None:
+        """Give no number below `next_version` to what is loaded from now on."""
+        self._next_version = max(self._next_version, next_version)
 
     def label_weights(self, weight_version: str) -> None:
         """Set the server's label. Requests that run keep the one they began with. Raises BadRequest."""
@@ -89,6 +94,19 @@ class AdapterRegistry:
         self, name: str, parts: AdapterSpec, *, replace: bool = False, weight_version: str | None = None
     ) -> int | None:
         """`name` is a composition of loaded adapters from now on. Returns what it replaced, as commit_load does."""
+        version = self.begin_compose(name, parts, replace=replace, weight_version=weight_version)
+        return self.commit_load(version, None)
+
+    def begin_compose(
+        self,
+        name: str,
+        parts: AdapterSpec,
+        *,
+        replace: bool = False,
+        weight_version: str | None = None,
+        version: int | None = None,
+    ) -> int:
+        """A new version of `name` that is a composition, invisible until commit_load; its parts stay meanwhile."""
         self._check_enabled(name)
         self.check_request([parts])
         for part, _ in parts:
@@ -99,11 +117,12 @@ class AdapterRegistry:
                 raise BadRequest(f"composition {name!r}: is one of its own parts", param="lora_path")
             self._check_composable(ref, _is_sum(parts))
         self._check_unused(name)
-        ref = self._new_ref(name, show(parts), False, replace, weight_version)
+        ref = self._new_ref(name, show(parts), False, replace, weight_version, version)
         ref.parts = parts
-        return self._make_current(ref)
+        self._loading.setdefault(name, []).append(ref)
+        return ref.version
 
-    def commit_load(self, version: int, info: AdapterInfo) -> int | None:
+    def commit_load(self, version: int, info: AdapterInfo | None) -> int | None:
         """Requests get this version from now on. Returns the version that is replaced, if any, which is this one if a
         later one is current already: the caller unloads it when it is idle and then calls finish_unload."""
         ref = self._versions[version]
@@ -131,6 +150,12 @@ class AdapterRegistry:
         self._check_unused(name)
         current.state = RefState.UNLOADING
         return current.version
+
+    def undo_unload(self, version: int) -> None:
+        """The unload that has begun is not to be: requests get the version again."""
+        ref = self._versions[version]
+        assert ref.state is RefState.UNLOADING
+        ref.state = RefState.LOADED
 
     def finish_unload(self, version: int) -> None:
         """The engine has forgotten the version; its name, if it was the current one, is free again."""
@@ -168,6 +193,10 @@ class AdapterRegistry:
                 callbacks, ref.idle_callbacks = ref.idle_callbacks, []
                 for callback in callbacks:
                     callback()
+
+    def ref(self, version: int) -> AdapterRef:
+        """A version that is not gone."""
+        return self._versions[version]
 
     def current(self, name: str) -> AdapterRef | None:
         """What requests for `name` get, perhaps being unloaded; None: it is not loaded."""
@@ -247,7 +276,15 @@ class AdapterRegistry:
         self._find(adapter, param="model")
         return adapter
 
-    def _new_ref(self, name: str, path: str, pinned: bool, replace: bool, weight_version: str | None) -> AdapterRef:
+    def _new_ref(
+        self,
+        name: str,
+        path: str,
+        pinned: bool,
+        replace: bool,
+        weight_version: str | None,
+        version: int | None,
+    ) -> AdapterRef:
         self._check_enabled()
         self.check_name(name)
         check_weight_version(weight_version)
@@ -258,8 +295,9 @@ class AdapterRegistry:
             raise AdapterUnloading(f"adapter {name!r} is being unloaded")
         if current is not None and not replace:
             raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded; unload it first")
-        ref = AdapterRef(name, path, self._next_version, pinned, weight_version)
-        self._next_version += 1
+        ref = AdapterRef(name, path, version or self._next_version, pinned, weight_version)
+        assert ref.version not in self._versions
+        self.skip_versions(ref.version + 1)
         self._versions[ref.version] = ref
         return ref
 
@@ -305,7 +343,8 @@ class AdapterRegistry:
             )
 
     def _check_unused(self, name: str) -> None:
-        users = [e.name for e in self.refs() if name in dict(e.parts)]
+        composing = [ref for refs in self._loading.values() for ref in refs]
+        users = [e.name for e in (*self.refs(), *composing) if name in dict(e.parts)]
         if users:
             raise AdapterError(
                 f"adapter {name!r} is part of composition {', '.join(map(repr, users))}: unload that first",

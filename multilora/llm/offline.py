@@ -15,6 +15,7 @@ from multilora.engine.build import build_engine
 from multilora.engine.engine import Engine
 from multilora.engine.messages import AdapterInfo, Output, Stats
 from multilora.engine.process.local import LocalEngine
+from multilora.errors import ConfigError
 from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
 from multilora.llm.completion import Completion
@@ -34,6 +35,8 @@ class LLM:
 
     def __init__(self, model_path: str | None = None, *, lora_paths: Any = None, **options: Any):
         self.config = Config.make(model_path=model_path, lora_paths=lora_paths, **options)
+        if self.config.state_dir is not None:
+            raise ConfigError("state_dir: an LLM keeps nothing; AsyncLLM and the server do")
         self._spool = Spool()
         self._local = LocalEngine(build_engine(self._spool.admit(self.config)))
         try:

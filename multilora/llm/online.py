@@ -8,13 +8,13 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.engine.messages import AdapterInfo, Stats
 from multilora.engine.process.supervisor import EngineSupervisor
 from multilora.errors import BadRequest
 from multilora.front.front import Front
+from multilora.front.state_directory import open_state
 from multilora.front.tokenizer import Tokenizer
 from multilora.llm.completion import Completion
 from multilora.llm.inputs import Params, names_of, read_jobs, read_lora_paths, write_tensors
@@ -32,7 +32,7 @@ class AsyncLLM:
     def __init__(self, model_path: str | None = None, *, lora_paths: Any = None, **options: Any):
         self.config = Config.make(model_path=model_path, lora_paths=lora_paths, **options)
         self.tokenizer: Tokenizer | None = None
-        self._spool = Spool()
+        self._records, self._spool = open_state(self.config.state_dir)
         self._driver: AsyncDriver | None = None
 
     async def start(self) -> None:
@@ -46,12 +46,12 @@ class AsyncLLM:
             await asyncio.gather(loading, return_exceptions=True)
         try:
             self.tokenizer = loading.result()
-            front = Front(self.config, engine, self.tokenizer, self._spool)
+            front = Front(self.config, engine, self.tokenizer, self._spool, records=self._records)
             driver = AsyncDriver(engine, front)
-            await driver.change(front.adapters.load_many(self.config.lora_paths, all_or_none=True))
+            await driver.change(front.load_at_start())
         except BaseException:
             await engine.shutdown()
-            self._spool.close()
+            self._close_state()
             raise
         self._driver = driver
 
@@ -60,7 +60,11 @@ class AsyncLLM:
         if self._driver is not None:
             driver, self._driver = self._driver, None
             await driver.close()
+        self._close_state()
+
+    def _close_state(self) -> None:
         self._spool.close()
+        self._records.close()
 
     # ------------------------------------------------------------------ generation
 

@@ -14,6 +14,7 @@ from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver, AsyncEngine
 from multilora.front.front import Front
+from multilora.front.records import Records
 from multilora.front.tokenizer import Tokenizer
 from multilora.server import (
     adapters,
@@ -47,12 +48,13 @@ def create_app(
     tokenizer: Tokenizer | None,
     sampling_defaults: dict[str, Any] | None = None,
     spool: Spool | None = None,
+    records: Records | None = None,
 ) -> FastAPI:
     """`tokenizer` None: token ids only. `sampling_defaults`: sampling parameters from the model's generation_config,
-    for the OpenAI routes. `spool`: the one that the engine was told of, else one of its own. The app's
-    `state.driver` is its `AsyncDriver`."""
+    for the OpenAI routes. `spool`: the one that the engine was told of, else one of its own. `records`: see `Front`.
+    The app's `state.driver` is its `AsyncDriver`."""
     metrics = Metrics(config, engine.ready.context_length)
-    front = Front(config, engine, tokenizer, spool or Spool(), metrics)
+    front = Front(config, engine, tokenizer, spool or Spool(), metrics, records)
     metrics.watch(front.registry, engine)
     driver = AsyncDriver(engine, front)
     defaults = dict(sampling_defaults or {}) if config.sampling_defaults == "model" else {}

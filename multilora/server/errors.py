@@ -40,6 +40,7 @@ _TYPES = {
     413: "invalid_request_error",
     503: "service_unavailable_error",
     504: "timeout_error",
+    507: "server_error",
 }
 _CODES = {
     "UnknownModel": "model_not_found",

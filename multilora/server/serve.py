@@ -19,11 +19,11 @@ from typing import Any
 
 import uvicorn
 
-from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import ConfigError, MultiloraError
+from multilora.front.state_directory import open_state
 from multilora.front.tokenizer import Tokenizer
 from multilora.server.app import create_app
 from multilora.server.connections import connections_within, raise_descriptor_limit
@@ -62,7 +62,7 @@ class _UvicornServer(uvicorn.Server):
 class _ServerProcess:
     def __init__(self, config: Config):
         self._config = config
-        self._spool = Spool()
+        self._records, self._spool = open_state(config.state_dir)
         self._server: _UvicornServer | None = None
         self._driver: AsyncDriver | None = None
         self._main: asyncio.Task[Any] | None = None
@@ -89,6 +89,7 @@ class _ServerProcess:
                 alive = client.alive
                 await client.shutdown()
                 self._spool.close()
+                self._records.close()
         logger.info("stopped")
         return 0 if alive else 1
 
@@ -96,10 +97,10 @@ class _ServerProcess:
         self, client: Any, listener: socket.socket, tokenizer: Tokenizer | None, defaults: dict[str, Any]
     ) -> None:
         config = self._config
-        app = create_app(config, client, tokenizer, defaults, self._spool)
+        app = create_app(config, client, tokenizer, defaults, self._spool, self._records)
         driver: AsyncDriver = app.state.driver
         self._driver = driver
-        await driver.change(driver.front.adapters.load_many(config.lora_paths, all_or_none=True))
+        await driver.change(driver.front.load_at_start())
         self._server = _UvicornServer(uvicorn_config(app, self._max_connections(), DRAIN_SECONDS))
         host, port = listener.getsockname()[:2]
         logger.info("ready: http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -30,7 +30,7 @@ def router(driver: AsyncDriver) -> APIRouter:
     @routes.post("/update_weight_version")
     async def update_weight_version(body: WeightVersionBody) -> Response:
         """Set the label of the base model and of adapters that have none of their own, as SGLang and vLLM."""
-        registry.label_weights(body.new_version)
+        await driver.change(driver.front.adapters.label_weights(body.new_version))
         if body.abort_all_requests:
             driver.front.abort(None, "aborted by /update_weight_version")
         message = f"Weight version updated to {body.new_version}"

@@ -1,43 +1,62 @@
 """Adapters that came as tensors, from a URL or through the resolver, kept as files, so that an evicted one can be
 loaded again like every other.
 
-It owns one private directory (made when it is first needed) with a folder for each version, as PEFT would have saved
-it, and the downloads, some of which go there. A folder is deleted by `remove`, the directory by `close` or when the
-process ends; after a `kill -9`, by the next spool. It knows neither names nor requests, and does not look into the
-weights: the loader checks them as it checks any others. Called by `server/`, `llm/` and `front/`.
+It owns one directory with a folder for each version, as PEFT would have saved it, and the downloads, some of which go
+there. A folder is deleted by `remove`. The directory is a private one, made when it is first needed and deleted by
+`close` or when the process ends (after a `kill -9`, by the next spool), or a given one, which stays. It knows neither
+names nor requests, and does not look into the weights: the loader checks them as it checks any others. Called by
+`server/`, `llm/` and `front/`.
 """
 
 import dataclasses
+import enum
 import json
+import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from multilora.adapters.sources.download import Downloads
 from multilora.adapters.sources.files import CONFIG_NAME, WEIGHTS_NAME
 from multilora.config import Config
-from multilora.errors import AdapterError, BadRequest
+from multilora.errors import BadRequest, StorageFailed
 from multilora.private_directory import PrivateDirectory, remove_orphans
 
 TENSOR_ROOT = "__tensor__"
 """What clients see as the path of such an adapter."""
 
 
-class Spool:
-    """The kept adapters of one server or LLM. The directory lies where TMPDIR says; thread-safe."""
+class WritePoint(enum.Enum):
+    """Moments between two writes of what outlasts the process: what it has written when it ends there."""
 
-    def __init__(self) -> None:
+    FOLDER = "a folder for an adapter's files"
+    FILES = "files, perhaps not on the disk yet"
+    SYNCED = "files"
+    RECORD = "a record, in a transaction that is not committed"
+    RECORDED = "a record"
+    REMOVED = "a record, and its files are deleted"
+
+
+class Spool:
+    """The kept adapters of one server or LLM; thread-safe. kept: the directory, which outlasts the process; None: a
+    private one, where TMPDIR says. reached: is called at each `WritePoint` of one that is kept."""
+
+    def __init__(self, kept: Path | None = None, reached: Callable[[WritePoint], None] = lambda _point: None):
         remove_orphans()
         self.downloads = Downloads()
+        self._kept = kept
+        self._reached = reached
         self._made: PrivateDirectory | None = None
         self._lock = threading.Lock()
 
     @property
     def root(self) -> Path:
-        """The directory. It is made at the first call, and deleted when the process ends at the latest."""
+        """The directory. A private one is made at the first call, and deleted when the process ends at the latest."""
+        if self._kept is not None:
+            return self._kept
         with self._lock:
             if self._made is None:
                 self._made = PrivateDirectory("tensors")
@@ -52,18 +71,20 @@ class Spool:
     def add(self, version: int, config: dict[str, Any], write: Callable[[Path], None]) -> Path:
         """The folder of a new adapter: `config` as its adapter_config.json, its weights as `write(path)` writes them.
 
-        Raises BadRequest for a config that is no JSON, AdapterError if the disk refuses, and what `write` raises;
+        Raises BadRequest for a config that is no JSON, StorageFailed if the disk refuses, and what `write` raises;
         then nothing is left behind.
         """
         text = _json(config)
         folder = self.root / str(version)
         try:
             folder.mkdir(mode=0o700)
+            self._reached(WritePoint.FOLDER)
             (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
             write(folder / WEIGHTS_NAME)
+            self._sync(folder)
         except OSError as e:
             self.remove(version)
-            raise AdapterError(f"the tensors could not be kept: {e.strerror}") from e
+            raise StorageFailed(f"the tensors could not be kept: {e.strerror}") from e
         except BaseException:
             self.remove(version)
             raise
@@ -72,26 +93,30 @@ class Spool:
     def receive(self, fill: Callable[[Path], bool]) -> Path | None:
         """A new folder that `fill` has filled; None, and no folder, if that says that there is nothing.
 
-        Raises AdapterError if the disk refuses, and what `fill` raises; then nothing is left behind.
+        Raises StorageFailed if the disk refuses, and what `fill` raises; then nothing is left behind.
         """
         try:
             folder = Path(tempfile.mkdtemp(prefix="incoming-", dir=self.root))
         except OSError as e:
-            raise AdapterError(f"the adapter could not be kept: {e.strerror}") from e
+            raise StorageFailed(f"the adapter could not be kept: {e.strerror}") from e
         found = False
         try:
-            found = fill(folder)
+            if fill(folder):
+                self._sync(folder)
+                found = True
+        except OSError as e:
+            raise StorageFailed(f"the adapter could not be kept: {e.strerror}") from e
         finally:
             if not found:
                 self.discard(folder)
         return folder if found else None
 
     def keep(self, folder: Path, version: int) -> Path:
-        """The folder that `receive` has made is the version's from now on. Raises AdapterError."""
+        """The folder that `receive` has made is the version's from now on. Raises StorageFailed."""
         try:
             return folder.rename(self.root / str(version))
         except OSError as e:
-            raise AdapterError(f"the adapter could not be kept: {e.strerror}") from e
+            raise StorageFailed(f"the adapter could not be kept: {e.strerror}") from e
 
     def discard(self, folder: Path) -> None:
         """Delete a folder that `receive` has made. Nothing happens if it is gone."""
@@ -99,11 +124,33 @@ class Spool:
 
     def remove(self, version: int) -> str | None:
         """Delete a version's folder. Returns where that was; None if there is no directory at all."""
-        if self._made is None:
+        if self._made is None and self._kept is None:
             return None
-        folder = self._made.path / str(version)
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = self.root / str(version)
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            self._reached(WritePoint.REMOVED)
         return str(folder)
+
+    def sweep(self, used: Collection[str]) -> None:
+        """Delete every folder but those."""
+        if self._kept is not None:
+            for folder in self._kept.iterdir():
+                if str(folder) not in used:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _sync(self, folder: Path) -> None:
+        """Have the files of a folder on the disk, if they are to outlast the process."""
+        if self._kept is None:
+            return
+        self._reached(WritePoint.FILES)
+        for path in (*folder.iterdir(), folder, self._kept):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        self._reached(WritePoint.SYNCED)
 
     def close(self) -> None:
         """End the downloads and delete the directory."""
