@@ -206,7 +206,7 @@ class Front:
         """The checks of what depends on the prompt's tokens, and the message but for its grammar."""
         job, length = sample.job, len(sample.prompt_ids)
         context, vocab_size = self.engine.ready.context_length, sample.vocabulary.size
-        check_prompt(sample.prompt_ids, context, vocab_size)
+        check_prompt(sample.prompt_ids, context, vocab_size, job.param)
         most = min(self.config.max_logprobs, vocab_size)
         check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, most, job.prompt_logprobs)
         ends = sample.vocabulary.ends

@@ -29,6 +29,7 @@ class Job:
     `return_logprob`; all of them, raw, with ranks and so many best tokens, by `prompt_logprobs`.
     kept_tokens: texts of special tokens that stay in the answer whatever `sampling.skip_special_tokens` says.
     salt: see `prompt.prefix_salt`. timeout: seconds until the request ends, whatever it has got.
+    ids_param: the client's field that a prompt of token ids came in.
     """
 
     prompt: Prompt
@@ -44,6 +45,12 @@ class Job:
     priority: int = 0
     timeout: float | None = None
     kept_tokens: tuple[str, ...] = ()
+    ids_param: str = "input_ids"
+
+    @property
+    def param(self) -> str:
+        """The client's field that the prompt came in."""
+        return self.ids_param if isinstance(self.prompt, list) else self.prompt.param
 
 
 @dataclass(eq=False)

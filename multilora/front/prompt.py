@@ -45,25 +45,27 @@ class TextPrompt:
     def encode(self, vocabulary: Vocabulary, context_length: int) -> list[int]:
         """Raises PromptTooLong, if that is certain, before the text is tokenized."""
         tokenizer = vocabulary.writer("text", self.param)
-        _check_fits(tokenizer, self.text, context_length)
+        _check_fits(tokenizer, self.text, context_length, self.param)
         return tokenizer.encode(self.text, add_special_tokens=self.add_special_tokens)
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Messages for the model's chat template; `options`: further arguments of `Tokenizer.render_chat`."""
+    """Messages for the model's chat template; `options`: further arguments of `Tokenizer.render_chat`. `param`: the
+    client's field that they came in."""
 
     messages: list[dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
+    param: str = "messages"
 
     def encode(self, vocabulary: Vocabulary, context_length: int) -> list[int]:
         """As `TextPrompt.encode`; the template is rendered in any case."""
-        tokenizer = vocabulary.writer("chat", "messages")
+        tokenizer = vocabulary.writer("chat", self.param)
         knows_developer = "developer" in tokenizer.chat_template
         options = dict(self.options)
         special = bool(options.pop("add_special_tokens", False))
         text = tokenizer.render_chat(prepare_messages(self.messages, knows_developer=knows_developer), **options)
-        _check_fits(tokenizer, text, context_length)
+        _check_fits(tokenizer, text, context_length, self.param)
         return tokenizer.encode_rendered(text, add_special_tokens=special)
 
 
@@ -108,31 +110,32 @@ def spread(value: Any, count: int, name: str) -> list[Any]:
     return list(value)
 
 
-def check_prompt(ids: Sequence[int], context_length: int, vocab_size: int) -> None:
-    """Raise BadRequest unless every id is in the vocabulary and at least one new token fits the context."""
+def check_prompt(ids: Sequence[int], context_length: int, vocab_size: int, param: str) -> None:
+    """Raise BadRequest, naming the field `param`, unless every id is in the vocabulary and one new token fits the
+    context."""
     if not ids:
-        raise BadRequest("the prompt is empty: it needs at least one token", param="input_ids")
+        raise BadRequest("the prompt is empty: it needs at least one token", param=param)
     if len(ids) >= context_length:
-        raise _too_long(context_length, f"{len(ids) + 1}", f"{len(ids)}")
+        raise _too_long(context_length, f"{len(ids) + 1}", f"{len(ids)}", param)
     outside = [i for i in (min(ids), max(ids)) if not 0 <= i < vocab_size]
     if outside:
-        raise BadRequest(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens", param="input_ids")
+        raise BadRequest(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens", param=param)
 
 
-def _check_fits(tokenizer: Tokenizer, text: str, context_length: int) -> None:
+def _check_fits(tokenizer: Tokenizer, text: str, context_length: int, param: str) -> None:
     """Raise PromptTooLong for a text that has more tokens than the context, whatever they are."""
     longest = tokenizer.most_bytes_per_token
     least = 0 if longest is None else len(text.encode(errors="replace")) // longest
     if least >= context_length:
-        raise _too_long(context_length, f"at least {least + 1}", f"{least} or more")
+        raise _too_long(context_length, f"at least {least + 1}", f"{least} or more", param)
 
 
-def _too_long(context_length: int, requested: str, prompt: str) -> PromptTooLong:
+def _too_long(context_length: int, requested: str, prompt: str, param: str) -> PromptTooLong:
     """In the words of vLLM, which clients look for."""
     return PromptTooLong(
         f"This model's maximum context length is {context_length} tokens. However, you requested {requested} "
         f"tokens ({prompt} in the prompt, at least 1 in the completion). Please shorten the prompt.",
-        param="input_ids",
+        param=param,
     )
 
 

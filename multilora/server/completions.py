@@ -58,6 +58,7 @@ class CompletionRequest(OpenAIRequest):
         jobs = [
             Job(
                 prompt=prompt,
+                ids_param="prompt",
                 sampling=sampling,
                 adapters=spec,
                 return_logprob=top is not None,

@@ -7,6 +7,7 @@ the shape of their success; `install` is told so. Called by `server/app.py`; the
 
 import json
 import logging
+import re
 import reprlib
 from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar
@@ -162,9 +163,21 @@ def _json(body: bytes) -> Any:
     try:
         return msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-        raise json.JSONDecodeError(str(e), "", 0) from None
+        raise json.JSONDecodeError(_not_finite(body) or str(e), "", 0) from None
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", "", 0) from None
+
+
+_NOT_FINITE = re.compile(rb'"([^"\\]{1,64})"\s*:\s*(-?(?:NaN|Infinity)\b|-?\d[\d.]{0,64}[eE]\+?\d{3,9})')
+
+
+def _not_finite(body: bytes) -> str | None:
+    """Of a body that is not valid JSON: which field is no finite number, in words; None: it is not that."""
+    found = _NOT_FINITE.search(body)
+    if found is None:
+        return None
+    name, value = (part.decode(errors="replace") for part in found.groups())
+    return f"{name} = {value}: a number has to be finite"
 
 
 class StrictRoute(APIRoute):

@@ -88,6 +88,7 @@ class TokenRequest(OpenAIRequest):
         (adapters,) = adapters_of(front.registry, common, 1)
         job = Job(
             prompt=body.token_ids,
+            ids_param="token_ids",
             sampling=common.sampling({}, common.max_tokens),
             adapters=adapters,
             return_logprob=top is not None,

@@ -11,21 +11,21 @@ def effective(prompt_tokens: int = 10, sample: int = 0, **params) -> SamplingPar
 
 
 def test_good_prompts():
-    check_prompt([0, 49], 100, 50)
-    check_prompt([1] * 99, 100, 50)
+    check_prompt([0, 49], 100, 50, "prompt")
+    check_prompt([1] * 99, 100, 50, "prompt")
 
 
 @pytest.mark.parametrize(("ids", "says"), [([], "empty"), ([1, 50], "50"), ([1, -1], "-1"), ([10**20], "1000000")])
 def test_bad_prompts(ids, says):
     with pytest.raises(BadRequest, match=says) as e:
-        check_prompt(ids, 100, 50)
-    assert e.value.param == "input_ids"
+        check_prompt(ids, 100, 50, "prompt")
+    assert e.value.param == "prompt"
 
 
 @pytest.mark.parametrize("length", [100, 101])
 def test_a_prompt_that_fills_the_context(length):
     with pytest.raises(PromptTooLong, match=f"is 100 tokens.*requested {length + 1} tokens"):
-        check_prompt([1] * length, 100, 50)
+        check_prompt([1] * length, 100, 50, "prompt")
 
 
 @pytest.mark.parametrize(("asked", "given"), [(None, 90), (1000, 90), (91, 90), (90, 90), (5, 5), (0, 0)])

@@ -200,9 +200,9 @@ def test_tokens_as_token_ids():
 
 BAD = [
     ({"prompt": []}, "prompt"),
-    ({"prompt": [[]]}, "input_ids"),
+    ({"prompt": [[]]}, "prompt"),
     ({"prompt": 5}, "prompt"),
-    ({"prompt": [999]}, "input_ids"),
+    ({"prompt": [999]}, "prompt"),
     ({"prompt": ["a", 5]}, "prompt"),
     ({"max_tokens": -1}, "max_new_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),

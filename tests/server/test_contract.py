@@ -10,11 +10,11 @@ import pytest
 
 pytest.register_assert_rewrite("contract")
 
-from contract import adapters, command_line, generate, openai  # noqa: E402
+from contract import adapters, bad_input, clients, command_line, generate, openai, operations, rollouts  # noqa: E402
 from contract.table import Statement, documented_deviations, missing_part  # noqa: E402
 from contract.world import LOADED, ContractServer, start  # noqa: E402
 
-MODULES = (command_line, generate, adapters, openai)
+MODULES = (command_line, generate, adapters, openai, operations, clients, rollouts, bad_input)
 SECTIONS = [module.line for module in MODULES]
 STATEMENTS = [statement for section in SECTIONS for statement in section.statements]
 CHECKED = [statement for statement in STATEMENTS if statement.check]

@@ -208,6 +208,13 @@ def chunked_prefill_off():
 
 
 @line.deviates
+def schedule_policy():
+    """`--schedule-policy` is `fcfs` when not given."""
+    defaults(schedule_policy="fair")
+    taken({"--schedule-policy": ("fcfs", "fcfs")})
+
+
+@line.deviates
 def schedule_policies():
     """`--schedule-policy` has `lof`, `random`, `dfs-weight` and `routing-key` too."""
     for name in ("lof", "random", "dfs-weight", "routing-key"):
