@@ -61,6 +61,7 @@ STAGING_SHARE = 4  # staging memory takes at most this part of what the host has
 MakeLoader = Callable[[FetchContext], Loader]
 MakeCopier = Callable[[torch.Tensor], Copier]
 """Over an arena."""
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,19 @@ def build_engine(
     start_rank: StartRank = start_process,
     *,
     own_process: bool = False,
+    clock: Clock = monotonic,
 ) -> Engine:
     """Load the model and set up everything else. Raises ConfigError, ModelUnsupported, OutOfMemory.
 
     make_loader: None: a process of its own. make_copier: None: what suits the device. ahead: see Engine; None: 1 on
     CUDA, 0 on CPU, where there is nothing to overlap with. start_rank: starts each rank of --tp-size but the first.
-    own_process: the process exists for the engine only, which may end it if it hangs.
+    own_process: the process exists for the engine only, which may end it if it hangs. clock: monotonic seconds, by
+    which requests and adapters wait.
     """
     device = device_of(config)
     ranks: AnyRanks = Ranks(config, start_rank, ahead, exits=own_process) if config.tp_size > 1 else NoRanks()
     try:
-        return _build(config, device, ranks, make_loader, make_copier or partial(own_copier, config), ahead)
+        return _build(config, device, ranks, make_loader, make_copier or partial(own_copier, config), ahead, clock)
     except BaseException as e:
         error = ranks.failure(e)
         ranks.close()
@@ -107,6 +110,7 @@ def _build(
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
     ahead: int | None,
+    clock: Clock,
 ) -> Engine:
     started = monotonic()
     parts = build_rank(config, ranks.join(device), device)
@@ -114,8 +118,8 @@ def _build(
     books = _books(config, parts.arena.shape[0])
     journal = LoraJournal()
     sleep = make_sleep(config, parts, ranks)
-    adapters, reclaimer = _adapters(config, parts, books, sleep, journal, make_loader, make_copier, ranks)
-    scheduler = _scheduler(config, parts, books, reclaimer, adapters, journal)
+    adapters, reclaimer = _adapters(config, parts, books, sleep, journal, make_loader, make_copier, ranks, clock)
+    scheduler = _scheduler(config, parts, books, reclaimer, adapters, journal, clock)
     runner = make_runner(config, parts)
     sleep.use_graphs = recapture(config, parts, runner)
     ranks.wait_until_up()
@@ -147,6 +151,7 @@ def _scheduler(
     reclaimer: Reclaimer,
     adapters: AnyStore,
     journal: LoraJournal,
+    clock: Clock,
 ) -> Scheduler:
     return Scheduler(
         KVPages(books.pool, books.prefix, reclaimer, parts.layout.page_bytes),
@@ -158,6 +163,7 @@ def _scheduler(
         chunk_tokens=config.chunked_prefill_size,
         policy=config.schedule_policy,
         weights=FairWeights(config.fair_input_weight, config.fair_output_weight, config.tenant_weights),
+        clock=clock,
     )
 
 
@@ -170,6 +176,7 @@ def _adapters(
     make_loader: MakeLoader | None,
     make_copier: MakeCopier,
     ranks: AnyRanks,
+    clock: Clock,
 ) -> tuple[AnyStore, Reclaimer]:
     """The adapter store, one that refuses if LoRA is off; and who makes room in the arena."""
     if parts.target is None:
@@ -184,6 +191,7 @@ def _adapters(
         max_count=config.max_loras_per_batch,
         max_pages=None if limit is None else limit // parts.layout.page_bytes,
         on_evict=books.namespaces.demote,
+        now=clock,
     )
     reclaimer = Reclaimer(books.pool, books.clock, [books.prefix, device])
     facts = ranks.facts(parts.model.base_weight)

@@ -22,7 +22,7 @@ def config(*argv: str) -> Config:
 
 
 def run(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "multilora", *argv], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-m", "multilora", *argv], capture_output=True, text=True, timeout=300)
 
 
 def given(opt) -> tuple[list[str], object]:
@@ -149,7 +149,7 @@ def test_help_and_version_are_light():
         "assert not heavy, heavy\n"
     )
     for argv in (["serve", "--help"], ["--version"], ["--help"]):
-        done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout
 

@@ -25,7 +25,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def run(cache: Path, **environment: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **environment}
-    return subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=400)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Covers `stop_expression.py`."""
 
 import itertools
-from time import perf_counter
+from time import process_time
 
 import pytest
 import re2
@@ -163,10 +163,10 @@ def test_bad_expressions(expression, says):
     ],
 )
 def test_what_cannot_be_matched_in_linear_time_is_refused_by_name(expression, says):
-    start = perf_counter()
+    start = process_time()
     with pytest.raises(BadRequest, match=says):
         StopMatcher([], [expression])
-    assert perf_counter() - start < 0.5
+    assert process_time() - start < 0.5
 
 
 @pytest.mark.parametrize(
@@ -176,19 +176,19 @@ def test_no_expression_explodes(expression):
     """The first three took exponential time with a backtracking engine, 0.2 s and then an error."""
     matcher, slowest = StopMatcher([], [expression]), 0.0
     for _ in range(3000):
-        start = perf_counter()
+        start = process_time()
         assert matcher.feed("axab") is None
-        slowest = max(slowest, perf_counter() - start)
+        slowest = max(slowest, process_time() - start)
     assert slowest < 0.1
     assert matcher.held <= MAX_HELD + 4
 
 
 def test_ten_thousand_strings_cost_as_much_as_one():
     matcher = StopMatcher([f"{i} is never said" for i in range(10_000)], [])
-    start = perf_counter()
+    start = process_time()
     for _ in range(2000):
         matcher.feed("12 is nev")
-    assert perf_counter() - start < 1
+    assert process_time() - start < 1
     assert matcher.held == 9
     assert matcher.feed("er said") == StopMatch(17991, 18007, "12 is never said")
 

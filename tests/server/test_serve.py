@@ -21,7 +21,7 @@ from multilora.engine.process import supervisor as engine_supervisor
 from multilora.errors import AdapterNotFound, ConfigError, ModelUnsupported
 from multilora.server import serve as module
 
-SECONDS = 20
+SECONDS = 120
 
 
 class Process:

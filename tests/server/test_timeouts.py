@@ -37,7 +37,7 @@ def test_what_has_come_by_then_is_the_answer(door, route):
     started = time.monotonic()
     answer = door.post(route, ROUTES[route] | {"timeout": 0.4}).json()
     assert reason_of(answer) in ("abort", "length"), "length: a machine that fills the whole context in time"
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("route", ROUTES)

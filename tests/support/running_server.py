@@ -38,7 +38,7 @@ class Server:
         command = [sys.executable, "-m", "multilora", "serve", "--port", str(port), "--device", "cpu", *flags]
         with log.open("wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=300)
         self._wait()
 
     def _wait(self) -> None:
@@ -81,7 +81,7 @@ class Server:
     def close(self) -> None:
         self.http.close()
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(30) == 0, self.log.read_text()
+        assert self.process.wait(120) == 0, self.log.read_text()
 
 
 @contextmanager

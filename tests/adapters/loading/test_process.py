@@ -30,7 +30,7 @@ from multilora.adapters.packing.blocks import PackTarget
 from multilora.lora.sites import LoraSite, LoraSlice
 
 CONTEXT = FetchContext(BASE, TARGET, AdapterLimits())
-SECONDS = 30
+SECONDS = 120
 
 
 def wait_for(loader: ProcessLoader, *versions: int) -> dict[int, tuple[Fetched, torch.Tensor | None]]:

@@ -24,8 +24,8 @@ from multilora.params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 60  # no single wait is longer
-SOON = 10  # an end takes no longer
+SECONDS = 120  # no single wait is longer
+SOON = 40  # an end takes no longer
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,18 @@ DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
 """Where tests of the engine run: `make test-gpu` runs those that compare with PEFT on the GPU too, in fp32."""
 
 
+class CountingClock:
+    """Each reading is a tenth of a millisecond after the one before, so that what the engine decides by the time that
+    steps and copies take is the same on a machine of any speed."""
+
+    def __init__(self) -> None:
+        self._now = time.monotonic()
+
+    def __call__(self) -> float:
+        self._now += 1e-4
+        return self._now
+
+
 class Stepper:
     """Steps an engine and hands on what it says. Subclasses say what becomes of it."""
 
@@ -124,7 +136,7 @@ class EngineDriver(Stepper):
         config = Config.make(**(defaults | options))
         self._on_gpu = choose_device(config.device).type == "cuda"
         make_copier = None if late is None else partial(FakeCopier, delay=lambda: late)
-        self.engine = build_engine(config, InlineLoader, make_copier, ahead, start_thread)
+        self.engine = build_engine(config, InlineLoader, make_copier, ahead, start_thread, clock=CountingClock())
         self.answers: dict[str, Answer] = {}
         self.infos: dict[str, AdapterInfo] = {}
         self._dropped: set[str] = set()

@@ -16,7 +16,7 @@ from multilora.drivers.async_driver import AsyncDriver
 from multilora.front.tokenizer import Tokenizer
 from multilora.server.app import create_app
 
-SECONDS = 60  # no single wait of a test is longer, on a machine that others use, too
+SECONDS = 120  # no single wait of a test is longer, on a machine that others use, too
 
 
 @dataclass
