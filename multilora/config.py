@@ -128,8 +128,9 @@ class Config:
     )
     lora_load_mode: str = _adapters(
         "strict",
-        "upsert: every load call may replace a loaded adapter, and a missing one is 404",
-        choices=("strict", "upsert"),
+        "upsert: every load call may replace a loaded adapter, and a missing one is 404; update: and requests that "
+        "run go on with the new weights",
+        choices=("strict", "upsert", "update"),
     )
     lora_host_bytes: int | None = _adapters(None, "most host memory for adapters", size=True)
     lora_device_bytes: int | None = _adapters(None, "most device memory for adapters", size=True)

@@ -13,10 +13,20 @@ from typing import Any
 
 from multilora.adapters.sources.spool import TENSOR_ROOT, Spool
 from multilora.config import LoraPath
-from multilora.engine.messages import AdapterInfo
+from multilora.engine.messages import AdapterInfo, ReplaceAdapter
 from multilora.errors import AdapterError, BadRequest, MultiloraError
 from multilora.front.adapter_spec import parse_composition, show
-from multilora.front.effects import EngineLoad, EngineUnload, Gather, Lane, RunBlocking, Spawn, Steps, WaitUntilIdle
+from multilora.front.effects import (
+    EngineCall,
+    EngineLoad,
+    EngineUnload,
+    Gather,
+    Lane,
+    RunBlocking,
+    Spawn,
+    Steps,
+    WaitUntilIdle,
+)
 from multilora.front.fetcher import Fetcher, Found
 from multilora.front.observer import Observer
 from multilora.front.records import AdapterRecord, Records
@@ -57,18 +67,20 @@ class AdapterManager:
         pinned: bool | None = None,
         replace: bool = False,
         weight_version: str | None = None,
+        allow_update_mid_request: bool = False,
         any_url: bool = False,
     ) -> Steps[AdapterInfo]:
         """Load the adapter in a directory, in a hub repository or at a URL, and let requests use it. Raises
         AdapterError. any_url: a URL need not lie below a --lora-resolver-url.
 
         With `replace` the name may be taken: requests in flight keep the old version, which is unloaded when they
-        end. `pinned` None: as the replaced one, else no. weight_version: see `versions.py`.
+        end, or with `allow_update_mid_request` go on with the new one, from the next step on. `pinned` None: as the
+        replaced one, else no. weight_version: see `versions.py`.
         """
         pinned = self._pinned(name, pinned)
         version = self._registry.begin_load(name, path, pinned, replace=replace, weight_version=weight_version)
         info = yield from self._fetch(version, path, pinned, any_url)
-        yield from self._commit(name, info)
+        yield from self._commit(name, info, update=allow_update_mid_request)
         return info
 
     def load_tensors(
@@ -80,6 +92,7 @@ class AdapterManager:
         pinned: bool | None = None,
         replace: bool = False,
         weight_version: str | None = None,
+        allow_update_mid_request: bool = False,
     ) -> Steps[AdapterInfo]:
         """Load an adapter whose adapter_config.json is `config` and whose .safetensors file `write(path)` writes. The
         rest is as in `load`."""
@@ -89,7 +102,7 @@ class AdapterManager:
             path = str((yield from RunBlocking(Lane.FILES, partial(self.spool.add, version, config, write))))
             info = yield from EngineLoad(version, path, pinned)
             yield from self.add_tokens(info, None)
-        yield from self._commit(name, info)
+        yield from self._commit(name, info, update=allow_update_mid_request)
         return info
 
     def load_found(self, name: str, found: Found) -> Steps[AdapterInfo]:
@@ -243,13 +256,18 @@ class AdapterManager:
         if self._records.durable:
             yield from RunBlocking(Lane.STATE, change)
 
-    def _commit(self, name: str, info: AdapterInfo, *, recorded: bool = True) -> Steps[None]:
+    def _commit(self, name: str, info: AdapterInfo, *, recorded: bool = True, update: bool = False) -> Steps[None]:
+        """update: requests on the version that is replaced go on with the new one."""
         if recorded:
             yield from self._record(info)
         replaced = self._registry.commit_load(info.version, info)
         logger.info("adapter %r loaded: rank %d, %d bytes, %s", name, info.rank, info.nbytes, info.path)
-        if replaced is not None:
-            yield from Spawn(self._drop(replaced))
+        if replaced is None:
+            return
+        newer = replaced != info.version and not self._registry.is_composition(replaced)
+        if update and newer:
+            yield from EngineCall(lambda call: ReplaceAdapter(call, replaced, info.version))
+        yield from Spawn(self._drop(replaced))
 
     def _record(self, info: AdapterInfo) -> Steps[None]:
         record = AdapterRecord.of(self._registry.ref(info.version), info.path, info.fingerprint)
@@ -267,7 +285,8 @@ class AdapterManager:
         yield from WaitUntilIdle(version)
         try:
             if not self._registry.is_composition(version):
-                yield from EngineUnload(version)
+                yield from EngineUnload(version)  # which waits for those that have gone on with it meanwhile
+            yield from WaitUntilIdle(version)
         finally:
             self._registry.finish_unload(version)
             self.spool.remove(version)

@@ -14,7 +14,7 @@ import msgspec
 
 from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
-from multilora.engine.messages import Output, Submit
+from multilora.engine.messages import AdapterSwitch, Output, Submit
 from multilora.engine.scheduling.policy import POLICIES
 from multilora.errors import BadRequest, EngineDead, EngineRestarting, QueueFull
 from multilora.front.adapter_manager import AdapterManager
@@ -41,6 +41,7 @@ from multilora.front.restoring import load_at_start
 from multilora.front.stream import TextStream
 from multilora.front.tenants import tenant_of
 from multilora.front.tokenizer import Tokenizer
+from multilora.front.versions import VersionHistory
 from multilora.front.vocabulary import Vocabularies
 from multilora.params import LOGPROBS_MODES
 
@@ -187,7 +188,8 @@ class Front:
             held = self.registry.acquire(job.adapters)
             rid, index = next(rids), len(generation.samples)
             key = f"{rid}@{next(self._serial)}"
-            sample = self._open[rid] = Sample(job, number, index, rid, key, held, vocabulary, stream)
+            versions = VersionHistory(held.label)
+            sample = self._open[rid] = Sample(job, number, index, rid, key, held, vocabulary, stream, versions)
             generation.add(sample)
             samples.append(sample)
         return samples
@@ -228,11 +230,23 @@ class Front:
         )
 
     def _send(self, sample: Sample, message: Submit, deliver: Callable[[Output], None]) -> None:
+        def take(output: Output) -> None:
+            if output.switch is None:
+                deliver(output)
+            else:  # at once, however slowly the client reads: what it held may be unloaded then
+                self._switch(sample, output.switch)
+
         sample.submitted = True
-        self.engine.submit(message, deliver)
+        self.engine.submit(message, take)
         self.observer.submitted(sample.job.adapters)
         if sample.abort_message is not None:
             self.engine.abort(sample.key, sample.abort_message)
+
+    def _switch(self, sample: Sample, switch: AdapterSwitch) -> None:
+        """The engine goes on with another version of its adapter."""
+        if self._open.get(sample.rid) is sample:
+            sample.held = self.registry.switch(sample.held, switch.old, switch.new)
+            sample.versions.switch(switch.start, sample.held.label)
 
 
 def _ending(sample: Sample, context_length: int) -> Ending:

@@ -16,6 +16,7 @@ from multilora.front.engine_link import EngineLink
 from multilora.front.observer import FirstOutput, Observer
 from multilora.front.prompt import Prompt
 from multilora.front.stream import Delta, FinishReason, TextStream
+from multilora.front.versions import VersionHistory, VersionLabel, VersionSpan
 from multilora.front.vocabulary import Vocabulary
 from multilora.params import LogprobsMode, SamplingParams
 
@@ -69,6 +70,7 @@ class Sample:
     held: Held
     vocabulary: Vocabulary
     stream: TextStream
+    versions: VersionHistory
     prompt_ids: list[int] = field(default_factory=list)  # once it is tokenized
     seconds: float = 0.0  # from the request's start to the last delta
     first_seconds: float = 0.0  # from the request's start to the first output
@@ -77,6 +79,16 @@ class Sample:
     abort_message: str | None = None  # aborted before it was submitted
     started: bool = False  # its first output is here
     shown: bool = False  # the client has been told some of it
+
+    @property
+    def label(self) -> VersionLabel:
+        """Which weights the last token so far comes from."""
+        return self.versions.last(self.stream.completion_tokens)
+
+    @property
+    def version_spans(self) -> list[VersionSpan]:
+        """Which weights the tokens so far come from."""
+        return self.versions.spans(self.stream.completion_tokens)
 
 
 class Generation:

@@ -187,12 +187,27 @@ class AdapterRegistry:
 
     def release(self, held: Held) -> None:
         for ref in held.refs:
-            assert ref.num_requests > 0
-            ref.num_requests -= 1
-            if ref.num_requests == 0:
-                callbacks, ref.idle_callbacks = ref.idle_callbacks, []
-                for callback in callbacks:
-                    callback()
+            self._let_go(ref)
+
+    def switch(self, held: Held, old: int, new: int) -> Held:
+        """The request that has `held` goes on with version `new` instead of `old`. Returns what it holds now."""
+        if new not in [ref.version for ref in held.refs]:
+            self._versions[new].num_requests += 1
+        versions = dict.fromkeys(new if ref.version == old else ref.version for ref in held.refs)
+        refs = tuple(self._versions[version] for version in versions)
+        for ref in held.refs:
+            if ref.version == old:
+                self._let_go(ref)
+        composition = tuple((new if one == old else one, weight) for one, weight in held.composition)
+        return Held(composition, refs, self.label_of(*refs))
+
+    def _let_go(self, ref: AdapterRef) -> None:
+        assert ref.num_requests > 0
+        ref.num_requests -= 1
+        if ref.num_requests == 0:
+            callbacks, ref.idle_callbacks = ref.idle_callbacks, []
+            for callback in callbacks:
+                callback()
 
     def ref(self, version: int) -> AdapterRef:
         """A version that is not gone."""

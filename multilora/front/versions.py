@@ -5,7 +5,7 @@ come from the same weights. The label (`weight_version`) is the caller's own tex
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from multilora.errors import BadRequest
 
@@ -22,6 +22,42 @@ class VersionLabel:
 
 
 UNLABELLED = VersionLabel()
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Tokens [start, end) of an answer, all from the weights of one label."""
+
+    start: int
+    end: int
+    label: VersionLabel
+
+
+@dataclass
+class VersionHistory:
+    """Which weights the tokens of one answer come from: `first`, then others from the index of some token on."""
+
+    first: VersionLabel = UNLABELLED
+    _switches: list[tuple[int, VersionLabel]] = field(default_factory=list)  # by ascending index
+
+    def switch(self, start: int, label: VersionLabel) -> None:
+        """The tokens from index `start` on come from other weights; `start` never falls."""
+        if start == 0:
+            self.first = label
+        elif self._switches and self._switches[-1][0] == start:
+            self._switches[-1] = (start, label)
+        else:
+            self._switches.append((start, label))
+
+    def spans(self, end: int) -> list[VersionSpan]:
+        """Of the first `end` tokens: one span at least, which is empty where there are none."""
+        starts = [(0, self.first), *(switch for switch in self._switches if switch[0] < end)]
+        ends = [start for start, _ in starts[1:]] + [end]
+        return [VersionSpan(start, stop, label) for (start, label), stop in zip(starts, ends, strict=True)]
+
+    def last(self, end: int) -> VersionLabel:
+        """Of the last of the first `end` tokens."""
+        return self.spans(end)[-1].label if self._switches else self.first
 
 
 def newest_label(versions: Sequence[tuple[int, str | None]], default: str) -> VersionLabel:

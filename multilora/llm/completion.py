@@ -1,11 +1,11 @@
 """What the Python doors answer with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from multilora.engine.messages import TopLogprobs
 from multilora.front.generation import Sample
 from multilora.front.stream import FinishReason
-from multilora.front.versions import DEFAULT_WEIGHT_VERSION
+from multilora.front.versions import DEFAULT_WEIGHT_VERSION, VersionSpan
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Completion:
     request_id: the caller's, with `#` and `index` behind it where there are several answers; index: which of the `n`
     to its prompt. Logprobs are natural logarithms, only when asked for: of the answer's tokens under the distribution
     that `logprobs_mode` names, of the prompt's under the raw one. weight_version,
-    lora_version: which weights it comes from, see `front/versions.py`.
+    lora_version: which weights its last token comes from, see `front/versions.py`; weight_versions: all of them, in
+    several spans where an adapter was replaced on the way.
     """
 
     text: str
@@ -31,6 +32,7 @@ class Completion:
     index: int = 0
     weight_version: str = DEFAULT_WEIGHT_VERSION
     lora_version: int | None = None
+    weight_versions: list[VersionSpan] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -52,6 +54,7 @@ class Completion:
             input_top_logprobs=[None if one is None else one.top for one in stream.input_logprobs] or None,
             request_id=sample.rid,
             index=sample.number,
-            weight_version=sample.held.label.weight_version,
-            lora_version=sample.held.label.lora_version,
+            weight_version=sample.label.weight_version,
+            lora_version=sample.label.lora_version,
+            weight_versions=sample.version_spans,
         )

@@ -124,13 +124,16 @@ class AsyncLLM:
         *,
         replace: bool = False,
         weight_version: str | None = None,
+        allow_update_mid_request: bool = False,
     ) -> AdapterInfo:
         """Load an adapter from a directory, the hub or a URL. Raises AdapterError; nothing has changed then.
 
         With `replace` it may take the place of a loaded one, and is pinned if that was and `pinned` is None; requests
-        in flight finish on the old weights.
+        in flight finish on the old weights, or with `allow_update_mid_request` go on with the new ones from the next
+        step on; their `weight_versions` say where.
         """
         options: dict[str, Any] = {"pinned": pinned, "replace": replace, "weight_version": weight_version}
+        options["allow_update_mid_request"] = allow_update_mid_request
         load = self._front.adapters.load(lora_name, lora_path, any_url=True, **options)
         return await self._started.change(load)
 
@@ -151,6 +154,7 @@ class AsyncLLM:
         *,
         replace: bool = False,
         weight_version: str | None = None,
+        allow_update_mid_request: bool = False,
     ) -> AdapterInfo:
         """Load an adapter from memory: tensors by their names in PEFT's file, and PEFT's config as a dict.
 
@@ -159,6 +163,7 @@ class AsyncLLM:
         """
         write = partial(write_tensors, tensors)
         options: dict[str, Any] = {"pinned": pinned, "replace": replace, "weight_version": weight_version}
+        options["allow_update_mid_request"] = allow_update_mid_request
         load = self._front.adapters.load_tensors(lora_name, config, write, **options)
         return await self._started.change(load)
 

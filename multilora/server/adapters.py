@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
 from multilora.drivers.async_driver import AsyncDriver
-from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded
+from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded, BadRequest
 from multilora.front.registry import AdapterRegistry
 from multilora.server.bodies import (
     LoadAdapterBody,
@@ -45,10 +45,12 @@ def router(driver: AsyncDriver) -> APIRouter:
 
 
 class _Loads:
-    """The load calls of all routes. upsert: --lora-load-mode, which lets each of them replace a loaded adapter."""
+    """The load calls of all routes. upsert, update: --lora-load-mode, which lets each of them replace a loaded
+    adapter, and requests that run go on with the new one."""
 
     def __init__(self, driver: AsyncDriver):
-        self.upsert = driver.front.config.lora_load_mode == "upsert"
+        self.update = driver.front.config.lora_load_mode == "update"
+        self.upsert = self.update or driver.front.config.lora_load_mode == "upsert"
         self._driver = driver
         self._adapters = driver.front.adapters
 
@@ -56,6 +58,12 @@ class _Loads:
         """Load the adapter, or name the composition, that `lora_path` says. Returns the adapter's version."""
         options = self._options(body, replace)
         if isinstance(body.lora_path, list):
+            options.pop("allow_update_mid_request")
+            if body.allow_update_mid_request:
+                raise BadRequest(
+                    "allow_update_mid_request: a composition has no weights of its own; replace its parts",
+                    param="allow_update_mid_request",
+                )
             await self._driver.change(self._adapters.compose(body.lora_name, body.lora_path, **options))
             return None
         info = await self._driver.change(self._adapters.load(body.lora_name, body.lora_path, **options))
@@ -68,7 +76,13 @@ class _Loads:
 
     def _options(self, body: LoadBody, replace: bool) -> dict[str, Any]:
         replace = replace or body.upsert or self.upsert
-        return {"pinned": body.pinned, "replace": replace, "weight_version": body.weight_version}
+        update = self.update if body.allow_update_mid_request is None else body.allow_update_mid_request
+        return {
+            "pinned": body.pinned,
+            "replace": replace,
+            "weight_version": body.weight_version,
+            "allow_update_mid_request": update,
+        }
 
 
 def _sglang_routes(routes: APIRouter, driver: AsyncDriver, loads: _Loads) -> None:

@@ -114,12 +114,14 @@ class ResetCacheBody(Body):
 
 class LoadBody(Body):
     """What all routes that load an adapter share. upsert: the name may be loaded already; weight_version: how answers
-    name the weights."""
+    name the weights; allow_update_mid_request: requests that run go on with the new weights, null: as the server's
+    --lora-load-mode has it."""
 
     lora_name: str
     pinned: bool | None = None
     upsert: bool = False
     weight_version: str | None = None
+    allow_update_mid_request: bool | None = None
 
 
 class LoadAdapterBody(LoadBody):

@@ -23,7 +23,7 @@ from multilora.server.errors import StrictRoute
 from multilora.server.foreign_fields import sort_out
 from multilora.server.resolving import resolved
 from multilora.server.streaming import EventStream, Json, frame, while_connected
-from multilora.server.weight_versions import weight_metadata
+from multilora.server.weight_versions import changed_weights, weight_metadata, weight_version_spans
 
 LARGE_FRAME = 64 << 10
 """Bytes of a frame from which on not every token gets one."""
@@ -169,6 +169,7 @@ class NativeAnswers:
             "queue_time": sample.queue_seconds,
             "e2e_latency": sample.seconds,
         } | weight_metadata(sample)
+        meta |= {"weight_versions": weight_version_spans(sample)} if stream.finished else changed_weights(sample)
         if sample.job.return_logprob:
             meta |= self._logprobs(sample)
         return {"text": stream.text, "output_ids": stream.token_ids, "meta_info": meta}

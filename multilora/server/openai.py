@@ -28,7 +28,7 @@ from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.prompt_logprobs import prompt_logprobs
 from multilora.server.streaming import EventStream, Json, frame, while_connected
-from multilora.server.weight_versions import weight_metadata, weight_version_spans
+from multilora.server.weight_versions import changed_weights, weight_metadata, weight_version_spans
 
 Choice = dict[str, Any]
 
@@ -71,8 +71,11 @@ class OpenAIRequest(ABC):
         return {"token_ids": part.token_ids} if self._body.return_token_ids else {}
 
     def _spans(self, sample: Sample) -> dict[str, Any]:
-        """What the last that is said of a choice says of the weights, when the client asks for that."""
-        return {"weight_versions": weight_version_spans(sample)} if self._body.return_weight_versions else {}
+        """What the last that is said of a choice says of the weights, when the client asks for that or they have
+        changed in the middle."""
+        if self._body.return_weight_versions:
+            return {"weight_versions": weight_version_spans(sample)}
+        return changed_weights(sample)
 
     def _token_name(self, token: int, text: str) -> str:
         """The token in the logprobs: its text or, when the client asks for that, its id."""

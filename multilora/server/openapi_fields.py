@@ -147,6 +147,7 @@ BODIES: Mapping[str, Field] = {
     "tensors": _of("The adapter's tensors, in memory that the server shares."),
     "return_weight_versions": _of("Which version of the adapter made which tokens, too."),
     "new_version": _of("The caller's own name of the weights."),
+    "allow_update_mid_request": _of("Requests that run on the replaced adapter go on with the new weights."),
     "weight_version": _of("The caller's own name of the weights."),
     "abort_all_requests": _of("Abort every request first."),
     "upsert": _of("Replace the adapter of that name if there is one."),

@@ -45,14 +45,26 @@ def router(driver: AsyncDriver) -> APIRouter:
 
 
 def weight_metadata(sample: Sample) -> dict[str, Any]:
-    """What the sample comes from: `weight_version` and `lora_version`, null for the base model."""
-    label = sample.held.label
+    """What the last token of the sample comes from: `weight_version` and `lora_version`, null for the base model."""
+    label = sample.label
     return {"weight_version": label.weight_version, "lora_version": label.lora_version}
+
+
+def changed_weights(sample: Sample) -> dict[str, Any]:
+    """`weight_versions`, if the adapter was replaced in the middle of the answer; else nothing."""
+    spans = weight_version_spans(sample)
+    return {"weight_versions": spans} if len(spans) > 1 else {}
 
 
 def weight_version_spans(sample: Sample) -> list[dict[str, Any]]:
     """vLLM's `weight_versions` of a choice: output tokens [start, end) come from the weights labelled `version`, an
     adapter's if `lora_version` is not null."""
-    label = sample.held.label
-    end = sample.stream.completion_tokens
-    return [{"version": label.weight_version, "start": 0, "end": end, "lora_version": label.lora_version}]
+    return [
+        {
+            "version": span.label.weight_version,
+            "start": span.start,
+            "end": span.end,
+            "lora_version": span.label.lora_version,
+        }
+        for span in sample.version_spans
+    ]

@@ -243,3 +243,23 @@ def test_over_an_engine_process(files: Path) -> None:
         assert process.returncode == 0
 
     asyncio.run(asyncio.wait_for(scenario(), 3 * SECONDS))
+
+
+def test_requests_that_run_go_on_with_an_adapter_that_is_replaced(running: Running, files: Path) -> None:
+    async def scenario() -> Any:
+        last = None
+        async for partial_answer in running.llm.generate(TEXT, LONG, lora_path="a"):
+            if last is None:
+                info = await running.llm.load_lora_adapter(
+                    "a", str(files / "b"), replace=True, allow_update_mid_request=True, weight_version="b"
+                )
+            last = partial_answer
+        return last, info.version
+
+    answer, version = running.run(scenario())
+    first, second = answer.weight_versions
+    assert (first.start, first.end, second.end) == (0, second.start, 200)
+    assert 1 <= second.start < 20
+    assert (first.label.lora_version, second.label.lora_version) == (1, version)
+    assert (answer.lora_version, answer.weight_version) == (version, "b")
+    running.at_rest()

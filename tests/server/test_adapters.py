@@ -256,10 +256,12 @@ def test_an_upsert_that_is_sent_again_before_it_has_ended():
     run(scenario())
 
 
-def test_an_update_of_running_requests_is_refused_by_name():
+def test_a_composition_cannot_update_running_requests():
     s = server()
-    body = {"lora_name": "a", "lora_path": "/p/a", "upsert": True}
-    answer = s.post("/load_lora_adapter", body | {"allow_update_mid_request": True})
+    s.load("a", "b")
+    parts = [{"name": "a", "weight": 0.5}, {"name": "b", "weight": 0.5}]
+    body = {"lora_name": "sum", "lora_path": parts, "allow_update_mid_request": True}
+    answer = s.post("/load_lora_adapter", body)
     assert answer.status == 400
-    assert "allow_update_mid_request: not supported" in answer.json()["error_message"]
+    assert "allow_update_mid_request: a composition" in answer.json()["error_message"]
     assert s.post("/load_lora_adapter", body | {"allow_update_mid_request": False}).status == 200

@@ -22,11 +22,13 @@ from multilora.engine.engine import Engine
 from multilora.engine.messages import (
     Abort,
     AdapterInfo,
+    AdapterSwitch,
     Finish,
     Finished,
     LoadAdapter,
     Output,
     Outputs,
+    ReplaceAdapter,
     Reply,
     Stats,
     Submit,
@@ -49,9 +51,13 @@ class Answer:
     input_top_logprobs: list[TopLogprobs | None] | None = None
     cached_tokens: int = 0
     finished: Finished | None = None
+    switches: list[AdapterSwitch] = field(default_factory=list)
 
     def add(self, output: Output) -> None:
         assert self.finished is None, f"request {output.rid}: an output after its end"
+        if output.switch is not None:
+            self.switches.append(output.switch)
+            return
         self.tokens += output.token_ids
         self.logprobs += [x.logprob for x in output.logprobs]
         self.top_logprobs += [x.top for x in output.logprobs]
@@ -217,6 +223,13 @@ class EngineDriver(Stepper):
         assert reply.info is not None
         self.infos[name] = reply.info
         return reply.info
+
+    def replace(self, name: str, by: str) -> None:
+        """Requests on the one adapter go on with the other from the next step on. The first is unloaded then."""
+        old, new = self.infos.pop(name).version, self.infos[by].version
+        self._calls += 2
+        self.engine.handle(ReplaceAdapter(self._calls - 1, old, new))
+        self.engine.handle(UnloadAdapter(self._calls, old))
 
     def unload(self, name: str) -> None:
         self._calls += 1

@@ -16,11 +16,13 @@ import msgspec
 
 from multilora.engine.messages import (
     AdapterInfo,
+    AdapterSwitch,
     Finished,
     Logprobs,
     Output,
     PauseState,
     Ready,
+    ReplaceAdapter,
     Reply,
     StartProfile,
     Stats,
@@ -194,6 +196,7 @@ class FakeEngineClient:
         self.profiles: list[StartProfile] = []
         self.profiling = False
         self.tokenizer_info: str | None = None
+        self.delivered: dict[str, int] = {}  # rid → tokens so far
         self._running: dict[str, tuple[asyncio.Task[None], Callable[[Output], None]]] = {}
 
     def _deterministic(self, submit: Submit) -> list[int]:
@@ -207,6 +210,7 @@ class FakeEngineClient:
         assert message.rid not in self._running, f"rid {message.rid} is in use"
         assert message.grammar is None or self.tokenizer_info is not None
         self.submitted.append(message)
+        self.delivered[message.rid] = 0
         assert decode_to_engine(encode(message)) == message  # it can travel
         error = self.refuse(message) if self.alive else EngineDead("the engine process ended")
         if error is not None:
@@ -229,11 +233,12 @@ class FakeEngineClient:
             await self.gate.wait()
             deliver(self._output(message, [], 0, Finished(type="length")))
         for i, token in enumerate(answer):
-            await self.gate.wait()
             await asyncio.sleep(0)
+            await self.gate.wait()
             finished = Finished(type="length") if i + 1 == len(answer) else None
             if token in stops:
                 finished = Finished(type="stop", matched=token)
+            self.delivered[message.rid] += 1
             deliver(self._output(message, [token], i, finished))
             if finished:
                 break
@@ -313,8 +318,14 @@ class FakeEngineClient:
         self.flushes += 1
 
     async def call(self, message: Callable[[int], ToEngine]) -> Reply:
-        """Notes the message, and answers that the engine is neither paused nor asleep."""
-        self.calls.append(message(0))
+        """Notes the message, and answers that the engine is neither paused nor asleep. Requests on an adapter that is
+        replaced change at once."""
+        self.calls.append(made := message(0))
+        if isinstance(made, ReplaceAdapter):
+            for submit in self.submitted:
+                if submit.rid in self._running and made.version in dict(submit.adapters):
+                    switch = AdapterSwitch(self.delivered[submit.rid], made.version, made.successor)
+                    self._running[submit.rid][1](Output(rid=submit.rid, switch=switch))
         return Reply(call=0, pause=PauseState())
 
     async def start_profile(self, wanted: StartProfile) -> None:
