@@ -1,10 +1,11 @@
 """The headline: in a batch that mixes base and adapters, every answer is token for token what transformers + PEFT
 give for that request alone, whatever the chunking, the caches, the memory, the evictions and the order of arrival.
 
-All in fp32 with greedy decoding; logprobs agree to 1e-4; with a seed, random answers do not change either. In the
-slow tier two families are tested on ranks that share the model, too. Where the reference itself hardly prefers one
-token over another, rounding could decide: `make_family` takes only prompts whose every choice is clear, so that a
-difference is always a bug.
+All in fp32 with greedy decoding; logprobs agree to 1e-4; with a seed, random answers do not change either. Every
+family takes `IN_EVERY_FAMILY`; what hangs on the engine more than on the model takes the two that differ most in it
+(`IN_EVERYTHING`), and the others in the slow tier. There two families are tested on ranks that share the model, too.
+Where the reference itself hardly prefers one token over another, rounding could decide: `make_family` takes only
+prompts whose every choice is clear, so that a difference is always a bug.
 """
 
 import random
@@ -119,18 +120,25 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     torch.set_num_threads(threads)
 
 
-def shared(name: str, ranks: int) -> Any:
-    return pytest.param((name, ranks), id=f"{name} on {ranks} ranks", marks=pytest.mark.slow)
+IN_EVERY_FAMILY = {"the_reference_tells_adapters_apart", "everything_at_once", "prefix_hits", "logprobs"}
+"""Tests."""
+IN_EVERYTHING = ("llama3", "mistral")
+"""Families: rope that depends on the position, and a window."""
+ON_RANKS = (("llama3", 2), ("qwen2", 4))
+"""Every family: ranks/test_equal.py. Of the second there are more ranks than KV heads."""
 
 
-@pytest.fixture(
-    params=[
-        *(pytest.param((name, 1), id=name) for name in FAMILIES),
-        shared("llama3", 2),  # every family: ranks/test_equal.py
-        shared("qwen2", 4),  # more ranks than KV heads
-    ],
-    scope="module",
-)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "family" not in metafunc.fixturenames:
+        return
+    everywhere = metafunc.function.__name__.removeprefix("test_") in IN_EVERY_FAMILY
+    quick = {name: everywhere or name in IN_EVERYTHING for name in FAMILIES}
+    params = [pytest.param((name, 1), id=name, marks=() if quick[name] else pytest.mark.slow) for name in FAMILIES]
+    params += [pytest.param(one, id=f"{one[0]} on {one[1]} ranks", marks=pytest.mark.slow) for one in ON_RANKS]
+    metafunc.parametrize("family", params, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, families: Callable[[str], Family]) -> Family:
     name, ranks = request.param
     return replace(families(name), ranks=ranks)

@@ -229,6 +229,7 @@ def test_before_the_start_and_with_a_wrong_option(files: Path) -> None:
         AsyncLLM(max_lora_per_batch=1)
 
 
+@pytest.mark.slow
 def test_over_an_engine_process(files: Path) -> None:
     async def scenario() -> None:
         paths = {"a": str(files / "a")}

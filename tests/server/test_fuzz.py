@@ -96,7 +96,7 @@ def test_no_body_is_our_mistake(route):
     client = FakeEngineClient(vocab_size=320, eos_token_ids=(1,), answer=lambda m: [5, 6, 7, 1])
     s = LocalServer(client, TOKENIZER)
 
-    @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(bodies_of(*ROUTES[route]))
     def check(body):
         if "a" not in s.registry.loaded():

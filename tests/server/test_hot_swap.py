@@ -1,4 +1,5 @@
-"""A name gets other weights while requests run on it: real engine process, real adapters that answer differently.
+"""A name gets other weights while requests run on it: real engine, real adapters that answer differently. In the slow
+tier the engine is a process of its own.
 
 Requests in flight end on the weights they began with; every later one has the new ones, and none of the old ones' KV.
 """
@@ -7,17 +8,21 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes.async_engine import InProcessEngine
 from fakes.engine_driver import EngineDriver
 from fakes.models import make_adapter, make_tiny_model
 from fakes.server_app import LocalServer
 from safetensors.torch import load_file
 
 from multilora.adapter_tools.share import SharedAdapter
+from multilora.adapters.loading.loader import InlineLoader
 from multilora.config import Config
+from multilora.engine.build import build_engine
 from multilora.engine.process.client import EngineClient
 
 PROMPT = list(range(10, 43))
@@ -51,12 +56,12 @@ class Files:
 
 
 class World:
-    """One engine process and one server for all tests; each leaves no adapter behind."""
+    """One engine and one server for all tests; each leaves no adapter behind."""
 
-    def __init__(self, files: Files):
+    def __init__(self, files: Files, client: type[EngineClient] | type[InProcessEngine]):
         self._loop = asyncio.Runner()
         options = {"model_path": str(files.path / "model"), "device": "cpu", "log_level": "warning", "page_size": 4}
-        self._client = self._run(EngineClient.start(Config.make(enable_lora=True, **options)))
+        self._client = self._run(client.start(Config.make(enable_lora=True, **options)))
         self._server = LocalServer(self._client, None, **options)
 
     def play(self, scenario: Scenario) -> None:
@@ -84,9 +89,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("swap"))
 
 
-@pytest.fixture(scope="module")
-def world(files: Files) -> Iterator[World]:
-    world = World(files)
+@pytest.fixture(scope="module", params=[InProcessEngine, pytest.param(EngineClient, marks=pytest.mark.slow)])
+def world(files: Files, request: pytest.FixtureRequest) -> Iterator[World]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fakes.async_engine.build_engine", partial(build_engine, make_loader=InlineLoader))
+        world = World(files, request.param)
     yield world
     world.close()
 
@@ -177,7 +184,6 @@ def test_a_trainer_swaps_through_shared_memory(world: World, files: Files) -> No
     world.play(scenario)
 
 
-@pytest.mark.slow
 def test_the_same_path_with_other_files(world: World, files: Files, tmp_path: Path) -> None:
     async def scenario(server: LocalServer) -> None:
         shutil.copytree(files.path / "old", tmp_path / "a")
@@ -204,7 +210,6 @@ def test_unload_and_load_again(world: World, files: Files) -> None:
     world.play(scenario)
 
 
-@pytest.mark.slow
 def test_a_composition_follows_its_parts(world: World, files: Files) -> None:
     async def scenario(server: LocalServer) -> None:
         await load(server, files.path / "old")

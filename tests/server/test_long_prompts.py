@@ -1,4 +1,4 @@
-"""A prompt of two million characters holds up nobody: with the bundled model's own tokenizer, over a fake engine."""
+"""A prompt of a million characters holds up nobody: with the bundled model's own tokenizer, over a fake engine."""
 
 import time
 
@@ -9,7 +9,7 @@ from fakes.server_app import LocalServer, run
 from multilora.demo import base_model_path
 from multilora.front.tokenizer import Tokenizer
 
-TEXT = ("the cat and the dog, \u65e5\u672c then the end. def f(x): return x + 1\n" * 40_000)[:2_000_000]
+TEXT = ("the cat and the dog, \u65e5\u672c then the end. def f(x): return x + 1\n" * 20_000)[:1_000_000]
 PROMPTS = {
     "/generate": {"text": TEXT},
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": TEXT}]},
