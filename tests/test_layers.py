@@ -9,6 +9,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,15 @@ MAX_FUNCTION_LINES = 50
 class Module:
     path: str  # "engine/scheduling/scheduler.py"
     source: str
-    tree: ast.Module
+
+    @property
+    def tree(self) -> ast.Module:
+        return parsed(self.source)[0]
+
+    @property
+    def nodes(self) -> list[ast.AST]:
+        """Of the whole tree."""
+        return parsed(self.source)[1]
 
     @property
     def unit(self) -> str:
@@ -90,16 +99,21 @@ class Module:
         return rest.partition("/")[0].removesuffix(".py") if folder == "adapters" else None
 
 
+@cache
+def parsed(source: str) -> tuple[ast.Module, list[ast.AST]]:
+    """Once for all rules: that is most of what they cost."""
+    tree = ast.parse(source)
+    return tree, list(ast.walk(tree))
+
+
 def modules(root: Path) -> list[Module]:
-    files = sorted(root.rglob("*.py"))
-    sources = [(file.relative_to(root).as_posix(), file.read_text()) for file in files]
-    return [Module(path, source, ast.parse(source)) for path, source in sources]
+    return [Module(file.relative_to(root).as_posix(), file.read_text()) for file in sorted(root.rglob("*.py"))]
 
 
 def imports(module: Module, root: Path) -> Iterator[tuple[int, str]]:
     """(line, absolute dotted name) of every import in the file, wherever it stands."""
     package = [root.name, *module.path.split("/")[:-1]]
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -240,7 +254,7 @@ def prints(root: Path) -> list[str]:
     return [
         f"{module.path}:{node.lineno}"
         for module in modules(root)
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
 
@@ -254,7 +268,7 @@ def long_functions(root: Path) -> list[str]:
     return [
         f"{module.path}:{node.lineno}: {node.name} has {length} lines"
         for module in modules(root)
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
     ]
@@ -264,7 +278,7 @@ def names_with_two_meanings(root: Path) -> list[str]:
     """Public classes of one name in two places; a reader must not have to ask which is meant."""
     homes: dict[str, list[str]] = {}
     for module in modules(root):
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(module.path)
     return [f"{name}: {', '.join(paths)}" for name, paths in sorted(homes.items()) if len(paths) > 1]
