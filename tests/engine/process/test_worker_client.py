@@ -423,6 +423,7 @@ def test_a_paused_engine_rests_and_says_so(front: EngineOnALoop) -> None:
     assert front.answer(queue)[1].type == "length"
 
 
+@pytest.mark.slow
 def test_sleep_gives_memory_back_to_the_system(files: Path) -> None:
     front = EngineOnALoop(config(files, arena_bytes=300 << 20))
     client = front.client
@@ -442,6 +443,7 @@ def test_sleep_gives_memory_back_to_the_system(files: Path) -> None:
     front.close()
 
 
+@pytest.mark.slow
 def test_shutdown_while_paused_ends_what_is_frozen(files: Path) -> None:
     front = EngineOnALoop(config(files))
     queues = [front.submit(max_new_tokens=LONG) for _ in range(3)]

@@ -39,6 +39,10 @@ CASES = [
 ]
 
 
+SLOW = pytest.mark.slow if DEVICE.type == "cpu" else ()
+"""The interpreter's; whatever is drawn from such logits is tested in the quick tier, too."""
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks in a small vocabulary."""
@@ -85,7 +89,9 @@ def test_draws_what_the_specification_draws(kind):
     assert drawn(x, numbers) == draw(x, numbers).tolist()
 
 
-@pytest.mark.parametrize("kind", ["peaked", "flat", "ties", "equal", "holes"])
+@pytest.mark.parametrize(
+    "kind", ["peaked", "ties", "holes", *(pytest.param(k, marks=SLOW) for k in ("flat", "equal"))]
+)
 def test_processed_logits_are_those_of_the_specification(kind):
     n = len(CASES) + 1
     raw, x = logits_of("peaked", n) + 1, logits_of(kind, n)
