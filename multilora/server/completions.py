@@ -13,6 +13,7 @@ from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import TextPrompt, read_prompts
 from multilora.front.stream import Delta, TextStream
+from multilora.server.dialects import in_words_of
 from multilora.server.errors import StrictRoute
 from multilora.server.foreign_fields import REASONS
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs, common_fields
@@ -29,7 +30,8 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Complete one prompt or many."""
         async with resolved(request.receive, driver, body.model, body.lora_path):
-            return await CompletionRequest(driver.front, body, sampling_defaults).respond(request, driver)
+            with in_words_of(body.words):
+                return await CompletionRequest(driver.front, body, sampling_defaults).respond(request, driver)
 
     return routes
 

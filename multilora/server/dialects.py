@@ -1,6 +1,6 @@
 """What the translating routes share: errors in the words of the client's dialect, and the reading of untyped JSON.
 
-Called by `server/responses/` and `server/anthropic/`.
+Called by `server/responses/`, `server/anthropic/`, and the OpenAI routes for the names of sampling parameters.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from multilora.front.tools.json_text import type_name
 
 @contextlib.contextmanager
 def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
-    """Raise a BadRequest of the block with the chat route's names replaced by those that the client has sent."""
+    """Raise a BadRequest of the block with our names replaced by those that the client has sent."""
     try:
         yield
     except BadRequest as e:

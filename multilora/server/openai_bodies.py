@@ -13,6 +13,9 @@ from multilora.params import GRAMMAR_FIELDS, SamplingParams
 from multilora.server.bodies import Body, Integer, Prompts, Texts, TokenIds
 from multilora.server.constraints import GuidedFields
 
+SAMPLING_WORDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+"""Names of sampling parameters, and the OpenAI routes'."""
+
 _SAMPLING = frozenset(SamplingParams.__struct_fields__) - {*GRAMMAR_FIELDS}
 
 
@@ -89,6 +92,11 @@ class OpenAIBody(GuidedFields):
             fields[parameter] = source
         return SamplingParams.parse(fields)
 
+    @property
+    def words(self) -> dict[str, str]:
+        """The names of sampling parameters in errors, and of the fields that set them."""
+        return {"sampling_params.": ""} | SAMPLING_WORDS
+
     def salts(self, prompts: int) -> list[str]:
         """The salt of each prompt's cached prefixes. Raises BadRequest."""
         salts, keys = spread(self.cache_salt, prompts, "cache_salt"), spread(self.extra_key, prompts, "extra_key")
@@ -139,3 +147,8 @@ class ChatBody(Conversation, OpenAIBody):
     separate_reasoning: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
+
+    @property
+    def words(self) -> dict[str, str]:
+        newer = {} if self.max_completion_tokens is None else {"max_new_tokens": "max_completion_tokens"}
+        return super().words | newer

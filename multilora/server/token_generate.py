@@ -19,9 +19,10 @@ from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.server.bodies import Body, Integer, TokenIds
+from multilora.server.dialects import in_words_of
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs, common_fields
-from multilora.server.openai_bodies import OpenAIBody, StreamOptions
+from multilora.server.openai_bodies import SAMPLING_WORDS, OpenAIBody, StreamOptions
 from multilora.server.resolving import resolved
 from multilora.server.weight_versions import weight_version_spans
 
@@ -70,7 +71,8 @@ def router(driver: AsyncDriver) -> APIRouter:
     async def generate_tokens(request: Request, body: TokenGenerateBody) -> Response:
         """Continue a prompt of token ids; without `max_tokens` to the end of the context."""
         async with resolved(request.receive, driver, body.model):
-            return await TokenRequest(driver.front, body).respond(request, driver)
+            with in_words_of(SAMPLING_WORDS):
+                return await TokenRequest(driver.front, body).respond(request, driver)
 
     return routes
 

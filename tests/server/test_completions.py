@@ -204,7 +204,7 @@ BAD = [
     ({"prompt": 5}, "prompt"),
     ({"prompt": [999]}, "prompt"),
     ({"prompt": ["a", 5]}, "prompt"),
-    ({"max_tokens": -1}, "max_new_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),

@@ -110,6 +110,24 @@ def wrong_types(server):
 
 
 @line
+def the_clients_names(server):
+    """An error names the field that the client has sent, on the OpenAI routes too."""
+    for path, body, field, value in (
+        ("/v1/completions", COMPLETION, "max_tokens", -1),
+        ("/v1/completions", COMPLETION, "min_tokens", -1),
+        ("/v1/completions", COMPLETION, "seed", 1 << 70),
+        ("/v1/chat/completions", CHAT | {"max_tokens": None}, "max_completion_tokens", -1),
+        ("/v1/chat/completions", CHAT, "top_p", -1.0),
+        ("/v1/responses", {"input": "Hi"}, "max_output_tokens", -1),
+    ):
+        error = server.refused(path, body | {field: value}, f"{field} = {value}")
+        assert error["param"] == field
+        assert "sampling_params" not in error["message"]
+    tokens = {"token_ids": IDS, "sampling_params": {"max_tokens": -1}}
+    server.refused("/inference/v1/generate", tokens, "sampling_params.max_tokens = -1")
+
+
+@line
 def nothing_changes(server):
     """After a refusal the same server answers as before."""
     before = server.native(input_ids=IDS)["output_ids"]

@@ -116,6 +116,13 @@ def lora_target_modules():
     refused("--lora-target-modules all q_proj", "all")
 
 
+line.elsewhere(
+    "adapters-of-other-modules",
+    'An adapter of modules that `--lora-target-modules` does not allow is "incompatible".',
+    "tests/adapters/peft/test_checkpoint.py::test_limits",
+)
+
+
 @line
 def sizes_of_chunks():
     """`--max-lora-chunk-size` is one of 16, 32, 64 and 128."""

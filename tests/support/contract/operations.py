@@ -186,6 +186,13 @@ def lora_pool(server):
     assert server.metric("sglang:lora_pool_utilization") == 1
 
 
+line.elsewhere(
+    "lora-pool-without-a-limit",
+    "Without a limit the total is how many adapters of the loaded ones' mean size the arena could hold.",
+    "tests/adapters/lifecycle/test_store.py::test_slots",
+)
+
+
 @line
 def routing_by_adapter(server):
     """`vllm:lora_requests_info` names running and waiting adapters, with the limit; its value is a time."""
