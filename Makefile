@@ -5,7 +5,7 @@
 #   make serve       the server, until Ctrl-C;          ARGS="--port 8000 --lora-paths …"
 #   make check       format, lint, types, layer order
 #   make test        the tests (CPU, minutes);          ARGS="-k scheduler"
-#   make test-slow   deaths, restarts and real waits of whole processes (CPU)
+#   make test-slow   whole processes, their deaths, restarts and waits, and longer tables (CPU)
 #   make coverage    both, with the share of lines that they run
 #   make test-clients  other people's clients, each in an environment of its own (minutes); ARGS="openai litellm"
 #   make test-gpu    those that need a CUDA device, and on it those that compare with PEFT

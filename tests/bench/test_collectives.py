@@ -6,6 +6,7 @@ from bench.collectives import measure
 from bench.gpu.sizes import SIZES
 
 
+@pytest.mark.slow
 def test_the_collectives_of_a_step_are_measured() -> None:
     found = measure("tiny", "cpu", 2)
     assert list(found) == list(SIZES["tiny"][1].batches)

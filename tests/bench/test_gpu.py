@@ -47,6 +47,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return last
 
 
+@pytest.mark.slow
 def test_every_row_is_measured(result: dict[str, Any]) -> None:
     assert result["failed"] == {}
     assert len(result["rows"]) == sum(ROWS.values())
@@ -57,17 +58,20 @@ def test_every_row_is_measured(result: dict[str, Any]) -> None:
         assert "target" not in row, "targets are those of another model"
 
 
+@pytest.mark.slow
 def test_all_fresh_adapters_came_and_went(result: dict[str, Any]) -> None:
     [fresh] = [row for row in result["rows"] if row["unit"] == "adapters/s"]
     assert fresh["adapters"] == fresh["wanted"] == 20
 
 
+@pytest.mark.slow
 def test_the_run_says_where_it_ran(result: dict[str, Any]) -> None:
     assert result["command"].startswith("python -m bench.gpu --dims tiny")
     assert result["cores"] >= 1 and "commit" in result and result["versions"]["torch"]
     assert result["read_bandwidth_tb_s"] > 0
 
 
+@pytest.mark.slow
 def test_adapters_take_turns_where_the_device_holds_few(result: dict[str, Any]) -> None:
     loads = {row["row"]: row["adapter_loads"] for row in result["rows"] if "adapter_loads" in row}
     [few] = [n for name, n in loads.items() if "--lora-device-bytes" in name]
