@@ -54,25 +54,20 @@ class Steps:
             asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._read)
 
     def _read(self) -> None:
-        ticks = os.read(sys.stdin.fileno(), 1 << 10)
-        for tick in ticks:
-            if tick == ord("t"):
+        match os.read(sys.stdin.fileno(), 1):  # one at a time: what a step has woken runs before the next
+            case b"t":
                 self._step()
-            else:  # the times until here
-                self._tell(f"{time.process_time()}")
-        if not ticks:  # whoever measured is gone
-            os._exit(0)
+            case b"c":
+                sys.stdout.write(f"{time.process_time()}\n")
+                sys.stdout.flush()
+            case _:  # whoever measured is gone
+                os._exit(0)
 
     def _step(self) -> None:
         outputs = decode_from_engine(self._message)
         assert isinstance(outputs, Outputs)
         for output in outputs.items:
             self._receivers[output.rid](output)
-
-    @staticmethod
-    def _tell(text: str) -> None:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
 
 
 class SteppedEngine(Steps):

@@ -8,12 +8,14 @@ All methods belong to one event loop.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from multilora.drivers.async_generation import AsyncGeneration
 from multilora.drivers.grammar_pool import GrammarPool
+from multilora.drivers.mailbox import LoopTurns, Mailbox
 from multilora.engine.messages import AdapterInfo, Output, Reply, StartProfile, ToEngine
 from multilora.errors import MultiloraError
 from multilora.front.adapter_ref import Held
@@ -33,14 +35,11 @@ from multilora.front.effects import (
 )
 from multilora.front.engine_link import EngineLink
 from multilora.front.front import Front
-from multilora.front.generation import Generation, Job, Sample
-from multilora.front.stream import Delta
+from multilora.front.generation import Job
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-MERGED_FROM = 64
-"""Outputs of one request that wait: from so many on they are taken as one."""
 THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8, Lane.STATE: 1, Lane.DOWNLOADS: 16}
 
 
@@ -71,64 +70,6 @@ class AsyncEngine(EngineLink, Protocol):
         """Let the engine finish what runs, and end it."""
 
 
-class AsyncGeneration:
-    """A Generation under way. Iterate `events` or await `results`; both close it at the end."""
-
-    def __init__(self, generation: Generation, outputs: "asyncio.Queue[Output]"):
-        self.samples = generation.samples
-        self.created = generation.created
-        self.close = generation.close
-        self._generation = generation
-        self._outputs = outputs
-
-    async def events(self) -> AsyncIterator[tuple[Sample, Delta]]:
-        """What is new, of which sample, until each has ended. Raises the typed error of the first that fails.
-
-        Who reads slowly gets more at a time: what has come meanwhile is one delta.
-        """
-        try:
-            while not self._generation.finished:
-                deltas, error = self._take(await self._outputs.get())
-                for sample, delta in deltas.values():
-                    sample.shown = True
-                    yield sample, delta
-                if error is not None:
-                    raise error
-        finally:
-            self.close()
-
-    def _take(self, first: Output) -> tuple[dict[int, tuple[Sample, Delta]], MultiloraError | None]:
-        """What is new, by the index of its sample, and the first error: of one output, or where more than a few wait,
-        of all of them, with one delta for each sample."""
-        merging = self._outputs.qsize() >= MERGED_FROM
-        deltas: dict[int, tuple[Sample, Delta]] = {}
-        output: Output | None = first
-        try:
-            while output is not None:
-                event = self._generation.receive(output)
-                if output.again:
-                    deltas = {i: seen for i, seen in deltas.items() if seen[0].key != output.rid}
-                elif event is not None:
-                    sample, delta = event
-                    before = deltas.get(sample.index)
-                    deltas[sample.index] = (sample, delta if before is None else before[1].then(delta))
-                output = self._outputs.get_nowait() if merging and not self._outputs.empty() else None
-        except MultiloraError as e:
-            return deltas, e
-        return deltas, None
-
-    async def results(self) -> list[Sample]:
-        """Wait for all endings. Nobody sees anything before: what the engine has to begin again is begun again."""
-        try:
-            while not self._generation.finished:
-                _, error = self._take(await self._outputs.get())
-                if error is not None:
-                    raise error
-        finally:
-            self.close()
-        return self.samples
-
-
 class AsyncDriver:
     """Of one engine and its front."""
 
@@ -136,13 +77,15 @@ class AsyncDriver:
         self.engine = engine
         self.front = front
         self._grammars = GrammarPool(front.config.grammar_timeout, front.config.grammar_max_bytes)
+        self._turns = LoopTurns()
         self._changes: set[asyncio.Task[Any]] = set()
         self._pools = {lane: ThreadPoolExecutor(count, lane.value) for lane, count in THREADS.items()}
 
     async def generate(self, jobs: Sequence[Job], rids: Sequence[str] | None = None) -> AsyncGeneration:
         """Check and submit. On any error, and when cancelled, nothing is sent and no adapter is held."""
-        outputs: asyncio.Queue[Output] = asyncio.Queue()
-        return AsyncGeneration(await self._run(self.front.submit(jobs, outputs.put_nowait, rids)), outputs)
+        outputs = Mailbox[Output]()
+        generation = await self._run(self.front.submit(jobs, outputs.put, rids))
+        return AsyncGeneration(generation, outputs, self._turns)
 
     async def hold(self, names: Iterable[str]) -> Sequence[Held]:
         """See `Resolver.hold`. When cancelled nothing is held; what is being fetched goes on."""

@@ -10,7 +10,7 @@ pending tokens are decoded behind the last emitted ones, and the text of those a
 
 from collections.abc import Iterable
 
-from multilora.front.tokenizer import Tokenizer
+from multilora.front.tokenizer import Tokenizer, remember
 
 _BROKEN = "\ufffd"
 _MAX_PENDING = 16  # tokens; a character in the making has at most 3
@@ -32,14 +32,34 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids - tokenizer.special_ids_of(kept) if skip_special_tokens else frozenset()
         self._spaces = spaces_between_special_tokens
+        self._steps = tokenizer.steps[spaces_between_special_tokens]
+        self._alone = tokenizer.context_free
+        self._last: int | None = -1  # the token that is all of the prefix, -1 at the beginning, None: no such token
         self._prefix: list[int] = []  # the last tokens whose text is emitted entirely
-        self._prefix_text = ""  # the text of `_prefix` decoded alone
+        self._prefix_text: str | None = ""  # the text of `_prefix` decoded alone; None: not known yet
         self._pending: list[int] = []  # tokens after them
         self._sent = 0  # characters of the pending tokens' text that are emitted
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Return the text that these tokens complete, possibly empty."""
-        return "".join([self._push_one(token) for token in token_ids if token not in self._skip])
+        return "".join([self._step(token) for token in token_ids if token not in self._skip])
+
+    def _step(self, token: int) -> str:
+        """`_push_one`, remembered for tokens that are whole characters, of which the next text is a function."""
+        last = self._last
+        if last is None or self._pending:
+            return self._push_one(token)
+        key = token if self._alone else (last, token)
+        known = self._steps.get(key)
+        if known is None:
+            new = self._push_one(token)
+            if self._last == token:
+                remember(self._steps, key, new)
+            return new
+        self._last = token
+        self._prefix = [token]
+        self._prefix_text = None
+        return known
 
     def finish(self) -> str:
         """Return the text that is still held back, since no further token will come."""
@@ -55,7 +75,9 @@ class Detokenizer:
         stable = len(text.rstrip(_BROKEN))
         new = text[self._sent : stable]
         if text and stable == len(text):
+            whole = len(self._pending) == 1
             self._advance(len(self._pending), sent=0)
+            self._last = token if whole else None
             return new
         self._sent = max(self._sent, stable)
         if len(self._pending) >= _MAX_PENDING:
@@ -63,6 +85,8 @@ class Detokenizer:
         return new
 
     def _pending_text(self) -> str:
+        if self._prefix_text is None:
+            self._prefix_text = self._decode(self._prefix)
         text = self._decode(self._prefix + self._pending)
         if text.startswith(self._prefix_text):
             return text[len(self._prefix_text) :]
@@ -89,7 +113,8 @@ class Detokenizer:
     def _advance(self, count: int, *, sent: int) -> None:
         """Move the first `count` pending tokens to the prefix; `sent` characters of the others are emitted."""
         self._prefix, self._pending = self._pending[:count], self._pending[count:]
-        self._prefix_text = self._decode(self._prefix)
+        self._prefix_text = None
+        self._last = None
         self._sent = sent
 
     def _decode(self, ids: list[int]) -> str:

@@ -116,6 +116,13 @@ class Generation:
         """Whether every sample has ended."""
         return not self._open
 
+    def endless(self, output: Output) -> Sample | None:
+        """The open sample that the output is of, if it can neither end nor begin it again: it has no stop strings."""
+        if output.finished is not None or output.again:
+            return None
+        sample = self._open.get(output.rid)
+        return None if sample is None or sample.stream.has_stops else sample
+
     def receive(self, output: Output) -> tuple[Sample, Delta] | None:
         """What an Output adds, to which sample; None: that one has ended already, or begins again.
 
@@ -146,22 +153,24 @@ class Generation:
 
     def _observe(self, sample: Sample, output: Output) -> None:
         now = time.perf_counter() - self._start
-        tokens = len(output.token_ids)
-        failed = output.finished is not None and output.finished.type in ("abort", "error")
-        if not sample.started and not (failed and not tokens):  # what failed before it ran has no first output
-            sample.started = True
-            sample.first_seconds, sample.queue_seconds = now, output.queue_seconds
-            first = FirstOutput(
-                seconds=now,
-                queue_seconds=output.queue_seconds,
-                prompt_tokens=len(sample.prompt_ids),
-                cached_tokens=output.cached_tokens,
-                generated=tokens,
-            )
-            self._observer.first_output(sample.job.adapters, first)
-        elif sample.started and tokens:
-            self._observer.next_output(tokens, now - sample.seconds)
+        if sample.started:
+            if output.token_ids:
+                self._observer.next_output(len(output.token_ids), now - sample.seconds)
+        elif output.token_ids or output.finished is None or output.finished.type not in ("abort", "error"):
+            self._observe_first(sample, output, now)  # what failed before it ran has no first output
         sample.seconds = now
+
+    def _observe_first(self, sample: Sample, output: Output, now: float) -> None:
+        sample.started = True
+        sample.first_seconds, sample.queue_seconds = now, output.queue_seconds
+        first = FirstOutput(
+            seconds=now,
+            queue_seconds=output.queue_seconds,
+            prompt_tokens=len(sample.prompt_ids),
+            cached_tokens=output.cached_tokens,
+            generated=len(output.token_ids),
+        )
+        self._observer.first_output(sample.job.adapters, first)
 
     def close(self) -> None:
         """Abort what has not ended, and release its adapters. Idempotent."""

@@ -6,8 +6,10 @@ One TextStream belongs to one sample of a request.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
+
+import msgspec
 
 from multilora.engine.messages import Logprobs, Output
 from multilora.errors import BadRequest
@@ -45,14 +47,13 @@ class FinishReason:
         return "abort" if self.type == "error" else self.type
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """What one Output added. `drop`: the stream ended here and the engine does not know yet: send it Finish(rid)."""
 
     text: str
     token_ids: list[int]
-    logprobs: list[Logprobs] = field(default_factory=list)
-    input_logprobs: list[Logprobs | None] = field(default_factory=list)
+    logprobs: list[Logprobs] = []
+    input_logprobs: list[Logprobs | None] = []
     finished: FinishReason | None = None
     drop: bool = False
 
@@ -110,6 +111,11 @@ class TextStream:
         return self._pieces[0] if self._pieces else ""
 
     @property
+    def has_stops(self) -> bool:
+        """Whether text can end it."""
+        return self._matcher is not None
+
+    @property
     def completion_tokens(self) -> int:
         return len(self.token_ids)
 
@@ -117,6 +123,12 @@ class TextStream:
         """Take an Output of this request. Nothing may follow the Delta that carries `finished`."""
         assert self.finished is None, f"request {output.rid}: output after its end"
         count = len(output.token_ids)
+        if output.finished is None and self._matcher is None:  # nearly all outputs of nearly all streams
+            text = "" if self._detokenizer is None else self._detokenizer.push(output.token_ids)
+            if text:
+                self._pieces.append(text)
+                self._out += len(text)
+            return self._extend(output, count, text)
         reason = self._engine_reason(output)
         readable = output.token_ids
         if reason is not None and reason.matched is not None and not self.params.no_stop_trim:
@@ -180,14 +192,11 @@ class TextStream:
 
     def _extend(self, output: Output, count: int, text: str) -> Delta:
         """Add the first `count` tokens of the output, and what comes with them, to the totals."""
-        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        if output.cached_tokens > self.cached_tokens:
+            self.cached_tokens = output.cached_tokens
+        drop = self.finished is not None and output.finished is None
         delta = Delta(
-            text=text,
-            token_ids=output.token_ids[:count],
-            logprobs=output.logprobs[:count],
-            input_logprobs=output.input_logprobs,
-            finished=self.finished,
-            drop=self.finished is not None and output.finished is None,
+            text, output.token_ids[:count], output.logprobs[:count], output.input_logprobs, self.finished, drop
         )
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
+from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from multilora.config import Config
@@ -33,9 +34,15 @@ _TEMPLATE_ERRORS = (
 )
 
 
+Step = int | tuple[int, int]
+"""A token, behind any other or behind this one (-1: the first of its text)."""
+MAX_STEPS = 1 << 16
+
+
 class Tokenizer:
     """eos_token_id: the tokenizer's own (a model may have more); vocab_size: with added tokens;
-    special_ids: what `skip_special_tokens` leaves out."""
+    special_ids: what `skip_special_tokens` leaves out; steps: what detokenizers have learnt, without and with spaces
+    between special tokens; context_free: a token that is whole characters has the same text behind any other."""
 
     def __init__(self, hf: PreTrainedTokenizerFast):
         self.hf = hf
@@ -44,11 +51,13 @@ class Tokenizer:
         self._special = {token.content: i for i, token in hf.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset(self._special.values())
         self._token_texts: dict[int, str] = {}
+        self.steps: tuple[dict[Step, str], dict[Step, str]] = ({}, {})
         self._fast = all(getattr(type(hf), f) is getattr(PreTrainedTokenizerFast, f) for f in _ENCODERS)
         backend = hf.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = hf.split_special_tokens
+        self.context_free = isinstance(backend.decoder, ByteLevel)
         self._reserved = frozenset(inspect.signature(hf.apply_chat_template).parameters) - {"documents"}
 
     @classmethod
@@ -184,6 +193,13 @@ class Tokenizer:
             text = twice[len(alone) :] if twice.startswith(alone) else alone
             self._token_texts[token_id] = text
         return text
+
+
+def remember(steps: dict[Step, str], step: Step, text: str) -> None:
+    """Keep the text that a step adds. At most so many are kept: then all are forgotten."""
+    if len(steps) >= MAX_STEPS:
+        steps.clear()
+    steps[step] = text
 
 
 def _read_template(value: str) -> str:

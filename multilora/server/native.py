@@ -9,7 +9,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver, AsyncGeneration
+from multilora.drivers.async_driver import AsyncDriver
+from multilora.drivers.async_generation import AsyncGeneration
 from multilora.errors import BadRequest
 from multilora.front.adapter_spec import parse_specs
 from multilora.front.generation import Job, Sample

@@ -11,9 +11,11 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver, AsyncGeneration
+from multilora.drivers.async_driver import AsyncDriver
+from multilora.drivers.async_generation import AsyncGeneration
 from multilora.errors import BadRequest, UnknownModel
 from multilora.front.adapter_spec import AdapterSpec, parse_specs
 from multilora.front.effects import Lane
@@ -24,10 +26,11 @@ from multilora.front.registry import AdapterRegistry
 from multilora.front.stream import Delta, TextStream
 from multilora.front.versions import VersionLabel
 from multilora.params import parse_logprobs_mode
+from multilora.server.chunk_writer import ChunkWriter
 from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.prompt_logprobs import prompt_logprobs
-from multilora.server.streaming import EventStream, Json, frame, while_connected
+from multilora.server.streaming import EventStream, Json, while_connected
 from multilora.server.weight_versions import changed_weights, weight_metadata, weight_version_spans
 
 Choice = dict[str, Any]
@@ -50,6 +53,7 @@ class OpenAIRequest(ABC):
         self._id = body.rid or f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._model = model_name if body.model is None else body.model
         self._include_usage = body.include_usage
+        self._continuous_usage = body.continuous_usage
 
     @abstractmethod
     def whole(self, sample: Sample) -> Choice:
@@ -100,7 +104,8 @@ class OpenAIRequest(ABC):
         if not self._body.stream:
             return Json(await while_connected(request.receive, answer()))
         generation = await while_connected(request.receive, driver.generate(self._jobs, rids))
-        return await EventStream.begin(request.receive, self._frames(generation), generation.close)
+        frames = self._frames(generation, ChunkWriter.of(request.scope))
+        return await EventStream.begin(request.receive, frames, generation.close)
 
     def _response(self, generation: AsyncGeneration, samples: Sequence[Sample]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -110,29 +115,60 @@ class OpenAIRequest(ABC):
         facts = self._prompt_facts(first) if self.prompt_in_head else {}
         return self._head(generation, self.kind) | rest | facts | {"metadata": weight_metadata(first)}
 
-    async def _frames(self, generation: AsyncGeneration) -> AsyncGenerator[bytes, None]:
-        head = self._head(generation, self.chunk_kind)
-        continuous = self._body.continuous_usage
-        extra: dict[str, Any] = {"usage": None} if self._include_usage else {}
+    async def _frames(self, generation: AsyncGeneration, writer: ChunkWriter | None) -> AsyncGenerator[bytes, None]:
+        """What comes after the first of them, and can be written at once, bypasses them. Each is what has come since
+        the one before it: several chunks, where the client reads slowly."""
+        chunks = _Chunks(self._head(generation, self.chunk_kind))
         begun: set[int] = set()
-        async for sample, delta in generation.events():
-            if continuous:
-                extra = {"usage": _usage([sample])}
+
+        def frames_of(sample: Sample, delta: Delta) -> bytes:
             first = sample.index not in begun
-            prompt = self._prompt_facts(sample) if first and self.prompt_in_head else {}
-            for choice in self.chunks(sample, delta, first=first):
-                last: dict[str, Any] = {}
-                if choice["finish_reason"]:
-                    choice |= self._spans(sample)
-                    last = {"metadata": weight_metadata(sample)}
-                yield frame(head | {"choices": [choice]} | extra | prompt | last)
-                prompt = {}
-            begun.add(sample.index)
+            if first:
+                begun.add(sample.index)
+            return b"".join(self._frames_of(chunks, sample, delta, first=first))
+
+        while (events := await generation.take()) is not None:
+            if frames := b"".join([frames_of(*event) for event in events]):
+                yield frames
+                if writer is not None:  # the head of the answer has been sent
+                    generation.divert(writer.ready, writer.writes(frames_of))
+                    writer = None
         if self._include_usage:
-            yield frame(head | {"choices": [], "usage": _usage(generation.samples)})
+            yield chunks.frame(None, {"usage": _usage(generation.samples)})
+
+    def _frames_of(self, chunks: "_Chunks", sample: Sample, delta: Delta, *, first: bool) -> Iterator[bytes]:
+        extra: dict[str, Any] = {}
+        if self._continuous_usage:
+            extra = {"usage": _usage([sample])}
+        elif self._include_usage:
+            extra = {"usage": None}
+        prompt = self._prompt_facts(sample) if first and self.prompt_in_head else {}
+        for choice in self.chunks(sample, delta, first=first):
+            rest = extra
+            if choice["finish_reason"]:
+                choice |= self._spans(sample)
+                rest = extra | prompt | {"metadata": weight_metadata(sample)}
+            elif prompt:
+                rest = extra | prompt
+            yield chunks.frame(choice, rest)
+            prompt = {}
 
     def _head(self, generation: AsyncGeneration, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": int(generation.created), "model": self._model}
+
+
+class _Chunks:
+    """The frames of one stream. What is the same in each, `head`, is encoded once."""
+
+    def __init__(self, head: dict[str, Any]):
+        self._begin = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
+
+    def frame(self, choice: Choice | None, rest: dict[str, Any]) -> bytes:
+        """choice: None: there is none; rest: what follows the choices."""
+        encoded = b"" if choice is None else msgspec.json.encode(choice)
+        if not rest:
+            return self._begin + encoded + b"]}\n\n"
+        return self._begin + encoded + b"]," + msgspec.json.encode(rest)[1:] + b"\n\n"
 
 
 def _usage(samples: Sequence[Sample]) -> dict[str, Any]:

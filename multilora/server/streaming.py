@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 
+FRAMES_AT_ONCE = 8
+"""Frames after which others run, and a hang-up is seen, though each was there when the one before was sent."""
+
 StreamEvent = dict[str, Any]
 """An event whose `type` is its name, for `named_frame`."""
 
@@ -121,20 +124,21 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for data in self._with_ending():
-            await asyncio.sleep(0)  # `send` and a queue that is not empty let nobody else run, nor a hang-up be seen
+        sent, data, ending = 0, self._first, b""
+        while True:
             await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _with_ending(self) -> AsyncGenerator[bytes, None]:
-        yield self._first
-        try:
-            async for data in self._frames:
-                yield data
-        except MultiloraError as e:
-            yield self._error_frame(e)
-        except Exception as e:
-            logger.exception("error inside a stream")
-            yield self._error_frame(MultiloraError(f"internal error: {type(e).__name__}"))
-        if self._done:
-            yield self._done
+            sent += 1
+            if sent % FRAMES_AT_ONCE == 0:
+                await asyncio.sleep(0)  # `send` and frames that are there already let nobody else run
+            try:
+                data = await anext(self._frames)
+            except StopAsyncIteration:
+                break
+            except MultiloraError as e:
+                ending = self._error_frame(e)
+                break
+            except Exception as e:
+                logger.exception("error inside a stream")
+                ending = self._error_frame(MultiloraError(f"internal error: {type(e).__name__}"))
+                break
+        await send({"type": "http.response.body", "body": ending + self._done, "more_body": False})

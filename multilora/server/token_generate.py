@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from multilora.drivers.async_driver import AsyncDriver, AsyncGeneration
+from multilora.drivers.async_driver import AsyncDriver
+from multilora.drivers.async_generation import AsyncGeneration
 from multilora.engine.messages import Logprobs
 from multilora.errors import BadRequest
 from multilora.front.front import Front

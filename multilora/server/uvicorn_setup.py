@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from multilora.server.chunk_writer import OffersChunkWriter
 from multilora.server.connections import AbsoluteTargets, bounded_protocol
 
 KEEP_ALIVE_SECONDS = 60
@@ -28,7 +29,7 @@ def uvicorn_config(app: Any, max_connections: int, drain_seconds: int | None = N
     """The settings for an application that is served on a socket which is there already. drain_seconds: how long
     running requests may still take when the server stops; None: as long as they like."""
     return uvicorn.Config(
-        AbsoluteTargets(app),
+        OffersChunkWriter(AbsoluteTargets(app)),
         http=bounded_protocol(max_connections),
         log_config=None,
         access_log=False,

@@ -79,7 +79,7 @@ class Interrupted:
         sampling = SamplingParams(max_new_tokens=3, n=2, stop=["x"])
         self.generation = await self.s.driver.generate([Job(prompt=[5], sampling=sampling)])
         self.keys = [sample.key for sample in self.generation.samples]
-        self.deliver = self.generation._outputs.put_nowait
+        self.deliver = self.generation._outputs.put
 
     def say(self, index, *tokens, **fields):
         self.deliver(Output(rid=self.keys[index], token_ids=list(tokens), **fields))

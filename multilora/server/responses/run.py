@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
-from multilora.drivers.async_driver import AsyncGeneration
+from multilora.drivers.async_generation import AsyncGeneration
 from multilora.errors import MultiloraError
 from multilora.front.generation import Sample
 from multilora.front.stream import Delta, FinishReason
