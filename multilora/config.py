@@ -77,7 +77,7 @@ class Config:
     """Everything that can be set. `None` means: no limit, or chosen by the engine and logged."""
 
     model_path: str | None = _model(
-        None, "local directory or hub id (default: the bundled demo model)", aliases=("--model",)
+        None, "local directory, hub id or .gguf file (default: the bundled demo model)", aliases=("--model",)
     )
     tokenizer_path: str | None = _model(None, "local directory or hub id (default: as --model-path)")
     revision: str | None = _model(None, "branch, tag or commit of a hub model")

@@ -10,6 +10,7 @@ from multilora.adapter_tools.inspect import inspect
 from multilora.adapter_tools.verify import verify
 from multilora.cli.adapters import AdapterArgs
 from multilora.errors import AdapterError
+from multilora.models.gguf import SUFFIX, converted
 
 
 def run(args: AdapterArgs) -> int:
@@ -19,17 +20,24 @@ def run(args: AdapterArgs) -> int:
 
 
 def _inspect(args: AdapterArgs) -> int:
-    report = inspect(args.path, args.model_path, dtype=args.dtype or "auto", page_size=args.page_size)
+    report = inspect(args.path, _model(args, "bfloat16"), dtype=args.dtype or "auto", page_size=args.page_size)
     _write(dataclasses.asdict(report) if args.json else render.inspection(report))
     return 0 if report.ok else 1
 
 
+def _model(args: AdapterArgs, dtype: str) -> str | None:
+    """The base model's path; that of a GGUF file is the directory that it is converted into."""
+    path = args.model_path
+    return str(converted(path, args.dtype or dtype)) if path is not None and path.endswith(SUFFIX) else path
+
+
 def _verify(args: AdapterArgs) -> int:
-    assert args.model_path is not None
+    model = _model(args, "float32")
+    assert model is not None
     try:
         verdict = verify(
             args.path,
-            args.model_path,
+            model,
             prompts=args.prompts,
             dtype=args.dtype or "float32",
             device=args.device,

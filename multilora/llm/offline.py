@@ -20,6 +20,7 @@ from multilora.front.front import Front
 from multilora.front.tokenizer import Tokenizer
 from multilora.llm.completion import Completion
 from multilora.llm.inputs import Params, Prompts, names_of, read_jobs, read_lora_paths, write_tensors
+from multilora.models.gguf import with_directory
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +35,10 @@ class LLM:
     """
 
     def __init__(self, model_path: str | None = None, *, lora_paths: Any = None, **options: Any):
-        self.config = Config.make(model_path=model_path, lora_paths=lora_paths, **options)
-        if self.config.state_dir is not None:
+        config = Config.make(model_path=model_path, lora_paths=lora_paths, **options)
+        if config.state_dir is not None:
             raise ConfigError("state_dir: an LLM keeps nothing; AsyncLLM and the server do")
+        self.config = with_directory(config)
         self._spool = Spool()
         self._local = LocalEngine(build_engine(self._spool.admit(self.config)))
         try:

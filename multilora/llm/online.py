@@ -18,6 +18,7 @@ from multilora.front.state_directory import open_state
 from multilora.front.tokenizer import Tokenizer
 from multilora.llm.completion import Completion
 from multilora.llm.inputs import Params, names_of, read_jobs, read_lora_paths, write_tensors
+from multilora.models.gguf import with_directory
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ class AsyncLLM:
     """
 
     def __init__(self, model_path: str | None = None, *, lora_paths: Any = None, **options: Any):
-        self.config = Config.make(model_path=model_path, lora_paths=lora_paths, **options)
+        self.config = with_directory(Config.make(model_path=model_path, lora_paths=lora_paths, **options))
         self.tokenizer: Tokenizer | None = None
         self._records, self._spool = open_state(self.config.state_dir)
         self._driver: AsyncDriver | None = None

@@ -25,6 +25,7 @@ from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import ConfigError, MultiloraError
 from multilora.front.state_directory import open_state
 from multilora.front.tokenizer import Tokenizer
+from multilora.models.gguf import with_directory
 from multilora.server.app import create_app
 from multilora.server.connections import connections_within, raise_descriptor_limit
 from multilora.server.uvicorn_setup import event_loop, uvicorn_config
@@ -38,6 +39,7 @@ _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 def serve(config: Config) -> int:
     """Run the server until SIGTERM or SIGINT. Returns the exit code."""
     try:
+        config = with_directory(config)
         with asyncio.Runner(loop_factory=event_loop()) as runner:
             return runner.run(_ServerProcess(config).run())
     except asyncio.CancelledError:
