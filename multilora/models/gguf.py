@@ -2,7 +2,8 @@
 
 transformers reads the file, in a process of its own (`gguf_convert.py`), whose memory is given back: the weights,
 which are dequantised, the config and the tokenizer. Directories are kept in the user's cache, under the file's path,
-size and time of change and the dtype. Called by whoever makes an engine: `server/serve.py`, `llm/`, `cli/`.
+size and time of change and the dtype. Called by `server/serve.py`, `llm/offline.py`, `llm/online.py` and
+`cli/adapter_commands.py`.
 """
 
 import dataclasses
