@@ -36,6 +36,7 @@ ADMIN_PATHS = frozenset(
         "/continue_generation",
         "/sleep",
         "/wake_up",
+        "/release_kv_cache_memory",
         "/release_memory_occupation",
         "/resume_memory_occupation",
         "/reset_prefix_cache",

@@ -78,6 +78,12 @@ def _sleep(routes: APIRouter, driver: AsyncDriver) -> None:
         await driver.change(pauses.sleep(level, mode, tags))
         return Json({"status": "sleeping", "level": level})
 
+    @routes.post("/release_kv_cache_memory")
+    async def release_kv_cache() -> Response:
+        """As vLLM: release the arena alone, until /wake_up?tags=kv_cache. Running requests are computed anew then."""
+        await driver.change(pauses.sleep(mode=None, tags=["kv_cache"]))
+        return Json({"status": "kv_cache_released"})
+
     @routes.post("/wake_up")
     async def wake_up(tags: Annotated[list[str] | None, Query()] = None) -> Response:
         """As vLLM: take memory back, all or that of `tags`, and go on once nothing is missing."""

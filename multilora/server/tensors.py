@@ -17,6 +17,9 @@ from multilora.server.bodies import Body, Integer, LoadBody, Texts
 from multilora.server.errors import StrictRoute
 
 MAX_BODY_BYTES = 1 << 30
+GPU_FORMATS = ("cuda_ipc", "ipc", "nccl")
+"""Names of ways from GPU to GPU, which are refused: weights are checked and packed in host memory before any of them
+reach the device, and nothing says when a foreign allocation is freed or written again."""
 CHUNK = 1 << 20  # characters decoded at a time, a multiple of 4: each is short enough not to hold up other threads
 
 
@@ -46,6 +49,13 @@ class LoadTensorsBody(LoadBody):
         """What writes the weights as a .safetensors file. Raises BadRequest."""
         if self.load_format == "shared_memory":
             return partial(write_shared, self._shared())
+        if self.load_format in GPU_FORMATS:
+            raise BadRequest(
+                f"load_format: {self.load_format!r}: a handle on another process's GPU memory is not opened; a "
+                "trainer on the same host shares host memory: send load_format 'shared_memory', as "
+                "multilora.adapter_tools.share.SharedAdapter does",
+                param="load_format",
+            )
         if self.load_format not in (None, "safetensors"):
             raise BadRequest(
                 f"load_format: {self.load_format!r:.100}: only 'safetensors' and 'shared_memory' are read",

@@ -56,6 +56,11 @@ def changed_weights(sample: Sample) -> dict[str, Any]:
     return {"weight_versions": spans} if len(spans) > 1 else {}
 
 
+def all_weights(sample: Sample) -> dict[str, Any]:
+    """`weight_metadata`, and `changed_weights`."""
+    return weight_metadata(sample) | changed_weights(sample)
+
+
 def weight_version_spans(sample: Sample) -> list[dict[str, Any]]:
     """vLLM's `weight_versions` of a choice: output tokens [start, end) come from the weights labelled `version`, an
     adapter's if `lora_version` is not null."""

@@ -261,6 +261,29 @@ def test_sglangs_words(http: HttpDoor) -> None:
     assert states(http) == (False, False)
 
 
+def test_vllms_release_of_the_kv_cache_alone(http: HttpDoor) -> None:
+    """After a pause, which ends with it, or by itself: what runs then goes on after the wake-up."""
+
+    async def scene(pauses: bool) -> None:
+        server = http.server
+        runs = server.connect("POST", "/generate", {"text": TEXT, "sampling_params": LONG})
+        while not http.engine.engine.scheduler.running:
+            await asyncio.sleep(0)
+        if pauses:
+            assert (await server.send("POST", "/sleep?level=0&mode=keep")).status == 200
+        released = await server.send("POST", "/release_kv_cache_memory")
+        assert released.json() == {"status": "kv_cache_released"}
+        assert (await server.send("GET", "/is_sleeping")).json() == {"is_sleeping": True}
+        assert http.engine.engine.pauses.state.released == ["kv_cache"]
+        awake = await server.send("POST", "/wake_up?tags=kv_cache")
+        assert awake.json()["status"] == "awake"
+        assert (await runs.answer()).status == 200
+
+    for pauses in (True, False):
+        http.run(scene(pauses))
+        assert states(http) == (False, False)
+
+
 def test_abort_requests(http: HttpDoor) -> None:
     async def scene() -> None:
         server = http.server

@@ -108,6 +108,8 @@ def test_the_whole_message():
             "cache_read_input_tokens": 1,
             "output_tokens": 3,
         },
+        "weight_version": "default",
+        "lora_version": None,
     }
     sampling = server.client.submitted[0].sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (200, 0.5, 0.9, 3)

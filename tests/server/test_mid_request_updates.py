@@ -3,6 +3,7 @@ of each route name the versions of their tokens."""
 
 import asyncio
 import base64
+import json
 from typing import Any
 
 import pytest
@@ -92,6 +93,21 @@ def test_the_other_routes_name_them_too(route: str, stream: bool) -> None:
     assert [choice["weight_versions"] for choice in last] == [SPANS]
     if route != "/inference/v1/generate":
         assert [frame["metadata"] for frame in frames if "metadata" in frame] == [NEW]
+
+
+@pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
+def test_translated_routes_name_them_beside_their_other_fields(route: str) -> None:
+    wanted = {"input": "x"} if route == "/v1/responses" else CHAT | {"max_tokens": 50}
+    body = wanted | {"model": "a"}
+    whole = ask(server(), route, body, UPDATE).json()
+    assert {key: whole[key] for key in NEW} == NEW
+    assert whole["weight_versions"] == SPANS
+    text = ask(server(), route, body | {"stream": True}, UPDATE).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    told = [event.get("response") or event.get("message") or event for event in events]
+    first, *_, last = [one for one in told if "lora_version" in one]
+    assert (first["lora_version"], "weight_versions" in first) == (1, False)
+    assert (last["lora_version"], last["weight_versions"]) == (2, SPANS)
 
 
 def test_what_has_not_asked_for_it_keeps_its_version() -> None:

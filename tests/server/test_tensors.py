@@ -158,7 +158,7 @@ BAD = {
         {"load_format": "flattened_bucket"},
         "load_format: 'flattened_bucket': only 'safetensors' and 'shared_memory'",
     ),
-    "memory of a GPU": ({"load_format": "cuda_ipc"}, "load_format: 'cuda_ipc': only 'safetensors'"),
+    "memory of a GPU": ({"load_format": "cuda_ipc"}, "SharedAdapter does"),
     "tensors without the format": ({"tensors": []}, "tensors: only with load_format 'shared_memory'"),
     "shared memory without tensors": ({"load_format": "shared_memory", "serialized_tensors": None}, "tensors: "),
     "shared memory and text": (

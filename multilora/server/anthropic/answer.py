@@ -15,6 +15,7 @@ from multilora.front.tools import json_text
 from multilora.front.tools.base import Call, Content, Part, Reasoning, SettledParts
 from multilora.server.chat_job import ChatJob
 from multilora.server.streaming import StreamEvent
+from multilora.server.weight_versions import all_weights
 
 
 class MessageAnswer:
@@ -35,8 +36,8 @@ class MessageAnswer:
     def message(self) -> dict[str, Any]:
         """The message, once all events have been."""
         head = {"id": self._id, "type": "message", "role": "assistant", "model": self._model}
-        usage = _usage(self._generation.samples[0])
-        return head | {"content": self._blocks} | self._ending | {"usage": usage}
+        sample = self._generation.samples[0]
+        return head | {"content": self._blocks} | self._ending | {"usage": _usage(sample)} | all_weights(sample)
 
     async def events(self) -> AsyncGenerator[StreamEvent, None]:
         """All events, in order. Raises the typed error of an answer that fails or is aborted."""
@@ -100,7 +101,7 @@ class MessageAnswer:
     def _finish(self, sample: Sample, finished: FinishReason) -> Iterator[StreamEvent]:
         yield from self._close()
         self._ending = self._ending_of(sample, finished)
-        yield {"type": "message_delta", "delta": self._ending, "usage": _usage(sample)}
+        yield {"type": "message_delta", "delta": self._ending, "usage": _usage(sample)} | all_weights(sample)
         yield {"type": "message_stop"}
 
     def _ending_of(self, sample: Sample, finished: FinishReason) -> dict[str, Any]:

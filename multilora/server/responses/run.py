@@ -17,6 +17,7 @@ from multilora.front.tools.base import Content, Reasoning, SettledParts
 from multilora.server.chat_job import ChatJob, logprob_entries
 from multilora.server.responses.output import OutputItems
 from multilora.server.streaming import StreamEvent
+from multilora.server.weight_versions import all_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,10 @@ class ResponseRun:
 
     def response(self) -> dict[str, Any]:
         """The response object as it stands."""
-        usage = None if self.running else self._usage(self._generation.samples[0])
-        return self._head | {"status": self._status, "output": self._output.items(), "usage": usage} | self._end
+        sample = self._generation.samples[0]
+        usage = None if self.running else self._usage(sample)
+        told = {"status": self._status, "output": self._output.items(), "usage": usage}
+        return self._head | told | self._end | all_weights(sample)
 
     async def events(self) -> AsyncGenerator[StreamEvent, None]:
         """All events, in order and numbered. An error is the last one, and is kept as `error`."""
