@@ -83,6 +83,11 @@ class Config:
     revision: str | None = _model(None, "branch, tag or commit of a hub model")
     trust_remote_code: bool = _model(False, "let the tokenizer's repository run its own code")
     load_format: str = _model("auto", "dummy: random weights, for benchmarks", choices=("auto", "dummy"))
+    model_impl: str = _model(
+        "auto",
+        "whose code computes the model: this package's (native) or transformers'; auto: native where there is one",
+        choices=("auto", "native", "transformers"),
+    )
     dtype: str = _model("auto", "auto: the model's own, float32 on CPU", choices=("auto", *DTYPES))
     device: str = _model("auto", "where the engine computes", choices=("auto", *DEVICES))
     context_length: int | None = _model(None, "longest prompt plus answer, in tokens (default: the model's own)")

@@ -42,7 +42,7 @@ def make_attention(name: str, kv_views: "KVViews", shape: "AttentionShape") -> "
 
 
 def choose_attention(
-    name: str, device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype", head_dim: int
+    name: str, device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype", shape: "AttentionShape"
 ) -> str:
     """Which backend --attention-backend `name` ("auto" or one of the table) means for a model; logged.
 
@@ -50,7 +50,7 @@ def choose_attention(
     """
     if name not in ("auto", *BACKENDS):
         raise ConfigError(f"--attention-backend must be one of auto, {', '.join(BACKENDS)}, is {name!r}")
-    obstacle = None if name == "torch" else flashinfer_obstacle(device, dtype, kv_dtype, head_dim)
+    obstacle = None if name == "torch" else flashinfer_obstacle(device, dtype, kv_dtype, shape)
     if name == "flashinfer" and obstacle:
         raise ConfigError(f"--attention-backend flashinfer: {obstacle}")
     chosen = "torch" if name == "torch" or obstacle else "flashinfer"
@@ -59,7 +59,7 @@ def choose_attention(
 
 
 def flashinfer_obstacle(
-    device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype", head_dim: int
+    device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype", shape: "AttentionShape"
 ) -> str | None:
     """The first thing that keeps FlashInfer from serving a model; None: nothing does."""
     if device.type != "cuda":
@@ -68,8 +68,11 @@ def flashinfer_obstacle(
         return f"it takes float16 and bfloat16, the model is {dtype}"
     if kv_dtype != dtype:
         return f"it takes a KV cache of the model's dtype, {dtype}; the KV cache is {kv_dtype}"
-    if head_dim not in (64, 128, 256):
-        return f"it takes head_dim 64, 128 and 256, the model has {head_dim}"
+    if shape.head_dim not in (64, 128, 256):
+        return f"it takes head_dim 64, 128 and 256, the model has {shape.head_dim}"
+    if shape.layer_windows or shape.softcap is not None or shape.sinks:
+        kind = "windows that differ" if shape.layer_windows else "sinks" if shape.sinks else "a softcap"
+        return f"it takes layers that attend alike, without softcap and sinks; the model's have {kind}"
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer-python is not installed"
     return None

@@ -18,24 +18,44 @@ KVViews = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What the attention of every layer of a model has in common."""
+    """What the attention of a model computes. All layers have the same heads and scale.
+
+    softcap: scores s become softcap · tanh(s / softcap) before they are masked (Gemma 2); None: they stay.
+    sinks: layers hand over one more score for each head, which takes part in the softmax and has no value (gpt-oss).
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float  # factor of the scores q · k
     sliding_window: int | None  # how many tokens a token sees, itself included; None: all before it
+    layer_windows: tuple[int | None, ...] = ()  # the same for each layer, where they differ; empty: they do not
+    softcap: float | None = None
+    sinks: bool = False
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens a token of the layer sees, itself included; None: all before it."""
+        return self.layer_windows[layer] if self.layer_windows else self.sliding_window
 
 
 class LayerAttention(Protocol):
     """The part of a backend that layers call."""
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: CosSin,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Rotate q and k, write k and v of the new tokens into their pages, then attend causally.
 
         q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim]; the last dimension lies contiguous.
         Returns [T, heads, head_dim]. Request r's token i sees the request's tokens 0 … kv_len - q_len + i,
-        and with a sliding window of w only the last w of them (itself included).
+        and with a sliding window of w only the last w of them (itself included). sinks: [heads], for models that
+        have them (see `AttentionShape`).
         """
         ...
 

@@ -28,7 +28,7 @@ WORKSPACE_BYTES = 256 << 20  # for FlashInfer
 REQUEST_WORDS = 5  # see `list_pages`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Shape(AttentionShape):
     """`AttentionShape`, and what the arena adds. The KV cache has the dtype of the queries."""
 
@@ -194,10 +194,19 @@ class FlashInferAttention:
             self.rows = _pinned(np.argsort(order)).to(self._shape.device, non_blocking=True)
         self._meta, self._decodes = meta, len(single)
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: CosSin,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `AttentionBackend`."""
         meta, kv = self._meta, self._kv_views[layer]
         assert meta is not None, "prepare() comes first"
+        assert sinks is None, "flashinfer_obstacle() refuses models with sinks"
         q = rotate_and_write(q, k, v, rope, *kv, meta.token_page, meta.token_slot, self.rows)
         out = torch.empty_like(q)
         self.attend_to(layer, q, out)
@@ -283,8 +292,17 @@ class _GraphAttention:
         requests = self._decode.requests(self._words)
         list_pages(meta.page_table, requests, self._indices, (self._token_page, self._token_slot))
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: CosSin,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `AttentionBackend`. Every tensor has `batch_size` rows."""
+        assert sinks is None, "flashinfer_obstacle() refuses models with sinks"
         kv = self._kv_views[layer]
         q = rotate_and_write(q, k, v, rope, *kv, self._token_page, self._token_slot)
         out = torch.empty_like(q)

@@ -36,6 +36,14 @@ class _PrefillPlan:
     mask: torch.Tensor | None  # bool [q, keys]; None: plain causal over the new tokens
 
 
+@dataclass(frozen=True, slots=True)
+class _StepPlan:
+    """What the layers with one window do in a step."""
+
+    decodes: list[_DecodePlan]
+    prefills: list[_PrefillPlan]
+
+
 class TorchAttention:
     """The `torch` backend over the per-layer views of the arena, each [num_pages, page_size, kv_heads, head_dim]."""
 
@@ -46,12 +54,12 @@ class TorchAttention:
         self.num_kv_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
         self.scale = shape.scale
-        self.window = shape.sliding_window
+        self.softcap = shape.softcap
+        self.windows = [shape.window_of(layer) for layer in range(len(kv_views))]
         self.page_size = kv_views[0][0].shape[1]
         self._meta: AttentionMeta | None = None
         self._begun: torch.Tensor | None = None  # int64 [n], pages begun in this step and not filled by it
-        self._decodes: list[_DecodePlan] = []
-        self._prefills: list[_PrefillPlan] = []
+        self._plans: dict[int | None, _StepPlan] = {}  # by window
 
     def prepare(self, meta: AttentionMeta) -> None:
         """See `AttentionBackend`. Builds the masks once; every layer uses them."""
@@ -59,8 +67,13 @@ class TorchAttention:
         single = [r for r, n in enumerate(meta.q_lens) if n == 1]
         self._meta = meta
         self._begun = self._begun_pages(meta)
-        self._decodes = [self._plan_decodes(meta, group, starts) for group in self._groups(meta, single)]
-        self._prefills = [self._plan_prefill(meta, r, starts[r]) for r, n in enumerate(meta.q_lens) if n > 1]
+        self._plans = {}
+        for window in dict.fromkeys(self.windows):
+            decodes = [
+                self._plan_decodes(meta, group, starts, window) for group in self._groups(meta, single, window)
+            ]
+            prefills = [self._plan_prefill(meta, r, starts[r], window) for r, n in enumerate(meta.q_lens) if n > 1]
+            self._plans[window] = _StepPlan(decodes, prefills)
 
     def for_graph(self, batch_size: int) -> StepAttention | None:  # noqa: ARG002 (the contract's)
         """See `AttentionBackend`. There is none: masks and gathers follow the lengths here."""
@@ -70,7 +83,15 @@ class TorchAttention:
         """See `AttentionBackend`."""
         return None
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: CosSin,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `AttentionBackend`."""
         assert self._meta is not None, "prepare() comes first"
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -83,14 +104,15 @@ class TorchAttention:
         k_pages.index_put_(where, k)
         v_pages.index_put_(where, v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for decodes in self._decodes:
-            out[decodes.rows] = self._decode(decodes, q[decodes.rows], k_pages, v_pages)
-        for p in self._prefills:
+        plan = self._plans[self.windows[layer]]
+        for decodes in plan.decodes:
+            out[decodes.rows] = self._decode(decodes, q[decodes.rows], k_pages, v_pages, sinks)
+        for p in plan.prefills:
             if p.pages is None:
                 keys, values = k[p.start : p.end], v[p.start : p.end]
             else:
                 keys, values = _tokens(k_pages, p.pages), _tokens(v_pages, p.pages)
-            out[p.start : p.end] = self._prefill(q[p.start : p.end], keys, values, p.mask)
+            out[p.start : p.end] = self._prefill(q[p.start : p.end], keys, values, p.mask, sinks)
         return out
 
     # planning, once a step
@@ -107,20 +129,20 @@ class TorchAttention:
         requests, columns = torch.tensor(found, device=meta.page_table.device).unbind(1)
         return meta.page_table[requests, columns]
 
-    def _first_page(self, meta: AttentionMeta, r: int) -> int:
+    def _first_page(self, meta: AttentionMeta, r: int, window: int | None) -> int:
         """Index, in the request's pages, of the first page that any new token of request r can see."""
-        if self.window is None:
+        if window is None:
             return 0
         first_query = meta.kv_lens[r] - meta.q_lens[r]
-        return max(0, first_query - self.window + 1) // self.page_size
+        return max(0, first_query - window + 1) // self.page_size
 
-    def _num_pages(self, meta: AttentionMeta, r: int) -> int:
+    def _num_pages(self, meta: AttentionMeta, r: int, window: int | None) -> int:
         """How many pages request r's new tokens can see."""
-        return -(-meta.kv_lens[r] // self.page_size) - self._first_page(meta, r)
+        return -(-meta.kv_lens[r] // self.page_size) - self._first_page(meta, r, window)
 
-    def _groups(self, meta: AttentionMeta, requests: list[int]) -> Iterator[list[int]]:
+    def _groups(self, meta: AttentionMeta, requests: list[int], window: int | None) -> Iterator[list[int]]:
         """Groups of requests of similar length, so that padding at most doubles what a group reads."""
-        lengths = {r: self._num_pages(meta, r) for r in requests}
+        lengths = {r: self._num_pages(meta, r, window) for r in requests}
         group: list[int] = []
         for r in sorted(requests, key=lambda r: (-lengths[r], r)):
             if group and 2 * lengths[r] < lengths[group[0]]:
@@ -130,60 +152,98 @@ class TorchAttention:
         if group:
             yield group
 
-    def _visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Bool mask, true where `query` sees `key`: absolute positions that broadcast against each other."""
-        seen = key <= query
-        return seen if self.window is None else seen & (key > query - self.window)
-
-    def _plan_decodes(self, meta: AttentionMeta, group: list[int], starts: list[int]) -> _DecodePlan:
+    def _plan_decodes(
+        self, meta: AttentionMeta, group: list[int], starts: list[int], window: int | None
+    ) -> _DecodePlan:
         device = meta.page_table.device
-        width = self._num_pages(meta, group[0])  # the longest comes first
+        width = self._num_pages(meta, group[0], window)  # the longest comes first
         table = torch.tensor(
-            [(starts[r], r, self._first_page(meta, r), meta.kv_lens[r] - 1) for r in group], device=device
+            [(starts[r], r, self._first_page(meta, r, window), meta.kv_lens[r] - 1) for r in group], device=device
         )
         rows, requests, first, query = table.unbind(1)  # each [B]
         columns = first[:, None] + torch.arange(width, device=device)
         columns = columns.minimum((query // self.page_size)[:, None])  # never another request's page
         key = first[:, None] * self.page_size + torch.arange(width * self.page_size, device=device)
-        mask = self._visible(query[:, None], key)
+        mask = _visible(query[:, None], key, window)
         return _DecodePlan(rows, meta.page_table[requests[:, None], columns], mask[:, None, None, :])
 
-    def _plan_prefill(self, meta: AttentionMeta, r: int, start: int) -> _PrefillPlan:
+    def _plan_prefill(self, meta: AttentionMeta, r: int, start: int, window: int | None) -> _PrefillPlan:
         device = meta.page_table.device
         q_len, kv_len = meta.q_lens[r], meta.kv_lens[r]
         query = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
         if q_len == kv_len:
-            unbounded = self.window is None or self.window >= kv_len
-            mask = None if unbounded else self._visible(query, query[:, 0])
+            unbounded = window is None or window >= kv_len
+            mask = None if unbounded else _visible(query, query[:, 0], window)
             return _PrefillPlan(start, start + q_len, None, mask)
-        first = self._first_page(meta, r)
-        pages = meta.page_table[r, first : first + self._num_pages(meta, r)]
+        first = self._first_page(meta, r, window)
+        pages = meta.page_table[r, first : first + self._num_pages(meta, r, window)]
         key = torch.arange(pages.shape[0] * self.page_size, device=device) + first * self.page_size
-        return _PrefillPlan(start, start + q_len, pages, self._visible(query, key))
+        return _PrefillPlan(start, start + q_len, pages, _visible(query, key, window))
 
     # arithmetic, once a layer
 
     def _decode(
-        self, plan: _DecodePlan, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+        self,
+        plan: _DecodePlan,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """q: [B, heads, head_dim]. The query heads of one KV head stand where query tokens usually do."""
         grouped = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, kv_heads, group, head_dim]
         keys = _tokens(k_pages, plan.pages).to(q.dtype).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
         values = _tokens(v_pages, plan.pages).to(q.dtype).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
         # both [B, kv_heads, keys, head_dim]
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask, scale=self.scale)
-        return out.reshape(q.shape)
+        if sinks is not None:
+            sinks = sinks.view(1, self.num_kv_heads, -1, 1)
+        return self._attend(grouped, keys, values, plan.mask, sinks).reshape(q.shape)
 
-    def _prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _prefill(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
         """q: [q, heads, head_dim]; k, v: [keys, kv_heads, head_dim]. The group is the batch: as heads of stride 0 it
         makes PyTorch's CUDA kernel wrong in the last query of 64 n + 1 (pytorch issue 191937)."""
         grouped = q.unflatten(1, (self.num_kv_heads, -1)).permute(2, 1, 0, 3)  # [group, kv_heads, q, head_dim]
         keys = k.to(q.dtype).transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)  # [group, kv_heads, keys, head_dim]
         values = v.to(q.dtype).transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)
-        out = F.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )
-        return out.permute(2, 1, 0, 3).flatten(1, 2)
+        if sinks is not None:
+            sinks = sinks.view(self.num_kv_heads, -1).T[:, :, None, None]
+        return self._attend(grouped, keys, values, mask, sinks).permute(2, 1, 0, 3).flatten(1, 2)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """q: [..., q, head_dim]; k, v: [..., keys, head_dim]; mask: bool, broadcasts to [..., q, keys], None: causal;
+        sinks: broadcasts to [..., q, 1]."""
+        if self.softcap is None and sinks is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+        scores = (q @ k.transpose(-1, -2) * self.scale).float()  # [..., q, keys]
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is None:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores.masked_fill_(~mask, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.float().expand(*scores.shape[:-1], 1)), dim=-1)
+        weights = scores.softmax(dim=-1)[..., : k.shape[-2]]
+        return weights.to(q.dtype) @ v
+
+
+def _visible(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Bool mask, true where `query` sees `key`: absolute positions that broadcast against each other."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
 
 
 def _tokens(pages: torch.Tensor, which: torch.Tensor) -> torch.Tensor:

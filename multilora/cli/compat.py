@@ -115,7 +115,7 @@ _ONE_VALUE = """
     mamba-track-interval max-ep-size max-mamba-cache-size max-micro-batch-size max-prefill-tokens
     media-url-max-file-size-mb min-free-slots-delay mm-attention-backend mm-feature-transport
     mm-global-cache-backend mm-io-worker-num mm-max-concurrent-calls mm-per-request-timeout
-    mm-preprocess-cache-size-mb mm-process-config mm-processor-worker-num model-config-parser model-impl
+    mm-preprocess-cache-size-mb mm-process-config mm-processor-worker-num model-config-parser
     model-loader-extra-config modelexpress-config modelopt-checkpoint-restore-path modelopt-checkpoint-save-path
     modelopt-export-path modelopt-quant moe-a2a-backend moe-data-parallel-size moe-dense-tp-size moe-dp-size
     moe-runner-backend monokernel-backend mooncake-ib-device msprobe-dump-config multi-item-scoring-delimiter

@@ -138,6 +138,7 @@ def _load(config: Config, device: torch.device, group: Group) -> CausalLM:
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             context_length=config.context_length,
+            model_impl=config.model_impl,
             group=group,
         )
         adapter_limits(config, model)
@@ -165,7 +166,7 @@ def _arena(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAt
 def _attention_maker(config: Config, model: CausalLM) -> MakeAttention:
     """Makes the attention backend that was chosen, over any arena."""
     shape, dtypes = model.attention_shape, (model.config.dtype, model.config.kv_dtype)
-    name = choose_attention(config.attention_backend, model.device, *dtypes, shape.head_dim)
+    name = choose_attention(config.attention_backend, model.device, *dtypes, shape)
     return lambda kv_views: make_attention(name, kv_views, shape)
 
 

@@ -84,6 +84,10 @@ class LMHead(nn.Module):
         else:
             weight = torch.empty(site.out_features, site.in_features, device=device, dtype=dtype)
             self.weight = nn.Parameter(weight, requires_grad=False)  # [vocab, hidden]
+        self.bias: nn.Parameter | None = None
+        if site.bias:
+            assert group.size == 1, "no model that ranks share has a bias here"
+            self.bias = nn.Parameter(torch.empty(site.out_features, device=device, dtype=dtype), requires_grad=False)
 
     def forward(self, hidden: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """hidden: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab].
@@ -92,6 +96,8 @@ class LMHead(nn.Module):
         and -inf where a row's vocabulary ends.
         """
         y = logits(hidden, self.weight)
+        if self.bias is not None:
+            y += self.bias
         if self.group.size > 1:
             return self._gathered(y, hidden, ctx)
         if ctx.full_weights is not None:
@@ -100,9 +106,9 @@ class LMHead(nn.Module):
             ctx.lora.apply(y, hidden, self.site.index)
         return y
 
-    def base_weight(self, part: LoraSlice) -> tuple[torch.Tensor, None]:  # noqa: ARG002 - part of the contract
-        """Weight [vocab, hidden] of the site's one slice, and that there is no bias; read-only."""
-        return self.weight, None
+    def base_weight(self, part: LoraSlice) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002 - the contract's
+        """Weight [vocab, hidden] and bias [vocab] of the site's one slice; read-only."""
+        return self.weight, self.bias
 
     def _replace(self, y: torch.Tensor, hidden: torch.Tensor, full_weights: FullWeightModules) -> torch.Tensor:
         """y with the logits of adapters that bring their own head, or rows of it, in place of the base model's."""
@@ -114,6 +120,11 @@ class LMHead(nn.Module):
                 y[rows, weights.rows :] = -torch.inf
             columns = slice(weights.rows) if weights.token_ids is None else weights.token_ids
             y[rows, columns] = product(hidden[rows], weights).to(y.dtype)
+            if self.bias is not None and weights.token_ids is None:
+                count = min(weights.rows, len(self.bias))
+                y[rows, :count] += self.bias[:count]
+            elif self.bias is not None:
+                y[rows, columns] += self.bias[columns]
         return y
 
     def _gathered(self, y: torch.Tensor, hidden: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:

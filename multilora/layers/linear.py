@@ -76,9 +76,10 @@ class Linear(nn.Module):
         return self.weight.dequantised(part.columns), bias
 
     def load(self, part: LoraSlice, name: str, tensor: torch.Tensor) -> None:
-        """Fill the "weight" [out, in] or "bias" [out] of one of the site's slices from a checkpoint's tensor."""
+        """Fill the "weight" [out, in] or "bias" [out] of one of the site's slices from a checkpoint's tensor; a
+        transposed slice's weight comes as [in, out]."""
         if name == "weight":
-            self.weight.load(part.columns, tensor)
+            self.weight.load(part.columns, tensor.T if part.transposed else tensor)
         else:
             assert self.bias is not None and name == "bias"
             self.bias[part.columns].copy_(tensor)

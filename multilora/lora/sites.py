@@ -39,9 +39,12 @@ class LoraSlice:
     changing it changes them (at model level: those of the first layer). True is the safe answer.
     bias: the base model has one. expert: which expert of a mixture it belongs to; None: there is none. unit: so many
     outputs belong together, such as those of a head: ranks divide whole units.
+    transposed: checkpoints and PEFT's modules_to_save hold the weight as [in, out] (transformers' Conv1D).
     """
 
-    module: str  # PEFT's name, the last component of the path: "q_proj"
+    module: (
+        str  # what it is called among the targets: PEFT's name, the last component of the path, where that is unique
+    )
     offset: int
     out_features: int
     parent: str = ""
@@ -50,6 +53,8 @@ class LoraSlice:
     bias: bool = False
     expert: int | None = None
     unit: int = 1
+    attribute: str = ""  # the last component of its path, where that is another than `module`
+    transposed: bool = False
 
     @property
     def columns(self) -> slice:
@@ -78,13 +83,14 @@ class LoraSite:
 
 @dataclass(frozen=True)
 class NormModule:
-    """A norm that adapters can replace (modules_to_save). parent, before_kv: see `LoraSlice`."""
+    """A norm that adapters can replace (modules_to_save). parent, before_kv, attribute: see `LoraSlice`."""
 
     layer: int
     module: str
     parent: str
     size: int
     before_kv: bool
+    attribute: str = ""
 
 
 class DeclaredModules:
@@ -119,9 +125,9 @@ def target(
     return LoraSlice(module, 0, out_features, parent, before_kv, shard, bias, unit=unit)
 
 
-def module_path(layer: int, parent: str, module: str) -> str:
+def module_path(layer: int, parent: str, module: str, layers: str = LAYERS) -> str:
     """The name of a module inside the base model: "model.layers.3.self_attn.q_proj", "model.norm"."""
-    parts = (parent, module) if layer == MODEL_LEVEL else (LAYERS, str(layer), parent, module)
+    parts = (parent, module) if layer == MODEL_LEVEL else (layers, str(layer), parent, module)
     return ".".join(part for part in parts if part)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from multilora.attention.base import AttentionShape
 from multilora.distributed.group import SINGLE, Group
@@ -19,7 +20,7 @@ from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import LMHead
 from multilora.layers.linear import Linear
 from multilora.lora.sharding import local_sites
-from multilora.lora.sites import DeclaredModules, LoraSite, LoraSlice, NormModule
+from multilora.lora.sites import LAYERS, DeclaredModules, LoraSite, LoraSlice, NormModule
 from multilora.memory.kv_layout import KVLayout
 from multilora.models.config import ModelConfig
 from multilora.models.weights import fill_dummy, load_weights
@@ -42,10 +43,13 @@ class CausalLM(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def settings(cls, hf: Any) -> dict[str, Any]:
-        """The fields of `ModelConfig` that this family derives from the transformers config in its own way.
+    def configure(
+        cls, hf: Any, *, generation: GenerationConfig | None, context_length: int | None, dtype: torch.dtype
+    ) -> ModelConfig:
+        """The config of a model of this class, from transformers' one. context_length: what was asked for.
 
-        Raises ModelUnsupported for a setting that the family would compute wrongly.
+        Raises ModelUnsupported for a setting that the class would compute wrongly, ConfigError for a context beyond
+        the model's.
         """
 
     @abstractmethod
@@ -92,11 +96,14 @@ class CausalLM(nn.Module, ABC):
         return KVLayout(config.num_layers, page_size, self._kv_heads, config.head_dim, config.kv_dtype)
 
     @property
+    def layers_path(self) -> str:
+        """The path of the list of decoder layers, as PEFT's names have it."""
+        return LAYERS
+
+    @property
+    @abstractmethod
     def attention_shape(self) -> AttentionShape:
-        """What the attention backend has to compute in every layer."""
-        c = self.config
-        heads = c.num_heads // self.group.size
-        return AttentionShape(heads, self._kv_heads, c.head_dim, c.head_dim**-0.5, c.sliding_window)
+        """What the attention backend has to compute."""
 
     @property
     def _kv_heads(self) -> int:

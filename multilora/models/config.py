@@ -6,7 +6,7 @@ What differs between families (biases, head norms, windows) comes in from the fa
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import GenerationConfig
@@ -30,28 +30,34 @@ class ModelConfig:
     architecture: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
-    rope: Rope
     context_length: int
     dtype: torch.dtype
     kv_dtype: torch.dtype
     adapter_dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     tie_word_embeddings: bool
+
+    def with_dtype(self, dtype: torch.dtype) -> Self:
+        """The same model with weights, KV cache and adapters in `dtype`."""
+        return replace(self, dtype=dtype, kv_dtype=dtype, adapter_dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeConfig(ModelConfig):
+    """A model that a file of this package computes: the Llama family."""
+
+    intermediate_size: int
+    rms_norm_eps: float
+    rope: Rope
     sliding_window: int | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-
-    def with_dtype(self, dtype: torch.dtype) -> "ModelConfig":
-        """The same model with weights, KV cache and adapters in `dtype`."""
-        return replace(self, dtype=dtype, kv_dtype=dtype, adapter_dtype=dtype)
 
     @property
     def q_size(self) -> int:
@@ -64,21 +70,21 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
 
-def model_config(
+def native_config(
     hf: Any,
     *,
     generation: GenerationConfig | None,
     family: dict[str, Any],
     context_length: int | None,
     dtype: torch.dtype,
-) -> ModelConfig:
-    """Our config from transformers' one. family: the fields that the model's class derives (`CausalLM.settings`).
+) -> NativeConfig:
+    """Our config from transformers' one. family: the fields that the model's class derives.
 
     Raises ModelUnsupported naming the field that is not served, ConfigError for a context beyond the model's.
     """
     refuse_unsupported(hf)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    return ModelConfig(
+    return NativeConfig(
         architecture=hf.architectures[0],
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
+from multilora.attention.base import AttentionShape
 from multilora.attention.rotate import CosSin
 from multilora.distributed.group import SINGLE, Group
 from multilora.layers.attention import SelfAttention
@@ -19,11 +21,11 @@ from multilora.layers.norm import RMSNorm
 from multilora.layers.rotary import Rotary
 from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, DeclaredModules, Shard, target
 from multilora.models.base import CausalLM
-from multilora.models.config import ModelConfig
+from multilora.models.config import ModelConfig, NativeConfig, native_config
 
 
 def self_attention(
-    config: ModelConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any
+    config: NativeConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any
 ) -> SelfAttention:
     """Only k and v (and what k goes through) act on the keys and values of the layer."""
     heads = partial(target, bias=config.qkv_bias, unit=config.head_dim)
@@ -49,7 +51,7 @@ def self_attention(
 class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)), gate and up merged."""
 
-    def __init__(self, config: ModelConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any):
+    def __init__(self, config: NativeConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         behind = partial(target, before_kv=False, bias=config.mlp_bias)
@@ -70,7 +72,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind its norm."""
 
-    def __init__(self, config: ModelConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any):
+    def __init__(self, config: NativeConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = self_attention(config, layer, declared, group, **kind)
@@ -97,7 +99,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The embedding, the layers and the final norm. Nothing behind the last layer acts on keys and values."""
 
-    def __init__(self, config: ModelConfig, declared: DeclaredModules, device: torch.device, group: Group):
+    def __init__(self, config: NativeConfig, declared: DeclaredModules, device: torch.device, group: Group):
         super().__init__()
         kind: dict[str, Any] = {"device": device, "dtype": config.dtype}
         hidden = config.hidden_size
@@ -122,7 +124,9 @@ class Decoder(nn.Module):
 class LlamaForCausalLM(CausalLM):
     """See `CausalLM`."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, group: Group = SINGLE):
+    config: NativeConfig
+
+    def __init__(self, config: NativeConfig, device: torch.device, group: Group = SINGLE):
         super().__init__(config, device, group)
         self.model = Decoder(config, self.declared, device, group)
         head = target(HEAD, config.vocab_size, before_kv=False, shard=Shard.VOCAB)
@@ -135,8 +139,26 @@ class LlamaForCausalLM(CausalLM):
         )
 
     @classmethod
+    def configure(
+        cls, hf: Any, *, generation: GenerationConfig | None, context_length: int | None, dtype: torch.dtype
+    ) -> ModelConfig:
+        """See `CausalLM`."""
+        family = cls.settings(hf)
+        return native_config(hf, generation=generation, family=family, context_length=context_length, dtype=dtype)
+
+    @classmethod
     def settings(cls, hf: Any) -> dict[str, Any]:
+        """The fields of `NativeConfig` that the family derives from the transformers config in its own way.
+
+        Raises ModelUnsupported for a setting that the family would compute wrongly.
+        """
         return {"qkv_bias": hf.attention_bias, "o_bias": hf.attention_bias, "mlp_bias": hf.mlp_bias}
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        c = self.config
+        heads = c.num_heads // self.group.size
+        return AttentionShape(heads, self._kv_heads, c.head_dim, c.head_dim**-0.5, c.sliding_window)
 
     def embed(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         x: torch.Tensor = self.model.embed_tokens(ids, ctx)

@@ -8,14 +8,15 @@ import os
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from multilora.distributed.group import SINGLE, Group
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.models.base import CausalLM
-from multilora.models.config import ModelConfig, model_config
-from multilora.models.registry import model_class
+from multilora.models.config import ModelConfig
+from multilora.models.registry import model_classes
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def make_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     context_length: int | None = None,
+    model_impl: str = "auto",
     group: Group = SINGLE,
 ) -> CausalLM:
     """This rank's part of the model of a local directory or hub id, its weights allocated but not filled (see
@@ -38,7 +40,11 @@ def make_model(
     missing or broken, or a group that the model cannot be divided among.
     """
     cls, config = read_config(
-        model_path, revision=revision, trust_remote_code=trust_remote_code, context_length=context_length
+        model_path,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        context_length=context_length,
+        model_impl=model_impl,
     )
     if dtype != "auto":
         config = config.with_dtype(getattr(torch, dtype))
@@ -53,6 +59,7 @@ def read_config(
     revision: str | None = None,
     trust_remote_code: bool = False,
     context_length: int | None = None,
+    model_impl: str = "auto",
 ) -> tuple[type[CausalLM], ModelConfig]:
     """The model's class and config, `dtype` being the checkpoint's. Fetches JSON files only."""
     if model_path.startswith(("/", ".", "~")) and not os.path.isdir(model_path):
@@ -62,20 +69,41 @@ def read_config(
         raw, _ = PretrainedConfig.get_config_dict(model_path, **where)
         if not raw:
             raise ConfigError(f"--model-path {model_path}: there is no config.json")
-        cls = model_class(raw)
+        classes = model_classes(raw, model_impl)
+        _check_known(raw)
         hf = AutoConfig.from_pretrained(model_path, **where)
     except OSError as e:
         raise ConfigError(f"--model-path {model_path}: {e}") from e
     except (ValueError, KeyError, TypeError, StrictDataclassError) as e:
         raise ModelUnsupported(f"--model-path {model_path}: config.json: {e}") from e
-    config = model_config(
+    return _configure(
+        classes,
         hf,
         generation=_generation_config(model_path, revision),
-        family=cls.settings(hf),
         context_length=context_length,
         dtype=getattr(hf, "dtype", None) or torch.float32,
     )
-    return cls, config
+
+
+def _check_known(raw: dict[str, Any]) -> None:
+    """Raise ModelUnsupported for a kind of model that transformers has never heard of."""
+    kind = raw.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and "auto_map" not in raw:
+        names = ", ".join(raw.get("architectures") or []) or "unknown"
+        version = transformers.__version__
+        what = f"transformers {version} has no model_type {kind!r}"
+        raise ModelUnsupported(f"architecture {names} is not supported: {what}")
+
+
+def _configure(classes: list[type[CausalLM]], hf: Any, **others: Any) -> tuple[type[CausalLM], ModelConfig]:
+    """The first class that serves the model, and its config. Raises what the last one says against it."""
+    *native, last = classes
+    for cls in native:
+        try:
+            return cls, cls.configure(hf, **others)
+        except ModelUnsupported as e:
+            logger.info("not served by %s (%s): trying transformers' modules", cls.__name__, e)
+    return last, last.configure(hf, **others)
 
 
 def _generation_config(model_path: str, revision: str | None) -> GenerationConfig | None:

@@ -1,4 +1,8 @@
-"""Which architectures are served, by the name in a checkpoint's config.json."""
+"""Which architectures are served by which class, by the name in a checkpoint's config.json.
+
+Those of `ARCHITECTURES` have a file here, which is the fast way; any other that transformers can build runs through
+its own modules (`transformers_backend/`), if an examination finds nothing against it.
+"""
 
 from typing import Any
 
@@ -8,6 +12,7 @@ from multilora.models.llama import LlamaForCausalLM
 from multilora.models.mistral import MistralForCausalLM
 from multilora.models.qwen2 import Qwen2ForCausalLM
 from multilora.models.qwen3 import Qwen3ForCausalLM
+from multilora.models.transformers_backend.model import TransformersCausalLM
 
 ARCHITECTURES: dict[str, type[CausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
@@ -17,10 +22,20 @@ ARCHITECTURES: dict[str, type[CausalLM]] = {
 }
 
 
-def model_class(raw_config: dict[str, Any]) -> type[CausalLM]:
-    """The class for a raw config.json. Raises ModelUnsupported naming the architecture and what is supported."""
+def model_classes(raw_config: dict[str, Any], model_impl: str) -> list[type[CausalLM]]:
+    """The classes for a raw config.json, to be tried in this order. model_impl: as --model-impl.
+
+    Raises ModelUnsupported naming the architecture and what is supported.
+    """
     names = raw_config.get("architectures") or []
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
+    native = [ARCHITECTURES[names[0]]] if len(names) == 1 and names[0] in ARCHITECTURES else []
+    if model_impl == "transformers":
+        return [TransformersCausalLM]
+    if model_impl == "auto":
+        return [*native, TransformersCausalLM]
+    if not native:
         found = ", ".join(names) or f"unknown (model_type {raw_config.get('model_type')!r})"
-        raise ModelUnsupported(f"architecture {found} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[names[0]]
+        raise ModelUnsupported(
+            f"--model-impl native: architecture {found} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    return native

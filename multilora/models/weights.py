@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, model_path: str, revision: str | None = None)
     total, nbytes = sum(math.prod(map(len, t.part)) if t.part else math.prod(t.shape) for t in targets.values()), 0
     with tqdm(total=total, unit=" parameters", unit_scale=True, desc="Loading weights") as bar:
         for file, names in wanted.items():
-            with _open(file) as tensors:
+            with open_file(file) as tensors:
                 for name in names:
                     tensor = targets[name].read(tensors, name)
                     targets[name].load(tensor)
@@ -115,14 +115,17 @@ def _of_linear(path: str, linear: Linear) -> dict[str, Destination]:
     whole, rank, size = linear.whole, linear.group.rank, linear.group.size
     found = {}
     for part, entire in zip(linear.site.slices, whole.slices, strict=True):
-        outputs = outputs_of(whole, entire, rank, size)
+        at = path if len(whole.slices) == 1 else f"{parent}.{part.module}"
+        outputs, inputs = outputs_of(whole, entire, rank, size), inputs_of(whole, rank, size)
         shapes: dict[str, tuple[tuple[int, ...], tuple[range, ...]]] = {
-            "weight": ((entire.out_features, whole.in_features), (outputs, inputs_of(whole, rank, size)))
+            "weight": ((entire.out_features, whole.in_features), (outputs, inputs))
         }
+        if part.transposed:
+            shapes["weight"] = ((whole.in_features, entire.out_features), (inputs, outputs))
         if part.bias:
             shapes["bias"] = ((entire.out_features,), (outputs,))
         for name, (shape, held) in shapes.items():
-            found[f"{parent}.{part.module}.{name}"] = Destination(shape, partial(linear.load, part, name), held)
+            found[f"{at}.{name}"] = Destination(shape, partial(linear.load, part, name), held)
     return found
 
 
@@ -177,7 +180,8 @@ def _shards(root: Path, must_exist: bool = True) -> list[Path]:
     return [root / name for name in names]
 
 
-def _open(file: Path) -> safe_open:
+def open_file(file: Path) -> safe_open:
+    """Open one file of a checkpoint. Raises ConfigError if it is broken."""
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as e:
@@ -191,23 +195,26 @@ def _check(files: list[Path], targets: dict[str, Destination]) -> dict[Path, lis
     extra: list[str] = []
     for file in files:
         wanted[file] = []
-        with _open(file) as tensors:
+        with open_file(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118, not a dict
                 if name in targets:
-                    _check_tensor(name, tensors.get_slice(name), targets[name].shape)
+                    check_tensor(name, tensors.get_slice(name), targets[name].shape)
                     wanted[file].append(name)
                     left.discard(name)
                 elif not (SUPERFLUOUS.search(name) or name == f"{HEAD}.weight"):
                     extra.append(name)
     if left:
-        raise ModelUnsupported(f"the checkpoint lacks {_some(left)}")
+        raise ModelUnsupported(f"the checkpoint lacks {some(left)}")
     if extra:
-        raise ModelUnsupported(f"the checkpoint holds {_some(extra)}, which the model would not use")
+        raise ModelUnsupported(f"the checkpoint holds {some(extra)}, which the model would not use")
     return wanted
 
 
-def _check_tensor(name: str, found: Any, expected: tuple[int, ...]) -> None:
-    """found: the slice that safetensors opens without reading it."""
+def check_tensor(name: str, found: Any, expected: tuple[int, ...]) -> None:
+    """Compare a tensor with what the model needs. found: the slice that safetensors opens without reading it.
+
+    Raises ModelUnsupported.
+    """
     shape, dtype = tuple(found.get_shape()), found.get_dtype()
     if shape != expected:
         raise ModelUnsupported(f"tensor {name} has shape {list(shape)}, the config asks for {list(expected)}")
@@ -215,7 +222,8 @@ def _check_tensor(name: str, found: Any, expected: tuple[int, ...]) -> None:
         raise ModelUnsupported(f"tensor {name} is {dtype}: quantized checkpoints are not supported")
 
 
-def _some(names: "set[str] | list[str]") -> str:
+def some(names: "set[str] | list[str]") -> str:
+    """The first three of them, and how many more there are."""
     first = sorted(names)[:3]
     more = len(names) - len(first)
     return ", ".join(first) + (f" and {more} more" if more else "")

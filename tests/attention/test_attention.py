@@ -5,6 +5,7 @@ Covers `backends.py`, `base.py` too.
 
 import importlib.util
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
+def shape(head_dim: int, **others: Any) -> AttentionShape:
+    return AttentionShape(2, 2, head_dim, 1.0, None, **others)
+
+
 @pytest.mark.parametrize("name", ["auto", "torch"])
 def test_torch_is_chosen_and_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "multilora.attention"):
-        assert choose_attention(name, CPU, FP32, FP32, 64) == "torch"
+        assert choose_attention(name, CPU, FP32, FP32, shape(64)) == "torch"
     assert "attention backend: torch" in caplog.text
     assert ("not flashinfer: it needs a CUDA device" in caplog.text) == (name == "auto")
 
@@ -37,23 +42,23 @@ def test_torch_is_chosen_and_logged(name: str, caplog: pytest.LogCaptureFixture)
 )
 def test_flashinfer_by_name_says_what_is_missing(device, dtype, kv_dtype, head_dim, missing) -> None:
     with pytest.raises(ConfigError, match=f"--attention-backend flashinfer: .*{missing}"):
-        choose_attention("flashinfer", device, dtype, kv_dtype, head_dim)
+        choose_attention("flashinfer", device, dtype, kv_dtype, shape(head_dim))
 
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_auto_takes_flashinfer_where_it_is_installed(installed, monkeypatch, caplog) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     with caplog.at_level(logging.INFO, "multilora.attention"):
-        assert choose_attention("auto", CUDA, BF16, BF16, 128) == ("flashinfer" if installed else "torch")
+        assert choose_attention("auto", CUDA, BF16, BF16, shape(128)) == ("flashinfer" if installed else "torch")
     assert ("flashinfer-python is not installed" in caplog.text) == (not installed)
     if not installed:
         with pytest.raises(ConfigError, match="flashinfer-python is not installed"):
-            choose_attention("flashinfer", CUDA, BF16, BF16, 128)
+            choose_attention("flashinfer", CUDA, BF16, BF16, shape(128))
 
 
 def test_unknown_name() -> None:
     with pytest.raises(ConfigError, match="auto, flashinfer, torch"):
-        choose_attention("flash", CPU, FP32, FP32, 64)
+        choose_attention("flash", CPU, FP32, FP32, shape(64))
 
 
 def test_obstacles_are_named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,11 +69,28 @@ def test_obstacles_are_named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         (CUDA, BF16, 80, "head_dim"),
         (CUDA, BF16, 64, "flashinfer-python"),
     ):
-        assert said in (flashinfer_obstacle(device, dtype, dtype, head_dim) or "")
+        assert said in (flashinfer_obstacle(device, dtype, dtype, shape(head_dim)) or "")
 
 
 def test_the_backend_over_an_arena() -> None:
     layout = KVLayout(1, 4, 2, 64, torch.float32)
     views = layout.views(torch.zeros(3, layout.page_bytes, dtype=torch.uint8))
-    assert make_attention("torch", views, AttentionShape(2, 2, 64, 1.0, None)).name == "torch"
+    assert make_attention("torch", views, shape(64)).name == "torch"
     assert list(BACKENDS) == ["flashinfer", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ({"layer_windows": (None, 8)}, "windows that differ"),
+        ({"softcap": 30.0}, "a softcap"),
+        ({"sinks": True}, "sinks"),
+    ],
+)
+def test_flashinfer_names_what_its_kernels_lack(others: dict[str, Any], said: str) -> None:
+    assert said in (flashinfer_obstacle(CUDA, BF16, BF16, shape(64, **others)) or "")
+
+
+def test_the_window_of_a_layer() -> None:
+    assert AttentionShape(2, 2, 64, 1.0, 7).window_of(1) == 7
+    assert [shape(64, layer_windows=(None, 8)).window_of(layer) for layer in (0, 1)] == [None, 8]

@@ -351,7 +351,7 @@ def test_the_host_may_run_ahead() -> None:
 
 def test_auto_takes_it_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "multilora.attention"):
-        assert choose_attention("auto", DEVICE, KIND, KIND, 128) == "flashinfer"
+        assert choose_attention("auto", DEVICE, KIND, KIND, AttentionShape(8, 8, 128, 1.0, None)) == "flashinfer"
     assert "attention backend: flashinfer" in caplog.text
 
 

@@ -63,7 +63,15 @@ def make_case(
     return Case(meta, views, history)
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+def dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One request the slow way, in fp64. q: [new, heads, head_dim]; k, v: [total, kv_heads, head_dim]."""
     group = q.shape[1] // k.shape[1]
     out = torch.empty_like(q, dtype=torch.float64)
@@ -72,7 +80,12 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, windo
         first = 0 if window is None else max(0, last - window + 1)
         for h in range(q.shape[1]):
             keys, values = (t[first : last + 1, h // group].double() for t in (k, v))
-            out[i, h] = torch.softmax(keys @ q[i, h].double() * scale, 0) @ values
+            scores = keys @ q[i, h].double() * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[h : h + 1].double()))
+            out[i, h] = torch.softmax(scores, 0)[: len(values)] @ values
     return out
 
 
@@ -164,15 +177,37 @@ def test_padding_stays_bounded() -> None:
     case = make_case(lens, 4, 1, 8, torch.float32)
     attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, None))
     attention.prepare(case.meta)
-    gathered = sum(d.pages.numel() for d in attention._decodes)
+    gathered = sum(d.pages.numel() for d in attention._plans[None].decodes)
     needed = sum(-(-total // 4) for _, total in lens)
     assert needed <= gathered <= 2 * needed
-    assert len(attention._decodes) == 2
+    assert len(attention._plans[None].decodes) == 2
 
 
 def test_window_reads_no_page_before_it() -> None:
     case = make_case([(1, 400)], 4, 1, 8, torch.float32)
     attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, 10))
     attention.prepare(case.meta)
-    [plan] = attention._decodes
+    [plan] = attention._plans[10].decodes
     assert plan.pages.numel() <= 4
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_layers_with_windows_of_their_own_softcap_and_sinks(softcap: float | None, with_sinks: bool) -> None:
+    case = make_case(BATCHES["everything"], 8, 2, 16, torch.float32)
+    windows = (7, None)
+    sinks = torch.linspace(-1, 3, 6) if with_sinks else None
+    shape = AttentionShape(6, 2, 16, 0.3, None, windows, softcap, with_sinks)
+    attention = TorchAttention(case.views, shape)
+    attention.prepare(case.meta)
+    for layer, window in enumerate(windows):
+        new = [h[layer, :, h.shape[2] - n :] for h, n in zip(case.history, case.meta.q_lens, strict=True)]
+        k, v = torch.cat(new, dim=1)
+        q = torch.randn(k.shape[0], 6, 16, generator=torch.Generator().manual_seed(layer))
+        got = attention.forward(layer, q, k, v, unrotated(k), sinks)
+        want = [
+            dense(part, h[layer, 0], h[layer, 1], 0.3, window, softcap, sinks)
+            for part, h in zip(q.split(case.meta.q_lens), case.history, strict=True)
+        ]
+        torch.testing.assert_close(got.double(), torch.cat(want), atol=1e-5, rtol=0)
+    check_pages(case)

@@ -9,7 +9,7 @@ from fakes.models import FAMILIES, make_tiny_model
 from multilora.layers.embedding import Embedding, LMHead
 from multilora.layers.linear import Linear
 from multilora.layers.norm import RMSNorm
-from multilora.lora.sites import MODEL_LEVEL, Shard, module_path, module_shapes, num_layers
+from multilora.lora.sites import MODEL_LEVEL, LoraSite, Shard, module_path, module_shapes, num_layers
 from multilora.models.base import CausalLM
 from multilora.models.load import make_model
 
@@ -109,9 +109,8 @@ def test_what_the_engine_asks_of_a_model(tmp_path: Path) -> None:
 
 def test_a_class_that_misses_a_part_of_the_contract_is_no_model() -> None:
     class Headless(CausalLM):
-        @classmethod
-        def settings(cls, hf: object) -> dict[str, object]:
-            return {}
+        def lora_sites(self) -> tuple[LoraSite, ...]:
+            return ()
 
     with pytest.raises(TypeError, match=r"abstract methods .*embed.*forward.*logits"):
         Headless(None, META)  # type: ignore[abstract, arg-type]

@@ -8,11 +8,13 @@ import torch
 import transformers
 
 from multilora.errors import ConfigError, ModelUnsupported
-from multilora.models.config import ModelConfig
+from multilora.models.config import NativeConfig
 from multilora.models.load import read_config
 
 
-def config_of(tmp_path: Path, prefix: str = "Llama", context_length: int | None = None, **fields: Any) -> ModelConfig:
+def config_of(
+    tmp_path: Path, prefix: str = "Llama", context_length: int | None = None, **fields: Any
+) -> NativeConfig:
     sizes = {"num_key_value_heads": 2} | fields
     config = getattr(transformers, f"{prefix}Config")(
         architectures=[f"{prefix}ForCausalLM"],
@@ -23,7 +25,9 @@ def config_of(tmp_path: Path, prefix: str = "Llama", context_length: int | None 
         **sizes,
     )
     config.save_pretrained(tmp_path)
-    return read_config(str(tmp_path), context_length=context_length)[1]
+    found = read_config(str(tmp_path), context_length=context_length, model_impl="native")[1]
+    assert isinstance(found, NativeConfig)
+    return found
 
 
 def test_llama(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 Covers `llama.py`, `mistral.py`, `qwen2.py`, `qwen3.py` too.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,11 @@ import pytest
 import torch
 from fakes.models import make_tiny_model
 from loaded_model import loaded_model
+from paged_driver import Driver, Sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from multilora.attention.backends import make_attention
-from multilora.batch import AttentionMeta
-from multilora.layers.context import ForwardContext
 from multilora.models.base import CausalLM
 
-PAGE = 4
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
@@ -38,52 +34,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3-tied-bias": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
 }
-
-
-@dataclass
-class Sequence:
-    tokens: list[int]
-    pages: list[int] = field(default_factory=list)
-    done: int = 0
-
-
-class Driver:
-    """Runs a model step by step over a small arena whose pages are handed out in a scrambled order."""
-
-    def __init__(self, model: CausalLM, attention: str = "torch", num_pages: int = 64):
-        layout = model.kv_layout(PAGE)
-        arena = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=model.device)
-        views = layout.views(arena)
-        for k, v in views:  # whatever was there before must not matter
-            k.fill_(torch.nan)
-            v.fill_(torch.nan)
-        self.model = model
-        self.free = [(7 * i + 3) % num_pages for i in range(num_pages)]
-        self.attention = make_attention(attention, views, model.attention_shape)
-
-    @torch.inference_mode()
-    def step(self, work: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
-        """Compute the next n tokens of each sequence; returns their logits, [n, vocab] each."""
-        ids, positions, pages, slots = [], [], [], []
-        for seq, n in work:
-            while len(seq.pages) * PAGE < seq.done + n:
-                seq.pages.append(self.free.pop())
-            span = range(seq.done, seq.done + n)
-            ids += seq.tokens[seq.done : seq.done + n]
-            positions += list(span)
-            pages += [seq.pages[p // PAGE] for p in span]
-            slots += [p % PAGE for p in span]
-            seq.done += n
-        width = max(len(seq.pages) for seq, _ in work)
-        table = [seq.pages + [0] * (width - len(seq.pages)) for seq, _ in work]
-        lens = [n for _, n in work]
-        device = self.model.device
-        tensors = [torch.tensor(values, device=device) for values in (table, pages, slots, ids, positions)]
-        meta = AttentionMeta(tuple(lens), tuple(seq.done for seq, _ in work), *tensors[:3])
-        self.attention.prepare(meta)
-        context = ForwardContext(self.attention, None)
-        hidden = self.model(self.model.embed(tensors[3], context), tensors[4], context)
-        return list(self.model.logits(hidden, context).split(lens))
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -117,7 +117,7 @@ def test_a_rank_reads_what_it_holds_and_nothing_else(
         read = reads.setdefault(threading.get_ident(), {})
         return Counted(safe_open(file, framework="pt", device="cpu"), read)
 
-    monkeypatch.setattr(weights, "_open", opened)
+    monkeypatch.setattr(weights, "open_file", opened)
     held = on_ranks(tmp_path, size, lambda model: (threading.get_ident(), model.weight_bytes))
     whole = {}
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:

@@ -3,13 +3,21 @@
 import pytest
 
 from multilora.errors import ModelUnsupported
-from multilora.models.registry import ARCHITECTURES, model_class
+from multilora.models.registry import ARCHITECTURES, model_classes
+from multilora.models.transformers_backend.model import TransformersCausalLM
 
 
 def test_every_name_is_its_class() -> None:
     for name, cls in ARCHITECTURES.items():
         assert cls.__name__ == name
-        assert model_class({"architectures": [name]}) is cls
+        assert model_classes({"architectures": [name]}, "native") == [cls]
+
+
+def test_auto_prefers_native_and_transformers_is_the_other_one() -> None:
+    for name, cls in ARCHITECTURES.items():
+        assert model_classes({"architectures": [name]}, "auto") == [cls, TransformersCausalLM]
+        assert model_classes({"architectures": [name]}, "transformers") == [TransformersCausalLM]
+    assert model_classes({"architectures": ["OtherForCausalLM"]}, "auto") == [TransformersCausalLM]
 
 
 @pytest.mark.parametrize(
@@ -20,7 +28,7 @@ def test_every_name_is_its_class() -> None:
         ({"architectures": ["LlamaForCausalLM", "Other"]}, "Other"),
     ],
 )
-def test_refusal_names_it_and_what_is_supported(raw: dict[str, object], named: str) -> None:
-    with pytest.raises(ModelUnsupported, match=named) as caught:
-        model_class(raw)
+def test_native_names_what_it_refuses_and_what_is_supported(raw: dict[str, object], named: str) -> None:
+    with pytest.raises(ModelUnsupported, match=f"--model-impl native: .*{named}") as caught:
+        model_classes(raw, "native")
     assert "Qwen3ForCausalLM" in caught.value.message

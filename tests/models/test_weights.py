@@ -125,9 +125,9 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 def test_unsupported_architecture_is_refused_before_weights(tmp_path: Path) -> None:
-    raw = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    raw = {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ModelUnsupported, match="GPT2LMHeadModel"):
+    with pytest.raises(ModelUnsupported, match="MambaForCausalLM"):
         load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["XForCausalLM"], "model_type": "x"}))
     with pytest.raises(ModelUnsupported, match="XForCausalLM"):

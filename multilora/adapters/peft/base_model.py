@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from multilora.lora.sites import LoraSite, NormModule, module_path, module_shapes, num_layers
+from multilora.lora.sites import (
+    EMBED,
+    HEAD,
+    LAYERS,
+    TABLES,
+    LoraSite,
+    LoraSlice,
+    NormModule,
+    module_path,
+    module_shapes,
+    num_layers,
+)
 
 if TYPE_CHECKING:  # it would bring transformers into the loader process
     from multilora.models.base import CausalLM
@@ -23,7 +34,9 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class BaseModel:
-    """One base model as adapters see it. Module names are the last component of PEFT's: "q_proj", "q_norm"."""
+    """One base model as adapters see it. Module names are the last component of PEFT's, where that is unique:
+    "q_proj", "q_norm". layers: the path of the list of decoder layers.
+    """
 
     sites: tuple[LoraSite, ...]
     norms: tuple[NormModule, ...]
@@ -31,13 +44,14 @@ class BaseModel:
     hidden_size: int
     tie_word_embeddings: bool
     weights_dir: str | None = None  # a local directory with the checkpoint; None: there is none
+    layers: str = LAYERS
 
     @classmethod
     def of(cls, model: "CausalLM", weights_dir: str | None) -> "BaseModel":
         """The model may be on the meta device; only its config and its declarations are read."""
         config = model.config
         sizes = config.vocab_size, config.hidden_size, config.tie_word_embeddings
-        return cls(model.lora_sites(), model.norms(), *sizes, weights_dir)
+        return cls(model.lora_sites(), model.norms(), *sizes, weights_dir, model.layers_path)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -67,9 +81,37 @@ class BaseModel:
     @cached_property
     def places(self) -> dict[str, Place]:
         """Every module that has parameters, by its name inside the base model: "model.layers.0.mlp.up_proj"."""
-        found = [(site.layer, s.parent, s.module) for site in self.sites for s in site.slices]
-        found += [(norm.layer, norm.parent, norm.module) for norm in self.norms]
-        return {module_path(*module): Place(module[0], module[2]) for module in found}
+        modules: list[tuple[int, LoraSlice | NormModule]] = [(n.layer, n) for n in self.norms]
+        modules += [(site.layer, s) for site in self.sites for s in site.slices]
+        return {
+            module_path(layer, m.parent, m.attribute or m.module, self.layers): Place(layer, m.module)
+            for layer, m in modules
+        }
+
+    @property
+    def inner(self) -> str:
+        """What the names of modules begin with inside the whole model, and do not inside the decoder: "model."."""
+        return self.layers.partition(".")[0] + "."
+
+    def place_of(self, name: str) -> Place | None:
+        """The module with this name inside the whole model or inside its decoder; None: there is none."""
+        return self.places.get(name) or self.places.get(self.inner + name)
+
+    def is_table(self, name: str) -> bool:
+        """Whether the module of this name is the token embedding or the head."""
+        place = self.place_of(name)
+        return (place.module if place else name.rpartition(".")[2]) in TABLES
+
+    @cached_property
+    def table_paths(self) -> dict[str, str]:
+        """embed_tokens, lm_head → their names inside the base model."""
+        found = {place.module: path for path, place in self.places.items() if place.module in TABLES}
+        return {EMBED: self.inner + EMBED, HEAD: HEAD} | found
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """The linear modules whose weight PEFT saves as [in, out]."""
+        return frozenset(s.module for site in self.sites for s in site.slices if s.transposed)
 
     @cached_property
     def before_kv(self) -> dict[Place, bool]:

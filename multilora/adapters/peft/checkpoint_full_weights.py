@@ -131,7 +131,7 @@ def _check_saved(saved: set[Place], contents: Contents) -> None:
         return
     inner = any(module.name not in base.places for module in contents.modules.values())
     for path, place in base.places.items():
-        name = path.removeprefix("model.") if inner else path
+        name = path.removeprefix(base.inner) if inner else path
         if not config.saves(name, base) or (inner and place == HEAD_PLACE):
             continue
         held = contents.modules[place].tensors if place in saved else {}
@@ -222,7 +222,8 @@ def read(found: FullWeightPlan, contents: Contents, deltas: Mapping[str, torch.T
         if place in (EMBED_PLACE, HEAD_PLACE):
             tables[place.module] = tensors.read(name)
         else:
-            yield Full(*place, tensors.read(name))
+            weight = tensors.read(name)
+            yield Full(*place, weight.T.contiguous() if place.module in contents.base.transposed else weight)
     for place, name in found.bias.items():
         yield Vector(*place, VectorKind.BIAS, tensors.read(name))
     for table in TABLES:

@@ -67,7 +67,7 @@ class PeftConfig:
 
     def targets(self, name: str, base: BaseModel) -> bool:
         """Whether PEFT would put LoRA on module `name`, which is a linear layer or the token embedding."""
-        if self._is_table(name) and self.ties_targets(base):
+        if base.is_table(name) and self.ties_targets(base):
             return True
         with self._patterns("target_modules, exclude_modules, layers_pattern or modules_to_save"):
             if self.exclude_modules and matches_modules(self.exclude_modules, name):
@@ -76,7 +76,7 @@ class PeftConfig:
                 return False
             if isinstance(self.target_modules, str):
                 if self.target_modules.lower() == "all-linear":
-                    return not self._is_table(name)
+                    return not base.is_table(name)
                 return matches_modules(self.target_modules, name)
             if name in self.target_modules:
                 return True
@@ -88,7 +88,7 @@ class PeftConfig:
 
     def saves(self, name: str, base: BaseModel) -> bool:
         """Whether modules_to_save means module `name` or one that it is part of."""
-        if self._is_table(name) and self.ties_saved(base):
+        if base.is_table(name) and self.ties_saved(base):
             return True
         return any(belongs_to(entry, name) for entry in self.modules_to_save)
 
@@ -99,7 +99,9 @@ class PeftConfig:
         """
         found: dict[str, tuple[int, ...]] = {}
         for entry, ids in (self.token_indices or {}).items():
-            modules = [m for m, name in ((EMBED, f"model.{EMBED}"), (HEAD, HEAD)) if entry and name.endswith(entry)]
+            modules = [m for m, path in base.table_paths.items() if entry and path.endswith(entry)]
+            if not modules and entry == EMBED:
+                modules = [EMBED]  # what a list of ids without a module means, whatever the embedding is called
             if len(modules) != 1:
                 what = f"{show(entry)} is neither {EMBED} nor {HEAD} of the base model"
                 raise AdapterIncompatible(f"{self.file}: trainable_token_indices: {what}")
@@ -136,9 +138,6 @@ class PeftConfig:
             with self._patterns("target_modules"):
                 return any(matches_modules(self.target_modules, table) for table in TABLES)
         return any(entry.rpartition(".")[2] in TABLES for entry in self.target_modules)
-
-    def _is_table(self, name: str) -> bool:
-        return name.rpartition(".")[2] in TABLES
 
     def _pattern_key(self, field: str, name: str) -> str | None:
         patterns = getattr(self, field)

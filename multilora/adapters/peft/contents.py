@@ -22,7 +22,7 @@ from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid
 from multilora.lora.sites import EMBED, HEAD, TABLES, module_path
 
 TABLE_PARTS = (Part.WEIGHT, Part.SAVED_WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
-LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>[\w.]+)")
+LAYER = re.compile(r"(?P<layer>[0-9]{1,6})\.(?P<rest>[\w.]+)")
 
 
 class Tensors:
@@ -103,7 +103,7 @@ class Contents:
         if module in TABLES:
             return (self.vocab_size, self.base.hidden_size)
         width_in, width_out = self.base.shapes[module]
-        return (width_out, width_in)
+        return (width_in, width_out) if module in self.base.transposed else (width_out, width_in)
 
     def error(self, kind: type[AdapterError], module: Module, part: Part, what: str) -> AdapterError:
         """An error of type `kind` about one tensor, to be raised by the caller."""
@@ -142,7 +142,7 @@ def sort_tensors(tensors: Tensors, config: PeftConfig, base: BaseModel) -> Conte
             adapter_names.add(found.adapter)
             if len(adapter_names) > 1:
                 raise AdapterInvalid(f"{tensors.where(name)}: the file holds more than one adapter")
-        place = base.places.get(found.module) or base.places.get(f"model.{found.module}")
+        place = base.place_of(found.module)
         if place is None:
             raise _no_place(found.module, tensors.where(name), base)
         module = modules.setdefault(place, Module(place, found.module))
@@ -169,8 +169,9 @@ def _vocab_size(modules: dict[Place, Module], tensors: Tensors, base: BaseModel)
 
 
 def _no_place(module: str, where: str, base: BaseModel) -> AdapterIncompatible:
-    found = LAYER.fullmatch(module)
-    if found is not None and module_path(0, "", found["rest"]) in base.places:
+    inner = f"{base.layers.removeprefix(base.inner)}."
+    found = LAYER.fullmatch(module.removeprefix(base.inner).removeprefix(inner))
+    if found is not None and module_path(0, "", found["rest"], base.layers) in base.places:
         message = f"layer {int(found['layer'])} is out of range, the base model has {base.num_layers} layers"
         return AdapterIncompatible(f"{where}: {message}")
     return AdapterIncompatible(f"{where}: the base model has no module {show(module)}")

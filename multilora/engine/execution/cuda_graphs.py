@@ -95,7 +95,10 @@ class _Cut:
         self._attention = attention
         self._cut = cut
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: CosSin) -> Tensor:
+    def forward(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: CosSin, sinks: Tensor | None = None
+    ) -> Tensor:
+        assert sinks is None, "no backend with pieces has sinks"
         self._attention.rotate(layer, q, k, v, rope)
         self._cut()
         return self._attention.out

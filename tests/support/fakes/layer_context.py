@@ -9,7 +9,15 @@ from multilora.layers.context import ForwardContext
 class NoAttention:
     """Must not be asked."""
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> torch.Tensor:
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: CosSin,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         raise AssertionError("no attention in this test")
 
 

@@ -1,0 +1,145 @@
+"""A causal LM of transformers behind the contract of a model: its own tree, with our modules where they matter.
+
+Replaced are the linear layers that read tokens, the embedding and the head; attention goes over pages. Norms, rotary
+embeddings, activations, routers and experts stay transformers' own. Adapters attach by the names that PEFT has.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, GenerationConfig
+
+from multilora.attention.base import AttentionShape
+from multilora.distributed.group import SINGLE, Group
+from multilora.errors import ConfigError
+from multilora.layers.context import ForwardContext
+from multilora.models.base import CausalLM
+from multilora.models.config import ModelConfig
+from multilora.models.transformers_backend.config import TreeConfig, tree_config
+from multilora.models.transformers_backend.materialize import materialize
+from multilora.models.transformers_backend.modules import (
+    ATTENTION,
+    PagedAttention,
+    ReplacedNorm,
+    TreeEmbedding,
+    TreeHead,
+    TreeLinear,
+    TreeStep,
+    attend,
+)
+from multilora.models.transformers_backend.rotary import hold_still
+from multilora.models.transformers_backend.sites import Sites, declare
+from multilora.models.transformers_backend.tree import Tree
+from multilora.models.transformers_backend.weights import load_tree
+from multilora.models.weights import fill_dummy
+
+
+def embedding_scale(embedding: Any, dtype: torch.dtype) -> float | None:
+    """What a token embedding of transformers multiplies its rows with, as it is rounded there; None: nothing."""
+    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    return None if scale is None else float(torch.tensor(float(scale), dtype=dtype))
+
+
+class TransformersCausalLM(CausalLM):
+    """See `CausalLM`. Its parameters lie in `lm`, transformers' tree, under the names that they have there."""
+
+    config: TreeConfig
+
+    def __init__(self, config: TreeConfig, device: torch.device, group: Group = SINGLE):
+        super().__init__(config, device, group)
+        if group.size > 1:
+            raise ConfigError(
+                f"--tp-size {group.size}: {config.architecture} runs through transformers' modules, which ranks do "
+                "not divide; --tp-size 1 serves it"
+            )
+        AttentionInterface.register(ATTENTION, attend)
+        self._tree = tree = Tree(config.hf, config.architecture, config.dtype)
+        tree.attend_by(ATTENTION)
+        self._step = TreeStep()
+        half = config.head_dim // 2
+        self._turn = torch.ones(1, 1, half, device=device), torch.zeros(1, 1, half, device=device)
+        self._sites = self._declare()
+        for path, site in self._sites.linears.items():
+            linear = TreeLinear(site, self._step, device=device, dtype=config.dtype)
+            tree.lm.set_submodule(path, linear)
+        self._replace_tables(device)
+        materialize(tree.lm, device)
+        for module in tree.lm.modules():
+            hold_still(module, config.context_length)
+        self._attach()
+        self.lm: nn.Module = tree.lm
+
+    @classmethod
+    def configure(
+        cls, hf: Any, *, generation: GenerationConfig | None, context_length: int | None, dtype: torch.dtype
+    ) -> ModelConfig:
+        """See `CausalLM`."""
+        return tree_config(hf, generation=generation, context_length=context_length, dtype=dtype)
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        return self.config.attention
+
+    @property
+    def layers_path(self) -> str:
+        return self._sites.layers
+
+    def embed(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        x: torch.Tensor = self.lm.get_submodule(self._tree.embedding_path)(ids, ctx)
+        return x
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        step, tokens = self._step, len(x)
+        cos, sin = self._turn
+        step.context, step.attended = ctx, 0
+        step.rope = cos.expand(tokens, -1, -1).contiguous(), sin.expand(tokens, -1, -1).contiguous()
+        return self._tree.hidden(x, positions)
+
+    def logits(self, hidden_rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        self._step.context = ctx
+        found = self._tree.logits(hidden_rows).float()
+        if ctx.full_weights is not None and self._step.logits is not None:
+            found.masked_fill_(self._step.logits.isneginf(), -torch.inf)  # whatever transformers makes of those
+        return found
+
+    def load(self, model_path: str, *, load_format: str, revision: str | None, seed: int) -> None:
+        if load_format == "dummy":
+            fill_dummy(self, seed + self.group.rank)
+        else:
+            load_tree(self._tree.lm, model_path, revision)
+
+    def _declare(self) -> Sites:
+        tree = self._tree
+        embedding, head = (tree.lm.get_submodule(path) for path in (tree.embedding_path, tree.head_path))
+        return declare(
+            self.config.examination,
+            self.declared,
+            embedding=(tree.embedding_path, *embedding.weight.shape),
+            head=(tree.head_path, head.in_features, head.out_features, head.bias is not None),
+        )
+
+    def _replace_tables(self, device: torch.device) -> None:
+        tree, sites = self._tree, self._sites
+        kind: dict[str, Any] = {"device": device, "dtype": self.config.dtype}
+        own, own_head = (tree.lm.get_submodule(path) for path in (tree.embedding_path, tree.head_path))
+        embedding = TreeEmbedding(sites.embedding, self._step, scale=embedding_scale(own, self.config.dtype), **kind)
+        head = TreeHead(
+            sites.head, self._step, tied_to=embedding if self.config.tie_word_embeddings else None, **kind
+        )
+        tree.lm.set_submodule(tree.embedding_path, embedding)
+        tree.lm.set_submodule(tree.head_path, head)
+        for module in tree.lm.modules() if own_head.bias is not None else ():
+            for name, param in module._parameters.items():
+                if param is own_head.bias:  # BERT's is its parent's too
+                    module._parameters[name] = head.bias
+
+    def _attach(self) -> None:
+        """Give attention layers and norms what they need of a step."""
+        found = self.config.examination
+        attention = PagedAttention(self._step, self.config.head_dim, self.config.attention.scale)
+        for path in {a.path for a in found.attentions}:
+            self._tree.lm.get_submodule(path).paged_attention = attention
+        for fact in found.norms:
+            hook = ReplacedNorm(self._sites.norms[fact.path], fact.token_dim, self._step)
+            self._tree.lm.get_submodule(fact.path).register_forward_hook(hook)

@@ -1,0 +1,125 @@
+"""Where adapters can act in a tree of transformers: what an examination found, as declarations of sites and norms.
+
+Owns the names. A module is named after the last component of its path, as PEFT's users know it, where all modules of
+that name have one place in their layers and one shape ("q_proj"); else by its path inside the layer ("mlp.c_proj").
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, DeclaredModules, LoraSite, LoraSlice, NormModule, Shard
+from multilora.models.transformers_backend.probe import Examination, LinearFact, NormFact
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Declarations by the path of the module in the tree. layers: the path of the list of decoder layers."""
+
+    layers: str
+    embedding: LoraSite
+    head: LoraSite
+    linears: dict[str, LoraSite]
+    norms: dict[str, NormModule]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A module and what its name must tell apart. inner: its path inside its layer, or in the model."""
+
+    path: str
+    layer: int
+    inner: str
+    shape: tuple[object, ...]
+
+    @property
+    def leaf(self) -> str:
+        return self.inner.rpartition(".")[2]
+
+
+def layers_path(examination: Examination) -> str:
+    """The path of the list whose entries attend first: "model.layers", "transformer.h"; "": they are in no list."""
+    found = re.match(r"(.+?)\.\d+(?:\.|$)", examination.attentions[0].path)
+    return found[1] if found else ""
+
+
+def declare(
+    examination: Examination,
+    declared: DeclaredModules,
+    *,
+    embedding: tuple[str, int, int],
+    head: tuple[str, int, int, bool],
+) -> Sites:
+    """embedding: path, rows, columns. head: path, inputs, outputs, whether it has a bias."""
+    layers, last = layers_path(examination), len(examination.attentions)
+    facts = [f for f in examination.linears if f.path != head[0]]
+    every: list[LinearFact | NormFact] = [*facts, *examination.norms]
+    named = {f.path: _named(f, layers) for f in every}
+    names = module_names(named.values())
+    path, rows, columns = embedding
+    embed = declared.site(MODEL_LEVEL, EMBED, rows, _target(path, EMBED, columns, before_kv=True, shard=Shard.VOCAB))
+    linears = {}
+    for fact in facts:
+        where, module = named[fact.path], names[fact.path]
+        part = _target(
+            where.inner,
+            module,
+            fact.out_features,
+            before_kv=fact.attended < last,
+            bias=fact.bias,
+            transposed=fact.transposed,
+        )
+        linears[fact.path] = declared.site(where.layer, module, fact.in_features, part)
+    head_part = _target(head[0], HEAD, head[2], before_kv=False, shard=Shard.VOCAB, bias=head[3])
+    head_site = declared.site(MODEL_LEVEL, HEAD, head[1], head_part)
+    norms = {}
+    for norm in examination.norms:
+        where, module = named[norm.path], names[norm.path]
+        parent, _, leaf = where.inner.rpartition(".")
+        norms[norm.path] = NormModule(
+            where.layer, module, parent, norm.size, norm.attended < last, _other(leaf, module)
+        )
+        declared.norms.append(norms[norm.path])
+    return Sites(layers, embed, head_site, linears, norms)
+
+
+def module_names(modules: Iterable[_Named]) -> dict[str, str]:
+    """Path → what the module is called; unique in its layer, and of one shape in all layers."""
+    all_of = list(modules)
+    found: dict[str, str] = {}
+    for module in all_of:
+        alike = [m for m in all_of if m.leaf == module.leaf]
+        level = {m.layer == MODEL_LEVEL for m in alike}
+        if module.leaf not in (EMBED, HEAD) and _one({m.inner for m in alike}, {m.shape for m in alike}, level):
+            found[module.path] = module.leaf
+            continue
+        alike = [m for m in alike if m.inner == module.inner]
+        found[module.path] = module.inner if _one({m.shape for m in alike}) else module.path
+    return found
+
+
+def _one(*sets: Collection[object]) -> bool:
+    return all(len(values) == 1 for values in sets)
+
+
+def _named(fact: LinearFact | NormFact, layers: str) -> _Named:
+    shape: tuple[object, ...]
+    if isinstance(fact, LinearFact):
+        shape = (fact.in_features, fact.out_features, fact.bias, fact.transposed)
+    else:
+        shape = (fact.size,)
+    found = re.fullmatch(rf"{re.escape(layers)}\.(\d+)\.(.+)", fact.path) if layers else None
+    if found is None:
+        return _Named(fact.path, MODEL_LEVEL, fact.path, shape)
+    return _Named(fact.path, int(found[1]), found[2], shape)
+
+
+def _other(leaf: str, module: str) -> str:
+    return "" if leaf == module else leaf
+
+
+def _target(path: str, module: str, out_features: int, **others: Any) -> LoraSlice:
+    """path: inside the layer or the model."""
+    parent, _, leaf = path.rpartition(".")
+    return LoraSlice(module, 0, out_features, parent, attribute=_other(leaf, module), **others)

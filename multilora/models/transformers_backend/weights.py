@@ -1,0 +1,170 @@
+"""Fills a tree of transformers from safetensors, under the names that the checkpoint has.
+
+transformers knows how the names of a family's checkpoints differ from its modules', and which tensors become one
+(the experts of a layer) or several. Those rules are its own and are asked here; reading, checking and copying are
+ours, one tensor at a time.
+"""
+
+import copy
+import logging
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from multilora.errors import ModelUnsupported
+from multilora.models.weights import (
+    SUPERFLUOUS,
+    Destination,
+    check_tensor,
+    checkpoint_files,
+    destinations,
+    open_file,
+    some,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Merge:
+    """Tensors of a checkpoint that become others together. tensors: pattern, file and name of each, in order."""
+
+    converter: WeightConverter
+    tensors: list[tuple[str, Path, str]] = field(default_factory=list)
+
+
+@dataclass
+class _Plan:
+    direct: dict[Path, list[tuple[str, str]]]  # the tensor's name there, and in the tree
+    merges: dict[str, _Merge]  # by the first name that they get
+
+
+def load_tree(lm: Any, model_path: str, revision: str | None) -> None:
+    """Fill every parameter, and every buffer that checkpoints hold.
+
+    Raises ModelUnsupported naming the tensor that is missing, left over or misshapen, ConfigError for a missing or
+    broken file.
+    """
+    began = time.monotonic()
+    files = checkpoint_files(model_path, revision)
+    targets = tree_destinations(lm)
+    plan = _plan(lm, files, targets)
+    filled: set[str] = set()
+    with tqdm(total=len(targets), unit=" tensors", desc="Loading weights") as bar:
+        for name, tensor in _tensors(lm, plan, targets):
+            if name not in targets:
+                raise ModelUnsupported(f"the checkpoint gives {name}, which the model would not use")
+            if tuple(tensor.shape) != targets[name].shape:
+                raise ModelUnsupported(_misshapen(name, tuple(tensor.shape), targets[name].shape))
+            targets[name].load(tensor)
+            filled.add(name)
+            bar.update()
+    if left := set(targets) - filled - _optional(lm, targets):
+        raise ModelUnsupported(f"the checkpoint lacks {some(left)}")
+    logger.info("weights: %d tensors in %.1f s from %d file(s)", len(filled), time.monotonic() - began, len(files))
+
+
+def tree_destinations(lm: Any) -> dict[str, Destination]:
+    """Name in the tree → where the tensor goes; see `destinations`."""
+    found = destinations(lm)
+    for name, buffer in lm.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in lm.get_submodule(owner)._non_persistent_buffers_set:
+            found[name] = Destination(tuple(buffer.shape), buffer.copy_)
+    return found
+
+
+def _plan(lm: Any, files: list[Path], targets: dict[str, Destination]) -> _Plan:
+    """Compare the files' headers with what the model needs, as far as that can be said without reading."""
+    rules = get_model_conversion_mapping(lm)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    known: dict[str, Any] = {**dict.fromkeys(targets, True), **dict.fromkeys(_aliases(lm), True)}
+    plan, extra = _Plan({}, {}), []
+    for name, file in sorted(_names(files), key=lambda found: dot_natural_key(found[0])):
+        renamed, pattern = rename_source_key(name, renamings, converters, lm.base_model_prefix, known)
+        if renamed not in known and name in known:
+            renamed, pattern = name, None
+        if pattern is not None:
+            merge = plan.merges.setdefault(renamed, _Merge(copy.deepcopy(of_pattern[pattern])))
+            merge.tensors.append((pattern, file, name))
+        elif renamed in targets:
+            plan.direct.setdefault(file, []).append((name, renamed))
+        elif not _superfluous(lm, renamed, known):
+            extra.append(name)
+    if extra:
+        raise ModelUnsupported(f"the checkpoint holds {some(extra)}, which the model would not use")
+    if not plan.merges and (left := set(targets) - _direct(plan) - _optional(lm, targets)):
+        raise ModelUnsupported(f"the checkpoint lacks {some(left)}")
+    _check_direct(plan, targets)
+    return plan
+
+
+def _direct(plan: _Plan) -> set[str]:
+    return {renamed for names in plan.direct.values() for _, renamed in names}
+
+
+def _check_direct(plan: _Plan, targets: dict[str, Destination]) -> None:
+    for file, names in plan.direct.items():
+        with open_file(file) as tensors:
+            for name, renamed in names:
+                check_tensor(name, tensors.get_slice(name), targets[renamed].shape)
+
+
+def _names(files: list[Path]) -> Iterator[tuple[str, Path]]:
+    for file in files:
+        with open_file(file) as tensors:
+            yield from ((name, file) for name in tensors.keys())  # noqa: SIM118, not a dict
+
+
+def _aliases(lm: Any) -> set[str]:
+    """Names of parameters that are others of the tree: a tied head."""
+    return {name for name, _ in lm.named_parameters(remove_duplicate=False)} | {
+        f"{path}.weight" for path, m in lm.named_modules() if m is lm.get_output_embeddings()
+    }
+
+
+def _superfluous(lm: Any, name: str, known: dict[str, Any]) -> bool:
+    """Whether a checkpoint may hold a tensor that the model has no use for."""
+    ignored = [*(lm._keys_to_ignore_on_load_unexpected or ()), SUPERFLUOUS.pattern]
+    buffers = {key for key, _ in lm.named_buffers()}
+    return name in known or name in buffers or any(re.search(pattern, name) for pattern in ignored)
+
+
+def _optional(lm: Any, targets: dict[str, Destination]) -> set[str]:
+    """What a checkpoint need not hold: buffers, which the config gives values."""
+    buffers = {key for key, _ in lm.named_buffers()}
+    return buffers & set(targets)
+
+
+def _tensors(lm: Any, plan: _Plan, targets: dict[str, Destination]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names in the tree with their tensors, of which few are in memory at a time."""
+    for file, names in plan.direct.items():
+        with open_file(file) as tensors:
+            for name, renamed in names:
+                yield renamed, targets[renamed].read(tensors, name)
+    for first, merge in plan.merges.items():
+        for pattern, file, name in merge.tensors:
+            with open_file(file) as tensors:
+                merge.converter.add_tensor(first, name, pattern, tensors.get_tensor(name))
+        converted = merge.converter.convert(first, model=lm, config=lm.config)
+        for name, tensor in converted.items():
+            yield name, tensor[0] if isinstance(tensor, list) else tensor
+
+
+def _misshapen(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return f"tensor {name} has shape {list(found)}, the config asks for {list(expected)}"

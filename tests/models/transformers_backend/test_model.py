@@ -1,0 +1,142 @@
+"""Models through transformers' own modules, against transformers in fp32, in steps that mix chunks and decodes.
+
+Covers `transformers_backend/modules.py`, `transformers_backend/materialize.py`, `transformers_backend/tree.py`,
+`transformers_backend/weights.py`, `transformers_backend/refused.py` too.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_config, tiny_model
+from paged_driver import Driver, Sequence
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from multilora.distributed.group import SINGLE
+from multilora.errors import ConfigError, ModelUnsupported
+from multilora.layers.linear import Linear
+from multilora.models.base import CausalLM
+from multilora.models.llama import LlamaForCausalLM
+from multilora.models.load import make_model
+from multilora.models.transformers_backend.model import TransformersCausalLM
+
+CPU = torch.device("cpu")
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "llama", {}),
+    "llama, tied": ("LlamaForCausalLM", "llama", {"tie_word_embeddings": True}),
+    "conv1d": ("GPT2LMHeadModel", "gpt2", {}),
+    "windows by layer and softcap": ("Gemma2ForCausalLM", "gemma2", {}),
+    "sinks and experts": ("GptOssForCausalLM", "gpt_oss", {}),
+    "keys and values of different widths": ("DeepseekV2ForCausalLM", "deepseek_v2", {}),
+    "a head with a bias": ("PhiForCausalLM", "phi", {}),
+    "an inner decoder": ("OPTForCausalLM", "opt", {}),
+    "a layer that attends twice": ("DiffLlamaForCausalLM", "diffllama", {}),
+}
+
+
+MIXED = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 12}
+
+
+def make(path: Path, architecture: str, model_type: str, **fields: Any) -> Any:
+    """Write a tiny model; returns transformers' own."""
+    config = tiny_config(model_type, architecture)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    tiny_model(architecture, config).save_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def served(path: Path, impl: str = "transformers", **options: Any) -> CausalLM:
+    model = make_model(str(path), device=CPU, model_impl=impl, **options)
+    model.load(str(path), load_format="auto", revision=None, seed=0)
+    return model
+
+
+@torch.inference_mode()
+def expected(reference: Any, tokens: list[int]) -> torch.Tensor:
+    logits: torch.Tensor = reference(torch.tensor([tokens])).logits[0].float()
+    return logits
+
+
+def check_equal(reference: Any, model: CausalLM) -> None:
+    texts = [[3 + (7 * i + i * i) % 90 for i in range(length)] for length in (41, 20)]
+    driver, seqs = Driver(model), [Sequence(text) for text in texts]
+    parts: list[list[torch.Tensor]] = [[], []]
+    for counts in ((7, 0), (1, 9), (1, 1), (20, 1), (12, 9)):
+        work = [(i, n) for i, n in enumerate(counts) if n]
+        for (i, _), logits in zip(work, driver.step([(seqs[i], n) for i, n in work]), strict=True):
+            parts[i].append(logits)
+    for text, found in zip(texts, parts, strict=True):
+        want = expected(reference, text)
+        torch.testing.assert_close(torch.cat(found), want, atol=float(1e-5 * want.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_transformers(case: str, tmp_path: Path) -> None:
+    architecture, model_type, fields = CASES[case]
+    reference = make(tmp_path, architecture, model_type, **fields)
+    model = served(tmp_path)
+    assert isinstance(model, TransformersCausalLM)
+    check_equal(reference, model)
+
+
+def test_auto_takes_native_where_it_serves_and_transformers_where_it_does_not(tmp_path: Path) -> None:
+    make(tmp_path / "native", "LlamaForCausalLM", "llama")
+    assert isinstance(make_model(str(tmp_path / "native"), device=CPU), LlamaForCausalLM)
+    mixed = make(tmp_path / "mixed", "Qwen3ForCausalLM", "qwen3", **MIXED)
+    model = served(tmp_path / "mixed", "auto")
+    assert model.attention_shape.layer_windows == (None, 12)
+    check_equal(mixed, model)
+    with pytest.raises(ModelUnsupported, match="layer_types"):
+        make_model(str(tmp_path / "mixed"), device=CPU, model_impl="native")
+
+
+def test_every_linear_layer_is_a_site_under_its_own_name(tmp_path: Path) -> None:
+    reference = make(tmp_path, "GPT2LMHeadModel", "gpt2")
+    model = make_model(str(tmp_path), device=torch.device("meta"))
+    assert model.layers_path == "transformer.h"
+    modules = {s.module for site in model.lora_sites() for s in site.slices}
+    assert modules == {"embed_tokens", "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "lm_head"}
+    assert model.config.tie_word_embeddings
+    assert sum(isinstance(m, Linear) for m in model.modules()) == 8
+    assert model.weight_bytes == sum(p.nbytes for p in reference.parameters())
+
+
+def test_ranks_do_not_divide_it(tmp_path: Path) -> None:
+    class TwoRanks:
+        size, rank = 2, 0
+
+    make(tmp_path, "GPT2LMHeadModel", "gpt2")
+    with pytest.raises(ConfigError, match="--tp-size 2: GPT2LMHeadModel runs through transformers' modules"):
+        make_model(str(tmp_path), device=CPU, group=TwoRanks())  # type: ignore[arg-type]
+    assert SINGLE.size == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("transformer.h.1.attn.c_attn.weight"), "lacks transformer.h.1.attn.c_attn.weight"),
+        (lambda t: t.update({"transformer.h.1.stray": torch.zeros(1)}), "holds transformer.h.1.stray"),
+        (
+            lambda t: t.update({"transformer.ln_f.weight": torch.zeros(3)}),
+            r"transformer.ln_f.weight has shape \[3\], the config asks for \[64\]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change: Any, said: str, tmp_path: Path) -> None:
+    make(tmp_path, "GPT2LMHeadModel", "gpt2")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelUnsupported, match=said):
+        served(tmp_path)
+
+
+def test_dummy_weights(tmp_path: Path) -> None:
+    make(tmp_path, "GPT2LMHeadModel", "gpt2")
+    model = make_model(str(tmp_path), device=CPU)
+    model.load(str(tmp_path), load_format="dummy", revision=None, seed=1)
+    assert all(p.isfinite().all() for p in model.parameters())

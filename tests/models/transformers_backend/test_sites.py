@@ -1,0 +1,67 @@
+"""How the modules of a tree are called, and where adapters act."""
+
+from multilora.adapters.peft.base_model import BaseModel, Place
+from multilora.lora.sites import MODEL_LEVEL, DeclaredModules
+from multilora.models.transformers_backend.probe import AttentionFact, Examination, LinearFact, NormFact
+from multilora.models.transformers_backend.sites import declare
+
+
+def linear(path: str, attended: int, out: int = 8) -> LinearFact:
+    return LinearFact(path, 4, out, bias=False, transposed=False, attended=attended)
+
+
+def attention(path: str) -> AttentionFact:
+    return AttentionFact(path, 1, 1, 4, 4, 0.5, None, None, sinks=False)
+
+
+FOUND = Examination(
+    linears=(
+        linear("t.h.0.attn.qkv", 0),
+        linear("t.h.0.attn.proj", 1),
+        linear("t.h.0.mlp.proj", 1),
+        linear("t.h.0.mlp.up", 1),
+        linear("t.h.1.attn.qkv", 1),
+        linear("t.h.1.attn.proj", 2),
+        linear("t.h.1.mlp.proj", 2),
+        linear("t.h.1.mlp.up", 2, out=16),
+        linear("t.last", 2),
+        linear("out", 2),
+    ),
+    norms=(NormFact("t.h.0.ln", 4, 1, 0), NormFact("t.h.1.ln", 4, 1, 1), NormFact("t.ln", 4, 1, 2)),
+    attentions=(attention("t.h.0.attn"), attention("t.h.1.attn")),
+    head_attended=2,
+)
+
+
+def test_names_tell_modules_apart_and_paths_are_the_tree_s() -> None:
+    declared = DeclaredModules()
+    sites = declare(FOUND, declared, embedding=("t.wte", 101, 4), head=("out", 4, 101, False))
+    assert sites.layers == "t.h"
+    base = BaseModel(tuple(declared.sites), tuple(declared.norms), 101, 4, False, None, sites.layers)
+    assert base.places == {
+        "t.wte": Place(MODEL_LEVEL, "embed_tokens"),
+        "out": Place(MODEL_LEVEL, "lm_head"),
+        "t.last": Place(MODEL_LEVEL, "last"),
+        "t.ln": Place(MODEL_LEVEL, "t.ln"),
+        **{f"t.h.{i}.attn.qkv": Place(i, "qkv") for i in (0, 1)},
+        **{f"t.h.{i}.attn.proj": Place(i, "attn.proj") for i in (0, 1)},
+        **{f"t.h.{i}.mlp.proj": Place(i, "mlp.proj") for i in (0, 1)},
+        **{f"t.h.{i}.mlp.up": Place(i, f"t.h.{i}.mlp.up") for i in (0, 1)},
+        **{f"t.h.{i}.ln": Place(i, "ln") for i in (0, 1)},
+    }
+    assert base.place_of("h.1.attn.qkv") == Place(1, "qkv")
+    assert base.is_table("wte") and not base.is_table("t.last")
+
+
+def test_what_acts_before_the_last_keys_and_values() -> None:
+    declared = DeclaredModules()
+    declare(FOUND, declared, embedding=("t.wte", 101, 4), head=("out", 4, 101, False))
+    behind = {(site.layer, s.module) for site in declared.sites for s in site.slices if not s.before_kv}
+    assert behind == {
+        (1, "attn.proj"),
+        (1, "mlp.proj"),
+        (1, "t.h.1.mlp.up"),
+        (MODEL_LEVEL, "last"),
+        (MODEL_LEVEL, "lm_head"),
+    }
+    assert {norm.module for norm in declared.norms if not norm.before_kv} == {"t.ln"}
