@@ -158,7 +158,7 @@ class Config:
         16 << 30, "most disk space for adapters loaded like that or from a URL", size=True
     )
     lora_resolver_timeout: int = _adapters(30, "seconds that a request waits for such an adapter; beyond it, 503")
-    lora_fetch_timeout: int = _adapters(300, "seconds that fetching one adapter from the hub or a URL may take")
+    lora_load_timeout: int = _adapters(120, "seconds that loading one adapter may take, download included; then 503")
 
     arena_bytes: int | None = _memory(None, "size of the arena that KV cache and adapters share", size=True)
     max_total_tokens: int | None = _memory(None, "size of the arena, counted in tokens of KV cache")
@@ -221,6 +221,7 @@ class Config:
     )
     admin_api_key_file: str | None = _server(None, "file with the key for --admin-api-key", metavar="FILE")
     metrics_key: str | None = _server(None, "what /metrics asks for, as a bearer token (default: nothing)")
+    drain_seconds: int = _server(25, "how long running requests may still take after SIGTERM", low=0)
     state_dir: str | None = _server(
         None, "where loaded adapters are remembered, for the next start (default: nowhere)", metavar="DIR"
     )

@@ -30,6 +30,7 @@
     ├── QueueFull                   503  carries `retry_after` seconds
     ├── EnginePaused                503  paused and taking no requests; carries `retry_after` seconds
     │   └── EngineAsleep            503  its memory is released until /wake_up
+    ├── ServerStopping              503  the server is being stopped; carries `retry_after` seconds
     ├── DeadlineExceeded            504  the request took longer than its timeout or --max-request-seconds
     └── EngineDead                  503  the engine process ended
         └── EngineRestarting        503  it ended and is being started again; carries `retry_after` seconds
@@ -193,6 +194,13 @@ class EnginePaused(MultiloraError):
 
 class EngineAsleep(EnginePaused):
     """The engine has released its memory; no request is taken until it is woken up."""
+
+
+class ServerStopping(MultiloraError):
+    """The server is being stopped and waits no longer; another one may take over."""
+
+    status = 503
+    retry_after = 1
 
 
 class DeadlineExceeded(MultiloraError):

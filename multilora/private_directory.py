@@ -1,8 +1,9 @@
 """Directories in TMPDIR that only this user can read, and that are always deleted.
 
-A directory is deleted by `close` or when its process ends. After a `kill -9` the next call of `remove_orphans`
-deletes it: a living owner holds a lock on it. Called by `adapters/sources/spool.py`,
-`engine/process/client.py` and `engine/ranks/lead.py`.
+A directory is deleted by `close` or when its process ends. After a `kill -9` the next call of `remove_orphans`, in
+any process of this user, deletes it: a living owner holds a lock on it. The engine's process calls it when its front
+is gone. Called by `adapters/sources/spool.py`, `engine/process/client.py`, `engine/process/worker.py` and
+`engine/ranks/lead.py`.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+_open: "weakref.WeakSet[PrivateDirectory]" = weakref.WeakSet()
 _NAME = re.compile(r"multilora-(tensors|engine|ranks)-\d+-")  # then the owner's process id, for information
 
 
@@ -27,10 +29,17 @@ class PrivateDirectory:
         self.path, lock = _make(f"multilora-{kind}-{os.getpid()}-")
         assert _NAME.match(self.path.name)
         self._discard = weakref.finalize(self, _discard, self.path, lock)
+        _open.add(self)
 
     def close(self) -> None:
         """Delete the directory and all that is in it."""
         self._discard()
+
+
+def close_all() -> None:
+    """Delete this process's own, for one that ends without the interpreter's orderly end."""
+    for directory in list(_open):
+        directory.close()
 
 
 def remove_orphans() -> None:

@@ -1,15 +1,15 @@
 """Drives the front by asyncio, beside an engine process: for the server and for `AsyncLLM`.
 
-A request is cancelled with its task: it is aborted and its adapters are released. A change of an adapter that has
-begun is carried through even if its task is cancelled. Blocking work runs on a few threads, a pool for each lane.
-All methods belong to one event loop.
+A request is cancelled with its task: it is aborted and its adapters are released. So is a load, until it is to be
+committed; every other change that has begun is carried through. Blocking work runs on a few threads, a pool for each
+lane. All methods belong to one event loop.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,9 +17,10 @@ from multilora.drivers.async_generation import AsyncGeneration
 from multilora.drivers.grammar_pool import GrammarPool
 from multilora.drivers.mailbox import LoopTurns, Mailbox
 from multilora.engine.messages import AdapterInfo, Output, Reply, StartProfile, ToEngine
-from multilora.errors import MultiloraError
+from multilora.errors import MultiloraError, ServerStopping
 from multilora.front.adapter_ref import Held
 from multilora.front.effects import (
+    CarryThrough,
     CompileGrammar,
     Effect,
     EngineCall,
@@ -32,15 +33,18 @@ from multilora.front.effects import (
     Steps,
     WaitUntilDone,
     WaitUntilIdle,
+    Within,
 )
 from multilora.front.engine_link import EngineLink
-from multilora.front.front import Front
+from multilora.front.front import STOPPING, Front
 from multilora.front.generation import Job
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8, Lane.STATE: 1, Lane.DOWNLOADS: 16}
+THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8, Lane.STATE: 1, Lane.TENSORS: 4} | dict.fromkeys(
+    (Lane.HUB, Lane.HTTP, Lane.S3, Lane.GS), 16
+)
 
 
 class AsyncEngine(EngineLink, Protocol):
@@ -66,8 +70,11 @@ class AsyncEngine(EngineLink, Protocol):
     async def stop_profile(self) -> None:
         """Returns when the trace is written. Raises BadRequest if no profile is running."""
 
-    async def shutdown(self) -> None:
-        """Let the engine finish what runs, and end it."""
+    async def shutdown(self, timeout: float = 60.0) -> None:
+        """Let the engine finish what runs, for at most `timeout` seconds, and end it."""
+
+    def end(self, why: str) -> None:
+        """End the engine at once, whatever it does."""
 
 
 class AsyncDriver:
@@ -79,6 +86,8 @@ class AsyncDriver:
         self._grammars = GrammarPool(front.config.grammar_timeout, front.config.grammar_max_bytes)
         self._turns = LoopTurns()
         self._changes: set[asyncio.Task[Any]] = set()
+        self._loads: set[asyncio.Task[Any]] = set()
+        self._stopped = False
         self._pools = {lane: ThreadPoolExecutor(count, lane.value) for lane, count in THREADS.items()}
 
     async def generate(self, jobs: Sequence[Job], rids: Sequence[str] | None = None) -> AsyncGeneration:
@@ -94,6 +103,27 @@ class AsyncDriver:
     async def change(self, steps: Steps[T]) -> T:
         """Carry a change of an adapter through, even if the caller is cancelled meanwhile."""
         return await asyncio.shield(self._start(steps))
+
+    async def load(self, steps: Steps[T]) -> T:
+        """Load an adapter. When cancelled before it is committed, it is as if the load had never begun. Raises
+        ServerStopping if that is why."""
+        task = asyncio.create_task(self._run(steps))
+        self._loads.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self._stopped:
+                raise ServerStopping(STOPPING) from None
+            raise
+        finally:
+            self._loads.discard(task)
+
+    def stop(self) -> None:
+        """End what requests and loads there are, with ServerStopping."""
+        self._stopped = True
+        self.front.stop()
+        for task in self._loads:
+            task.cancel()
 
     async def run_blocking(self, lane: Lane, function: Callable[[], T]) -> T:
         """Call `function` on a thread of the lane, and wait for its result."""
@@ -122,12 +152,12 @@ class AsyncDriver:
 
     async def _perform(self, effect: Effect[Any]) -> Any:  # noqa: RET503 - effects without a result
         match effect:
-            case RunBlocking(lane, function):
-                return await self.run_blocking(lane, function)
+            case RunBlocking():
+                return await self._run_blocking(effect)
             case CompileGrammar(setup, field, source):
                 return await self._grammars.compile(setup, field, source)
             case EngineLoad(version, path, pinned):
-                return await self.engine.load_adapter(version, path, pinned)
+                return await self._load_adapter(version, path, pinned)
             case EngineUnload(version):
                 await self.engine.unload_adapter(version)
             case EngineCall(message):
@@ -141,12 +171,49 @@ class AsyncDriver:
                 flight.when_done(done.set)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(done.wait(), seconds)
+            case Within(steps, seconds, error):
+                return await self._run_within(steps, seconds, error)
+            case CarryThrough(steps):
+                return await asyncio.shield(self._start(steps))
             case Spawn(steps):
                 self._start(steps)
             case Gather(children, limit):
                 return await self._gather(children, limit)
             case other:
                 raise AssertionError(f"not an effect: {other!r:.100}")
+
+    async def _run_blocking(self, effect: RunBlocking[T]) -> T:
+        """The result of its function. When cancelled: see `RunBlocking`."""
+        future = self._pools[effect.lane].submit(effect.function)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if effect.stop is not None:
+                effect.stop()
+            if (undo := effect.undo) is not None:
+                future.add_done_callback(lambda done: _undo(done, undo))
+            raise
+
+    async def _run_within(self, steps: Steps[T], seconds: float, error: MultiloraError) -> T:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._run(steps)
+        except TimeoutError:
+            raise error from None
+
+    async def _load_adapter(self, version: int, path: str, pinned: bool) -> AdapterInfo:
+        """When cancelled, the engine forgets the adapter as soon as it has it."""
+        load = asyncio.create_task(self.engine.load_adapter(version, path, pinned))
+        try:
+            return await asyncio.shield(load)
+        except asyncio.CancelledError:
+            self._keep(asyncio.create_task(self._unload_when_loaded(load, version)))
+            raise
+
+    async def _unload_when_loaded(self, load: "asyncio.Task[AdapterInfo]", version: int) -> None:
+        with contextlib.suppress(MultiloraError):
+            await load
+            await self.engine.unload_adapter(version)
 
     async def _gather(self, children: Sequence[Steps[T]], limit: int) -> list[T | BaseException]:
         free = asyncio.Semaphore(limit)
@@ -159,9 +226,13 @@ class AsyncDriver:
 
     def _start(self, steps: Steps[T]) -> "asyncio.Task[T]":
         task = asyncio.create_task(self._run(steps))
+        self._keep(task)
+        return task
+
+    def _keep(self, task: "asyncio.Task[Any]") -> None:
+        """Hold on to a task that nobody else may wait for."""
         self._changes.add(task)
         task.add_done_callback(self._done)
-        return task
 
     def _done(self, task: "asyncio.Task[Any]") -> None:
         self._changes.discard(task)
@@ -170,3 +241,9 @@ class AsyncDriver:
                 logger.info("adapter change failed: %s", error)
             else:
                 logger.error("adapter change failed", exc_info=error)
+
+
+def _undo(done: "Future[T]", undo: Callable[[T], object]) -> None:
+    """The work has been cancelled, but this part of it may have ended well."""
+    if not done.cancelled() and done.exception() is None:
+        undo(done.result())

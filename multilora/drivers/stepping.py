@@ -14,6 +14,7 @@ from multilora.engine.messages import Reply
 from multilora.engine.process.local import LocalEngine
 from multilora.errors import MultiloraError, from_wire
 from multilora.front.effects import (
+    CarryThrough,
     CompiledText,
     CompileGrammar,
     Effect,
@@ -26,6 +27,7 @@ from multilora.front.effects import (
     Steps,
     WaitUntilDone,
     WaitUntilIdle,
+    Within,
 )
 from multilora.front.grammars.compiler import GrammarCompiler, Setup
 from multilora.front.registry import AdapterRegistry
@@ -63,7 +65,7 @@ class SteppingDriver:
     def perform(self, effect: Effect[Any], task: "_Task[Any]") -> None:
         """Have the task advance with the effect's result, now or in a later step."""
         match effect:
-            case RunBlocking(_, function):
+            case RunBlocking(function=function):
                 task.advance(*_outcome(function))
             case CompileGrammar(setup, field, source):
                 task.advance(*_outcome(partial(self._compile, setup, field, source)))
@@ -77,6 +79,8 @@ class SteppingDriver:
                 self._registry.when_idle(version, task.advance)
             case WaitUntilDone(flight):  # which has a deadline of its own
                 flight.when_done(task.advance)
+            case Within(steps) | CarryThrough(steps):  # nobody else waits, and nothing is cancelled
+                _Task(steps, self, lambda child: task.advance(*_outcome(child.result))).advance()
             case Spawn(steps):
                 _Task(steps, self, _log_error).advance()
                 task.advance()

@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from multilora.adapters.sources.files import show as show_path
 from multilora.adapters.sources.spool import TENSOR_ROOT, Spool
 from multilora.config import LoraPath
 from multilora.engine.messages import AdapterInfo, ReplaceAdapter
-from multilora.errors import AdapterError, BadRequest, MultiloraError
+from multilora.errors import AdapterError, AdapterUnavailable, BadRequest, MultiloraError
 from multilora.front.adapter_spec import parse_composition, show
 from multilora.front.effects import (
+    CarryThrough,
     EngineCall,
     EngineLoad,
     EngineUnload,
@@ -26,6 +28,7 @@ from multilora.front.effects import (
     Spawn,
     Steps,
     WaitUntilIdle,
+    Within,
 )
 from multilora.front.fetcher import Fetcher, Found
 from multilora.front.observer import Observer
@@ -41,7 +44,7 @@ MAX_LOADS = 8  # at a time, of one `load_many`
 
 class AdapterManager:
     """One per front. `spool`: where adapters are kept that do not come from a directory or the hub. records: what is
-    written down before a change is answered."""
+    written down before a change is answered. load_seconds: how long one load may take."""
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class AdapterManager:
         fetcher: Fetcher,
         observer: Observer,
         records: Records,
+        load_seconds: float,
     ):
         self._registry = registry
         self._vocabularies = vocabularies
@@ -58,6 +62,7 @@ class AdapterManager:
         self._fetcher = fetcher
         self._observer = observer
         self._records = records
+        self._load_seconds = load_seconds
 
     def load(
         self,
@@ -80,7 +85,7 @@ class AdapterManager:
         pinned = self._pinned(name, pinned)
         version = self._registry.begin_load(name, path, pinned, replace=replace, weight_version=weight_version)
         info = yield from self._fetch(version, path, pinned, any_url)
-        yield from self._commit(name, info, update=allow_update_mid_request)
+        yield from CarryThrough(self._commit(name, info, update=allow_update_mid_request))
         return info
 
     def load_tensors(
@@ -99,10 +104,10 @@ class AdapterManager:
         pinned = self._pinned(name, pinned)
         version = self._registry.begin_load(name, TENSOR_ROOT, pinned, replace=replace, weight_version=weight_version)
         with self._undone_on_error(version, TENSOR_ROOT):
-            path = str((yield from RunBlocking(Lane.FILES, partial(self.spool.add, version, config, write))))
-            info = yield from EngineLoad(version, path, pinned)
-            yield from self.add_tokens(info, None)
-        yield from self._commit(name, info, update=allow_update_mid_request)
+            add = partial(self.spool.add, version, config, write)
+            path = str((yield from RunBlocking(Lane.TENSORS, add, undo=lambda _path: self.spool.remove(version))))
+            info = yield from self._in_time(name, self._bring(version, path, pinned, None))
+        yield from CarryThrough(self._commit(name, info, update=allow_update_mid_request))
         return info
 
     def load_found(self, name: str, found: Found) -> Steps[AdapterInfo]:
@@ -114,8 +119,7 @@ class AdapterManager:
             raise
         with self._undone_on_error(version, name):
             path = str(self.spool.keep(found.folder, version))
-            info = yield from EngineLoad(version, path, False)
-            yield from self.add_tokens(info, path)
+            info = yield from self._in_time(name, self._bring(version, path, False, path))
         yield from self._commit(name, info, recorded=False)
         return info
 
@@ -217,11 +221,23 @@ class AdapterManager:
 
     def _fetch(self, version: int, path: str, pinned: bool, any_url: bool) -> Steps[AdapterInfo]:
         """Into the engine, and its tokens to the front; if that fails, it is as if the load had never begun."""
-        with self._undone_on_error(version, path):
+
+        def load() -> Steps[AdapterInfo]:
             local = yield from self._fetcher.localize(path, version, any_url=any_url)
-            info = yield from EngineLoad(version, local, pinned)
-            yield from self.add_tokens(info, local)
+            return (yield from self._bring(version, local, pinned, local))
+
+        with self._undone_on_error(version, path):
+            return (yield from self._in_time(path, load()))
+
+    def _bring(self, version: int, path: str, pinned: bool, tokens_path: str | None) -> Steps[AdapterInfo]:
+        """From a directory into the engine, and its tokens to the front."""
+        info = yield from EngineLoad(version, path, pinned)
+        yield from self.add_tokens(info, tokens_path)
         return info
+
+    def _in_time(self, shown: str, load: Steps[AdapterInfo]) -> Within[AdapterInfo]:
+        late = f"adapter {show_path(shown)} was not loaded within {self._load_seconds} s (--lora-load-timeout)"
+        return Within(load, self._load_seconds, AdapterUnavailable(late))
 
     @contextlib.contextmanager
     def _undone_on_error(self, version: int, shown: str) -> Iterator[None]:
@@ -244,7 +260,7 @@ class AdapterManager:
         try:
             yield from RunBlocking(Lane.FILES, partial(self._vocabularies.add, info, path))
         except BaseException:
-            yield from EngineUnload(info.version)
+            yield from CarryThrough(_unload(info.version))
             raise
 
     def forget_tokens(self, version: int) -> None:
@@ -291,3 +307,7 @@ class AdapterManager:
             self._registry.finish_unload(version)
             self.spool.remove(version)
             self._vocabularies.remove(version)
+
+
+def _unload(version: int) -> Steps[None]:
+    yield from EngineUnload(version)

@@ -39,16 +39,26 @@ class Lane(enum.Enum):
     TEXT = "text"  # tokenizing and chat templates
     LONG_TEXT = "long text"
     FILES = "files"  # the disk
+    TENSORS = "tensors"  # the disk too, for adapters in the body of a request
     STATE = "state"  # the records of --state-dir, one change after the other
-    DOWNLOADS = "downloads"  # the network: a host that never answers keeps only other downloads waiting
+    HUB = "hub"  # the network: a host that never answers keeps waiting only what comes by the same scheme
+    HTTP = "http"
+    S3 = "s3"
+    GS = "gs"
 
 
 @dataclass(frozen=True)
 class RunBlocking(Effect[T]):
-    """Call `function` where it holds up nobody: it computes for long, or waits for a disk or the network."""
+    """Call `function` where it holds up nobody: it computes for long, or waits for a disk or the network.
+
+    If the work is cancelled meanwhile: `stop` makes the function end soon; `undo` is given its result if there is one
+    all the same. Both may be called on any thread.
+    """
 
     lane: Lane
     function: Callable[[], T]
+    stop: Callable[[], None] | None = None
+    undo: Callable[[T], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,23 @@ class WaitUntilDone(Effect[None]):
 
     flight: Flight
     seconds: float
+
+
+@dataclass(frozen=True)
+class Within(Effect[T]):
+    """Run `steps`; on a driver of requests that run side by side for `seconds` at most, then they are cancelled and
+    `error` is raised."""
+
+    steps: Steps[T]
+    seconds: float
+    error: MultiloraError
+
+
+@dataclass(frozen=True)
+class CarryThrough(Effect[T]):
+    """Run `steps` to their end, even if the work that waits for them is cancelled meanwhile."""
+
+    steps: Steps[T]
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,21 @@ from pathlib import Path
 
 from multilora.adapters.sources import SourceKind, is_path, source_kind
 from multilora.adapters.sources.copying import Allowance
+from multilora.adapters.sources.download import Stop
 from multilora.adapters.sources.files import show
 from multilora.adapters.sources.hub import HUB_SCHEME, is_hub_id
 from multilora.adapters.sources.inside import copy_adapter
 from multilora.adapters.sources.remote import is_below, is_served
 from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
-from multilora.errors import AdapterError, AdapterForbidden, AdapterIncompatible, AdapterNotFound, AdapterUnavailable
+from multilora.errors import (
+    AdapterError,
+    AdapterForbidden,
+    AdapterIncompatible,
+    AdapterNotFound,
+    AdapterUnavailable,
+    StorageFailed,
+)
 from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.vocabulary import TOKENIZER_FILES
 
@@ -56,8 +64,10 @@ class Fetcher:
             case SourceKind.DIRECTORY:
                 return path
             case SourceKind.HUB:
-                fetch = partial(self._spool.downloads.fetch, path, None, extra=TOKENIZER_FILES)
-                return str((yield from RunBlocking(Lane.DOWNLOADS, partial(fetch, allowance=self._allowance(None)))))
+                stop = Stop()
+                fetch = partial(self._spool.downloads.fetch, path, None, extra=TOKENIZER_FILES, stop=stop)
+                fetch = partial(fetch, allowance=self._allowance(None))
+                return str((yield from RunBlocking(Lane.HUB, fetch, stop)))
         if not is_served(path):
             raise AdapterNotFound(f"adapter {show(path)}: not an http(s)://, s3:// or gs:// URL of a directory")
         any_url = any_url and not self._config.lora_root
@@ -74,7 +84,8 @@ class Fetcher:
         allowance = self._allowance(self._config.lora_resolver_bytes)
         for root in self._config.lora_resolver_dir:
             copy = partial(copy_adapter, root, name, extra=TOKENIZER_FILES, allowance=allowance)
-            folder = yield from RunBlocking(Lane.FILES, partial(self._spool.receive, copy))
+            receive = partial(self._spool.receive, copy)
+            folder = yield from RunBlocking(Lane.FILES, receive, undo=self._discard_folder)
             if folder is not None:
                 return Found(os.path.join(root, name), folder, allowance.nbytes)
         for path in self._remote_places(name):
@@ -82,7 +93,7 @@ class Fetcher:
                 return (yield from self._download(path, allowance))
             except AdapterNotFound as e:
                 logger.info("adapter %s: %s", show(name), e)
-            except AdapterIncompatible:
+            except (AdapterIncompatible, StorageFailed):
                 raise
             except AdapterError as e:
                 logger.warning("adapter %s: %s", show(name), e)
@@ -103,14 +114,27 @@ class Fetcher:
             yield HUB_SCHEME + name
 
     def _download(self, path: str, allowance: Allowance) -> Steps[Found]:
+        stop = Stop()
+
         def download(target: Path) -> bool:
-            self._spool.downloads.fetch(path, target, extra=TOKENIZER_FILES, allowance=allowance)
+            self._spool.downloads.fetch(path, target, extra=TOKENIZER_FILES, allowance=allowance, stop=stop)
             allowance.take(sum(file.stat().st_size for file in target.iterdir()))
             return True
 
-        folder = yield from RunBlocking(Lane.DOWNLOADS, partial(self._spool.receive, download))
+        receive = partial(self._spool.receive, download)
+        folder = yield from RunBlocking(_lane_of(path), receive, stop, self._discard_folder)
         assert folder is not None
         return Found(path, folder, allowance.nbytes)
 
     def _allowance(self, max_bytes: int | None) -> Allowance:
-        return Allowance(time.monotonic() + self._config.lora_fetch_timeout, max_bytes)
+        return Allowance(time.monotonic() + self._config.lora_load_timeout, max_bytes)
+
+    def _discard_folder(self, folder: Path | None) -> None:
+        if folder is not None:
+            self._spool.discard(folder)
+
+
+def _lane_of(path: str) -> Lane:
+    """Who waits for a host that does not answer: what comes by the same scheme."""
+    scheme = path.partition("://")[0]
+    return {"s3": Lane.S3, "gs": Lane.GS, "http": Lane.HTTP, "https": Lane.HTTP}.get(scheme, Lane.HUB)

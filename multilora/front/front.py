@@ -14,9 +14,9 @@ import msgspec
 
 from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
-from multilora.engine.messages import AdapterSwitch, Output, Submit
+from multilora.engine.messages import AdapterSwitch, Finished, Output, Submit
 from multilora.engine.scheduling.policy import POLICIES
-from multilora.errors import BadRequest, EngineDead, EngineRestarting, QueueFull
+from multilora.errors import BadRequest, EngineDead, EngineRestarting, QueueFull, ServerStopping
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.engine_link import EngineLink
@@ -45,6 +45,7 @@ from multilora.front.versions import VersionHistory
 from multilora.front.vocabulary import Vocabularies
 from multilora.params import LOGPROBS_MODES
 
+STOPPING = "the server is being stopped; try again later, or elsewhere"
 INLINE_CHARS = 2048
 """Texts of one request that are tokenized at once, 1 ms; more goes to a thread, which costs 0.15 ms."""
 LONG_CHARS = 256 << 10
@@ -75,13 +76,22 @@ class Front:
         self.vocabularies = Vocabularies(tokenizer, ready, self.registry, spool.admit(config).lora_root)
         self.records = records or Records()
         fetcher = Fetcher(config, spool)
-        self.adapters = AdapterManager(self.registry, self.vocabularies, spool, fetcher, self.observer, self.records)
+        self.adapters = AdapterManager(
+            self.registry,
+            self.vocabularies,
+            spool,
+            fetcher,
+            self.observer,
+            self.records,
+            config.lora_load_timeout,
+        )
         self.resolver = Resolver(config, self.registry, self.adapters, fetcher, self.observer)
         self.pauses = PauseManager()
         self._room = config.max_running_requests + config.max_queued_requests
         self._grammars = Grammars(self.vocabularies.base, engine)
         self._open: dict[str, Sample] = {}  # by rid
         self._serial = itertools.count()
+        self._stopped = False
 
     def load_at_start(self) -> Steps[None]:
         """Load what is there from the start: --lora-paths, and what the records have. See `restoring.py`."""
@@ -128,6 +138,16 @@ class Front:
                     self.engine.abort(sample.key, message)
                 found.add(open_rid.rpartition("#")[0] or open_rid)
         return len(found)
+
+    def stop(self) -> None:
+        """The server waits no longer: requests that are there end with ServerStopping, at once and whatever the
+        engine does, and no further one is submitted."""
+        self._stopped = True
+        finished = Finished(type="error", kind="ServerStopping", message=STOPPING)
+        for sample in list(self._open.values()):
+            if sample.deliver is not None:
+                sample.deliver(Output(rid=sample.key, finished=finished))
+                self.engine.abort(sample.key)
 
     def _end(self, sample: Sample) -> None:
         """The sample has ended: release its adapters."""
@@ -231,12 +251,16 @@ class Front:
 
     def _send(self, sample: Sample, message: Submit, deliver: Callable[[Output], None]) -> None:
         def take(output: Output) -> None:
+            if output.again:
+                sample.versions = VersionHistory(sample.held.label)
             if output.switch is None:
                 deliver(output)
             else:  # at once, however slowly the client reads: what it held may be unloaded then
                 self._switch(sample, output.switch)
 
-        sample.submitted = True
+        if self._stopped:
+            raise ServerStopping(STOPPING)
+        sample.submitted, sample.deliver = True, deliver
         self.engine.submit(message, take)
         self.observer.submitted(sample.job.adapters)
         if sample.abort_message is not None:

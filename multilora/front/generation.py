@@ -78,6 +78,7 @@ class Sample:
     submitted: bool = False
     abort_message: str | None = None  # aborted before it was submitted
     started: bool = False  # its first output is here
+    deliver: Callable[[Output], None] | None = None  # once it is submitted
     shown: bool = False  # the client has been told some of it
 
     @property

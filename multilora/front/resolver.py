@@ -194,7 +194,7 @@ class Resolver:
     def _load(self, name: str) -> Steps[bool]:
         """Find and load it. False: it is nowhere."""
         if name in self._evictions:
-            yield from WaitUntilDone(self._evictions[name], self._config.lora_fetch_timeout)
+            yield from WaitUntilDone(self._evictions[name], self._config.lora_load_timeout)
         found = yield from self._fetcher.find(name)
         if found is None:
             logger.info("adapter %r was asked for and is in no place of --lora-resolver-…", name)

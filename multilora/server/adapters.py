@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
+from starlette.types import Receive
 
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded, BadRequest
@@ -17,7 +18,7 @@ from multilora.server.bodies import (
     V1UnloadAdapterBody,
 )
 from multilora.server.errors import StrictRoute, error_response
-from multilora.server.streaming import Json
+from multilora.server.streaming import Json, while_connected
 from multilora.server.tensors import LoadTensorsBody, TensorsRoute
 
 NATIVE_PATHS = ("/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter")
@@ -54,8 +55,9 @@ class _Loads:
         self._driver = driver
         self._adapters = driver.front.adapters
 
-    async def from_path(self, body: LoadAdapterBody, *, replace: bool) -> int | None:
-        """Load the adapter, or name the composition, that `lora_path` says. Returns the adapter's version."""
+    async def from_path(self, body: LoadAdapterBody, receive: Receive, *, replace: bool) -> int | None:
+        """Load the adapter, or name the composition, that `lora_path` says. Returns the adapter's version. A load
+        whose client hangs up is given up."""
         options = self._options(body, replace)
         if isinstance(body.lora_path, list):
             options.pop("allow_update_mid_request")
@@ -66,13 +68,13 @@ class _Loads:
                 )
             await self._driver.change(self._adapters.compose(body.lora_name, body.lora_path, **options))
             return None
-        info = await self._driver.change(self._adapters.load(body.lora_name, body.lora_path, **options))
-        return info.version
+        load = self._adapters.load(body.lora_name, body.lora_path, **options)
+        return (await while_connected(receive, self._driver.load(load))).version
 
-    async def from_tensors(self, body: LoadTensorsBody, *, replace: bool) -> None:
+    async def from_tensors(self, body: LoadTensorsBody, receive: Receive, *, replace: bool) -> None:
         options = self._options(body, replace)
         load = self._adapters.load_tensors(body.lora_name, body.config_dict, body.writer(), **options)
-        await self._driver.change(load)
+        await while_connected(receive, self._driver.load(load))
 
     def _options(self, body: LoadBody, replace: bool) -> dict[str, Any]:
         replace = replace or body.upsert or self.upsert
@@ -89,10 +91,10 @@ def _sglang_routes(routes: APIRouter, driver: AsyncDriver, loads: _Loads) -> Non
     adapters, registry = driver.front.adapters, driver.front.registry
 
     @routes.post("/load_lora_adapter")
-    async def load(body: LoadAdapterBody, inplace: bool = False) -> Response:
+    async def load(body: LoadAdapterBody, request: Request, inplace: bool = False) -> Response:
         """Load an adapter, as SGLang; or name a composition of loaded ones."""
         try:
-            await loads.from_path(body, replace=inplace)
+            await loads.from_path(body, request.receive, replace=inplace)
         except AdapterNotFound as e:
             if not loads.upsert:
                 raise
@@ -110,9 +112,9 @@ def _tensor_routes(driver: AsyncDriver, loads: _Loads) -> APIRouter:
     routes = APIRouter(route_class=TensorsRoute)
 
     @routes.post("/load_lora_adapter_from_tensors")
-    async def load_from_tensors(body: LoadTensorsBody, inplace: bool = False) -> Response:
+    async def load_from_tensors(body: LoadTensorsBody, request: Request, inplace: bool = False) -> Response:
         """Load an adapter whose weights are in the request or in shared memory, as SGLang but without pickle."""
-        await loads.from_tensors(body, replace=inplace)
+        await loads.from_tensors(body, request.receive, replace=inplace)
         return Json(native_result(driver.front.registry))
 
     return routes
@@ -122,10 +124,10 @@ def _vllm_routes(routes: APIRouter, driver: AsyncDriver, loads: _Loads) -> None:
     adapters = driver.front.adapters
 
     @routes.post("/v1/load_lora_adapter")
-    async def v1_load(body: V1LoadAdapterBody, inplace: bool = False) -> Response:
+    async def v1_load(body: V1LoadAdapterBody, request: Request, inplace: bool = False) -> Response:
         """Load an adapter or, with load_inplace, replace it; as vLLM."""
         try:
-            await loads.from_path(body, replace=inplace or body.load_inplace)
+            await loads.from_path(body, request.receive, replace=inplace or body.load_inplace)
         except AdapterNotFound as e:
             return error_response(e, status=404)
         except AdapterAlreadyLoaded as e:
@@ -149,10 +151,10 @@ def _vllm_routes(routes: APIRouter, driver: AsyncDriver, loads: _Loads) -> None:
 
 def _skyrl_route(routes: APIRouter, loads: _Loads) -> None:
     @routes.post("/skyrl/v1/load_lora_adapter")
-    async def skyrl_load(body: SkyrlLoadAdapterBody) -> Response:
+    async def skyrl_load(body: SkyrlLoadAdapterBody, request: Request) -> Response:
         """Load an adapter or replace it, as SkyRL's servers."""
         try:
-            version = await loads.from_path(body, replace=True)
+            version = await loads.from_path(body, request.receive, replace=True)
         except AdapterNotFound as e:
             return error_response(e, status=404)
         return Json({"status": "ok", "lora_name": body.lora_name, "lora_int_id": version})

@@ -27,6 +27,7 @@ from multilora.errors import (
     EngineRestarting,
     MultiloraError,
     QueueFull,
+    ServerStopping,
 )
 from multilora.server.request_body import INLINE_BYTES, Bodies
 
@@ -74,7 +75,7 @@ def error_response(
     """`body` and `status`: where a route has its own."""
     status = status or error.status
     headers = {}
-    if isinstance(error, QueueFull | EnginePaused | AdapterUnavailable | EngineRestarting):
+    if isinstance(error, QueueFull | EnginePaused | AdapterUnavailable | EngineRestarting | ServerStopping):
         headers["Retry-After"] = str(error.retry_after)
     return JSONResponse(body or error_body(error, status), status, headers)
 

@@ -32,7 +32,12 @@ from multilora.server.uvicorn_setup import event_loop, uvicorn_config
 
 logger = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 25  # for running requests, after a signal
+WRITE_SECONDS = 3
+"""For the endings of requests that are cut off, until connections are closed."""
+HURRIED_WRITE_SECONDS = 0.5
+"""The same after a second signal."""
+ENGINE_SECONDS = 5
+"""For the engine, which has nothing to do any more, until it is killed."""
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -68,6 +73,7 @@ class _ServerProcess:
         self._server: _UvicornServer | None = None
         self._driver: AsyncDriver | None = None
         self._main: asyncio.Task[Any] | None = None
+        self._hurried = False  # by a second signal
         self._descriptors = 0  # that the process may have
 
     async def run(self) -> int:
@@ -88,8 +94,8 @@ class _ServerProcess:
             try:
                 await self._serve(client, listener, *await loading)
             finally:
-                alive = client.alive
-                await client.shutdown()
+                alive = client.alive or self._hurried
+                await client.shutdown(0 if self._hurried else ENGINE_SECONDS)
                 self._spool.close()
                 self._records.close()
         logger.info("stopped")
@@ -103,7 +109,9 @@ class _ServerProcess:
         driver: AsyncDriver = app.state.driver
         self._driver = driver
         await driver.change(driver.front.load_at_start())
-        self._server = _UvicornServer(uvicorn_config(app, self._max_connections(), DRAIN_SECONDS))
+        self._server = _UvicornServer(
+            uvicorn_config(app, self._max_connections(), config.drain_seconds + WRITE_SECONDS)
+        )
         host, port = listener.getsockname()[:2]
         logger.info("ready: http://%s:%d", f"[{host}]" if ":" in host else host, port)
         await self._server.serve(sockets=[listener])
@@ -112,16 +120,30 @@ class _ServerProcess:
         return self._config.max_connections or connections_within(self._descriptors)
 
     def _signalled(self, number: int) -> None:
-        """First: end downloads, and drain or give up starting. Second: do not wait for running requests."""
+        """First: end downloads, and drain or give up starting. Second: end everything that is there at once."""
         logger.info("%s received", signal.Signals(number).name)
         self._spool.downloads.close()
-        if self._server is not None:
-            self._server.force_exit = self._server.should_exit
+        if self._server is None or self._driver is None:
+            if self._main is not None:
+                self._main.cancel()
+        elif not self._server.should_exit:
             self._server.should_exit = True
-            if self._driver is not None and self._driver.front.pauses.paused:  # what is frozen would never finish
+            if self._driver.front.pauses.paused:  # what is frozen would never finish
                 self._driver.front.abort(None, "the server was shut down while it was paused")
-        elif self._main is not None:
-            self._main.cancel()
+            asyncio.get_running_loop().call_later(self._config.drain_seconds, self._driver.stop)
+        else:
+            self._hurried = True
+            self._driver.stop()
+            self._driver.engine.end("the server was told twice to stop")
+            asyncio.get_running_loop().call_later(HURRIED_WRITE_SECONDS, self._close_connections)
+
+    def _close_connections(self) -> None:
+        """Clients that do not read hold up nobody."""
+        assert self._server is not None
+        for task in self._server.server_state.tasks:
+            task.cancel()
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,18 @@ from fakes.server_app import SECONDS, LocalServer
 
 from multilora.drivers.async_driver import THREADS
 from multilora.drivers.stepping import SteppingDriver
-from multilora.front.effects import Effect, Gather, Lane, RunBlocking, Spawn, Steps, WaitUntilIdle
+from multilora.errors import AdapterUnavailable, ServerStopping
+from multilora.front.effects import (
+    CarryThrough,
+    Effect,
+    Gather,
+    Lane,
+    RunBlocking,
+    Spawn,
+    Steps,
+    WaitUntilIdle,
+    Within,
+)
 from multilora.front.registry import AdapterRegistry
 
 Run = Callable[[Steps[Any]], Any]
@@ -196,6 +207,93 @@ def test_an_interrupt_cleans_up() -> None:
     with pytest.raises(KeyboardInterrupt):
         stepping(registry, interrupt)(steps())
     assert cleaned == versions
+
+
+def test_a_load_that_is_given_up_is_forgotten_by_the_engine_when_it_has_it() -> None:
+    """Also one that takes too long, or is cut off by the end of the server."""
+    s = LocalServer(FakeEngineClient(), None)
+    gate = asyncio.Event()
+    load_adapter = s.client.load_adapter
+
+    async def slow(version: int, path: str, pinned: bool) -> Any:
+        await gate.wait()
+        return await load_adapter(version, path, pinned)
+
+    s.client.load_adapter = slow
+
+    async def scenario() -> None:
+        driver, manager = s.driver, s.driver.front.adapters
+        given_up = asyncio.create_task(driver.load(manager.load("a", "/a")))
+        while not s.registry.is_loading("a"):
+            await asyncio.sleep(0)
+        manager._load_seconds = 0.01
+        with pytest.raises(AdapterUnavailable, match="not loaded within"):
+            await driver.load(manager.load("b", "/b"))
+        manager._load_seconds = 100
+        cut_off = asyncio.create_task(driver.load(manager.load("c", "/c")))
+        while not s.registry.is_loading("c"):
+            await asyncio.sleep(0)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        driver.stop()
+        with pytest.raises(ServerStopping):
+            await cut_off
+        assert not s.registry._versions
+        gate.set()
+        while driver._changes:
+            await asyncio.sleep(0.001)
+        assert s.client.loaded == {} and len(s.client.unloaded) == 3
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+
+
+def test_blocking_work_that_is_cancelled_is_stopped_or_undone() -> None:
+    driver = LocalServer(FakeEngineClient(), None).driver
+    begun, stop, undone = threading.Event(), threading.Event(), threading.Event()
+    results: list[str] = []
+
+    def work() -> str:
+        begun.set()
+        assert stop.wait(SECONDS)
+        return "done all the same"
+
+    def undo(result: str) -> None:
+        results.append(result)
+        undone.set()
+
+    def steps() -> Steps[str]:
+        return (yield from RunBlocking(Lane.FILES, work, stop.set, undo))
+
+    async def scenario() -> None:
+        task = asyncio.create_task(driver.load(steps()))
+        await asyncio.to_thread(begun.wait, SECONDS)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(undone.wait, SECONDS)
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+    assert results == ["done all the same"]
+
+
+@pytest.mark.parametrize("run_of", [stepping, by_asyncio])
+def test_work_within_other_work(run_of: Any) -> None:
+    def inner(value: int) -> Steps[int]:
+        if value < 0:
+            raise AdapterUnavailable("below zero")
+        return (yield from RunBlocking(Lane.FILES, lambda: value + 1))
+
+    def outer() -> Steps[list[Any]]:
+        found = [(yield from Within(inner(1), 10, AdapterUnavailable("late"))), (yield from CarryThrough(inner(2)))]
+        with pytest.raises(AdapterUnavailable, match="below zero"):
+            yield from Within(inner(-1), 10, AdapterUnavailable("late"))
+        with pytest.raises(AdapterUnavailable, match="below zero"):
+            yield from CarryThrough(inner(-1))
+        return found
+
+    registry = AdapterRegistry("base", enabled=True)
+    assert run_of(registry, lambda: None)(outer()) == [2, 3]
 
 
 def test_lanes_are_bounded_and_do_not_wait_for_each_other() -> None:

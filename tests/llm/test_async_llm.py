@@ -204,7 +204,7 @@ def test_a_bad_start_leaves_nothing_behind(files: Path, monkeypatch: pytest.Monk
     ended = []
 
     class Engine(InProcessEngine):
-        async def shutdown(self) -> None:
+        async def shutdown(self, timeout: float = 60.0) -> None:
             ended.append(self)
             await super().shutdown()
 

@@ -11,13 +11,15 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer, run
 
+from multilora.adapters.sources.download import Downloads, Stop
 from multilora.config import LoraPath
-from multilora.errors import AdapterError
+from multilora.errors import AdapterError, AdapterUnavailable
 
 HELPER = Path(__file__).parents[1] / "adapters" / "sources" / "hub_server.py"
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "tokenizer.json": b"{}"}
@@ -158,15 +160,77 @@ def test_a_host_that_never_answers_holds_up_nobody_else(silent: str, tmp_path: P
         took = time.monotonic() - start
         s.spool.downloads.close()
         ends = [(await one.answer()).status for one in hanging]
-        assert ends == [503] * 4 + [400] * 4
+        assert ends == [503] * 8
         return took
 
     assert run(work()) < 60
     assert not s.spool.downloads._running
 
 
+def test_a_hub_that_never_answers_holds_up_no_url(silent: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More loads hang than there are threads for them."""
+    monkeypatch.setattr("multilora.adapters.sources.download.Downloads.fetch", hang_on_hubs(Downloads.fetch))
+    s = LocalServer(FakeEngineClient(), None, lora_resolver_url=url)
+
+    async def work() -> None:
+        loads = [{"lora_name": f"x{i}", "lora_path": f"org/x{i}"} for i in range(20)]
+        hanging = [s.connect("POST", "/load_lora_adapter", load) for load in loads]
+        while len(HANGING) < 16:
+            await asyncio.sleep(0.01)
+        load = {"lora_name": "x", "lora_path": f"{url}/good"}
+        assert (await s.send("POST", "/load_lora_adapter", load)).status == 200
+        for one in hanging:
+            one.hang_up()
+        await asyncio.gather(*(one.task for one in hanging))
+        while HANGING:  # nobody waits for them any more
+            await asyncio.sleep(0.01)
+        assert set(s.registry.loaded()) == {"x"} and not s.registry._loading
+
+    run(work())
+
+
+HANGING: set[Stop] = set()
+
+
+def hang_on_hubs(fetch: Any) -> Any:
+    def fetch_or_hang(self: Downloads, path: str, *args: Any, stop: Stop, **options: Any) -> Path:
+        if "://" in path:
+            return fetch(self, path, *args, stop=stop, **options)
+        HANGING.add(stop)
+        while not stop._stopped:
+            time.sleep(0.01)
+        HANGING.discard(stop)
+        raise AdapterUnavailable("stopped")
+
+    return fetch_or_hang
+
+
+def test_a_load_whose_client_hangs_up_leaves_nothing(silent: str) -> None:
+    s = LocalServer(FakeEngineClient(), None, lora_resolver_url=silent)
+
+    async def work() -> None:
+        load = s.connect("POST", "/load_lora_adapter", {"lora_name": "x", "lora_path": f"{silent}/x"})
+        while not s.spool.downloads._running:
+            await asyncio.sleep(0.01)
+        load.hang_up()
+        await load.task
+        while s.spool.downloads._running or list(s.spool.root.iterdir()):
+            await asyncio.sleep(0.01)
+        assert not s.registry._versions
+
+    run(work())
+
+
+def test_a_load_has_a_deadline(silent: str) -> None:
+    s = LocalServer(FakeEngineClient(), None, lora_resolver_url=silent, lora_load_timeout=1)
+    answer = s.post("/load_lora_adapter", {"lora_name": "x", "lora_path": f"{silent}/x"})
+    assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+    assert "1 s (--lora-load-timeout)" in answer.json()["error_message"]
+    assert not s.registry._versions
+
+
 def test_a_fetch_has_a_deadline(silent: str, caplog: pytest.LogCaptureFixture) -> None:
-    s = LocalServer(FakeEngineClient(), None, lora_resolver_url=silent, lora_fetch_timeout=1)
+    s = LocalServer(FakeEngineClient(), None, lora_resolver_url=silent, lora_load_timeout=1)
     answer = s.post("/v1/completions", {"model": "x", "prompt": [5]})
     assert answer.status == 503
     assert answer.error["message"] == "adapter 'x' cannot be fetched now; try again later"

@@ -33,6 +33,7 @@ class Process:
         self.start = self._start
         self.config = Config.make(skip_tokenizer_init=True, port=0, **options)
         self.port = None
+        self.stopping = False
         self.problems = []
         process = self
 
@@ -47,6 +48,7 @@ class Process:
             def emit(self, record):
                 if record.msg.startswith("ready"):
                     process.port = record.args[1]
+                process.stopping |= record.getMessage() == "SIGTERM received"
 
         self._handler = Handler()
 
@@ -56,7 +58,7 @@ class Process:
         self.loop = asyncio.get_running_loop()
         original = self.client.shutdown
 
-        async def shutdown():
+        async def shutdown(timeout):
             self.shut_down.append(True)
             await original()
 
@@ -167,19 +169,34 @@ def test_running_requests_finish_after_the_signal_and_new_ones_are_refused(monke
     assert process.shut_down == [True]
 
 
-def test_requests_that_do_not_finish_in_time_are_aborted(monkeypatch):
-    monkeypatch.setattr(module, "DRAIN_SECONDS", 1)
-    process = Process(monkeypatch)
+@pytest.mark.parametrize("twice", [False, True])
+def test_requests_that_do_not_finish_in_time_end_with_an_error_each(monkeypatch, twice):
+    """After --drain-seconds, or at once when a second signal comes; whatever the engine does."""
+    process = Process(monkeypatch, drain_seconds=600 if twice else 1)
 
     def visitor(p):
         p.wait_for(lambda: p.client)
-        p.loop.call_soon_threadsafe(p.client.gate.clear)
-        with p.request("POST", "/generate", {"input_ids": [5], "stream": True}):
-            p.wait_for(lambda: p.client.submitted)
-            os.kill(os.getpid(), signal.SIGTERM)
-            p.wait_for(lambda: p.client.aborted)
+        body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}
+        with p.request("POST", "/generate", body | {"stream": True}) as stream:
+            answer = stream.getresponse()
+            assert answer.readline().startswith(b"data: {")
+            p.loop.call_soon_threadsafe(p.client.gate.clear)
+            with p.request("POST", "/generate", body) as whole:
+                p.wait_for(lambda: len(p.client.submitted) == 2)
+                began = time.monotonic()
+                os.kill(os.getpid(), signal.SIGTERM)
+                if twice:
+                    p.wait_for(lambda: p.stopping)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                refused = whole.getresponse()
+                assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+                assert json.load(refused)["error"]["code"] == "ServerStopping"
+                *_, error, done = [line for line in answer.read().split(b"\n") if line]
+                assert b'"code":"ServerStopping"' in error and done == b"data: [DONE]"
+                assert time.monotonic() - began < 10
 
     assert process.run(visitor) == 0
+    assert process.shut_down == [True]
 
 
 @pytest.mark.parametrize(

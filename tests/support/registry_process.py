@@ -21,7 +21,16 @@ from multilora.adapters.sources.spool import Spool, WritePoint
 from multilora.config import Config
 from multilora.engine.messages import AdapterInfo, Ready, Stats
 from multilora.errors import AdapterNotFound, MultiloraError
-from multilora.front.effects import EngineLoad, EngineUnload, Gather, RunBlocking, Spawn, WaitUntilIdle
+from multilora.front.effects import (
+    CarryThrough,
+    EngineLoad,
+    EngineUnload,
+    Gather,
+    RunBlocking,
+    Spawn,
+    WaitUntilIdle,
+    Within,
+)
 from multilora.front.front import Front
 from multilora.front.state_directory import StateDirectory
 
@@ -87,8 +96,10 @@ class RegistryProcess:
 
     def _perform(self, effect: Any) -> Any:
         match effect:
-            case RunBlocking(_, function):
+            case RunBlocking(function=function):
                 return function()
+            case Within(steps) | CarryThrough(steps):
+                return self.run(steps)
             case EngineLoad(version, path, pinned):
                 return self.engine.load(version, path, pinned)
             case EngineUnload(version):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from multilora.adapters.sources.files import show
-from multilora.errors import AdapterError, AdapterIncompatible
+from multilora.errors import AdapterIncompatible, AdapterUnavailable, StorageFailed
 
 CHUNK = 4 << 20  # bytes
 
@@ -35,21 +35,21 @@ class Allowance:
         return self.deadline - time.monotonic()
 
     def take(self, nbytes: int) -> None:
-        """Count `nbytes` more. Raises AdapterIncompatible over the bytes, AdapterError over the time."""
+        """Count `nbytes` more. Raises AdapterIncompatible over the bytes, AdapterUnavailable over the time."""
         self.nbytes += nbytes
         if self.max_bytes is not None and self.nbytes > self.max_bytes:
             raise AdapterIncompatible(f"incompatible: the adapter's files have over {self.max_bytes} bytes")
         if self.seconds_left < 0:
-            raise AdapterError("the adapter's files could not be fetched in time")
+            raise AdapterUnavailable("the adapter's files could not be fetched in time")
 
 
 def copy_file(source: Readable, target: Path, allowance: Allowance) -> None:
-    """Write all of `source` to the new file `target`. Raises AdapterError if the disk refuses, and what `take` and
+    """Write all of `source` to the new file `target`. Raises StorageFailed if the disk refuses, and what `take` and
     `source` raise."""
     try:
         out = target.open("xb", buffering=0)
     except OSError as e:
-        raise AdapterError(f"{show(target.name)} could not be kept: {e.strerror}") from e
+        raise StorageFailed(f"{show(target.name)} could not be kept: {e.strerror}") from e
     with out:
         while chunk := source.read(CHUNK):
             allowance.take(len(chunk))
@@ -58,4 +58,4 @@ def copy_file(source: Readable, target: Path, allowance: Allowance) -> None:
                 while view:
                     view = view[out.write(view) :]
             except OSError as e:
-                raise AdapterError(f"{show(target.name)} could not be kept: {e.strerror}") from e
+                raise StorageFailed(f"{show(target.name)} could not be kept: {e.strerror}") from e

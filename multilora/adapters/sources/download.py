@@ -21,7 +21,7 @@ from multilora.adapters.sources.copying import Allowance
 from multilora.adapters.sources.files import show
 from multilora.adapters.sources.hub import HUB_SCHEME, HubSource
 from multilora.adapters.sources.remote import fetch_url, is_url
-from multilora.errors import AdapterError, MultiloraError, from_wire
+from multilora.errors import AdapterUnavailable, MultiloraError, from_wire
 
 
 class _Order(msgspec.Struct):
@@ -42,6 +42,33 @@ class _Result(msgspec.Struct):
     message: str = ""
 
 
+class Stop:
+    """Ends one download from another thread, also one that has not begun."""
+
+    def __init__(self) -> None:
+        self._stopped = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.kill()
+
+    def attach(self, process: "subprocess.Popen[bytes]") -> None:
+        """The process that is ended, at once if it was to end before."""
+        with self._lock:
+            self._process = process
+            if self._stopped:
+                process.kill()
+
+    def detach(self) -> None:
+        """The process has ended by itself."""
+        with self._lock:
+            self._process = None
+
+
 class Downloads:
     """The downloads that run for one server or LLM; thread-safe."""
 
@@ -50,22 +77,28 @@ class Downloads:
         self._closed = False
         self._lock = threading.Lock()
 
-    def fetch(self, path: str, target: Path | None, *, extra: Sequence[str], allowance: Allowance) -> Path:
+    def fetch(
+        self, path: str, target: Path | None, *, extra: Sequence[str], allowance: Allowance, stop: Stop | None = None
+    ) -> Path:
         """The directory with the files of the adapter at a URL or in a hub repository (`org/name[@revision]`, with or
         without `hf://` before it): `target`, which exists and is empty, or with None a snapshot in the hub's cache.
 
-        Blocks until the deadline at most. Raises AdapterNotFound, AdapterIncompatible over the bytes, AdapterError.
+        Blocks until the deadline at most. Raises AdapterNotFound, AdapterIncompatible over the bytes, StorageFailed,
+        AdapterUnavailable when it is stopped or late, AdapterError.
         """
+        stop = stop or Stop()
         order = _Order(
             path, str(target) if target else None, tuple(extra), allowance.seconds_left, allowance.max_bytes
         )
         if order.seconds <= 0:
-            raise AdapterError(f"{show(path)}: could not be fetched in time")
+            raise AdapterUnavailable(f"{show(path)}: could not be fetched in time")
         process = self._start()
+        stop.attach(process)
         try:
             result = _ask(process, order)
         finally:
             process.kill()
+            stop.detach()
             with self._lock:
                 self._running.discard(process)
             process.communicate()
@@ -74,7 +107,7 @@ class Downloads:
         return Path(result.path)
 
     def close(self) -> None:
-        """End every download; `fetch` raises AdapterError there, and from now on."""
+        """End every download; `fetch` raises AdapterUnavailable there, and from now on."""
         with self._lock:
             self._closed = True
             for process in self._running:
@@ -83,12 +116,12 @@ class Downloads:
     def _start(self) -> "subprocess.Popen[bytes]":
         with self._lock:
             if self._closed:
-                raise AdapterError("no download begins any more: the server stops")
+                raise AdapterUnavailable("no download begins any more: the server stops")
             command = [sys.executable, "-m", "multilora.adapters.sources.download"]
             try:
                 process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             except OSError as e:
-                raise AdapterError(f"a download cannot be started: {e.strerror}") from e
+                raise AdapterUnavailable(f"a download cannot be started: {e.strerror}") from e
             self._running.add(process)
             return process
 
@@ -102,9 +135,11 @@ def _ask(process: "subprocess.Popen[bytes]", order: _Order) -> _Result:
         process.wait(order.seconds)
         return msgspec.json.decode(process.stdout.read(), type=_Result)
     except subprocess.TimeoutExpired:
-        raise AdapterError(f"{show(order.path)}: not fetched in {order.seconds:.0f} s") from None
+        raise AdapterUnavailable(
+            f"{show(order.path)}: not fetched in {order.seconds:.0f} s (--lora-load-timeout)"
+        ) from None
     except (OSError, msgspec.MsgspecError):
-        raise AdapterError(f"{show(order.path)}: the download ended without a result") from None
+        raise AdapterUnavailable(f"{show(order.path)}: the download ended without a result") from None
 
 
 # ---------------------------------------------------------------------- the process

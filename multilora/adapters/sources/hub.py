@@ -4,6 +4,7 @@ It owns the form of such a path, which files are fetched, and the meaning of the
 HF_HOME and HF_HUB_OFFLINE work as everywhere else. Called by `sources/__init__.py` and `download.py`.
 """
 
+import errno
 import logging
 import re
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from multilora.adapters.sources.files import CONFIG_NAME, INDEX_NAME, show
-from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound
+from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound, AdapterUnavailable, StorageFailed
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,9 @@ class HubSource:
     def fetch(self, path: str) -> Path:
         """The cached snapshot of `org/name[@revision]`.
 
-        Raises AdapterNotFound (no such repository, revision or file; offline and not cached), AdapterError (gated,
-        hub not reachable and not cached, disk full), AdapterInvalid for a path of another form.
+        Raises AdapterNotFound (no such repository, revision or file; offline and not cached), AdapterUnavailable (hub
+        not reachable and not cached), StorageFailed (disk full), AdapterError (gated), AdapterInvalid for a path of
+        another form.
         """
         found = HUB_ID.fullmatch(path)
         if found is None or not is_hub_id(path):
@@ -104,5 +106,7 @@ def _explain(e: Exception, repo: str, revision: str | None) -> AdapterError:
         case hub.LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
             return AdapterNotFound(f"{where} is not, or not completely, in the hub cache, and HF_HUB_OFFLINE is set")
         case hub.LocalEntryNotFoundError():
-            return AdapterError(f"{where}: the hub cannot be reached: {show(str(e.__cause__ or e))}")
+            return AdapterUnavailable(f"{where}: the hub cannot be reached: {show(str(e.__cause__ or e))}")
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return StorageFailed(f"{where}: the hub's cache cannot be written: {e.strerror}")
     return AdapterError(f"{where}: download failed: {type(e).__name__}: {show(str(e))}")

@@ -46,6 +46,8 @@ class OpenRequest:
             if output.finished.kind == "EngineDead" or self._open.get(output.rid) is not self:
                 return
             del self._open[output.rid]
+        elif output.switch is not None:
+            self._replace(output.switch.old, output.switch.new)
         self.started = True
         self._deliver(output)
 
@@ -56,9 +58,12 @@ class OpenRequest:
 
     def switch(self, old: int, new: int) -> None:
         """The request, which does not run, will run on another version of its adapter from its start."""
+        self._replace(old, new)
+        self._deliver(Output(rid=self.message.rid, switch=AdapterSwitch(0, old, new)))
+
+    def _replace(self, old: int, new: int) -> None:
         adapters = tuple((new if version == old else version, weight) for version, weight in self.message.adapters)
         self.message = msgspec.structs.replace(self.message, adapters=adapters)
-        self._deliver(Output(rid=self.message.rid, switch=AdapterSwitch(0, old, new)))
 
     def begin_again(self) -> None:
         """What has been delivered is void: the request runs again from its start."""

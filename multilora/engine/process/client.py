@@ -264,6 +264,10 @@ class EngineClient:
 
     # ------------------------------------------------------------------ its end
 
+    def end(self, why: str) -> None:
+        """End the process at once, whatever it does."""
+        self.kill(why)
+
     def kill(self, why: str) -> None:
         """End the process, its ranks and its loader at once, whatever they do; `on_end` hears of it soon."""
         self._why = self._why or why

@@ -191,6 +191,12 @@ class EngineSupervisor:
             await client.shutdown(timeout)
         self._give_up("the server has shut down")
 
+    def end(self, why: str) -> None:
+        """End the engine at once, whatever it does; none is started any more."""
+        self._latest.on_end = lambda _reason: None
+        self._give_up(why)
+        self._latest.kill(why)
+
     def _present(self) -> EngineClient:
         """The engine, if it is up."""
         if self._client is None:

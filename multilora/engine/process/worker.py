@@ -2,7 +2,8 @@
 
 Run by `client.py` as `python -m multilora.engine.process.worker ADDRESS PARENT PULSE`; the first message on the
 socket is the Config, and heartbeats go to the descriptor PULSE. It ends when told to (after finishing what runs),
-when its parent, process PARENT, is gone, or when a step fails: the front then starts another one.
+when its parent, process PARENT, is gone, or when a step fails: the front then starts another one. Of a parent that
+was killed it deletes what that has left in TMPDIR.
 """
 
 import gc
@@ -24,6 +25,7 @@ from multilora.engine.messages import Failed, FromEngine, Shutdown, decode_to_en
 from multilora.engine.process.pulse import Pulse
 from multilora.engine.ranks.process import divide_cores
 from multilora.errors import MultiloraError
+from multilora.private_directory import close_all, remove_orphans
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ STATS_SECONDS = 1.0
 PARENT_CHECK_MS = 1000
 BUSY_CHECK_MS = 10
 COPY_CHECK_MS = 1
+ORPHAN_SECONDS = 5.0
+"""From the end of the parent until this process is ended where it stands."""
 
 
 class Worker:
@@ -54,7 +58,6 @@ class Worker:
         """Step the engine until it is drained, or the parent is gone."""
         gc.collect()
         gc.freeze()  # the objects that exist now stay; a collection that visits all of them takes 10 ms and more
-        self._pulse.start()
         self._send(self._engine.ready())
         while not (self._draining and not self._engine.busy) and os.getppid() == self._parent:
             self._pulse.rounds += 1
@@ -100,14 +103,39 @@ class Worker:
         self._socket.send(encode(message))
 
 
-def main(address: str, parent: int, pulse: int) -> int:
+class ParentWatch:
+    """Called now and then on a thread: once the parent is gone, deletes what that has left, and ends this process if
+    that does not come to an end by itself."""
+
+    def __init__(self, parent: int):
+        self._parent = parent
+        self._gone_at: float | None = None
+
+    def __call__(self) -> None:
+        if os.getppid() == self._parent:
+            return
+        remove_orphans()
+        now = monotonic()
+        if self._gone_at is None:
+            self._gone_at = now
+        elif now - self._gone_at > ORPHAN_SECONDS:
+            close_all()
+            os._exit(1)
+
+
+def main(address: str, parent: int, pulse_fd: int) -> int:
+    """Returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the front decides when we stop
         signal.signal(number, signal.SIG_IGN)
+    watch = ParentWatch(parent)
+    pulse = Pulse(pulse_fd, watch)
+    pulse.start()
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(address)
     while not socket.poll(PARENT_CHECK_MS):
         if os.getppid() != parent:
+            watch()
             return 1
     config = msgspec.msgpack.decode(socket.recv(), type=Config)
     logs.setup(config.log_level, role="engine")
@@ -119,12 +147,13 @@ def main(address: str, parent: int, pulse: int) -> int:
         context.destroy(linger=2000)
         return 1
     try:
-        Worker(engine, socket, parent, Pulse(pulse)).run()
+        Worker(engine, socket, parent, pulse).run()
     except Exception:
         logger.exception("a step failed; the engine ends")
         _give_up(context)
     engine.close()
     context.destroy(linger=2000)
+    watch()
     return 0
 
 

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from multilora.adapters.sources.hub import HubSource
-from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound
+from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound, AdapterUnavailable
 
 FILES = {
     "adapter_config.json": b'{"r": 1}',
@@ -132,7 +132,7 @@ def test_connection_refused(source: HubSource, tmp_path: Path) -> None:
     gone = HubSource(f"http://127.0.0.1:{port}", tmp_path / "cache")
     with pytest.raises(AdapterError, match=r"'org/other': the hub cannot be reached") as caught:
         gone.fetch("org/other")
-    assert type(caught.value) is AdapterError
+    assert type(caught.value) is AdapterUnavailable
     assert gone.fetch("org/adapter") == cached  # what is complete in the cache is served, as huggingface_hub does
 
 

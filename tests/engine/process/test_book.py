@@ -114,6 +114,10 @@ def test_requests_on_a_replaced_version_run_again_on_its_latest_successor() -> N
     book.interrupt("it ended")
     assert [output.switch for output in told] == [AdapterSwitch(0, 1, 3)]
     assert book.requests["r"].message.adapters == ((3, 1.0), (9, 0.5))
+    book.requests["r"].take(Output(rid="r", switch=AdapterSwitch(4, 9, 10)))
+    book.interrupt("it ended again")
+    assert book.requests["r"].message.adapters == ((3, 1.0), (10, 0.5)), "as the engine had said"
+    assert [o.switch for o in told if o.switch and o.switch.start == 0] == [AdapterSwitch(0, 1, 3)]
     book.requests["r"].end(Finished(type="length"))
     book.remove_adapter(2)
     assert book._successors == {}, "nothing is kept for ever"

@@ -58,8 +58,11 @@ class InProcessEngine(RecordingEngine):
     async def call(self, message: Callable[[int], ToEngine]) -> Reply:
         return await self._call(self.begin_call, message)
 
-    async def shutdown(self) -> None:
+    async def shutdown(self, timeout: float = 60.0) -> None:
         self.engine.close()
+
+    def end(self, why: str) -> None:
+        raise AssertionError("nobody hurries")
 
     async def _call(self, begin: Any, *args: Any) -> Reply:
         answered = asyncio.get_running_loop().create_future()

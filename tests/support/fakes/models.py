@@ -340,5 +340,8 @@ class FakeEngineClient:
             raise BadRequest("no profile is running")
         self.profiling = False
 
-    async def shutdown(self) -> None:
+    async def shutdown(self, timeout: float = 60.0) -> None:
         self.alive = False
+
+    def end(self, why: str) -> None:
+        self.die()
