@@ -89,7 +89,7 @@ BODIES: Mapping[str, Field] = {
     "config_dict": _of("What adapter_config.json would hold."),
     "serialized_tensors": _of("The bytes of a .safetensors file, as base64."),
     "serialized_named_tensors": _of("The same as a list with one copy for each rank, all equal."),
-    "load_format": _of("safetensors, or null."),
+    "load_format": _of("safetensors (or null); shared_memory: the weights are in `tensors`."),
     "abort_all": _of("Abort every request."),
     "abort_message": _of("What the aborted requests say."),
     "tokens": _of("Token ids."),

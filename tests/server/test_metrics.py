@@ -6,11 +6,12 @@ Covers `metrics/collector.py`, `metrics/adapters.py`, `metrics/own.py`, `metrics
 import asyncio
 
 import msgspec
+import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer, run
 from prometheus_client.parser import text_string_to_metric_families
 
-from multilora.engine.messages import AdapterStats
+from multilora.engine.messages import AdapterStats, PauseState
 from multilora.errors import BadRequest
 
 VLLM = {"model_name": "base", "engine": "0"}
@@ -109,6 +110,15 @@ def test_the_engines_numbers():
     assert value(s, "multilora:adapter_hits_total", adapter_name="a") == 5
     assert value(s, "multilora:adapter_bytes", adapter_name="a", tier="device") == 20
     assert value(s, "multilora:pages", use="kv") == 40
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_whether_the_engine_sleeps(asleep):
+    s = server()
+    with_stats(s, pause=PauseState(mode="keep", sleeping=asleep))
+    states = ("awake", "weights_offloaded", "discard_all")
+    found = [value(s, "vllm:engine_sleep_state", sleep_state=state, **VLLM) for state in states]
+    assert found == [not asleep, asleep, 0]
 
 
 def test_two_versions_of_a_name_are_one():
