@@ -23,7 +23,7 @@ import openai
 
 from multilora.demo import PROMPTS, adapter_paths
 
-START_SECONDS = 180
+START_SECONDS = 600
 STOP_SECONDS = 30
 GREEDY = {"temperature": 0, "max_new_tokens": 64}
 

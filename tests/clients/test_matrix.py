@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).with_name("programs")
-SHARED = {"checks.py", "checks.mjs"}
+SHARED = {"checks.py", "checks.mjs", "load.py"}
 
 
 @pytest.fixture(scope="module")
