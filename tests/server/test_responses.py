@@ -1,7 +1,7 @@
 """/v1/responses through HTTP: items in and out, the events of a stream, stored responses, endings.
 
-Covers `responses/body.py`, `responses/items.py`, `responses/output.py`, `responses/routes.py`, `responses/run.py`
-too.
+Covers `responses/body.py`, `responses/event_log.py`, `responses/item_pages.py`, `responses/items.py`,
+`responses/output.py`, `responses/routes.py`, `responses/run.py` too.
 """
 
 import asyncio
@@ -287,6 +287,140 @@ def test_background_runs_on_without_its_client():
     run(scenario())
 
 
+BACKGROUND = {"input": "hi", "background": True, "stream": True}
+
+
+def test_a_background_stream_runs_on_without_its_client_and_is_resumed() -> None:
+    server = fake("abcdef")
+
+    async def scenario() -> None:
+        server.client.gate.clear()
+        first = server.connect("POST", "/v1/responses", BACKGROUND)
+        assert (await first.next())["type"] == "http.response.start"
+        created = json.loads((await first.next())["body"].split(b"data: ")[1])
+        path = f"/v1/responses/{created['response']['id']}"
+        assert created["response"]["background"] is True
+        first.hang_up()
+        await first.answer()
+        early = server.connect("GET", f"{path}?stream=true")
+        server.client.gate.set()
+        events = events_of((await early.answer()).text)
+        assert events[0] == created and events[-1]["type"] == "response.completed"
+        assert events[-1]["response"] == (await server.send("GET", path)).json()
+        for last in (0, 3, len(events) - 2):
+            rest = await server.send("GET", f"{path}?stream=true&starting_after={last}")
+            assert rest.headers["content-type"].startswith("text/event-stream")
+            numbers = [json.loads(one.split("data: ")[1])["sequence_number"] for one in rest.text.split("\n\n")[:-1]]
+            assert numbers == list(range(last + 1, len(events)))
+        nothing = await server.send("GET", f"{path}?stream=true&starting_after={len(events) - 1}")
+        assert (nothing.status, nothing.text) == (200, "")
+        for query, param in (
+            (f"stream=true&starting_after={len(events)}", "starting_after"),
+            ("stream=true&starting_after=-2", "starting_after"),
+            ("starting_after=1", "starting_after"),
+        ):
+            refused = await server.send("GET", f"{path}?{query}")
+            assert (refused.status, refused.error["param"]) == (400, param)
+
+    run(scenario())
+
+
+def test_a_background_stream_that_is_cancelled_ends_for_all_its_readers() -> None:
+    server = fake("abcdef")
+
+    async def scenario() -> None:
+        server.client.gate.clear()
+        first = server.connect("POST", "/v1/responses", BACKGROUND)
+        await first.next()
+        created = json.loads((await first.next())["body"].split(b"data: ")[1])
+        path = f"/v1/responses/{created['response']['id']}"
+        second = server.connect("GET", f"{path}?stream=true&starting_after=0")
+        await second.next()
+        assert (await server.send("POST", f"{path}/cancel")).json()["status"] == "cancelled"
+        for reader in (first, second):
+            assert '"status":"cancelled"' in (await reader.answer()).text
+        assert server.client.aborted
+
+    run(scenario())
+
+
+def test_only_a_background_stream_can_be_streamed_again() -> None:
+    server = fake()
+    for body in ({}, {"background": True}):
+        path = f"/v1/responses/{respond(server, **body).json()['id']}"
+        refused = server.get(f"{path}?stream=true")
+        assert (refused.status, refused.error["param"]) == (400, "stream")
+
+
+def test_input_items_are_listed_page_by_page() -> None:
+    server = fake()
+    first = respond(server, input="one").json()
+    items = [{"role": "user", "content": "two", "id": "mine"}, {"role": "assistant", "content": "so"}]
+    second = respond(
+        server, previous_response_id=first["id"], input=[*items, {"role": "user", "content": "go"}]
+    ).json()
+    path = f"/v1/responses/{second['id']}/input_items"
+    whole = server.get(f"{path}?order=asc").json()
+    assert [item["content"][0]["text"] for item in whole["data"]] == ["one", "ab", "two", "so", "go"]
+    assert [item["content"][0]["type"] for item in whole["data"]] == [
+        "input_text",
+        "output_text",
+        "input_text",
+        "output_text",
+        "input_text",
+    ]
+    assert whole["data"][1] == first["output"][0] and whole["data"][2]["id"] == "mine"
+    ids = [item["id"] for item in whole["data"]]
+    assert (whole["first_id"], whole["last_id"], whole["has_more"]) == (ids[0], ids[-1], False)
+    found, after = [], ""
+    while True:
+        part = server.get(f"{path}?limit=2{after}").json()
+        found += [item["id"] for item in part["data"]]
+        after = f"&after={part['last_id']}"
+        if not part["has_more"]:
+            break
+    assert found == ids[::-1], "the last one first, by default"
+    assert server.get(f"{path}?after={ids[0]}").json() | {"data": []} == {
+        "object": "list",
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
+    }
+    for query, param in (("limit=0", "limit"), ("limit=101", "limit"), ("order=up", "order"), ("after=x", "after")):
+        refused = server.get(f"{path}?{query}")
+        assert (refused.status, refused.error["param"]) == (400, param)
+    assert server.get("/v1/responses/nope/input_items").status == 404
+
+
+def test_openais_client_resumes_a_background_stream_and_lists_input_items() -> None:
+    server = fake("abcdef")
+
+    async def scenario() -> None:
+        transport = httpx.ASGITransport(server.app)
+        async with httpx.AsyncClient(transport=transport) as http:
+            client = AsyncOpenAI(api_key="-", base_url="http://test/v1", http_client=http)
+            begun = [
+                event
+                async for event in await client.responses.create(
+                    model="base", input="hi", background=True, stream=True, extra_body={"seed": 1}
+                )
+            ]
+            response_id = begun[0].response.id
+            resumed = [
+                event async for event in await client.responses.retrieve(response_id, stream=True, starting_after=4)
+            ]
+            assert resumed == begun[5:] and resumed[-1].response.output_text == "abcdef"
+            after = await client.responses.create(
+                model="base", input=[{"role": "user", "content": "and?"}], previous_response_id=response_id
+            )
+            listed = [item async for item in client.responses.input_items.list(after.id, limit=1, order="asc")]
+            assert [item.content[0].text for item in listed] == ["hi", "abcdef", "and?"]
+            assert [item.role for item in listed] == ["user", "assistant", "user"]
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("way", ["cancel", "delete"])
 def test_ending_a_background_response_aborts_it(way):
     server = fake()
@@ -433,7 +567,6 @@ BAD = [
     ({"prompt": {"id": "p"}}, "prompt"),
     ({"text": {"verbosity": "high"}}, "text"),
     ({"background": True, "store": False}, "background"),
-    ({"background": True, "stream": True}, "background"),
     ({"max_tokens": 3}, "max_tokens"),
 ]
 

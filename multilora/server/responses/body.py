@@ -101,8 +101,6 @@ class ResponsesBody(Body):
         """Raise BadRequest for fields that contradict each other."""
         if self.background and self.store is False:
             raise BadRequest("background: needs store, or nobody could read the response", param="background")
-        if self.background and self.stream:
-            raise BadRequest("background: cannot be combined with stream here; poll the response", param="background")
 
     def chat_body(self, messages: list[dict[str, Any]]) -> ChatBody:
         """The same request as the chat route has it, over all messages of the conversation. Raises BadRequest."""

@@ -1,12 +1,12 @@
-"""`/v1/responses`: create, read, cancel and delete a response.
+"""`/v1/responses`: create, read, follow, cancel and delete a response, and list what it answers.
 
 A whole answer and a stream are aborted when their client hangs up; a background response runs until it ends or is
-cancelled. Called by `server/app.py`.
+cancelled, whoever reads its stream. Called by `server/app.py`.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,6 +19,8 @@ from multilora.server.dialects import in_words_of, refused
 from multilora.server.errors import StrictRoute
 from multilora.server.resolving import resolved
 from multilora.server.responses.body import WORDS, ResponsesBody
+from multilora.server.responses.event_log import EventLog
+from multilora.server.responses.item_pages import page, with_id
 from multilora.server.responses.items import ItemMessages, input_items
 from multilora.server.responses.output import new_id
 from multilora.server.responses.run import ResponseRun
@@ -41,11 +43,24 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
             return await responses.create(request, body)
 
     @routes.get("/v1/responses/{response_id}")
-    async def read(request: Request, response_id: str) -> Response:
-        """A stored response as it stands."""
-        if request.query_params.get("stream", "false").lower() not in ("false", "0"):
-            raise BadRequest("stream: a stored response is read in one piece here", param="stream")
-        return Json(store.get(response_id).response())
+    async def read(
+        request: Request, response_id: str, *, stream: bool = False, starting_after: int | None = None
+    ) -> Response:
+        """A stored response as it stands or, if it was begun as a stream in the background, its events behind the
+        one with the number `starting_after`."""
+        stored = store.get(response_id)
+        if stream:
+            return await _follow(request, stored.log, -1 if starting_after is None else starting_after)
+        if starting_after is not None:
+            raise BadRequest("starting_after: only with stream=true", param="starting_after")
+        return Json(stored.response())
+
+    @routes.get("/v1/responses/{response_id}/input_items")
+    async def input_items_of(
+        response_id: str, after: str | None = None, limit: int | None = None, order: str | None = None
+    ) -> Response:
+        """What a stored response answers, the conversation before it included, page by page."""
+        return Json(page(store.get(response_id).input_items, after, limit, order))
 
     @routes.post("/v1/responses/{response_id}/cancel")
     async def cancel(response_id: str) -> Response:
@@ -82,11 +97,14 @@ class Responses:
         response_id = new_id("resp")
         if not body.stream and not body.background:
             return Json(await while_connected(request.receive, self._whole(response_id, body)))
-        run = await while_connected(request.receive, self._start(response_id, body))
+        log = EventLog() if body.stream and body.background else None
+        run = await while_connected(request.receive, self._start(response_id, body, log))
+        if log is not None:
+            self._go_on(run.record(log))
+            return await _follow(request, log)
         if body.background:
-            self._finish_in_background(run)
+            self._go_on(run.finish())
             return Json(run.response())
-
         return await EventStream.begin(request.receive, _frames(run), run.cancel, done=b"")
 
     async def _whole(self, response_id: str, body: ResponsesBody) -> dict[str, Any]:
@@ -102,9 +120,9 @@ class Responses:
             run.cancel()
         return run.response()
 
-    async def _start(self, response_id: str, body: ResponsesBody) -> ResponseRun:
+    async def _start(self, response_id: str, body: ResponsesBody, log: EventLog | None = None) -> ResponseRun:
         previous = self._previous(body.previous_response_id)
-        items = [self._resolved(item, f"input[{i}]") for i, item in enumerate(input_items(body.input))]
+        items = [with_id(self._resolved(item, f"input[{i}]")) for i, item in enumerate(input_items(body.input))]
         conversation = ItemMessages()
         for item in previous.items:
             conversation.add(item, "previous_response_id")
@@ -118,7 +136,7 @@ class Responses:
         head = _head(response_id, body, chat.job.sampling, self._driver.front.config.model_name)
         run = ResponseRun(head, chat, generation, lambda: self.store.settle(response_id))
         if body.store is not False:
-            self.store.add(response_id, run, [*previous.items, *items], previous.nbytes + json_bytes(items))
+            self.store.add(response_id, run, [*previous.items, *items], previous.nbytes + json_bytes(items), log)
         return run
 
     def _previous(self, response_id: str | None) -> StoredResponse:
@@ -144,10 +162,24 @@ class Responses:
             raise refused(f"{path}.id", f"item {item.get('id')!r:.100} is not stored, or not any more")
         return found
 
-    def _finish_in_background(self, run: ResponseRun) -> None:
-        task = asyncio.create_task(run.finish())
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
+        """Carry the work through, whether its client stays or not."""
+        task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+async def _follow(request: Request, log: EventLog | None, last: int = -1) -> Response:
+    """A stream of the events behind number `last`. Raises BadRequest."""
+    if log is None:
+        message = "stream: only a response that was created with background and stream can be streamed again"
+        raise BadRequest(message, param="stream")
+    if last != -1 and not 0 <= last < len(log):
+        message = f"starting_after: {last}: the response has {len(log)} events so far, from 0 on"
+        raise BadRequest(message, param="starting_after")
+    if log.ended and last == len(log) - 1:
+        return Response(media_type=EventStream.media_type)
+    return await EventStream.begin(request.receive, log.frames(last + 1), lambda: None, done=b"")
 
 
 async def _frames(run: ResponseRun) -> AsyncGenerator[bytes, None]:

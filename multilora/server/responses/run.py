@@ -15,6 +15,7 @@ from multilora.front.generation import Sample
 from multilora.front.stream import Delta, FinishReason
 from multilora.front.tools.base import Content, Reasoning, SettledParts
 from multilora.server.chat_job import ChatJob, logprob_entries
+from multilora.server.responses.event_log import EventLog
 from multilora.server.responses.output import OutputItems
 from multilora.server.streaming import StreamEvent
 from multilora.server.weight_versions import all_weights
@@ -67,6 +68,14 @@ class ResponseRun:
         """Wait for the ending."""
         async for _ in self.events():
             pass
+
+    async def record(self, log: EventLog) -> None:
+        """Wait for the ending, with every event in the log."""
+        try:
+            async for event in self.events():
+                log.append(event)
+        finally:
+            log.end()
 
     def cancel(self) -> None:
         """End the response here and now, if it has not ended: what runs for it is aborted."""

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from multilora.errors import UnknownResponse
+from multilora.server.responses.event_log import EventLog
 from multilora.server.responses.run import ResponseRun
 
 MAX_RESPONSES = 10_000
@@ -21,13 +22,20 @@ MAX_BYTES = 256 << 20
 class StoredResponse:
     """run: until the response has ended; from then on `ended` is the response object.
 
-    items: the conversation of the response, its own output included once it has ended. nbytes: of these, as JSON.
+    items: the conversation of the response, its own output included once it has ended. nbytes: of these and of the
+    log, as JSON. log: its events, if it was begun as a stream in the background.
     """
 
     run: ResponseRun | None
     items: list[Any]
     nbytes: int
+    log: EventLog | None = None
     ended: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def input_items(self) -> list[Any]:
+        """What the response answers: all of the conversation before its own output."""
+        return self.items[: len(self.items) - len(self.ended.get("output", ()))]
 
     def response(self) -> dict[str, Any]:
         """The response object as it stands."""
@@ -48,9 +56,11 @@ class ResponseStore:
     def __len__(self) -> int:
         return len(self._running) + len(self._ended)
 
-    def add(self, response_id: str, run: ResponseRun, items: list[Any], nbytes: int) -> None:
+    def add(
+        self, response_id: str, run: ResponseRun, items: list[Any], nbytes: int, log: EventLog | None = None
+    ) -> None:
         """Keep a response that runs."""
-        self._running[response_id] = StoredResponse(run, items, nbytes)
+        self._running[response_id] = StoredResponse(run, items, nbytes, log)
 
     def get(self, response_id: str) -> StoredResponse:
         """The response, used now. Raises UnknownResponse."""
@@ -73,6 +83,8 @@ class ResponseStore:
         stored.ended, stored.run = stored.response(), None
         stored.items = [*stored.items, *stored.ended["output"]]
         stored.nbytes += json_bytes(stored.ended)
+        if stored.log is not None:  # its last event, which shows the response again, is still to come
+            stored.nbytes += stored.log.nbytes + json_bytes(stored.ended)
         self._output |= {item["id"]: item for item in stored.ended["output"]}
         self._ended[response_id] = stored
         self._nbytes += stored.nbytes
