@@ -73,7 +73,7 @@ class Steps:
 class SteppedEngine(Steps):
     """Stands where an `EngineClient` stands."""
 
-    alive = True
+    alive, restarting = True, False
 
     def __init__(self, streams: int, token: int):
         super().__init__(streams, token)

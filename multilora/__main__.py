@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, by default that of `sys.argv`, and return its exit code."""
     try:
         args = cli.parse(sys.argv[1:] if argv is None else argv)
-        logs.setup(args.log_level, role="front")
+        logs.setup(args.log_level, role="front", form=args.log_format)
         if isinstance(args, cli.AdapterArgs):
             from multilora.cli.adapter_commands import run
 

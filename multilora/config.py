@@ -211,6 +211,7 @@ class Config:
     host: str = _server("127.0.0.1", "address to listen on")
     port: int = _server(30000, "port to listen on; 0: any free one", low=0, high=65535)
     log_level: str = _server("info", "least severe lines shown", choices=tuple(logs.LEVELS))
+    log_format: str = _server("text", "form of the lines; json ones name their request", choices=logs.FORMATS)
     api_key: str | None = _server(
         None,
         "clients must send it as a bearer token (or MULTILORA_API_KEY, which other users do not see)",

@@ -1,13 +1,21 @@
-"""The log format of every process of the server: time, level, role (front, engine) and message, on one line.
+"""The log of every process of the server: time, level, role (front, engine) and message, one line each.
+
+As text, or as JSON objects, for programs that read logs; those also say which request a line is about.
 
 Called once per process, by `__main__.py`, `engine/process/worker.py` and `engine/ranks/process.py`; never at import.
 """
 
+import json
 import logging
 import sys
-from typing import TextIO
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, TextIO
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+FORMATS = ("text", "json")
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The id of the HTTP request that this task works for."""
 FORMAT = "%(asctime)s %(levelname)-7s {role:<6} %(message)s"
 
 
@@ -19,15 +27,39 @@ class OneLine(logging.Formatter):
         return super().formatMessage(record)
 
 
+class JsonLine(logging.Formatter):
+    """One JSON object: time, level, role, logger, message; request_id and exception where there is one."""
+
+    def __init__(self, role: str):
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "role": self._role,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (request_id := REQUEST_ID.get()) is not None:
+            line["request_id"] = request_id
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
 class _Handler(logging.StreamHandler[TextIO]):
     """The handler that `setup` makes, of a type of its own so that a second call finds and replaces it."""
 
 
-def setup(level: str = "info", role: str = "front") -> None:
-    """Log to stderr: this package from `level` on, other libraries from warning on (or `level`, if higher)."""
+def setup(level: str = "info", role: str = "front", form: str = "text") -> None:
+    """Log to stderr: this package from `level` on, other libraries from warning on (or `level`, if higher). form: of
+    `FORMATS`."""
     own = LEVELS[level]
     handler = _Handler(sys.stderr)
-    handler.setFormatter(OneLine(FORMAT.format(role=role), datefmt="%Y-%m-%d %H:%M:%S"))
+    text = OneLine(FORMAT.format(role=role), datefmt="%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(JsonLine(role) if form == "json" else text)
     root = logging.getLogger()
     root.handlers = [h for h in root.handlers if not isinstance(h, _Handler)] + [handler]
     root.setLevel(max(own, logging.WARNING))

@@ -1,5 +1,6 @@
 """One line per message, in one format, in a process that calls setup twice."""
 
+import json
 import logging
 import re
 
@@ -49,3 +50,20 @@ def test_levels(capsys, level, shown):
     other.info("<I>")
     other.warning("<W>")
     assert "".join(re.findall("<(.)>", capsys.readouterr().err)) == shown
+
+
+def test_json_lines(capsys):
+    logs.setup("info", role="engine", form="json")
+    log = logging.getLogger("multilora.x")
+    token = logs.REQUEST_ID.set("abc")
+    log.info("two\nlines of %s", "é")
+    logs.REQUEST_ID.reset(token)
+    try:
+        raise ValueError("no")
+    except ValueError:
+        log.exception("failed")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
+    said = {"level": "info", "role": "engine", "logger": "multilora.x", "message": "two\nlines of é"}
+    assert first == said | {"request_id": "abc"}
+    assert "request_id" not in second and second["exception"].endswith("ValueError: no")

@@ -23,6 +23,7 @@ class AdapterArgs:
     device: str = "auto"
 
     log_level = "warning"
+    log_format = "text"
 
 
 def add_commands(commands: Any, make_parser: dict[str, Any]) -> None:

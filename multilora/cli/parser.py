@@ -41,6 +41,12 @@ class ServeArgs:
         level = self.options.get("log_level")
         return level if level in logs.LEVELS else "info"
 
+    @property
+    def log_format(self) -> str:
+        """The same for the form of the lines."""
+        form = self.options.get("log_format")
+        return form if form in logs.FORMATS else "text"
+
     def config(self) -> Config:
         """The checked configuration. Warns of every ignored flag. Raises ConfigError."""
         for flag in self.ignored:

@@ -39,6 +39,7 @@ from multilora.server.head import HeadAsGet
 from multilora.server.metrics.collector import Metrics
 from multilora.server.metrics.http import CountRequests
 from multilora.server.request_body import Bodies
+from multilora.server.request_ids import RequestIds
 from multilora.server.responses import routes as responses
 
 
@@ -95,3 +96,4 @@ def _add_middleware(app: FastAPI, config: Config, metrics: Metrics) -> None:
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(HeadAsGet)
+    app.add_middleware(RequestIds)

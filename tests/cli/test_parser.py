@@ -168,6 +168,6 @@ def test_main_hands_the_config_to_serve(monkeypatch):
     fake = types.ModuleType("multilora.server.serve")
     fake.serve = lambda config: seen.append(config) or 7
     monkeypatch.setitem(sys.modules, "multilora.server.serve", fake)
-    monkeypatch.setattr("multilora.logs.setup", lambda level, role: seen.append((level, role)))
+    monkeypatch.setattr("multilora.logs.setup", lambda level, role, form: seen.append((level, role)))
     assert __main__.main(["serve", "--port", "1234", "--log-level", "warning"]) == 7
     assert seen == [("warning", "front"), Config(port=1234, log_level="warning")]

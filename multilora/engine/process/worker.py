@@ -138,7 +138,7 @@ def main(address: str, parent: int, pulse_fd: int) -> int:
             watch()
             return 1
     config = msgspec.msgpack.decode(socket.recv(), type=Config)
-    logs.setup(config.log_level, role="engine")
+    logs.setup(config.log_level, role="engine", form=config.log_format)
     divide_cores(config.tp_size)
     try:
         engine = build_engine(config, own_process=True)

@@ -35,7 +35,7 @@ def main(directory: str, rank: int, parent: int) -> None:
 
 
 def _set_up(config: Config, rank: int) -> None:
-    logs.setup(config.log_level, role=f"rank {rank}")
+    logs.setup(config.log_level, role=f"rank {rank}", form=config.log_format)
     divide_cores(config.tp_size)
 
 
