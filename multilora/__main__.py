@@ -1,5 +1,5 @@
-"""`multilora` and `python -m multilora`: `serve`, and `adapters` to examine one adapter. The exit code is 2 if the
-arguments are wrong.
+"""`multilora` and `python -m multilora`: `serve`, `adapters` to examine one adapter, and `keys` to make keys. The
+exit code is 2 if the arguments are wrong.
 
 Heavy libraries are imported only by the command that needs them.
 """
@@ -21,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from multilora.cli.adapter_commands import run
 
             return run(args)
+        if isinstance(args, cli.KeyArgs):
+            from multilora.cli import key_commands
+
+            return key_commands.run(args)
         config = args.config()
     except (ConfigError, ModelUnsupported) as e:
         sys.stderr.write(f"multilora: error: {e}\n")

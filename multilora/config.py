@@ -6,16 +6,15 @@ Sizes that follow from it (arena pages, context length, …) are values that oth
 
 import dataclasses
 import difflib
-import json
 import logging
 import re
 from dataclasses import dataclass
 from functools import partial
-from types import NoneType
 from typing import Any
 
 from multilora import logs
 from multilora.errors import ConfigError
+from multilora.lora_path import LoraPath, read_lora_paths
 from multilora.options import KeysOf, option, options_of, parse_size
 
 logger = logging.getLogger(__name__)
@@ -26,44 +25,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-
-
-@dataclass(frozen=True)
-class LoraPath:
-    """One entry of --lora-paths."""
-
-    lora_name: str
-    lora_path: str
-    pinned: bool = False
-
-    @classmethod
-    def parse(cls, value: "str | dict[str, Any] | LoraPath") -> "LoraPath":
-        """`PATH`, `NAME=PATH` (split at the first `=`), a JSON object, or a dict. Raises ConfigError."""
-        if isinstance(value, LoraPath):
-            return value
-        if isinstance(value, str):
-            value = _read_lora_path(value.strip())
-        if not isinstance(value, dict):
-            raise ConfigError(f"--lora-paths: {value!r}: expected PATH, NAME=PATH or a JSON object")
-        unknown = set(value) - {"lora_name", "lora_path", "pinned"}
-        if unknown:
-            raise ConfigError(f"--lora-paths: unknown field {sorted(unknown)[0]!r}")
-        name, path, pinned = value.get("lora_name"), value.get("lora_path"), value.get("pinned", False)
-        if not (isinstance(name, str) and isinstance(path, str) and isinstance(pinned, bool) and name and path):
-            raise ConfigError('--lora-paths: expected {"lora_name": str, "lora_path": str, "pinned": bool}')
-        return cls(name, path, pinned)
-
-
-def _read_lora_path(text: str) -> Any:
-    if text.startswith("{"):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as e:
-            raise ConfigError(f"--lora-paths: {text!r} is not valid JSON: {e}") from None
-    name, eq, path = text.partition("=")
-    if not name or (eq and not path):
-        raise ConfigError(f"--lora-paths: {text!r}: expected PATH, NAME=PATH or a JSON object")
-    return {"lora_name": name, "lora_path": path if eq else name}
 
 
 _model = partial(option, group="base model")
@@ -139,6 +100,9 @@ class Config:
     )
     lora_host_bytes: int | None = _adapters(None, "most host memory for adapters", size=True)
     lora_device_bytes: int | None = _adapters(None, "most device memory for adapters", size=True)
+    max_loras_per_tenant: int | None = _adapters(
+        None, "with --auth-file: most adapters that one tenant has loaded (default: no limit)"
+    )
     lora_root: tuple[str, ...] = _adapters(
         (), "adapters must lie inside this directory; can be repeated (default: anywhere)", metavar="DIR"
     )
@@ -159,6 +123,10 @@ class Config:
     )
     lora_resolver_timeout: int = _adapters(30, "seconds that a request waits for such an adapter; beyond it, 503")
     lora_load_timeout: int = _adapters(120, "seconds that loading one adapter may take, download included; then 503")
+
+    lora_spool_bytes: int = _adapters(
+        64 << 30, "most disk space for one tenant's adapters from tensors, URLs and copies", size=True
+    )
 
     arena_bytes: int | None = _memory(None, "size of the arena that KV cache and adapters share", size=True)
     max_total_tokens: int | None = _memory(None, "size of the arena, counted in tokens of KV cache")
@@ -221,10 +189,25 @@ class Config:
         None, "what loading and unloading adapters asks for instead (or MULTILORA_ADMIN_API_KEY)"
     )
     admin_api_key_file: str | None = _server(None, "file with the key for --admin-api-key", metavar="FILE")
+    auth_file: str | None = _server(
+        None,
+        "keys, their tenants and what each may do (docs/security.md); read again on SIGHUP; not with --api-key",
+        metavar="FILE",
+    )
     metrics_key: str | None = _server(None, "what /metrics asks for, as a bearer token (default: nothing)")
     drain_seconds: int = _server(25, "how long running requests may still take after SIGTERM", low=0)
     state_dir: str | None = _server(
         None, "where loaded adapters are remembered, for the next start (default: nowhere)", metavar="DIR"
+    )
+    ssl_certfile: str | None = _server(
+        None, "serve HTTPS with this certificate (PEM, with its chain)", metavar="FILE"
+    )
+    ssl_keyfile: str | None = _server(None, "the certificate's key (default: in --ssl-certfile)", metavar="FILE")
+    ssl_keyfile_password: str | None = _server(
+        None, "password of --ssl-keyfile (or MULTILORA_SSL_KEYFILE_PASSWORD)", metavar="TEXT"
+    )
+    ssl_ca_certs: str | None = _server(
+        None, "clients must show a certificate that one of these has signed", metavar="FILE"
     )
     profile_dir: str | None = _server(
         None, "where /start_profile writes (default: a directory that goes with the server)", metavar="DIR"
@@ -276,7 +259,7 @@ class Config:
                 fields[opt.name] = _named(opt.flag, value)
             elif opt.type is str and opt.many and isinstance(value, str | list | set):
                 fields[opt.name] = (value,) if isinstance(value, str) else tuple(value)
-        fields["lora_paths"] = _lora_paths(fields.get("lora_paths"))
+        fields["lora_paths"] = read_lora_paths(fields.get("lora_paths"))
         if "dtype" in fields:
             fields["dtype"] = DTYPE_ALIASES.get(fields["dtype"], fields["dtype"])
         if fields.get("lora_backend") == "flashinfer":
@@ -325,6 +308,8 @@ class Config:
             if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is empty or has characters that no HTTP header can carry")
+        if self.auth_file is not None and self.api_key is not None:
+            raise ConfigError("--auth-file and --api-key: only one of them can be given; a key can go into the file")
 
     def _check_resolver(self) -> None:
         for url in self.lora_resolver_url:
@@ -362,16 +347,6 @@ class Config:
             raise ConfigError("--lora-target-modules: no module given")
         if "all" in targets and len(targets) > 1:
             raise ConfigError("--lora-target-modules: 'all' stands alone")
-
-
-def _lora_paths(value: Any) -> tuple[LoraPath, ...]:
-    if isinstance(value, dict):
-        value = [LoraPath(name, path) for name, path in value.items()]
-    elif isinstance(value, str):
-        value = [value]
-    elif not isinstance(value, list | tuple | NoneType):
-        raise ConfigError(f"--lora-paths: {value!r}: expected a list")
-    return tuple(LoraPath.parse(path) for path in value or ())
 
 
 def _named(flag: str, text: str) -> int:

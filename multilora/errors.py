@@ -25,8 +25,12 @@
     │   ├── AdapterUnloading        400  the name is being unloaded
     │   ├── AdapterStarvation       400  pinning it would starve every other adapter
     │   ├── StorageFailed           507  the disk refuses what must be kept: it is full, or fails
+    │   ├── AdapterQuotaExceeded    403  the tenant has as many adapters, or as large ones, as it may
     │   └── AdapterUnavailable      503  a hub or URL does not answer as it should; carries `retry_after` seconds
     ├── Unauthorized                401
+    ├── Forbidden                   403  the key may not do this, or not with this adapter
+    ├── MethodNotAllowed            405  GET, of a route that takes only POST while there are keys
+    ├── RateLimited                 429  the key or adapter has used up what it may; carries `retry_after` seconds
     ├── QueueFull                   503  carries `retry_after` seconds
     ├── EnginePaused                503  paused and taking no requests; carries `retry_after` seconds
     │   └── EngineAsleep            503  its memory is released until /wake_up
@@ -163,6 +167,34 @@ class Unauthorized(MultiloraError):
     """The API key is missing or wrong."""
 
     status = 401
+
+
+class Forbidden(MultiloraError):
+    """The key may not do this, or not with this adapter."""
+
+    status = 403
+
+
+class MethodNotAllowed(MultiloraError):
+    """The route takes only POST while there are keys."""
+
+    status = 405
+
+
+class RateLimited(MultiloraError):
+    """The key or the adapter has used up what it may take; try again after `retry_after` seconds."""
+
+    status = 429
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int = 1):
+        super().__init__(message, param=param)
+        self.retry_after = retry_after
+
+
+class AdapterQuotaExceeded(AdapterError):
+    """The tenant has as many adapters, or as large ones, as it may; unload one first."""
+
+    status = 403
 
 
 class AdapterUnavailable(AdapterError):

@@ -9,11 +9,12 @@ import torch
 
 from multilora.adapters.device.eviction import EVICTION_POLICIES
 from multilora.attention.backends import BACKENDS as ATTENTION_BACKENDS
-from multilora.config import DTYPES, Config, LoraPath
+from multilora.config import DTYPES, Config
 from multilora.engine.scheduling.policy import POLICIES
 from multilora.errors import ConfigError
 from multilora.logs import LEVELS
 from multilora.lora.backends import BACKENDS as LORA_BACKENDS
+from multilora.lora_path import LoraPath
 from multilora.options import options_of
 
 

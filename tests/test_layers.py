@@ -40,6 +40,7 @@ LAYERS = [
         "demo",
         "errors",
         "logs",
+        "lora_path",
         "options",
         "params",
         "private_directory",

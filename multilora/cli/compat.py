@@ -10,10 +10,6 @@ ALWAYS_ON = ("--enable-metrics",)
 # Refused: to ignore them would serve something else than was asked for, unnoticed by clients.
 REFUSED = {
     "--config": "configuration files are not read; give the flags themselves",
-    "--ssl-keyfile": "TLS is not served; put a proxy in front",
-    "--ssl-certfile": "TLS is not served; put a proxy in front",
-    "--ssl-ca-certs": "TLS is not served; put a proxy in front",
-    "--ssl-keyfile-password": "TLS is not served; put a proxy in front",
 }
 
 _NO_VALUE = """

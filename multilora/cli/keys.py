@@ -5,7 +5,7 @@ from typing import Any
 
 from multilora.errors import ConfigError
 
-_KEYS = ("api_key", "admin_api_key")
+_KEYS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 _PREFIX = "MULTILORA_"
 
 

@@ -14,14 +14,17 @@ from typing import Any, NoReturn
 
 from multilora import __version__, logs
 from multilora.cli import adapters as cli_adapters
+from multilora.cli import keys_args as cli_keys
 from multilora.cli.adapters import AdapterArgs
 from multilora.cli.compat import ALWAYS_ON, IGNORED, REFUSED
 from multilora.cli.keys import add_keys
-from multilora.config import Config, LoraPath
+from multilora.cli.keys_args import KeyArgs
+from multilora.config import Config
 from multilora.errors import ConfigError
+from multilora.lora_path import LoraPath
 from multilora.options import Option, options_of
 
-__all__ = ["AdapterArgs", "ServeArgs", "flags", "parse"]
+__all__ = ["AdapterArgs", "KeyArgs", "ServeArgs", "flags", "parse"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +57,15 @@ class ServeArgs:
         return Config.make(**add_keys(self.options))
 
 
-def parse(argv: Sequence[str]) -> ServeArgs | AdapterArgs:
+def parse(argv: Sequence[str]) -> ServeArgs | AdapterArgs | KeyArgs:
     """The parsed arguments. Raises ConfigError if they are wrong, SystemExit(0) after `--help` and `--version`."""
     namespace, unknown = _parser().parse_known_args(argv)
     options = vars(namespace)
-    if "command" in options:  # one of `adapters`
+    if "command" in options:
+        family = "keys" if options["command"] in ("add", "hash") else "adapters"
         if unknown:
-            raise ConfigError(f"unknown argument {unknown[0]!r}; see multilora adapters {options['command']} --help")
-        return cli_adapters.parsed(namespace)
+            raise ConfigError(f"unknown argument {unknown[0]!r}; see multilora {family} {options['command']} --help")
+        return cli_keys.parsed(namespace) if family == "keys" else cli_adapters.parsed(namespace)
     if unknown:
         raise ConfigError(_unknown(unknown[0]))
     return ServeArgs(ignored=tuple(dict.fromkeys(options.pop(_IGNORED, ()))), options=options)
@@ -112,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_wide,
     )
     cli_adapters.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
+    cli_keys.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
     groups: dict[str, Any] = {}
     for opt in options_of(Config):
         group = groups.get(opt.group) or groups.setdefault(opt.group, serve.add_argument_group(opt.group))

@@ -1,7 +1,8 @@
 """Loading, replacing, composing and unloading adapters while requests run, without I/O.
 
 One `AdapterManager` keeps registry, vocabularies, spool and engine in step through each change: what fails halfway
-leaves none of them changed. A change is work for a driver (see `effects.py`), which carries through what has begun.
+leaves none of them changed. Names come from clients: each is one of the caller's own. A change is work for a driver
+(see `effects.py`), which carries through what has begun.
 """
 
 import contextlib
@@ -13,9 +14,10 @@ from typing import Any
 
 from multilora.adapters.sources.files import show as show_path
 from multilora.adapters.sources.spool import TENSOR_ROOT, Spool
-from multilora.config import LoraPath
 from multilora.engine.messages import AdapterInfo, ReplaceAdapter
-from multilora.errors import AdapterError, AdapterUnavailable, BadRequest, MultiloraError
+from multilora.errors import AdapterError, AdapterUnavailable, BadRequest, Forbidden, MultiloraError
+from multilora.front.access import CALLER
+from multilora.front.access import shown as shown_name
 from multilora.front.adapter_spec import parse_composition, show
 from multilora.front.effects import (
     CarryThrough,
@@ -36,6 +38,7 @@ from multilora.front.records import AdapterRecord, Records
 from multilora.front.registry import AdapterRegistry
 from multilora.front.versions import check_weight_version
 from multilora.front.vocabulary import Vocabularies
+from multilora.lora_path import LoraPath
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +85,9 @@ class AdapterManager:
         end, or with `allow_update_mid_request` go on with the new one, from the next step on. `pinned` None: as the
         replaced one, else no. weight_version: see `versions.py`.
         """
-        pinned = self._pinned(name, pinned)
+        name, pinned = self._own(name, pinned)
         version = self._registry.begin_load(name, path, pinned, replace=replace, weight_version=weight_version)
-        info = yield from self._fetch(version, path, pinned, any_url)
+        info = yield from self._fetch(name, version, path, pinned, any_url)
         yield from CarryThrough(self._commit(name, info, update=allow_update_mid_request))
         return info
 
@@ -101,12 +104,12 @@ class AdapterManager:
     ) -> Steps[AdapterInfo]:
         """Load an adapter whose adapter_config.json is `config` and whose .safetensors file `write(path)` writes. The
         rest is as in `load`."""
-        pinned = self._pinned(name, pinned)
+        name, pinned = self._own(name, pinned)
         version = self._registry.begin_load(name, TENSOR_ROOT, pinned, replace=replace, weight_version=weight_version)
         with self._undone_on_error(version, TENSOR_ROOT):
-            add = partial(self.spool.add, version, config, write)
+            add = partial(self.spool.add, version, config, write, self._fetcher.share(name))
             path = str((yield from RunBlocking(Lane.TENSORS, add, undo=lambda _path: self.spool.remove(version))))
-            info = yield from self._in_time(name, self._bring(version, path, pinned, None))
+            info = yield from self._in_time(shown_name(name), self._bring(version, path, pinned, None))
         yield from CarryThrough(self._commit(name, info, update=allow_update_mid_request))
         return info
 
@@ -140,7 +143,7 @@ class AdapterManager:
                 raise AdapterError(f"adapter {entry.lora_name!r} is not loaded: another one failed before")
             try:
                 version = self._registry.begin_load(entry.lora_name, entry.lora_path, entry.pinned)
-                return (yield from self._fetch(version, entry.lora_path, entry.pinned, any_url=True))
+                return (yield from self._fetch(entry.lora_name, version, entry.lora_path, entry.pinned, any_url=True))
             except BaseException:
                 failed = True
                 raise
@@ -170,6 +173,7 @@ class AdapterManager:
         weight_version: str | None = None,
     ) -> Steps[None]:
         """Let `name` stand for a composition of loaded adapters, each a {name, weight}."""
+        name = _own_name(name)
         if pinned:
             raise BadRequest("pinned: a composition has no weights of its own; pin its parts", param="pinned")
         spec = parse_composition(list(parts))
@@ -186,6 +190,13 @@ class AdapterManager:
 
     def unload(self, name: str) -> Steps[None]:
         """Refuse new requests for `name`, wait for those it has, and free it. Raises AdapterNotLoaded."""
+        yield from self._unload(_own_name(name))
+
+    def unload_resolved(self, name: str) -> Steps[None]:
+        """The same for one that the resolver has loaded, whoever's request needs the room."""
+        yield from self._unload(name)
+
+    def _unload(self, name: str) -> Steps[None]:
         if (
             name in self._records.names
             and self._registry.current(name) is None
@@ -211,19 +222,25 @@ class AdapterManager:
 
     def localize(self, path: str, version: int) -> Steps[str]:
         """The directory with the files of an adapter that was loaded before. Raises AdapterError."""
-        return (yield from self._fetcher.localize(path, version, any_url=True))
+        share = self._fetcher.share(self._registry.ref(version).name)
+        return (yield from self._fetcher.localize(path, version, share, any_url=True))
 
-    def _pinned(self, name: str, pinned: bool | None) -> bool:
-        """`pinned` or, where that is None, whether the adapter of this name is pinned now."""
+    def _own(self, name: str, pinned: bool | None) -> tuple[str, bool]:
+        """The full name of what the caller wants to load, and whether it is to be pinned: None: as the adapter of
+        this name is now. Raises Forbidden."""
+        name = _own_name(name)
+        if pinned and not CALLER.get().pin:
+            raise Forbidden("pinned: this key may not pin adapters", param="pinned")
         if pinned is not None:
-            return pinned
-        return any(ref.name == name and ref.pinned for ref in self._registry.refs())
+            return name, pinned
+        return name, any(ref.name == name and ref.pinned for ref in self._registry.refs())
 
-    def _fetch(self, version: int, path: str, pinned: bool, any_url: bool) -> Steps[AdapterInfo]:
+    def _fetch(self, name: str, version: int, path: str, pinned: bool, any_url: bool) -> Steps[AdapterInfo]:
         """Into the engine, and its tokens to the front; if that fails, it is as if the load had never begun."""
+        share = self._fetcher.share(name)
 
         def load() -> Steps[AdapterInfo]:
-            local = yield from self._fetcher.localize(path, version, any_url=any_url)
+            local = yield from self._fetcher.localize(path, version, share, any_url=any_url)
             return (yield from self._bring(version, local, pinned, local))
 
         with self._undone_on_error(version, path):
@@ -311,3 +328,11 @@ class AdapterManager:
 
 def _unload(version: int) -> Steps[None]:
     yield from EngineUnload(version)
+
+
+def _own_name(name: str) -> str:
+    """The full name of the caller's own adapter, which it may change. Raises Forbidden."""
+    caller = CALLER.get()
+    if not caller.may_load(name):
+        raise Forbidden(f"adapter {name!r:.100}: this key may not load adapters of such names", param="lora_name")
+    return caller.own_name(name)

@@ -7,7 +7,7 @@ them; `Front.resolver` loads those that are asked for by a name that is not load
 
 import itertools
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import msgspec
@@ -16,7 +16,8 @@ from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.engine.messages import AdapterSwitch, Finished, Output, Submit
 from multilora.engine.scheduling.policy import POLICIES
-from multilora.errors import BadRequest, EngineDead, EngineRestarting, QueueFull, ServerStopping
+from multilora.errors import BadRequest, EngineDead, EngineRestarting, Forbidden, QueueFull, ServerStopping
+from multilora.front.access import CALLER, Caller, Limits, Tenant
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.engine_link import EngineLink
@@ -33,7 +34,9 @@ from multilora.front.prompt import (
     check_stops,
     deadline,
     engine_params,
+    tenant_salt,
 )
+from multilora.front.quotas import Quotas
 from multilora.front.records import Records
 from multilora.front.registry import AdapterRegistry
 from multilora.front.resolver import Resolver
@@ -72,7 +75,9 @@ class Front:
         self.config = config
         self.engine = engine
         self.observer = observer or Observer()
-        self.registry = AdapterRegistry(config.model_name, config.enable_lora, config.max_loaded_loras)
+        self.registry = AdapterRegistry(
+            config.model_name, config.enable_lora, config.max_loaded_loras, config.max_loras_per_tenant
+        )
         self.vocabularies = Vocabularies(tokenizer, ready, self.registry, spool.admit(config).lora_root)
         self.records = records or Records()
         fetcher = Fetcher(config, spool)
@@ -87,9 +92,10 @@ class Front:
         )
         self.resolver = Resolver(config, self.registry, self.adapters, fetcher, self.observer)
         self.pauses = PauseManager()
+        self.quotas = Quotas()
         self._room = config.max_running_requests + config.max_queued_requests
         self._grammars = Grammars(self.vocabularies.base, engine)
-        self._open: dict[str, Sample] = {}  # by rid
+        self._open: dict[tuple[str, str], Sample] = {}  # by tenant and rid
         self._serial = itertools.count()
         self._stopped = False
 
@@ -105,13 +111,15 @@ class Front:
         On any error nothing is sent and no adapter is held.
         """
         count = sum(job.sampling.n for job in jobs)
+        caller = CALLER.get()
         self._check_room(count)
-        unused = iter(self._check_rids(rids, count))
+        unused = iter(self._check_rids(caller, rids, count))
         self.registry.check_request(job.adapters for job in jobs)
         self._check_priorities(jobs)
         generation = Generation(self.engine, self.observer, self._end)
         try:
-            groups = [self._open_samples(generation, job, unused) for job in jobs]
+            groups = [self._open_samples(generation, job, caller, unused) for job in jobs]
+            self._admit(caller, generation.samples)
             prompts = yield from self._tokenize([samples[0] for samples in groups])
             for samples, ids in zip(groups, prompts, strict=True):
                 for sample in samples:
@@ -129,14 +137,21 @@ class Front:
 
     def abort(self, rid: str | None, message: str = "aborted") -> int:
         """Abort the request `rid`, all of its samples; None: every request. They end with `abort`. Returns how many
-        requests that are."""
-        found = set()
-        for open_rid, sample in list(self._open.items()):
+        requests that are. Only the requests of the caller's tenant can be named; every one is an admin's to abort.
+
+        Raises Forbidden.
+        """
+        caller, found = CALLER.get(), set()
+        if rid is None and not caller.admin:
+            raise Forbidden("all requests: they are the admin's to abort; name yours", param="rid")
+        for (tenant, open_rid), sample in list(self._open.items()):
+            if not caller.admin and tenant != caller.tenant.name:
+                continue
             if rid is None or open_rid == rid or open_rid.rpartition("#")[0] == rid:
                 sample.abort_message = message
                 if sample.submitted:
                     self.engine.abort(sample.key, message)
-                found.add(open_rid.rpartition("#")[0] or open_rid)
+                found.add((tenant, open_rid.rpartition("#")[0] or open_rid))
         return len(found)
 
     def stop(self) -> None:
@@ -151,10 +166,16 @@ class Front:
 
     def _end(self, sample: Sample) -> None:
         """The sample has ended: release its adapters."""
-        del self._open[sample.rid]
+        del self._open[sample.scope]
         self.registry.release(sample.held)
+        sample.grant.release()
         if sample.submitted:
             self.observer.ended(sample.job.adapters, _ending(sample, self.engine.ready.context_length))
+
+    def use_keys(self, tenants: Mapping[str, Tenant], adapters: Sequence[tuple[str, Limits]]) -> None:
+        """There are these tenants from now on; adapters: see `Quotas`."""
+        self.registry.tenants = tenants
+        self.quotas.adapters = adapters
 
     @property
     def in_flight(self) -> int:
@@ -187,14 +208,19 @@ class Front:
                 param="priority",
             )
 
-    def _check_rids(self, rids: Sequence[str] | None, count: int) -> Sequence[str]:
+    def _admit(self, caller: Caller, samples: Sequence[Sample]) -> None:
+        grants = self.quotas.admit(caller, [[ref.name for ref in sample.held.refs] for sample in samples])
+        for sample, grant in zip(samples, grants, strict=True):
+            sample.grant = grant
+
+    def _check_rids(self, caller: Caller, rids: Sequence[str] | None, count: int) -> Sequence[str]:
         if rids is None:
             return [uuid.uuid4().hex for _ in range(count)]
-        if len(set(rids)) < count or any(not rid or rid in self._open for rid in rids):
+        if len(set(rids)) < count or any(not rid or (caller.tenant.name, rid) in self._open for rid in rids):
             raise BadRequest("rid: each must be unique, not empty and not in use", param="rid")
         return rids
 
-    def _open_samples(self, generation: Generation, job: Job, rids: Iterator[str]) -> list[Sample]:
+    def _open_samples(self, generation: Generation, job: Job, caller: Caller, rids: Iterator[str]) -> list[Sample]:
         """From here on the adapters of the job stay what they are now, whatever is loaded or unloaded."""
         vocabulary = self.vocabularies.of(job.adapters)
         vocabulary.check_grammar(job.sampling)
@@ -209,7 +235,8 @@ class Front:
             rid, index = next(rids), len(generation.samples)
             key = f"{rid}@{next(self._serial)}"
             versions = VersionHistory(held.label)
-            sample = self._open[rid] = Sample(job, number, index, rid, key, held, vocabulary, stream, versions)
+            sample = Sample(job, number, index, rid, key, held, caller, vocabulary, stream, versions)
+            self._open[sample.scope] = sample
             generation.add(sample)
             samples.append(sample)
         return samples
@@ -243,8 +270,8 @@ class Front:
             prompt_logprobs=job.prompt_logprobs,
             return_ranks=job.return_logprob and job.return_ranks,
             logprobs_mode=job.logprobs_mode or LOGPROBS_MODES[self.config.logprobs_mode],
-            salt=job.salt,
-            tenant=tenant_of(self.config, job.adapters),
+            salt=tenant_salt(sample.caller.tenant.name, job.salt),
+            tenant=tenant_of(self.config, sample.caller, job.adapters),
             priority=job.priority,
             deadline=deadline(job.timeout, self.config.max_request_seconds),
         )
@@ -261,6 +288,8 @@ class Front:
         if self._stopped:
             raise ServerStopping(STOPPING)
         sample.submitted, sample.deliver = True, deliver
+        if sample.number == 0:
+            sample.grant.charge(len(sample.prompt_ids))
         self.engine.submit(message, take)
         self.observer.submitted(sample.job.adapters)
         if sample.abort_message is not None:
@@ -268,7 +297,7 @@ class Front:
 
     def _switch(self, sample: Sample, switch: AdapterSwitch) -> None:
         """The engine goes on with another version of its adapter."""
-        if self._open.get(sample.rid) is sample:
+        if self._open.get(sample.scope) is sample:
             sample.held = self.registry.switch(sample.held, switch.old, switch.new)
             sample.versions.switch(switch.start, sample.held.label)
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 from multilora.engine.messages import Output
 from multilora.errors import EngineRestarting, MultiloraError, from_wire
+from multilora.front.access import Caller
 from multilora.front.adapter_ref import Held
 from multilora.front.adapter_spec import BASE, AdapterSpec
 from multilora.front.engine_link import EngineLink
 from multilora.front.observer import FirstOutput, Observer
 from multilora.front.prompt import Prompt
+from multilora.front.quotas import UNLIMITED, Grant
 from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.front.versions import VersionHistory, VersionLabel, VersionSpan
 from multilora.front.vocabulary import Vocabulary
@@ -58,8 +60,9 @@ class Job:
 class Sample:
     """One of the answers to a job. `stream` has all of its text and tokens so far.
 
-    `rid` is the client's word for it and may come again later; `key` is the engine's and never does, so no late
-    Output can reach another request. `number`: which of the job's `n`; `index`: which of all its request's.
+    `rid` is the client's word for it, which its tenant may use again later, and others at any time; `key` is the
+    engine's and never comes again, so no late Output can reach another request. `number`: which of the job's `n`;
+    `index`: which of all its request's.
     """
 
     job: Job
@@ -68,6 +71,7 @@ class Sample:
     rid: str
     key: str
     held: Held
+    caller: Caller
     vocabulary: Vocabulary
     stream: TextStream
     versions: VersionHistory
@@ -77,9 +81,15 @@ class Sample:
     queue_seconds: float = 0.0
     submitted: bool = False
     abort_message: str | None = None  # aborted before it was submitted
+    grant: Grant = UNLIMITED
     started: bool = False  # its first output is here
     deliver: Callable[[Output], None] | None = None  # once it is submitted
     shown: bool = False  # the client has been told some of it
+
+    @property
+    def scope(self) -> tuple[str, str]:
+        """The names of its tenant and of its own, which no other open sample has."""
+        return self.caller.tenant.name, self.rid
 
     @property
     def label(self) -> VersionLabel:
@@ -154,6 +164,7 @@ class Generation:
 
     def _observe(self, sample: Sample, output: Output) -> None:
         now = time.perf_counter() - self._start
+        sample.grant.charge(len(output.token_ids))
         if sample.started:
             if output.token_ids:
                 self._observer.next_output(len(output.token_ids), now - sample.seconds)

@@ -170,6 +170,12 @@ def prefix_salt(cache_salt: Any, extra_key: Any) -> str:
     return json.dumps([cache_salt or "", extra_key or ""]) if cache_salt or extra_key else ""
 
 
+def tenant_salt(tenant: str, salt: str) -> str:
+    """The salt of a tenant's request: tenants share no cached prefixes, or the time of an answer would tell one what
+    others have asked. No tenant's name begins as a salt does, and none has a line's end."""
+    return f"{tenant}\n{salt}" if tenant else salt
+
+
 def check_priority(priority: int | None) -> int:
     """The priority of a request; null is 0. Raises BadRequest."""
     if priority is not None and abs(priority) >= 2**63:

@@ -2,6 +2,7 @@
 
 A name points to at most one *current* version; a reload makes a new one, and requests in flight stay on theirs. A
 named composition is a ref too, without weights of its own: its parts are resolved anew for every request.
+Names are full names (see `access.py`) but where a method says that they come from a client.
 Owns names, states and the count of requests per version. Knows nothing of weights, memory or the engine, and is used
 from one thread only. `AdapterManager` changes it; every request acquires its adapters here and releases them.
 
@@ -11,21 +12,20 @@ from one thread only. `AdapterManager` changes it; every request acquires its ad
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from multilora.engine.messages import AdapterInfo
 from multilora.errors import (
     AdapterAlreadyLoaded,
     AdapterError,
     AdapterNotLoaded,
+    AdapterQuotaExceeded,
     AdapterUnloading,
     BadRequest,
-    LoraNotEnabled,
-    UnknownAdapter,
-    UnknownModel,
 )
+from multilora.front.access import owner_of, shown
+from multilora.front.adapter_names import AdapterNames, unknown_adapter
 from multilora.front.adapter_ref import AdapterRef, Held, RefState
-from multilora.front.adapter_spec import BASE, AdapterSpec, names_in, show
+from multilora.front.adapter_spec import AdapterSpec, show
 from multilora.front.versions import (
     DEFAULT_WEIGHT_VERSION,
     VersionLabel,
@@ -33,37 +33,26 @@ from multilora.front.versions import (
     newest_label,
 )
 
-MAX_NAME = 256  # characters
-DEFAULT_MODEL = "default"  # what clients of SGLang write for the base model
 
-
-class AdapterRegistry:
+class AdapterRegistry(AdapterNames):
     """`max_loaded`: how many different adapters one request may name; None: any number.
 
     weight_version: the label of the base model and of adapters that have none of their own; see `label_weights`.
+    max_per_tenant: how many, unless the tenant has its own limit.
     """
 
-    def __init__(self, model_name: str, enabled: bool, max_loaded: int | None = None):
-        self.model_name = model_name
-        self.enabled = enabled
+    def __init__(
+        self, model_name: str, enabled: bool, max_loaded: int | None = None, max_per_tenant: int | None = None
+    ):
+        super().__init__(model_name, enabled)
         self.max_loaded = max_loaded
+        self.max_per_tenant = max_per_tenant
         self.weight_version = DEFAULT_WEIGHT_VERSION
         self._versions: dict[int, AdapterRef] = {}  # every version that is not gone
-        self._current: dict[str, AdapterRef] = {}  # LOADED or UNLOADING, in load order
         self._loading: dict[str, list[AdapterRef]] = {}  # by age; several only if all but the first may replace
         self._next_version = 1
 
     # loading
-
-    def check_name(self, name: str) -> None:
-        """Raise BadRequest unless `name` can be an adapter's: any text of bounded length that cannot be taken for
-        the base model or for "base:adapter". A "/" is allowed, as in the names of hub repositories."""
-        if not 1 <= len(name) <= MAX_NAME:
-            raise BadRequest(f"an adapter name has 1 to {MAX_NAME} characters, not {len(name)}", param="lora_name")
-        if ":" in name:
-            raise BadRequest(f"adapter name {name!r}: must not contain ':'", param="lora_name")
-        if name in (self.model_name, DEFAULT_MODEL):
-            raise BadRequest(f"adapter name {name!r}: stands for the base model", param="lora_name")
 
     def begin_load(
         self,
@@ -93,7 +82,8 @@ class AdapterRegistry:
     def compose(
         self, name: str, parts: AdapterSpec, *, replace: bool = False, weight_version: str | None = None
     ) -> int | None:
-        """`name` is a composition of loaded adapters from now on. Returns what it replaced, as commit_load does."""
+        """`name` is a composition of loaded adapters from now on, whose names in `parts` come from a client. Returns
+        what it replaced, as commit_load does."""
         version = self.begin_compose(name, parts, replace=replace, weight_version=weight_version)
         return self.commit_load(version, None)
 
@@ -106,15 +96,17 @@ class AdapterRegistry:
         weight_version: str | None = None,
         version: int | None = None,
     ) -> int:
-        """A new version of `name` that is a composition, invisible until commit_load; its parts stay meanwhile."""
-        self._check_enabled(name)
+        """A new version of `name` that is a composition of adapters whose names come from a client, invisible until
+        commit_load; its parts stay meanwhile."""
+        self._check_enabled(shown(name))
+        parts = tuple((self._full_name(part), weight) for part, weight in parts)
         self.check_request([parts])
         for part, _ in parts:
             ref = self._current_part(part)
             if ref.parts:
-                raise BadRequest(f"adapter {part!r} is a composition itself: name its parts", param="lora_path")
+                raise _nested(part)
             if part == name:
-                raise BadRequest(f"composition {name!r}: is one of its own parts", param="lora_path")
+                raise BadRequest(f"composition {shown(name)!r}: is one of its own parts", param="lora_path")
             self._check_composable(ref, _is_sum(parts))
         self._check_unused(name)
         ref = self._new_ref(name, show(parts), False, replace, weight_version, version)
@@ -142,11 +134,12 @@ class AdapterRegistry:
         """New requests for `name` are refused from now on; those that hold it finish."""
         current = self._current.get(name)
         if current is None:
-            raise AdapterNotLoaded(f"adapter {name!r} does not exist", param="lora_name")
+            raise AdapterNotLoaded(f"adapter {shown(name)!r} does not exist", param="lora_name")
         if current.state is RefState.UNLOADING:
-            raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_name")
+            raise AdapterUnloading(f"adapter {shown(name)!r} is being unloaded", param="lora_name")
         if name in self._loading:
-            raise AdapterError(f"adapter {name!r} is being replaced; unload it when that is done", param="lora_name")
+            what = f"adapter {shown(name)!r} is being replaced"
+            raise AdapterError(f"{what}; unload it when that is done", param="lora_name")
         self._check_unused(name)
         current.state = RefState.UNLOADING
         return current.version
@@ -252,45 +245,6 @@ class AdapterRegistry:
         ref = self._current.get(parts[0][0]) if parts and not _is_sum(parts) else None
         return None if ref is None else ref.version
 
-    def resolve_model(self, model: str | None, lora_path: AdapterSpec = BASE) -> AdapterSpec:
-        """What a request means: by `model` ("base", "base:", "base:adapter", "adapter"; None or "default" is the
-        base model) and the body's `lora_path`. Raises UnknownModel, UnknownAdapter, LoraNotEnabled, BadRequest."""
-        name = self._resolve_name(model)
-        by_model: AdapterSpec = BASE if name is None else ((name, 1.0),)
-        if not lora_path:
-            return by_model
-        for part, _ in lora_path:
-            self._find(part)
-        if by_model not in (BASE, lora_path):
-            raise BadRequest(
-                f"model {model!r} and lora_path {show(lora_path)!r} name different adapters", param="lora_path"
-            )
-        return lora_path
-
-    def names_of(self, model: str | None, lora_path: Any) -> list[str]:
-        """The names of adapters in a request's fields as they came, each once. What is not well-formed is left out:
-        it will be refused elsewhere."""
-        names = []
-        if model not in (None, DEFAULT_MODEL, self.model_name):
-            names.append(model.removeprefix(f"{self.model_name}:"))
-        return list(dict.fromkeys(name for name in (*names, *names_in(lora_path)) if name))
-
-    def _resolve_name(self, model: str | None) -> str | None:
-        if model in (None, DEFAULT_MODEL, self.model_name):
-            return None
-        if model in self._current:
-            return model
-        base, colon, adapter = model.partition(":")
-        if not colon or base != self.model_name:
-            known = f"the base model is {self.model_name!r}"
-            raise UnknownModel(
-                f"model {model!r} does not exist: {known}, and no adapter has that name", param="model"
-            )
-        if not adapter:
-            return None
-        self._find(adapter, param="model")
-        return adapter
-
     def _new_ref(
         self,
         name: str,
@@ -302,19 +256,31 @@ class AdapterRegistry:
     ) -> AdapterRef:
         self._check_enabled()
         self.check_name(name)
+        self._check_room(name)
         check_weight_version(weight_version)
         if name in self._loading and not replace:
-            raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded or being loaded")
+            raise AdapterAlreadyLoaded(f"adapter {shown(name)!r} is already loaded or being loaded")
         current = self._current.get(name)
         if current is not None and current.state is RefState.UNLOADING:
-            raise AdapterUnloading(f"adapter {name!r} is being unloaded")
+            raise AdapterUnloading(f"adapter {shown(name)!r} is being unloaded")
         if current is not None and not replace:
-            raise AdapterAlreadyLoaded(f"adapter {name!r} is already loaded; unload it first")
+            raise AdapterAlreadyLoaded(f"adapter {shown(name)!r} is already loaded; unload it first")
         ref = AdapterRef(name, path, version or self._next_version, pinned, weight_version)
         assert ref.version not in self._versions
         self.skip_versions(ref.version + 1)
         self._versions[ref.version] = ref
         return ref
+
+    def _check_room(self, name: str) -> None:
+        """Raise AdapterQuotaExceeded if the name would be one too many of its tenant's."""
+        tenant = owner_of(name)
+        if not tenant or name in self._current or name in self._loading:
+            return
+        own = self.tenants[tenant].max_adapters
+        most = self.max_per_tenant if own is None else own
+        count = sum(owner_of(other) == tenant for other in self._current.keys() | self._loading.keys())
+        if most is not None and count >= most:
+            raise AdapterQuotaExceeded(f"{count} adapters are loaded, {most} at most: unload one first")
 
     def _end_loading(self, ref: AdapterRef) -> None:
         assert ref.state is RefState.LOADING
@@ -340,44 +306,39 @@ class AdapterRegistry:
             if ref is not None and ref.parts:
                 if len(spec) == 1 and spec[0][1] == 1.0:
                     return ref.parts
-                raise BadRequest(f"adapter {ref.name!r} is a composition itself: name its parts", param="lora_path")
+                raise _nested(ref.name)
         return spec
 
     def _current_part(self, name: str) -> AdapterRef:
         """The ref of `name`, which takes requests."""
         ref = self._find(name)
         if ref.state is RefState.UNLOADING:
-            raise AdapterUnloading(f"adapter {name!r} is being unloaded", param="lora_path")
+            raise AdapterUnloading(f"adapter {shown(name)!r} is being unloaded", param="lora_path")
         return ref
 
     @staticmethod
     def _check_composable(ref: AdapterRef, composed: bool) -> None:
         if composed and ref.info is not None and ref.info.not_composable_reason:
             raise BadRequest(
-                f"adapter {ref.name!r} cannot be composed: {ref.info.not_composable_reason}", param="lora_path"
+                f"adapter {shown(ref.name)!r} cannot be composed: {ref.info.not_composable_reason}", param="lora_path"
             )
 
     def _check_unused(self, name: str) -> None:
         composing = [ref for refs in self._loading.values() for ref in refs]
-        users = [e.name for e in (*self.refs(), *composing) if name in dict(e.parts)]
+        users = [shown(e.name) for e in (*self.refs(), *composing) if name in dict(e.parts)]
         if users:
             raise AdapterError(
-                f"adapter {name!r} is part of composition {', '.join(map(repr, users))}: unload that first",
+                f"adapter {shown(name)!r} is part of composition {', '.join(map(repr, users))}: unload that first",
                 param="lora_name",
             )
 
-    def _find(self, name: str, *, param: str = "lora_path") -> AdapterRef:
+    def _find(self, name: str) -> AdapterRef:
         """The current ref of `name`, perhaps being unloaded."""
         self._check_enabled(name)
         ref = self._current.get(name)
         if ref is None:
-            raise UnknownAdapter(f"adapter {name!r} has never been loaded, or was unloaded", param=param)
+            raise unknown_adapter(shown(name))
         return ref
-
-    def _check_enabled(self, name: str | None = None) -> None:
-        if not self.enabled:
-            wanted = f" (adapter {name!r} was asked for)" if name is not None else ""
-            raise LoraNotEnabled(f"LoRA is not enabled{wanted}: start with --enable-lora", param="lora_path")
 
     # listing
 
@@ -393,6 +354,10 @@ class AdapterRegistry:
         """The name of a version that is not gone yet; None for base and for versions that are gone."""
         ref = None if version is None else self._versions.get(version)
         return ref.name if ref else None
+
+
+def _nested(name: str) -> BadRequest:
+    return BadRequest(f"adapter {shown(name)!r} is a composition itself: name its parts", param="lora_path")
 
 
 def _is_sum(spec: AdapterSpec) -> bool:

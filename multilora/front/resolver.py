@@ -23,6 +23,7 @@ from itertools import islice
 
 from multilora.config import Config
 from multilora.errors import BadRequest, EngineDead, MultiloraError, QueueFull, from_wire
+from multilora.front.access import SEPARATOR
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.adapter_ref import Held, RefState
 from multilora.front.effects import Flight, Spawn, Steps, WaitUntilDone
@@ -117,6 +118,8 @@ class Resolver:
 
     def _is_missing(self, name: str) -> bool:
         """It is not loaded, or it is just being unloaded to make room."""
+        if SEPARATOR in name:  # a tenant's own
+            return False
         if self._registry.current(name) is not None and name not in self._evictions:
             return False
         try:
@@ -232,7 +235,7 @@ class Resolver:
                 raise QueueFull("every adapter that the resolver has loaded is in use; try again later")
             eviction = self._evictions[victim] = Flight()
             try:
-                yield from self._manager.unload(victim)
+                yield from self._manager.unload_resolved(victim)
             finally:
                 self._resolved.pop(victim, None)
                 del self._evictions[victim]

@@ -8,16 +8,20 @@ stays remembered.
 import logging
 import os
 from collections.abc import Sequence
+from typing import TypeVar
 
-from multilora.config import LoraPath
 from multilora.engine.messages import AdapterInfo
 from multilora.errors import MultiloraError
+from multilora.front.access import SEPARATOR, acting_for, owner_of
 from multilora.front.adapter_manager import MAX_LOADS, AdapterManager
 from multilora.front.effects import EngineLoad, EngineUnload, Gather, Lane, RunBlocking, Steps
 from multilora.front.records import AdapterRecord, Records
 from multilora.front.registry import AdapterRegistry
+from multilora.lora_path import LoraPath
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def load_at_start(
@@ -58,7 +62,7 @@ def _restore(manager: AdapterManager, registry: AdapterRegistry, record: Adapter
             record.name, record.path, record.pinned, weight_version=record.weight_version, version=record.version
         )
         try:
-            info = yield from _fetch(manager, record)
+            info = yield from _as_its_tenant(registry, record, _fetch(manager, record))
         except BaseException:
             registry.fail_load(version)
             raise
@@ -70,15 +74,38 @@ def _restore(manager: AdapterManager, registry: AdapterRegistry, record: Adapter
         manager.forget_tokens(version)
         yield from EngineUnload(version)
         options = {"pinned": record.pinned, "weight_version": record.weight_version}
-        yield from manager.load(record.name, record.path, any_url=True, **options)  # type: ignore[arg-type]
+        name = record.name.removeprefix(f"{owner_of(record.name)}{SEPARATOR}")
+        load = manager.load(name, record.path, any_url=True, **options)  # type: ignore[arg-type]
+        yield from _as_its_tenant(registry, record, load)
     except MultiloraError as e:
         logger.error("adapter %r of --state-dir is not served: %s", record.name, e)
+
+
+def _as_its_tenant(registry: AdapterRegistry, record: AdapterRecord, steps: Steps[T]) -> Steps[T]:
+    """Do `steps` as the tenant would, whose adapter it is: it may read no other files now than then. At each step,
+    as others are done in between."""
+    owner = owner_of(record.name)
+    if not owner:
+        return (yield from steps)
+    value, error = None, None
+    while True:
+        with acting_for(registry.tenants[owner]):
+            try:
+                effect = steps.throw(error) if error is not None else steps.send(value)
+            except StopIteration as stop:
+                found: T = stop.value
+                return found
+        try:
+            value, error = (yield effect), None
+        except BaseException as e:  # noqa: BLE001 - thrown into the work
+            value, error = None, e
 
 
 def _fetch(manager: AdapterManager, record: AdapterRecord) -> Steps[AdapterInfo]:
     local = record.local
     if not os.path.isdir(local):
         local = yield from manager.localize(record.path, record.version)
+    manager.spool.adopt(record.version, owner_of(record.name))
     info = yield from EngineLoad(record.version, local, record.pinned)
     yield from manager.add_tokens(info, local)
     return info

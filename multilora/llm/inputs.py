@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multilora.config import LoraPath
 from multilora.errors import BadRequest
 from multilora.front.adapter_spec import parse_specs
 from multilora.front.generation import Job
 from multilora.front.prompt import read_prompts, spread
+from multilora.lora_path import LoraPath
 from multilora.params import SamplingParams
 
 if TYPE_CHECKING:

@@ -7,7 +7,9 @@ from fastapi.responses import PlainTextResponse
 from starlette.types import Receive
 
 from multilora.drivers.async_driver import AsyncDriver
-from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded, BadRequest
+from multilora.errors import AdapterAlreadyLoaded, AdapterNotFound, AdapterNotLoaded, BadRequest, Forbidden
+from multilora.front.access import CALLER
+from multilora.front.adapter_view import seen_paths
 from multilora.front.registry import AdapterRegistry
 from multilora.server.bodies import (
     LoadAdapterBody,
@@ -31,7 +33,7 @@ def native_result(registry: AdapterRegistry, error: str = "") -> dict[str, Any]:
         "http_worker_ipc": None,
         "success": not error,
         "error_message": error,
-        "loaded_adapters": registry.loaded(),
+        "loaded_adapters": seen_paths(registry),
     }
 
 
@@ -72,6 +74,8 @@ class _Loads:
         return (await while_connected(receive, self._driver.load(load))).version
 
     async def from_tensors(self, body: LoadTensorsBody, receive: Receive, *, replace: bool) -> None:
+        if body.load_format == "shared_memory" and CALLER.get().tenant.name:
+            raise Forbidden("load_format: this key may not read the server's shared memory", param="load_format")
         options = self._options(body, replace)
         load = self._adapters.load_tensors(body.lora_name, body.config_dict, body.writer(), **options)
         await while_connected(receive, self._driver.load(load))

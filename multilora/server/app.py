@@ -34,13 +34,15 @@ from multilora.server import (
 )
 from multilora.server.anthropic import errors as anthropic_errors
 from multilora.server.anthropic import routes as anthropic
-from multilora.server.auth import KeyCheck
+from multilora.server.auth import AccessCheck
 from multilora.server.head import HeadAsGet
+from multilora.server.key_ring import KeyRing
 from multilora.server.metrics.collector import Metrics
 from multilora.server.metrics.http import CountRequests
 from multilora.server.request_body import Bodies
 from multilora.server.request_ids import RequestIds
 from multilora.server.responses import routes as responses
+from multilora.server.security_headers import SecurityHeaders
 
 
 def create_app(
@@ -50,10 +52,12 @@ def create_app(
     sampling_defaults: dict[str, Any] | None = None,
     spool: Spool | None = None,
     records: Records | None = None,
+    keys: KeyRing | None = None,
 ) -> FastAPI:
     """`tokenizer` None: token ids only. `sampling_defaults`: sampling parameters from the model's generation_config,
     for the OpenAI routes. `spool`: the one that the engine was told of, else one of its own. `records`: see `Front`.
-    The app's `state.driver` is its `AsyncDriver`."""
+    `keys`: else those that the config names. The app's `state.driver` is its `AsyncDriver`, `state.keys` its
+    `KeyRing`."""
     metrics = Metrics(config, engine.ready.context_length)
     front = Front(config, engine, tokenizer, spool or Spool(), metrics, records)
     metrics.watch(front.registry, engine)
@@ -81,19 +85,23 @@ def create_app(
     app.include_router(loads.router(front, metrics.totals))
     app.include_router(profiling.router(driver))
     openapi.install(app)
-    _add_middleware(app, config, metrics)
+    app.state.keys = keys or KeyRing(config)
+    _add_middleware(app, front, metrics, app.state.keys)
     return app
 
 
-def _add_middleware(app: FastAPI, config: Config, metrics: Metrics) -> None:
+def _add_middleware(app: FastAPI, front: Front, metrics: Metrics, keys: KeyRing) -> None:
     """From the innermost to the outermost."""
     app.add_middleware(CountRequests, counts=metrics.http)
-    if config.api_key or config.admin_api_key or config.metrics_key:
-        keys = {"admin_api_key": config.admin_api_key, "metrics_key": config.metrics_key}
-        app.add_middleware(KeyCheck, api_key=config.api_key, **keys, shapes=anthropic_errors.SHAPES)
+    config = front.config
+    if config.api_key or config.admin_api_key or config.metrics_key or config.auth_file:
+        keys.watch(lambda file: front.use_keys(file.tenants, file.adapters))
+        admit = front.quotas.take_request
+        app.add_middleware(AccessCheck, keys=keys, admit=admit, shapes=anthropic_errors.SHAPES)
     if config.cors_origins:  # around the keys, so that a page can read the answer to a missing one, too
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(HeadAsGet)
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)

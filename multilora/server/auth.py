@@ -1,96 +1,109 @@
 """API keys: ASGI middleware that asks for `Authorization: Bearer <key>`, or `x-api-key: <key>` as Anthropic's do.
 
-With `api_key` set every route asks for it, except the probes and /metrics. With `admin_api_key` set the routes that
-change the server ask for that one; otherwise `api_key` is enough for them. With `metrics_key` set /metrics asks for
-that one. The admin key opens everything.
-Knows paths and keys, nothing of the routes behind them. Installed by `server/app.py`.
+Here, and nowhere else, a request's key becomes its `Caller`, and the caller is held against the rule of the route
+(`access_rules.py`). What a caller may do with which adapter is decided where adapters are named, by `CALLER`.
+Knows nothing of the routes behind the paths. Installed by `server/app.py`.
 """
 
-import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from multilora.errors import Unauthorized
+from multilora.errors import Forbidden, MethodNotAllowed, MultiloraError, Unauthorized
+from multilora.front.access import CALLER, NOBODY, OPERATOR, Caller
+from multilora.server.access_rules import Need, Rule, rule_of
 from multilora.server.errors import Shape, error_response
-
-OPEN_PATHS = frozenset({"/", "/health", "/health_generate", "/ready", "/ping"})
-METRICS_PATHS = frozenset({"/metrics"})
-ADMIN_PATHS = frozenset(
-    {
-        "/load_lora_adapter",
-        "/load_lora_adapter_from_tensors",
-        "/unload_lora_adapter",
-        "/v1/load_lora_adapter",
-        "/skyrl/v1/load_lora_adapter",
-        "/v1/unload_lora_adapter",
-        "/update_weight_version",
-        "/flush_cache",
-        "/abort_request",
-        "/abort_requests",
-        "/inference/v1/abort_requests",
-        "/pause",
-        "/resume",
-        "/pause_generation",
-        "/continue_generation",
-        "/sleep",
-        "/wake_up",
-        "/release_kv_cache_memory",
-        "/release_memory_occupation",
-        "/resume_memory_occupation",
-        "/reset_prefix_cache",
-        "/start_profile",
-        "/stop_profile",
-    }
-)
+from multilora.server.key_ring import KeyRing
 
 
-class KeyCheck:
-    """Answers 401 in place of the application when the key is missing or wrong.
+class AccessCheck:
+    """Answers 401, 403, 405 or 429 in place of the application where a caller may not go on.
 
-    shapes: path → the body of an error there, where it is not OpenAI's.
+    admit: called with each caller that may; raises the error of one who has used up its requests. shapes: path → the
+    body of an error there, where it is not OpenAI's.
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        api_key: str | None,
-        admin_api_key: str | None,
-        metrics_key: str | None,
-        shapes: Mapping[str, Shape],
-    ):
+        self, app: ASGIApp, keys: KeyRing, admit: Callable[[Caller], None], shapes: Mapping[str, Shape]
+    ) -> None:
         self.app = app
-        self.shapes = shapes
-        self.user_keys = [key for key in (api_key, admin_api_key) if key] if api_key else []
-        self.admin_keys = [key for key in (admin_api_key or api_key,) if key]
-        self.metrics_keys = [key for key in (metrics_key, admin_api_key) if key] if metrics_key else []
+        self._keys = keys
+        self._admit = admit
+        self._shapes = shapes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._allowed(scope):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        error = Unauthorized("missing or wrong API key: send Authorization: Bearer <key>")
-        shape = self.shapes.get(scope["path"])
+        try:
+            caller = self._check(scope)
+        except MultiloraError as e:
+            await self._refuse(e, scope, receive, send)
+            return
+        token = CALLER.set(caller)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            CALLER.reset(token)
+
+    def _check(self, scope: Scope) -> Caller:
+        """Who calls. Raises the error that keeps it from going on."""
+        rule = rule_of(scope["path"])
+        if rule.need is Need.NOTHING or scope["method"] == "OPTIONS":
+            return NOBODY
+        key = _key(scope)
+        if rule.need is Need.SCRAPE:
+            return self._scraper(key)
+        caller = self._keys.caller(key) or self._keys.nobody
+        if caller is None:
+            raise _unauthorized()
+        self._check_rule(rule, caller, scope["method"])
+        self._admit(caller)
+        return caller
+
+    def _scraper(self, key: str) -> Caller:
+        if self._keys.scrape_is_open or self._keys.may_scrape_all(key):
+            return OPERATOR
+        caller = self._keys.caller(key) if self._keys.tenants else None
+        if caller is None:
+            raise _unauthorized()
+        return caller
+
+    def _check_rule(self, rule: Rule, caller: Caller, method: str) -> None:
+        match rule.need:
+            case Need.LOADS if self._keys.tenants:
+                enough = bool(caller.load)
+            case Need.ABORTS if self._keys.tenants:
+                enough = True
+            case Need.ADMIN | Need.LOADS | Need.ABORTS:
+                enough = caller.admin
+            case Need.OBSERVES:
+                enough = caller.admin or not self._keys.tenants
+            case _:
+                enough = True
+        if not enough and not self._keys.tenants:
+            raise _unauthorized()
+        if not enough:
+            raise Forbidden(f"key {caller.key_id!r} may not do this")
+        if rule.post_only and method == "GET":
+            raise MethodNotAllowed("GET changes nothing here: send POST")
+
+    async def _refuse(self, error: MultiloraError, scope: Scope, receive: Receive, send: Send) -> None:
+        shape = self._shapes.get(scope["path"])
         response = error_response(error, shape(error) if shape else None)
-        response.headers["WWW-Authenticate"] = "Bearer"
+        if isinstance(error, Unauthorized):
+            response.headers["WWW-Authenticate"] = "Bearer"
+        if isinstance(error, MethodNotAllowed):
+            response.headers["Allow"] = "POST"
         await response(scope, receive, send)
 
-    def _allowed(self, scope: Scope) -> bool:
-        path = scope["path"].rstrip("/") or "/"
-        if path in OPEN_PATHS or scope["method"] == "OPTIONS":
-            return True
-        keys = self._keys_for(path)
-        if not keys:
-            return True
-        headers = Headers(scope=scope)
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
-        return any(matches)
 
-    def _keys_for(self, path: str) -> list[str]:
-        """The keys that open the path; none: it is open."""
-        if path in METRICS_PATHS:
-            return self.metrics_keys
-        return self.admin_keys if path in ADMIN_PATHS else self.user_keys
+def _key(scope: Scope) -> str:
+    headers = Headers(scope=scope)
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    return bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def _unauthorized() -> Unauthorized:
+    return Unauthorized("missing or wrong API key: send Authorization: Bearer <key>")

@@ -27,6 +27,7 @@ from multilora.errors import (
     EngineRestarting,
     MultiloraError,
     QueueFull,
+    RateLimited,
     ServerStopping,
 )
 from multilora.server.request_body import INLINE_BYTES, Bodies
@@ -36,10 +37,12 @@ logger = logging.getLogger(__name__)
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "invalid_request_error",
     413: "invalid_request_error",
+    429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
     507: "server_error",
@@ -47,6 +50,7 @@ _TYPES = {
 _CODES = {
     "UnknownModel": "model_not_found",
     "Unauthorized": "invalid_api_key",
+    "RateLimited": "rate_limit_exceeded",
     "PromptTooLong": "context_length_exceeded",
     "PreviousResponseNotFound": "previous_response_not_found",
 }
@@ -75,7 +79,9 @@ def error_response(
     """`body` and `status`: where a route has its own."""
     status = status or error.status
     headers = {}
-    if isinstance(error, QueueFull | EnginePaused | AdapterUnavailable | EngineRestarting | ServerStopping):
+    if isinstance(
+        error, QueueFull | EnginePaused | AdapterUnavailable | EngineRestarting | ServerStopping | RateLimited
+    ):
         headers["Retry-After"] = str(error.retry_after)
     return JSONResponse(body or error_body(error, status), status, headers)
 

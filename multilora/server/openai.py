@@ -18,6 +18,7 @@ from multilora.drivers.async_driver import AsyncDriver
 from multilora.drivers.async_generation import AsyncGeneration
 from multilora.errors import BadRequest, UnknownModel
 from multilora.front.adapter_spec import AdapterSpec, parse_specs
+from multilora.front.adapter_view import seen_adapters
 from multilora.front.effects import Lane
 from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
@@ -227,7 +228,8 @@ def models_router(front: Front, created: int) -> APIRouter:
 
     def cards() -> list[dict[str, Any]]:
         base = registry.model_name
-        adapters = [card(ref.name, ref.path, base, registry.label_of(ref)) for ref in registry.refs()]
+        seen = seen_adapters(registry)
+        adapters = [card(one.name, one.path, base, registry.label_of(one.ref)) for one in seen]
         return [card(base, front.config.model_path or base, None, VersionLabel(registry.weight_version)), *adapters]
 
     @routes.get("/v1/models")

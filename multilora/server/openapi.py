@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from multilora.params import SamplingParams
+from multilora.server.access_rules import Need, rule_of
 from multilora.server.anthropic.errors import SHAPES
-from multilora.server.auth import ADMIN_PATHS, METRICS_PATHS, OPEN_PATHS
 from multilora.server.openapi_fields import FIELDS
 
 Node = dict[str, Any]
@@ -106,14 +106,26 @@ PLAIN_TEXT = frozenset(
 ERRORS = {
     "400": "A field of the request is wrong; `param` names it.",
     "401": "The key is missing or wrong.",
+    "403": "The key may not do this, or not with this adapter.",
     "404": "There is no such model, adapter or path.",
     "413": "The body is too long.",
+    "429": "The key or the adapter has used up what it may take; with Retry-After.",
     "503": "The queue is full (then with Retry-After), or the engine is gone.",
 }
 
+SCHEMES = {
+    Need.SCRAPE: "metricsKey",
+    Need.KEY: "apiKey",
+    Need.OBSERVES: "apiKey",
+    Need.LOADS: "adminKey",
+    Need.ABORTS: "adminKey",
+    Need.ADMIN: "adminKey",
+}
+"""The key that a route asks for, where it asks for one."""
+
 KEYS = {
-    "apiKey": "--api-key",
-    "adminKey": "--admin-api-key, or --api-key where that is not set",
+    "apiKey": "--api-key, or a key of --auth-file",
+    "adminKey": "--admin-api-key, or --api-key where that is not set, or a key of --auth-file that may",
     "metricsKey": "--metrics-key, or the admin key",
 }
 
@@ -184,10 +196,8 @@ def _describe_operation(path: str, operation: Node) -> None:
         responses[status] = {"description": text, "content": error}
     if path in ANSWERS and ANSWERS[path][0] == _ref("AdapterResult"):
         responses["400"]["content"] = {"application/json": {"schema": _ref("AdapterResult")}}
-    if path in METRICS_PATHS:
-        operation["security"] = [{"metricsKey": []}, {}]
-    elif path not in OPEN_PATHS:
-        operation["security"] = [{"adminKey" if path in ADMIN_PATHS else "apiKey": []}, {}]
+    if scheme := SCHEMES.get(rule_of(path).need):
+        operation["security"] = [{scheme: []}, {}]
 
 
 def _content(path: str) -> Node:

@@ -1,16 +1,12 @@
 """The routes that generate nothing for a client: health, facts about the server, cache, abort, metrics."""
 
 import asyncio
-import dataclasses
 import logging
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 import multilora
-from multilora.config import Config
-from multilora.demo import base_model_path
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import BadRequest, EngineDead, EngineRestarting, QueueFull
 from multilora.front.front import Front
@@ -18,17 +14,14 @@ from multilora.front.generation import Job
 from multilora.params import SamplingParams
 from multilora.server.bodies import AbortBody
 from multilora.server.errors import StrictRoute
-from multilora.server.loads import internal_state
 from multilora.server.metrics.collector import CONTENT_TYPE, Metrics
-from multilora.server.pauses import vllm_config
+from multilora.server.server_info import model_names, server_facts
 from multilora.server.streaming import Json, while_connected
 
 logger = logging.getLogger(__name__)
 
 GENERATE_SECONDS = 20.0
 """How long /health_generate waits for its token."""
-
-_SECRETS = ("api_key", "admin_api_key", "metrics_key")
 
 
 def router(driver: AsyncDriver, metrics: Metrics) -> APIRouter:
@@ -94,7 +87,7 @@ def _facts(routes: APIRouter, front: Front) -> None:
         """The base model."""
         return Json(
             {
-                **_names(config),
+                **model_names(config),
                 "is_generation": True,
                 "preferred_sampling_params": None,
                 "weight_version": front.registry.weight_version,
@@ -108,54 +101,14 @@ def _facts(routes: APIRouter, front: Front) -> None:
     @routes.get("/server_info")
     @routes.get("/get_server_info")
     async def server_info() -> Response:
-        """Arguments (without keys), version, adapters, and the engine's latest statistics."""
-        arguments = {k: v for k, v in dataclasses.asdict(config).items() if k not in _SECRETS}
-        return Json(arguments | _names(config) | {"version": multilora.__version__} | _running(front))
+        """Arguments (without keys), version, adapters, and the engine's latest statistics. A tenant's key sees its
+        adapters, and no arguments."""
+        return Json(server_facts(front))
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
         """What the base model's `tokenizer_config.json` says, as vLLM."""
         return Json(front.vocabularies.base.reader("/tokenizer_info").info())
-
-
-def _names(config: Config) -> dict[str, str]:
-    """The paths of model and tokenizer, never null, since tools load the tokenizer from there."""
-    model = config.model_path or str(base_model_path())
-    return {
-        "model_path": model,
-        "tokenizer_path": config.tokenizer_path or model,
-        "served_model_name": config.model_name,
-    }
-
-
-def _running(front: Front) -> dict[str, Any]:
-    ready, registry = front.engine.ready, front.registry
-    return {
-        "dp_size": 1,
-        "lora_backend_used": ready.lora_backend,
-        "attention_backend_used": ready.attention_backend,
-        "device_used": ready.device,
-        "num_layers": ready.num_layers,
-        "loaded_adapters": [
-            {
-                "lora_name": ref.name,
-                "lora_path": ref.path,
-                "version": ref.version,
-                "weight_version": ref.weight_version,
-                "pinned": ref.pinned,
-                "rank": ref.info.rank if ref.info else None,
-                "target_modules": ref.info.target_modules if ref.info else None,
-                "vocab_size": front.vocabularies.of(((ref.name, 1.0),)).size,
-                "active_requests": ref.num_requests,
-            }
-            | ({"parts": [{"name": name, "weight": weight} for name, weight in ref.parts]} if ref.parts else {})
-            for ref in registry.refs()
-        ],
-        "paused": front.pauses.paused,
-        "sleeping": front.pauses.state.sleeping,
-        "vllm_config": vllm_config(front),
-        "internal_states": [internal_state(front)],
-    }
 
 
 def _control(routes: APIRouter, driver: AsyncDriver, counted: Metrics) -> None:

@@ -28,7 +28,9 @@ from multilora.front.tokenizer import Tokenizer
 from multilora.models.gguf import with_directory
 from multilora.server.app import create_app
 from multilora.server.connections import connections_within, raise_descriptor_limit
-from multilora.server.uvicorn_setup import event_loop, uvicorn_config
+from multilora.server.key_ring import KeyRing
+from multilora.server.server_info import SECRETS
+from multilora.server.uvicorn_setup import event_loop, tls_settings, uvicorn_config
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ class _ServerProcess:
     def __init__(self, config: Config):
         self._config = config
         self._records, self._spool = open_state(config.state_dir)
+        self._keys = KeyRing(config)
+        self._tls = tls_settings(config)
         self._server: _UvicornServer | None = None
         self._driver: AsyncDriver | None = None
         self._main: asyncio.Task[Any] | None = None
@@ -83,6 +87,8 @@ class _ServerProcess:
         self._descriptors = raise_descriptor_limit()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
+        if self._keys.tenants:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._keys.reload)
         _log_arguments(self._config)
         with bind(self._config.host, self._config.port) as listener:
             loading = asyncio.create_task(asyncio.to_thread(load_text, self._config))
@@ -105,15 +111,16 @@ class _ServerProcess:
         self, client: Any, listener: socket.socket, tokenizer: Tokenizer | None, defaults: dict[str, Any]
     ) -> None:
         config = self._config
-        app = create_app(config, client, tokenizer, defaults, self._spool, self._records)
+        app = create_app(config, client, tokenizer, defaults, self._spool, self._records, self._keys)
         driver: AsyncDriver = app.state.driver
         self._driver = driver
         await driver.change(driver.front.load_at_start())
         self._server = _UvicornServer(
-            uvicorn_config(app, self._max_connections(), config.drain_seconds + WRITE_SECONDS)
+            uvicorn_config(app, self._max_connections(), config.drain_seconds + WRITE_SECONDS, self._tls)
         )
         host, port = listener.getsockname()[:2]
-        logger.info("ready: http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        scheme = "https" if self._tls else "http"
+        logger.info("ready: %s:%d", f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}", port)
         await self._server.serve(sockets=[listener])
 
     def _max_connections(self) -> int:
@@ -196,7 +203,9 @@ def sampling_defaults(model: str, revision: str | None) -> dict[str, Any]:
 def _log_arguments(config: Config) -> None:
     """What was set, as one line; keys are not shown."""
     fields = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
-    shown = {k: "***" if k.endswith("_key") else v for k, (v, default) in fields.items() if v != default}
+    shown = {k: "***" if k in SECRETS else v for k, (v, default) in fields.items() if v != default}
     if config.lora_paths:
         shown["lora_paths"] = [p.lora_name for p in config.lora_paths[:8]] + ["…"] * (len(config.lora_paths) > 8)
+    if config.admin_api_key is not None and config.api_key is None and config.auth_file is None:
+        logger.warning("--admin-api-key without --api-key: whoever reaches the server may generate")
     logger.info("arguments: %s", ", ".join(f"{k}={v!r}" for k, v in shown.items()) or "none, all defaults")

@@ -5,15 +5,20 @@ and h11 do the same, slower.
 """
 
 import asyncio
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
 
+from multilora.config import Config
+from multilora.errors import ConfigError
 from multilora.server.chunk_writer import OffersChunkWriter
 from multilora.server.connections import AbsoluteTargets, bounded_protocol
 
 KEEP_ALIVE_SECONDS = 60
+NO_TLS: Mapping[str, Any] = MappingProxyType({})
 
 
 def event_loop() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -25,9 +30,34 @@ def event_loop() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
-def uvicorn_config(app: Any, max_connections: int, drain_seconds: int | None = None) -> uvicorn.Config:
+def tls_settings(config: Config) -> dict[str, Any]:
+    """uvicorn's settings for TLS, empty without --ssl-certfile. Raises ConfigError for files that do not work."""
+    if config.ssl_certfile is None:
+        if config.ssl_keyfile or config.ssl_ca_certs:
+            raise ConfigError("--ssl-keyfile and --ssl-ca-certs: only together with --ssl-certfile")
+        return {}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # without a password the library would ask for one on the terminal
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password or "")
+        if config.ssl_ca_certs is not None:
+            context.load_verify_locations(config.ssl_ca_certs)
+    except OSError as e:
+        raise ConfigError(f"--ssl-certfile, --ssl-keyfile or --ssl-ca-certs cannot be used: {e}") from None
+    return {
+        "ssl_certfile": config.ssl_certfile,
+        "ssl_keyfile": config.ssl_keyfile,
+        "ssl_keyfile_password": config.ssl_keyfile_password,
+        "ssl_ca_certs": config.ssl_ca_certs,
+        "ssl_cert_reqs": ssl.CERT_NONE if config.ssl_ca_certs is None else ssl.CERT_REQUIRED,
+    }
+
+
+def uvicorn_config(
+    app: Any, max_connections: int, drain_seconds: int | None = None, tls: Mapping[str, Any] = NO_TLS
+) -> uvicorn.Config:
     """The settings for an application that is served on a socket which is there already. drain_seconds: how long
-    running requests may still take when the server stops; None: as long as they like."""
+    running requests may still take when the server stops; None: as long as they like. tls: see `tls_settings`."""
     return uvicorn.Config(
         OffersChunkWriter(AbsoluteTargets(app)),
         http=bounded_protocol(max_connections),
@@ -36,4 +66,5 @@ def uvicorn_config(app: Any, max_connections: int, drain_seconds: int | None = N
         lifespan="off",
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=drain_seconds,
+        **tls,
     )

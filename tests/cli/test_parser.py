@@ -12,8 +12,9 @@ import pytest
 from multilora import __main__
 from multilora.cli import compat as cli_compat
 from multilora.cli import parser as cli
-from multilora.config import Config, LoraPath
+from multilora.config import Config
 from multilora.errors import ConfigError
+from multilora.lora_path import LoraPath
 from multilora.options import options_of
 
 
@@ -121,7 +122,6 @@ def test_ignored_flags_are_not_ours():
         (["--port", "x"], "--port: invalid int value: 'x'"),
         (["--port"], "--port: expected one argument"),
         (["--dtype", "int4"], "--dtype must be one of"),
-        (["--ssl-keyfile", "k"], "TLS is not served"),
         (["--arena-bytes", "8XB"], "--arena-bytes: '8XB' is not a size"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Names, versions, states and counts of requests. Covers `adapter_ref.py` too."""
+"""Names, versions, states and counts of requests. Covers `adapter_ref.py`, `adapter_names.py` too."""
 
 import random
 from collections import Counter

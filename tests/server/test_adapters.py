@@ -6,8 +6,8 @@ import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer, run
 
-from multilora.config import LoraPath
 from multilora.errors import AdapterInvalid, AdapterNotFound, AdapterStarvation
+from multilora.lora_path import LoraPath
 
 KEYS = ["rid", "http_worker_ipc", "success", "error_message", "loaded_adapters"]
 

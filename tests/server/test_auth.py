@@ -1,10 +1,13 @@
-"""API keys: who may do what."""
+"""API keys of the flags: who may do what. Keys of a file are in `test_tenants.py`.
+
+Covers `key_ring.py` too.
+"""
 
 import pytest
 from fakes.models import FakeEngineClient
-from fakes.server_app import LocalServer
+from fakes.server_app import LocalServer, run
 
-from multilora.server.auth import ADMIN_PATHS, METRICS_PATHS, OPEN_PATHS
+from multilora.server.access_rules import RULES, Need
 
 USER, ADMIN = {"authorization": "Bearer user"}, {"authorization": "Bearer admin"}
 WRONG = [
@@ -15,6 +18,8 @@ WRONG = [
     {"authorization": "Bearer "},
     {"authorization": "Bearer üser"},
 ]
+ADMIN_PATHS = [path for path, rule in RULES.items() if rule.need in (Need.ADMIN, Need.LOADS, Need.ABORTS)]
+OPEN_PATHS = [path for path, rule in RULES.items() if rule.need in (Need.NOTHING, Need.SCRAPE)]
 
 
 def server(**keys):
@@ -24,7 +29,7 @@ def server(**keys):
 def test_without_keys_everything_is_open():
     s = server()
     assert s.get("/v1/models").status == 200
-    assert s.post("/flush_cache").status == 200
+    assert s.post("/flush_cache").status == s.get("/flush_cache").status == 200
 
 
 @pytest.mark.parametrize("headers", WRONG)
@@ -40,8 +45,7 @@ def test_a_missing_or_wrong_key_is_401(headers):
 
 def test_probes_and_metrics_stay_open():
     s = server(api_key="user", admin_api_key="admin")
-    paths = OPEN_PATHS | METRICS_PATHS
-    assert {path: s.get(path).status for path in paths} == dict.fromkeys(paths, 200)
+    assert {path: s.get(path).status for path in OPEN_PATHS} == dict.fromkeys(OPEN_PATHS, 200)
 
 
 @pytest.mark.parametrize("keys", [{}, {"api_key": "user", "admin_api_key": "admin"}])
@@ -61,6 +65,16 @@ def test_one_key_opens_everything():
     assert s.get("/v1/models", **USER).status == 200
     assert s.post("/flush_cache", **USER).status == 200
     assert s.get("/v1/models", authorization="bearer user").status == 200
+    assert s.get("/v1/models", **{"x-api-key": "user"}).status == 200
+    assert s.get("/nope", **USER).status == 404
+
+
+@pytest.mark.parametrize("keys", [{"api_key": "user"}, {"admin_api_key": "user"}])
+def test_get_flushes_nothing_while_there_are_keys(keys):
+    s = server(**keys)
+    answer = s.get("/flush_cache", **USER)
+    assert (answer.status, answer.headers["allow"]) == (405, "POST")
+    assert s.client.flushes == 0
 
 
 @pytest.mark.parametrize("path", sorted(ADMIN_PATHS))
@@ -75,5 +89,25 @@ def test_the_admin_key_alone_changes_the_server(path):
 def test_only_an_admin_key():
     s = server(admin_api_key="admin")
     assert s.get("/v1/models").status == 200
+    assert s.get("/load").status == 200
+    assert s.post("/generate", {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}).status == 200
     assert s.post("/flush_cache").status == 401
+    assert s.post("/abort_request", {"rid": "x"}).status == 401
     assert s.post("/flush_cache", **ADMIN).status == 200
+
+
+def test_a_key_alone_loads_directories_only_below_a_root(tmp_path):
+    body = {"lora_name": "a", "lora_path": str(tmp_path)}
+    answer = server(api_key="user").post("/load_lora_adapter", body, **USER)
+    assert answer.status == 400
+    assert "only below a --lora-root" in answer.json()["error_message"]
+    hub = server(api_key="user").post("/load_lora_adapter", body | {"lora_path": "org/name"}, **USER)
+    assert "no --lora-resolver-hub" in hub.json()["error_message"]
+    for keys in ({"api_key": "user", "lora_root": (str(tmp_path.parent),)}, {"admin_api_key": "user"}, {}):
+        assert server(**keys).post("/load_lora_adapter", body, **USER).status == 200
+
+
+def test_what_the_operator_loads_at_start_may_lie_anywhere(tmp_path):
+    s = server(api_key="user")
+    run(s.load_from("a", str(tmp_path)))
+    assert s.registry.loaded() == {"a": str(tmp_path)}

@@ -70,7 +70,7 @@ def test_bounds_stand_at_the_number_not_beside_it(document):
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"])
 def test_answers_streams_and_errors(document, path):
     responses = document["paths"][path]["post"]["responses"]
-    assert set(responses) == {"200", "400", "401", "404", "413", "503"}
+    assert set(responses) == {"200", "400", "401", "403", "404", "413", "429", "503"}
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     assert responses["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/Error")
 

@@ -8,8 +8,8 @@ from fakes.models import FakeEngineClient
 from fakes.server_app import SECONDS, LocalServer, run
 from fakes.tokenizers import byte_level_tokenizer, with_added_tokens
 
-from multilora.config import LoraPath
 from multilora.front.tokenizer import Tokenizer
+from multilora.lora_path import LoraPath
 
 BASE = byte_level_tokenizer()
 OWN = with_added_tokens(BASE, "<|call|>", eos="<|end|>")

@@ -18,8 +18,8 @@ from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer, run
 
 from multilora.adapters.sources.download import Downloads, Stop
-from multilora.config import LoraPath
 from multilora.errors import AdapterError, AdapterUnavailable
+from multilora.lora_path import LoraPath
 
 HELPER = Path(__file__).parents[1] / "adapters" / "sources" / "hub_server.py"
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "tokenizer.json": b"{}"}

@@ -23,7 +23,7 @@ class EndedRun:
 
 def put(store: ResponseStore, name: str, text: str = "", nbytes: int = 0) -> None:
     store.add(name, EndedRun(name, text), [f"input of {name}"], nbytes)  # type: ignore[arg-type]
-    store.settle(name)
+    store.settle(("", name))
 
 
 def known(store: ResponseStore, names: str) -> str:
@@ -66,7 +66,7 @@ def test_what_runs_stays_and_has_no_items_yet():
     put(store, "c")
     assert known(store, "abc") == "ac" and store.get("a").run is not None
     assert store.item("item of a") is None
-    store.settle("a")
+    store.settle(("", "a"))
     assert known(store, "abc") == "a" and store.get("a").items == [{"id": "item of a", "text": ""}]
 
 
@@ -74,6 +74,6 @@ def test_what_is_discarded_while_it_runs_stays_unknown():
     store = ResponseStore()
     store.add("a", EndedRun("a"), [], 0)  # type: ignore[arg-type]
     store.discard("a")
-    store.settle("a")
+    store.settle(("", "a"))
     with pytest.raises(UnknownResponse, match="'a'"):
         store.get("a")

@@ -16,17 +16,30 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from multilora.adapters.sources.download import Downloads
 from multilora.adapters.sources.files import CONFIG_NAME, WEIGHTS_NAME
 from multilora.config import Config
-from multilora.errors import BadRequest, StorageFailed
+from multilora.errors import AdapterQuotaExceeded, BadRequest, StorageFailed
 from multilora.private_directory import PrivateDirectory, remove_orphans
 
 TENSOR_ROOT = "__tensor__"
 """What clients see as the path of such an adapter."""
+
+
+@dataclass(frozen=True)
+class SpoolShare:
+    """The part of the spool that one owner's adapters may take. owner: "": whoever has no part of its own."""
+
+    owner: str
+    max_bytes: int | None
+
+
+WHOLE = SpoolShare("", None)
+"""No bound."""
 
 
 class WritePoint(enum.Enum):
@@ -51,6 +64,7 @@ class Spool:
         self._reached = reached
         self._made: PrivateDirectory | None = None
         self._lock = threading.Lock()
+        self._taken: dict[int, tuple[str, int]] = {}  # version → owner and bytes, of those with a bound
 
     @property
     def root(self) -> Path:
@@ -68,19 +82,23 @@ class Spool:
             return config
         return dataclasses.replace(config, lora_root=(*config.lora_root, str(self.root)))
 
-    def add(self, version: int, config: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    def add(
+        self, version: int, config: dict[str, Any], write: Callable[[Path], None], share: SpoolShare = WHOLE
+    ) -> Path:
         """The folder of a new adapter: `config` as its adapter_config.json, its weights as `write(path)` writes them.
 
-        Raises BadRequest for a config that is no JSON, StorageFailed if the disk refuses, and what `write` raises;
-        then nothing is left behind.
+        Raises BadRequest for a config that is no JSON, AdapterQuotaExceeded if it does not fit into the owner's
+        share, StorageFailed if the disk refuses, and what `write` raises; then nothing is left behind.
         """
         text = _json(config)
+        self._check_share(share, 1)
         folder = self.root / str(version)
         try:
             folder.mkdir(mode=0o700)
             self._reached(WritePoint.FOLDER)
             (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
             write(folder / WEIGHTS_NAME)
+            self._take(version, folder, share)
             self._sync(folder)
         except OSError as e:
             self.remove(version)
@@ -111,8 +129,14 @@ class Spool:
                 self.discard(folder)
         return folder if found else None
 
-    def keep(self, folder: Path, version: int) -> Path:
-        """The folder that `receive` has made is the version's from now on. Raises StorageFailed."""
+    def keep(self, folder: Path, version: int, share: SpoolShare = WHOLE) -> Path:
+        """The folder that `receive` has made is the version's from now on. Raises AdapterQuotaExceeded if it does not
+        fit into the owner's share, and deletes it, StorageFailed."""
+        try:
+            self._take(version, folder, share)
+        except BaseException:
+            self.discard(folder)
+            raise
         try:
             return folder.rename(self.root / str(version))
         except OSError as e:
@@ -124,6 +148,8 @@ class Spool:
 
     def remove(self, version: int) -> str | None:
         """Delete a version's folder. Returns where that was; None if there is no directory at all."""
+        with self._lock:
+            self._taken.pop(version, None)
         if self._made is None and self._kept is None:
             return None
         folder = self.root / str(version)
@@ -152,11 +178,48 @@ class Spool:
                 os.close(fd)
         self._reached(WritePoint.SYNCED)
 
+    def adopt(self, version: int, owner: str) -> None:
+        """Count the folder that a version has from before in the owner's share, however much that is."""
+        folder = self._kept and self._kept / str(version)
+        if folder and folder.exists():
+            with self._lock:
+                self._taken[version] = (owner, _size(folder))
+
+    def taken(self, owner: str) -> int:
+        """Bytes of the owner's adapters."""
+        with self._lock:
+            return self._taken_by(owner)
+
+    def _take(self, version: int, folder: Path, share: SpoolShare) -> None:
+        if share.max_bytes is None:
+            return
+        self._check_share(share, _size(folder), version)
+
+    def _check_share(self, share: SpoolShare, nbytes: int, version: int | None = None) -> None:
+        """Raise AdapterQuotaExceeded unless so much more fits; version: it is taken, by this one."""
+        if share.max_bytes is None:
+            return
+        with self._lock:
+            taken = self._taken_by(share.owner)
+            if taken + nbytes > share.max_bytes:
+                raise AdapterQuotaExceeded(
+                    f"adapters that are kept on disk may take {share.max_bytes} bytes: {taken} are taken"
+                )
+            if version is not None:
+                self._taken[version] = (share.owner, nbytes)
+
+    def _taken_by(self, owner: str) -> int:
+        return sum(nbytes for other, nbytes in self._taken.values() if other == owner)
+
     def close(self) -> None:
         """End the downloads and delete the directory."""
         self.downloads.close()
         if self._made is not None:
             self._made.close()
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def _json(config: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from multilora.config import Config
+from multilora.front.access import CALLER
 from multilora.front.adapter_spec import AdapterSpec
 from multilora.front.engine_link import EngineLink
 from multilora.front.observer import Ending, FirstOutput, Observer
@@ -22,6 +23,7 @@ from multilora.server.metrics.adapters import PER_ADAPTER, adapter_metrics, rout
 from multilora.server.metrics.http import HttpCounts
 from multilora.server.metrics.own import own_metrics
 from multilora.server.metrics.sglang import sglang_metrics
+from multilora.server.metrics.tenant_view import TenantView
 from multilora.server.metrics.totals import Totals
 from multilora.server.metrics.vllm import vllm_metrics
 
@@ -106,8 +108,11 @@ class Metrics(Observer):
         self._resolved.labels(event).inc()
 
     def render(self) -> bytes:
-        """The text format of Prometheus."""
-        return generate_latest(self._registry)
+        """The text format of Prometheus, of what the present caller may see."""
+        caller = CALLER.get()
+        if not caller.tenant.name:
+            return generate_latest(self._registry)
+        return generate_latest(TenantView(self._registry, caller))
 
 
 class _StateCollector(Collector):

@@ -24,7 +24,7 @@ from multilora.server.responses.item_pages import page, with_id
 from multilora.server.responses.items import ItemMessages, input_items
 from multilora.server.responses.output import new_id
 from multilora.server.responses.run import ResponseRun
-from multilora.server.responses.store import ResponseStore, StoredResponse, json_bytes
+from multilora.server.responses.store import ResponseStore, StoredResponse, json_bytes, own_key
 from multilora.server.streaming import EventStream, Json, named_frame, while_connected
 
 NOTHING = StoredResponse(None, [], 0)
@@ -134,7 +134,8 @@ class Responses:
             chat = ChatJob(self._driver.front, body.chat_body(conversation.messages), self._defaults)
             generation = await self._driver.generate([chat.job], [response_id])
         head = _head(response_id, body, chat.job.sampling, self._driver.front.config.model_name)
-        run = ResponseRun(head, chat, generation, lambda: self.store.settle(response_id))
+        key = own_key(response_id)
+        run = ResponseRun(head, chat, generation, lambda: self.store.settle(key))
         if body.store is not False:
             self.store.add(response_id, run, [*previous.items, *items], previous.nbytes + json_bytes(items), log)
         return run

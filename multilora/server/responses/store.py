@@ -1,21 +1,27 @@
 """The responses that clients can come back to, in memory: bounded by number and bytes, lost when the server ends.
 
-The least recently used ones that have ended leave first; those that run stay. Knows nothing of HTTP.
+Each tenant has its own: what another one has stored is unknown. Of the tenant with most bytes the least recently used
+ones that have ended leave first; those that run stay. Knows nothing of HTTP.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from multilora.errors import UnknownResponse
+from multilora.front.access import CALLER
 from multilora.server.responses.event_log import EventLog
 from multilora.server.responses.run import ResponseRun
 
 MAX_RESPONSES = 10_000
 MAX_BYTES = 256 << 20
 """The bound of all ended responses as JSON, each with the conversation before it."""
+
+
+Key = tuple[str, str]
+"""The tenant's name, and the id of a response or an output item."""
 
 
 @dataclass
@@ -48,10 +54,10 @@ class ResponseStore:
     def __init__(self, max_count: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_count = max_count
         self._max_bytes = max_bytes
-        self._running: dict[str, StoredResponse] = {}
-        self._ended: OrderedDict[str, StoredResponse] = OrderedDict()  # least recently used first
-        self._nbytes = 0  # of the ended ones
-        self._output: dict[str, dict[str, Any]] = {}  # of the ended ones, by the id of the item
+        self._running: dict[Key, StoredResponse] = {}
+        self._ended: OrderedDict[Key, StoredResponse] = OrderedDict()  # least recently used first
+        self._bytes = Counter[str]()  # of the ended ones, by tenant
+        self._output: dict[Key, dict[str, Any]] = {}  # of the ended ones
 
     def __len__(self) -> int:
         return len(self._running) + len(self._ended)
@@ -60,45 +66,56 @@ class ResponseStore:
         self, response_id: str, run: ResponseRun, items: list[Any], nbytes: int, log: EventLog | None = None
     ) -> None:
         """Keep a response that runs."""
-        self._running[response_id] = StoredResponse(run, items, nbytes, log)
+        self._running[own_key(response_id)] = StoredResponse(run, items, nbytes, log)
 
     def get(self, response_id: str) -> StoredResponse:
         """The response, used now. Raises UnknownResponse."""
-        if response_id in self._ended:
-            self._ended.move_to_end(response_id)
-            return self._ended[response_id]
-        if response_id not in self._running:
+        key = own_key(response_id)
+        if key in self._ended:
+            self._ended.move_to_end(key)
+            return self._ended[key]
+        if key not in self._running:
             raise UnknownResponse(f"Response with id {response_id!r:.100} not found.", param="response_id")
-        return self._running[response_id]
+        return self._running[key]
 
     def item(self, item_id: Any) -> dict[str, Any] | None:
         """The output item of a response that has ended; None: there is none with this id, or not any more."""
-        return self._output.get(item_id) if isinstance(item_id, str) else None
+        return self._output.get(own_key(item_id)) if isinstance(item_id, str) else None
 
-    def settle(self, response_id: str) -> None:
+    def settle(self, key: Key) -> None:
         """The response has ended: keep what it came to, within the bounds. One that was discarded stays unknown."""
-        stored = self._running.pop(response_id, None)
+        stored = self._running.pop(key, None)
         if stored is None:
             return
+        tenant = key[0]
         stored.ended, stored.run = stored.response(), None
         stored.items = [*stored.items, *stored.ended["output"]]
         stored.nbytes += json_bytes(stored.ended)
         if stored.log is not None:  # its last event, which shows the response again, is still to come
             stored.nbytes += stored.log.nbytes + json_bytes(stored.ended)
-        self._output |= {item["id"]: item for item in stored.ended["output"]}
-        self._ended[response_id] = stored
-        self._nbytes += stored.nbytes
-        while len(self._ended) > self._max_count or self._nbytes > self._max_bytes:
-            self.discard(next(iter(self._ended)))
+        self._output |= {(tenant, item["id"]): item for item in stored.ended["output"]}
+        self._ended[key] = stored
+        self._bytes[tenant] += stored.nbytes
+        while len(self._ended) > self._max_count or self._bytes.total() > self._max_bytes:
+            ((largest, _),) = self._bytes.most_common(1)
+            self._forget(next(key for key in self._ended if key[0] == largest))
 
     def discard(self, response_id: str) -> None:
         """Forget the response, if it is known."""
-        self._running.pop(response_id, None)
-        stored = self._ended.pop(response_id, None)
+        self._forget(own_key(response_id))
+
+    def _forget(self, key: Key) -> None:
+        self._running.pop(key, None)
+        stored = self._ended.pop(key, None)
         if stored is not None:
-            self._nbytes -= stored.nbytes
+            self._bytes[key[0]] -= stored.nbytes
             for item in stored.ended["output"]:
-                del self._output[item["id"]]
+                del self._output[key[0], item["id"]]
+
+
+def own_key(response_id: str) -> Key:
+    """The response of this id that is the present caller's tenant's."""
+    return CALLER.get().tenant.name, response_id
 
 
 def json_bytes(value: Any) -> int:

@@ -8,8 +8,9 @@ import pytest
 
 from multilora.cli import parser as cli
 from multilora.cli.compat import IGNORED
-from multilora.config import Config, LoraPath
+from multilora.config import Config
 from multilora.errors import ConfigError
+from multilora.lora_path import LoraPath
 
 from .table import Section
 from .world import BASE, PATHS, TEXT, TOO_LARGE, few
@@ -254,9 +255,8 @@ def known_flags_without_effect(caplog):
 
 @line.deviates
 def configuration_files():
-    """`--config` reads a file of flags, and `--ssl-*` serves TLS."""
-    for flag in ("--config x.yaml", "--ssl-keyfile k", "--ssl-certfile c"):
-        refused(flag, flag.split()[0])
+    """`--config` reads a file of flags."""
+    refused("--config x.yaml", "--config")
 
 
 @line

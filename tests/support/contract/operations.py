@@ -4,13 +4,14 @@ import time
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from multilora.server.auth import ADMIN_PATHS
+from multilora.server.access_rules import RULES, Need
 
 from .table import Section
 from .world import BASE, LOADED, PAGE_ORIGIN, TEXT, few, local
 
 line = Section("operations", "Routes about the server, and metrics")
 
+ADMIN_PATHS = [path for path, rule in RULES.items() if rule.need in (Need.ADMIN, Need.LOADS, Need.ABORTS)]
 PER_ADAPTER = """requests prompt_tokens generation_tokens time_to_first_token_seconds queue_time_seconds adapter_loads
     adapter_evictions adapter_load_seconds adapter_bytes adapter_hits adapter_misses"""
 

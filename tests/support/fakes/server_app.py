@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from multilora.adapters.sources.spool import Spool
-from multilora.config import Config, LoraPath
+from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver
+from multilora.front.records import Records
 from multilora.front.tokenizer import Tokenizer
+from multilora.lora_path import LoraPath
 from multilora.server.app import create_app
 
 SECONDS = 120  # no single wait of a test is longer, on a machine that others use, too
@@ -112,11 +114,12 @@ class LocalServer:
         client: Any,
         tokenizer: Tokenizer | None,
         defaults: dict[str, Any] | None = None,
+        state: tuple[Records, Spool] | None = None,
         **config: Any,
     ):
         self.config = self.config_of(**config)
         self.client = client
-        self.app = create_app(self.config, client, tokenizer, defaults)
+        self.app = create_app(self.config, client, tokenizer, defaults, *reversed(state or (None, None)))
         self.driver: AsyncDriver = self.app.state.driver
         self.registry = self.driver.front.registry
 
