@@ -6,7 +6,7 @@ from multilora.engine.messages import AdapterInfo
 from multilora.errors import BadRequest
 from multilora.front.adapter_spec import BASE, AdapterSpec
 from multilora.front.registry import AdapterRegistry
-from multilora.front.versions import VersionLabel
+from multilora.front.versions import VersionHistory, VersionLabel, VersionSpan
 
 
 @pytest.fixture
@@ -48,6 +48,38 @@ def test_the_label_of_several_adapters_is_the_newest_ones(registry: AdapterRegis
     assert mix.weight_version == "mixed" and (mix.lora_version or 0) > b
     a = load(registry, "a", replace=True, weight_version="a2")
     assert registry.acquire(only("mix")).label == VersionLabel("a2", a)
+
+
+def test_an_answers_spans() -> None:
+    old, middle, new = (VersionLabel(str(i), i) for i in range(3))
+    history = VersionHistory(old)
+    assert history.spans(0) == [VersionSpan(0, 0, old)]
+    history.switch(4, middle)
+    assert history.spans(4) == [VersionSpan(0, 4, old)], "the switch is to come"
+    assert history.spans(6) == [VersionSpan(0, 4, old), VersionSpan(4, 6, middle)]
+    history.switch(4, new)
+    assert history.spans(6) == [VersionSpan(0, 4, old), VersionSpan(4, 6, new)], "no token is the middle one's"
+    assert [history.last(end) for end in (0, 4, 5)] == [old, old, new]
+    before = VersionHistory(old)
+    before.switch(0, new)
+    assert before.spans(2) == [VersionSpan(0, 2, new)]
+
+
+def test_a_request_that_goes_on_with_another_version_holds_that(registry: AdapterRegistry) -> None:
+    old, other = load(registry, "a", weight_version="a1"), load(registry, "b")
+    registry.compose("mix", (("a", 0.5), ("b", 2.0)))
+    held = registry.acquire(only("mix"))
+    new = load(registry, "a", replace=True, weight_version="a2")
+    idle: list[int] = []
+    registry.when_idle(old, lambda: idle.append(old))
+    assert idle == []
+    held = registry.switch(held, old, new)
+    assert idle == [old]
+    assert held.composition == ((new, 0.5), (other, 2.0))
+    assert held.label == VersionLabel("a2", new)
+    assert [registry.num_requests(version) for version in (new, other)] == [1, 1]
+    registry.release(held)
+    assert [ref.num_requests for ref in registry.refs()] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("label", ["", "x" * 257])
