@@ -6,6 +6,8 @@
 #   make check       format, lint, types, layer order
 #   make test        the tests (CPU, minutes);          ARGS="-k scheduler"
 #   make test-slow   whole processes, their deaths, restarts and waits, and longer tables (CPU)
+#   make soak        a server under load, swaps and killed processes for ten minutes; ARGS="--seconds 60"
+#   make fuzz        over 10,000 bodies made from /openapi.json, over 100,000 adapter files (CPU, an hour)
 #   make coverage    both, with the share of lines that they run
 #   make test-clients  other people's clients, each in an environment of its own (minutes); ARGS="openai litellm"
 #   make test-models   real weights, which packages ship, against transformers and PEFT (CPU, minutes)
@@ -25,7 +27,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-slow coverage test-clients test-models test-gpu bench clean
+.PHONY: help setup demo serve check test test-slow soak fuzz coverage test-clients test-models test-gpu bench clean
 
 help:
 	@sed -n 's/^#  *make /make /p' Makefile
@@ -59,6 +61,13 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/pytest -q -m 'slow and not gpu and not models' $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python -m scripts.soak $(ARGS)
+
+fuzz: $(READY)
+	MULTILORA_FUZZ_CASES=250 $(BIN)/pytest -q tests/server/test_schema_fuzz.py $(ARGS)
+	MULTILORA_FUZZ_TIMES=25 $(BIN)/pytest -q -n $(WORKERS) tests/adapters/test_fuzz.py $(ARGS)
 
 coverage: $(READY)
 	rm -f .coverage*

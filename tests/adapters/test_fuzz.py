@@ -161,10 +161,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         torch.set_num_threads(threads)
 
 
+TIMES = int(os.environ.get("MULTILORA_FUZZ_TIMES", "1"))
+
+
 def cases(count: int) -> Callable[[Any], Any]:
-    """As many examples, the same ones in every run."""
+    """As many examples, the same ones in every run; `make fuzz` wants more."""
     return settings(
-        max_examples=count,
+        max_examples=count * TIMES,
         derandomize=True,
         deadline=None,
         database=None,

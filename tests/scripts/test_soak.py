@@ -1,0 +1,33 @@
+"""A soak of a real server: a short one with a killed loader, and a minute with killed engines."""
+
+import argparse
+
+import pytest
+
+from scripts.soak.__main__ import run
+from scripts.soak.clients import Clients, WrongEndingError
+
+WHOLE = {"seconds": 60.0, "adapters": 40, "clients": 16, "kills": 4, "seed": 0}
+
+
+def test_a_short_soak(capsys):
+    assert run(argparse.Namespace(**WHOLE | {"seconds": 8.0, "adapters": 8, "clients": 6, "kills": 1})) == 0
+    text = capsys.readouterr().out
+    assert "BAD" not in text and text.count("ok ") >= 8 and "killed: loader" in text
+
+
+@pytest.mark.slow
+def test_a_soak_of_a_minute(capsys):
+    assert run(argparse.Namespace(**WHOLE)) == 0
+    assert "killed: loader engine" in capsys.readouterr().out
+
+
+def test_it_can_fail():
+    clients = Clients(None, 4, 0)
+    clients.expected["sql", "p"] = "SELECT 1"
+    assert clients._judge("SELECT 1", "p", {"sql", "gone"}) == "right"
+    with pytest.raises(WrongEndingError):
+        clients._judge("SELECT 2", "p", {"sql"})
+    assert clients._error({"code": "EngineRestarting"}) == "EngineRestarting"
+    with pytest.raises(WrongEndingError):
+        clients._error({"code": "MultiloraError"})
