@@ -35,6 +35,7 @@
     ├── EnginePaused                503  paused and taking no requests; carries `retry_after` seconds
     │   └── EngineAsleep            503  its memory is released until /wake_up
     ├── ServerStopping              503  the server is being stopped; carries `retry_after` seconds
+    ├── StepFailed                  500  a step that the request was in has failed; others go on
     ├── DeadlineExceeded            504  the request took longer than its timeout or --max-request-seconds
     └── EngineDead                  503  the engine process ended
         └── EngineRestarting        503  it ended and is being started again; carries `retry_after` seconds
@@ -233,6 +234,10 @@ class ServerStopping(MultiloraError):
 
     status = 503
     retry_after = 1
+
+
+class StepFailed(MultiloraError):
+    """A step has failed that the request was part of; the engine and all other requests go on."""
 
 
 class DeadlineExceeded(MultiloraError):

@@ -4,6 +4,7 @@ Owns the scheduler, the runner, the adapter store and the other ranks, which exe
 puts them together. Runs in its own process behind `worker.py`, or in the caller's under `LLM`.
 """
 
+import logging
 import random
 from collections import deque
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from multilora.engine.messages import (
     WakeUp,
 )
 from multilora.engine.pause_control import PauseControl
+from multilora.engine.plan import StepPlan, StepResult
 from multilora.engine.profiler import Profiler
 from multilora.engine.ranks.lead import AnyRanks
 from multilora.engine.scheduling.limits import RequestLimits
@@ -47,6 +49,11 @@ from multilora.engine.sleep import DeviceSleep
 from multilora.engine.stats import StatsReporter
 from multilora.errors import AdapterNotLoaded, BadRequest, LoraNotEnabled, MultiloraError, UnknownAdapter
 from multilora.params import Composition
+
+logger = logging.getLogger(__name__)
+
+MOST_FAILED_STEPS = 8
+"""So many in a row are taken to be the fault of the requests in them."""
 
 
 class Engine:
@@ -83,6 +90,7 @@ class Engine:
         self._replies: list[FromEngine] = []
         self._order = 0
         self._ahead = ahead
+        self._failed_steps = 0  # in a row
         self._in_flight: deque[Launched] = deque()  # launched, not yet committed
 
     # ------------------------------------------------------------------ one step
@@ -112,14 +120,38 @@ class Engine:
         if plan is not None:
             self.profiler.before_step(plan.number)
             self._ranks.run_step(plan)
-            forward = self.runner.forward(plan)
-            if self.runner.needs_tokens(plan):
-                outputs += self._commit(0)
-            self._in_flight.append(self.runner.sample(forward))
+            outputs += self._launch(plan)
         outputs += self._commit(self._ahead if plan is not None else 0)
         self._poll_unloads()
         said = ([Outputs(outputs)] if outputs else []) + self._take_replies()
         return said + (self.pauses.settle(in_flight=bool(self._in_flight)) if self.pauses.working else [])
+
+    def _launch(self, plan: StepPlan) -> list[Output]:
+        """Have the device compute the plan. If that fails, only its requests end, where the device is sound."""
+        self.runner.apply(plan)
+        try:
+            forward = self.runner.forward(plan)
+        except Exception as e:  # noqa: BLE001 - raised again if it concerns others
+            return self._fail(plan, e)
+        outputs = self._commit(0) if self.runner.needs_tokens(plan) else []
+        try:
+            self._in_flight.append(self.runner.sample(forward))
+        except Exception as e:  # noqa: BLE001
+            return outputs + self._fail(plan, e)
+        self._failed_steps = 0
+        return outputs
+
+    def _fail(self, plan: StepPlan, error: Exception) -> list[Output]:
+        """End the requests of a step that could not be launched. Raises `error` if no other step would go better."""
+        self._failed_steps += 1
+        if self._ranks.size > 1 or self._failed_steps > MOST_FAILED_STEPS or not self.runner.is_sound(error):
+            raise error
+        logger.error("step %d failed; its requests end", plan.number, exc_info=error)
+        outputs = self._commit(0)
+        message = f"the step failed that this request was in: {type(error).__name__}: {error}"
+        for request, _ in self.scheduler.steps[plan.number].runs:
+            self.scheduler.end(request.rid, Finished(type="error", kind="StepFailed", message=message[:1000]))
+        return outputs + self.scheduler.take_outbox() + self.scheduler.commit(plan, StepResult([], [], [], []))
 
     def _commit(self, ahead: int) -> list[Output]:
         """Read and commit the oldest steps until only `ahead` are in flight."""

@@ -167,10 +167,19 @@ class Front:
     def _end(self, sample: Sample) -> None:
         """The sample has ended: release its adapters."""
         del self._open[sample.scope]
-        self.registry.release(sample.held)
+        self._let_go(sample)
         sample.grant.release()
         if sample.submitted:
             self.observer.ended(sample.job.adapters, _ending(sample, self.engine.ready.context_length))
+            for name, _ in sample.job.adapters:
+                if self.registry.current(name) is None:  # unloaded while the client read what was there
+                    self.observer.forget(name)
+
+    def _let_go(self, sample: Sample) -> None:
+        """The engine has ended its part: however slowly the client reads the rest, its adapters may be unloaded."""
+        if not sample.let_go:
+            sample.let_go = True
+            self.registry.release(sample.held)
 
     def use_keys(self, tenants: Mapping[str, Tenant], adapters: Sequence[tuple[str, Limits]]) -> None:
         """There are these tenants from now on; adapters: see `Quotas`."""
@@ -280,6 +289,8 @@ class Front:
         def take(output: Output) -> None:
             if output.again:
                 sample.versions = VersionHistory(sample.held.label)
+            if output.finished is not None:
+                self._let_go(sample)
             if output.switch is None:
                 deliver(output)
             else:  # at once, however slowly the client reads: what it held may be unloaded then
@@ -297,7 +308,7 @@ class Front:
 
     def _switch(self, sample: Sample, switch: AdapterSwitch) -> None:
         """The engine goes on with another version of its adapter."""
-        if self._open.get(sample.scope) is sample:
+        if self._open.get(sample.scope) is sample and not sample.let_go:
             sample.held = self.registry.switch(sample.held, switch.old, switch.new)
             sample.versions.switch(switch.start, sample.held.label)
 

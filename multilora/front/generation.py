@@ -84,6 +84,7 @@ class Sample:
     grant: Grant = UNLIMITED
     started: bool = False  # its first output is here
     deliver: Callable[[Output], None] | None = None  # once it is submitted
+    let_go: bool = False  # it holds its adapters no longer
     shown: bool = False  # the client has been told some of it
 
     @property

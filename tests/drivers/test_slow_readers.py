@@ -68,6 +68,24 @@ def test_an_error_comes_after_what_was_before_it():
     run(scenario())
 
 
+def test_who_does_not_read_holds_no_adapter_once_the_engine_has_finished():
+    s = server_of()
+    s.load("a")
+
+    async def scenario():
+        sampling = SamplingParams(max_new_tokens=COUNT)
+        generation = await s.driver.generate([Job(prompt=[5], sampling=sampling, adapters=(("a", 1.0),))])
+        unload = asyncio.create_task(s.driver.change(s.driver.front.adapters.unload("a")))
+        await until(lambda: not s.client._running)
+        await asyncio.wait_for(unload, 5)
+        assert s.registry.loaded() == {} and s.driver.front.in_flight == 1
+        (sample,) = await generation.results()
+        assert sample.stream.token_ids == IDS[:COUNT] and sample.label.lora_version == 1
+        assert 'adapter_name="a"' not in (await s.send("GET", "/metrics")).text
+
+    run(scenario())
+
+
 class Interrupted:
     """A generation of two samples whose outputs the test gives, also those of a second engine."""
 

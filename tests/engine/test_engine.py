@@ -341,7 +341,7 @@ def test_an_adapter_that_cannot_come_back(files: Path, tmp_path: Path) -> None:
     rids = [driver.submit(PROMPT, name) for name in ("a", "b", "a", None)]
     driver.run()
     kinds = [driver.answers[rid].finished.kind for rid in rids]
-    assert kinds == ["AdapterNotFound", "", "AdapterNotFound", ""]
+    assert kinds == ["AdapterUnavailable", "", "AdapterUnavailable", ""]
     (tmp_path / "away").rename(tmp_path / "a")
     assert driver.complete(PROMPT, "a").tokens == expected
 

@@ -7,6 +7,7 @@ from fakes.engine import FakeForward, FakeLaunched, answer, make_engine
 from fakes.engine_driver import Stepper
 from fakes.tiers import FakeTiers
 
+from multilora.engine.engine import MOST_FAILED_STEPS
 from multilora.engine.messages import Abort, Output, Submit
 from multilora.engine.plan import StepPlan, StepResult
 from multilora.params import SamplingParams
@@ -136,3 +137,68 @@ def test_a_preempted_grammar_goes_on_from_its_token_in_flight() -> None:
     scheduler._preempt(request)
     engine.run()
     assert engine.tokens["a"] == answer(PROMPT, (), 6, True).tokens
+
+
+# ---------------------------------------------------------------------- steps that fail
+
+
+class Failing(Traced):
+    """Launches fail whose numbers are in `bad`, in their forward pass or while they are sampled."""
+
+    def __init__(self, stage: str, bad: set[int], **options: Any):
+        super().__init__(**options)
+        self.errors: dict[str, str] = {}
+        runner = self.engine.runner
+        launch = getattr(runner, stage)
+
+        def failing(what: Any) -> Any:
+            number = what.number if stage == "forward" else what.plan.number
+            if number in bad:
+                raise IndexError("index out of range in self")
+            return launch(what)
+
+        setattr(runner, stage, failing)
+
+    def take(self, output: Output) -> None:
+        super().take(output)
+        if output.finished is not None and output.finished.type == "error":
+            self.errors[output.rid] = f"{output.finished.kind}: {output.finished.message}"
+
+
+@pytest.mark.parametrize("stage", ["forward", "sample"])
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("grammar", [None, "g"])
+def test_a_step_that_fails_ends_only_its_requests(stage: str, ahead: bool, grammar: str | None) -> None:
+    right = answer(PROMPT, (), 6, ignore_eos=True).tokens
+    driver = Failing(stage, {3}, ahead=ahead, max_running=2)
+    for rid in ("a", "b", "late"):
+        driver.submit(rid, grammar)
+    driver.run()
+    for rid in ("a", "b"):
+        assert (
+            driver.errors[rid].startswith("StepFailed: ") and "IndexError: index out of range" in driver.errors[rid]
+        )
+        assert driver.tokens[rid] == right[:2], "what came before the step was heard"
+    assert driver.endings["late"] == "length" and driver.tokens["late"] == right
+    assert driver.engine.scheduler.unfinished == 0 and driver.engine.runner.unread == []
+
+
+def test_after_an_error_of_the_device_the_engine_ends() -> None:
+    driver = Failing("forward", {3})
+    driver.engine.runner.sound = False
+    driver.submit("a")
+    with pytest.raises(IndexError):
+        driver.run()
+
+
+def test_if_every_step_fails_it_is_not_the_fault_of_requests() -> None:
+    driver = Failing("forward", set(range(1, 100)))
+    for number in range(20):
+        driver.submit(str(number))
+        if number < MOST_FAILED_STEPS:
+            driver.run()
+            assert driver.endings[str(number)] == "error"
+        else:
+            with pytest.raises(IndexError):
+                driver.run()
+            return

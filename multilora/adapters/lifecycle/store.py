@@ -24,6 +24,7 @@ from multilora.errors import (
     AdapterIncompatible,
     AdapterNotLoaded,
     AdapterStarvation,
+    AdapterUnavailable,
     MultiloraError,
     from_wire,
 )
@@ -362,7 +363,7 @@ class AdapterStore:
         adapter.asked_at = None
         if adapter.known:
             adapter.move(State.FAILED)
-            return Lost(adapter.version, error)
+            return Lost(adapter.version, AdapterUnavailable(f"the adapter cannot be brought back: {error.message}"))
         self._forget(adapter)
         return Loaded(adapter.version, error)
 

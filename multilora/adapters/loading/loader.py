@@ -48,8 +48,13 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def failed(version: int, message: str) -> Fetched:
-    """The result of a fetch that failed for a reason outside the adapter."""
+    """The result of a fetch that failed and would fail again."""
     return Fetched(version=version, kind="AdapterError", message=message)
+
+
+def unavailable(version: int, message: str) -> Fetched:
+    """The result of a fetch that failed for a reason outside the adapter, so that it may go well later."""
+    return Fetched(version=version, kind="AdapterUnavailable", message=message)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def fetch(
     except MultiloraError as e:
         return Fetched(version=job.version, kind=e.kind, message=e.message), None
     except (OSError, MemoryError) as e:
-        return failed(job.version, f"{job.path}: {str(e) or 'out of memory'}"), None
+        return unavailable(job.version, f"{job.path}: {str(e) or 'out of memory'}"), None
     result = Fetched(
         version=job.version,
         shape=shape,

@@ -16,8 +16,10 @@ import signal
 import socket
 import sys
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from time import monotonic
 
 import msgspec
 import torch
@@ -26,7 +28,7 @@ from multilora.adapters.host.mapping import map_file
 from multilora.adapters.host.shared_buffers import SharedBuffer, SharedBuffers
 from multilora.adapters.host.staging import Staging
 from multilora.adapters.loading.child_process import ChildProcess, RestartPolicy
-from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, failed, fetch
+from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, failed, fetch, unavailable
 from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, StartLoader, receive, send
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 PARALLEL_FETCHES = 4  # so that a slow download does not hold up a local directory
 MAX_READERS = 8  # threads, for all fetches together
 MAX_PACKERS = 8  # processes
+WAIT_SECONDS = 20.0
+"""How long a job waits for a process."""
 NICENESS = 10  # steps have priority over adapters
 # glibc's malloc: memory that a file was read into is used again, because fresh pages cost more than reading. At most
 # 512 MiB stay with an idle process.
@@ -49,7 +53,8 @@ class ProcessLoader:
 
     staging: the loader owns it from now on. A restarted process gets it as soon as its predecessors and all that they
     forked are gone and no view of a part is left; until then adapters come in files. A process that keeps dying at
-    its start is restarted after a pause, during which every job fails at once.
+    its start is restarted after a pause. Jobs wait for the next process: the one that they were given to when it died
+    once, as they may be why, and none longer than WAIT_SECONDS.
     """
 
     working = False
@@ -58,6 +63,8 @@ class ProcessLoader:
         self._context = context
         self._staging = staging
         self._pending: dict[int, FetchJob] = {}
+        self._waiting: deque[tuple[FetchJob, float]] = deque()  # for a process, and until when
+        self._tried: set[int] = set()  # versions that a process has died with
         self._to_report: list[tuple[Fetched, torch.Tensor | None]] = []  # at the next poll
         self._page_bytes = context.target.page_bytes
         self._restarts = RestartPolicy()
@@ -110,8 +117,11 @@ class ProcessLoader:
             self._to_report += self._died()
         self._start_if_due()
         if self._child.ended:
-            self._to_report.append((failed(job.version, f"{job.path}: {self._restarts.explanation()}"), None))
-            return
+            self._waiting.append((job, monotonic() + WAIT_SECONDS))
+        else:
+            self._give(job)
+
+    def _give(self, job: FetchJob) -> None:
         self._pending[job.version] = job
         try:
             send(self._socket, Order(job))
@@ -125,10 +135,26 @@ class ProcessLoader:
         """See `Loader`."""
         self._child.listen()
         self._start_if_due()
+        self._give_waiting()
         self._grant_staging()
         done, self._to_report = self._to_report, []
         answers, at_end = self._answers()
         return done + answers + (self._died() if at_end else [])
+
+    def _give_waiting(self) -> None:
+        """Give the process what waits for one; what would wait for too long fails."""
+        now = monotonic()
+        while self._waiting:
+            job, until = self._waiting[0]
+            if not self._child.ended:
+                self._give(job)
+            elif now + self._restarts.seconds_left >= until:
+                self._to_report.append(
+                    (unavailable(job.version, f"{job.path}: {self._restarts.explanation()}"), None)
+                )
+            else:
+                return
+            self._waiting.popleft()
 
     def _answers(self) -> tuple[list[tuple[Fetched, torch.Tensor | None]], bool]:
         """What the process has sent, and whether it has closed its end."""
@@ -144,6 +170,7 @@ class ProcessLoader:
             message = msgspec.msgpack.decode(data, type=Message)
             try:
                 self._pending.pop(message.result.version, None)
+                self._tried.discard(message.result.version)
                 done.append(self._with_pages(message, fds))
             finally:
                 for fd in fds:
@@ -172,12 +199,12 @@ class ProcessLoader:
             assert self._staging is not None
             pages = self._staging.view(message.start, message.nbytes, partial(self._release_part, self._child))
         elif not fds:
-            return failed(result.version, "no file descriptor is left to receive its pages with"), None
+            return unavailable(result.version, "no file descriptor is left to receive its pages with"), None
         else:
             try:
                 pages = map_file(fds[0], message.nbytes)
             except (OSError, RuntimeError) as e:
-                return failed(result.version, f"its pages cannot be mapped: {e}"), None
+                return unavailable(result.version, f"its pages cannot be mapped: {e}"), None
         return result, pages.view(-1, self._page_bytes)
 
     def _release_part(self, child: ChildProcess, start: int) -> None:
@@ -206,7 +233,8 @@ class ProcessLoader:
             logger.info("adapters are staged again")
 
     def _died(self) -> list[tuple[Fetched, torch.Tensor | None]]:
-        """Fail the jobs that the process had not answered, and start another one, at once or after a pause."""
+        """Start another process, at once or after a pause, and keep for it the jobs that this one had not answered.
+        Those with which one has died before fail."""
         done, _ = self._answers()
         self._poll_socket(self._silent)
         self._child.end()
@@ -215,10 +243,17 @@ class ProcessLoader:
             logger.warning("adapters load slower until nobody uses what the process that ended has staged")
         self._has_staging = False
         self._plan_start(self._child.describe_end(), self._child.answered)
+        until = monotonic() + WAIT_SECONDS
         for version, job in self._pending.items():
-            done.append((failed(version, f"{job.path}: {self._restarts.explanation()}"), None))
+            if version in self._tried:
+                self._tried.discard(version)
+                done.append((unavailable(version, f"{job.path}: {self._restarts.explanation()}"), None))
+            else:
+                self._tried.add(version)
+                self._waiting.append((job, until))
         self._pending.clear()
         self._start_if_due()
+        self._give_waiting()
         return done
 
     def _plan_start(self, how: str, useful: bool) -> None:
@@ -296,7 +331,7 @@ class _FetchServer:
             result, buffer = fetch(job, self._context, allocate, self._readers, write)
         except Exception as e:
             logger.exception("reading adapter %s failed", job.path)
-            result, buffer = failed(job.version, f"{job.path}: {e!r}"), None
+            result, buffer = unavailable(job.version, f"{job.path}: {e!r}"), None
         sent = self._send(job, result, taken[0] if buffer is not None else None)
         for shared in taken:
             if sent and buffer is not None:

@@ -149,11 +149,8 @@ class Runner:
         """Raise BadRequest for what could not be sampled: see `Sampler.check`."""
         self._sampler.check(params, vocab_size, grammar)
 
-    def forward(self, plan: StepPlan) -> Forward:
-        """Queue the forward pass of a plan. Needs no token on the host: what is unknown there is on the device.
-
-        Plans come in order, none is left out, and each is sampled before the next one's forward pass.
-        """
+    def apply(self, plan: StepPlan) -> None:
+        """Bring what is kept from step to step up to date. Plans come in order, none is left out."""
         for slot in plan.free:
             self._sampler.free(slot)
         for state in plan.install:
@@ -161,7 +158,23 @@ class Runner:
         self._tables.update(plan.pages)
         if self._lora is not None:
             self._lora.apply(plan.lora)
+
+    def forward(self, plan: StepPlan) -> Forward:
+        """Queue the forward pass of the plan that has been applied last. Needs no token on the host: what is unknown
+        there is on the device. It is sampled before the next plan is applied, unless it fails."""
         return Forward(plan, self._forward(plan))
+
+    def is_sound(self, error: Exception) -> bool:
+        """Whether the device can go on after `error` of `forward` or `sample`: not after an error of CUDA's."""
+        if self._device.type != "cuda":
+            return True
+        if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+            return False
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return False
+        return True
 
     def needs_tokens(self, plan: StepPlan) -> bool:
         """Whether the steps before must have been read before this one can be sampled, as grammars want it."""

@@ -189,6 +189,7 @@ class _Follower:
 
     def _step(self, plan: StepPlan) -> None:
         """As `Engine.step`, without the parts that decide."""
+        self._runner.apply(plan)
         forward = self._runner.forward(plan)
         if self._runner.needs_tokens(plan):
             self._read(0)

@@ -79,7 +79,7 @@ class Scheduler:
         self._admission = Admission(self.policy, self.components, self.cost, want=self._want, clock=clock)
         self._slots = Slots()
         self._installs: list[SamplingState] = []  # for the next plan
-        self._steps: dict[int, LaunchedStep] = {}  # number → step, from plan to commit
+        self.steps: dict[int, LaunchedStep] = {}  # number → step, from plan to commit
         self._committed_at = 0.0
         self._requests: dict[str, Request] = {}
         self._outbox: list[Output] = []  # what no step brings: endings, and other adapter versions
@@ -311,14 +311,14 @@ class Scheduler:
         free = self._slots.recycle(self.kv.pool.completed)
         install, self._installs = self._installs, []
         plan = StepPlan(self.launched, [chunk for _, chunk in runs], free, install, pages, self._journal.take())
-        self._steps[plan.number] = LaunchedStep(plan, [(request, request.epoch) for request, _ in runs], self.clock())
+        self.steps[plan.number] = LaunchedStep(plan, [(request, request.epoch) for request, _ in runs], self.clock())
         return plan
 
     # ------------------------------------------------------------------ commit
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Output]:
         """The step has finished. Take in its tokens; returns what the front should hear."""
-        step = self._steps.pop(plan.number)
+        step = self.steps.pop(plan.number)
         self.kv.pool.complete(plan.number)
         begun = max(step.launched_at, self._committed_at)
         self._committed_at = self.clock()

@@ -67,7 +67,7 @@ def test_an_error_of_our_own_is_not_the_adapters_fault(ends: Ends, monkeypatch: 
 
     monkeypatch.setattr(module, "fetch", broken)
     result = ends.answer()
-    assert result.kind == "AdapterError" and "no thread is left" in result.message
+    assert result.kind == "AdapterUnavailable" and "no thread is left" in result.message
     assert ends.all_is_free()
 
 

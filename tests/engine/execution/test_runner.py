@@ -127,6 +127,7 @@ class Follower:
         for change in plan.lora:
             if isinstance(change, LoraInstall):
                 self._arena[change.pages] = self._leaders_arena[change.pages]
+        self._runner.apply(plan)
         return self._runner.sample(self._runner.forward(plan)).result().token_ids
 
     def close(self) -> None:

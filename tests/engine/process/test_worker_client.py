@@ -370,22 +370,18 @@ def test_when_the_engine_is_killed_everyone_hears_at_once(files: Path) -> None:
     assert not gone(loaders, SECONDS), "the loader outlives its engine"
 
 
-@pytest.mark.slow
-def test_when_a_step_fails_everyone_hears_and_the_log_says_why(files: Path, capfd: pytest.CaptureFixture) -> None:
-    """As a CUDA error would: a token that the front would never let in makes the forward pass raise."""
-    front = EngineOnALoop(config(files))
+def test_when_a_step_fails_only_its_requests_end(front: EngineOnALoop) -> None:
+    """A token that the front would never let in makes the forward pass raise, on a device that is sound."""
+    right, _ = front.answer(front.submit())
     queues = [front.submit(max_new_tokens=LONG) for i in range(3)]
     front.run(queues[0].get())
     queues.append(front.submit(input_ids=[10**6]))
     for queue in queues:
         _, finished = front.answer(queue)
-        assert (finished.type, finished.kind) == ("error", "EngineDead")
-    assert not front.client.alive, "what /health looks at"
-    assert front.client._process.returncode == 1
-    front.close()
-    log = capfd.readouterr().err
-    assert "a step failed; the engine ends" in log
-    assert "IndexError" in log, "why"
+        assert (finished.type, finished.kind) == ("error", "StepFailed")
+        assert "IndexError" in finished.message
+    assert front.client.alive
+    assert front.answer(front.submit())[0] == right
 
 
 @pytest.mark.slow

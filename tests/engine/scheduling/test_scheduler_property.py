@@ -55,7 +55,7 @@ class CheckedScheduler(Scheduler):
         decoding = [(r, r.epoch) for r in self.running if r.progress.decoding and not r.at_limit]
         before = {r: (r.epoch, r.progress.in_flight) for r in self.running + self.waiting}
         plan = super().plan()
-        runs = self._steps[plan.number].runs if plan else []
+        runs = self.steps[plan.number].runs if plan else []
         chunks = {request: c for (request, _), c in zip(runs, plan.chunks if plan else (), strict=True)}
         assert len(chunks) == len(runs), "a request twice in one plan"
         for request, epoch in decoding:
@@ -340,7 +340,7 @@ class World(Stepper):
             assert client.aborted
         else:
             assert message.adapters or ended.kind == "CannotFit"
-            assert ended.kind in ("AdapterError", "CannotFit")
+            assert ended.kind in ("AdapterUnavailable", "CannotFit")
 
     # ------------------------------------------------------------------ invariants
 

@@ -129,6 +129,7 @@ class FakeRunner:
         self._states = [[0] * self._page_size for _ in range(tiers.pool.total)]
         self._sequences: dict[int, _Sequence] = {}  # slot → sequence
         self._last_step = 0
+        self.sound = True
         self.unread: list[int] = []
         self.tokens_sampled = 0
 
@@ -138,11 +139,11 @@ class FakeRunner:
     def check_sampling(self, params: SamplingParams, vocab_size: int, grammar: str | None) -> None:
         """Everything goes."""
 
+    def is_sound(self, error: Exception) -> bool:
+        return self.sound
+
     def forward(self, plan: StepPlan) -> FakeForward:
-        assert plan == StepPlan.decode(plan.encode()), "a plan must survive its way to another rank"
-        assert plan.number == self._last_step + 1, "steps are executed in order, each of them"
-        self._last_step = plan.number
-        self._apply(plan)
+        assert plan.number == self._last_step, "it has been applied"
         rows = []
         for chunk in plan.chunks:
             sequence = self._sequences[chunk.slot]
@@ -158,7 +159,10 @@ class FakeRunner:
         self.unread.append(number)
         return FakeLaunched(forward.plan, lambda: self._run(number, forward.rows))
 
-    def _apply(self, plan: StepPlan) -> None:
+    def apply(self, plan: StepPlan) -> None:
+        assert plan == StepPlan.decode(plan.encode()), "a plan must survive its way to another rank"
+        assert plan.number == self._last_step + 1, "steps are executed in order, each of them"
+        self._last_step = plan.number
         for slot in plan.free:
             self._sequences.pop(slot, None)
         for state in plan.install:
