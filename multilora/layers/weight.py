@@ -29,6 +29,11 @@ class Weight(nn.Module, ABC):
     def load(self, rows: slice, tensor: torch.Tensor) -> None:
         """Fill these rows of W from a checkpoint's tensor, [rows, in], converting it to the stored form."""
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic, which x has too."""
+
 
 class PlainWeight(Weight):
     """W as one tensor of the model's dtype: fp32, bf16 or fp16."""
@@ -37,6 +42,10 @@ class PlainWeight(Weight):
         super().__init__()
         data = torch.empty(out_features, in_features, device=device, dtype=dtype)
         self.data = nn.Parameter(data, requires_grad=False)  # [out, in]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, self.data, bias)

@@ -112,6 +112,10 @@ class Halved(Weight):
         super().__init__()
         self.data = torch.nn.Parameter(torch.zeros(rows, columns, dtype=torch.int8), requires_grad=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, self.dequantised(slice(None)), bias)
 

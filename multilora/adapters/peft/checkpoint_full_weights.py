@@ -252,6 +252,7 @@ def _table(table: str, weight: torch.Tensor, contents: Contents) -> Iterator[Blo
     if base.weights_dir is not None and not contents.resized:
         places = (Place(MODEL_LEVEL, table), EMBED_PLACE)  # a tied model's checkpoint has no head
         names = tuple(f"{base.paths[place]}.weight" for place in places)
+        names += tuple(name.removeprefix(base.inner) for name in names)  # a checkpoint of the decoder alone
         ids = differing_rows(weight, names, base.weights_dir)
         if not ids:
             return

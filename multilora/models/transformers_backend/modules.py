@@ -148,8 +148,13 @@ class PagedAttention:
 
 
 def attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: object, **kwargs: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: object = None,  # noqa: ARG001 - there is none: what layers see, the backend knows
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Our function in transformers' attention interface. There is no mask: what layers see, the backend knows."""
+    """Our function in transformers' attention interface."""
     paged: PagedAttention = module.paged_attention
     return paged(query, key, value, kwargs.get("scaling"), kwargs.get("s_aux")), None

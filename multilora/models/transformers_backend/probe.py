@@ -192,14 +192,14 @@ class _Recorder:
     def _check_tables(self, rows: int) -> None:
         """Every table of tokens but the first must have been read: token ids are not there to read it by."""
         for module in self._tree.decoder.modules():
-            path = self._paths[id(module)]
+            path = self._paths.get(id(module), "")
             unread = path not in self._looked_up and path != self._tree.embedding_path
             if isinstance(module, nn.Embedding) and module.num_embeddings >= rows and unread:
                 raise ObstacleError(f"its layers look up tokens in {path}, beside its embedding")
 
     def _note_linear(self, module: Any, args: tuple[Any, ...]) -> None:
         path, x = self._paths[id(module)], args[0] if args else None
-        if x is None or x.shape.numel() != TOKENS * x.shape[-1]:
+        if x is None or x.shape.numel() != TOKENS * x.shape[-1] or self._tree.is_wide(f"{path}.weight"):
             self._linears.pop(path, None)
             return
         width = x.shape[-1]
@@ -215,7 +215,7 @@ class _Recorder:
             self._norms.setdefault(path, fact)
 
     def _attend(
-        self, module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+        self, module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """The attention interface of transformers, for an examination."""
         self._check_shapes(query, key, value)

@@ -47,16 +47,13 @@ class Tree:
             what = f"transformers cannot build it from this config: {line}"
             raise ModelUnsupported(f"{architecture} is not supported: {what}") from None
         self.lm.eval().requires_grad_(False)
+        self.wide = set(self.lm._keep_in_fp32_modules_strict or ()) | set(self.lm._keep_in_fp32_modules or ())
+        self._keep_wide(dtype)
         self.lm.tie_weights()
         self.decoder = self._decoder(architecture)
         self.embedding_path = self._path_of(self.lm.get_input_embeddings())
         self.head_path = self._path_of(self.lm.get_output_embeddings())
-        for path, kind, what in (
-            (self.embedding_path, nn.Embedding, "token embedding"),
-            (self.head_path, nn.Linear, "language-model head"),
-        ):
-            if not path or not isinstance(self.lm.get_submodule(path), kind):
-                raise ModelUnsupported(f"{architecture} is not supported: its {what} is no {kind.__name__}")
+        self._check_tables(architecture)
         self._output: Any = None
         self._rows: torch.Tensor | None = None
         for decoder in {self.decoder, self.lm.get_decoder()} - {None, self.lm}:  # a head may call an inner one
@@ -71,6 +68,15 @@ class Tree:
             if name not in takes:
                 raise ModelUnsupported(f"{architecture} is not supported: its decoder takes no {name}")
         return decoder
+
+    def _check_tables(self, architecture: str) -> None:
+        """Raise ModelUnsupported unless embedding and head do nothing but what ours do."""
+        for path, kind, scales in ((self.embedding_path, nn.Embedding, True), (self.head_path, nn.Linear, False)):
+            own = type(self.lm.get_submodule(path)) if path else None
+            plain = own is kind or (scales and own is not None and "Scaled" in own.__name__)
+            if not plain:
+                what = f"its {'token embedding' if scales else 'head'} is no plain {kind.__name__}"
+                raise ModelUnsupported(f"{architecture} is not supported: {what}")
 
     def _path_of(self, module: Any) -> str:
         return next((path for path, m in self.lm.named_modules() if m is module), "")
@@ -101,6 +107,21 @@ class Tree:
             yield
         finally:
             self._rows = None
+
+    def is_wide(self, name: str) -> bool:
+        """Whether transformers keeps the parameter of this name in fp32 beside some 16-bit weights."""
+        return any(f".{part}." in f".{name}." for part in self.wide)
+
+    def _keep_wide(self, dtype: torch.dtype) -> None:
+        """Do so for weights of this dtype, in place: some beside 16-bit weights of either kind, some beside fp16."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            return
+        strict = set(self.lm._keep_in_fp32_modules_strict or ())
+        kept = self.wide if dtype == torch.float16 else strict
+        for path, module in self.lm.named_modules():
+            for name, param in module._parameters.items():
+                if param is not None and any(f".{part}." in f".{path}.{name}." for part in kept):
+                    module._parameters[name] = nn.Parameter(param.float(), requires_grad=False)
 
     def attend_by(self, name: str) -> None:
         """Let every attention layer look for its function under this name."""

@@ -1,0 +1,100 @@
+"""Every causal LM that transformers can build is served with adapters as PEFT computes them, or refused by name.
+
+The walk itself is `tests/support/walk.py`, its results are `tests/data/architectures.json`, from which the table of
+docs/models.md is made. Some architectures are walked in every run, all of them in the slow tier.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from architectures import architectures
+from walk import examine
+
+ROOT = Path(__file__).parents[2]
+DATA: dict[str, dict[str, str]] = json.loads((ROOT / "tests" / "data" / "architectures.json").read_text())
+ALL = dict(architectures())
+OFTEN = (
+    "Gemma3ForCausalLM",  # windows by layer, a scaled embedding, norms of heads
+    "GPT2LMHeadModel",  # Conv1D, names that two modules of a layer share, learned positions
+    "GptOssForCausalLM",  # sinks, experts in one parameter
+    "Phi3ForCausalLM",  # fused qkv and gate_up
+    "Cohere2ForCausalLM",  # layers without rotation, scaled logits
+)
+EXPECTED = (
+    "Apertus",
+    "Arcee",
+    "Cohere",
+    "Cohere2",
+    "Exaone4",
+    "Gemma",
+    "Gemma2",
+    "Gemma3",
+    "Glm4",
+    "GPTNeoX",
+    "GptOss",
+    "Granite",
+    "Llama",
+    "Ministral",
+    "Mistral",
+    "Olmo2",
+    "Olmo3",
+    "Phi3",
+    "Qwen2",
+    "Qwen3",
+    "SeedOss",
+    "SmolLM3",
+    "Starcoder2",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in ALL]
+)
+def test_walk(name: str, tmp_path: Path) -> None:
+    """If it is served otherwise than written: python scripts/architecture_table.py NAME"""
+    found = examine(name, ALL[name], tmp_path)
+    assert (found.way, found.reason) == (DATA[name]["way"], DATA[name]["reason"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, entry in DATA.items() if entry["way"] == "native"])
+def test_what_is_native_is_served_through_transformers_too(name: str, tmp_path: Path) -> None:
+    assert examine(name, ALL[name], tmp_path, "transformers").way == "transformers"
+
+
+def test_the_results_are_those_of_the_mapping() -> None:
+    """If not: python scripts/architecture_table.py"""
+    assert {name: entry["model_type"] for name, entry in DATA.items()} == ALL
+    assert {entry["way"] for entry in DATA.values()} == {"native", "transformers", "refused"}
+    assert all(bool(entry["reason"]) == (entry["way"] == "refused") for entry in DATA.values())
+
+
+def test_what_people_fine_tune_is_served() -> None:
+    served = {name for name, entry in DATA.items() if entry["way"] != "refused"}
+    assert served >= {f"{name}ForCausalLM" for name in EXPECTED} | {"GPT2LMHeadModel"}
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("architecture_table", ROOT / "scripts" / "architecture_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_documentation_has_the_table_of_these_results() -> None:
+    """If not: python scripts/architecture_table.py --table"""
+    table = script()
+    assert table.written((ROOT / "docs" / "models.md").read_text()) == table.table(DATA)
