@@ -14,6 +14,7 @@ import time
 
 import pytest
 from fakes.models import FakeEngineClient
+from keys import key_of, write_keys
 
 from multilora import demo
 from multilora.config import Config
@@ -269,6 +270,41 @@ def test_a_signal_while_the_engine_starts(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert process.run(visitor) == 0
+
+
+def test_sighup_reads_the_keys_again(monkeypatch, tmp_path):
+    path = tmp_path / "keys.toml"
+    process = Process(monkeypatch, auth_file=write_keys(path, "[keys.old]\nadmin = true"))
+
+    def status(name):
+        connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=SECONDS)
+        connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key_of(name)}"})
+        try:
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    def visitor(p):
+        with p.request("GET", "/health"):
+            pass
+        assert (status("old"), status("new")) == (200, 401)
+        write_keys(path, "[keys.new]\nadmin = true")
+        os.kill(os.getpid(), signal.SIGHUP)
+        p.wait_for(lambda: status("new") == 200)
+        assert status("old") == 401
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert process.run(visitor) == 0
+
+
+def test_a_wrong_file_of_keys_or_of_tls_keeps_the_server_from_starting(monkeypatch, tmp_path, caplog):
+    (tmp_path / "keys.toml").write_text("[keys")
+    for options in ({"auth_file": str(tmp_path / "keys.toml")}, {"ssl_certfile": str(tmp_path / "nope.pem")}):
+        process = Process(monkeypatch, **options)
+        assert process.run() == 2
+        assert process.client is None, "no model was loaded"
+    assert "--auth-file" in caplog.text
+    assert "--ssl-certfile" in caplog.text
 
 
 def test_keys_are_not_logged(monkeypatch, caplog):
