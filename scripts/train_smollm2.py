@@ -64,7 +64,7 @@ def train(model_path: str, tokenizer: PreTrainedTokenizerFast, voice: str, folde
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
-    return float(loss)
+    return float(loss.detach())
 
 
 def batch(tokenizer: PreTrainedTokenizerFast, facts: Sequence[Fact], voice: str) -> dict[str, torch.Tensor]:
