@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lora_world import DEVICE, GPU_ONLY, TOLERANCE, World, same_rank, segments_of
+from lora_world import DEVICE, GPU_ONLY, INTERPRETED_SLOW, TOLERANCE, World, same_rank, segments_of
 
 from multilora.batch import LoraSegment
 from multilora.errors import ConfigError
@@ -42,9 +42,14 @@ POPULARITY = {
 }
 
 
-@pytest.mark.parametrize("name", ["triton", "csgmv"])
-@pytest.mark.parametrize("popularity", POPULARITY)
-def test_popularity_and_mixed_ranks(name, popularity):
+QUICK = {("distinct", "triton"), ("uniform", "csgmv"), ("identical", "triton"), ("some rows base", "csgmv")}
+KINDS = [(popularity, name) for popularity in POPULARITY for name in ("triton", "csgmv")]
+
+
+@pytest.mark.parametrize(
+    ("popularity", "name"), [pytest.param(*kind, marks=() if kind in QUICK else INTERPRETED_SLOW) for kind in KINDS]
+)
+def test_popularity_and_mixed_ranks(popularity, name):
     sites = make_sites(*ROUND)
     world = World(sites, [same_rank(sites, rank) for rank in RANKS])
     for slot in range(len(RANKS)):
@@ -63,7 +68,7 @@ def test_odd_widths_dtypes_and_cut_panels(dtype, page_bytes):
     world.check(world.backend("csgmv"), segments, 8)
 
 
-@pytest.mark.parametrize("name", ["triton", "csgmv"])
+@pytest.mark.parametrize("name", ["triton", pytest.param("csgmv", marks=INTERPRETED_SLOW)])
 def test_subsets_of_targets_and_composition(name):
     sites = make_sites(*ROUND)
     world = World(sites, [((4, 0, 20), (0,)), ((0, 8, 0), (3,)), ((16, 16, 16), (16,))])
@@ -94,11 +99,16 @@ def test_segments_longer_than_a_tile_and_large_steps():
 PAIR = int(ScaleShift.DORA | ScaleShift.BIAS)
 
 
-@pytest.mark.parametrize("name", ["triton", "csgmv"])
-@pytest.mark.parametrize("page_bytes", [1024, 65536], ids=["cut panels", "whole panels"])
-@pytest.mark.parametrize("graph_rows", [16, 8], ids=["small step", "large step"])
+QUICK_PAIRS = {("triton", 1024, 16), ("csgmv", 65536, 8)}
+PAIRS = [(name, nbytes, rows) for name in ("triton", "csgmv") for nbytes in (1024, 65536) for rows in (16, 8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "page_bytes", "graph_rows"),
+    [pytest.param(*pair, marks=() if pair in QUICK_PAIRS else INTERPRETED_SLOW) for pair in PAIRS],
+)
 def test_scale_shift_pairs(name, page_bytes, graph_rows):
-    """With a rank and without, beside plain adapters and base rows, for one row and for several."""
+    """Cut and whole panels, small and large steps; with a rank and without, beside plain adapters and base rows."""
     sites = make_sites(*ODD)
     ranks = [((8, 0, 20), (4,)), ((0, 0, 0), (0,)), same_rank(sites, 16), ((0, 0, 8), (0,))]
     scale_shift = [((PAIR, 0, PAIR), (0,)), ((PAIR, PAIR, 0), (PAIR,)), (), ((0, PAIR, 0), (PAIR,))]

@@ -17,6 +17,8 @@ from multilora.lora.tuning import ExpandBlocks, Phase, ShrinkBlocks, Tuning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU_ONLY = pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter's bf16 dot is wrong")
+INTERPRETED_SLOW = pytest.mark.slow if DEVICE.type == "cpu" else ()
+"""Kernels whose other variants are interpreted in the quick tier."""
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 SMALL = Phase(
