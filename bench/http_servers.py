@@ -73,7 +73,7 @@ class Steps:
 class SteppedEngine(Steps):
     """Stands where an `EngineClient` stands."""
 
-    alive, restarting = True, False
+    alive, restarting, restarts = True, False, 0
 
     def __init__(self, streams: int, token: int):
         super().__init__(streams, token)
