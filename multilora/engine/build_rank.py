@@ -111,8 +111,9 @@ def adapter_limits(config: Config, model: CausalLM) -> AdapterLimits:
     if targets is None or targets == ("all",):
         return AdapterLimits(config.max_lora_rank)
     known = module_shapes(model.lora_sites())
+    names = set(known) | {module.rpartition(".")[2] for module in known}  # "mlp.c_proj" is "c_proj", too
     for target in targets:
-        if target not in known:
+        if target not in names:
             raise ConfigError(
                 f"--lora-target-modules: {model.config.architecture} has no module {target!r}; it has "
                 f"{', '.join(known)}"

@@ -11,8 +11,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from architectures import architectures
-from walk import examine
+from architectures import architectures, tiny_config, tiny_model
+from fakes.engine_driver import EngineDriver
+from walk import examine, make_adapter
+
+from multilora.errors import AdapterError, ConfigError
 
 ROOT = Path(__file__).parents[2]
 DATA: dict[str, dict[str, str]] = json.loads((ROOT / "tests" / "data" / "architectures.json").read_text())
@@ -72,6 +75,21 @@ def test_walk(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, entry in DATA.items() if entry["way"] == "native"])
 def test_what_is_native_is_served_through_transformers_too(name: str, tmp_path: Path) -> None:
     assert examine(name, ALL[name], tmp_path, "transformers").way == "transformers"
+
+
+def test_limits_know_modules_that_share_a_name_by_it(tmp_path: Path) -> None:
+    config = tiny_config("gpt2", "GPT2LMHeadModel")
+    tiny_model("GPT2LMHeadModel", config).save_pretrained(tmp_path / "model")
+    for seed, target in enumerate(("c_proj", "c_attn")):
+        make_adapter(tmp_path / target, tmp_path / "model", seed, {"r": 2, "target_modules": [target]})
+    driver = EngineDriver(tmp_path / "model", lora_target_modules=("c_proj",))
+    driver.load("fits", tmp_path / "c_proj")
+    assert driver.infos["fits"].target_modules == ["attn.c_proj", "mlp.c_proj"]
+    with pytest.raises(AdapterError, match=r"targets c_attn, which --lora-target-modules c_proj does not allow"):
+        driver.load("beyond", tmp_path / "c_attn")
+    driver.close()
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel has no module 'q_proj'; it has .*attn\.c_proj"):
+        EngineDriver(tmp_path / "model", lora_target_modules=("q_proj",))
 
 
 def test_the_results_are_those_of_the_mapping() -> None:

@@ -61,7 +61,8 @@ def _check_rank(ranks: Iterable[int], limits: AdapterLimits) -> None:
 def _check_modules(modules: set[str], base: BaseModel, limits: AdapterLimits) -> None:
     """Check --lora-target-modules, to which norms do not count. Raises AdapterIncompatible."""
     if limits.target_modules is not None:
-        beyond = sorted(modules - set(limits.target_modules) - set(base.norm_sizes))
+        allowed = set(limits.target_modules) | set(base.norm_sizes)
+        beyond = sorted(m for m in modules if allowed.isdisjoint((m, m.rpartition(".")[2])))
         if beyond:
             raise AdapterIncompatible(
                 f"the adapter is incompatible: it targets {', '.join(beyond)}, which --lora-target-modules "

@@ -144,7 +144,9 @@ class PagedAttention:
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         rows = x[0].transpose(0, 1)  # [tokens, heads, dim]
         short = self._width - rows.shape[-1]
-        return F.pad(rows, (0, short)) if short else rows
+        if short:
+            rows = F.pad(rows, (0, short))
+        return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def attend(

@@ -135,6 +135,16 @@ def test_tensors_that_do_not_fit_are_named(change: Any, said: str, tmp_path: Pat
         served(tmp_path)
 
 
+@pytest.mark.parametrize(("dtype", "wide"), [("bfloat16", 1), ("float16", 1), ("float32", 0)])
+def test_what_transformers_keeps_in_fp32_stays_so(dtype: str, wide: int, tmp_path: Path) -> None:
+    make(tmp_path, "DeepseekV3ForCausalLM", "deepseek_v3")
+    model = make_model(str(tmp_path), device=CPU, dtype=dtype)
+    kept = [name for name, p in model.named_parameters() if p.dtype == torch.float32]
+    if wide:
+        assert kept == ["lm.model.layers.1.mlp.gate.weight"]
+    assert {s.module for site in model.lora_sites() for s in site.slices}.isdisjoint({"gate"})
+
+
 def test_dummy_weights(tmp_path: Path) -> None:
     make(tmp_path, "GPT2LMHeadModel", "gpt2")
     model = make_model(str(tmp_path), device=CPU)
