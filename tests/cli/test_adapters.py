@@ -32,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """(exit code, stdout, stderr) of a command line, in this process."""
     monkeypatch.setattr("multilora.llm.offline.build_engine", partial(build_engine, make_loader=InlineLoader))
-    monkeypatch.setattr("multilora.logs.setup", lambda level, role: None)
+    monkeypatch.setattr("multilora.logs.setup", lambda *_, **__: None)
 
     def call(*argv: str | Path) -> tuple[int, str, str]:
         code = main(["adapters", *map(str, argv)])

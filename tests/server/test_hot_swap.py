@@ -26,7 +26,7 @@ from multilora.engine.build import build_engine
 from multilora.engine.process.client import EngineClient
 
 PROMPT = list(range(10, 43))
-LONG = {"temperature": 0, "max_new_tokens": 120, "ignore_eos": True}
+LONG = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
 SHORT = LONG | {"max_new_tokens": 12}
 PARTS = [{"name": "swap", "weight": 0.5}, {"name": "other", "weight": 2.0}]
 BEFORE, AFTER = {"old": 0.5, "other": 2.0}, {"new": 0.5, "other": 2.0}

@@ -59,7 +59,7 @@ def test_what_a_file_says():
     ops = file.caller(KEYS["ops"])
     assert ops is not None
     assert (ops.admin, ops.any_path, ops.tenant) == (True, True, Tenant())
-    assert file.tenants == {"acme", "other"}
+    assert set(file.tenants) == {"acme", "other"}
     assert file.adapters == (("sql-*", Limits(concurrency=2)), ("*", Limits(requests_per_minute=5)))
 
 

@@ -41,7 +41,7 @@ def test_a_file_is_read_again(tmp_path, caplog):
     path.write_text(text(FIRST))
     ring = KeyRing(Config(auth_file=str(path)))
     seen = []
-    ring.watch(lambda file: seen.append(file.tenants))
+    ring.watch(lambda file: seen.append(set(file.tenants)))
     assert ring.caller(FIRST).key_id == "k0"
     assert ring.caller(SECOND) is None
     path.write_text(text(SECOND, tenant="other"))

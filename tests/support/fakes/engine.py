@@ -281,7 +281,7 @@ def make_engine(
 
 def rids_of(engine: Engine, plan: StepPlan) -> list[str]:
     """Whose chunks these are. The plan has been made and not been committed yet."""
-    return [request.rid for request, _ in engine.scheduler._steps[plan.number].runs]
+    return [request.rid for request, _ in engine.scheduler.steps[plan.number].runs]
 
 
 def _no_ready(stats: Stats) -> Ready:

@@ -54,6 +54,7 @@ class Connection:
         self._body = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         self._body_read = False
         self._gone = asyncio.Event()
+        self._frames: list[bytes] = []  # of a message that had several, still to be asked for
         self._sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         path, _, query = path.partition("?")
         scope = {
@@ -91,10 +92,11 @@ class Connection:
 
     async def frame(self) -> Any:
         """The next event of a stream, as JSON."""
-        while True:
+        while not self._frames:
             message = await self.next()
-            if message["type"] == "http.response.body":
-                return json.loads(message["body"].removeprefix(b"data: "))
+            if message["type"] == "http.response.body":  # one or several
+                self._frames += [e.removeprefix(b"data: ") for e in message["body"].split(b"\n\n") if e]
+        return json.loads(self._frames.pop(0))
 
     async def answer(self) -> Answer:
         """All of what is still to come."""
