@@ -320,7 +320,8 @@ def test_header_entries_of_any_value(bench: Bench, name: str, data: st.DataObjec
     error = bench.load_files(replace(files, header=files.header | {tensor: entry}))
     assert error is None or SAYS_WHERE.search(error.message)
     if field != "more" and entry != files.header[tensor]:
-        assert error is not None and WEIGHTS in error.message
+        assert error is not None
+        assert WEIGHTS in error.message or error.message == "the adapter holds no tensors"
 
 
 @cases(400)
