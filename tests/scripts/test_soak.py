@@ -10,6 +10,7 @@ from scripts.soak.clients import Clients, WrongEndingError
 WHOLE = {"seconds": 60.0, "adapters": 40, "clients": 16, "kills": 4, "seed": 0}
 
 
+@pytest.mark.slow
 def test_a_short_soak(capsys):
     assert run(argparse.Namespace(**WHOLE | {"seconds": 8.0, "adapters": 8, "clients": 6, "kills": 1})) == 0
     text = capsys.readouterr().out
