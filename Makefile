@@ -60,7 +60,7 @@ test: $(READY)
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not slow and not models' $(ARGS)
 
 test-slow: $(READY)
-	$(BIN)/pytest -q -m 'slow and not gpu and not models' $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'slow and not gpu and not models' $(ARGS)
 
 soak: $(READY)
 	$(BIN)/python -m scripts.soak $(ARGS)

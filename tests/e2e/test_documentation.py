@@ -216,8 +216,8 @@ def test_sigterm_drains(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_dead_engine_is_noticed_at_once(tmp_path_factory):
-    server = Server(log=tmp_path_factory.mktemp("server") / "log")
+def test_a_dead_engine_that_is_not_started_again_is_noticed_at_once(tmp_path_factory):
+    server = Server("--max-engine-restarts", "0", log=tmp_path_factory.mktemp("server") / "log")
     try:
         engine = next(
             p for p in psutil.Process(server.process.pid).children() if "engine.process.worker" in str(p.cmdline())
