@@ -131,7 +131,7 @@ class Clients:
         try:
             yield adapter.name, seen
         finally:
-            adapter.watchers.remove(seen)
+            adapter.watchers[:] = [each for each in adapter.watchers if each is not seen]  # others may be equal
 
     async def _whole(self, rng: random.Random) -> str:
         prompt = rng.choice(PROMPTS)
