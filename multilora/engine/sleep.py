@@ -167,7 +167,10 @@ class DeviceSleep:
         error: MultiloraError | None = None
         try:
             with asking_for("waking up", ADVICE):
-                self._restore_weights() if tag == "weights" else self._restore_arena()
+                if tag == "weights":
+                    self._restore_weights()
+                else:
+                    self._restore_arena()
         except MultiloraError as e:
             error = e
         failed = self._peers.agree(error is None)

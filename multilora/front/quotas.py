@@ -83,7 +83,7 @@ UNLIMITED = Grant()
 
 
 class Quotas:
-    """Of one server. adapters: the limits of an adapter are those of the first pattern that its full name matches."""
+    """The quotas of one server. adapters: an adapter has the limits of the first pattern that matches its name."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.adapters: Sequence[tuple[str, Limits]] = ()

@@ -50,13 +50,13 @@ class VersionHistory:
             self._switches.append((start, label))
 
     def spans(self, end: int) -> list[VersionSpan]:
-        """Of the first `end` tokens: one span at least, which is empty where there are none."""
+        """The spans of the first `end` tokens: one span at least, which is empty where there are none."""
         starts = [(0, self.first), *(switch for switch in self._switches if switch[0] < end)]
         ends = [start for start, _ in starts[1:]] + [end]
         return [VersionSpan(start, stop, label) for (start, label), stop in zip(starts, ends, strict=True)]
 
     def last(self, end: int) -> VersionLabel:
-        """Of the last of the first `end` tokens."""
+        """The version of the last of the first `end` tokens."""
         return self.spans(end)[-1].label if self._switches else self.first
 
 

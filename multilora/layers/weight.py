@@ -32,7 +32,7 @@ class Weight(nn.Module, ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the arithmetic, which x has too."""
+        """The dtype of the arithmetic, which x has too."""
 
 
 class PlainWeight(Weight):

@@ -98,7 +98,7 @@ RULES: dict[str, Rule] = {path: Rule(need, path in _POST_ONLY) for need, paths i
 """The rule of each route, by its path as the route is declared."""
 
 UNKNOWN = Rule(Need.KEY)
-"""Of a path that no route has: without a key not even that is told."""
+"""The rule of a path that no route has: without a key not even that is told."""
 
 _PATTERNS = [(compile_path(path)[0], rule) for path, rule in RULES.items() if "{" in path]
 

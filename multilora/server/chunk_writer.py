@@ -19,7 +19,7 @@ except ImportError:  # no httptools
 
 
 class ChunkWriter:
-    """Of one answer whose head has been sent, without a length: each piece is one chunk.
+    """Writes the body of one answer whose head has been sent, without a length: each piece is one chunk.
 
     What is written while the connection is not `ready` stays in memory, so `ready` is asked first.
     """

@@ -179,7 +179,7 @@ _NOT_FINITE = re.compile(rb'"([^"\\]{1,64})"\s*:\s*(-?(?:NaN|Infinity)\b|-?\d[\d
 
 
 def _not_finite(body: bytes) -> str | None:
-    """Of a body that is not valid JSON: which field is no finite number, in words; None: it is not that."""
+    """Says which field of a body that is not valid JSON is no finite number; None: that is not what is wrong."""
     found = _NOT_FINITE.search(body)
     if found is None:
         return None

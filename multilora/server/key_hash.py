@@ -11,7 +11,7 @@ import secrets
 from multilora.errors import ConfigError
 
 PREFIX = "ml-"
-"""Of keys made here, so that scanners for leaked secrets can know them."""
+"""The prefix of keys made here, so that scanners for leaked secrets can know them."""
 MIN_LENGTH = 20
 """Characters of a key. A shorter one could be guessed from its hash."""
 _FORM = re.compile(r"blake2b:([0-9a-f]{32}):([0-9a-f]{64})")

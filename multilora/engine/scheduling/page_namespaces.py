@@ -20,7 +20,7 @@ class PageNamespaces:
     def acquire(
         cls, namespaces: Namespaces, adapters: Composition, activation: int, page_size: int
     ) -> "PageNamespaces":
-        """Of a request whose adapters act from position `activation` on, until `release`."""
+        """The namespace of a request whose adapters act from position `activation` on, until `release`."""
         base_pages, pre_activation = divmod(activation, page_size)
         edge, rest = (namespaces.acquire(adapters, n) for n in (pre_activation, 0))
         return cls(base_pages, edge, rest)

@@ -129,7 +129,7 @@ class Scheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Of the prompts that wait."""
+        """The tokens of the prompts that wait."""
         return self._queue.tokens
 
     @property
