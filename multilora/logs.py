@@ -49,7 +49,7 @@ class JsonLine(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+class Handler(logging.StreamHandler[TextIO]):
     """The handler that `setup` makes, of a type of its own so that a second call finds and replaces it."""
 
 
@@ -57,11 +57,11 @@ def setup(level: str = "info", role: str = "front", form: str = "text") -> None:
     """Log to stderr: this package from `level` on, other libraries from warning on (or `level`, if higher). form: of
     `FORMATS`."""
     own = LEVELS[level]
-    handler = _Handler(sys.stderr)
+    handler = Handler(sys.stderr)
     text = OneLine(FORMAT.format(role=role), datefmt="%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonLine(role) if form == "json" else text)
     root = logging.getLogger()
-    root.handlers = [h for h in root.handlers if not isinstance(h, _Handler)] + [handler]
+    root.handlers = [h for h in root.handlers if not isinstance(h, Handler)] + [handler]
     root.setLevel(max(own, logging.WARNING))
     logging.getLogger("multilora").setLevel(own)
     logging.captureWarnings(True)

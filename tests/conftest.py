@@ -3,6 +3,7 @@
 And what several packages' tests share.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from hypothesis import settings
+
+from multilora import logs
 
 if TYPE_CHECKING:
     from peft_rows import Lab
@@ -20,6 +23,17 @@ if not torch.cuda.is_available():
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """`logs.setup`, which commands call, sets a level and a handler for the whole process."""
+    root, ours = logging.getLogger(), logging.getLogger("multilora")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers = [h for h in root.handlers if h in handlers or not isinstance(h, logs.Handler)]
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")

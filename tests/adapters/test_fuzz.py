@@ -33,7 +33,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PROMPT = [5, 6, 7, 8]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True}
-SAYS_WHERE = re.compile(r"adapter_config\.json|\.safetensors|/bad: \S+|the adapter holds no")
+SAYS_WHERE = re.compile(r"adapter_config\.json|\.safetensors|/bad: \S+")
 CHECK_EVERY = 50  # loads, and then the answers are looked at
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -321,7 +321,7 @@ def test_header_entries_of_any_value(bench: Bench, name: str, data: st.DataObjec
     assert error is None or SAYS_WHERE.search(error.message)
     if field != "more" and entry != files.header[tensor]:
         assert error is not None
-        assert WEIGHTS in error.message or error.message == "the adapter holds no tensors"
+        assert WEIGHTS in error.message
 
 
 @cases(400)

@@ -29,6 +29,7 @@ class Tensors:
     """All tensors of one adapter, whether in one file or in shards."""
 
     def __init__(self, files: list[SafetensorsFile]):
+        self.files = ", ".join(file.path.name for file in files)  # as messages name them
         self._file_of = {name: file for file in files for name in file.tensors}
 
     def __iter__(self) -> Iterator[str]:
@@ -150,7 +151,7 @@ def sort_tensors(tensors: Tensors, config: PeftConfig, base: BaseModel) -> Conte
             raise AdapterInvalid(f"{tensors.where(name)}: {found.part.value} of {show(module.name)} is given twice")
         module.tensors[found.part] = name
     if not modules:
-        raise AdapterInvalid("the adapter holds no tensors")
+        raise AdapterInvalid(f"{tensors.files}: the adapter holds no tensors")
     in_order = sorted(modules, key=lambda place: (place.layer, base.order.get(place.module, len(base.order))))
     modules = {place: modules[place] for place in in_order}
     return Contents(tensors, config, base, modules, _vocab_size(modules, tensors, base))
