@@ -93,7 +93,7 @@ def percentile(values: list[float], part: float) -> float:
 
 
 def rows(streams: int, route: str, rounds: int, tokens: int, paced_steps: int) -> list[dict[str, Any]]:
-    """Of each server the medians over the rounds, which take turns."""
+    """The medians of each server over the rounds, which take turns."""
     runs: dict[str, list[Measured]] = {"face": [], "bare": []}
     for _ in range(rounds):
         for name, found in runs.items():

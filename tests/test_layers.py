@@ -86,7 +86,7 @@ class Module:
 
     @property
     def nodes(self) -> list[ast.AST]:
-        """Of the whole tree."""
+        """Every node of the tree."""
         return parsed(self.source)[1]
 
     @property

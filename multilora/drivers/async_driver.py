@@ -78,7 +78,7 @@ class AsyncEngine(EngineLink, Protocol):
 
 
 class AsyncDriver:
-    """Of one engine and its front."""
+    """Drives one engine and its front on the running event loop."""
 
     def __init__(self, engine: AsyncEngine, front: Front):
         self.engine = engine

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class SteppingDriver:
-    """Of one engine and the registry whose versions it holds. Not thread-safe."""
+    """Drives one engine, and the registry whose versions it holds, by stepping. Not thread-safe."""
 
     def __init__(self, engine: LocalEngine, registry: AdapterRegistry):
         self._engine = engine

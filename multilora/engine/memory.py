@@ -22,10 +22,10 @@ from multilora.params import SamplingParams
 MakeAttention = Callable[[KVViews], AttentionBackend]
 
 GRAPH_BYTES = 4 << 20
-"""Of all graphs of one batch size, beside input and result: nodes, and a plan in the attention backend."""
+"""Bytes of all graphs of one batch size, beside input and result: nodes, and a plan in the attention backend."""
 
 PIECE_BYTES = 256 << 10
-"""Of one piece of a step, between two attentions."""
+"""Bytes of the graph of one piece of a step, between two attentions."""
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def largest_step(model: CausalLM, layout: KVLayout, make_attention: MakeAttentio
 
 
 def _fresh_prompts(lens: list[int], pages: list[int], page_size: int, device: torch.device) -> AttentionMeta:
-    """Of requests that have nothing cached, one page after the other."""
+    """Metadata of prompts of `lens` tokens with nothing cached, whose pages lie one after the other."""
     table = torch.zeros(len(lens), max(pages), dtype=torch.int64)
     first, token_pages = 0, []
     for row, count, length in zip(table, pages, lens, strict=True):
@@ -91,7 +91,7 @@ def _fresh_prompts(lens: list[int], pages: list[int], page_size: int, device: to
 
 
 def graph_bytes(sizes: Sequence[int], row_bytes: int, variants: int, pieces: int = 0) -> int:
-    """Of graphs of these numbers of rows, `variants` of each, each in so many pieces (0: it is one). The graphs of a
-    size share their input, each has its own result; row_bytes: of one row of those."""
+    """Bytes of the graphs of these numbers of rows, `variants` of each, each in so many pieces (0: it is
+    one). The graphs of a size share their input, each has its own result; row_bytes: of one row of those."""
     each = GRAPH_BYTES + pieces * PIECE_BYTES
     return sum(variants * each + (1 + variants) * row_bytes * size for size in sizes)

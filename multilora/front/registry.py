@@ -240,7 +240,8 @@ class AdapterRegistry(AdapterNames):
             )
 
     def sole_version(self, spec: AdapterSpec) -> int | None:
-        """Of the one adapter that acts, just as it is; None: the base model, a sum, or an adapter not loaded."""
+        """The version of the one adapter that acts, just as it is; None: the base model, a sum, or an adapter not
+        loaded."""
         parts = self._expand(spec)
         ref = self._current.get(parts[0][0]) if parts and not _is_sum(parts) else None
         return None if ref is None else ref.version

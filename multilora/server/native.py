@@ -71,7 +71,7 @@ class Batch:
     several: bool
 
     def position(self, sample: Sample) -> int:
-        """Of its answer in the list."""
+        """Where the answer to `sample` stands in the list of answers."""
         job = sample.index // self.samples
         return sample.number * len(self.jobs) + job
 

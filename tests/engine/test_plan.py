@@ -17,7 +17,7 @@ ADAPTERS = 4
 
 
 def plans(seed: int, ahead: bool) -> list[StepPlan]:
-    """Of a scheduler under load: prompts in pieces, adapters that take turns, preemption, logprobs, grammars."""
+    """A loaded scheduler's plans: pieces of prompts, adapters that take turns, preemption, logprobs, grammars."""
     rng = random.Random(seed)
     files = {f"/{i}": FakeFile(rank=rng.choice([8, 16])) for i in range(1, ADAPTERS + 1)}
     files["/1"].invocation_tokens = (1, 1)

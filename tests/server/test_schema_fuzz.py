@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 schemathesis = pytest.importorskip("schemathesis")
 
 CASES = int(os.environ.get("MULTILORA_FUZZ_CASES", "10"))
-"""Of each operation, half of them against its schema."""
+"""Cases of each operation, half of them against its schema."""
 NEVER_ENDING = {"/start_profile"}  # it waits for a step of an engine that the fake does not take
 MODES = list(schemathesis.GenerationMode)
 

@@ -136,8 +136,8 @@ class Components:
             )
 
     def _check_limits(self, count: int, unpinned: int, pages: int) -> None:
-        """Of a composition of `count` adapters; those that are not pinned take `pages`. A single adapter within the
-        limits was all that loading and pinning made sure of."""
+        """Raise CannotFit for a composition of `count` adapters, of which those not pinned take `pages`, over the
+        device's limits. Loading and pinning made sure of a single adapter only."""
         device = self._store.device
         if device.max_count is not None and unpinned > (slots := device.max_count - self._store.pinned_count):
             raise CannotFit(

@@ -19,7 +19,7 @@ from multilora.errors import AdapterError, AdapterIncompatible, AdapterNotFound
 
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
-    """Of a server with the adapter `good`."""
+    """The address of a server with the adapter `good`."""
     good = tmp_path / "served" / "good"
     good.mkdir(parents=True)
     (good / "adapter_config.json").write_text("{}")

@@ -55,7 +55,7 @@ class FakeStep:
 
 
 def answers(driver: EngineDriver, row: Row, plain: Row) -> list[Any]:
-    """Of the adapter, a plain one and the base model, in one batch."""
+    """The tokens of the adapter, a plain one and the base model, in one batch."""
     jobs = [("row", prompt) for prompt in row.prompts(2)]
     jobs += [(name, prompt) for prompt in plain.prompts(2) for name in ("plain", None)]
     rids = [

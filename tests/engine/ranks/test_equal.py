@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
 
 
 def answers(path: Path, ranks: int, ahead: int) -> list[Answer]:
-    """Of two rounds of mixed requests over few pages and two adapters at a time, with a swap between them."""
+    """The answers of two rounds of mixed requests over few pages, two adapters at a time, a swap between them."""
     adapters = {name: path / name for name in ADAPTERS}
     options: dict[str, Any] = {"tp_size": ranks, "page_size": 4}
     roomy = EngineDriver(path / "model", adapters, **options)
