@@ -66,7 +66,7 @@ soak: $(READY)
 	$(BIN)/python -m scripts.soak $(ARGS)
 
 fuzz: $(READY)
-	MULTILORA_FUZZ_CASES=250 $(BIN)/pytest -q tests/server/test_schema_fuzz.py $(ARGS)
+	MULTILORA_FUZZ_CASES=320 $(BIN)/pytest -q tests/server/test_schema_fuzz.py $(ARGS)
 	MULTILORA_FUZZ_TIMES=25 $(BIN)/pytest -q -n $(WORKERS) tests/adapters/test_fuzz.py $(ARGS)
 
 coverage: $(READY)

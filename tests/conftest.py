@@ -5,6 +5,7 @@ And what several packages' tests share.
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -52,3 +53,17 @@ def _grammars_in_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("multilora.drivers.async_driver.GrammarPool", InProcessGrammars)
         yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the sum of what tests have counted by `record_property("counted", …)`, of all the processes that ran
+    them: what `make fuzz` has really sent and read."""
+    total: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "teardown":
+                for name, counts in report.user_properties:
+                    if name == "counted":
+                        total.update(counts)
+    if total:
+        terminalreporter.write_line("counted: " + ", ".join(f"{n:,} {what}" for what, n in sorted(total.items())))

@@ -161,6 +161,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _count_the_files(bench: Bench, record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """The summary at the end says how many adapters were read, and how many of them were refused."""
+    loads, refused = bench.loads, bench.refused
+    yield
+    record_property("counted", {"adapters read": bench.loads - loads, "of them refused": bench.refused - refused})
+
+
 TIMES = int(os.environ.get("MULTILORA_FUZZ_TIMES", "1"))
 
 

@@ -6,6 +6,7 @@
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from urllib.parse import urlencode
 
 import pytest
@@ -32,6 +33,17 @@ SERVER = server()
 SCHEMA = schemathesis.openapi.from_dict(SERVER.get("/openapi.json").json())
 OPERATIONS = {f"{o.method.upper()} {o.path}": o for o in (found.ok() for found in SCHEMA.get_all_operations())}
 SEEN: Counter[int] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def _count_the_cases(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """The summary at the end says how many bodies were sent, and what came back."""
+    before = SEEN.copy()
+    yield
+    sent = SEEN - before
+    if sent:
+        answers = {f"answers with {status}": n for status, n in sent.items()}
+        record_property("counted", {"cases": sent.total()} | answers)
 
 
 def path_of(case) -> str:
