@@ -105,7 +105,10 @@ def command(client: Client, folder: Path) -> list[str]:
 
 def run(client: Client, url: str, base: str, log: Path, resolver: Path) -> list[Row]:
     """The rows of the client's checks, with a failed one more if the program did not end as it should."""
-    folder = environment(client)
+    try:
+        folder = environment(client)
+    except (subprocess.CalledProcessError, OSError) as error:
+        return [Row("it can be installed", ok=False, detail=str(error)[-300:])]
     nowhere = "http://127.0.0.1:9"
     with tempfile.TemporaryDirectory() as home:
         env = {
