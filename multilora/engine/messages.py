@@ -240,10 +240,12 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PauseState(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether the engine generates. mode: of the pause, None: there is none; released: what sleeps."""
+    """Whether the engine generates. mode: of the pause, None: there is none; released: what sleeps; level: of the
+    sleep, 0 where it does not concern the weights."""
 
     mode: PauseMode | None = None
     sleeping: bool = False
+    level: int = 0
     released: list[MemoryTag] = []
 
 

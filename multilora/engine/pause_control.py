@@ -28,6 +28,7 @@ class PauseControl:
         self._resting: list[PauseMessage | Sleep] = []  # to be answered once the engine is at rest
         self._after_sleep: tuple[PauseMode | None, bool] = (None, True)  # mode and queues of the pause to go back to
         self._replies: list[Reply] = []
+        self._level = 0  # of the sleep, as `PauseState` has it
 
     @property
     def working(self) -> bool:
@@ -37,7 +38,7 @@ class PauseControl:
     @property
     def state(self) -> PauseState:
         released = sorted(self._memory.released) if self._memory is not None else []
-        return PauseState(mode=self._pause.mode, sleeping=self._pause.sleeping, released=released)
+        return PauseState(mode=self._pause.mode, sleeping=self._pause.sleeping, level=self._level, released=released)
 
     def handle(self, message: Message) -> None:
         match message:
@@ -86,6 +87,7 @@ class PauseControl:
             kept = (self._pause.mode, self._pause.queues)
             self._after_sleep = kept if message.mode is None else (None, True)
         self._pause.sleeping = True
+        self._level = max(self._level, message.level if "weights" in message.tags else 0)
         mode = message.mode or self._pause.mode or "keep"
         self._begin(mode, queues=message.level == 0)
         self._resting.append(message)
@@ -99,7 +101,7 @@ class PauseControl:
             self._refuse(call, error)
             return
         if self._pause.sleeping and not self.state.released:
-            self._pause.sleeping = False
+            self._pause.sleeping, self._level = False, 0
             self._pause.mode, self._pause.queues = self._after_sleep
             self._adapters.resume_copies()
         self._answer(call)

@@ -26,17 +26,20 @@ PROMPT_END_TOKENS = 32
 class ChatJob:
     """The job of one conversation, and the readers of its answers.
 
+    param: the client's field that the conversation came in, for errors about the prompt as a whole.
     Raises BadRequest, UnknownModel and UnknownAdapter when made.
     """
 
-    def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any]):
+    def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any], param: str = "messages"):
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs: only together with logprobs", param="top_logprobs")
         adapters = adapters_of(front.registry, body, 1)[0]
         self._tools = _tools(front, body, adapters)
         self._readers: dict[int, AnswerReader] = {}  # by the sample's index
         self.job = Job(
-            prompt=chat_prompt(body, body.messages, self._tools.offered, special=bool(body.add_special_tokens)),
+            prompt=chat_prompt(
+                body, body.messages, self._tools.offered, special=bool(body.add_special_tokens), param=param
+            ),
             sampling=self._tools.constrain(body.sampling(sampling_defaults, _limit(body))),
             adapters=adapters,
             kept_tokens=self._tools.markers,
@@ -97,6 +100,7 @@ def chat_prompt(
     tools: list[dict[str, Any]] | None,
     *,
     special: bool = False,
+    param: str = "messages",
 ) -> ChatPrompt:
     """The messages and options for the chat template, which is shown `tools`. special: the tokenizer adds its special
     tokens to what the template writes. Raises BadRequest."""
@@ -111,7 +115,7 @@ def chat_prompt(
     own = body.chat_template_kwargs or {}
     if taken := (options.keys() | {"messages", "self"}) & own.keys():
         raise BadRequest(f"{min(taken)!r} cannot be given to the chat template", param="chat_template_kwargs")
-    return ChatPrompt([message.model_dump(exclude_unset=True) for message in messages], options | own)
+    return ChatPrompt([message.model_dump(exclude_unset=True) for message in messages], options | own, param)
 
 
 def _limit(body: ChatBody) -> int | None:

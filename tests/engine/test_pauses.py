@@ -271,7 +271,9 @@ def test_sleep_releases_memory_and_wake_up_brings_it_back(files: Path, level: in
     size, weights = nbytes(arena_of(driver)), nbytes(weight_of(driver))
     assert driver.stats.adapter_pages and driver.stats.prefix_pages
     driver.sleep(level)
-    assert driver.settle().pause == PauseState(mode="keep", sleeping=True, released=["kv_cache", "weights"])
+    asleep = PauseState(mode="keep", sleeping=True, level=level, released=["kv_cache", "weights"])
+    assert driver.settle().pause == asleep
+    assert driver.stats.pause == asleep
     assert nbytes(arena_of(driver)) == 0
     assert nbytes(weight_of(driver)) == (0 if level == 2 else weights)
     stats = driver.stats
@@ -305,14 +307,16 @@ def test_memory_goes_back_to_the_system(files: Path) -> None:
 
 def test_waking_up_part_by_part(files: Path) -> None:
     driver = PausedDriver(files)
-    driver.sleep(2, tags=["weights"])
-    assert driver.settle().pause.released == ["weights"]
     driver.sleep(2, tags=["kv_cache"])
+    assert driver.settle().pause == PauseState(mode="keep", sleeping=True, level=0, released=["kv_cache"])
+    driver.sleep(2, tags=["weights"])
     assert driver.settle().pause.released == ["kv_cache", "weights"]
+    driver.sleep(1)
+    assert driver.settle().pause.level == 2
     driver.resume()
     assert not driver.settle().ok
     driver.wake_up(["weights"])
-    assert driver.settle().pause == PauseState(mode="keep", sleeping=True, released=["kv_cache"])
+    assert driver.settle().pause == PauseState(mode="keep", sleeping=True, level=2, released=["kv_cache"])
     driver.wake_up(["weights"])
     assert driver.settle().pause.sleeping
     driver.wake_up(["kv_cache"])

@@ -112,13 +112,21 @@ def test_the_engines_numbers():
     assert value(s, "multilora:pages", use="kv") == 40
 
 
-@pytest.mark.parametrize("asleep", [False, True])
-def test_whether_the_engine_sleeps(asleep):
+@pytest.mark.parametrize(
+    ("pause", "expected"),
+    [
+        (PauseState(mode="keep"), [1, 0, 0]),
+        (PauseState(mode="keep", sleeping=True), [0, 0, 0]),
+        (PauseState(mode="keep", sleeping=True, level=1), [0, 1, 0]),
+        (PauseState(mode="keep", sleeping=True, level=2), [0, 0, 1]),
+    ],
+    ids=["paused", "level 0", "level 1", "level 2"],
+)
+def test_how_deep_the_engine_sleeps(pause, expected):
     s = server()
-    with_stats(s, pause=PauseState(mode="keep", sleeping=asleep))
+    with_stats(s, pause=pause)
     states = ("awake", "weights_offloaded", "discard_all")
-    found = [value(s, "vllm:engine_sleep_state", sleep_state=state, **VLLM) for state in states]
-    assert found == [not asleep, asleep, 0]
+    assert [value(s, "vllm:engine_sleep_state", sleep_state=state, **VLLM) for state in states] == expected
 
 
 def test_two_versions_of_a_name_are_one():

@@ -89,9 +89,14 @@ def test_weights(server):
 def test_a_prompt_that_cannot_fit_is_not_tokenized(server, monkeypatch):
     monkeypatch.setattr("multilora.front.tokenizer.Tokenizer._encode", lambda *_, **__: pytest.fail("tokenized"))
     text = "word " * 400_000
-    for path, body in (("/generate", {"text": text}), ("/v1/chat/completions", chat())):
-        if path != "/generate":
-            body["messages"][0]["content"] = text
+    for path, body, field in (
+        ("/generate", {"text": text}, "text"),
+        ("/v1/completions", {"prompt": text}, "prompt"),
+        ("/v1/chat/completions", chat(messages=[{"role": "user", "content": text}]), "messages"),
+        ("/v1/responses", {"input": text}, "input"),
+        ("/v1/responses", {"input": "a", "instructions": text}, "input"),
+    ):
         answer = server.post(path, body)
         assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+        assert answer.error["param"] == field
         assert "maximum context length is 256 tokens. However, you requested at least" in answer.error["message"]

@@ -36,8 +36,8 @@ def _engine(names: Labelled, stats: Stats) -> Iterator[Metric]:
         "reason",
         {"capacity": stats.waiting - deferred, "deferred": deferred},
     )
-    asleep = stats.pause.sleeping  # what the engine says does not tell levels 1 and 2 apart
-    states = {"awake": not asleep, "weights_offloaded": asleep, "discard_all": 0}
+    level = stats.pause.level  # 0, too, of a sleep that leaves the weights where they are: then no state is 1
+    states = {"awake": not stats.pause.sleeping, "weights_offloaded": level == 1, "discard_all": level == 2}
     yield names.gauges("engine_sleep_state", "1 for the state that the engine is in", "sleep_state", states)
     text = "Part of the arena's pages that running requests and adapters hold, 0 to 1"
     yield names.gauge("kv_cache_usage_perc", text, stats.usage)

@@ -131,7 +131,7 @@ class Responses:
         if not conversation.messages and body.instructions is None:
             raise BadRequest("input: no items, and no instructions", param="input")
         with in_words_of(WORDS):
-            chat = ChatJob(self._driver.front, body.chat_body(conversation.messages), self._defaults)
+            chat = ChatJob(self._driver.front, body.chat_body(conversation.messages), self._defaults, "input")
             generation = await self._driver.generate([chat.job], [response_id])
         head = _head(response_id, body, chat.job.sampling, self._driver.front.config.model_name)
         key = own_key(response_id)

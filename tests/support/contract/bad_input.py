@@ -37,6 +37,8 @@ def prompts_of_a_million_tokens(server):
     chat = CHAT | {"messages": [{"role": "user", "content": text}]}
     found = refused_soon(server, "/v1/chat/completions", chat, f"{CONTEXT} tokens")
     assert (found["code"], found["param"]) == ("context_length_exceeded", "messages")
+    found = refused_soon(server, "/v1/responses", {"input": text}, f"{CONTEXT} tokens")
+    assert (found["code"], found["param"]) == ("context_length_exceeded", "input")
 
 
 @line
