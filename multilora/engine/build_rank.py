@@ -222,6 +222,9 @@ def capture(config: Config, parts: RankParts) -> CudaGraphs | None:
     sizes = _graph_sizes(config, model.device)
     if not sizes:
         return None
+    if not model.capturable:
+        logger.info("CUDA graphs: none, the experts of this model wait for the device here")
+        return None
     twins = {size: twin for size in sizes if (twin := attention.for_graph(size)) is not None}
     halves = {size: half for size in reversed(PIECE_SIZES) if (half := attention.for_pieces(size)) is not None}
     if not twins or not halves:

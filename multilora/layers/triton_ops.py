@@ -12,6 +12,7 @@ from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_p
 from multilora.kernels.triton_math import fast_silu, silu_times
 
 SILU_BLOCK = 1024  # columns of one program
+COMBINE_BLOCK = 512
 MATVEC_ELEMENTS, MATVEC_COLUMNS = 4096, 2048  # of the weight, at a time in one program
 
 
@@ -47,6 +48,22 @@ def _silu_and_mul(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, FAST: tl.con
     gate = tl.load(gate_up_ptr + row * 2 * width + i, mask=mask, other=0.0)
     up = tl.load(gate_up_ptr + row * 2 * width + width + i, mask=mask, other=0.0)
     tl.store(out_ptr + row * width + i, silu_times(gate, up, FAST), mask=mask)
+
+
+@triton.jit
+def _combine_experts(y_ptr, places_ptr, weights_ptr, out_ptr, size, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+                     PDL: tl.constexpr):  # fmt: skip
+    """One program per (token, block of columns): Σ weight · row of y, in fp32, over the token's COUNT rows."""
+    wait_for_previous(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in range(COUNT):
+        row = tl.load(places_ptr + token * COUNT + k)
+        weight = tl.load(weights_ptr + token * COUNT + k).to(tl.float32)
+        total += weight * tl.load(y_ptr + row * size + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * size + i, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -112,6 +129,18 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     grid = tokens, triton.cdiv(width, SILU_BLOCK)
     constants = {"BLOCK": SILU_BLOCK, "FAST": fast_silu(gate_up), "PDL": early}
     launch(_silu_and_mul, grid, (gate_up, out, width), constants, early=early)
+    return out
+
+
+def combine_experts(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """y: [rows, size]; places: int64 [tokens, k]; weights: [tokens, k]; all contiguous. Returns [tokens, size]."""
+    tokens, count = places.shape
+    out = torch.empty(tokens, y.shape[1], dtype=y.dtype, device=y.device)
+    early = can_launch_early(y.device)
+    block = min(COMBINE_BLOCK, triton.next_power_of_2(y.shape[1]))
+    constants = {"COUNT": count, "BLOCK": block, "PDL": early}
+    grid = tokens, triton.cdiv(y.shape[1], block)
+    launch(_combine_experts, grid, (y, places, weights, out, y.shape[1]), constants, early=early)
     return out
 
 

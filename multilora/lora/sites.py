@@ -118,11 +118,22 @@ class DeclaredModules:
 
 
 def target(
-    path: str, out_features: int, *, before_kv: bool, shard: Shard, bias: bool = False, unit: int = 1
+    path: str,
+    out_features: int,
+    *,
+    before_kv: bool,
+    shard: Shard,
+    bias: bool = False,
+    unit: int = 1,
+    prefix: str = "",
 ) -> LoraSlice:
-    """The declaration of a LoRA target, for `DeclaredModules.site`. path: as `DeclaredModules.norm` has it."""
-    parent, _, module = path.rpartition(".")
-    return LoraSlice(module, 0, out_features, parent, before_kv, shard, bias, unit=unit)
+    """The declaration of a LoRA target, for `DeclaredModules.site`. path: as `DeclaredModules.norm` has it.
+
+    prefix: with it, the last component of the path names the target where others of its layer have the same.
+    """
+    parent, _, leaf = path.rpartition(".")
+    module, attribute = (f"{prefix}.{leaf}", leaf) if prefix else (leaf, "")
+    return LoraSlice(module, 0, out_features, parent, before_kv, shard, bias, unit=unit, attribute=attribute)
 
 
 def module_path(layer: int, parent: str, module: str, layers: str = LAYERS) -> str:

@@ -7,7 +7,7 @@ declarations.
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ class CausalLM(nn.Module, ABC):
     change. `config` and `lora_sites` describe the whole model; KV, attention and weights are this rank's. Raises
     ConfigError naming the module that cannot be divided among the ranks.
     """
+
+    older_names: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Parts of the names that modules have in checkpoints and adapters, and what they are called here."""
 
     def __init__(self, config: ModelConfig, device: torch.device, group: Group = SINGLE):
         super().__init__()
@@ -76,7 +79,7 @@ class CausalLM(nn.Module, ABC):
         if load_format == "dummy":
             fill_dummy(self, seed + self.group.rank)
         else:
-            load_weights(self, model_path, revision)
+            load_weights(self, model_path, revision, self.older_names)
 
     def lora_sites(self) -> tuple[LoraSite, ...]:
         """Every linear layer, the embedding and the head, by `LoraSite.index`."""
@@ -94,6 +97,11 @@ class CausalLM(nn.Module, ABC):
         """How `page_size` tokens of KV lie in a page of the arena."""
         config = self.config
         return KVLayout(config.num_layers, page_size, self._kv_heads, config.head_dim, config.kv_dtype)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can hold its layers: no forward pass waits for the device."""
+        return True
 
     @property
     def layers_path(self) -> str:

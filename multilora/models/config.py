@@ -47,6 +47,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """A mixture of experts in place of the MLP of some layers.
+
+    layers: which ones. intermediate_size: of one expert. normalised: the weights of a token's experts sum to one.
+    rounded: those weights are rounded to the model's dtype. shared_size: the intermediate size of the expert that
+    every token takes besides, behind a gate of its own; 0: there is none.
+    """
+
+    layers: frozenset[int]
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    normalised: bool
+    rounded: bool
+    shared_size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class NativeConfig(ModelConfig):
     """A model that a file of this package computes: the Llama family."""
 
@@ -58,6 +76,7 @@ class NativeConfig(ModelConfig):
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    moe: MoeConfig | None = None
 
     @property
     def q_size(self) -> int:

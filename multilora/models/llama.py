@@ -16,12 +16,15 @@ from multilora.distributed.group import SINGLE, Group
 from multilora.layers.attention import SelfAttention
 from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import Embedding, LMHead
-from multilora.layers.linear import GateUp, Linear
+from multilora.layers.experts import has_grouped_product
+from multilora.layers.linear import Linear
 from multilora.layers.norm import RMSNorm
 from multilora.layers.rotary import Rotary
 from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, DeclaredModules, Shard, target
 from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig, NativeConfig, native_config
+from multilora.models.mlp import MLP
+from multilora.models.moe import SparseMoe
 
 
 def self_attention(
@@ -48,35 +51,19 @@ def self_attention(
     return SelfAttention(layer, config.head_dim, qkv_linear, o_linear, **head_norms)
 
 
-class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x)), gate and up merged."""
-
-    def __init__(self, config: NativeConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any):
-        super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        behind = partial(target, before_kv=False, bias=config.mlp_bias)
-        column, row = partial(behind, shard=Shard.COLUMN), partial(behind, shard=Shard.ROW)
-        gate_up = declared.site(
-            layer, "gate_up_proj", hidden, column("mlp.gate_proj", inner), column("mlp.up_proj", inner)
-        )
-        down = declared.site(layer, "down_proj", inner, row("mlp.down_proj", hidden))
-        self.gate_up_proj = GateUp(gate_up, group=group, **kind)
-        self.down_proj = Linear(down, group=group, **kind)
-
-    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """x: [tokens, hidden]. Returns the same shape."""
-        y: torch.Tensor = self.down_proj(self.gate_up_proj(x, ctx), ctx)
-        return y
-
-
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind its norm."""
+    """Attention and MLP, or a mixture of experts, each behind its norm."""
 
     def __init__(self, config: NativeConfig, layer: int, declared: DeclaredModules, group: Group, **kind: Any):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = self_attention(config, layer, declared, group, **kind)
-        self.mlp = MLP(config, layer, declared, group, **kind)
+        self.mlp: MLP | SparseMoe
+        if config.moe is not None and layer in config.moe.layers:
+            self.mlp = SparseMoe(config.moe, size, layer, declared, group, **kind)
+        else:
+            inner = config.intermediate_size
+            self.mlp = MLP("mlp", size, inner, layer, declared, group, bias=config.mlp_bias, **kind)
         self.input_layernorm = RMSNorm(declared.norm(layer, "input_layernorm", size, before_kv=True), eps, **kind)
         self.post_attention_layernorm = RMSNorm(
             declared.norm(layer, "post_attention_layernorm", size, before_kv=False), eps, **kind
@@ -153,6 +140,13 @@ class LlamaForCausalLM(CausalLM):
         Raises ModelUnsupported for a setting that the family would compute wrongly.
         """
         return {"qkv_bias": hf.attention_bias, "o_bias": hf.attention_bias, "mlp_bias": hf.mlp_bias}
+
+    @property
+    def capturable(self) -> bool:
+        c = self.config
+        if c.moe is None:
+            return True
+        return has_grouped_product(self.device, c.dtype, c.hidden_size, c.moe.intermediate_size)
 
     @property
     def attention_shape(self) -> AttentionShape:

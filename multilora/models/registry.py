@@ -10,8 +10,11 @@ from multilora.errors import ModelUnsupported
 from multilora.models.base import CausalLM
 from multilora.models.llama import LlamaForCausalLM
 from multilora.models.mistral import MistralForCausalLM
+from multilora.models.mixtral import MixtralForCausalLM
 from multilora.models.qwen2 import Qwen2ForCausalLM
+from multilora.models.qwen2_moe import Qwen2MoeForCausalLM
 from multilora.models.qwen3 import Qwen3ForCausalLM
+from multilora.models.qwen3_moe import Qwen3MoeForCausalLM
 from multilora.models.transformers_backend.model import TransformersCausalLM
 
 ARCHITECTURES: dict[str, type[CausalLM]] = {
@@ -19,6 +22,9 @@ ARCHITECTURES: dict[str, type[CausalLM]] = {
     "MistralForCausalLM": MistralForCausalLM,
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "MixtralForCausalLM": MixtralForCausalLM,
+    "Qwen2MoeForCausalLM": Qwen2MoeForCausalLM,
+    "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
 }
 
 

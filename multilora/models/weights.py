@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from multilora.distributed.partition import padded_part
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.layers.embedding import Embedding, LMHead
+from multilora.layers.experts import Experts
 from multilora.layers.linear import Linear
 from multilora.lora.sharding import inputs_of, outputs_of
 from multilora.lora.sites import HEAD
@@ -37,8 +39,10 @@ SUPERFLUOUS = re.compile(r"\.rotary_emb\.inv_freq$")  # written by old exporters
 FLOATS = ("F64", "F32", "BF16", "F16")
 
 
-def load_weights(model: nn.Module, model_path: str, revision: str | None = None) -> None:
-    """Fill every parameter from the checkpoint of a local directory or hub id.
+def load_weights(
+    model: nn.Module, model_path: str, revision: str | None = None, older_names: tuple[tuple[str, str], ...] = ()
+) -> None:
+    """Fill every parameter from the checkpoint of a local directory or hub id. older_names: see `CausalLM`.
 
     Raises ModelUnsupported naming the tensor that is missing, left over or misshapen, before any is copied;
     ConfigError for a missing or broken file.
@@ -46,14 +50,14 @@ def load_weights(model: nn.Module, model_path: str, revision: str | None = None)
     began = time.monotonic()
     files = checkpoint_files(model_path, revision)
     targets = destinations(model)
-    wanted = _check(files, targets)
-    total, nbytes = sum(math.prod(map(len, t.part)) if t.part else math.prod(t.shape) for t in targets.values()), 0
+    wanted = _check(files, targets, older_names)
+    total, nbytes = sum(targets[ours].numel for found in wanted.values() for _, ours in found), 0
     with tqdm(total=total, unit=" parameters", unit_scale=True, desc="Loading weights") as bar:
         for file, names in wanted.items():
             with open_file(file) as tensors:
-                for name in names:
-                    tensor = targets[name].read(tensors, name)
-                    targets[name].load(tensor)
+                for name, ours in names:
+                    tensor = targets[ours].read(tensors, name)
+                    targets[ours].load(tensor)
                     bar.update(tensor.numel())
                     nbytes += tensor.nbytes
     logger.info("weights: %.2f GB in %.1f s from %d file(s)", nbytes / 1e9, time.monotonic() - began, len(files))
@@ -75,11 +79,20 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
 @dataclass(frozen=True)
 class Destination:
     """Where one tensor of a checkpoint goes: the shape that it must have, what copies it to its memory, and which
-    part this rank holds (rows, then columns; empty: all of it)."""
+    part this rank holds (rows, then columns; empty: all of it).
+
+    instead_of: names of tensors that a checkpoint may have in its place; together they fill the same memory.
+    """
 
     shape: tuple[int, ...]
     load: Callable[[torch.Tensor], object]
     part: tuple[range, ...] = ()
+    instead_of: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """How many elements this rank holds."""
+        return math.prod(map(len, self.part)) if self.part else math.prod(self.shape)
 
     def read(self, tensors: Any, name: str) -> torch.Tensor:
         """The part that this rank holds; no other byte is read. tensors: an open safetensors file."""
@@ -96,8 +109,8 @@ def destinations(model: nn.Module) -> dict[str, Destination]:
     found: dict[str, Destination] = {}
     seen: set[nn.Parameter] = set()
     for path, module in model.named_modules():
-        if isinstance(module, Linear):
-            found |= _of_linear(path, module)
+        if isinstance(module, Linear | Experts):
+            found |= _of_linear(path, module) if isinstance(module, Linear) else _of_experts(path, module)
             seen.update(module.parameters())
         elif isinstance(module, Embedding | LMHead) and module.weight not in seen:
             found[f"{path}.weight"] = _of_table(module)
@@ -115,7 +128,7 @@ def _of_linear(path: str, linear: Linear) -> dict[str, Destination]:
     whole, rank, size = linear.whole, linear.group.rank, linear.group.size
     found = {}
     for part, entire in zip(linear.site.slices, whole.slices, strict=True):
-        at = path if len(whole.slices) == 1 else f"{parent}.{part.module}"
+        at = path if len(whole.slices) == 1 else f"{parent}.{part.attribute or part.module}"
         outputs, inputs = outputs_of(whole, entire, rank, size), inputs_of(whole, rank, size)
         shapes: dict[str, tuple[tuple[int, ...], tuple[range, ...]]] = {
             "weight": ((entire.out_features, whole.in_features), (outputs, inputs))
@@ -126,6 +139,24 @@ def _of_linear(path: str, linear: Linear) -> dict[str, Destination]:
             shapes["bias"] = ((entire.out_features,), (outputs,))
         for name, (shape, held) in shapes.items():
             found[f"{at}.{name}"] = Destination(shape, partial(linear.load, part, name), held)
+    return found
+
+
+def _of_experts(path: str, experts: Experts) -> dict[str, Destination]:
+    """Checkpoints have three matrices for each expert, or two tensors for all of them."""
+    hidden, inner = experts.hidden, experts.inner
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    found: dict[str, Destination] = {}
+    halves = {"gate_proj": slice(inner), "up_proj": slice(inner, 2 * inner)}
+    for number in range(experts.count):
+        at = f"{path}.{number}"
+        for module, rows in halves.items():
+            found[f"{at}.{module}.weight"] = Destination((inner, hidden), gate_up[number, rows].copy_)
+        found[f"{at}.down_proj.weight"] = Destination((hidden, inner), down[number].copy_)
+    single = tuple(found)
+    for name, param in (("gate_up_proj", gate_up), ("down_proj", down)):
+        parts = tuple(s for s in single if (s.endswith(".down_proj.weight")) == (name == "down_proj"))
+        found[f"{path}.{name}"] = Destination(tuple(param.shape), param.copy_, instead_of=parts)
     return found
 
 
@@ -188,26 +219,44 @@ def open_file(file: Path) -> safe_open:
         raise ConfigError(f"{file} is not a readable safetensors file: {e}") from e
 
 
-def _check(files: list[Path], targets: dict[str, Destination]) -> dict[Path, list[str]]:
-    """Compare the files' headers with what the model needs. Returns the tensors to copy from each file."""
-    wanted: dict[Path, list[str]] = {}
-    left = set(targets)
+def _check(
+    files: list[Path], targets: dict[str, Destination], older_names: tuple[tuple[str, str], ...]
+) -> dict[Path, list[tuple[str, str]]]:
+    """Compare the files' headers with what the model needs. Returns the tensors to copy from each file, by the name
+    that they have there and the one that they have here."""
+    wanted: dict[Path, list[tuple[str, str]]] = {}
     extra: list[str] = []
     for file in files:
         wanted[file] = []
         with open_file(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118, not a dict
-                if name in targets:
-                    check_tensor(name, tensors.get_slice(name), targets[name].shape)
-                    wanted[file].append(name)
-                    left.discard(name)
+                ours = _renamed(name, older_names)
+                if ours in targets:
+                    check_tensor(name, tensors.get_slice(name), targets[ours].shape)
+                    wanted[file].append((name, ours))
                 elif not (SUPERFLUOUS.search(name) or name == f"{HEAD}.weight"):
                     extra.append(name)
-    if left:
-        raise ModelUnsupported(f"the checkpoint lacks {some(left)}")
+    _check_complete([ours for found in wanted.values() for _, ours in found], targets)
     if extra:
         raise ModelUnsupported(f"the checkpoint holds {some(extra)}, which the model would not use")
     return wanted
+
+
+def _renamed(name: str, older_names: tuple[tuple[str, str], ...]) -> str:
+    for old, new in older_names:
+        name = name.replace(old, new)
+    return name
+
+
+def _check_complete(found: list[str], targets: dict[str, Destination]) -> None:
+    """Raise ModelUnsupported unless every parameter is filled, and none twice."""
+    filled = Counter(found)
+    for name in found:
+        filled.update(targets[name].instead_of)
+    if twice := [name for name, count in filled.items() if count > 1]:
+        raise ModelUnsupported(f"the checkpoint holds {some(twice)} twice")
+    if left := {name for name, to in targets.items() if not to.instead_of} - filled.keys():
+        raise ModelUnsupported(f"the checkpoint lacks {some(left)}")
 
 
 def check_tensor(name: str, found: Any, expected: tuple[int, ...]) -> None:

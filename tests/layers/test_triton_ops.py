@@ -12,6 +12,7 @@ from fakes.layer_context import BASE
 
 from multilora.layers import triton_ops as ops
 from multilora.layers.activation import SiluAndMul
+from multilora.layers.experts import ExpertRows, combine
 from multilora.layers.matmul import linear, logits
 from multilora.layers.norm import RMSNorm
 from multilora.lora.sites import NormModule
@@ -119,3 +120,13 @@ def test_linear_and_logits_on_a_gpu(rows: int) -> None:
     on_gpu = linear(x.cuda(), weight.cuda(), bias.cuda())
     torch.testing.assert_close(on_gpu.cpu().float(), exact + bias.float(), atol=1e-2, rtol=8e-3)
     torch.testing.assert_close(logits(x.cuda(), weight.cuda()).cpu(), exact, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "count", "size"), [(1, 1, 8), (5, 3, 33), (2, 8, 1030)])
+def test_the_weighted_sum_of_experts(tokens: int, count: int, size: int, dtype: torch.dtype) -> None:
+    y, weights = random(tokens * count, size, dtype=dtype), random(tokens, count, dtype=torch.float32)
+    places = torch.randperm(tokens * count, generator=torch.Generator().manual_seed(3)).view(tokens, count)
+    expected = combine(y, ExpertRows(places, places, places), weights)
+    got = ops.combine_experts(y.to(DEVICE), places.to(DEVICE), weights.to(DEVICE))
+    torch.testing.assert_close(got.cpu(), expected, atol=ULP[dtype], rtol=ULP[dtype])

@@ -1,6 +1,6 @@
 """Every family against transformers, in fp32: full and chunked prefill, decode, and steps that mix them.
 
-Covers `llama.py`, `mistral.py`, `qwen2.py`, `qwen3.py` too.
+Covers `llama.py`, `mlp.py`, `mistral.py`, `qwen2.py`, `qwen3.py`, `mixtral.py`, `qwen2_moe.py`, `qwen3_moe.py` too.
 """
 
 from pathlib import Path
@@ -33,6 +33,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied-bias": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "mixtral": ("mixtral", {}),
+    "mixtral-window": ("mixtral", {"sliding_window": 12}),
+    "qwen2-moe": ("qwen2_moe", {}),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "qwen3-moe-unnormalised": ("qwen3_moe", {"norm_topk_prob": False, "attention_bias": True}),
+    "qwen3-moe-some-layers": (
+        "qwen3_moe",
+        {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    ),
 }
 
 
@@ -100,6 +109,8 @@ GPU_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("mistral", {"head_dim": 64}),
     "qwen2": ("qwen2", {"hidden_size": 512}),
     "qwen3": ("qwen3", {"head_dim": 128}),
+    "mixtral": ("mixtral", {"head_dim": 64}),
+    "qwen3-moe": ("qwen3_moe", {"head_dim": 128, "moe_intermediate_size": 64}),
 }
 
 

@@ -69,6 +69,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 32}),
 }
 
+QWEN_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+
+# the same for mixtures of experts
+EXPERT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2Moe", QWEN_EXPERTS | {"shared_expert_intermediate_size": 40}),
+    "qwen3_moe": ("Qwen3Moe", QWEN_EXPERTS | {"head_dim": 32, "norm_topk_prob": True}),
+}
+
 
 def make_tiny_model(
     path: str | Path, family: str = "llama", *, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any
@@ -81,7 +90,7 @@ def make_tiny_model(
     import torch
     import transformers
 
-    prefix, extra = FAMILIES[family]
+    prefix, extra = (FAMILIES | EXPERT_FAMILIES)[family]
     config = getattr(transformers, f"{prefix}Config")(**(TINY_SIZES | extra | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

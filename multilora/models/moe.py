@@ -1,0 +1,76 @@
+"""A mixture of experts in place of an MLP: a router, and the experts that it sends each token to.
+
+Qwen3-MoE, Mixtral and Qwen2-MoE (their files say what differs). Numbers of rows depend on the number of tokens only
+and the host is never asked, so that a CUDA graph can hold all of it where `layers/experts.py` has a grouped product.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from multilora.distributed.group import Group
+from multilora.errors import ConfigError, ModelUnsupported
+from multilora.layers.context import ForwardContext
+from multilora.layers.experts import Experts, combine, sort_by_expert
+from multilora.layers.linear import Linear
+from multilora.lora.sites import DeclaredModules, Shard, target
+from multilora.models.config import MoeConfig
+from multilora.models.mlp import MLP
+
+
+class SparseMoe(nn.Module):
+    """The weighted sum of a token's experts, and of the one that all tokens share, if there is one."""
+
+    def __init__(
+        self, config: MoeConfig, hidden: int, layer: int, declared: DeclaredModules, group: Group, **kind: Any
+    ):
+        super().__init__()
+        if group.size > 1:
+            raise ConfigError(
+                f"--tp-size {group.size}: experts are not divided among ranks; --tp-size 1 serves this model"
+            )
+        self._moe = config
+        gate = target("mlp.gate", config.num_experts, before_kv=False, shard=Shard.REPLICATED)
+        self.gate = Linear(declared.site(layer, "gate", hidden, gate), group=group, **kind)
+        self.experts = Experts(config.num_experts, hidden, config.intermediate_size, **kind)
+        self.shared_expert: MLP | None = None
+        if config.shared_size:
+            path, size = "mlp.shared_expert", config.shared_size
+            self.shared_expert = MLP(path, hidden, size, layer, declared, group, prefix="shared_expert", **kind)
+            own = target("mlp.shared_expert_gate", 1, before_kv=False, shard=Shard.REPLICATED)
+            self.shared_expert_gate = Linear(declared.site(layer, "shared_expert_gate", hidden, own), **kind)
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """x: [tokens, hidden]. Returns the same shape."""
+        experts, weights = self._route(x, ctx)
+        rows = sort_by_expert(experts, self._moe.num_experts)
+        y = combine(self.experts(x, rows), rows, weights)
+        if self.shared_expert is not None:
+            y += torch.sigmoid(self.shared_expert_gate(x, ctx)) * self.shared_expert(x, ctx)
+        return y
+
+    def _route(self, x: torch.Tensor, ctx: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which experts each token takes, int64 [tokens, top_k], and their weights."""
+        logits = self.gate(x, ctx)
+        weights, experts = torch.topk(torch.softmax(logits, -1, dtype=torch.float32), self._moe.top_k)
+        if self._moe.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return experts, weights.to(x.dtype) if self._moe.rounded else weights
+
+
+def check_experts(hf: Any) -> None:
+    """Raise ModelUnsupported for numbers of experts that no router can work with. hf: transformers' config."""
+    experts, taken = hf.num_experts, hf.num_experts_per_tok
+    if not 1 <= taken <= experts:
+        what = f"num_experts_per_tok = {taken} of num_experts = {experts}"
+        raise ModelUnsupported(f"{hf.architectures[0]} with {what} is not supported")
+
+
+def sparse_layers(hf: Any) -> frozenset[int]:
+    """The layers that have experts, by Qwen's rule. Raises ModelUnsupported for a step that is none."""
+    step = hf.decoder_sparse_step
+    if step < 1:
+        raise ModelUnsupported(f"{hf.architectures[0]} with decoder_sparse_step = {step} is not supported")
+    dense = set(hf.mlp_only_layers or ())
+    return frozenset(i for i in range(hf.num_hidden_layers) if i not in dense and (i + 1) % step == 0)

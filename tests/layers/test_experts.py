@@ -1,0 +1,108 @@
+"""The order in which experts take rows, the grouped product and the weighted sum, against plain loops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from multilora.layers import experts
+from multilora.layers.experts import Experts, combine, grouped_product, has_grouped_product, sort_by_expert
+
+CPU = torch.device("cpu")
+
+
+def taken(tokens: int, top_k: int, num_experts: int, seed: int = 0) -> torch.Tensor:
+    scores = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(seed))
+    return scores.topk(top_k).indices
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(1, 1, 1), (1, 3, 8), (7, 2, 4), (40, 8, 16)])
+def test_rows_are_sorted_by_expert(tokens: int, top_k: int, num_experts: int) -> None:
+    numbers = taken(tokens, top_k, num_experts)
+    rows = sort_by_expert(numbers, num_experts)
+    start = 0
+    for expert, end in enumerate(rows.ends.tolist()):
+        assert rows.tokens[start:end].tolist() == (numbers == expert).any(1).nonzero()[:, 0].tolist()
+        start = end
+    assert start == tokens * top_k
+    for token in range(tokens):
+        for k in range(top_k):
+            row = rows.places[token, k]
+            assert rows.tokens[row] == token
+            assert int((rows.ends <= row).sum()) == numbers[token, k]
+    assert (rows.ends.dtype, rows.tokens.dtype, rows.places.dtype) == (torch.int32, torch.int64, torch.int64)
+
+
+def test_every_row_is_multiplied_by_its_expert() -> None:
+    weight, x = torch.randn(6, 5, 4), torch.randn(9, 4)
+    experts = taken(3, 3, 6)
+    rows = sort_by_expert(experts, 6)
+    y = grouped_product(x[rows.tokens], weight, rows)
+    for token in range(3):
+        for k in range(3):
+            torch.testing.assert_close(y[rows.places[token, k]], weight[experts[token, k]] @ x[token])
+
+
+def test_experts_against_their_formula() -> None:
+    module = Experts(5, 16, 12, device=CPU, dtype=torch.float32)
+    for param in module.parameters():
+        param.normal_()
+    x, experts, weights = torch.randn(7, 16), taken(7, 2, 5), torch.rand(7, 2)
+    rows = sort_by_expert(experts, 5)
+    got = combine(module(x, rows), rows, weights)
+    for token in range(7):
+        expected = torch.zeros(16)
+        for k in range(2):
+            gate, up = (module.gate_up_proj[experts[token, k]] @ x[token]).chunk(2)
+            expected += weights[token, k] * (module.down_proj[experts[token, k]] @ (F.silu(gate) * up))
+        torch.testing.assert_close(got[token], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_grouped_product_and_the_loop_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has the product on the CPU too, where the loop is taken."""
+    weight, x = torch.randn(6, 16, 24, dtype=torch.bfloat16), torch.randn(30, 24, dtype=torch.bfloat16)
+    rows = sort_by_expert(taken(10, 3, 6), 6)
+    looped = grouped_product(x, weight, rows)
+    monkeypatch.setattr(experts, "has_grouped_product", lambda *_: True)
+    torch.testing.assert_close(grouped_product(x, weight, rows), looped, atol=1e-2, rtol=1e-2)
+
+
+def test_only_bf16_on_some_devices_has_a_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    assert not has_grouped_product(CPU, torch.bfloat16)
+    assert not has_grouped_product(cuda, torch.float16)
+    for capability, expected in (((8, 0), False), ((9, 0), True), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert has_grouped_product(cuda, torch.bfloat16, 64, 24) == expected
+        assert not has_grouped_product(cuda, torch.bfloat16, 64, 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_experts_in_a_graph_on_a_gpu() -> None:
+    """One graph serves whatever experts the rows take."""
+    device = torch.device("cuda")
+    module = Experts(16, 64, 32, device=device, dtype=torch.bfloat16)
+    for param in module.parameters():
+        param.normal_(std=0.2)
+    if not has_grouped_product(device, torch.bfloat16):
+        pytest.skip("no grouped product here")
+    x = torch.randn(24, 64, device=device, dtype=torch.bfloat16)
+    experts, weights = taken(24, 4, 16).to(device), torch.rand(24, 4, device=device)
+
+    def run() -> torch.Tensor:
+        rows = sort_by_expert(experts, 16)
+        return combine(module(x, rows), rows, weights)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    wide = Experts(16, 64, 32, device=CPU, dtype=torch.float32)
+    for mine, theirs in zip(wide.parameters(), module.parameters(), strict=True):
+        mine.copy_(theirs)
+    for seed in range(3):
+        experts.copy_(taken(24, 4, 16, seed))
+        graph.replay()
+        rows = sort_by_expert(experts.cpu(), 16)
+        expected = combine(wide(x.cpu().float(), rows), rows, weights.cpu())
+        torch.testing.assert_close(out.cpu().float(), expected, atol=0.05, rtol=0.02)

@@ -1,0 +1,125 @@
+"""What is particular to mixtures of experts: layouts of their checkpoints, settings that no router can work with."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from fakes.models import EXPERT_FAMILIES, TINY_SIZES, make_tiny_model
+from loaded_model import loaded_model
+from safetensors.torch import load_file, save_file
+
+from multilora.distributed.group import ProcessGroup
+from multilora.errors import ConfigError, ModelUnsupported
+from multilora.models.llama import LlamaForCausalLM
+from multilora.models.load import make_model, read_config
+
+META = torch.device("meta")
+UP = "model.layers.1.mlp.experts.4.up_proj.weight"
+
+
+def fuse(path: Path, family: str) -> None:
+    """Write the same weights as transformers has them in memory."""
+    model = make_tiny_model(path, family)
+    model.save_pretrained(path, save_original_format=False)
+    names = load_file(path / "model.safetensors")
+    assert names["model.layers.1.mlp.experts.gate_up_proj"].ndim == 3
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_both_layouts_of_a_checkpoint_fill_the_same_weights(family: str, tmp_path: Path) -> None:
+    single, fused = tmp_path / "single", tmp_path / "fused"
+    make_tiny_model(single, family)
+    assert any(".experts.4." in name for name in load_file(single / "model.safetensors"))
+    fuse(fused, family)
+    theirs = dict(loaded_model(single).named_parameters())
+    ours = dict(loaded_model(fused).named_parameters())
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_transformers_stacks_them_alike(tmp_path: Path) -> None:
+    reference = dict(make_tiny_model(tmp_path, "qwen3_moe").named_parameters())
+    ours = dict(loaded_model(tmp_path).named_parameters())
+    names = [name for name in reference if ".experts." in name]
+    assert len(names) == 4
+    assert all(torch.equal(ours[name], reference[name]) for name in names)
+
+
+def drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[UP]
+
+
+def misshape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[UP] = torch.zeros(48, 65)
+
+
+def one_too_many(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[UP.replace(".4.", ".6.")] = torch.zeros(48, 64)
+
+
+def twice(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.experts.down_proj"] = torch.zeros(6, 64, 48)
+
+
+def other_count(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "layers.0.mlp.experts" in name]:
+        del tensors[name]
+    tensors["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(5, 96, 64)
+    tensors["model.layers.0.mlp.experts.down_proj"] = torch.zeros(5, 64, 48)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (drop, rf"lacks {UP}"),
+        (misshape, rf"tensor {UP} has shape \[48, 65\], the config asks for \[48, 64\]"),
+        (one_too_many, r"holds model\.layers\.1\.mlp\.experts\.6\.up_proj\.weight, which the model would not use"),
+        (twice, r"holds model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight, .* and 3 more twice"),
+        (other_count, r"experts\.\w+ has shape \[5, \d+, \d+\], the config asks for \[6, \d+, \d+\]"),
+    ],
+)
+def test_experts_that_do_not_fit_are_named(
+    edit: Callable[[dict[str, torch.Tensor]], None], message: str, tmp_path: Path
+) -> None:
+    make_tiny_model(tmp_path, "qwen3_moe")
+    tensors = load_file(tmp_path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelUnsupported, match=message):
+        loaded_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok = 7 of num_experts = 6"),
+        ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok = 0 of num_experts = 5"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+    ],
+)
+def test_settings_that_no_router_can_work_with(
+    family: str, overrides: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    prefix, extra = EXPERT_FAMILIES[family]
+    config = getattr(transformers, f"{prefix}Config")(**(TINY_SIZES | extra | overrides))
+    config.architectures = [f"{prefix}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelUnsupported, match=rf"{prefix}ForCausalLM with {message} is not supported"):
+        read_config(str(tmp_path), model_impl="native")
+
+
+def test_ranks_do_not_divide_experts_yet(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path, "qwen3_moe")
+    with pytest.raises(ConfigError, match="--tp-size 2: experts are not divided among ranks"):
+        make_model(str(tmp_path), device=META, group=ProcessGroup(None, 0, 2, META))
+
+
+def test_graphs_need_a_grouped_product(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "moe", "qwen3_moe")
+    make_tiny_model(tmp_path / "dense", "qwen3")
+    moe, dense = (make_model(str(tmp_path / name), device=META) for name in ("moe", "dense"))
+    assert isinstance(moe, LlamaForCausalLM)
+    assert (moe.capturable, dense.capturable) == (False, True)
