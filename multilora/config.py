@@ -195,6 +195,9 @@ class Config:
         metavar="FILE",
     )
     metrics_key: str | None = _server(None, "what /metrics asks for, as a bearer token (default: nothing)")
+    max_metrics_labels: int = _server(
+        64, "most adapters, and most tenants, with numbers of their own in /metrics; the others are summed up"
+    )
     drain_seconds: int = _server(25, "how long running requests may still take after SIGTERM", low=0)
     state_dir: str | None = _server(
         None, "where loaded adapters are remembered, for the next start (default: nowhere)", metavar="DIR"

@@ -16,7 +16,15 @@ from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.engine.messages import AdapterSwitch, Finished, Output, Submit
 from multilora.engine.scheduling.policy import POLICIES
-from multilora.errors import BadRequest, EngineDead, EngineRestarting, Forbidden, QueueFull, ServerStopping
+from multilora.errors import (
+    BadRequest,
+    EngineDead,
+    EngineRestarting,
+    Forbidden,
+    MultiloraError,
+    QueueFull,
+    ServerStopping,
+)
 from multilora.front.access import CALLER, Caller, Limits, Tenant
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.effects import Lane, RunBlocking, Steps
@@ -24,7 +32,7 @@ from multilora.front.engine_link import EngineLink
 from multilora.front.fetcher import Fetcher
 from multilora.front.generation import Generation, Job, Sample
 from multilora.front.grammar import Grammars
-from multilora.front.observer import Ending, Observer
+from multilora.front.observer import Ending, Observer, origin_of
 from multilora.front.pause_manager import PauseManager
 from multilora.front.prompt import (
     ChatPrompt,
@@ -110,6 +118,16 @@ class Front:
 
         On any error nothing is sent and no adapter is held.
         """
+        try:
+            return (yield from self._submit(jobs, deliver, rids))
+        except MultiloraError as e:
+            for job in jobs:
+                self.observer.refused(origin_of(CALLER.get(), job.adapters), e.kind)
+            raise
+
+    def _submit(
+        self, jobs: Sequence[Job], deliver: Callable[[Output], None], rids: Sequence[str] | None
+    ) -> Steps[Generation]:
         count = sum(job.sampling.n for job in jobs)
         caller = CALLER.get()
         self._check_room(count)
@@ -170,7 +188,7 @@ class Front:
         self._let_go(sample)
         sample.grant.release()
         if sample.submitted:
-            self.observer.ended(sample.job.adapters, _ending(sample, self.engine.ready.context_length))
+            self.observer.ended(sample.origin, _ending(sample, self.engine.ready.context_length))
             for name, _ in sample.job.adapters:
                 if self.registry.current(name) is None:  # unloaded while the client read what was there
                     self.observer.forget(name)
@@ -302,7 +320,7 @@ class Front:
         if sample.number == 0:
             sample.grant.charge(len(sample.prompt_ids))
         self.engine.submit(message, take)
-        self.observer.submitted(sample.job.adapters)
+        self.observer.submitted(sample.origin)
         if sample.abort_message is not None:
             self.engine.abort(sample.key, sample.abort_message)
 
@@ -314,10 +332,11 @@ class Front:
 
 
 def _ending(sample: Sample, context_length: int) -> Ending:
-    sampling = sample.job.sampling
+    sampling, finished = sample.job.sampling, sample.stream.finished
     asked = sampling.max_new_tokens
     return Ending(
-        reason=sample.stream.finished.type if sample.stream.finished else "abort",
+        reason=finished.type if finished else "abort",
+        error=finished.kind if finished and finished.type == "error" else "",
         prompt_tokens=len(sample.prompt_ids),
         generated=sample.stream.completion_tokens,
         n=sampling.n,

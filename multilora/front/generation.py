@@ -14,7 +14,7 @@ from multilora.front.access import Caller
 from multilora.front.adapter_ref import Held
 from multilora.front.adapter_spec import BASE, AdapterSpec
 from multilora.front.engine_link import EngineLink
-from multilora.front.observer import FirstOutput, Observer
+from multilora.front.observer import FirstOutput, Observer, Origin, origin_of
 from multilora.front.prompt import Prompt
 from multilora.front.quotas import UNLIMITED, Grant
 from multilora.front.stream import Delta, FinishReason, TextStream
@@ -86,6 +86,10 @@ class Sample:
     deliver: Callable[[Output], None] | None = None  # once it is submitted
     let_go: bool = False  # it holds its adapters no longer
     shown: bool = False  # the client has been told some of it
+    origin: Origin = field(init=False)  # for the observer
+
+    def __post_init__(self) -> None:
+        self.origin = origin_of(self.caller, self.job.adapters)
 
     @property
     def scope(self) -> tuple[str, str]:
@@ -168,7 +172,7 @@ class Generation:
         sample.grant.charge(len(output.token_ids))
         if sample.started:
             if output.token_ids:
-                self._observer.next_output(len(output.token_ids), now - sample.seconds)
+                self._observer.next_output(sample.origin, len(output.token_ids), now - sample.seconds)
         elif output.token_ids or output.finished is None or output.finished.type not in ("abort", "error"):
             self._observe_first(sample, output, now)  # what failed before it ran has no first output
         sample.seconds = now
@@ -183,7 +187,7 @@ class Generation:
             cached_tokens=output.cached_tokens,
             generated=len(output.token_ids),
         )
-        self._observer.first_output(sample.job.adapters, first)
+        self._observer.first_output(sample.origin, first)
 
     def close(self) -> None:
         """Abort what has not ended, and release its adapters. Idempotent."""

@@ -12,8 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
-from fakes.models import FakeEngineClient
-from fakes.server_app import LocalServer
+from keys import KeyedServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from multilora.config import Config
@@ -34,15 +33,16 @@ OF_PROMETHEUS = {"job", "instance", "le"}
 
 
 @pytest.fixture(scope="module")
-def samples():
-    s = LocalServer(FakeEngineClient(), None)
+def samples(tmp_path_factory):
+    s = KeyedServer(tmp_path_factory.mktemp("keys"))
     s.load("a")
-    s.post("/generate", {"input_ids": [5], "lora_path": "a"})
+    for tokens in ([5], [999]):  # the second one is refused
+        s.post("/generate", {"input_ids": tokens, "lora_path": "a"}, key="acme")
     nothing = {field.name: 0 for field in msgspec.structs.fields(AdapterStats) if field.type in (int, float)}
     known = AdapterStats(**nothing | {"version": next(iter(s.client.loaded)), "level": "device", "pinned": False})
     s.client.stats = msgspec.structs.replace(s.client.stats, adapters=[known])
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(s.get("/metrics").text):
+    for family in text_string_to_metric_families(s.get("/metrics", key="ops").text):
         found.setdefault(family.name, set())
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)

@@ -1,6 +1,7 @@
 """/metrics: names that other tools read, per-adapter numbers, and labels that go with their adapter.
 
-Covers `metrics/collector.py`, `metrics/adapters.py`, `metrics/own.py`, `metrics/totals.py`, `metrics/http.py` too.
+Covers `metrics/collector.py`, `metrics/adapters.py`, `metrics/own.py`, `metrics/usage.py`, `metrics/totals.py`,
+`metrics/http.py` too.
 """
 
 import asyncio
@@ -64,13 +65,76 @@ def test_requests_and_tokens_per_adapter():
     assert value(s, "multilora:prompt_tokens_total", adapter_name="a") == 3
     assert value(s, "multilora:generation_tokens_total", adapter_name="a") == 4
     assert value(s, "multilora:time_to_first_token_seconds_count", adapter_name="a") == 2
-    assert value(s, "multilora:queue_time_seconds_count", adapter_name="base") == 1
+    assert value(s, "multilora:request_queue_time_seconds_count", adapter_name="base") == 1
 
 
-def test_a_refused_request_is_not_counted():
+def test_a_refused_request_is_counted_as_an_error_only():
     s = server()
     s.post("/generate", {"input_ids": [999]})
     assert not [key for key in samples(s) if key[0].startswith("multilora:requests")]
+    assert value(s, "multilora:request_errors_total", adapter_name="other", error="BadRequest") == 1
+    s.client.refuse = lambda m: BadRequest("no")
+    s.post("/generate", {"input_ids": [5]})
+    assert value(s, "multilora:request_errors_total", adapter_name="base", error="BadRequest") == 1
+    assert value(s, "multilora:requests_total", adapter_name="base", finish_reason="error") == 1
+
+
+def total_of(found, name, **labels):
+    return sum(v for (n, has), v in found.items() if n == name and labels.items() <= dict(has).items())
+
+
+PEERS_TOTALS = {
+    "multilora:requests_total": "vllm:request_success_total",
+    "multilora:prompt_tokens_total": "vllm:prompt_tokens_total",
+    "multilora:prompt_tokens_cached_total": "vllm:prompt_tokens_cached_total",
+    "multilora:generation_tokens_total": "vllm:generation_tokens_total",
+    "multilora:time_to_first_token_seconds_count": "vllm:time_to_first_token_seconds_count",
+    "multilora:inter_token_latency_seconds_count": "vllm:inter_token_latency_seconds_count",
+    "multilora:request_queue_time_seconds_count": "vllm:request_queue_time_seconds_count",
+}
+
+
+def test_the_labels_add_up_to_the_total_while_they_change(monkeypatch):
+    monkeypatch.setattr("multilora.server.metrics.top_names.RANK_SECONDS", 0.0)
+    s = server(max_metrics_labels=2)
+    names = [f"a{i}" for i in range(6)]
+    s.load(*names)
+    before, labels = {}, []
+    for i in range(24):
+        body = {"input_ids": [5, 6], "lora_path": names[i // 4], "sampling_params": {"max_new_tokens": 1 + i % 3}}
+        s.post("/generate", body)
+        if i == 17:
+            s.post("/unload_lora_adapter", {"lora_name": names[i // 4]})
+            s.load(names[i // 4])
+        found = samples(s)
+        for name, peers in PEERS_TOTALS.items():
+            assert total_of(found, name) == total_of(found, peers), name
+        used = {dict(has)["adapter_name"] for n, has in found if n == "multilora:requests_started_total"}
+        labels.append(used - {"other", "retired"})
+        assert len(labels[-1]) <= 2
+        for key, v in found.items():  # what is there before and after has not gone backwards
+            gone_between = dict(key[1]).get("adapter_name") == names[4]  # it was unloaded, and loaded again
+            if key[0].startswith("multilora:") and key[0].endswith(("_total", "_count", "_sum")):
+                assert gone_between or v >= before.get(key, 0)
+        before = found
+    assert len(set().union(*labels)) > 2, "no label ever changed"
+
+
+def test_adapters_without_a_label_are_summed_up():
+    s = server(max_metrics_labels=1)
+    s.load("a", "b", "c")
+    s.post("/generate", {"input_ids": [5], "lora_path": "a"})
+    stats = [adapter(1, loads=1, host_bytes=3), adapter(2, loads=2, running=1), adapter(3, loads=4, running=2)]
+    with_stats(s, adapters=stats)
+    assert value(s, "multilora:adapter_loads_total", adapter_name="other") == 6
+    assert value(s, "multilora:adapter_requests_running", adapter_name="other") == 3
+    assert value(s, "multilora:adapter_bytes", adapter_name="a", tier="host") == 3
+    assert value(s, "vllm:lora_adapter_loaded", adapter_name="other", level="device", pinned="false", rank="8") == 2
+    s.post("/unload_lora_adapter", {"lora_name": "b"})
+    with_stats(s, adapters=[stats[0], adapter(3, loads=5)])
+    assert value(s, "multilora:adapter_loads_total", adapter_name="other") == 7, "nothing is taken away"
+    with_stats(s, adapters=[stats[0], adapter(3, loads=2)])
+    assert value(s, "multilora:adapter_loads_total", adapter_name="other") == 9, "another engine began at 0"
 
 
 def test_the_engines_numbers():

@@ -11,7 +11,7 @@ import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer, run
 from fakes.tokenizers import byte_level_tokenizer
-from keys import KeyedServer, write_keys
+from keys import BOTH_TENANTS, KeyedServer, write_keys
 from safetensors.numpy import save
 
 from multilora.engine.messages import AdapterStats
@@ -273,6 +273,38 @@ def test_metrics_of_a_tenant(server):
         assert text in everything
     assert 'multilora:requests_started_total{adapter_name="sql"} 1.0' in own
     assert 'vllm:lora_adapter_loaded{adapter_name="sql"' in own
+    for name, count in {"acme": 2, "zorg": 2}.items():
+        assert f'multilora:tenant_requests_started_total{{tenant="{name}"}} {count}.0' in everything
+    assert 'multilora:tenant_requests_started_total{tenant="acme"} 2.0' in own
+
+
+def test_what_has_no_label_is_shown_to_no_tenant(server, monkeypatch):
+    monkeypatch.setattr("multilora.server.metrics.top_names.RANK_SECONDS", 0.0)
+    observer = server.app.state.driver.front.observer
+    for names in (observer._adapters, observer._tenants):
+        names._limit = 1
+    load(server, "zorg", "secret", "secret")
+    load(server, "acme")
+    own = []
+    for key, name, times in (("acme", "sql", 1), ("zorg", "secret", 9), ("acme", "sql", 90)):
+        for _ in range(times):
+            assert generate(server, key, lora_path=name).status == 200
+        own.append(server.get("/metrics", key="acme").text)
+        for text in ("secret", "zorg", "other", "retired"):
+            assert text not in own[-1]
+    assert 'tenant_requests_started_total{tenant="acme"} 1.0' in own[0]
+    assert "tenant_requests" not in own[1], "another tenant has the only label"
+    everything = server.get("/metrics", key="ops").text
+    assert 'multilora:tenant_requests_started_total{tenant="retired"}' in everything
+
+
+@pytest.mark.parametrize("name", ["other", "retired"])
+def test_a_tenant_that_is_called_what_several_are_sees_nothing_of_them(tmp_path, name):
+    s = KeyedServer(tmp_path, f'{BOTH_TENANTS}\n[keys.x]\ntenant = "{name}"', max_metrics_labels=1)
+    for key in ("acme", "zorg", "x"):
+        assert generate(s, key).status == 200
+    assert "multilora:tenant_" not in s.get("/metrics", key="x").text
+    assert 'tenant="acme"' in s.get("/metrics", key="ops").text
 
 
 def test_a_file_that_is_read_again_holds_at_once(server):

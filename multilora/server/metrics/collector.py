@@ -1,55 +1,50 @@
 """All metrics of one server, as /metrics shows them.
 
 Names that other tools read are the peers' (`vllm.py`, `sglang.py`, `http.py`); ours begin with `multilora:`.
-Label `adapter_name` is the adapter's name, the base model's name for requests without one; a composition counts for
-each of its adapters, what the front counts of a named one for that name. Each `Metrics` has its own
-CollectorRegistry, so that several servers fit one process.
+Label `adapter_name` is the adapter's name, the base model's name for requests without one; all that have no label of
+their own are `other` (`top_names.py`). With tenants there are the same numbers by `tenant`. Each `Metrics` has a
+CollectorRegistry to itself, so that several servers fit one process.
 """
 
-import contextlib
 from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from multilora.config import Config
 from multilora.front.access import CALLER
-from multilora.front.adapter_spec import AdapterSpec
 from multilora.front.engine_link import EngineLink
-from multilora.front.observer import Ending, FirstOutput, Observer
+from multilora.front.observer import Ending, FirstOutput, Observer, Origin
 from multilora.front.registry import AdapterRegistry
-from multilora.server.metrics.adapters import PER_ADAPTER, adapter_metrics, routing_metrics
+from multilora.server.metrics.adapters import AdapterCounts, adapter_metrics, routing_metrics
 from multilora.server.metrics.http import HttpCounts
 from multilora.server.metrics.own import own_metrics
 from multilora.server.metrics.sglang import sglang_metrics
 from multilora.server.metrics.tenant_view import TenantView
+from multilora.server.metrics.top_names import TopNames
 from multilora.server.metrics.totals import Totals
+from multilora.server.metrics.usage import Usage, usage_metrics
 from multilora.server.metrics.vllm import vllm_metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Metrics(Observer):
-    """What the front reports, counted over all adapters (`totals`) and for each; `http`: requests by route."""
+    """What the front reports, counted over all requests (`totals`), by adapter and by tenant; `http`: by route."""
 
     def __init__(self, config: Config, context_length: int):
         self.totals = Totals(context_length)
         self.http = HttpCounts()
         self._config = config
+        self._model_name = config.model_name
         self._context_length = context_length
+        self._adapters = TopNames(config.max_metrics_labels, Usage)
+        self._tenants = TopNames(config.max_metrics_labels, Usage) if config.auth_file is not None else None
         self._registry = CollectorRegistry()
         self._registry.register(self.http)
         ProcessCollector(registry=self._registry)  # of this process, the front
-        self._requests = Counter(
-            "multilora:requests", "Requests ended", [*PER_ADAPTER, "finish_reason"], registry=self._registry
-        )
-        self._started = self._counter("requests_started", "Requests submitted to the engine")
-        self._tokens_in = self._counter("prompt_tokens", "Prompt tokens of ended requests")
-        self._tokens_out = self._counter("generation_tokens", "Generated tokens of ended requests")
-        self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first output")
-        self._queued = self._histogram("queue_time_seconds", "From submission to the first step")
+        self._registry.register(_UsageCollector(self._adapters, self._tenants))
         self._resolved = Counter(
             "multilora:resolver_events",
             "Unknown adapter names looked for (hit, miss, failure), and adapters unloaded for them (eviction)",
@@ -58,61 +53,74 @@ class Metrics(Observer):
         )
         for event in ("hit", "miss", "failure", "eviction"):
             self._resolved.labels(event)
-        self._seen: dict[str, set[str]] = {}  # adapter → finish reasons
 
     def watch(self, names: AdapterRegistry, engine: EngineLink) -> None:
         """Show the engine's state too, as it said last."""
-        self._registry.register(_StateCollector(self._config, self._context_length, self.totals, names, engine))
+        self._registry.register(
+            _StateCollector(self._config, self._context_length, self.totals, self._adapters, names, engine)
+        )
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"multilora:{name}", text, PER_ADAPTER, registry=self._registry)
+    def submitted(self, origin: Origin) -> None:
+        self._adapters.use(origin.adapter or self._model_name).started += 1
+        if self._tenants is not None:
+            self._tenants.use(origin.tenant).started += 1
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"multilora:{name}", text, PER_ADAPTER, registry=self._registry, buckets=_SECONDS)
-
-    def submitted(self, adapters: AdapterSpec) -> None:
-        for name in self._names(adapters):
-            self._seen.setdefault(name, set())
-            self._started.labels(name).inc()
-
-    def first_output(self, adapters: AdapterSpec, output: FirstOutput) -> None:
+    def first_output(self, origin: Origin, output: FirstOutput) -> None:
         self.totals.first_output(output)
-        for name in self._names(adapters):
-            self._first.labels(name).observe(output.seconds)
-            self._queued.labels(name).observe(output.queue_seconds)
+        for usage in self._of(origin):
+            usage.first_output(output)
 
-    def next_output(self, tokens: int, seconds: float) -> None:
+    def next_output(self, origin: Origin, tokens: int, seconds: float) -> None:
         self.totals.next_output(tokens, seconds)
+        for usage in self._of(origin):
+            usage.next_output(tokens, seconds)
 
-    def ended(self, adapters: AdapterSpec, ending: Ending) -> None:
+    def ended(self, origin: Origin, ending: Ending) -> None:
         self.totals.ended(ending)
-        for name in self._names(adapters):
-            self._seen.setdefault(name, set()).add(ending.reason)
-            self._requests.labels(name, ending.reason).inc()
-            self._tokens_in.labels(name).inc(ending.prompt_tokens)
-            self._tokens_out.labels(name).inc(ending.generated)
+        for usage in self._of(origin):
+            usage.ended(ending)
 
-    def _names(self, adapters: AdapterSpec) -> list[str]:
-        """A request counts under each name that the client used."""
-        return [name for name, _ in adapters] or [self._config.model_name]
+    def refused(self, origin: Origin, error: str) -> None:
+        for usage in self._of(origin):
+            usage.errors[error] += 1
+
+    def _of(self, origin: Origin) -> tuple[Usage, ...]:
+        """The series of the request. It may have lost its label since it was submitted, and gets none here."""
+        of_adapter = self._adapters.find(origin.adapter or self._model_name)
+        return (of_adapter,) if self._tenants is None else (of_adapter, self._tenants.find(origin.tenant))
 
     def forget(self, adapter: str) -> None:
-        """The adapter was unloaded: its labels go."""
-        for reason in self._seen.pop(adapter, ()):
-            self._requests.remove(adapter, reason)
-        for metric in (self._started, self._tokens_in, self._tokens_out, self._first, self._queued):
-            with contextlib.suppress(KeyError):
-                metric.remove(adapter)
+        """The adapter was unloaded: its label goes."""
+        self._adapters.forget(adapter)
 
     def resolved(self, event: str) -> None:
         self._resolved.labels(event).inc()
 
     def render(self) -> bytes:
         """The text format of Prometheus, of what the present caller may see."""
+        self._adapters.rank()
+        if self._tenants is not None:
+            self._tenants.rank()
         caller = CALLER.get()
         if not caller.tenant.name:
             return generate_latest(self._registry)
         return generate_latest(TenantView(self._registry, caller))
+
+
+class _UsageCollector(Collector):
+    """Shows what the front has counted by adapter and by tenant."""
+
+    def __init__(self, adapters: TopNames[Usage], tenants: TopNames[Usage] | None):
+        self._adapters = adapters
+        self._tenants = tenants
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        yield from usage_metrics("multilora:", "adapter_name", self._adapters)
+        if self._tenants is not None:
+            yield from usage_metrics("multilora:tenant_", "tenant", self._tenants)
 
 
 class _StateCollector(Collector):
@@ -123,12 +131,15 @@ class _StateCollector(Collector):
         config: Config,
         context_length: int,
         totals: Totals,
+        usage: TopNames[Usage],
         registry: AdapterRegistry,
         engine: EngineLink,
     ):
         self._config = config
         self._context_length = context_length
         self._totals = totals
+        self._usage = usage
+        self._counts = AdapterCounts(usage)
         self._names = registry
         self._engine = engine
 
@@ -142,4 +153,5 @@ class _StateCollector(Collector):
         yield from vllm_metrics(self._config, self._totals, stats)
         yield from sglang_metrics(self._config, self._totals, stats, self._context_length)
         yield from routing_metrics(stats, adapters, self._config.max_loras_per_batch)
-        yield from adapter_metrics(adapters)
+        self._counts.update(adapters)
+        yield from adapter_metrics(adapters, self._usage)

@@ -28,6 +28,12 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += times
         self.sum += value * times
 
+    def absorb(self, other: "Histogram") -> None:
+        """Add the observations of `other`, which has the same boundaries."""
+        assert self._bounds == other._bounds  # noqa: SLF001
+        self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]  # noqa: SLF001
+        self.sum += other.sum
+
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str], bounds: Iterable[float]) -> None:
         """Add it to a metric with these buckets, which must be among the boundaries, and +Inf."""
         cumulative = {}

@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from multilora.front.access import Caller
+from multilora.server.metrics.top_names import RESERVED
 
 
 class TenantView(Collector):
@@ -40,7 +41,7 @@ class TenantView(Collector):
         adapter, tenant = labels.get("adapter_name"), labels.get("tenant")
         if adapter is None and tenant is None:
             return None
-        if tenant is not None and tenant != caller.tenant.name:
+        if tenant is not None and (tenant != caller.tenant.name or tenant in RESERVED):
             return None
         if adapter is None:
             return labels

@@ -12,8 +12,9 @@ from .world import BASE, LOADED, PAGE_ORIGIN, TEXT, few, local
 line = Section("operations", "Routes about the server, and metrics")
 
 ADMIN_PATHS = [path for path, rule in RULES.items() if rule.need in (Need.ADMIN, Need.LOADS, Need.ABORTS)]
-PER_ADAPTER = """requests prompt_tokens generation_tokens time_to_first_token_seconds queue_time_seconds adapter_loads
-    adapter_evictions adapter_load_seconds adapter_bytes adapter_hits adapter_misses"""
+PER_ADAPTER = """requests prompt_tokens generation_tokens time_to_first_token_seconds request_queue_time_seconds
+    inter_token_latency_seconds adapter_loads adapter_evictions adapter_load_seconds adapter_bytes adapter_hits
+    adapter_misses"""
 
 
 def samples(server) -> dict[str, list[tuple[dict[str, str], float]]]:
