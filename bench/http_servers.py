@@ -24,6 +24,7 @@ from starlette.routing import Route
 from multilora.config import Config
 from multilora.engine.messages import Output, Outputs, Ready, Stats, Submit, decode_from_engine, encode
 from multilora.front.tokenizer import Tokenizer
+from multilora.params import EmbeddingSettings
 from multilora.server.app import create_app
 from multilora.server.uvicorn_setup import event_loop, uvicorn_config
 
@@ -88,6 +89,7 @@ class SteppedEngine(Steps):
             device="cpu",
             lora_backend="none",
             attention_backend="none",
+            embedding=EmbeddingSettings(size=64),
             stats=self.stats,
         )
 

@@ -16,6 +16,7 @@ from multilora import logs
 from multilora.errors import ConfigError
 from multilora.lora_path import LoraPath, read_lora_paths
 from multilora.options import KeysOf, option, options_of, parse_size
+from multilora.params import POOLING_METHODS, PoolingMethod
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ class Config:
         "auto",
         "whose code computes the model: this package's (native) or transformers'; auto: native where there is one",
         choices=("auto", "native", "transformers"),
+    )
+    pooling: str | None = _model(
+        None,
+        "which hidden row is a text's embedding: the last token's, the mean of all, the first's (default: as the "
+        "checkpoint's 1_Pooling/config.json says, else last)",
+        choices=(KeysOf("multilora.params:POOLING_METHODS"),),
     )
     dtype: str = _model("auto", "auto: the model's own, float32 on CPU", choices=("auto", *DTYPES))
     device: str = _model("auto", "where the engine computes", choices=("auto", *DEVICES))
@@ -274,6 +281,11 @@ class Config:
     def model_name(self) -> str:
         """The name that clients use for the base model."""
         return self.served_model_name or self.model_path or "multilora-demo"
+
+    @property
+    def pooling_method(self) -> PoolingMethod | None:
+        """--pooling, if it is given."""
+        return next((method for method in POOLING_METHODS if method == self.pooling), None)
 
     @property
     def has_resolver(self) -> bool:

@@ -27,6 +27,34 @@ LOGPROBS_MODES: dict[str, LogprobsMode] = {
 """What logprobs of an answer are the log-softmax of, by our names and by vLLM's. raw: the model's logits. processed:
 what the token was drawn from, that is after penalties, bias, grammar, temperature, top-k, top-p and min-p."""
 
+PoolingMethod = Literal["last", "mean", "cls"]
+"""Which of a prompt's hidden rows become the one row that is returned: the last token's, the mean of all, the first
+token's."""
+POOLING_METHODS: tuple[PoolingMethod, ...] = get_args(PoolingMethod)
+
+
+class PoolingParams(msgspec.Struct, frozen=True, array_like=True):
+    """What is wanted of a prompt in place of an answer: a row of numbers from its hidden rows.
+
+    The rows are those after the final norm, of `method`; with `scores` the row goes through a classification head:
+    the adapter's own if it has one, else the base model's.
+    """
+
+    method: PoolingMethod = "last"
+    scores: bool = False
+
+
+class EmbeddingSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How the model's embeddings are made unless a request says otherwise.
+
+    size: numbers in one. normalize: whether they are scaled to length 1.
+    """
+
+    size: int
+    method: PoolingMethod = "last"
+    normalize: bool = True
+
+
 GrammarField = Literal["json_schema", "regex", "ebnf", "structural_tag"]
 GRAMMAR_FIELDS: tuple[GrammarField, ...] = get_args(GrammarField)
 

@@ -268,5 +268,6 @@ def _describe(parts: RankParts, stats: Stats) -> Ready:
         device=parts.device.type,
         lora_backend=parts.lora.backend.name if parts.lora else "off",
         attention_backend=parts.attention.name,
+        embedding=parts.embedding,
         stats=stats,
     )

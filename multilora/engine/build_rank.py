@@ -32,6 +32,8 @@ from multilora.memory.kv_layout import KVLayout
 from multilora.memory.plan import DeviceMemory, MemoryPlan, format_bytes, plan_memory
 from multilora.models.base import CausalLM
 from multilora.models.load import make_model
+from multilora.models.sentence_transformers import embedding_settings
+from multilora.params import EmbeddingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +49,13 @@ class RankParts:
     attention: AttentionBackend
     target: PackTarget | None  # None: LoRA is off, as `lora`
     lora: RunnerLora | None
+    embedding: EmbeddingSettings
 
 
 def build_rank(config: Config, group: Group = SINGLE, device: torch.device | None = None) -> RankParts:
     """Load the model and make its arena. Raises ConfigError, ModelUnsupported, OutOfMemory."""
     device = device_of(config) if device is None else device
-    model = _load(config, device, group)
+    model, embedding = _load(config, device, group)
     over_arena = _attention_maker(config, model)
     layout = model.kv_layout(config.page_size)
     arena = _arena(config, model, layout, over_arena)
@@ -61,7 +64,7 @@ def build_rank(config: Config, group: Group = SINGLE, device: torch.device | Non
     if config.enable_lora:
         target = _pack_target(model, layout)
         lora = _runner_lora(config, model, arena, target)
-    return RankParts(device, model, layout, arena, attention, target, lora)
+    return RankParts(device, model, layout, arena, attention, target, lora, embedding)
 
 
 def make_runner(config: Config, parts: RankParts) -> Runner:
@@ -128,8 +131,9 @@ def own_copier(config: Config, arena: torch.Tensor) -> Copier:
     return DirectCopier(arena)
 
 
-def _load(config: Config, device: torch.device, group: Group) -> CausalLM:
-    """The model with its weights. What it does not serve is refused before any weight is fetched."""
+def _load(config: Config, device: torch.device, group: Group) -> tuple[CausalLM, EmbeddingSettings]:
+    """The model with its weights, and how its embeddings are made. What it does not serve is refused before any
+    weight is fetched."""
     path = model_path(config)
     with asking_for("the weights of the base model", "take a smaller model, or a GPU with more memory"):
         model = make_model(
@@ -143,8 +147,9 @@ def _load(config: Config, device: torch.device, group: Group) -> CausalLM:
             group=group,
         )
         adapter_limits(config, model)
+        embedding = embedding_settings(path, config.revision, model.config.hidden_size, config.pooling_method)
         fill(config, model)
-    return model
+    return model, embedding
 
 
 def fill(config: Config, model: CausalLM) -> None:

@@ -12,11 +12,12 @@ from typing import Literal
 
 import msgspec
 
-from multilora.params import Composition, LogprobsMode, SamplingParams
+from multilora.params import Composition, EmbeddingSettings, LogprobsMode, PoolingParams, SamplingParams
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """One sequence to generate (`n` > 1 is several Submits)."""
+    """One sequence to generate (`n` > 1 is several Submits), or to be read only: with `pooling` there is no answer
+    but one row of numbers, and `sampling.max_new_tokens` is 0."""
 
     rid: str
     input_ids: list[int]
@@ -29,6 +30,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     return_ranks: bool = False  # of the answer's tokens, with their logprobs
     logprobs_mode: LogprobsMode = "raw"  # of the answer's tokens
     grammar: str | None = None  # an xgrammar CompiledGrammar, serialized to JSON
+    pooling: PoolingParams | None = None
     salt: str = ""  # requests share cached pages only with requests of the same salt
     tenant: str = ""
     priority: int = 0  # the lowest number first, under the scheduling policy of that name
@@ -204,6 +206,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     again: the engine has ended and the request runs again on the next one; what came before is void.
 
+    pooled: comes with the end of a request that asked for pooling: float32 numbers, little-endian.
+
     logprobs: parallel to `token_ids`; empty where not asked for. input_logprobs come with the first Output, one per
     prompt token from `logprob_start_len` on; None for the first prompt token of all, which has none.
     """
@@ -218,6 +222,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     logprobs: list[Logprobs] = []
     input_logprobs: list[Logprobs | None] = []
     switch: AdapterSwitch | None = None
+    pooled: bytes = b""
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):
@@ -340,6 +345,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     device: str
     lora_backend: str
     attention_backend: str
+    embedding: EmbeddingSettings
     stats: Stats
 
 

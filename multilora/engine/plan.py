@@ -8,13 +8,14 @@ What does not travel yet: the copies of adapters from the host. A rank has to ha
 `LoraInstall` names before it executes the step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from multilora.engine.messages import Logprobs
 from multilora.engine.sampling.state import SamplingState
 from multilora.lora.panels import AdapterShape
+from multilora.params import PoolingParams
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -27,6 +28,16 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     next_ids: list[int]
     top: int
     ranks: bool = False
+
+
+class PooledChunk(msgspec.Struct, frozen=True, array_like=True):
+    """What the hidden rows of a chunk are wanted for.
+
+    ends: with this chunk the prompt is complete, and so is its pooled row.
+    """
+
+    params: PoolingParams
+    ends: bool
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
@@ -49,6 +60,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     answer_positions: tuple[int, ...] = ()
     decodes: bool = False
     prompt_logprobs: PromptLogprobs | None = None
+    pooling: PooledChunk | None = None
 
 
 class PageUpdate(msgspec.Struct, frozen=True, array_like=True):
@@ -120,9 +132,11 @@ class StepResult:
 
     token_ids, errors, logprobs: parallel to the sampled tokens, in plan order; logprobs None where not asked for.
     prompt_logprobs: per chunk of the plan, parallel to `next_ids` of its `PromptLogprobs`.
+    pooled: by the number of the chunk that ends a prompt, its pooled row in float32 numbers, little-endian.
     """
 
     token_ids: list[int]
     errors: list[str | None]
     logprobs: list[Logprobs | None]
     prompt_logprobs: list[list[Logprobs]]
+    pooled: dict[int, bytes] = field(default_factory=dict)

@@ -282,7 +282,7 @@ class Front:
         """The checks of what depends on the prompt's tokens, and the message but for its grammar."""
         job, length = sample.job, len(sample.prompt_ids)
         context, vocab_size = self.engine.ready.context_length, sample.vocabulary.size
-        check_prompt(sample.prompt_ids, context, vocab_size, job.param)
+        check_prompt(sample.prompt_ids, context, vocab_size, job.param, answered=job.pooling is None)
         most = min(self.config.max_logprobs, vocab_size)
         check_logprobs(job.logprob_start_len, job.top_logprobs_num, length, most, job.prompt_logprobs)
         ends = sample.vocabulary.ends
@@ -297,6 +297,7 @@ class Front:
             prompt_logprobs=job.prompt_logprobs,
             return_ranks=job.return_logprob and job.return_ranks,
             logprobs_mode=job.logprobs_mode or LOGPROBS_MODES[self.config.logprobs_mode],
+            pooling=job.pooling,
             salt=tenant_salt(sample.caller.tenant.name, job.salt),
             tenant=tenant_of(self.config, sample.caller, job.adapters),
             priority=job.priority,

@@ -20,7 +20,7 @@ from multilora.front.quotas import UNLIMITED, Grant
 from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.front.versions import VersionHistory, VersionLabel, VersionSpan
 from multilora.front.vocabulary import Vocabulary
-from multilora.params import LogprobsMode, SamplingParams
+from multilora.params import LogprobsMode, PoolingParams, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class Job:
     `return_ranks`, in `logprobs_mode` (None: the server's). Logprobs of the prompt: from `logprob_start_len` on, if
     `return_logprob`; all of them, raw, with ranks and so many best tokens, by `prompt_logprobs`.
     kept_tokens: texts of special tokens that stay in the answer whatever `sampling.skip_special_tokens` says.
+    pooling: the prompt is only read, and a row of numbers is made of it.
     salt: see `prompt.prefix_salt`. timeout: seconds until the request ends, whatever it has got.
     ids_param: the client's field that a prompt of token ids came in.
     """
@@ -44,6 +45,7 @@ class Job:
     prompt_logprobs: int | None = None
     return_ranks: bool = False
     logprobs_mode: LogprobsMode | None = None
+    pooling: PoolingParams | None = None
     salt: str = ""
     priority: int = 0
     timeout: float | None = None

@@ -110,12 +110,20 @@ def spread(value: Any, count: int, name: str) -> list[Any]:
     return list(value)
 
 
-def check_prompt(ids: Sequence[int], context_length: int, vocab_size: int, param: str) -> None:
+def check_prompt(
+    ids: Sequence[int], context_length: int, vocab_size: int, param: str, *, answered: bool = True
+) -> None:
     """Raise BadRequest, naming the field `param`, unless every id is in the vocabulary and one new token fits the
-    context."""
+    context, if it is to be answered."""
     if not ids:
         raise BadRequest("the prompt is empty: it needs at least one token", param=param)
-    if len(ids) >= context_length:
+    if len(ids) > context_length and not answered:
+        raise PromptTooLong(
+            f"This model's maximum context length is {context_length} tokens. However, you requested {len(ids)} "
+            "tokens in the input. Please shorten it.",
+            param=param,
+        )
+    if len(ids) >= context_length and answered:
         raise _too_long(context_length, f"{len(ids) + 1}", f"{len(ids)}", param)
     outside = [i for i in (min(ids), max(ids)) if not 0 <= i < vocab_size]
     if outside:
@@ -126,7 +134,7 @@ def _check_fits(tokenizer: Tokenizer, text: str, context_length: int, param: str
     """Raise PromptTooLong for a text that has more tokens than the context, whatever they are."""
     longest = tokenizer.most_bytes_per_token
     least = 0 if longest is None else len(text.encode(errors="replace")) // longest
-    if least >= context_length:
+    if least > context_length:
         raise _too_long(context_length, f"at least {least + 1}", f"{least} or more", param)
 
 

@@ -88,6 +88,7 @@ class TextStream:
         self.token_ids: list[int] = []
         self.logprobs: list[Logprobs] = []
         self.input_logprobs: list[Logprobs | None] = []
+        self.pooled = b""  # what has been made of the prompt, if that was all that was wanted
         self.finished: FinishReason | None = None
         self._eos_token_ids = frozenset(eos_token_ids)
         self._pieces: list[str] = []  # join to what is out
@@ -195,6 +196,7 @@ class TextStream:
         if output.cached_tokens > self.cached_tokens:
             self.cached_tokens = output.cached_tokens
         drop = self.finished is not None and output.finished is None
+        self.pooled = output.pooled or self.pooled
         delta = Delta(
             text, output.token_ids[:count], output.logprobs[:count], output.input_logprobs, self.finished, drop
         )

@@ -1,15 +1,18 @@
 """What the Python doors take in its many forms, as jobs for the front."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multilora.errors import BadRequest
 from multilora.front.adapter_spec import parse_specs
-from multilora.front.generation import Job
+from multilora.front.embedding import check_dimensions, check_method, embedding_job
+from multilora.front.generation import Job, Sample
 from multilora.front.prompt import read_prompts, spread
+from multilora.llm.embedding import TextEmbedding
 from multilora.lora_path import LoraPath
-from multilora.params import SamplingParams
+from multilora.params import EmbeddingSettings, SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +45,39 @@ def read_jobs(
         for prompt, sampling, spec in zip(given, params, parse_specs(lora_path, len(given)), strict=True)
     ]
     return jobs, several
+
+
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    """What `embed` was asked for. several: whether a list of prompts was given."""
+
+    jobs: list[Job]
+    several: bool
+    dimensions: int | None
+    normalize: bool
+
+    @classmethod
+    def read(
+        cls,
+        prompts: Prompts,
+        lora_path: Any,
+        settings: EmbeddingSettings,
+        *,
+        dimensions: int | None,
+        normalize: bool | None,
+        pooling: str | None,
+    ) -> "EmbeddingRequest":
+        """settings: the model's. Raises BadRequest."""
+        method, size = check_method(pooling, "pooling"), check_dimensions(dimensions, settings.size)
+        given, several = read_prompts(prompts, "prompts")
+        specs = parse_specs(lora_path, len(given))
+        jobs = [embedding_job(prompt, settings, method, adapters=s) for prompt, s in zip(given, specs, strict=True)]
+        return cls(jobs, several, size, settings.normalize if normalize is None else normalize)
+
+    def answer(self, samples: Sequence[Sample]) -> "TextEmbedding | list[TextEmbedding]":
+        """From the samples of the jobs, ended."""
+        found = [TextEmbedding.of(sample, self.dimensions, normalize=self.normalize) for sample in samples]
+        return found if self.several else found[0]
 
 
 def names_of(jobs: Sequence[Job]) -> list[str]:

@@ -17,9 +17,18 @@ from multilora.engine.messages import AdapterInfo, Output, Stats
 from multilora.engine.process.local import LocalEngine
 from multilora.errors import ConfigError
 from multilora.front.front import Front
+from multilora.front.generation import Job, Sample
 from multilora.front.tokenizer import Tokenizer
 from multilora.llm.completion import Completion
-from multilora.llm.inputs import Params, Prompts, names_of, read_jobs, read_lora_paths, write_tensors
+from multilora.llm.inputs import (
+    EmbeddingRequest,
+    Params,
+    Prompts,
+    names_of,
+    read_jobs,
+    read_lora_paths,
+    write_tensors,
+)
 from multilora.models.gguf import with_directory
 
 if TYPE_CHECKING:
@@ -77,6 +86,30 @@ class LLM:
             logprob_start_len=logprob_start_len,
             top_logprobs_num=top_logprobs_num,
         )
+        answers = [Completion.of(sample) for sample in self._run(jobs)]
+        return answers if several or len(answers) > 1 else answers[0]
+
+    def embed(
+        self,
+        prompts: Prompts,
+        lora_path: Any = None,
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        pooling: str | None = None,
+    ) -> Any:
+        """The embedding of one prompt (text or token ids), or of a list of them, all in one batch.
+
+        lora_path: as in `generate`. dimensions: only so many of the first numbers, as Matryoshka embeddings are cut.
+        normalize: scale to length 1; pooling: "last", "mean" or "cls"; None: as the model's own files say.
+        Returns a `TextEmbedding`, or a list of them in the prompts' order. Raises BadRequest before anything runs.
+        """
+        options: dict[str, Any] = {"dimensions": dimensions, "normalize": normalize, "pooling": pooling}
+        request = EmbeddingRequest.read(prompts, lora_path, self._local.ready.embedding, **options)
+        return request.answer(self._run(request.jobs))
+
+    def _run(self, jobs: Sequence[Job]) -> list[Sample]:
+        """All samples of the jobs, in their order, ended."""
         outputs: deque[Output] = deque()
         resolver = self._front.resolver
         held = self._driver.run(resolver.hold(names_of(jobs)))
@@ -91,8 +124,7 @@ class LLM:
                     generation.receive(outputs.popleft())
         finally:
             generation.close()
-        answers = [Completion.of(sample) for sample in generation.samples]
-        return answers if several or len(answers) > 1 else answers[0]
+        return generation.samples
 
     # ------------------------------------------------------------------ adapters
 

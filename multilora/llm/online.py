@@ -17,7 +17,15 @@ from multilora.front.front import Front
 from multilora.front.state_directory import open_state
 from multilora.front.tokenizer import Tokenizer
 from multilora.llm.completion import Completion
-from multilora.llm.inputs import Params, names_of, read_jobs, read_lora_paths, write_tensors
+from multilora.llm.inputs import (
+    EmbeddingRequest,
+    Params,
+    Prompts,
+    names_of,
+    read_jobs,
+    read_lora_paths,
+    write_tensors,
+)
 from multilora.models.gguf import with_directory
 
 if TYPE_CHECKING:
@@ -110,6 +118,25 @@ class AsyncLLM:
                 yield Completion.of(sample)
         finally:
             generation.close()
+
+    async def embed(
+        self,
+        prompts: Prompts,
+        lora_path: Any = None,
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        pooling: str | None = None,
+    ) -> Any:
+        """The embedding of one prompt, or of a list of them: as `LLM.embed`. Cancelling its task aborts it."""
+        options: dict[str, Any] = {"dimensions": dimensions, "normalize": normalize, "pooling": pooling}
+        request = EmbeddingRequest.read(prompts, lora_path, self._started.engine.ready.embedding, **options)
+        held = await self._started.hold(names_of(request.jobs))
+        try:
+            generation = await self._started.generate(request.jobs)
+        finally:
+            self._front.resolver.release(held)
+        return request.answer(await generation.results())
 
     async def abort(self, request_id: str) -> None:
         """End a request: its last Completion says `abort`. One that is unknown or has ended is ignored."""

@@ -106,6 +106,24 @@ def test_samples_are_told_apart(running: Running, llm: AsyncLLM) -> None:
     assert sorted((a.index, a.request_id) for a in running.run(scenario())) == [(0, "r#0"), (1, "r#1")]
 
 
+def test_embeddings(running: Running, llm: AsyncLLM) -> None:
+    """As LLM's; other texts side by side do not matter."""
+
+    async def scenario() -> list[Any]:
+        return await asyncio.gather(
+            llm.embed(TEXT, "a"), llm.embed([TEXT, [5, 6, 7]], ["a", None], dimensions=3, pooling="mean")
+        )
+
+    one, (first, second) = running.run(scenario())
+    assert len(one.embedding) == 64
+    assert len(first.embedding) == len(second.embedding) == 3
+    assert sum(x * x for x in first.embedding) == pytest.approx(1)
+    assert second.prompt_tokens == 3
+    with pytest.raises(BadRequest, match="dimensions"):
+        running.run(llm.embed(TEXT, dimensions=99))
+    running.at_rest()
+
+
 def test_abort(running: Running, llm: AsyncLLM) -> None:
     async def scenario() -> list[Any]:
         answers = []

@@ -33,6 +33,7 @@ from multilora.front.effects import (
 )
 from multilora.front.front import Front
 from multilora.front.state_directory import StateDirectory
+from multilora.params import EmbeddingSettings
 
 WEIGHTS = "adapter_model.safetensors"
 _STATS = Stats(
@@ -53,6 +54,7 @@ class NoEngine:
         device="cpu",
         lora_backend="torch",
         attention_backend="torch",
+        embedding=EmbeddingSettings(size=64),
         stats=_STATS,
     )
 

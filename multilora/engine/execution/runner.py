@@ -17,6 +17,7 @@ from multilora.attention.base import AttentionBackend
 from multilora.batch import ForwardBatch, LoraSegment
 from multilora.engine.execution.cuda_graphs import GraphedStep, StepGraphs
 from multilora.engine.execution.inputs import Newest, PageTables, build_inputs, logit_count
+from multilora.engine.execution.pooling import Pooler
 from multilora.engine.plan import Chunk, LoraChange, LoraInstall, LoraRemoval, StepPlan, StepResult
 from multilora.engine.sampling.logprobs import TokenLogprobs, token_logprobs
 from multilora.engine.sampling.sampler import DeviceSampled, Sampled, Sampler
@@ -28,7 +29,7 @@ from multilora.lora.sites import EMBED, MODEL_LEVEL, TABLES, LoraSite
 from multilora.lora.table import LoraTable
 from multilora.models.base import CausalLM
 from multilora.params import SamplingParams
-from multilora.transfer import Fence, upload
+from multilora.transfer import Fence, download, upload
 
 
 class AdapterScope(IntEnum):
@@ -87,10 +88,12 @@ class RunnerLora:
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward pass on its way. logits: fp32 [wanted rows, vocab], see `logit_count`."""
+    """A forward pass on its way. logits: fp32 [wanted rows, vocab], see `logit_count`. pooled: fp32 [prompts that
+    end, numbers]; None: there are none."""
 
     plan: StepPlan
     logits: Tensor
+    pooled: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Launched:
     plan: StepPlan
     sampled: DeviceSampled
     prompt: list[TokenLogprobs | None]  # per chunk
+    pooled: Tensor | None  # as in `Forward`
     fence: Fence
     read: Callable[[DeviceSampled], Sampled]
 
@@ -108,7 +112,14 @@ class Launched:
         self.fence.wait()
         sampled = self.read(self.sampled)
         prompt = [p.to_host() if p is not None else [] for p in self.prompt]
-        return StepResult(sampled.token_ids, sampled.errors, sampled.logprobs, prompt)
+        return StepResult(sampled.token_ids, sampled.errors, sampled.logprobs, prompt, self._pooled())
+
+    def _pooled(self) -> dict[int, bytes]:
+        if self.pooled is None:
+            return {}
+        ends = [i for i, c in enumerate(self.plan.chunks) if c.pooling is not None and c.pooling.ends]
+        rows = self.pooled.numpy().astype("<f4", copy=False)
+        return {i: row.tobytes() for i, row in zip(ends, rows, strict=True)}
 
 
 class Runner:
@@ -130,6 +141,7 @@ class Runner:
         self._lora = lora
         self._device = device
         self._tables = PageTables(page_size)
+        self._pooler = Pooler()
         self._sampler = Sampler(model.config.vocab_size, device, model.config.eos_token_ids)
         self._newest = Newest({}, torch.empty(0, dtype=torch.int64))
 
@@ -153,6 +165,7 @@ class Runner:
         """Bring what is kept from step to step up to date. Plans come in order, none is left out."""
         for slot in plan.free:
             self._sampler.free(slot)
+            self._pooler.free(slot)
         for state in plan.install:
             self._sampler.install(state)
         self._tables.update(plan.pages)
@@ -162,7 +175,7 @@ class Runner:
     def forward(self, plan: StepPlan) -> Forward:
         """Queue the forward pass of the plan that has been applied last. Needs no token on the host: what is unknown
         there is on the device. It is sampled before the next plan is applied, unless it fails."""
-        return Forward(plan, self._forward(plan))
+        return self._forward(plan)
 
     def is_sound(self, error: Exception) -> bool:
         """Whether the device can go on after `error` of `forward` or `sample`: not after an error of CUDA's."""
@@ -192,7 +205,8 @@ class Runner:
         self._newest = Newest({slot: i for i, slot in enumerate(slots)}, sampled.token_ids)
         prompt = [_prompt_logprobs(c, part) for c, part in zip(chunks, parts, strict=True)]
         on_host = [p.to_cpu() if p is not None else None for p in prompt]
-        return Launched(forward.plan, sampled.to_cpu(), on_host, Fence(self._device), self._sampler.read)
+        pooled = None if forward.pooled is None else download(forward.pooled)
+        return Launched(forward.plan, sampled.to_cpu(), on_host, pooled, Fence(self._device), self._sampler.read)
 
     def _sampling_rows(self, chunks: list[Chunk], logits: Tensor, count: int) -> Tensor:
         """Those rows of the logits that tokens are sampled from: the last ones of each chunk."""
@@ -203,15 +217,21 @@ class Runner:
         return logits[upload(rows, self._device)]
 
     @torch.inference_mode()
-    def _forward(self, plan: StepPlan) -> Tensor:
-        """fp32 logits [wanted rows, vocab]."""
+    def _forward(self, plan: StepPlan) -> Forward:
         batch = build_inputs(plan, self._tables, self._newest, self._device)
         scope = self._lora.scope(batch.lora) if self._lora is not None else AdapterScope.LAYERS
         x = self._model.embed(batch.input_ids, self._context(batch.lora, scope))
         graphed = self._graphed(plan, batch, scope)
         hidden = self._layers(x, batch, scope) if graphed is None else graphed.run(x)
+        pooled = self._pooler.pool(plan.chunks, hidden)
         if len(batch.logit_rows) < len(hidden):
             hidden = hidden[batch.logit_rows]
+        return Forward(plan, self._logits(hidden, batch, scope), pooled)
+
+    def _logits(self, hidden: Tensor, batch: ForwardBatch, scope: AdapterScope) -> Tensor:
+        """hidden: the wanted rows. Returns fp32 [wanted rows, vocab]. Where none is wanted the head does not run."""
+        if not len(hidden):
+            return hidden.new_empty(0, self.vocab_size, dtype=torch.float32)
         if scope is AdapterScope.LAYERS:
             return self._model.logits(hidden, self._context((), scope))
         return self._model.logits(hidden, self._prepared(batch.logit_lora, len(hidden), scope))

@@ -8,7 +8,7 @@ Called by `scheduler.py`.
 from dataclasses import dataclass
 
 from multilora.engine.messages import Finished, Logprobs, Output
-from multilora.engine.plan import Chunk, PageUpdate, PromptLogprobs, StepPlan
+from multilora.engine.plan import Chunk, PageUpdate, PooledChunk, PromptLogprobs, StepPlan
 from multilora.engine.sampling.state import SamplingState, needs_prompt
 from multilora.engine.scheduling.request import Request, RequestSpec
 from multilora.params import Composition
@@ -40,6 +40,7 @@ def make_chunk(request: Request, count: int) -> Chunk:
         (len(progress.output_ids) + progress.in_flight,) if samples else (),
         count == 1 and start >= progress.num_prompt,
         _prompt_logprobs(request, start, count),
+        None if spec.pooling is None else PooledChunk(spec.pooling, count == progress.remaining),
     )
 
 
@@ -91,8 +92,18 @@ def adapter_order(run: tuple[Request, Chunk]) -> tuple[Composition, int]:
     return request.spec.adapters if acts else (), -chunk.pre_activation
 
 
+def failure(message: str) -> Finished:
+    """The ending of a request whose step went wrong for it alone."""
+    return Finished(type="error", kind="MultiloraError", message=message)
+
+
 def make_output(
-    request: Request, now: float, tokens: list[int], finished: Finished | None, logprobs: Logprobs | None = None
+    request: Request,
+    now: float,
+    tokens: list[int],
+    finished: Finished | None,
+    logprobs: Logprobs | None = None,
+    pooled: bytes = b"",
 ) -> Output:
     """The first one of a request carries its prompt logprobs. now: monotonic seconds; logprobs: of the one token."""
     spec, prompt = request.spec, request.progress.prompt_logprobs
@@ -109,4 +120,5 @@ def make_output(
         queue_seconds=(request.admitted or now) - spec.arrival,
         logprobs=[logprobs] if logprobs is not None else [],
         input_logprobs=input_logprobs,
+        pooled=pooled,
     )

@@ -8,7 +8,7 @@ from functools import cached_property
 from multilora.engine.messages import Finished, Logprobs, Submit
 from multilora.engine.scheduling.page_namespaces import PageNamespaces
 from multilora.memory.page_table import PageTable
-from multilora.params import Composition, LogprobsMode, SamplingParams
+from multilora.params import Composition, LogprobsMode, PoolingParams, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class RequestSpec:
     prompt_logprobs_from: int | None
     prompt_top: int
     prompt_ranks: bool
+    pooling: PoolingParams | None
     salt: str
     grammar: str | None
     tenant: str
@@ -76,6 +77,7 @@ class RequestSpec:
             prompt_logprobs_from=start if 0 <= start < len(message.input_ids) else None,
             prompt_top=max(of_prompt or 0, message.top_logprobs_num if wants else 0),
             prompt_ranks=of_prompt is not None,
+            pooling=message.pooling,
             salt=message.salt,
             grammar=message.grammar,
             tenant=message.tenant,
@@ -255,7 +257,10 @@ class Request:
 
     @property
     def match_limit(self) -> int:
-        """Tokens that may come from the prefix cache: the last one's logits are needed, and the prompt logprobs'."""
+        """Tokens that may come from the prefix cache: the last one's logits are needed, and the prompt logprobs'. All
+        hidden rows are needed where other rows than the last one are pooled."""
+        if self.spec.pooling is not None and self.spec.pooling.method != "last":
+            return 0
         limit = self.progress.num_tokens - 1
         if self.spec.prompt_logprobs_from is not None and self.logprob_position < len(self.spec.prompt_ids) - 1:
             limit = min(limit, self.logprob_position)

@@ -21,6 +21,7 @@ from multilora.engine.scheduling.admission import MOST_FREED, Admission
 from multilora.engine.scheduling.chunks import (
     LaunchedStep,
     adapter_order,
+    failure,
     make_chunk,
     make_output,
     sampling_state,
@@ -323,8 +324,7 @@ class Scheduler:
         begun = max(step.launched_at, self._committed_at)
         self._committed_at = self.clock()
         self.cost.observe(plan.prompt_tokens, self._committed_at - begun)
-        outputs = []
-        sampled = 0
+        sampled, outputs = 0, list[Output]()
         for i, (chunk, (request, epoch)) in enumerate(zip(plan.chunks, step.runs, strict=True)):
             index, sampled = sampled, sampled + len(chunk.answer_positions)
             if request.state is RequestState.FINISHED:
@@ -336,7 +336,8 @@ class Scheduler:
                 outputs.append(self._commit_token(request, result, index))
             elif not request.spec.samples and request.progress.num_computed == request.progress.num_tokens:
                 self._finish(request)  # max_new_tokens 0: only the prompt was wanted
-                outputs.append(make_output(request, self.clock(), [], Finished(type="length")))
+                end, pooled = Finished(type="length"), result.pooled.get(i, b"")
+                outputs.append(make_output(request, self.clock(), [], end, pooled=pooled))
         return outputs
 
     def _commit_kv(self, request: Request, chunk: Chunk, epoch: int) -> None:
@@ -355,8 +356,7 @@ class Scheduler:
         token, error = result.token_ids[index], result.errors[index]
         if error is not None:
             self._finish(request)
-            failed = Finished(type="error", kind="MultiloraError", message=error)
-            return make_output(request, self.clock(), [], failed)
+            return make_output(request, self.clock(), [], failure(error))
         finished = request.accept(token, self.eos_token_ids)
         self.generated_tokens += 1
         if finished is not None:

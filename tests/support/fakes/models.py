@@ -32,6 +32,7 @@ from multilora.engine.messages import (
     encode,
 )
 from multilora.errors import BadRequest, EngineDead, MultiloraError
+from multilora.params import EmbeddingSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -182,6 +183,7 @@ class FakeEngineClient:
             device="cpu",
             lora_backend="torch",
             attention_backend="torch",
+            embedding=EmbeddingSettings(size=64),
             stats=self.stats,
         )
         self.alive = True
