@@ -44,7 +44,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python scripts/demo.py $(ARGS)
+	$(BIN)/multilora demo
 
 serve: $(READY)
 	$(BIN)/multilora serve $(ARGS)

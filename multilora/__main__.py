@@ -1,5 +1,5 @@
-"""`multilora` and `python -m multilora`: `serve`, `adapters` to examine one adapter, and `keys` to make keys. The
-exit code is 2 if the arguments are wrong.
+"""`multilora` and `python -m multilora`: `serve`, `demo`, `adapters` to examine one adapter, and `keys` to make keys.
+The exit code is 2 if the arguments are wrong.
 
 Heavy libraries are imported only by the command that needs them.
 """
@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from multilora.cli import key_commands
 
             return key_commands.run(args)
+        if isinstance(args, cli.DemoArgs):
+            from multilora.cli.demo import command
+
+            return command.run()
         config = args.config()
     except (ConfigError, ModelUnsupported) as e:
         sys.stderr.write(f"multilora: error: {e}\n")

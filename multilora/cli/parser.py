@@ -8,7 +8,7 @@ nothing. Called by `__main__.py`.
 import argparse
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,6 +17,8 @@ from multilora.cli import adapters as cli_adapters
 from multilora.cli import keys_args as cli_keys
 from multilora.cli.adapters import AdapterArgs
 from multilora.cli.compat import ALWAYS_ON, IGNORED, REFUSED
+from multilora.cli.demo import args as cli_demo
+from multilora.cli.demo.args import DemoArgs
 from multilora.cli.keys import add_keys
 from multilora.cli.keys_args import KeyArgs
 from multilora.config import Config
@@ -24,9 +26,18 @@ from multilora.errors import ConfigError
 from multilora.lora_path import LoraPath
 from multilora.options import Option, options_of
 
-__all__ = ["AdapterArgs", "KeyArgs", "ServeArgs", "flags", "parse"]
+__all__ = ["AdapterArgs", "DemoArgs", "KeyArgs", "ServeArgs", "flags", "parse"]
 
 logger = logging.getLogger(__name__)
+
+FAMILIES: dict[str, tuple[str, Callable[[argparse.Namespace], "AdapterArgs | KeyArgs | DemoArgs"]]] = {
+    "inspect": ("adapters ", cli_adapters.parsed),
+    "verify": ("adapters ", cli_adapters.parsed),
+    "add": ("keys ", cli_keys.parsed),
+    "hash": ("keys ", cli_keys.parsed),
+    "demo": ("", cli_demo.parsed),
+}
+"""What stands before a command, and what reads its arguments; `serve` has neither."""
 
 _IGNORED = "ignored flags"  # the namespace's attribute for them; no option's name has a space
 
@@ -57,15 +68,16 @@ class ServeArgs:
         return Config.make(**add_keys(self.options))
 
 
-def parse(argv: Sequence[str]) -> ServeArgs | AdapterArgs | KeyArgs:
+def parse(argv: Sequence[str]) -> ServeArgs | AdapterArgs | KeyArgs | DemoArgs:
     """The parsed arguments. Raises ConfigError if they are wrong, SystemExit(0) after `--help` and `--version`."""
     namespace, unknown = _parser().parse_known_args(argv)
     options = vars(namespace)
     if "command" in options:
-        family = "keys" if options["command"] in ("add", "hash") else "adapters"
+        command = options["command"]
+        family, parsed = FAMILIES[command]
         if unknown:
-            raise ConfigError(f"unknown argument {unknown[0]!r}; see multilora {family} {options['command']} --help")
-        return cli_keys.parsed(namespace) if family == "keys" else cli_adapters.parsed(namespace)
+            raise ConfigError(f"unknown argument {unknown[0]!r}; see multilora {family}{command} --help")
+        return parsed(namespace)
     if unknown:
         raise ConfigError(_unknown(unknown[0]))
     return ServeArgs(ignored=tuple(dict.fromkeys(options.pop(_IGNORED, ()))), options=options)
@@ -115,8 +127,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=_wide,
     )
-    cli_adapters.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
-    cli_keys.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
+    for family in (cli_adapters, cli_keys, cli_demo):
+        family.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
     groups: dict[str, Any] = {}
     for opt in options_of(Config):
         group = groups.get(opt.group) or groups.setdefault(opt.group, serve.add_argument_group(opt.group))

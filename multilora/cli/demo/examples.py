@@ -1,31 +1,19 @@
-"""`make demo`: the real server on the bundled model, and the LoRA documentation's examples against it over HTTP.
+"""The LoRA documentation's examples, as requests over HTTP whose statuses and answers are checked. Called by
+`command.py`."""
 
-Starts `multilora serve` on a free port, prints what each adapter answered, checks every status and answer, stops the
-server. Exit code 0: everything was as it should be; 1: it says what was not, and shows the end of the server's log.
-"""
-
+import importlib.util
 import itertools
 import json
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import textwrap
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
-import openai
 
+from multilora.cli.demo.output import row, say
 from multilora.demo import PROMPTS, adapter_paths
 
-START_SECONDS = 600
-STOP_SECONDS = 30
 GREEDY = {"temperature": 0, "max_new_tokens": 64}
+QUESTION = {"role": "user", "content": PROMPTS[0].removeprefix("Q: ").splitlines()[0]}
 
 
 class DemoError(Exception):
@@ -33,6 +21,7 @@ class DemoError(Exception):
 
 
 def expect(truth: object, what: str) -> None:
+    """Raise DemoError saying `what` unless `truth`."""
     if not truth:
         raise DemoError(what)
 
@@ -107,7 +96,7 @@ def load_unload_replace(demo: Demo) -> None:
     result = demo.post("/load_lora_adapter", load)
     expect(result["success"] and "guest" in result["loaded_adapters"], f"not loaded: {result}")
     say(f"POST /load_lora_adapter guest = {first}: 200")
-    demo.expect_answer(first, shown("guest", demo.generate(PROMPTS[0], "guest")))
+    demo.expect_answer(first, _shown("guest", demo.generate(PROMPTS[0], "guest")))
 
     error = demo.post("/load_lora_adapter", load, status=400)["error_message"]
     expect("already loaded" in error, f"loading it twice: {error}")
@@ -121,12 +110,12 @@ def load_unload_replace(demo: Demo) -> None:
 
     demo.post("/load_lora_adapter", {"lora_name": "guest", "lora_path": demo.paths[second]})
     say(f"POST /load_lora_adapter guest = {second}: 200")
-    demo.expect_answer(second, shown("guest", demo.generate(PROMPTS[0], "guest")))
+    demo.expect_answer(second, _shown("guest", demo.generate(PROMPTS[0], "guest")))
 
     body = {"lora_name": "guest", "lora_path": demo.paths[first], "load_inplace": True}
     demo.post("/v1/load_lora_adapter", body)
     say(f"POST /v1/load_lora_adapter guest = {first}, in place: 200")
-    demo.expect_answer(first, shown("guest", demo.generate(PROMPTS[0], "guest")))
+    demo.expect_answer(first, _shown("guest", demo.generate(PROMPTS[0], "guest")))
     demo.post("/v1/unload_lora_adapter", {"lora_name": "guest"})
 
 
@@ -134,38 +123,51 @@ def pinning(demo: Demo) -> None:
     """A pinned adapter stays on the device"""
     name = list(demo.paths)[-1]
     demo.post("/load_lora_adapter", {"lora_name": "pinned", "lora_path": demo.paths[name], "pinned": True})
-    demo.expect_answer(name, shown("pinned", demo.generate(PROMPTS[0], "pinned")))
+    demo.expect_answer(name, _shown("pinned", demo.generate(PROMPTS[0], "pinned")))
     pins = [adapter["lora_name"] for adapter in demo.get("/server_info")["loaded_adapters"] if adapter["pinned"]]
     expect(pins == ["pinned"], f"the server says that these are pinned: {pins}")
     demo.post("/unload_lora_adapter", {"lora_name": "pinned"})
 
 
-def openai_client(demo: Demo) -> None:
-    """The OpenAI client: model="base:adapter", model="adapter", chat, and names that do not exist"""
-    client = openai.OpenAI(base_url=f"{str(demo.http.base_url).rstrip('/')}/v1", api_key="none", max_retries=0)
+def openai_routes(demo: Demo) -> None:
+    """The OpenAI routes: model="base:adapter", model="adapter", chat, and names that do not exist"""
     name = next(iter(demo.paths))
     for model in (f"{demo.base}:{name}", name):
-        answer = client.completions.create(model=model, prompt=PROMPTS[0], max_tokens=64, temperature=0)
+        body = {"model": model, "prompt": PROMPTS[0], "max_tokens": 64, "temperature": 0}
+        text = demo.post("/v1/completions", body)["choices"][0]["text"]
         say(f'completions, model="{model}"')
-        row(name, answer.choices[0].text)
-        demo.expect_answer(name, answer.choices[0].text)
-    question: Any = {"role": "user", "content": PROMPTS[0].removeprefix("Q: ").splitlines()[0]}
+        row(name, text)
+        demo.expect_answer(name, text)
     say(f'chat, model="{demo.base}", "{demo.base}:{name}", …')
     chats = {}
     for adapter in (None, *demo.paths):
-        model = f"{demo.base}:{adapter}" if adapter else demo.base
-        chat = client.chat.completions.create(model=model, messages=[question], max_tokens=64, temperature=0)
-        chats[adapter] = chat.choices[0].message.content or ""
+        body = {"model": _model(demo, adapter), "messages": [QUESTION], "max_tokens": 64, "temperature": 0}
+        chats[adapter] = demo.post("/v1/chat/completions", body)["choices"][0]["message"]["content"] or ""
         row(adapter, chats[adapter])
     expect(len(set(chats.values())) == len(chats), "two chats gave the same answer")
     for model, status in ((f"{demo.base}:nobody", 400), ("nobody", 404)):
-        try:
-            client.completions.create(model=model, prompt="x")
-        except openai.APIStatusError as e:
-            expect(e.status_code == status, f"model={model!r}: {e.status_code}, not {status}")
-            say(f'model="{model}": {status}, {e.body["message"] if isinstance(e.body, dict) else e}')
-        else:
-            raise DemoError(f"model={model!r} was served")
+        error = demo.post("/v1/completions", {"model": model, "prompt": "x"}, status)["error"]
+        say(f'model="{model}": {status}, {error["message"]}')
+
+
+def openai_client(demo: Demo) -> None:
+    """The openai package against this server"""
+    if importlib.util.find_spec("openai") is None:
+        say("not installed here (pip install openai)")
+        return
+    import openai
+
+    client = openai.OpenAI(base_url=f"{str(demo.http.base_url).rstrip('/')}/v1", api_key="none", max_retries=0)
+    for name in demo.paths:
+        answer = client.completions.create(model=name, prompt=PROMPTS[0], max_tokens=64, temperature=0)
+        row(name, answer.choices[0].text)
+        demo.expect_answer(name, answer.choices[0].text)
+    try:
+        client.completions.create(model="nobody", prompt="x")
+    except openai.NotFoundError as e:
+        say(f'model="nobody": {type(e).__name__}, {e.body["message"] if isinstance(e.body, dict) else e}')
+    else:
+        raise DemoError('model="nobody" was served')
 
 
 def streaming(demo: Demo) -> None:
@@ -188,100 +190,17 @@ EXAMPLES: list[Callable[[Demo], None]] = [
     two_adapters_and_base,
     load_unload_replace,
     pinning,
+    openai_routes,
     openai_client,
     streaming,
 ]
 
 
-def say(text: str) -> None:
-    print(f"  {text}", flush=True)
-
-
-def row(name: str | None, text: str) -> None:
-    lines = textwrap.wrap(" ".join(text.split()), 84) or ["(nothing)"]
-    print(textwrap.indent("\n".join(lines), " " * 14).replace(" " * 14, f"    {name or 'base':<8}  ", 1), flush=True)
-
-
-def shown(name: str, answer: dict[str, Any]) -> str:
+def _shown(name: str, answer: dict[str, Any]) -> str:
     text: str = answer["text"]
     row(name, text)
     return text
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextmanager
-def server(log: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """URL and process of a running `multilora serve` with every bundled adapter and `flags`; ended in any case."""
-    port = free_port()
-    paths = [f"{name}={path}" for name, path in adapter_paths().items()]
-    command = [sys.executable, "-m", "multilora", "serve", "--port", str(port), *flags, "--lora-paths", *paths]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def wait_until_healthy(http: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        expect(process.poll() is None, f"the server ended with code {process.returncode} before it was up")
-        try:
-            if http.get("/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise DemoError(f"the server was not up after {START_SECONDS} s")
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
-    try:
-        code = process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise DemoError(f"the server was still there {STOP_SECONDS} s after SIGTERM") from None
-    expect(code == 0, f"the server ended with code {code}")
-
-
-def run(log: Path) -> None:
-    with server(log) as (url, process), httpx.Client(base_url=url, timeout=120) as http:
-        say(f"starting {url} …")
-        began = time.monotonic()
-        wait_until_healthy(http, process)
-        demo = Demo(http)
-        say(f"up after {time.monotonic() - began:.1f} s: {demo.base} with {', '.join(demo.paths)}")
-        for number, example in enumerate(EXAMPLES, 1):
-            print(f"\n{number}. {example.__doc__}", flush=True)
-            example(demo)
-        stop(process)
-
-
-def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "server.log"
-        try:
-            run(log)
-        except (DemoError, httpx.HTTPError, openai.OpenAIError) as e:
-            tail = log.read_text(errors="replace").splitlines()[-40:] if log.exists() else []
-            print(f"\nFAILED: {e}\n\nThe end of the server's log:\n" + "\n".join(tail), file=sys.stderr)
-            return 1
-    print("\nEverything answered as it should. The server stopped cleanly.")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _model(demo: Demo, adapter: str | None) -> str:
+    return f"{demo.base}:{adapter}" if adapter else demo.base
