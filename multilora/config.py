@@ -57,6 +57,11 @@ class Config:
         choices=(KeysOf("multilora.params:POOLING_METHODS"),),
     )
     dtype: str = _model("auto", "auto: the model's own, float32 on CPU", choices=("auto", *DTYPES))
+    quantization: str | None = _model(
+        None,
+        "hold linear layers in 8 or 4 bit; for a checkpoint that is quantised: what by, which is found anyway",
+        choices=(KeysOf("multilora.layers.weights.methods:METHODS"),),
+    )
     device: str = _model("auto", "where the engine computes", choices=("auto", *DEVICES))
     context_length: int | None = _model(None, "longest prompt plus answer, in tokens (default: the model's own)")
     served_model_name: str | None = _model(None, "name clients use for the base model (default: --model-path)")

@@ -124,7 +124,7 @@ _ONE_VALUE = """
     prefill-attention-backend prefill-cp-mode prefill-decode-interval prefill-decode-interval-min-bs
     prefill-delayer-max-delay-ms prefill-delayer-max-delay-passes prefill-delayer-queue-min-ratio
     prefill-delayer-token-usage-low-watermark prefill-kv-cache-dequant-dtype prefill-max-requests
-    priority-scheduling-preemption-threshold qsa-indexer-dtype quantization quantization-param-path
+    priority-scheduling-preemption-threshold qsa-indexer-dtype quantization-param-path
     radix-cache-backend radix-eviction-policy radix-eviction-policy-config
     remote-instance-weight-loader-backend remote-instance-weight-loader-seed-instance-ip
     remote-instance-weight-loader-seed-instance-service-port remote-instance-weight-loader-send-weights-group-ports

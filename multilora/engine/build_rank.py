@@ -144,6 +144,7 @@ def _load(config: Config, device: torch.device, group: Group) -> tuple[CausalLM,
             trust_remote_code=config.trust_remote_code,
             context_length=config.context_length,
             model_impl=config.model_impl,
+            quantization=config.quantization,
             group=group,
         )
         adapter_limits(config, model)

@@ -8,31 +8,48 @@ A rank of a group holds its part of the matrix (`lora/sharding.py`). Where that 
 are a share, LoRA's included, and the ranks' shares are summed at the end: what is added once, a bias, rank 0 adds.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from multilora.distributed.group import SINGLE, Group
+from multilora.errors import ConfigError, ModelUnsupported
 from multilora.layers.activation import SiluAndMul
 from multilora.layers.context import ForwardContext
-from multilora.layers.weight import PlainWeight, Weight
+from multilora.layers.weights.base import Share, Stored, Weight, WeightFormat
+from multilora.layers.weights.joined import make_weight
+from multilora.layers.weights.plain import PLAIN
 from multilora.lora.full_weights import FullWeightModules, product
-from multilora.lora.sharding import local_site, sums_over_ranks
+from multilora.lora.sharding import inputs_of, local_site, outputs_of, sums_over_ranks
 from multilora.lora.sites import LoraSite, LoraSlice
 
 
 class Linear(nn.Module):
     """y = x Wᵀ + b, then the step's adapters in place. Widths and the presence of a bias come from the site.
 
-    whole: the site as declared; site: what this rank holds of it, which widths below are those of.
+    whole: the site as declared; site: what this rank holds of it, which widths below are those of. formats: of the
+    weights of its slices; empty: they are of `dtype`.
     """
 
-    def __init__(self, whole: LoraSite, *, device: torch.device, dtype: torch.dtype, group: Group = SINGLE):
+    def __init__(
+        self,
+        whole: LoraSite,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group = SINGLE,
+        formats: Sequence[WeightFormat] = (),
+    ):
         super().__init__()
+        formats = formats or (PLAIN,) * len(whole.slices)
+        _check_formats(whole, formats, group)
         self.whole = whole
         self.site = site = local_site(whole, group.size)
         self.group = group
         self._sums = group.size > 1 and sums_over_ranks(whole)
-        self.weight: Weight = PlainWeight(site.out_features, site.in_features, device=device, dtype=dtype)
+        widths = [s.out_features for s in site.slices]
+        self.weight: Weight = make_weight(formats, widths, site.in_features, device=device, dtype=dtype)
         self.bias: nn.Parameter | None = None
         if site.bias:
             self.bias = nn.Parameter(torch.empty(site.out_features, device=device, dtype=dtype), requires_grad=False)
@@ -75,21 +92,42 @@ class Linear(nn.Module):
         bias = self.added_bias[part.columns] if self.added_bias is not None else None
         return self.weight.dequantised(part.columns), bias
 
+    def tensors(self, part: LoraSlice) -> dict[str, Stored]:
+        """Which tensors of a checkpoint fill one of the site's slices, by their names in its module; a transposed
+        slice's weight comes as [in, out]."""
+        rank, size = self.group.rank, self.group.size
+        (entire,) = (s for s in self.whole.slices if s.module == part.module)
+        outputs, inputs = outputs_of(self.whole, entire, rank, size), inputs_of(self.whole, rank, size)
+        share = Share(entire.out_features, self.whole.in_features, outputs, inputs)
+        found = self.weight.tensors(part.columns, share)
+        if part.transposed:
+            found["weight"] = Stored((self.whole.in_features, entire.out_features), part=(inputs, outputs))
+        if part.bias:
+            found["bias"] = Stored((entire.out_features,), part=(outputs,))
+        return found
+
     def load(self, part: LoraSlice, name: str, tensor: torch.Tensor) -> None:
-        """Fill the "weight" [out, in] or "bias" [out] of one of the site's slices from a checkpoint's tensor; a
-        transposed slice's weight comes as [in, out]."""
-        if name == "weight":
-            self.weight.load(part.columns, tensor.T if part.transposed else tensor)
+        """Fill one of the site's slices from one of its `tensors`."""
+        if name != "bias":
+            self.weight.load(part.columns, name, tensor.T if part.transposed else tensor)
         else:
-            assert self.bias is not None and name == "bias"
+            assert self.bias is not None
             self.bias[part.columns].copy_(tensor)
 
 
 class GateUp(Linear):
     """silu(gate) · up, where [gate, up] = x Wᵀ + b, then the step's adapters."""
 
-    def __init__(self, whole: LoraSite, *, device: torch.device, dtype: torch.dtype, group: Group = SINGLE):
-        super().__init__(whole, device=device, dtype=dtype, group=group)
+    def __init__(
+        self,
+        whole: LoraSite,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group = SINGLE,
+        formats: Sequence[WeightFormat] = (),
+    ):
+        super().__init__(whole, device=device, dtype=dtype, group=group, formats=formats)
         self.silu_and_mul = SiluAndMul(device)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
@@ -99,3 +137,14 @@ class GateUp(Linear):
             activated: torch.Tensor = self.silu_and_mul(y)
             return activated
         return ctx.lora.apply_gated(y, x, self.site.index, self.silu_and_mul)
+
+
+def _check_formats(whole: LoraSite, formats: Sequence[WeightFormat], group: Group) -> None:
+    """Raise ModelUnsupported for a slice that a format has no weight for, ConfigError for ranks."""
+    for part, found in zip(whole.slices, formats, strict=True):
+        if part.transposed and found is not PLAIN:
+            raise ModelUnsupported(f"{part.module} is held as [in, out], which weights in {found.name} cannot be")
+        if group.size > 1 and not found.shards:
+            raise ConfigError(
+                f"--tp-size {group.size}: ranks do not divide weights in {found.name}; --tp-size 1 serves the model"
+            )

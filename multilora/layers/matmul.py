@@ -1,4 +1,7 @@
-"""x Wᵀ + b, the way that is fastest on the device for that many rows. Called by `weight.py` and `embedding.py`."""
+"""x Wᵀ + b, the way that is fastest on the device for that many rows.
+
+Called by `weights/plain.py`, `experts.py` and `embedding.py`.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.layers.rotary import Rope
+from multilora.layers.weights.plain import PLAIN_FORMATS, WeightFormats
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class ModelConfig:
     """One base model as this process runs it: the dtypes and `context_length` are the ones in use.
 
-    dtype: of weights and activations. kv_dtype: of the KV cache. adapter_dtype: of packed adapters.
+    dtype: of activations, and of weights that are not quantised. kv_dtype: of the KV cache. adapter_dtype: of packed
+    adapters. weights: how those of linear layers are held.
     """
 
     architecture: str
@@ -40,6 +42,7 @@ class ModelConfig:
     adapter_dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     tie_word_embeddings: bool
+    weights: WeightFormats = PLAIN_FORMATS
 
     def with_dtype(self, dtype: torch.dtype) -> Self:
         """The same model with weights, KV cache and adapters in `dtype`."""
@@ -128,7 +131,6 @@ def refuse_unsupported(hf: Any) -> None:
     """Raise ModelUnsupported for any setting that this code would silently compute wrongly."""
     rope = hf.rope_parameters or {}
     served: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("quantization_config", getattr(hf, "quantization_config", None), (None,)),
         ("hidden_act", hf.hidden_act, ("silu", "swish")),
         ("pretraining_tp", getattr(hf, "pretraining_tp", None), (None, 1)),
         ("rope_type", rope.get("rope_type"), ROPE_TYPES),

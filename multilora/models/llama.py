@@ -47,7 +47,9 @@ def self_attention(
         for name, before_kv in (("q_norm", False), ("k_norm", True)):
             norm = declared.norm(layer, f"self_attn.{name}", config.head_dim, before_kv=before_kv)
             head_norms[name] = RMSNorm(norm, config.rms_norm_eps, **kind)
-    qkv_linear, o_linear = Linear(qkv, group=group, **kind), Linear(o, group=group, **kind)
+    of_site = config.weights.of_site
+    qkv_linear = Linear(qkv, group=group, formats=of_site(qkv), **kind)
+    o_linear = Linear(o, group=group, formats=of_site(o), **kind)
     return SelfAttention(layer, config.head_dim, qkv_linear, o_linear, **head_norms)
 
 
@@ -60,10 +62,11 @@ class DecoderLayer(nn.Module):
         self.self_attn = self_attention(config, layer, declared, group, **kind)
         self.mlp: MLP | SparseMoe
         if config.moe is not None and layer in config.moe.layers:
-            self.mlp = SparseMoe(config.moe, size, layer, declared, group, **kind)
+            self.mlp = SparseMoe(config.moe, size, layer, declared, group, weights=config.weights, **kind)
         else:
             inner = config.intermediate_size
-            self.mlp = MLP("mlp", size, inner, layer, declared, group, bias=config.mlp_bias, **kind)
+            formats, bias = config.weights, config.mlp_bias
+            self.mlp = MLP("mlp", size, inner, layer, declared, group, bias=bias, weights=formats, **kind)
         self.input_layernorm = RMSNorm(declared.norm(layer, "input_layernorm", size, before_kv=True), eps, **kind)
         self.post_attention_layernorm = RMSNorm(
             declared.norm(layer, "post_attention_layernorm", size, before_kv=False), eps, **kind

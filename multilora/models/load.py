@@ -5,6 +5,7 @@ Called by `engine/build_rank.py`; `adapter_tools/` reads configs only.
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 
 from multilora.distributed.group import SINGLE, Group
 from multilora.errors import ConfigError, ModelUnsupported
+from multilora.layers.weights.methods import weight_formats
+from multilora.layers.weights.plain import PLAIN_FORMATS
 from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig
 from multilora.models.registry import model_classes
@@ -30,14 +33,15 @@ def make_model(
     trust_remote_code: bool = False,
     context_length: int | None = None,
     model_impl: str = "auto",
+    quantization: str | None = None,
     group: Group = SINGLE,
 ) -> CausalLM:
     """This rank's part of the model of a local directory or hub id, its weights allocated but not filled (see
     `CausalLM.load`).
 
-    dtype: the name of a torch dtype; "auto": the checkpoint's, float32 on the CPU. Fetches JSON files only. Raises
-    ModelUnsupported for an architecture or a setting that is not served, ConfigError for a path or file that is
-    missing or broken, or a group that the model cannot be divided among.
+    dtype: the name of a torch dtype; "auto": the checkpoint's, float32 on the CPU. quantization: as --quantization.
+    Fetches JSON files only. Raises ModelUnsupported for an architecture or a setting that is not served, ConfigError
+    for a path or file that is missing or broken, or a group that the model cannot be divided among.
     """
     cls, config = read_config(
         model_path,
@@ -45,6 +49,7 @@ def make_model(
         trust_remote_code=trust_remote_code,
         context_length=context_length,
         model_impl=model_impl,
+        quantization=quantization,
     )
     if dtype != "auto":
         config = config.with_dtype(getattr(torch, dtype))
@@ -60,6 +65,7 @@ def read_config(
     trust_remote_code: bool = False,
     context_length: int | None = None,
     model_impl: str = "auto",
+    quantization: str | None = None,
 ) -> tuple[type[CausalLM], ModelConfig]:
     """The model's class and config, `dtype` being the checkpoint's. Fetches JSON files only."""
     if model_path.startswith(("/", ".", "~")) and not os.path.isdir(model_path):
@@ -71,18 +77,22 @@ def read_config(
             raise ConfigError(f"--model-path {model_path}: there is no config.json")
         classes = model_classes(raw, model_impl)
         _check_known(raw)
+        weights = weight_formats(raw, quantization)
         hf = AutoConfig.from_pretrained(model_path, **where)
     except OSError as e:
         raise ConfigError(f"--model-path {model_path}: {e}") from e
     except (ValueError, KeyError, TypeError, StrictDataclassError) as e:
         raise ModelUnsupported(f"--model-path {model_path}: config.json: {e}") from e
-    return _configure(
+    cls, config = _configure(
         classes,
         hf,
         generation=_generation_config(model_path, revision),
         context_length=context_length,
         dtype=getattr(hf, "dtype", None) or torch.float32,
     )
+    if weights is not PLAIN_FORMATS:
+        logger.info("weights of linear layers: %s", weights.name)
+    return cls, replace(config, weights=weights)
 
 
 def _check_known(raw: dict[str, Any]) -> None:

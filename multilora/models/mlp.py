@@ -9,6 +9,7 @@ from torch import nn
 from multilora.distributed.group import Group
 from multilora.layers.context import ForwardContext
 from multilora.layers.linear import GateUp, Linear
+from multilora.layers.weights.plain import PLAIN_FORMATS, WeightFormats
 from multilora.lora.sites import DeclaredModules, Shard, target
 
 
@@ -26,6 +27,7 @@ class MLP(nn.Module):
         *,
         bias: bool = False,
         prefix: str = "",
+        weights: WeightFormats = PLAIN_FORMATS,
         **kind: Any,
     ):
         """prefix: what precedes the names of its modules among the targets, where others of the layer have these."""
@@ -35,8 +37,8 @@ class MLP(nn.Module):
         gate, up = column(f"{path}.gate_proj", inner), column(f"{path}.up_proj", inner)
         gate_up = declared.site(layer, "gate_up_proj", hidden, gate, up)
         down = declared.site(layer, "down_proj", inner, row(f"{path}.down_proj", hidden))
-        self.gate_up_proj = GateUp(gate_up, group=group, **kind)
-        self.down_proj = Linear(down, group=group, **kind)
+        self.gate_up_proj = GateUp(gate_up, group=group, formats=weights.of_site(gate_up), **kind)
+        self.down_proj = Linear(down, group=group, formats=weights.of_site(down), **kind)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, hidden]. Returns the same shape."""

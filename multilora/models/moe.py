@@ -14,7 +14,8 @@ from multilora.errors import ConfigError, ModelUnsupported
 from multilora.layers.context import ForwardContext
 from multilora.layers.experts import Experts, combine, sort_by_expert
 from multilora.layers.linear import Linear
-from multilora.lora.sites import DeclaredModules, Shard, target
+from multilora.layers.weights.plain import WeightFormats
+from multilora.lora.sites import DeclaredModules, Shard, module_path, target
 from multilora.models.config import MoeConfig
 from multilora.models.mlp import MLP
 
@@ -23,9 +24,18 @@ class SparseMoe(nn.Module):
     """The weighted sum of a token's experts, and of the one that all tokens share, if there is one."""
 
     def __init__(
-        self, config: MoeConfig, hidden: int, layer: int, declared: DeclaredModules, group: Group, **kind: Any
+        self,
+        config: MoeConfig,
+        hidden: int,
+        layer: int,
+        declared: DeclaredModules,
+        group: Group,
+        *,
+        weights: WeightFormats,
+        **kind: Any,
     ):
         super().__init__()
+        weights.check_experts(module_path(layer, "mlp", "experts"))
         if group.size > 1:
             raise ConfigError(
                 f"--tp-size {group.size}: experts are not divided among ranks; --tp-size 1 serves this model"
@@ -37,7 +47,9 @@ class SparseMoe(nn.Module):
         self.shared_expert: MLP | None = None
         if config.shared_size:
             path, size = "mlp.shared_expert", config.shared_size
-            self.shared_expert = MLP(path, hidden, size, layer, declared, group, prefix="shared_expert", **kind)
+            self.shared_expert = MLP(
+                path, hidden, size, layer, declared, group, prefix="shared_expert", weights=weights, **kind
+            )
             own = target("mlp.shared_expert_gate", 1, before_kv=False, shard=Shard.REPLICATED)
             self.shared_expert_gate = Linear(declared.site(layer, "shared_expert_gate", hidden, own), **kind)
 

@@ -7,7 +7,6 @@ known to be superfluous, every shape equal. Called by `base.py`.
 
 import json
 import logging
-import math
 import re
 import time
 from collections import Counter
@@ -29,14 +28,14 @@ from multilora.errors import ConfigError, ModelUnsupported
 from multilora.layers.embedding import Embedding, LMHead
 from multilora.layers.experts import Experts
 from multilora.layers.linear import Linear
-from multilora.lora.sharding import inputs_of, outputs_of
+from multilora.layers.weights.base import FLOATS, Weight
+from multilora.layers.weights.plain import NOISE
 from multilora.lora.sites import HEAD
 
 logger = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUPERFLUOUS = re.compile(r"\.rotary_emb\.inv_freq$")  # written by old exporters, derived from the config
-FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 def load_weights(
@@ -51,15 +50,16 @@ def load_weights(
     files = checkpoint_files(model_path, revision)
     targets = destinations(model)
     wanted = _check(files, targets, older_names)
-    total, nbytes = sum(targets[ours].numel for found in wanted.values() for _, ours in found), 0
-    with tqdm(total=total, unit=" parameters", unit_scale=True, desc="Loading weights") as bar:
+    total, nbytes = sum(len(found) for found in wanted.values()), 0
+    with tqdm(total=total, unit=" tensors", desc="Loading weights") as bar:
         for file, names in wanted.items():
             with open_file(file) as tensors:
                 for name, ours in names:
                     tensor = targets[ours].read(tensors, name)
                     targets[ours].load(tensor)
-                    bar.update(tensor.numel())
+                    bar.update()
                     nbytes += tensor.nbytes
+    check_filled(model)
     logger.info("weights: %.2f GB in %.1f s from %d file(s)", nbytes / 1e9, time.monotonic() - began, len(files))
 
 
@@ -68,36 +68,39 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
     """Small seeded noise, made on the device: for benchmarks without a checkpoint."""
     params = list(model.parameters())
     generator = torch.Generator(params[0].device).manual_seed(seed)
+    quantisable = [module for module in model.modules() if isinstance(module, Weight)]
+    own = {param for weight in quantisable for param in weight.parameters()}
+    for weight in quantisable:
+        weight.randomise(generator)
     for param in params:
+        if param in own:
+            continue
         if param.dim() == 1:
             param.fill_(1.0)  # norms; a bias of one does no harm
         else:
-            param.normal_(std=0.02, generator=generator)
+            param.normal_(std=NOISE, generator=generator)
     logger.info("weights: random (load format dummy)")
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where one tensor of a checkpoint goes: the shape that it must have, what copies it to its memory, and which
-    part this rank holds (rows, then columns; empty: all of it).
+    """Where one tensor of a checkpoint goes: the shape and the dtypes that it must have (see `Stored`), what copies
+    it to its memory, and which part this rank holds (rows, then columns; empty: all of it).
 
     instead_of: names of tensors that a checkpoint may have in its place; together they fill the same memory.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     load: Callable[[torch.Tensor], object]
     part: tuple[range, ...] = ()
+    dtypes: tuple[str, ...] = FLOATS
+    optional: bool = False
     instead_of: tuple[str, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        """How many elements this rank holds."""
-        return math.prod(map(len, self.part)) if self.part else math.prod(self.shape)
 
     def read(self, tensors: Any, name: str) -> torch.Tensor:
         """The part that this rank holds; no other byte is read. tensors: an open safetensors file."""
-        held = tuple(len(part) for part in self.part) or self.shape
-        if held == self.shape:
+        held = tuple(len(part) for part in self.part)
+        if not held or held == self.shape:
             tensor: torch.Tensor = tensors.get_tensor(name)
             return tensor
         found: torch.Tensor = tensors.get_slice(name)[tuple(slice(p.start, p.stop) for p in self.part)]
@@ -125,20 +128,13 @@ def destinations(model: nn.Module) -> dict[str, Destination]:
 def _of_linear(path: str, linear: Linear) -> dict[str, Destination]:
     """Checkpoints have the slices of a merged layer as modules of their own, beside each other in its parent."""
     parent = path.rpartition(".")[0]
-    whole, rank, size = linear.whole, linear.group.rank, linear.group.size
     found = {}
-    for part, entire in zip(linear.site.slices, whole.slices, strict=True):
-        at = path if len(whole.slices) == 1 else f"{parent}.{part.attribute or part.module}"
-        outputs, inputs = outputs_of(whole, entire, rank, size), inputs_of(whole, rank, size)
-        shapes: dict[str, tuple[tuple[int, ...], tuple[range, ...]]] = {
-            "weight": ((entire.out_features, whole.in_features), (outputs, inputs))
-        }
-        if part.transposed:
-            shapes["weight"] = ((whole.in_features, entire.out_features), (inputs, outputs))
-        if part.bias:
-            shapes["bias"] = ((entire.out_features,), (outputs,))
-        for name, (shape, held) in shapes.items():
-            found[f"{at}.{name}"] = Destination(shape, partial(linear.load, part, name), held)
+    for part in linear.site.slices:
+        at = path if len(linear.site.slices) == 1 else f"{parent}.{part.attribute or part.module}"
+        for name, stored in linear.tensors(part).items():
+            found[f"{at}.{name}"] = Destination(
+                stored.shape, partial(linear.load, part, name), stored.part, stored.dtypes, stored.optional
+            )
     return found
 
 
@@ -232,7 +228,7 @@ def _check(
             for name in tensors.keys():  # noqa: SIM118, not a dict
                 ours = _renamed(name, older_names)
                 if ours in targets:
-                    check_tensor(name, tensors.get_slice(name), targets[ours].shape)
+                    check_tensor(name, tensors.get_slice(name), targets[ours])
                     wanted[file].append((name, ours))
                 elif not (SUPERFLUOUS.search(name) or name == f"{HEAD}.weight"):
                     extra.append(name)
@@ -255,20 +251,30 @@ def _check_complete(found: list[str], targets: dict[str, Destination]) -> None:
         filled.update(targets[name].instead_of)
     if twice := [name for name, count in filled.items() if count > 1]:
         raise ModelUnsupported(f"the checkpoint holds {some(twice)} twice")
-    if left := {name for name, to in targets.items() if not to.instead_of} - filled.keys():
+    if left := {name for name, to in targets.items() if not (to.instead_of or to.optional)} - filled.keys():
         raise ModelUnsupported(f"the checkpoint lacks {some(left)}")
 
 
-def check_tensor(name: str, found: Any, expected: tuple[int, ...]) -> None:
+def check_tensor(name: str, found: Any, target: Destination) -> None:
     """Compare a tensor with what the model needs. found: the slice that safetensors opens without reading it.
 
     Raises ModelUnsupported.
     """
     shape, dtype = tuple(found.get_shape()), found.get_dtype()
-    if shape != expected:
-        raise ModelUnsupported(f"tensor {name} has shape {list(shape)}, the config asks for {list(expected)}")
-    if dtype not in FLOATS:
-        raise ModelUnsupported(f"tensor {name} is {dtype}: quantized checkpoints are not supported")
+    if target.shape is not None and shape != target.shape:
+        raise ModelUnsupported(f"tensor {name} has shape {list(shape)}, the config asks for {list(target.shape)}")
+    if dtype not in target.dtypes:
+        raise ModelUnsupported(f"tensor {name} is {dtype}, the config asks for {' or '.join(target.dtypes)}")
+
+
+def check_filled(model: nn.Module) -> None:
+    """Raise ModelUnsupported naming the layer that the checkpoint has not given all of its weight."""
+    for path, module in model.named_modules():
+        if isinstance(module, Weight):
+            try:
+                module.check_filled()
+            except ModelUnsupported as e:
+                raise ModelUnsupported(f"{path.removesuffix('.weight')}: {e.message}") from None
 
 
 def some(names: "set[str] | list[str]") -> str:

@@ -1,18 +1,23 @@
 """One matrix for several modules, and the one place where LoRA enters.
 
-Covers `context.py`, `weight.py` too.
+Covers `context.py`, `weights/base.py`, `weights/plain.py`, `weights/joined.py` too.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from fakes.layer_context import NoAttention
 
 from multilora.batch import LoraSegment
+from multilora.errors import ConfigError, ModelUnsupported
 from multilora.layers.context import ForwardContext
 from multilora.layers.linear import GateUp, Linear
-from multilora.layers.weight import Weight
+from multilora.layers.weights.base import Share, Stored, Weight, WeightFormat
+from multilora.layers.weights.joined import JoinedWeight
+from multilora.layers.weights.plain import PLAIN
 from multilora.lora.base import Activation
 from multilora.lora.sites import LoraSite, LoraSlice
 
@@ -105,6 +110,10 @@ def test_slices_are_filled_and_found_where_they_lie() -> None:
     assert make_linear(bias=False).base_weight(SITE.slices[0])[1] is None
 
 
+class TwoRanks:
+    rank, size = 0, 2
+
+
 class Halved(Weight):
     """A weight that is stored as twice itself in 8 bits, as quantised formats are stored in another form."""
 
@@ -122,19 +131,60 @@ class Halved(Weight):
     def dequantised(self, rows: slice) -> torch.Tensor:
         return self.data[rows].float() / 2
 
-    def load(self, rows: slice, tensor: torch.Tensor) -> None:
+    def tensors(self, rows: slice, share: Share) -> dict[str, Stored]:
+        return {"weight": Stored((share.out_features, share.in_features))}
+
+    def load(self, rows: slice, name: str, tensor: torch.Tensor) -> None:
         self.data[rows] = (2 * tensor).to(torch.int8)
 
+    def randomise(self, generator: torch.Generator) -> None:
+        self.data.random_(generator=generator)
 
-def test_another_kind_of_weight_takes_the_place_of_the_plain_one() -> None:
-    linear, x = make_linear(bias=True), torch.randn(3, 6)
-    linear.weight = Halved(8, 6)
+
+class Halving(WeightFormat):
+    """Makes them. merged: whether several matrices lie in one weight."""
+
+    name = "halves"
+
+    def __init__(self, merged: bool):
+        self._merged = merged
+
+    def make(self, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype) -> Weight:
+        return Halved(out_features, in_features)
+
+    def merges(self, widths: Sequence[int]) -> bool:
+        return self._merged
+
+
+@pytest.mark.parametrize("kinds", ["mmm", "sss", "mmp", "psp"])
+def test_other_kinds_of_weights_take_the_place_of_the_plain_one(kinds: str) -> None:
+    """Each slice has its own, or they have one together."""
+    site = replace(SITE, slices=tuple(replace(s, bias=True) for s in SITE.slices))
+    formats = {"m": Halving(True), "s": Halving(False), "p": PLAIN}
+    linear = Linear(site, device=torch.device("cpu"), dtype=torch.float32, formats=[formats[kind] for kind in kinds])
+    assert isinstance(linear.weight, JoinedWeight) == (kinds != "mmm")
+    assert linear.weight.dtype == torch.float32
+    assert linear.bias is not None
+    linear.bias.copy_(torch.arange(8.0))
+    x = torch.randn(3, 6)
     for part in linear.site.slices:
         linear.load(part, "weight", torch.full((part.out_features, 6), 1.5 + part.offset))
     y = linear(x, ForwardContext(NoAttention(), None))
     want = torch.tensor([1.5] * 4 + [5.5] * 2 + [7.5] * 2)
     torch.testing.assert_close(y, x.sum(dim=1, keepdim=True) * want + linear.bias)
     assert torch.equal(linear.base_weight(linear.site.slices[2])[0], torch.full((2, 6), 7.5))
+    assert torch.equal(weight_of(linear), want[:, None].expand(8, 6))
+    linear.weight.randomise(torch.Generator().manual_seed(0))
+    assert not torch.equal(weight_of(linear), want[:, None].expand(8, 6))
+
+
+def test_what_a_format_does_not_do_is_refused() -> None:
+    kind = {"device": torch.device("cpu"), "dtype": torch.float32}
+    transposed = replace(SITE, slices=tuple(replace(s, transposed=True) for s in SITE.slices))
+    with pytest.raises(ModelUnsupported, match=r"q_proj is held as \[in, out\], which weights in halves cannot be"):
+        Linear(transposed, formats=[Halving(True)] * 3, **kind)
+    with pytest.raises(ConfigError, match="--tp-size 2: ranks do not divide weights in halves"):
+        Linear(SITE, formats=[Halving(True)] * 3, group=TwoRanks(), **kind)  # type: ignore[arg-type]
 
 
 def test_no_gradients() -> None:

@@ -54,7 +54,11 @@ def test_families_differ_where_they_should(tmp_path: Path) -> None:
     [
         ("Llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("Llama", {"pretraining_tp": 2}, "pretraining_tp = 2"),
-        ("Llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        (
+            "Llama",
+            {"quantization_config": {"quant_method": "hqq"}},
+            "quant_method 'hqq' is not supported; served:",
+        ),
         ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
         ("Llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3"),

@@ -1,5 +1,6 @@
 """What is particular to mixtures of experts: layouts of their checkpoints, settings that no router can work with."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,19 @@ def test_graphs_need_a_grouped_product(tmp_path: Path) -> None:
     moe, dense = (make_model(str(tmp_path / name), device=META) for name in ("moe", "dense"))
     assert isinstance(moe, LlamaForCausalLM)
     assert (moe.capturable, dense.capturable) == (False, True)
+
+
+def test_experts_stay_in_16_bit(tmp_path: Path) -> None:
+    """Of a base model that is quantised while it is loaded; a checkpoint with quantised ones is refused by name."""
+    make_tiny_model(tmp_path, "qwen3_moe")
+    model = make_model(str(tmp_path), device=torch.device("meta"), quantization="fp8")
+    held = {name: param.dtype for name, param in model.named_parameters() if "layers.0." in name}
+    wide = [name for name, dtype in held.items() if "proj" in name and dtype.itemsize > 1 and "scale" not in name]
+    assert [name for name in wide if "experts" not in name] == []
+    assert held["model.layers.0.mlp.gate.weight.data"] == torch.float32
+    file = tmp_path / "config.json"
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
+    for impl in ("native", "transformers"):
+        with pytest.raises(ModelUnsupported, match=r"mlp\.experts: experts in fp8 in blocks .* are not supported"):
+            make_model(str(tmp_path), device=torch.device("meta"), model_impl=impl)

@@ -75,9 +75,6 @@ def _refuse_settings(hf: Any, architecture: str) -> None:
     """Raise ModelUnsupported for what an examination cannot see."""
     if architecture in REFUSED:
         raise ModelUnsupported(f"{architecture} is not supported: {REFUSED[architecture]}")
-    if getattr(hf, "quantization_config", None) is not None:
-        what = f"quantization_config = {hf.quantization_config!r}"
-        raise ModelUnsupported(f"{architecture} with {what} is not supported: weights in 16 or 32 bit are")
     if getattr(hf, "is_encoder_decoder", False):
         raise ModelUnsupported(f"{architecture} is not supported: it is an encoder with a decoder")
     if hf.get_text_config(decoder=True) is not hf:

@@ -60,8 +60,12 @@ class TransformersCausalLM(CausalLM):
         half = config.head_dim // 2
         self._turn = torch.ones(1, 1, half, device=device), torch.zeros(1, 1, half, device=device)
         self._sites = self._declare()
+        for path, module in tree.lm.named_modules():
+            if path.endswith(".experts") and next(module.parameters(recurse=False), None) is not None:
+                config.weights.check_experts(path)
         for path, site in self._sites.linears.items():
-            linear = TreeLinear(site, self._step, device=device, dtype=config.dtype)
+            formats = (config.weights.choose(path),)
+            linear = TreeLinear(site, self._step, device=device, dtype=config.dtype, formats=formats)
             tree.lm.set_submodule(path, linear)
         self._replace_tables(device)
         materialize(tree.lm, device)

@@ -6,6 +6,7 @@ are the step's rows in order.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from multilora.attention.rotate import CosSin
 from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import Embedding, LMHead
 from multilora.layers.linear import Linear
+from multilora.layers.weights.base import WeightFormat
 from multilora.lora.sites import LoraSite, NormModule
 
 ATTENTION = "multilora"
@@ -41,8 +43,16 @@ class TreeStep:
 class TreeLinear(Linear):
     """Stands for an `nn.Linear` or a `Conv1D`."""
 
-    def __init__(self, whole: LoraSite, step: TreeStep, *, device: torch.device, dtype: torch.dtype):
-        super().__init__(whole, device=device, dtype=dtype)
+    def __init__(
+        self,
+        whole: LoraSite,
+        step: TreeStep,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        formats: Sequence[WeightFormat],
+    ):
+        super().__init__(whole, device=device, dtype=dtype, formats=formats)
         self._step = step
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext | None = None) -> torch.Tensor:

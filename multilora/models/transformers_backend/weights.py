@@ -28,6 +28,7 @@ from multilora.errors import ModelUnsupported
 from multilora.models.weights import (
     SUPERFLUOUS,
     Destination,
+    check_filled,
     check_tensor,
     checkpoint_files,
     destinations,
@@ -67,13 +68,15 @@ def load_tree(lm: Any, model_path: str, revision: str | None) -> None:
         for name, tensor in _tensors(lm, plan, targets):
             if name not in targets:
                 raise ModelUnsupported(f"the checkpoint gives {name}, which the model would not use")
-            if tuple(tensor.shape) != targets[name].shape:
-                raise ModelUnsupported(_misshapen(name, tuple(tensor.shape), targets[name].shape))
+            expected = targets[name].shape
+            if expected is not None and tuple(tensor.shape) != expected:
+                raise ModelUnsupported(_misshapen(name, tuple(tensor.shape), expected))
             targets[name].load(tensor)
             filled.add(name)
             bar.update()
     if left := set(targets) - filled - _optional(lm, targets):
         raise ModelUnsupported(f"the checkpoint lacks {some(left)}")
+    check_filled(lm)
     logger.info("weights: %d tensors in %.1f s from %d file(s)", len(filled), time.monotonic() - began, len(files))
 
 
@@ -122,7 +125,7 @@ def _check_direct(plan: _Plan, targets: dict[str, Destination]) -> None:
     for file, names in plan.direct.items():
         with open_file(file) as tensors:
             for name, renamed in names:
-                check_tensor(name, tensors.get_slice(name), targets[renamed].shape)
+                check_tensor(name, tensors.get_slice(name), targets[renamed])
 
 
 def _names(files: list[Path]) -> Iterator[tuple[str, Path]]:
@@ -146,9 +149,9 @@ def _superfluous(lm: Any, name: str, known: dict[str, Any]) -> bool:
 
 
 def _optional(lm: Any, targets: dict[str, Destination]) -> set[str]:
-    """What a checkpoint need not hold: buffers, which the config gives values."""
+    """What a checkpoint need not hold: buffers, which the config gives values, and what formats say."""
     buffers = {key for key, _ in lm.named_buffers()}
-    return buffers & set(targets)
+    return buffers & set(targets) | {name for name, target in targets.items() if target.optional}
 
 
 def _tensors(lm: Any, plan: _Plan, targets: dict[str, Destination]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -73,7 +73,6 @@ def test_refused_by_name_with_the_reason(architecture: str, model_type: str, rea
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"architectures": None}, "architecture unknown"),
         ({"architectures": ["A", "B"]}, "architecture A, B"),
         ({"num_key_value_heads": 3}, "LlamaForCausalLM is not supported"),

@@ -1,0 +1,105 @@
+"""The contract of a weight: a matrix that may be stored in another form than it has in the arithmetic.
+
+The tensors of a weight are allocated once and filled in place, so that CUDA graphs captured over them stay valid.
+A format says how many of a checkpoint's tensors a matrix has and what they are called; reading them is `models/`'.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""What safetensors calls the dtypes of weights that are not quantised."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank holds of a checkpoint's matrix [out_features, in_features]: its part of both."""
+
+    out_features: int
+    in_features: int
+    outputs: range
+    inputs: range
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.outputs) == self.out_features and len(self.inputs) == self.in_features
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint that a matrix is read from.
+
+    shape: of all of it; None: any. dtypes: as safetensors names them. part: the ranges of its dimensions that this
+    rank reads; empty: all of it. optional: a checkpoint may lack it.
+    """
+
+    shape: tuple[int, ...] | None
+    dtypes: tuple[str, ...] = FLOATS
+    part: tuple[range, ...] = ()
+    optional: bool = False
+
+
+class Weight(nn.Module, ABC):
+    """A matrix W [out, in]. What it is stored in are parameters of the module, which is how a model's bytes are
+    counted."""
+
+    @abstractmethod
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x: [rows, in], bias: [out]. Returns x Wᵀ + bias, [rows, out], contiguous, in the dtype of x."""
+
+    @abstractmethod
+    def dequantised(self, rows: slice) -> torch.Tensor:
+        """These rows of W in a floating-point dtype, [rows, in]; may share memory with the weight, so read-only."""
+
+    @abstractmethod
+    def tensors(self, rows: slice, share: Share) -> dict[str, Stored]:
+        """Which tensors of a checkpoint fill these rows of W, by their names in the module of their matrix.
+
+        Raises ConfigError for a share that the format cannot have.
+        """
+
+    @abstractmethod
+    def load(self, rows: slice, name: str, tensor: torch.Tensor) -> None:
+        """Fill these rows of W from one of `tensors`, or keep it until the others are there.
+
+        Raises ModelUnsupported for values that the format does not allow.
+        """
+
+    @abstractmethod
+    def randomise(self, generator: torch.Generator) -> None:
+        """Fill W with small noise."""
+
+    def check_filled(self) -> None:
+        """Raise ModelUnsupported if what has been loaded is not enough to multiply with."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic, which x has too."""
+
+
+class WeightFormat(ABC):
+    """How matrices are held: makes weights."""
+
+    shards: bool = False
+    """Whether a rank can hold a part of a matrix."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As logs say it: "fp8 in blocks of 128 x 128"."""
+
+    @abstractmethod
+    def make(self, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype) -> Weight:
+        """A weight of this shape, its memory undefined. dtype: of the arithmetic.
+
+        Raises ModelUnsupported if the format has no such shape, ConfigError if the device cannot multiply with it.
+        """
+
+    def merges(self, widths: Sequence[int]) -> bool:  # noqa: ARG002 - the contract's
+        """Whether matrices with so many outputs each can lie in one weight, below each other."""
+        return True

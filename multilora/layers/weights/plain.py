@@ -1,0 +1,85 @@
+"""Weights in the model's own dtype, and which format each linear layer of a base model has: this one, unless said."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from multilora.errors import ModelUnsupported
+from multilora.layers.matmul import linear
+from multilora.layers.weights.base import Share, Stored, Weight, WeightFormat
+from multilora.lora.sites import LoraSite, module_path
+
+NOISE = 0.02
+"""Standard deviation of random weights."""
+
+
+class PlainWeight(Weight):
+    """W as one tensor of the model's dtype: fp32, bf16 or fp16."""
+
+    def __init__(self, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        data = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        self.data = nn.Parameter(data, requires_grad=False)  # [out, in]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(x, self.data, bias)
+
+    def dequantised(self, rows: slice) -> torch.Tensor:
+        return self.data[rows]
+
+    def tensors(self, rows: slice, share: Share) -> dict[str, Stored]:  # noqa: ARG002 - the contract's
+        shape = (share.out_features, share.in_features)
+        return {"weight": Stored(shape, part=(share.outputs, share.inputs))}
+
+    def load(self, rows: slice, name: str, tensor: torch.Tensor) -> None:
+        assert name == "weight"
+        self.data[rows].copy_(tensor)
+
+    def randomise(self, generator: torch.Generator) -> None:
+        self.data.normal_(std=NOISE, generator=generator)
+
+
+class PlainFormat(WeightFormat):
+    """Weights in the model's dtype."""
+
+    shards = True
+
+    @property
+    def name(self) -> str:
+        return "plain"
+
+    def make(self, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype) -> Weight:
+        return PlainWeight(out_features, in_features, device=device, dtype=dtype)
+
+
+PLAIN = PlainFormat()
+
+
+@dataclass(frozen=True)
+class WeightFormats:
+    """In which format every linear layer of a base model is held.
+
+    name: as logs say it. choose: from the path of a module, as checkpoints name it.
+    """
+
+    name: str = PLAIN.name
+    choose: Callable[[str], WeightFormat] = lambda _path: PLAIN
+
+    def of_site(self, site: LoraSite) -> tuple[WeightFormat, ...]:
+        """The formats of the slices of a site of a family that has its modules where `LAYERS` says."""
+        return tuple(self.choose(module_path(site.layer, s.parent, s.attribute or s.module)) for s in site.slices)
+
+    def check_experts(self, path: str) -> None:
+        """Raise ModelUnsupported if a checkpoint holds the experts at this path in another format than plain."""
+        found = self.choose(f"{path}.0.up_proj")
+        if found is not PLAIN:
+            raise ModelUnsupported(f"{path}: experts in {found.name} are not supported; in 16 bit they are")
+
+
+PLAIN_FORMATS = WeightFormats()

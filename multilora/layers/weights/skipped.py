@@ -1,0 +1,27 @@
+"""Which modules of a quantised base model stay in 16 bit, by the patterns of its config.json."""
+
+import re
+from collections.abc import Callable, Sequence
+
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "score"})
+"""Last names of small layers that choose between experts: never quantised while a checkpoint is loaded."""
+
+
+def skips(patterns: Sequence[str] | None) -> Callable[[str], bool]:
+    """Whether a path is excluded by transformers' rule: a pattern is the beginning of the path, or a regular
+    expression for one, up to the end of one of its names; or it is the end of the path."""
+    found = [(p, re.compile(rf"(?:{_expression(p)})(?:(?<=\.)|(?=\.|$))")) for p in patterns or ()]
+    return lambda path: any(path.endswith(p) or expression.match(path) is not None for p, expression in found)
+
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return re.escape(pattern)
+    return pattern
+
+
+def is_of_experts(path: str) -> bool:
+    """Whether the layer at the path is an expert's, or chooses between experts, going by its name."""
+    return path.rpartition(".")[2] in ROUTERS or ".experts." in path

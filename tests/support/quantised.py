@@ -1,0 +1,96 @@
+"""Quantised base models as checkpoints have them, made from tiny ones, and what is right over them: transformers and
+PEFT with linear layers that compute by a definition of their own, which shares no code with the package.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fakes.models import make_tiny_model, train_randomly
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+Tensors = dict[str, torch.Tensor]
+Quantise = Callable[[str, torch.Tensor], Tensors]
+"""What a checkpoint has for a linear layer: from its path and weight, tensors by their names in the module."""
+
+
+def write_quantised(
+    path: Path, config: dict[str, Any], quantise: Quantise, skipped: tuple[str, ...] = (), **model: Any
+) -> None:
+    """Write a tiny model with the weights of its decoder's linear layers as `quantise` says, and config.json."""
+    reference = make_tiny_model(path, **model)
+    tensors = load_file(path / "model.safetensors")
+    for name in decoder_linears(reference):
+        if not any(end in f"{name}." for end in skipped):
+            weight = tensors.pop(f"{name}.weight")
+            tensors |= {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in quantise(name, weight).items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    written = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(written | {"quantization_config": config}))
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer over a dequantised weight whose inputs are rounded first. round: [..., in] to the same."""
+
+    round: Callable[[torch.Tensor], torch.Tensor]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.round(input))
+
+
+def plain_twin(path: Path, weights: Callable[[str], tuple[torch.Tensor, Callable[..., torch.Tensor]]]) -> Any:
+    """transformers' model of a quantised checkpoint. weights: of a layer's path, what it multiplies with and how it
+    rounds its inputs."""
+    written = json.loads((path / "config.json").read_text())
+    written.pop("quantization_config")
+    plain = path.parent / f"{path.name}-plain"
+    plain.mkdir(exist_ok=True)
+    (plain / "config.json").write_text(json.dumps(written))
+    tensors = load_file(path / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize > 1}
+    rounds = {}
+    for name in {name.rpartition(".")[0] for name in tensors if name.endswith((".weight", ".qweight"))}:
+        if f"{name}.weight" not in kept:
+            kept[f"{name}.weight"], rounds[name] = weights(name)
+    names = {f"{name}.{leaf}" for name in rounds for leaf in ("weight", "bias")}
+    kept = {n: t for n, t in kept.items() if n.rpartition(".")[0] not in rounds or n in names}
+    save_file({n: t.contiguous() for n, t in kept.items()}, plain / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    for name, round_inputs in rounds.items():
+        round_at(model.get_submodule(name), round_inputs)
+    return model
+
+
+def round_at(module: Any, round_inputs: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Make a RoundedLinear of a linear layer."""
+    module.__class__ = RoundedLinear
+    module.round = round_inputs
+
+
+def decoder_linears(model: Any) -> dict[str, nn.Linear]:
+    """By path; all but the head."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {name: module for name, module in found.items() if name != "lm_head"}
+
+
+def with_adapter(path: Path, base: Callable[[], Any], seed: int, **config: Any) -> Any:
+    """PEFT's model over another copy of the base model, with a random adapter, which is saved to `path`."""
+    import warnings
+
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        model: PeftModel = get_peft_model(base(), LoraConfig(**config), autocast_adapter_dtype=False)
+        train_randomly(model)
+        for name, module in model.named_modules():
+            if ".modules_to_save." in name and isinstance(module, RoundedLinear):
+                module.round = nn.Identity()  # a weight that an adapter brings is no quantised one
+        model.save_pretrained(str(path))
+    return model.eval()
