@@ -108,11 +108,10 @@ class Linear(nn.Module):
 
     def load(self, part: LoraSlice, name: str, tensor: torch.Tensor) -> None:
         """Fill one of the site's slices from one of its `tensors`."""
-        if name != "bias":
-            self.weight.load(part.columns, name, tensor.T if part.transposed else tensor)
-        else:
-            assert self.bias is not None
+        if name == "bias" and self.bias is not None:
             self.bias[part.columns].copy_(tensor)
+        else:
+            self.weight.load(part.columns, name, tensor.T if part.transposed else tensor)
 
 
 class GateUp(Linear):

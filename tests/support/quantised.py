@@ -54,7 +54,8 @@ def plain_twin(path: Path, weights: Callable[[str], tuple[torch.Tensor, Callable
     tensors = load_file(path / "model.safetensors")
     kept = {name: t for name, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize > 1}
     rounds = {}
-    for name in {name.rpartition(".")[0] for name in tensors if name.endswith((".weight", ".qweight"))}:
+    held = (".weight", ".qweight", ".weight_packed")
+    for name in {name.rpartition(".")[0] for name in tensors if name.endswith(held)}:
         if f"{name}.weight" not in kept:
             kept[f"{name}.weight"], rounds[name] = weights(name)
     names = {f"{name}.{leaf}" for name in rounds for leaf in ("weight", "bias")}

@@ -28,6 +28,9 @@ class Method(Protocol):
 
 METHODS = {
     "fp8": "multilora.layers.weights.fp8",
+    "compressed-tensors": "multilora.layers.weights.compressed_tensors",
+    "awq": "multilora.layers.weights.awq",
+    "gptq": "multilora.layers.weights.gptq",
 }
 """The module of each; its `METHOD` is one."""
 

@@ -1,7 +1,7 @@
 """Which modules of a quantised base model stay in 16 bit, by the patterns of its config.json."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "score"})
 """Last names of small layers that choose between experts: never quantised while a checkpoint is loaded."""
@@ -12,6 +12,12 @@ def skips(patterns: Sequence[str] | None) -> Callable[[str], bool]:
     expression for one, up to the end of one of its names; or it is the end of the path."""
     found = [(p, re.compile(rf"(?:{_expression(p)})(?:(?<=\.)|(?=\.|$))")) for p in patterns or ()]
     return lambda path: any(path.endswith(p) or expression.match(path) is not None for p, expression in found)
+
+
+def ends_with(names: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a path ends with one of these names, which may have several components: "self_attn.q_proj"."""
+    found = tuple(f".{name}" for name in names)
+    return lambda path: f".{path}".endswith(found)
 
 
 def _expression(pattern: str) -> str:

@@ -1,0 +1,82 @@
+"""AWQ: integers of 4 bits, packed along the outputs, with a scale and a zero point for each group of inputs.
+
+Layout of a matrix with `in` inputs and `out` outputs ("gemm"):
+
+    qweight  int32 [in, out / 8]       integer i of a word is output 8 · column + ORDER[i]
+    qzeros   int32 [groups, out / 8]   the same
+    scales   fp16  [groups, out]
+
+Written by AutoAWQ and llm-awq's converters; dequantised while it is loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from multilora.errors import ConfigError
+from multilora.layers.weights.base import Stored
+from multilora.layers.weights.gptq import served_group
+from multilora.layers.weights.methods import check_fields, served
+from multilora.layers.weights.plain import PLAIN, WeightFormats
+from multilora.layers.weights.skipped import skips
+from multilora.layers.weights.unpacked import SCALES, WORD, WORDS, UnpackedFormat, check_divides, unpack
+
+BITS = 4
+PER_WORD = WORD // BITS
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight neighbouring outputs stand in a word, from its lowest bits on."""
+
+
+@dataclass(frozen=True)
+class Awq(UnpackedFormat):
+    """group: inputs that share a scale; None: all do."""
+
+    group: int | None
+
+    @property
+    def name(self) -> str:
+        return f"awq in {BITS} bit, held dequantised"
+
+    def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
+        check_divides("awq outputs", out_features, PER_WORD)
+        group = self.group or in_features
+        check_divides("awq inputs", in_features, group)
+        groups = in_features // group
+        return {
+            "qweight": Stored((in_features, out_features // PER_WORD), WORDS),
+            "qzeros": Stored((groups, out_features // PER_WORD), WORDS),
+            "scales": Stored((groups, out_features), SCALES),
+        }
+
+    def dequantised(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        numbers, zeros, scales = _ordered(tensors["qweight"]), _ordered(tensors["qzeros"]), tensors["scales"].float()
+        each = len(numbers) // len(scales)
+        grouped = numbers.view(len(scales), each, -1) - zeros[:, None]  # [groups, inputs of one, out]
+        return (grouped.float() * scales[:, None]).flatten(0, 1).T.contiguous()
+
+
+def _ordered(words: torch.Tensor) -> torch.Tensor:
+    """int32 [rows, n] of words to int32 [rows, n · 8], outputs in their own order."""
+    places = torch.tensor(ORDER, device=words.device).argsort()  # where each output stands
+    return unpack(words, BITS).view(len(words), -1, PER_WORD)[..., places].flatten(1)
+
+
+class AwqMethod:
+    """See `Method`."""
+
+    def read(self, config: dict[str, Any]) -> WeightFormats:
+        known = ("bits", "group_size", "version", "zero_point", "modules_to_not_convert", "backend", "do_fuse")
+        check_fields(config, (*known, "modules_to_fuse", "fuse_max_seq_len", "exllama_config"))
+        served(config, "bits", (BITS,))
+        served(config, "version", ("gemm", "GEMM", "exllama"))
+        served(config, "zero_point", (True,))
+        kind, skipped = Awq(served_group(config)), skips(config.get("modules_to_not_convert"))
+        return WeightFormats(kind.name, lambda path: PLAIN if skipped(path) else kind)
+
+    def quantise(self) -> WeightFormats:
+        raise ConfigError("--quantization awq: this server reads such checkpoints and makes none; it makes fp8")
+
+
+METHOD = AwqMethod()

@@ -1,0 +1,155 @@
+"""compressed-tensors (llm-compressor): FP8 by rows, tensors or blocks, and integers of 4 or 8 bits in words of 32.
+
+Groups of modules have a scheme each: what their weights are rounded to, and what is multiplied with them. FP8 is held
+as `fp8.py` holds it. Packed integers with inputs in 16 bit ("pack-quantized") are dequantised while they are loaded:
+
+    weight_packed      int32 [out, in / p]       integer i of a word is input p · column + i, plus 2^(bits - 1)
+    weight_scale             [out, groups]
+    weight_zero_point  int32 [out / p, groups]   packed along the outputs; if not symmetric
+    weight_g_idx       int32 [in]                the group of an input, with `actorder: group`
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from multilora.errors import ConfigError, ModelUnsupported
+from multilora.layers.weights.base import Stored, WeightFormat
+from multilora.layers.weights.fp8 import Activations, Fp8Blocks, Fp8Rows
+from multilora.layers.weights.methods import check_fields, served
+from multilora.layers.weights.plain import PLAIN, WeightFormats
+from multilora.layers.weights.unpacked import SCALES, WORD, WORDS, UnpackedFormat, check_divides, unpack
+
+PREFIX = "quantization_config: "
+
+
+@dataclass(frozen=True)
+class PackedIntegers(UnpackedFormat):
+    """group: inputs that share a scale; None: all do. ordered: they are neighbours; else weight_g_idx says."""
+
+    bits: int
+    group: int | None
+    symmetric: bool
+    ordered: bool
+
+    @property
+    def name(self) -> str:
+        return f"compressed-tensors in {self.bits} bit, held dequantised"
+
+    def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
+        per_word, group = WORD // self.bits, self.group or in_features
+        check_divides("packed inputs", in_features, group)
+        groups = in_features // group
+        found = {
+            "weight_packed": Stored((out_features, -(-in_features // per_word)), WORDS),
+            "weight_scale": Stored((out_features, groups), SCALES),
+            "weight_shape": Stored((2,), ("I64", "I32")),
+        }
+        if not self.symmetric:
+            found["weight_zero_point"] = Stored((-(-out_features // per_word), groups), WORDS)
+        if not self.ordered:
+            found["weight_g_idx"] = Stored((in_features,), WORDS)
+        return found
+
+    def dequantised(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        outs, width = tensors["weight_shape"].tolist()
+        scales = tensors["weight_scale"].float()
+        numbers = unpack(tensors["weight_packed"], self.bits)[:, :width]
+        if self.ordered:
+            group = torch.arange(width, device=numbers.device) // (width // scales.shape[1])
+        else:
+            group = tensors["weight_g_idx"].long()
+        if self.symmetric:
+            return (numbers - (1 << (self.bits - 1))).float() * scales[:, group]
+        zeros = unpack(tensors["weight_zero_point"].T.contiguous(), self.bits)[:, :outs].T  # with the same offset
+        return (numbers - zeros[:, group]).float() * scales[:, group]
+
+
+class CompressedTensors:
+    """See `Method`."""
+
+    def read(self, config: dict[str, Any]) -> WeightFormats:
+        known = ("config_groups", "format", "ignore", "quantization_status", "kv_cache_scheme")
+        check_fields(config, (*known, "global_compression_ratio", "version", "run_compressed", "sparsity_config"))
+        served(config.get("sparsity_config") or {}, "format", ("dense",))
+        served(config, "quantization_status", ("compressed", "frozen"))
+        groups = config.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise ModelUnsupported(f"{PREFIX}config_groups = {groups!r:.80}: expected an object")
+        schemes = [(_targets(scheme), _format(scheme, config.get("format"))) for scheme in groups.values()]
+        ignored = tuple(config.get("ignore") or ())
+
+        def choose(path: str) -> WeightFormat:
+            if any(_names(pattern, path) for pattern in ignored):
+                return PLAIN
+            for targets, kind in schemes:
+                if any(_names(pattern, path) for pattern in targets):
+                    return kind
+            return next((kind for targets, kind in schemes if "Linear" in targets), PLAIN)
+
+        return WeightFormats(", ".join(dict.fromkeys(kind.name for _, kind in schemes)), choose)
+
+    def quantise(self) -> WeightFormats:
+        raise ConfigError(
+            "--quantization compressed-tensors: this server reads such checkpoints and makes none; it makes fp8"
+        )
+
+
+def _names(pattern: str, path: str) -> bool:
+    """Whether a name or an expression (`re:…`) of compressed-tensors is that of this module."""
+    return re.match(pattern[3:], path) is not None if pattern.startswith("re:") else pattern == path
+
+
+def _targets(scheme: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(scheme.get("targets") or ())
+
+
+def _format(scheme: dict[str, Any], layout: Any) -> WeightFormat:
+    """How the matrices of a scheme are held. Raises ModelUnsupported naming what is not served."""
+    weights, inputs = scheme.get("weights"), scheme.get("input_activations")
+    if not isinstance(weights, dict):
+        raise ModelUnsupported(f"{PREFIX}weights = {weights!r:.80} of a scheme: expected an object")
+    if scheme.get("output_activations") is not None:
+        raise ModelUnsupported(f"{PREFIX}output_activations are not supported")
+    layout = scheme.get("format") or layout
+    kind, bits = weights.get("type", "int"), weights.get("num_bits")
+    if kind == "float" and bits == 8 and layout in ("float-quantized", "naive-quantized"):
+        return _floats(weights, inputs)
+    if kind == "int" and bits in (4, 8) and layout == "pack-quantized" and inputs is None:
+        return _integers(weights)
+    rounded = "16-bit" if inputs is None else f"{inputs.get('num_bits')}-bit {inputs.get('type')}"
+    raise ModelUnsupported(
+        f"{PREFIX}format {layout!r} with {bits}-bit {kind} weights and {rounded} activations is not supported; "
+        "served: float-quantized with 8 bit, pack-quantized with 4 or 8 bit and 16-bit activations"
+    )
+
+
+def _floats(weights: dict[str, Any], inputs: dict[str, Any] | None) -> WeightFormat:
+    activations = Activations.NONE
+    if inputs is not None:
+        if (inputs.get("type"), inputs.get("num_bits")) != ("float", 8):
+            found = f"{inputs.get('num_bits')}-bit {inputs.get('type')}"
+            raise ModelUnsupported(f"{PREFIX}{found} activations of fp8 weights are not supported")
+        activations = Activations.DYNAMIC if inputs.get("dynamic") else Activations.STATIC
+    strategy = served(weights, "strategy", ("tensor", "channel", "block"))
+    if strategy == "block":
+        high, wide = weights.get("block_structure") or (128, 128)
+        if activations is Activations.STATIC:
+            raise ModelUnsupported(f"{PREFIX}static activations with blocks are not supported")
+        return Fp8Blocks("weight_scale", (int(high), int(wide)), activations)
+    given = ("input_scale",) if activations is Activations.STATIC else ()
+    return Fp8Rows(("weight_scale",), strategy == "channel", activations, given)
+
+
+def _integers(weights: dict[str, Any]) -> WeightFormat:
+    strategy = served(weights, "strategy", ("group", "channel"))
+    order = served(weights, "actorder", (None, "static", "weight", "group", False))
+    group = weights.get("group_size") if strategy == "group" else None
+    symmetric = bool(weights.get("symmetric", True))
+    return PackedIntegers(weights["num_bits"], group, symmetric, ordered=order != "group")
+
+
+METHOD = CompressedTensors()

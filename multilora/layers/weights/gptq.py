@@ -1,0 +1,108 @@
+"""GPTQ: integers of 4 or 8 bits, packed along the inputs, with a scale and a zero point for each group of inputs.
+
+Layout of a matrix with `in` inputs and `out` outputs, `p` integers in a word of 32 bits:
+
+    qweight  int32 [in / p, out]       integer i of a word is input p · row + i
+    qzeros   int32 [groups, out / p]   the same along the outputs; in the older format each is one too small
+    scales   fp16  [groups, out]
+    g_idx    int32 [in]                the group of an input: any order, with `desc_act`
+
+Written by AutoGPTQ and GPTQModel; dequantised while it is loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from multilora.errors import ConfigError, ModelUnsupported
+from multilora.layers.weights.base import FLOATS, Stored
+from multilora.layers.weights.methods import check_fields, served
+from multilora.layers.weights.plain import PLAIN, WeightFormats
+from multilora.layers.weights.skipped import ends_with
+from multilora.layers.weights.unpacked import SCALES, WORD, WORDS, UnpackedFormat, check_divides, unpack
+
+HARMLESS = (
+    "sym", "desc_act", "static_groups", "true_sequential", "damp_percent", "damp_auto_increment", "dataset",
+    "tokenizer", "model_name_or_path", "model_file_base_name", "batch_size", "block_name_to_quantize",
+    "model_seqlen", "use_exllama", "use_cuda_fp16", "exllama_config", "max_input_length",
+    "cache_block_outputs", "module_name_preceding_first_block", "pad_token_id", "disable_exllama", "meta",
+    "mse", "act_group_aware", "hyb_act", "rotation", "pack_impl", "backend",
+)  # fmt: skip
+"""How the integers were found, and what other programs do with them."""
+
+
+@dataclass(frozen=True)
+class Gptq(UnpackedFormat):
+    """group: inputs that share a scale; None: all do. offset: what is added to stored zero points."""
+
+    bits: int
+    group: int | None
+    offset: int
+
+    @property
+    def name(self) -> str:
+        return f"gptq in {self.bits} bit, held dequantised"
+
+    def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
+        per_word = WORD // self.bits
+        check_divides("gptq inputs", in_features, per_word)
+        check_divides("gptq outputs", out_features, per_word)
+        groups = 1 if self.group is None else -(-in_features // self.group)
+        return {
+            "qweight": Stored((in_features // per_word, out_features), WORDS),
+            "qzeros": Stored((groups, out_features // per_word), WORDS),
+            "scales": Stored((groups, out_features), SCALES),
+            "g_idx": Stored((in_features,), WORDS),
+            "bias": Stored((out_features,), FLOATS, optional=True),
+        }
+
+    def dequantised(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        group = tensors["g_idx"].long()  # [in]
+        numbers = unpack(tensors["qweight"].T.contiguous(), self.bits)  # [out, in]
+        most = (1 << self.bits) - 1
+        zeros = (unpack(tensors["qzeros"], self.bits) + self.offset) & most  # [groups, out]
+        scales = tensors["scales"].float()
+        if not 0 <= int(group.min()) <= int(group.max()) < len(scales):
+            raise ModelUnsupported(f"g_idx names group {int(group.max())} of {len(scales)}")
+        return ((numbers - zeros[group].T).float() * scales[group].T).contiguous()
+
+    def check_spare(self, name: str, tensor: torch.Tensor) -> None:
+        """AutoGPTQ writes a bias for every layer, of zeros where the model has none."""
+        if tensor.any():
+            raise ModelUnsupported(f"{name} is not zero, and the model has none")
+
+
+class GptqMethod:
+    """See `Method`."""
+
+    def read(self, config: dict[str, Any]) -> WeightFormats:
+        known = ("bits", "group_size", "checkpoint_format", "pack_dtype", "modules_in_block_to_quantize", "lm_head")
+        check_fields(config, (*known, "format", *HARMLESS))
+        bits = served(config, "bits", (4, 8))
+        served(config, "pack_dtype", ("int32",))
+        served(config, "lm_head", (False,))
+        layout = "format" if config.get("checkpoint_format") is None else "checkpoint_format"
+        older = served(config, layout, ("gptq", "gptq_v2")) == "gptq"
+        group = served_group(config)
+        kind = Gptq(bits, group, int(older))
+        inside = config.get("modules_in_block_to_quantize")
+        if not inside:
+            return WeightFormats(kind.name, lambda _path: kind)
+        is_quantised = ends_with(name for names in inside for name in ([names] if isinstance(names, str) else names))
+        return WeightFormats(kind.name, lambda path: kind if is_quantised(path) else PLAIN)
+
+    def quantise(self) -> WeightFormats:
+        raise ConfigError("--quantization gptq: this server reads such checkpoints and makes none; it makes fp8")
+
+
+def served_group(config: dict[str, Any]) -> int | None:
+    """`group_size`; None: one group. Raises ModelUnsupported."""
+    size = config.get("group_size", -1)
+    if type(size) is not int or not (size == -1 or size > 0):
+        raise ModelUnsupported(f"quantization_config: group_size = {size!r:.80}: expected a number of inputs, or -1")
+    return None if size == -1 else size
+
+
+METHOD = GptqMethod()
