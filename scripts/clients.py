@@ -17,6 +17,9 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,6 +97,16 @@ def environment(client: Client) -> Path:
     return folder
 
 
+@contextmanager
+def installing(chosen: list[Client]) -> Iterator[list[Future[Path]]]:
+    """The environments of `chosen`, made one after another while the programs of those before them run."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield [pool.submit(environment, client) for client in chosen]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def command(client: Client, folder: Path) -> list[str]:
     program = HERE / "programs" / client.program
     if program.suffix == ".mjs":  # node resolves packages from where the program lies
@@ -103,10 +116,10 @@ def command(client: Client, folder: Path) -> list[str]:
     return [str(folder / "bin" / "python"), str(program)]
 
 
-def run(client: Client, url: str, base: str, log: Path, resolver: Path) -> list[Row]:
+def run(client: Client, installed: Future[Path], url: str, base: str, log: Path, resolver: Path) -> list[Row]:
     """The rows of the client's checks, with a failed one more if the program did not end as it should."""
     try:
-        folder = environment(client)
+        folder = installed.result()
     except (subprocess.CalledProcessError, OSError) as error:
         return [Row("it can be installed", ok=False, detail=str(error)[-300:])]
     nowhere = "http://127.0.0.1:9"
@@ -182,11 +195,12 @@ def main() -> int:
             process,
         ),
         httpx.Client(base_url=url) as http,
+        installing(chosen) as environments,
     ):
         wait_until_healthy(http, process)
         base = http.get("/v1/models").json()["data"][0]["id"]
-        for client in chosen:
-            rows = run(client, url, base, options.logs / f"{client.name}.log", Path(resolver))
+        for client, folder in zip(chosen, environments, strict=True):
+            rows = run(client, folder, url, base, options.logs / f"{client.name}.log", Path(resolver))
             results[client.name] = [asdict(row) for row in rows]
             write(results)
             failures += sum(not row.ok for row in rows)

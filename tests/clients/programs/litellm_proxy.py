@@ -36,12 +36,14 @@ def chat():
     command = [os.path.join(os.path.dirname(sys.executable), "litellm"), "--config", file.name, "--port", str(PORT)]
     proxy = subprocess.Popen([*command, "--host", "127.0.0.1"], env=os.environ | {"LITELLM_MASTER_KEY": KEY})
     try:
-        for _ in range(240):
+        deadline = time.monotonic() + 600
+        while True:
             try:
                 ask("/health/liveliness")
                 break
             except OSError:
                 assert proxy.poll() is None, f"the proxy ended: {proxy.returncode}"
+                assert time.monotonic() < deadline, "the proxy did not become ready"
                 time.sleep(0.5)
         body = {"model": "ours", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
         return answer(ask("/v1/chat/completions", body)["choices"][0]["message"]["content"], ADAPTER)

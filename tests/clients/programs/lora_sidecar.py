@@ -33,7 +33,8 @@ def get(url):
 
 
 def wait_for(*names):
-    for _ in range(120):
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
         served = [card["id"] for card in json.loads(get(f"{V1}/models"))["data"] if card["id"].startswith("side-")]
         if sorted(served) == sorted(f"side-{name}" for name in names):
             return served
