@@ -116,10 +116,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             hint = _HINTS.get(name)
             if hint is None:
                 raise BadRequest(f"sampling_params: unknown parameter {name!r}", param=name)
-            if isinstance(value, float) and value.is_integer() and hint in _INTEGERS:
-                value = int(value)  # JSON has one kind of number
             try:
-                fields[name] = msgspec.convert(value, hint)
+                fields[name] = msgspec.convert(_integral(value, hint), hint)
             except msgspec.ValidationError as e:
                 raise BadRequest(f"sampling_params.{name}: {_SHORT.repr(value)}: {e}", param=name) from None
         if fields.get("top_k") == 0:
@@ -170,7 +168,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             ),
             (
                 "logit_bias",
-                all(k.isdecimal() and len(k) < 20 and abs(v) <= 1e6 for k, v in bias.items()),
+                all(k.isascii() and k.isdecimal() and len(k) < 20 and abs(v) <= 1e6 for k, v in bias.items()),
                 "token ids → numbers between -1e6 and 1e6",
             ),
             (
@@ -201,6 +199,15 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         return self.temperature == 0.0 or self.top_k == 1
 
 
+def _integral(value: Any, hint: Any) -> Any:
+    """JSON has one kind of number: where integers are expected, 16.0 is 16."""
+    if hint in _INTEGERS and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint in _INTEGER_LISTS and isinstance(value, list):
+        return [_integral(item, int) for item in value]
+    return value
+
+
 _SHORT = reprlib.Repr()  # for messages: what a client sent may be long
 _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxlist = _SHORT.maxdict = 20
@@ -208,3 +215,4 @@ _SHORT.maxlist = _SHORT.maxdict = 20
 _HINTS: dict[str, Any] = get_type_hints(SamplingParams)
 _HINTS = {name: _HINTS[name] for name in SamplingParams.__struct_fields__}
 _INTEGERS = (int, int | None)
+_INTEGER_LISTS = (list[int] | None,)

@@ -127,7 +127,9 @@ def check_prompt(
         raise _too_long(context_length, f"{len(ids) + 1}", f"{len(ids)}", param)
     outside = [i for i in (min(ids), max(ids)) if not 0 <= i < vocab_size]
     if outside:
-        raise BadRequest(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens", param=param)
+        raise BadRequest(
+            f"{param}: token id {outside[0]} is outside the vocabulary of {vocab_size} tokens", param=param
+        )
 
 
 def _check_fits(tokenizer: Tokenizer, text: str, context_length: int, param: str) -> None:

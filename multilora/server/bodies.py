@@ -18,10 +18,15 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _integrals(value: Any) -> Any:
+    """Long lists are gone through in C."""
+    return [_integral(item) for item in value] if type(value) is list and float in set(map(type, value)) else value
+
+
 Integer = Annotated[int, BeforeValidator(_integral)]
 # long lists: complain of the first wrong entry, not of each
 Texts = Annotated[list[str], Field(fail_fast=True)]
-TokenIds = Annotated[list[int], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True), BeforeValidator(_integrals)]
 Prompts = Annotated[list[TokenIds], Field(fail_fast=True)]
 
 

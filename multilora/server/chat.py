@@ -12,6 +12,7 @@ from multilora.front.stream import Delta, TextStream
 from multilora.front.tools.messages import prepare_messages
 from multilora.server.chat_answer import MessageStream, finish_reason, whole_message
 from multilora.server.chat_job import ChatJob, logprob_entries
+from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest
@@ -26,7 +27,7 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
         async with resolved(request.receive, driver, body.model, body.lora_path):
-            with in_words_of(body.words):
+            with in_words_of(body.words), in_the_clients_field(body.constraint()):
                 return await ChatRequest(driver.front, body, sampling_defaults).respond(request, driver)
 
     return routes

@@ -13,6 +13,7 @@ from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import TextPrompt, read_prompts
 from multilora.front.stream import Delta, TextStream
+from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of
 from multilora.server.errors import StrictRoute
 from multilora.server.foreign_fields import REASONS
@@ -30,7 +31,7 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Complete one prompt or many."""
         async with resolved(request.receive, driver, body.model, body.lora_path):
-            with in_words_of(body.words):
+            with in_words_of(body.words), in_the_clients_field(body.constraint()):
                 return await CompletionRequest(driver.front, body, sampling_defaults).respond(request, driver)
 
     return routes

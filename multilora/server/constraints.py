@@ -4,14 +4,15 @@
 of `SamplingParams`. Knows no compiler: a grammar that cannot be compiled is refused later.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from multilora.errors import BadRequest
-from multilora.params import GrammarField
+from multilora.params import GRAMMAR_FIELDS, GrammarField
 from multilora.server.bodies import Body, Texts
 
 Constraint = tuple[str, GrammarField, str]  # the client's field, the parameter that it becomes, the grammar's source
@@ -114,6 +115,20 @@ class GuidedFields(Body):
             given.append(self.structured_outputs.constraint())
         given += _constraints(self, self.grammars)
         return sole(given) if given else None
+
+
+@contextlib.contextmanager
+def in_the_clients_field(given: Constraint | None) -> Iterator[None]:
+    """What a BadRequest of the block says of a grammar it says of the field that the client has sent: of `given` or,
+    where the grammar is that of a forced call, of the tools."""
+    try:
+        yield
+    except BadRequest as e:
+        if e.param not in GRAMMAR_FIELDS:
+            raise
+        field = "tools" if given is None else given[0]
+        message = e.message.replace(f"sampling_params.{e.param}", field, 1)
+        raise type(e)(message, param=field.partition(".")[0]) from None
 
 
 def sole(given: list[Constraint], param: str | None = None) -> Constraint:

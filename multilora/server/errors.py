@@ -5,14 +5,11 @@ OpenAI's word for the status, `code` the name of the typed error. SGLang's two a
 the shape of their success; `install` is told so. Called by `server/app.py`; the routes only raise.
 """
 
-import json
 import logging
-import re
 import reprlib
 from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar
 
-import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -30,6 +27,7 @@ from multilora.errors import (
     RateLimited,
     ServerStopping,
 )
+from multilora.server import strict_json
 from multilora.server.request_body import INLINE_BYTES, Bodies
 
 logger = logging.getLogger(__name__)
@@ -90,14 +88,13 @@ def from_validation(error: RequestValidationError) -> BadRequest:
     """The first thing wrong with a body, naming the field."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"][1:]]
-    if first["type"] == "json_invalid":
-        return BadRequest(f"the body is not valid JSON: {first['ctx']['error']}")
     if first["type"] == "missing" and not where:
         return BadRequest("the body is missing: expected a JSON object")
     if first["type"] == "model_attributes_type" and not where:
         return BadRequest("the body must be a JSON object, sent as application/json")
-    field = where[0]
-    name = ".".join(part for part in where if not part.startswith(("function-", "list[", "dict[")))
+    named = [part for part in where if not part.startswith(("function-", "list[", "dict["))]
+    name = ".".join(named)
+    field = named[1] if named[0] == "sampling_params" and len(named) > 1 else named[0]
     if first["type"] == "missing":
         return BadRequest(f"{name}: this field is required", param=field)
     if first["type"] == "value_error":
@@ -154,7 +151,7 @@ def install(app: FastAPI, shapes: dict[str, Shape]) -> None:
 
 
 class StrictRequest(Request):
-    """JSON as the standard has it: no NaN, no lone surrogates, no numbers that are infinite."""
+    """Its JSON is decoded by `strict_json.py`."""
 
     raw: bytes | None = None  # the body, if it has been read
     decoded: Any = None  # what is in it, if that has been decoded
@@ -163,28 +160,7 @@ class StrictRequest(Request):
         return await super().body() if self.raw is None else self.raw
 
     async def json(self) -> Any:
-        return _json(await self.body()) if self.decoded is None else self.decoded
-
-
-def _json(body: bytes) -> Any:
-    try:
-        return msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-        raise json.JSONDecodeError(_not_finite(body) or str(e), "", 0) from None
-    except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", "", 0) from None
-
-
-_NOT_FINITE = re.compile(rb'"([^"\\]{1,64})"\s*:\s*(-?(?:NaN|Infinity)\b|-?\d[\d.]{0,64}[eE]\+?\d{3,9})')
-
-
-def _not_finite(body: bytes) -> str | None:
-    """Says which field of a body that is not valid JSON is no finite number; None: that is not what is wrong."""
-    found = _NOT_FINITE.search(body)
-    if found is None:
-        return None
-    name, value = (part.decode(errors="replace") for part in found.groups())
-    return f"{name} = {value}: a number has to be finite"
+        return strict_json.decode(await self.body()) if self.decoded is None else self.decoded
 
 
 class StrictRoute(APIRoute):
@@ -206,24 +182,20 @@ class StrictRoute(APIRoute):
                 if len(own.raw) > INLINE_BYTES and "json" in own.headers.get("content-type", ""):
                     own.decoded = await bodies.decode(own.raw, self._validated, self.max_body_bytes)
                     own.raw = b"{}"  # not kept while the request runs
-            return await handler(own)
+            try:
+                return await handler(own)
+            except HTTPException as e:
+                if isinstance(e.__cause__, MultiloraError):  # of reading the body, which FastAPI has wrapped
+                    raise e.__cause__ from None
+                raise
 
         return strict
 
     def _validated(self, body: bytes) -> Any:
-        """What the route's function takes, which FastAPI then leaves as it is. Raises RequestValidationError."""
+        """What the route's function takes, which FastAPI then leaves as it is. Raises BadRequest,
+        RequestValidationError."""
         assert self.body_field is not None
-        try:
-            value, errors = self.body_field.validate(_json(body), loc=("body",))
-        except json.JSONDecodeError as e:
-            invalid = {
-                "type": "json_invalid",
-                "loc": ("body", e.pos),
-                "msg": "",
-                "input": {},
-                "ctx": {"error": e.msg},
-            }
-            raise RequestValidationError([invalid]) from None
+        value, errors = self.body_field.validate(strict_json.decode(body), loc=("body",))
         if errors:
             raise RequestValidationError(errors[:1])
         return value

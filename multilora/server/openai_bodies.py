@@ -56,7 +56,7 @@ class OpenAIBody(GuidedFields):
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
     stop: str | Texts | None = None
-    stop_token_ids: Annotated[list[Integer], Field(fail_fast=True)] | None = None
+    stop_token_ids: TokenIds | None = None
     stop_regex: str | Texts | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

@@ -16,18 +16,18 @@ from pydantic import BeforeValidator, Field
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.engine.messages import StartProfile
 from multilora.errors import BadRequest
-from multilora.server.bodies import Body
+from multilora.server.bodies import Body, Integer
 from multilora.server.errors import StrictRoute
 
 _PART_OF_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
-def _integral(value: Any) -> Any:
+def _from_text(value: Any) -> Any:
     """SGLang's benchmark sends numbers of steps as text."""
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20 else value
 
 
-Steps = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
+Steps = Annotated[Integer, BeforeValidator(_from_text), Field(ge=1, lt=2**62)]
 
 
 class ProfileBody(Body):
@@ -42,8 +42,8 @@ class ProfileBody(Body):
     record_shapes: bool | None = None
     profile_id: str | None = None
     profile_prefix: str | None = None
-    delay_iterations: Annotated[int, Field(ge=0)] | None = None
-    max_iterations: Annotated[int, Field(ge=0)] | None = None
+    delay_iterations: Annotated[Integer, Field(ge=0, lt=2**62)] | None = None
+    max_iterations: Annotated[Integer, Field(ge=0, lt=2**62)] | None = None
 
 
 def router(driver: AsyncDriver) -> APIRouter:

@@ -20,6 +20,7 @@ from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.server.bodies import Body, Integer, TokenIds
+from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of
 from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs, common_fields
@@ -32,7 +33,7 @@ LOWEST = -1e30
 
 
 class TokenSampling(OpenAIBody):
-    """`sampling_params`, and beside them what `TokenGenerateBody` hands on of the request."""
+    """`sampling_params`; of `TokenGenerateBody` they get what the OpenAI routes have beside them."""
 
     where = "sampling_params"
     logprobs: bool | Integer | None = None
@@ -44,25 +45,22 @@ class TokenGenerateBody(Body):
     where = "/inference/v1/generate"
     handed_on: ClassVar = ("model", "stream", "stream_options", "return_token_ids", "cache_salt", "priority")
     token_ids: TokenIds = Field(min_length=1)
-    sampling_params: dict[str, Any] | None = None
+    sampling_params: TokenSampling | None = None
     request_id: str | None = None
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     cache_salt: Any = None
-    priority: Any = None
+    priority: Integer | None = None
 
     def common(self) -> TokenSampling:
         """The request in the words of the OpenAI routes. Raises BadRequest."""
-        params = self.sampling_params or {}
+        params = self.sampling_params or TokenSampling()
         for name in self.handed_on:
-            if params.get(name) is not None:
+            if getattr(params, name) is not None:
                 raise BadRequest(f"sampling_params.{name}: belongs beside sampling_params", param=name)
-        outer = {name: value for name in self.handed_on if (value := getattr(self, name)) is not None}
-        if self.stream_options is not None:
-            outer["stream_options"] = self.stream_options.model_dump()
-        return TokenSampling.model_validate(params | outer)
+        return params.model_copy(update={name: getattr(self, name) for name in self.handed_on})
 
 
 def router(driver: AsyncDriver) -> APIRouter:
@@ -72,8 +70,9 @@ def router(driver: AsyncDriver) -> APIRouter:
     async def generate_tokens(request: Request, body: TokenGenerateBody) -> Response:
         """Continue a prompt of token ids; without `max_tokens` to the end of the context."""
         async with resolved(request.receive, driver, body.model):
-            with in_words_of(SAMPLING_WORDS):
-                return await TokenRequest(driver.front, body).respond(request, driver)
+            common = body.common()
+            with in_words_of(SAMPLING_WORDS), in_the_clients_field(common.constraint()):
+                return await TokenRequest(driver.front, body, common).respond(request, driver)
 
     return routes
 
@@ -84,8 +83,7 @@ class TokenRequest(OpenAIRequest):
     id_prefix, kind, chunk_kind = "gen", "whole", "chunk"
     prompt_in_head = True
 
-    def __init__(self, front: Front, body: TokenGenerateBody):
-        common = body.common()
+    def __init__(self, front: Front, body: TokenGenerateBody, common: TokenSampling):
         wanted = common.logprobs
         top = None if wanted is None or wanted is False else check_top_logprobs(front, int(wanted), "logprobs")
         (adapters,) = adapters_of(front.registry, common, 1)

@@ -162,7 +162,7 @@ BAD = {
     "empty ids": ({"input_ids": []}, "empty"),
     "mixed lists": ({"input_ids": [[5], 6]}, "input_ids"),
     "id as text": ({"input_ids": ["5"]}, "input_ids"),
-    "id as a float": ({"input_ids": [5.0]}, "input_ids"),
+    "half an id": ({"input_ids": [5.5]}, "input_ids"),
     "id as a bool": ({"input_ids": [True]}, "input_ids"),
     "number as text": ({"text": 5}, "text"),
     "long lora_path": ({"text": "a", "lora_path": ["a", "a"]}, "lora_path has 2 entries for 1"),

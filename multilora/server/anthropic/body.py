@@ -19,6 +19,7 @@ WORDS = {
     "max_new_tokens": "max_tokens",
     ".function.parameters": ".input_schema",
     ".function.": ".",
+    "response_format": "output_config.format",
 }
 """The chat route's names of fields, and Anthropic's."""
 

@@ -14,6 +14,7 @@ from multilora.server.anthropic.answer import MessageAnswer
 from multilora.server.anthropic.body import WORDS, CountBody, MessagesBody
 from multilora.server.anthropic.errors import anthropic_error
 from multilora.server.chat_job import ChatJob
+from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of
 from multilora.server.errors import StrictRoute
 from multilora.server.resolving import resolved
@@ -48,11 +49,12 @@ async def _respond(
     request: Request, body: MessagesBody, driver: AsyncDriver, sampling_defaults: dict[str, Any]
 ) -> Response:
     with in_words_of(WORDS):
-        chat = ChatJob(driver.front, body.chat_body(), sampling_defaults)
+        chat_body = body.chat_body()
+        chat = ChatJob(driver.front, chat_body, sampling_defaults)
     model = driver.front.config.model_name if body.model is None else body.model
 
     async def begin() -> MessageAnswer:
-        with in_words_of(WORDS):
+        with in_words_of(WORDS), in_the_clients_field(chat_body.constraint()):
             generation = await driver.generate([chat.job])
         return MessageAnswer(chat, generation, model, body.max_tokens)
 

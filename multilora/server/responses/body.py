@@ -17,6 +17,7 @@ WORDS = {
     ".function.": ".",
     "sampling_params.": "",
     "max_new_tokens": "max_output_tokens",
+    "sampling_seed": "seed",
     "response_format": "text.format",
 }
 """The chat route's names of fields, and the Responses API's."""

@@ -15,6 +15,7 @@ from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import BadRequest, PreviousResponseNotFound, UnknownResponse
 from multilora.params import SamplingParams
 from multilora.server.chat_job import ChatJob
+from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of, refused
 from multilora.server.errors import StrictRoute
 from multilora.server.resolving import resolved
@@ -131,7 +132,9 @@ class Responses:
         if not conversation.messages and body.instructions is None:
             raise BadRequest("input: no items, and no instructions", param="input")
         with in_words_of(WORDS):
-            chat = ChatJob(self._driver.front, body.chat_body(conversation.messages), self._defaults, "input")
+            chat_body = body.chat_body(conversation.messages)
+        with in_words_of(WORDS), in_the_clients_field(chat_body.constraint()):
+            chat = ChatJob(self._driver.front, chat_body, self._defaults, "input")
             generation = await self._driver.generate([chat.job], [response_id])
         head = _head(response_id, body, chat.job.sampling, self._driver.front.config.model_name)
         key = own_key(response_id)
