@@ -210,6 +210,9 @@ class Config:
     max_metrics_labels: int = _server(
         64, "most adapters, and most tenants, with numbers of their own in /metrics; the others are summed up"
     )
+    otlp_traces_endpoint: str | None = _server(
+        None, "send OpenTelemetry traces there, by OTLP over HTTP; needs the extra `otel`", metavar="URL"
+    )
     drain_seconds: int = _server(25, "how long running requests may still take after SIGTERM", low=0)
     state_dir: str | None = _server(
         None, "where loaded adapters are remembered, for the next start (default: nowhere)", metavar="DIR"
@@ -251,6 +254,7 @@ class Config:
         self._check_targets()
         self._check_origins()
         self._check_keys()
+        self._check_traces()
         self._check_resolver()
         self._check_fairness()
         if ":" in self.model_name:
@@ -330,6 +334,11 @@ class Config:
                 raise ConfigError(f"{flag} is empty or has characters that no HTTP header can carry")
         if self.auth_file is not None and self.api_key is not None:
             raise ConfigError("--auth-file and --api-key: only one of them can be given; a key can go into the file")
+
+    def _check_traces(self) -> None:
+        url = self.otlp_traces_endpoint
+        if url is not None and not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):
+            raise ConfigError(f"--otlp-traces-endpoint: {url!r}: expected http(s)://HOST:PORT, of OTLP over HTTP")
 
     def _check_resolver(self) -> None:
         for url in self.lora_resolver_url:

@@ -44,6 +44,7 @@ LAYERS = [
         "options",
         "params",
         "private_directory",
+        "tracing",
         "transfer",
     },
 ]
@@ -68,6 +69,7 @@ NO_TORCH = (
     "front/",
     "engine/process/client.py",
     "engine/messages.py",
+    "engine/adapter_stats.py",
 )
 NO_IO = ("front/",)  # whoever drives it decides how to wait
 IO_MODULES = {"asyncio", "concurrent", "multiprocessing", "select", "socket", "subprocess", "zmq"}

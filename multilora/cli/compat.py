@@ -117,7 +117,7 @@ _ONE_VALUE = """
     moe-runner-backend monokernel-backend mooncake-ib-device msprobe-dump-config multi-item-scoring-delimiter
     nccl-init-addr nccl-port nnodes node-rank nsa-decode-backend nsa-prefill-backend nsa-prefill-cp-mode
     num-continuous-decode-steps num-reserved-decode-tokens offload-group-size offload-mode offload-num-in-group
-    offload-prefetch-step optimistic-prefill-attempts otlp-service-name otlp-traces-endpoint
+    offload-prefetch-step optimistic-prefill-attempts otlp-service-name
     paged-experts-num-resident pdlb-url pdmux-config-path piecewise-cuda-graph-compiler
     piecewise-cuda-graph-max-tokens piecewise-cuda-graph-tokens pipeline-parallel-size ple-offload-backend
     ple-offload-dir pp pp-async-batch-depth pp-max-micro-batch-size pp-size preferred-sampling-params

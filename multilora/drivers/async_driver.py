@@ -38,12 +38,14 @@ from multilora.front.effects import (
 from multilora.front.engine_link import EngineLink
 from multilora.front.front import STOPPING, Front
 from multilora.front.generation import Job
+from multilora.tracing import spanning
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+DOWNLOADS = frozenset({Lane.HUB, Lane.HTTP, Lane.S3, Lane.GS})
 THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8, Lane.STATE: 1, Lane.TENSORS: 4} | dict.fromkeys(
-    (Lane.HUB, Lane.HTTP, Lane.S3, Lane.GS), 16
+    DOWNLOADS, 16
 )
 
 
@@ -186,7 +188,10 @@ class AsyncDriver:
         """The result of its function. When cancelled: see `RunBlocking`."""
         future = self._pools[effect.lane].submit(effect.function)
         try:
-            return await asyncio.wrap_future(future)
+            if effect.lane not in DOWNLOADS:
+                return await asyncio.wrap_future(future)
+            with spanning("download", **{"multilora.source": effect.lane.value}):
+                return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             if effect.stop is not None:
                 effect.stop()
@@ -203,12 +208,13 @@ class AsyncDriver:
 
     async def _load_adapter(self, version: int, path: str, pinned: bool) -> AdapterInfo:
         """When cancelled, the engine forgets the adapter as soon as it has it."""
-        load = asyncio.create_task(self.engine.load_adapter(version, path, pinned))
-        try:
-            return await asyncio.shield(load)
-        except asyncio.CancelledError:
-            self._keep(asyncio.create_task(self._unload_when_loaded(load, version)))
-            raise
+        with spanning("load_adapter", **{"multilora.adapter.version": version}):
+            load = asyncio.create_task(self.engine.load_adapter(version, path, pinned))
+            try:
+                return await asyncio.shield(load)
+            except asyncio.CancelledError:
+                self._keep(asyncio.create_task(self._unload_when_loaded(load, version)))
+                raise
 
     async def _unload_when_loaded(self, load: "asyncio.Task[AdapterInfo]", version: int) -> None:
         with contextlib.suppress(MultiloraError):

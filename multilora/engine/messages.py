@@ -3,7 +3,7 @@
 Front → engine: `Submit`, `Abort`, `Finish`, and calls (`LoadAdapter`, `ReplaceAdapter`, `UnloadAdapter`,
 `FlushCache`, `Pause`, `Resume`, `Sleep`, `WakeUp`, `StartProfile`, `StopProfile`), each answered by one `Reply` with
 the same `call` number; `UseTokenizer` once, `Shutdown` at the end.
-Engine → front: `Ready` once, then `Outputs`, `Reply` and `Stats`.
+Engine → front: `Ready` once, then `Outputs`, `Reply`, `Stats` and `Spans`.
 
 Adapters are *versions* here: integers that the front's registry hands out and never reuses.
 """
@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from multilora.params import Composition, EmbeddingSettings, LogprobsMode, PoolingParams, SamplingParams
+from multilora.tracing import SpanRecord
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -35,6 +36,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     tenant: str = ""
     priority: int = 0  # the lowest number first, under the scheduling policy of that name
     deadline: float | None = None  # monotonic seconds of this machine
+    traceparent: str | None = None  # the span that it belongs below; None: it is not traced
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -57,6 +59,7 @@ class LoadAdapter(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     version: int
     path: str  # directory or hub repository id
     pinned: bool = False
+    traceparent: str | None = None
 
 
 class ReplaceAdapter(msgspec.Struct, tag=True, frozen=True):
@@ -265,6 +268,12 @@ class Reply(msgspec.Struct, tag=True, frozen=True, kw_only=True, omit_defaults=T
     pause: PauseState | None = None
 
 
+class Spans(msgspec.Struct, tag=True, frozen=True):
+    """What engine and loader have done for traced requests."""
+
+    items: list[SpanRecord]
+
+
 class AdapterStats(msgspec.Struct, frozen=True, kw_only=True):
     """One adapter version, cumulative counters and where it is now."""
 
@@ -320,20 +329,6 @@ class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         )
 
 
-class AdapterStatsTable:
-    """The adapters of an engine, as its `Stats` messages so far add up to."""
-
-    def __init__(self) -> None:
-        self._adapters: dict[int, AdapterStats] = {}
-
-    def merge(self, update: Stats) -> Stats:
-        """Take an update in. Returns it with all adapters instead of the changed ones."""
-        self._adapters.update((adapter.version, adapter) for adapter in update.adapters)
-        for version in update.unloaded:
-            self._adapters.pop(version, None)
-        return msgspec.structs.replace(update, adapters=list(self._adapters.values()), unloaded=[])
-
-
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The engine is up: what the front must know to check requests at the door."""
 
@@ -373,7 +368,7 @@ ToEngine = (
     | UseTokenizer
     | Shutdown
 )
-FromEngine = Ready | Failed | Outputs | Reply | Stats
+FromEngine = Ready | Failed | Outputs | Reply | Stats | Spans
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

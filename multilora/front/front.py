@@ -47,6 +47,7 @@ from multilora.front.prompt import (
 from multilora.front.quotas import Quotas
 from multilora.front.records import Records
 from multilora.front.registry import AdapterRegistry
+from multilora.front.request_span import end_span
 from multilora.front.resolver import Resolver
 from multilora.front.restoring import load_at_start
 from multilora.front.stream import TextStream
@@ -187,8 +188,12 @@ class Front:
         del self._open[sample.scope]
         self._let_go(sample)
         sample.grant.release()
+        if sample.submitted or sample.span is not None:
+            ending = _ending(sample, self.engine.ready.context_length)
+        if sample.span is not None:
+            end_span(sample.span, sample, ending, self.config.model_name)
         if sample.submitted:
-            self.observer.ended(sample.origin, _ending(sample, self.engine.ready.context_length))
+            self.observer.ended(sample.origin, ending)
             for name, _ in sample.job.adapters:
                 if self.registry.current(name) is None:  # unloaded while the client read what was there
                     self.observer.forget(name)
@@ -302,6 +307,7 @@ class Front:
             tenant=tenant_of(self.config, sample.caller, job.adapters),
             priority=job.priority,
             deadline=deadline(job.timeout, self.config.max_request_seconds),
+            traceparent=None if sample.span is None else sample.span.context.traceparent,
         )
 
     def _send(self, sample: Sample, message: Submit, deliver: Callable[[Output], None]) -> None:

@@ -21,6 +21,7 @@ from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.front.versions import VersionHistory, VersionLabel, VersionSpan
 from multilora.front.vocabulary import Vocabulary
 from multilora.params import LogprobsMode, PoolingParams, SamplingParams
+from multilora.tracing import TraceSpan, current_child
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +90,10 @@ class Sample:
     let_go: bool = False  # it holds its adapters no longer
     shown: bool = False  # the client has been told some of it
     origin: Origin = field(init=False)  # for the observer
+    span: TraceSpan | None = field(init=False)  # None: it is not traced
 
     def __post_init__(self) -> None:
+        self.span = current_child("llm_request")
         self.origin = origin_of(self.caller, self.job.adapters)
 
     @property

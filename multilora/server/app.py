@@ -43,6 +43,8 @@ from multilora.server.request_body import Bodies
 from multilora.server.request_ids import RequestIds
 from multilora.server.responses import routes as responses
 from multilora.server.security_headers import SecurityHeaders
+from multilora.server.tracing.exporter import SpanExporter
+from multilora.server.tracing.middleware import TraceRequests
 
 
 def create_app(
@@ -53,11 +55,12 @@ def create_app(
     spool: Spool | None = None,
     records: Records | None = None,
     keys: KeyRing | None = None,
+    traces: SpanExporter | None = None,
 ) -> FastAPI:
     """`tokenizer` None: token ids only. `sampling_defaults`: sampling parameters from the model's generation_config,
     for the OpenAI routes. `spool`: the one that the engine was told of, else one of its own. `records`: see `Front`.
-    `keys`: else those that the config names. The app's `state.driver` is its `AsyncDriver`, `state.keys` its
-    `KeyRing`."""
+    `keys`: else those that the config names. `traces`: where traces of requests go. The app's
+    `state.driver` is its `AsyncDriver`, `state.keys` its `KeyRing`."""
     metrics = Metrics(config, engine.ready.context_length)
     front = Front(config, engine, tokenizer, spool or Spool(), metrics, records)
     metrics.watch(front.registry, engine)
@@ -87,6 +90,8 @@ def create_app(
     openapi.install(app)
     app.state.keys = keys or KeyRing(config)
     _add_middleware(app, front, metrics, app.state.keys)
+    if traces is not None:  # around all others
+        app.add_middleware(TraceRequests, exporter=traces)
     return app
 
 

@@ -30,6 +30,7 @@ from multilora.server.app import create_app
 from multilora.server.connections import connections_within, raise_descriptor_limit
 from multilora.server.key_ring import KeyRing
 from multilora.server.server_info import SECRETS
+from multilora.server.tracing.exporter import SpanExporter
 from multilora.server.uvicorn_setup import event_loop, tls_settings, uvicorn_config
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class _ServerProcess:
         self._records, self._spool = open_state(config.state_dir)
         self._keys = KeyRing(config)
         self._tls = tls_settings(config)
+        self._traces = SpanExporter.of(config)
         self._server: _UvicornServer | None = None
         self._driver: AsyncDriver | None = None
         self._main: asyncio.Task[Any] | None = None
@@ -97,6 +99,8 @@ class _ServerProcess:
             except BaseException:
                 await asyncio.gather(loading, return_exceptions=True)
                 raise
+            if self._traces is not None:
+                client.on_spans = self._traces.export_all
             try:
                 await self._serve(client, listener, *await loading)
             finally:
@@ -104,6 +108,8 @@ class _ServerProcess:
                 await client.shutdown(0 if self._hurried else ENGINE_SECONDS)
                 self._spool.close()
                 self._records.close()
+                if self._traces is not None and not self._hurried:
+                    self._traces.close()
         logger.info("stopped")
         return 0 if alive else 1
 
@@ -111,7 +117,7 @@ class _ServerProcess:
         self, client: Any, listener: socket.socket, tokenizer: Tokenizer | None, defaults: dict[str, Any]
     ) -> None:
         config = self._config
-        app = create_app(config, client, tokenizer, defaults, self._spool, self._records, self._keys)
+        app = create_app(config, client, tokenizer, defaults, self._spool, self._records, self._keys, self._traces)
         driver: AsyncDriver = app.state.driver
         self._driver = driver
         await driver.change(driver.front.load_at_start())

@@ -40,6 +40,8 @@ def given(opt) -> tuple[list[str], object]:
     }.get(opt.name)
     if values:
         return [opt.flag, *values], values
+    if opt.name == "otlp_traces_endpoint":
+        return [opt.flag, "http://a.example:4318"], "http://a.example:4318"
     if opt.many:
         return [opt.flag, "q_proj", "v_proj"], ("q_proj", "v_proj")
     if opt.choices:

@@ -1,4 +1,7 @@
-"""Statistics: the step loop pays for adapters that have changed, not for those that are loaded."""
+"""Statistics: the step loop pays for adapters that have changed, not for those that are loaded.
+
+Covers `adapter_stats.py` too.
+"""
 
 import msgspec
 import pytest
@@ -7,8 +10,9 @@ from fakes.tiers import FakeFile, FakeTiers
 
 from multilora.adapters.lifecycle.disabled import DisabledStore
 from multilora.adapters.lifecycle.version import AdapterVersion
+from multilora.engine.adapter_stats import AdapterStatsTable
 from multilora.engine.engine import Engine
-from multilora.engine.messages import AdapterStatsTable, LoadAdapter, Submit, UnloadAdapter
+from multilora.engine.messages import LoadAdapter, Submit, UnloadAdapter
 from multilora.engine.stats import StatsReporter
 from multilora.params import SamplingParams
 

@@ -5,6 +5,7 @@ Engine and scheduler call it like the real one, so none of them asks whether LoR
 
 from typing import NoReturn
 
+from multilora.adapters.lifecycle.fetch_queue import LoadTraces
 from multilora.adapters.lifecycle.store import AdapterStore, Loaded, Lost
 from multilora.adapters.lifecycle.version import AdapterVersion
 from multilora.errors import LoraNotEnabled
@@ -13,6 +14,7 @@ from multilora.errors import LoraNotEnabled
 class DisabledStore:
     busy = working = copying = False
     pinned_count = pinned_pages = host_page_bytes = 0
+    traces: LoadTraces | None = None
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:  # noqa: ARG002 - part of the contract
         """Raise LoraNotEnabled."""

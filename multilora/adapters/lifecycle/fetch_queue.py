@@ -5,18 +5,32 @@ As many are fetched at once as the host tier can hold when they come. The bytes 
 
 from collections import deque
 from collections.abc import Collection, Iterable
+from typing import Protocol
 
 import torch
 
 from multilora.adapters.lifecycle.host_tier import HostTier
 from multilora.adapters.lifecycle.version import AdapterVersion, State
 from multilora.adapters.loading.loader import Fetched, FetchJob, Loader
+from multilora.tracing import SpanRecord
+
+
+class LoadTraces(Protocol):
+    """What knows for whom adapters are fetched."""
+
+    def traceparent_of(self, version: int) -> str | None:
+        """The span that a fetch of the version belongs below; None: it is not traced."""
+
+    def fetched(self, record: SpanRecord) -> None:
+        """A fetch that was traced has ended."""
 
 
 class FetchQueue:
-    """host_page_bytes: what a page of the arena takes on the host, for all ranks."""
+    """host_page_bytes: what a page of the arena takes on the host, for all ranks. traces: whose spans fetches belong
+    below; None: nobody's."""
 
     def __init__(self, loader: Loader, host: HostTier, host_page_bytes: int):
+        self.traces: LoadTraces | None = None
         self._loader = loader
         self._host = host
         self._host_page_bytes = host_page_bytes
@@ -54,7 +68,8 @@ class FetchQueue:
             self._fetching_bytes += nbytes
             adapter.fetches += 1
             adapter.move(State.FETCHING)
-            self._loader.submit(FetchJob(adapter.version, adapter.path, max_bytes))
+            parent = None if self.traces is None else self.traces.traceparent_of(adapter.version)
+            self._loader.submit(FetchJob(adapter.version, adapter.path, max_bytes, parent))
         return hopeless
 
     def poll_fetches(self) -> list[tuple[AdapterVersion, Fetched, torch.Tensor | None]]:
@@ -63,6 +78,8 @@ class FetchQueue:
         for result, buffer in self._loader.poll():
             adapter = self._fetching.pop(result.version)
             self._fetching_bytes -= self._nbytes(adapter)
+            if result.span is not None and self.traces is not None:
+                self.traces.fetched(result.span)
             done.append((adapter, result, buffer))
         return done
 

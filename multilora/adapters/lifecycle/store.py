@@ -14,7 +14,7 @@ import torch
 
 from multilora.adapters.host.mapping import HostEntry
 from multilora.adapters.lifecycle.device_tier import DeviceTier
-from multilora.adapters.lifecycle.fetch_queue import FetchQueue
+from multilora.adapters.lifecycle.fetch_queue import FetchQueue, LoadTraces
 from multilora.adapters.lifecycle.host_tier import HostTier
 from multilora.adapters.lifecycle.limits import TierLimits
 from multilora.adapters.lifecycle.version import AdapterVersion, State
@@ -106,6 +106,15 @@ class AdapterStore:
         self._loaded_count = self._loaded_pages = 0
         self._changes: dict[int, AdapterVersion] = {}  # since `take_changes`
         self._gone: list[int] = []  # reported versions that were unloaded since
+
+    @property
+    def traces(self) -> LoadTraces | None:
+        """Whose spans fetches belong below."""
+        return self._fetches.traces
+
+    @traces.setter
+    def traces(self, traces: LoadTraces | None) -> None:
+        self._fetches.traces = traces
 
     # ------------------------------------------------------------------ the engine's calls
 

@@ -24,6 +24,7 @@ from multilora.adapters.sources.files import find_files
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
 from multilora.lora.panels import AdapterShape
+from multilora.tracing import SpanRecord, span_below
 
 
 class FetchJob(msgspec.Struct, frozen=True):
@@ -32,6 +33,7 @@ class FetchJob(msgspec.Struct, frozen=True):
     version: int
     path: str
     max_bytes: int | None = None
+    traceparent: str | None = None
 
 
 class Fetched(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +47,7 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
     invocation_tokens: tuple[int, ...] | None = None  # see `Adapter`
     kind: str = ""
     message: str = ""
+    span: SpanRecord | None = None  # of the fetch, if the job has a traceparent
 
 
 def failed(version: int, message: str) -> Fetched:
@@ -125,6 +128,25 @@ def fetch(
 ) -> tuple[Fetched, torch.Tensor | None]:
     """Read, check and pack one adapter, with `readers` for its files and `write` for its weights. Returns the result
     and the pages of all ranks, uint8 [ranks · pages, page_bytes]; typed errors are part of the result."""
+    records: list[SpanRecord] = []
+    span = span_below(job.traceparent, "loader.fetch", "loader", records.append)
+    result, buffer = _fetch(job, context, allocate, readers, write)
+    if span is None:
+        return result, buffer
+    span.attributes["multilora.adapter.version"] = job.version
+    span.attributes["multilora.adapter.rank"] = result.rank
+    span.attributes["multilora.adapter.bytes"] = 0 if buffer is None else buffer.numel()
+    span.end(f"{result.kind}: {result.message}"[:1000] if result.kind else "")
+    return msgspec.structs.replace(result, span=records[0]), buffer
+
+
+def _fetch(
+    job: FetchJob,
+    context: FetchContext,
+    allocate: "Allocate",
+    readers: ReaderPool,
+    write: WriteJobs,
+) -> tuple[Fetched, torch.Tensor | None]:
     target = context.target
     try:
         adapter = read(job, context, readers)

@@ -20,10 +20,10 @@ import zmq
 import zmq.asyncio
 
 from multilora.config import Config
+from multilora.engine.adapter_stats import AdapterStatsTable
 from multilora.engine.messages import (
     Abort,
     AdapterInfo,
-    AdapterStatsTable,
     Failed,
     Finish,
     Finished,
@@ -35,6 +35,7 @@ from multilora.engine.messages import (
     Ready,
     Reply,
     Shutdown,
+    Spans,
     StartProfile,
     Stats,
     StopProfile,
@@ -48,6 +49,7 @@ from multilora.engine.messages import (
 from multilora.engine.process.pulse import PULSE_SECONDS, PulseMonitor
 from multilora.errors import ConfigError, EngineDead, from_wire
 from multilora.private_directory import PrivateDirectory, remove_orphans
+from multilora.tracing import SpanRecord, current_traceparent
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ RANKS_FIRST_SECONDS = 10
 class EngineClient:
     """Made by `start`. `ready`: as the engine said at its start; `stats`: the latest; `profile_root`: where profiles
     are written, without --profile-dir in a directory that goes with the client. on_end: is told why the process has
-    ended, before requests and calls are."""
+    ended, before requests and calls are; on_spans: is given what the engine has done for traced requests."""
 
     restarting = False  # that is its supervisor's business
     restarts = 0
@@ -75,6 +77,7 @@ class EngineClient:
         profile_dir: str | None = None,
     ):
         self.on_end: Callable[[str], None] = lambda _reason: None
+        self.on_spans: Callable[[list[SpanRecord]], None] = lambda _records: None
         self.profile_root = Path(profile_dir or directory.path / "profiles")
         self._process = process
         self._socket = socket
@@ -169,7 +172,9 @@ class EngineClient:
     async def load_adapter(self, version: int, path: str, pinned: bool) -> AdapterInfo:
         """Raises the typed errors of `multilora.errors`; nothing has changed then."""
         call = self._next_call()
-        reply = await self._call(call, LoadAdapter(call=call, version=version, path=path, pinned=pinned))
+        parent = current_traceparent()
+        message = LoadAdapter(call=call, version=version, path=path, pinned=pinned, traceparent=parent)
+        reply = await self._call(call, message)
         assert reply.info is not None
         return reply.info
 
@@ -250,6 +255,8 @@ class EngineClient:
                 future = self._calls.pop(reply.call, None)
                 if future is not None and not future.done():
                     future.set_result(reply)
+            case Spans(items):
+                self.on_spans(items)
             case Stats() as stats:
                 self.stats = self._adapter_stats.merge(stats)
             case other:

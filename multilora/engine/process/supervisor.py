@@ -36,6 +36,7 @@ from multilora.engine.process.book import MAX_RUNS, EngineBook, KeptAdapter, Ope
 from multilora.engine.process.client import EngineClient
 from multilora.engine.process.restarts import RestartCount
 from multilora.errors import AdapterUnavailable, EngineDead, EngineRestarting, MultiloraError
+from multilora.tracing import SpanRecord
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,10 @@ LONGEST_RETRY_SECONDS = 60.0
 
 
 class EngineSupervisor:
-    """Made by `start`. `ready`: as the present or the latest engine said."""
+    """Made by `start`. `ready`: as the present or the latest engine said. on_spans: see `EngineClient`."""
 
     def __init__(self, config: Config, start_engine: StartEngine):
+        self.on_spans: Callable[[list[SpanRecord]], None] = lambda _records: None
         self._config = config
         self._start_engine = start_engine
         self._book = EngineBook()
@@ -226,6 +228,7 @@ class EngineSupervisor:
         """The engine is up, and has what it needs."""
         self._restarts.started()
         client.on_end = self._ended
+        client.on_spans = lambda records: self.on_spans(records)
         self._latest = self._client = client
         for request in list(self._book.requests.values()):
             self._send(request, client)

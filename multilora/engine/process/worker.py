@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from time import monotonic
 from typing import NoReturn
 
@@ -21,8 +22,9 @@ from multilora import logs
 from multilora.config import Config
 from multilora.engine.build import build_engine
 from multilora.engine.engine import Engine
-from multilora.engine.messages import Failed, FromEngine, Shutdown, decode_to_engine, encode
+from multilora.engine.messages import Failed, FromEngine, Shutdown, Spans, decode_to_engine, encode
 from multilora.engine.process.pulse import Pulse
+from multilora.engine.process.request_traces import RequestTraces
 from multilora.engine.ranks.process import divide_cores
 from multilora.errors import MultiloraError
 from multilora.private_directory import close_all, remove_orphans
@@ -48,6 +50,8 @@ class Worker:
         self._stats_at = 0.0
         self._changed = False  # something has come since the engine was last idle
         self._parent = parent
+        self._traces = RequestTraces()
+        engine.adapters.traces = self._traces
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         loader = engine.adapters.fileno()
@@ -62,8 +66,10 @@ class Worker:
         while not (self._draining and not self._engine.busy) and os.getppid() == self._parent:
             self._pulse.rounds += 1
             self._receive()
-            for message in self._engine.step():
+            said = self._engine.step()
+            for message in said:
                 self._send(message)
+            self._tell_spans(said)
             self._tell_stats()
 
     def _receive(self) -> None:
@@ -82,6 +88,7 @@ class Worker:
                 self._draining = True
                 self._engine.pauses.abort_frozen()
             else:
+                self._traces.received(message)
                 self._engine.handle(message)
                 self._changed = True
 
@@ -98,6 +105,11 @@ class Worker:
         if self._engine.busy and now - self._stats_at >= STATS_SECONDS:
             self._stats_at = now
             self._send(self._engine.report.stats_update())
+
+    def _tell_spans(self, said: Sequence[FromEngine]) -> None:
+        self._traces.sent(said)
+        if records := self._traces.take_records():
+            self._send(Spans(records))
 
     def _send(self, message: FromEngine) -> None:
         self._socket.send(encode(message))

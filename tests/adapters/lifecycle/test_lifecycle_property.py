@@ -12,7 +12,7 @@ from fakes.tiers import PAGE_BYTES, FakeFile, FakeTiers
 from multilora.adapters.lifecycle.components import Components
 from multilora.adapters.lifecycle.store import Loaded, LoadStatus
 from multilora.adapters.lifecycle.version import TRANSITIONS, AdapterVersion, State
-from multilora.engine.messages import AdapterStatsTable
+from multilora.engine.adapter_stats import AdapterStatsTable
 from multilora.errors import AdapterInvalid, ConfigError
 
 SEEDS = 40
