@@ -12,16 +12,11 @@ import numpy as np
 import packed_integers
 import pytest
 import torch
-from clear_answers import clear_answer
-from exactness import ask_for_all, told
-from fakes.engine_driver import EngineDriver
 from fakes.models import make_tiny_model
-from quantised import Tensors, decoder_linears, plain_twin, round_at, with_adapter, write_quantised
+from quantised import Tensors, decoder_linears, held_against_peft, plain_twin, round_at, with_adapter, write_quantised
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-VOCAB = 101
-NEW_TOKENS = 6
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
     "dora": {"r": 4, "target_modules": ["k_proj", "o_proj", "gate_proj"], "use_dora": True},
@@ -259,31 +254,3 @@ def test_fp8_while_it_is_loaded(tmp_path: Path, impl: str) -> None:
 
     models = {name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(ADAPTERS.items())}
     held_against_peft(tmp_path, {None: base(), **models}, 2e-2, model_impl=impl, quantization="fp8")
-
-
-def held_against_peft(path: Path, models: dict[str | None, Any], close: float, **options: Any) -> None:
-    """One batch of all: tokens are equal where the choice is clear, logprobs near (a number that falls on the other
-    side of a rounding to 8 bits moves them)."""
-    driver = EngineDriver(path / "base", {name: path / name for name in models if name}, page_size=4, **options)
-    try:
-        expected, rids = {}, {}
-        for name, model in models.items():
-            prompt, answer = clear_prompt(model)
-            expected[name] = answer
-            rids[name] = ask_for_all(driver, prompt, name, vocab=VOCAB, max_new_tokens=NEW_TOKENS)
-        driver.run()
-        for name, (tokens, logprobs) in expected.items():
-            answer = driver.answers[rids[name]]
-            assert answer.tokens == tokens, name
-            found = told(answer, VOCAB)
-            assert (found - logprobs[: len(found)]).abs().max() < close, name
-    finally:
-        driver.close()
-
-
-def clear_prompt(model: Any) -> tuple[list[int], tuple[list[int], torch.Tensor]]:
-    for seed in range(40):
-        prompt = torch.randint(3, VOCAB, (11,), generator=torch.Generator().manual_seed(seed)).tolist()
-        if (answer := clear_answer(model, prompt, NEW_TOKENS)) is not None:
-            return prompt, answer
-    raise AssertionError("no clear answer in 40 prompts")

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clear_answers import clear_answer
+from exactness import ask_for_all, told
+from fakes.engine_driver import EngineDriver
 from fakes.models import make_tiny_model, train_randomly
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+VOCAB = 101
+NEW_TOKENS = 6
 Tensors = dict[str, torch.Tensor]
 Quantise = Callable[[str, torch.Tensor], Tensors]
 """What a checkpoint has for a linear layer: from its path and weight, tensors by their names in the module."""
@@ -95,3 +100,31 @@ def with_adapter(path: Path, base: Callable[[], Any], seed: int, **config: Any) 
                 module.round = nn.Identity()  # a weight that an adapter brings is no quantised one
         model.save_pretrained(str(path))
     return model.eval()
+
+
+def held_against_peft(path: Path, models: dict[str | None, Any], close: float, **options: Any) -> None:
+    """One batch of all: tokens are equal where the choice is clear, logprobs near (a number that falls on the other
+    side of a rounding to 8 bits moves them)."""
+    driver = EngineDriver(path / "base", {name: path / name for name in models if name}, page_size=4, **options)
+    try:
+        expected, rids = {}, {}
+        for name, model in models.items():
+            prompt, answer = clear_prompt(model)
+            expected[name] = answer
+            rids[name] = ask_for_all(driver, prompt, name, vocab=VOCAB, max_new_tokens=NEW_TOKENS)
+        driver.run()
+        for name, (tokens, logprobs) in expected.items():
+            answer = driver.answers[rids[name]]
+            assert answer.tokens == tokens, name
+            found = told(answer, VOCAB)
+            assert (found - logprobs[: len(found)]).abs().max() < close, name
+    finally:
+        driver.close()
+
+
+def clear_prompt(model: Any) -> tuple[list[int], tuple[list[int], torch.Tensor]]:
+    for seed in range(40):
+        prompt = torch.randint(3, VOCAB, (11,), generator=torch.Generator().manual_seed(seed)).tolist()
+        if (answer := clear_answer(model, prompt, NEW_TOKENS)) is not None:
+            return prompt, answer
+    raise AssertionError("no clear answer in 40 prompts")

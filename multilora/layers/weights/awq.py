@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from multilora.errors import ConfigError
 from multilora.layers.weights.base import Stored
 from multilora.layers.weights.gptq import served_group
-from multilora.layers.weights.methods import check_fields, served
+from multilora.layers.weights.methods import check_fields, not_made, served
 from multilora.layers.weights.plain import PLAIN, WeightFormats
 from multilora.layers.weights.skipped import skips
 from multilora.layers.weights.unpacked import SCALES, WORD, WORDS, UnpackedFormat, check_divides, unpack
@@ -76,7 +75,7 @@ class AwqMethod:
         return WeightFormats(kind.name, lambda path: PLAIN if skipped(path) else kind)
 
     def quantise(self) -> WeightFormats:
-        raise ConfigError("--quantization awq: this server reads such checkpoints and makes none; it makes fp8")
+        raise not_made("awq")
 
 
 METHOD = AwqMethod()

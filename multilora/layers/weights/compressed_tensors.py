@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from multilora.errors import ConfigError, ModelUnsupported
+from multilora.errors import ModelUnsupported
 from multilora.layers.weights.base import Stored, WeightFormat
 from multilora.layers.weights.fp8 import Activations, Fp8Blocks, Fp8Rows
-from multilora.layers.weights.methods import check_fields, served
+from multilora.layers.weights.methods import check_fields, not_made, served
 from multilora.layers.weights.plain import PLAIN, WeightFormats
 from multilora.layers.weights.unpacked import SCALES, WORD, WORDS, UnpackedFormat, check_divides, unpack
 
@@ -93,9 +93,7 @@ class CompressedTensors:
         return WeightFormats(", ".join(dict.fromkeys(kind.name for _, kind in schemes)), choose)
 
     def quantise(self) -> WeightFormats:
-        raise ConfigError(
-            "--quantization compressed-tensors: this server reads such checkpoints and makes none; it makes fp8"
-        )
+        raise not_made("compressed-tensors")
 
 
 def _names(pattern: str, path: str) -> bool:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from multilora.errors import ConfigError, ModelUnsupported
+from multilora.errors import ModelUnsupported
 from multilora.layers.weights.base import FLOATS, Stored
-from multilora.layers.weights.methods import check_fields, served
+from multilora.layers.weights.methods import check_fields, not_made, served
 from multilora.layers.weights.plain import PLAIN, WeightFormats
 from multilora.layers.weights.skipped import ends_with
 from multilora.layers.weights.unpacked import SCALES, WORD, WORDS, UnpackedFormat, check_divides, unpack
@@ -94,7 +94,7 @@ class GptqMethod:
         return WeightFormats(kind.name, lambda path: kind if is_quantised(path) else PLAIN)
 
     def quantise(self) -> WeightFormats:
-        raise ConfigError("--quantization gptq: this server reads such checkpoints and makes none; it makes fp8")
+        raise not_made("gptq")
 
 
 def served_group(config: dict[str, Any]) -> int | None:

@@ -31,6 +31,7 @@ METHODS = {
     "compressed-tensors": "multilora.layers.weights.compressed_tensors",
     "awq": "multilora.layers.weights.awq",
     "gptq": "multilora.layers.weights.gptq",
+    "bitsandbytes": "multilora.layers.weights.bitsandbytes",
 }
 """The module of each; its `METHOD` is one."""
 
@@ -64,6 +65,13 @@ def _name(config: dict[str, Any]) -> str:
 def _method(name: str) -> Method:
     method: Method = importlib.import_module(METHODS[name]).METHOD
     return method
+
+
+def not_made(name: str) -> ConfigError:
+    """What `--quantization name` is answered where such checkpoints can only be read."""
+    return ConfigError(
+        f"--quantization {name}: this server reads such checkpoints and makes none; it makes fp8, bitsandbytes"
+    )
 
 
 def check_fields(config: dict[str, Any], known: Iterable[str]) -> None:
