@@ -8,8 +8,8 @@ import json
 import reprlib
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,18 +24,35 @@ MAX_TIMEOUT = 7 * 24 * 3600  # seconds
 
 MAX_PROMPTS = 4096
 """The bound of the prompts in one request."""
+MAX_TRUNCATED = 1 << 20
+"""The bound of a text that is tokenized however long it is, in characters."""
 MAX_STOP_REGEXES = 8
 MAX_STOP_CHARACTERS = 8192
 """The bound of all stop strings of a request together."""
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """A prompt of more than `tokens` loses what is over at its end ("right") or its beginning ("left"). side None: as
+    the tokenizer has it, and what special tokens it adds to a text stay."""
+
+    tokens: int
+    side: Literal["left", "right"] | None = None
+
+    def cut(self, ids: list[int], default: str = "right") -> list[int]:
+        """default: the side, where there is none."""
+        return ids[-self.tokens :] if (self.side or default) == "left" else ids[: self.tokens]
+
+
+@dataclass(frozen=True)
 class TextPrompt:
-    """`param`: the client's field that it came in. add_special_tokens: whether the tokenizer adds its own, as BOS."""
+    """`param`: the client's field that it came in. add_special_tokens: whether the tokenizer adds its own, as BOS.
+    truncation: None: a text that is too long is refused."""
 
     text: str
     param: str
     add_special_tokens: bool = True
+    truncation: Truncation | None = None
 
     @property
     def size(self) -> int:
@@ -44,9 +61,15 @@ class TextPrompt:
 
     def encode(self, vocabulary: Vocabulary, context_length: int) -> list[int]:
         """Raises PromptTooLong, if that is certain, before the text is tokenized."""
-        tokenizer = vocabulary.writer("text", self.param)
-        _check_fits(tokenizer, self.text, context_length, self.param)
-        return tokenizer.encode(self.text, add_special_tokens=self.add_special_tokens)
+        tokenizer, special = vocabulary.writer("text", self.param), self.add_special_tokens
+        if self.truncation is None:
+            _check_fits(tokenizer, self.text, context_length, self.param)
+            return tokenizer.encode(self.text, add_special_tokens=special)
+        if len(self.text) > MAX_TRUNCATED:
+            raise BadRequest(f"{self.param}: over {MAX_TRUNCATED} characters, to be truncated", param=self.param)
+        if self.truncation.side is None:
+            return tokenizer.encode_truncated(self.text, self.truncation.tokens, add_special_tokens=special)
+        return self.truncation.cut(tokenizer.encode(self.text, add_special_tokens=special))
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,7 @@ class ChatPrompt:
     messages: list[dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
     param: str = "messages"
+    truncation: Truncation | None = None
 
     def encode(self, vocabulary: Vocabulary, context_length: int) -> list[int]:
         """As `TextPrompt.encode`; the template is rendered in any case."""
@@ -65,11 +89,21 @@ class ChatPrompt:
         options = dict(self.options)
         special = bool(options.pop("add_special_tokens", False))
         text = tokenizer.render_chat(prepare_messages(self.messages, knows_developer=knows_developer), **options)
+        if self.truncation is not None:
+            ids = tokenizer.encode_rendered(text, add_special_tokens=special)
+            return self.truncation.cut(ids, tokenizer.hf.truncation_side)
         _check_fits(tokenizer, text, context_length, self.param)
         return tokenizer.encode_rendered(text, add_special_tokens=special)
 
 
 Prompt = TextPrompt | ChatPrompt | list[int]
+
+
+def truncated(prompt: Prompt, truncation: Truncation | None) -> Prompt:
+    """The same prompt, to be cut if it is too long."""
+    if truncation is None:
+        return prompt
+    return truncation.cut(prompt) if isinstance(prompt, list) else replace(prompt, truncation=truncation)
 
 
 def read_prompts(given: Any, param: str) -> tuple[list[Prompt], bool]:

@@ -125,6 +125,21 @@ class Tokenizer:
             return ids[1:]
         return ids
 
+    def encode_truncated(self, text: str, limit: int, *, add_special_tokens: bool = True) -> list[int]:
+        """`encode`, and of a longer text no more than `limit` tokens, from the tokenizer's own side: as transformers
+        truncates, so that the special tokens which the tokenizer adds are all there."""
+        ids = self.encode(text, add_special_tokens=add_special_tokens)
+        if len(ids) <= limit:
+            return ids
+        side, backend = self.hf.truncation_side, self.hf.backend_tokenizer
+        if not self._fast:
+            return ids[:limit] if side == "right" else ids[-limit:]
+        added = backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        encoding = backend.encode(text, add_special_tokens=False)
+        encoding.truncate(max(0, limit - added), direction=side)
+        whole: list[int] = backend.post_process(encoding, None, add_special_tokens).ids
+        return whole[:limit]
+
     def encode_chat(
         self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
     ) -> list[int]:

@@ -44,6 +44,8 @@ _LINES: dict[Need, tuple[str, ...]] = {
         "/v1/messages",
         "/v1/messages/count_tokens",
         "/inference/v1/generate",
+        "/v1/embeddings",
+        "/encode",
         "/tokenize",
         "/v1/tokenize",
         "/detokenize",

@@ -4,6 +4,7 @@ The reference runs one text at a time through PEFT's own tree and pools the rows
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from fakes.models import make_adapter, make_tiny_model
 from fakes.tokenizers import byte_level_tokenizer
 
 from multilora import LLM
+from multilora.adapters.loading.loader import InlineLoader
+from multilora.engine.build import build_engine
 from multilora.engine.messages import Output
 from multilora.errors import BadRequest, PromptTooLong, UnknownAdapter
 from multilora.front.embedding import embedding_job, vector_of
@@ -59,7 +62,10 @@ def build(path: Path, family: str, impl: str, adapters: list[str], **options: An
         models[name] = make_adapter(path / name, path / "model", seed=seed, **ADAPTERS[name])
     paths = {name: str(path / name) for name in adapters}
     options = {"device": "cpu", "max_total_tokens": 2048, "page_size": 4, "model_impl": impl} | options
-    return LLM(str(path / "model"), lora_paths=paths, skip_tokenizer_init=True, **options), References(models)
+    with pytest.MonkeyPatch.context() as patch:  # no process to start
+        patch.setattr("multilora.llm.offline.build_engine", partial(build_engine, make_loader=InlineLoader))
+        llm = LLM(str(path / "model"), lora_paths=paths, skip_tokenizer_init=True, **options)
+    return llm, References(models)
 
 
 @pytest.fixture(scope="module", params=["native", "transformers"])

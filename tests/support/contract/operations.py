@@ -133,10 +133,19 @@ def messages(server):
     assert counted == {"input_tokens": found["usage"]["input_tokens"]}
 
 
+@line
+def embeddings(server):
+    """`/v1/embeddings` is OpenAI's and `/encode` SGLang's, with adapters."""
+    found = server.post("/v1/embeddings", {"model": "pirate", "input": ["Hi", "Ho"], "dimensions": 8}).json()
+    assert (found["object"], found["model"], len(found["data"])) == ("list", "pirate", 2)
+    assert [len(item["embedding"]) for item in found["data"]] == [8, 8]
+    assert set(server.post("/encode", {"text": "Hi", "lora_path": "pirate"}).json()) == {"embedding", "meta_info"}
+
+
 @line.deviates
 def pooling(server):
-    """`/v1/embeddings`, `/v1/rerank`, `/v1/score` and `/classify` serve pooling models and adapters."""
-    for path in ("/v1/embeddings", "/v1/rerank", "/v1/score", "/classify"):
+    """`/v1/rerank`, `/v1/score` and `/classify` serve pooling models and adapters."""
+    for path in ("/v1/rerank", "/v1/score", "/classify"):
         server.refused(path, {}, path, status=404)
 
 

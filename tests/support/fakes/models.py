@@ -7,6 +7,7 @@ Used by this package's tests and by anyone who tests against it. Imports torch a
 from __future__ import annotations
 
 import asyncio
+import struct
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -239,10 +240,12 @@ class FakeEngineClient:
         stops = set(sampling.stop_token_ids or ())
         if not sampling.ignore_eos:
             stops |= set(self.ready.eos_token_ids)
-        answer = self.answer(message)[:limit]
+        answer = self.answer(message)[:limit] if message.pooling is None else []
         if not answer:
             await self.gate.wait()
             deliver(self._output(message, [], 0, Finished(type="length")))
+            del self._running[message.rid]
+            return
         for i, token in enumerate(answer):
             await asyncio.sleep(0)
             await self.gate.wait()
@@ -274,8 +277,14 @@ class FakeEngineClient:
             prompt_tokens=len(message.input_ids),
             cached_tokens=1,
             queue_seconds=0.01,
+            pooled=b"" if message.pooling is None else self.pooled(message),
             **fields,
         )
+
+    def pooled(self, message: Submit) -> bytes:
+        """What it makes of a prompt: as many numbers as an embedding has, from the prompt's tokens alone."""
+        numbers = [float((sum(message.input_ids) * (i + 1)) % 7 - 3) for i in range(self.ready.embedding.size)]
+        return struct.pack(f"<{len(numbers)}f", *numbers)
 
     def _end(self, rid: str, finished: Finished | None) -> None:
         if rid in self._running:
