@@ -1,6 +1,6 @@
 """`/v1/embeddings` and `/encode` on the wire: both peers' fields, adapters, refusals; numbers are a fake engine's.
 
-Covers `bodies.py` and `reading.py` too.
+Covers `pooling/bodies.py` and `pooling/reading.py` too.
 """
 
 import base64
