@@ -16,6 +16,8 @@ from multilora.server import openai_bodies as openai_models
 from multilora.server.anthropic.body import CountBody, MessagesBody
 from multilora.server.foreign_fields import HARMLESS, NEUTRAL
 from multilora.server.responses.body import ResponsesBody
+from multilora.server.token_generate import TokenGenerateBody, TokenSampling
+from multilora.server.tokenization import DetokenizeBody, TokenizeBody
 
 TOKENIZER = byte_level_tokenizer()
 
@@ -32,7 +34,8 @@ LEAF = (
 JSON = st.recursive(
     LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=2), max_leaves=6
 )
-SAMPLING = st.dictionaries(st.sampled_from(SamplingParams.__struct_fields__), JSON, max_size=3)
+SAMPLING_NAMES = sorted({*SamplingParams.__struct_fields__, *TokenSampling.model_fields})
+SAMPLING = st.dictionaries(st.sampled_from(SAMPLING_NAMES), JSON, max_size=3)
 KINDS = ["text", "message", "function_call", "function_call_output", "reasoning", "item_reference", "function"]
 KINDS += ["tool_use", "tool_result", "thinking", "tool", "any", "custom"]
 KEYS = ["role", "content", "call_id", "id", "name", "arguments", "output", "input", "input_schema", "parameters"]
@@ -48,6 +51,8 @@ LIKELY = {
     "text": st.sampled_from(["hi", ["hi", "ho"]]),
     "prompt": st.sampled_from(["hi", ["hi", "ho"], [5, 6], [[5], [6]]]),
     "input_ids": st.sampled_from([[5, 6], [[5], [6]]]),
+    "token_ids": st.sampled_from([[5, 6], [5.0]]),
+    "tokens": st.sampled_from([[5, 6], [[5], [6]]]),
     "model": st.sampled_from(["base", "a", "base:a"]),
     "messages": MESSAGES,
     "sampling_params": SAMPLING | st.lists(SAMPLING, max_size=2),
@@ -67,6 +72,9 @@ ROUTES = {
     "/v1/responses": (ResponsesBody, ("input",)),
     "/v1/messages": (MessagesBody, ("max_tokens", "messages")),
     "/v1/messages/count_tokens": (CountBody, ("messages",)),
+    "/inference/v1/generate": (TokenGenerateBody, ("token_ids",)),
+    "/tokenize": (TokenizeBody, ()),
+    "/detokenize": (DetokenizeBody, ("tokens",)),
     "/load_lora_adapter": (bodies.LoadAdapterBody, ("lora_name", "lora_path")),
     "/unload_lora_adapter": (bodies.UnloadAdapterBody, ("lora_name",)),
     "/v1/load_lora_adapter": (bodies.V1LoadAdapterBody, ("lora_name", "lora_path")),
