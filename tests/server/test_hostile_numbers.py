@@ -102,6 +102,13 @@ def fields_of(server: LocalServer, route: str) -> list[tuple[str, str, str]]:
     return found
 
 
+def other_routes(server: LocalServer) -> list[str]:
+    """Those that take numbers and have no line above."""
+    paths = server.get("/openapi.json").json()["paths"]
+    with_body = [path for path, operations in paths.items() if "requestBody" in operations.get("post", {})]
+    return [path for path in with_body if path not in BODIES and fields_of(server, path)]
+
+
 def body_of(route: str, within: str, name: str, value: str) -> bytes:
     item = within % f'"{name}": {value}'
     if name in BESIDE and route != "/v1/responses":
@@ -167,6 +174,24 @@ def expect(submitted: list[Submit], name: str, value: float) -> None:
     if parameter in ("max_new_tokens", "min_new_tokens"):
         value = min(value, room)
     assert found == (-1 if (name, value) == ("top_k", 0) else value), (name, value, found)
+
+
+def test_no_number_breaks_any_other_route(server: LocalServer) -> None:
+    """An output_dir that is refused keeps the profiler from starting."""
+    fields = {route: fields_of(server, route) for route in other_routes(server)}
+    assert "/start_profile" in fields
+
+    async def scenario() -> None:
+        for route, numeric in fields.items():
+            for _, name, shape in numeric:
+                for value in (*NO_NUMBERS, *OTHER_TYPES, *NUMBERS):
+                    rest = ', "output_dir": "/nope"' if route == "/start_profile" else ""
+                    body = f'{{"{name}": {shape % value}{rest}}}'.encode()
+                    answer = await server.send("POST", route, body)
+                    assert 400 <= answer.status < 500 or (answer.status == 200 and value in NUMBERS), (route, body)
+                    assert value not in NO_NUMBERS or answer.error["param"] == name
+
+    run(scenario())
 
 
 @pytest.mark.parametrize("value", ["NaN", "1e400", str(10**30), "2.5", "true", "-9"])
