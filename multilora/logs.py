@@ -5,9 +5,11 @@ As text, or as JSON objects, for programs that read logs; those also say which r
 Called once per process, by `__main__.py`, `engine/process/worker.py` and `engine/ranks/process.py`; never at import.
 """
 
+import contextlib
 import json
 import logging
 import sys
+from collections import deque
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -16,6 +18,8 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 FORMATS = ("text", "json")
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the HTTP request that this task works for."""
+KEPT_LINES = 500
+KEPT_CHARACTERS = 2000
 FORMAT = "%(asctime)s %(levelname)-7s {role:<6} %(message)s"
 
 
@@ -49,6 +53,34 @@ class JsonLine(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class RecentLines(logging.Handler):
+    """Keeps the last `KEPT_LINES` messages, each with a number that grows by one, for whoever asks for those after a
+    number. A message is cut at `KEPT_CHARACTERS`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: deque[dict[str, Any]] = deque(maxlen=KEPT_LINES)
+        self._count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._count += 1
+        try:
+            message = record.getMessage()
+        except Exception:  # noqa: BLE001 - as logging does: a wrong format string must not end what logs it
+            message = str(record.msg)
+        line = {"number": self._count, "time": record.created, "level": record.levelname.lower()}
+        self._lines.append(line | {"message": message[:KEPT_CHARACTERS]})
+
+    def after(self, number: int) -> list[dict[str, Any]]:
+        """The kept lines whose number is larger, oldest first: number, time (seconds since 1970), level, message."""
+        with self.lock or contextlib.nullcontext():
+            return [line for line in self._lines if line["number"] > number]
+
+
+RECENT = RecentLines()
+"""The last lines of this process; empty where `setup` was not called for the front."""
+
+
 class Handler(logging.StreamHandler[TextIO]):
     """The handler that `setup` makes, of a type of its own so that a second call finds and replaces it."""
 
@@ -61,7 +93,8 @@ def setup(level: str = "info", role: str = "front", form: str = "text") -> None:
     text = OneLine(FORMAT.format(role=role), datefmt="%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonLine(role) if form == "json" else text)
     root = logging.getLogger()
-    root.handlers = [h for h in root.handlers if not isinstance(h, Handler)] + [handler]
+    kept = [RECENT] if role == "front" else []
+    root.handlers = [h for h in root.handlers if not isinstance(h, Handler | RecentLines)] + [handler, *kept]
     root.setLevel(max(own, logging.WARNING))
     logging.getLogger("multilora").setLevel(own)
     logging.captureWarnings(True)

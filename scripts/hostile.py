@@ -29,7 +29,7 @@ import psutil
 
 DEADLINE = 30.0  # seconds that a hostile client waits for an answer
 PROBE_SECONDS = 0.02
-LIMIT_MS, LIMIT_MIB = 100.0, 1024
+LIMIT_MS, LIMIT_MIB = 100.0, 1536  # of memory 1 GiB is one grammar's limit
 
 
 @dataclass(frozen=True)

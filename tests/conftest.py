@@ -32,7 +32,7 @@ def _logs_as_before() -> Iterator[None]:
     root, ours = logging.getLogger(), logging.getLogger("multilora")
     handlers, levels = root.handlers[:], (root.level, ours.level)
     yield
-    root.handlers = [h for h in root.handlers if h in handlers or not isinstance(h, logs.Handler)]
+    root.handlers = [h for h in root.handlers if h in handlers or not isinstance(h, logs.Handler | logs.RecentLines)]
     root.setLevel(levels[0])
     ours.setLevel(levels[1])
 

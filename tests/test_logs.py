@@ -67,3 +67,22 @@ def test_json_lines(capsys):
     said = {"level": "info", "role": "engine", "logger": "multilora.x", "message": "two\nlines of é"}
     assert first == said | {"request_id": "abc"}
     assert "request_id" not in second and second["exception"].endswith("ValueError: no")
+
+
+def test_recent_lines_are_few_short_and_of_the_front_only():
+    lines = logs.RecentLines()
+    logger = logging.Logger("x")
+    logger.addHandler(lines)
+    for i in range(logs.KEPT_LINES + 3):
+        logger.info("%d" + "x" * logs.KEPT_CHARACTERS, i)
+    kept = lines.after(0)
+    assert [line["number"] for line in kept] == list(range(4, logs.KEPT_LINES + 4))
+    assert all(len(line["message"]) == logs.KEPT_CHARACTERS for line in kept)
+    assert lines.after(logs.KEPT_LINES + 2) == kept[-1:]
+    logger.info("%d", "no number")
+    assert lines.after(logs.KEPT_LINES + 3)[0]["message"] == "%d"
+    logs.setup("info", role="engine")
+    assert logs.RECENT not in logging.getLogger().handlers
+    logs.setup("info")
+    logs.setup("info")
+    assert logging.getLogger().handlers.count(logs.RECENT) == 1

@@ -214,6 +214,10 @@ class Front:
         """How many samples are open: checked, waiting or running."""
         return len(self._open)
 
+    def open_samples(self) -> Iterator[tuple[str, bool]]:
+        """Of each open sample its tenant and whether it has any output yet."""
+        return ((tenant, sample.started) for (tenant, _), sample in self._open.items())
+
     def waiting_tokens(self) -> int:
         """Prompt tokens of the samples that have no output yet. O(open samples): not for each request."""
         return sum(len(sample.prompt_ids) for sample in self._open.values() if not sample.started)

@@ -31,7 +31,17 @@ class Rule:
 
 
 _LINES: dict[Need, tuple[str, ...]] = {
-    Need.NOTHING: ("/", "/health", "/health_generate", "/ready", "/ping"),
+    Need.NOTHING: (
+        "/",
+        "/health",
+        "/health_generate",
+        "/ready",
+        "/ping",
+        "/console",
+        "/console/console.css",
+        "/console/console.js",
+        "/console/charts.js",
+    ),
     Need.SCRAPE: ("/metrics",),
     Need.KEY: (
         "/generate",
@@ -57,6 +67,7 @@ _LINES: dict[Need, tuple[str, ...]] = {
         "/get_model_info",
         "/server_info",
         "/get_server_info",
+        "/console/state",
         "/weight_info",
         "/version",
         "/get_world_size",
@@ -92,6 +103,7 @@ _LINES: dict[Need, tuple[str, ...]] = {
         "/resume_memory_occupation",
         "/start_profile",
         "/stop_profile",
+        "/console/log",
     ),
 }
 _POST_ONLY = frozenset({"/flush_cache"})

@@ -35,6 +35,7 @@ from multilora.server import (
 from multilora.server.anthropic import errors as anthropic_errors
 from multilora.server.anthropic import routes as anthropic
 from multilora.server.auth import AccessCheck
+from multilora.server.console import routes as console
 from multilora.server.head import HeadAsGet
 from multilora.server.key_ring import KeyRing
 from multilora.server.metrics.collector import Metrics
@@ -89,6 +90,7 @@ def create_app(
     app.include_router(token_generate.router(driver))
     app.include_router(loads.router(front, metrics.totals))
     app.include_router(profiling.router(driver))
+    app.include_router(console.router(driver, metrics.totals))
     openapi.install(app)
     app.state.keys = keys or KeyRing(config)
     _add_middleware(app, front, metrics, app.state.keys)

@@ -13,6 +13,7 @@ from multilora.front.front import Front
 from multilora.front.generation import Job
 from multilora.params import SamplingParams
 from multilora.server.bodies import AbortBody
+from multilora.server.console.routes import page_response
 from multilora.server.errors import StrictRoute
 from multilora.server.metrics.collector import CONTENT_TYPE, Metrics
 from multilora.server.server_info import model_names, server_facts
@@ -72,8 +73,10 @@ def _facts(routes: APIRouter, front: Front) -> None:
     config, ready = front.config, front.engine.ready
 
     @routes.get("/")
-    async def root() -> Response:
-        """What answers here."""
+    async def root(request: Request) -> Response:
+        """What answers here; to a browser, which asks for HTML, the console."""
+        if "text/html" in request.headers.get("accept", ""):
+            return page_response()
         return Json({"name": "multilora", "version": multilora.__version__})
 
     @routes.get("/version")

@@ -19,7 +19,7 @@ TLS_ONLY = {"Strict-Transport-Security": "max-age=31536000"}
 
 
 class SecurityHeaders:
-    """Sets the headers that the application has not set itself."""
+    """Sets the headers that the application has not set itself, as the console has."""
 
     def __init__(self, app: ASGIApp):
         self.app = app

@@ -29,6 +29,7 @@ WARM_UP = 0.25  # part of the time after which memory should not grow
 GROWTH = 0.1  # part of the front's memory
 GROWTH_MIB = 48.0
 IDLE_SECONDS = 60.0
+RESTART_SECONDS = 300.0
 
 
 class Report:
@@ -101,9 +102,12 @@ def _after(server: Server, report: Report, before: int, files: set[str], sizes: 
 
 
 async def _ready(http: httpx.AsyncClient) -> None:
-    end = time.monotonic() + IDLE_SECONDS
-    while (await http.get("/ready")).status_code != 200 and time.monotonic() < end:
+    """Wait until requests are taken, and still are a moment later: a death takes a moment to be noticed."""
+    end, times = time.monotonic() + RESTART_SECONDS, 0
+    while times < 3:
+        assert time.monotonic() < end, f"the engine was not back after {RESTART_SECONDS:g} s"
         await asyncio.sleep(0.5)
+        times = times + 1 if (await http.get("/ready")).status_code == 200 else 0
 
 
 async def _idle(server: Server) -> None:
