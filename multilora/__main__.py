@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from multilora import logs
 from multilora.cli import parser as cli
 from multilora.errors import ConfigError, ModelUnsupported
+from multilora.private_directory import end_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from multilora.server.serve import serve
 
-    return serve(config)
+    code = serve(config)
+    if argv is None:  # it is this process's own command, so nothing comes after it
+        end_process(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 front.)"""
 
 import gc
+import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,3 +64,15 @@ def test_one_that_is_taken_for_an_orphan_is_made_again(
     monkeypatch.setattr(before, late)
     made = PrivateDirectory("tensors")
     assert [made.path] == list(tmp_path.iterdir())
+
+
+def test_a_process_that_ends_at_once_leaves_nothing_and_waits_for_no_thread(tmp_path: Path) -> None:
+    code = (
+        "import threading; from multilora.private_directory import PrivateDirectory, end_process;"
+        "threading.Thread(target=threading.Event().wait).start();"
+        "made = PrivateDirectory('engine'); print('said', end=''); end_process(3)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said", "")
+    assert not list(tmp_path.iterdir())

@@ -177,8 +177,10 @@ class AsyncDriver:
                 return await self._run_within(steps, seconds, error)
             case CarryThrough(steps):
                 return await asyncio.shield(self._start(steps))
-            case Spawn(steps):
-                self._start(steps)
+            case Spawn(steps, flight):
+                task = self._start(steps)
+                if flight is not None:
+                    flight.cancel = task.cancel
             case Gather(children, limit):
                 return await self._gather(children, limit)
             case other:

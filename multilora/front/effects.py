@@ -112,11 +112,13 @@ class WaitUntilIdle(Effect[None]):
 
 
 class Flight:
-    """Work under way that others wait for. `error`: what it failed with, once it is done."""
+    """Work under way that others wait for. `error`: what it failed with, once it is done. `cancel`: ends the work
+    soon, on a driver of requests that run side by side."""
 
     def __init__(self) -> None:
         self.done = False
         self.error: MultiloraError | None = None
+        self.cancel: Callable[[], object] = lambda: None
         self._callbacks: list[Callable[[], None]] = []
 
     def when_done(self, callback: Callable[[], None]) -> None:
@@ -169,6 +171,7 @@ class Gather(Effect[list[T | BaseException]]):
 
 @dataclass(frozen=True)
 class Spawn(Effect[None]):
-    """Start `steps` and go on at once; an error of theirs is logged."""
+    """Start `steps` and go on at once; an error of theirs is logged. flight: what they are, whose `cancel` is set."""
 
     steps: Steps[None]
+    flight: Flight | None = None

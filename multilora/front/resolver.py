@@ -1,8 +1,8 @@
 """The resolver: an adapter that is asked for by a name that is not loaded is looked for, and loaded, without I/O.
 
-It owns the flights (one per name, however many requests wait for it), what is known not to be there, and the quotas:
-of the adapters that it has loaded, the one unused longest is unloaded to make room. It never touches an adapter that
-was loaded otherwise. Where names are looked for is the fetcher's business.
+It owns the flights, what is known not to be there, and the quotas. A flight is one for all requests that wait for a
+name, and ends once the clients of all are gone. Of the adapters that it has loaded the one unused longest is unloaded
+for room; it never touches one that was loaded otherwise. Where names are looked for is the fetcher's business.
 
     hold ─┬─ loaded by the resolver → held, and now the most recently used
           ├─ missed or failed a moment ago → the same again
@@ -26,7 +26,7 @@ from multilora.errors import BadRequest, EngineDead, MultiloraError, QueueFull, 
 from multilora.front.access import SEPARATOR
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.adapter_ref import Held, RefState
-from multilora.front.effects import Flight, Spawn, Steps, WaitUntilDone
+from multilora.front.effects import CarryThrough, Flight, Spawn, Steps, WaitUntilDone
 from multilora.front.fetcher import Fetcher, Found
 from multilora.front.observer import Observer
 from multilora.front.registry import AdapterRegistry
@@ -61,6 +61,14 @@ class _Absent:
     error: MultiloraError | None
 
 
+class _NameFlight(Flight):
+    """The search for one name. waiting: how many requests wait for it, or got an error and may come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = 0
+
+
 class Resolver:
     """One per front. Without any --lora-resolver-… it does nothing."""
 
@@ -78,7 +86,7 @@ class Resolver:
         self._fetcher = fetcher
         self._observer = observer
         self._resolved: OrderedDict[str, _Resolved] = OrderedDict()  # the least recently used first
-        self._flights: dict[str, Flight] = {}
+        self._flights: dict[str, _NameFlight] = {}
         self._evictions: dict[str, Flight] = {}
         self._absent: OrderedDict[str, _Absent] = OrderedDict()  # the oldest first
         self._wanted: Counter[str] = Counter()  # by requests that are in `hold`
@@ -146,21 +154,46 @@ class Resolver:
         try:
             rest = iter(names)
             while some := list(islice(rest, FLIGHTS_AT_ONCE)):
-                flights = []
-                for name in some:
-                    flight = yield from self._board(name)
-                    if flight is not None:
-                        flights.append((name, flight))
-                for name, flight in flights:
-                    yield from WaitUntilDone(flight, max(0.0, deadline - time.monotonic()))
-                    if not flight.done:
-                        raise QueueFull(f"adapter {name!r} is still being fetched; try again later")
-                    if flight.error is not None:
-                        raise _copy(flight.error)
+                yield from self._fly_together(some, deadline)
         finally:
             self._num_waiting -= 1
 
-    def _board(self, name: str) -> Steps[Flight | None]:
+    def _fly_together(self, names: Sequence[str], deadline: float) -> Steps[None]:
+        """Wait for the flights of some names. Whoever leaves because its client is gone ends those that nobody else
+        waits for; whoever got an error may come back, and counts as waiting."""
+        flights: list[tuple[str, _NameFlight]] = []
+        try:
+            for name in names:
+                flight = yield from self._board(name)
+                if flight is not None:
+                    flight.waiting += 1
+                    flights.append((name, flight))
+            for name, flight in flights:
+                yield from WaitUntilDone(flight, max(0.0, deadline - time.monotonic()))
+                if not flight.done:
+                    raise QueueFull(f"adapter {name!r} is still being fetched; try again later")
+                if flight.error is not None:
+                    raise _copy(flight.error)
+        except MultiloraError:
+            raise
+        except BaseException:
+            for name, flight in flights:
+                flight.waiting -= 1
+                self._cancel_unwanted(name, flight)
+            raise
+
+    def _cancel_unwanted(self, name: str, flight: "_NameFlight") -> None:
+        if flight.waiting == 0 and not flight.done:
+            logger.info("adapter %r is not fetched any more: nobody waits for it", name)
+            self._depart(name, flight)
+            flight.cancel()
+
+    def _depart(self, name: str, flight: "_NameFlight") -> None:
+        """Whoever asks for the name from now on needs another flight."""
+        if self._flights.get(name) is flight:
+            del self._flights[name]
+
+    def _board(self, name: str) -> Steps["_NameFlight | None"]:
         """The flight of `name`, which may begin now; None: it is known not to be there."""
         flight = self._flights.get(name)
         if flight is not None:
@@ -172,11 +205,11 @@ class Resolver:
             return None
         if len(self._flights) >= MAX_FLIGHTS:
             raise QueueFull(f"{MAX_FLIGHTS} adapters are being fetched already; try again later")
-        flight = self._flights[name] = Flight()
-        yield from Spawn(self._fly(name, flight))
+        flight = self._flights[name] = _NameFlight()
+        yield from Spawn(self._fly(name, flight), flight)
         return flight
 
-    def _fly(self, name: str, flight: Flight) -> Steps[None]:
+    def _fly(self, name: str, flight: "_NameFlight") -> Steps[None]:
         try:
             event = "hit" if (yield from self._load(name)) else "miss"
             if event == "miss":
@@ -190,7 +223,7 @@ class Resolver:
             flight.error = MultiloraError(f"adapter {name!r} could not be loaded")
             raise
         finally:
-            del self._flights[name]
+            self._depart(name, flight)
             flight.finish()
         self._observer.resolved(event)
 
@@ -233,14 +266,17 @@ class Resolver:
             victim = next(self._victims(), None)
             if victim is None:
                 raise QueueFull("every adapter that the resolver has loaded is in use; try again later")
-            eviction = self._evictions[victim] = Flight()
-            try:
-                yield from self._manager.unload_resolved(victim)
-            finally:
-                self._resolved.pop(victim, None)
-                del self._evictions[victim]
-                eviction.finish()
-            self._observer.resolved("eviction")
+            yield from CarryThrough(self._evict(victim))
+
+    def _evict(self, victim: str) -> Steps[None]:
+        eviction = self._evictions[victim] = Flight()
+        try:
+            yield from self._manager.unload_resolved(victim)
+        finally:
+            self._resolved.pop(victim, None)
+            del self._evictions[victim]
+            eviction.finish()
+        self._observer.resolved("eviction")
 
     def _has_room(self, nbytes: int) -> bool:
         """Forgets what has been unloaded or replaced since the resolver has loaded it."""

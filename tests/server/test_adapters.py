@@ -6,7 +6,7 @@ import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer, run
 
-from multilora.errors import AdapterInvalid, AdapterNotFound, AdapterStarvation
+from multilora.errors import AdapterInvalid, AdapterNotFound, AdapterStarvation, AdapterUnavailable
 from multilora.lora_path import LoraPath
 
 KEYS = ["rid", "http_worker_ipc", "success", "error_message", "loaded_adapters"]
@@ -265,3 +265,15 @@ def test_a_composition_cannot_update_running_requests():
     assert answer.status == 400
     assert "allow_update_mid_request: a composition" in answer.json()["error_message"]
     assert s.post("/load_lora_adapter", body | {"allow_update_mid_request": False}).status == 200
+
+
+@pytest.mark.parametrize("path", ["/load_lora_adapter", "/v1/load_lora_adapter", "/skyrl/v1/load_lora_adapter"])
+def test_a_load_while_the_loader_is_down_is_503_with_retry_after(path):
+    s = LocalServer(FakeEngineClient(), None)
+    s.client.load_errors["/x"] = AdapterUnavailable("the loader process was killed by signal 9")
+    answer = s.post(path, {"lora_name": "x", "lora_path": "/x"})
+    assert answer.status == 503
+    assert int(answer.headers["retry-after"]) > 0
+    assert "signal 9" in answer.text
+    del s.client.load_errors["/x"]
+    assert s.post(path, {"lora_name": "x", "lora_path": "/x"}).status == 200

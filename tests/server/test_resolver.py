@@ -8,14 +8,16 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import Answer, LocalServer, run
 
+from multilora.adapters.sources.download import Downloads, Stop
 from multilora.adapters.sources.inside import copy_adapter
-from multilora.errors import AdapterInvalid
+from multilora.errors import AdapterInvalid, AdapterUnavailable
 from multilora.front import resolver
 
 IDS = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2}}
@@ -231,20 +233,81 @@ def test_a_client_that_hangs_up_does_not_end_the_flight_of_others(root: Path, ga
     assert gate.names == ["a"]
 
 
-def test_a_flight_that_nobody_waits_for_any_more_lands(root: Path, gate: Gate) -> None:
+async def idle(s: LocalServer) -> None:
+    """Until nothing is on its way any more."""
+    while s.driver._changes or s.driver.front.resolver._flights:
+        await asyncio.sleep(0.005)
+
+
+def test_a_flight_that_nobody_waits_for_any_more_is_cancelled(root: Path, gate: Gate) -> None:
     s = server(root)
 
-    async def work() -> None:
-        first = s.connect(*ask("a"))
+    async def work() -> Answer:
+        asked = [s.connect(*ask("a")) for _ in range(3)]
         await gate.reached(1)
-        first.hang_up()
-        await first.answer()
+        while s.driver.front.resolver._flights["a"].waiting < 3:
+            await asyncio.sleep(0.005)
+        for one in asked:
+            assert s.driver.front.resolver._flights, "somebody waits still"
+            one.hang_up()
+            await one.answer()
+        await idle(s)
+        again = s.connect(*ask("a"))
+        await gate.reached(2)
+        gate.open.set()
+        answer = await again.answer()
+        while spooled(s) > 1:  # the thread of the cancelled one deletes what it has copied
+            await asyncio.sleep(0.005)
+        return answer
+
+    assert run(work()).status == 200
+    assert gate.names == ["a", "a"]
+    assert list(s.client.loaded) == [1]
+    assert not s.driver.front.resolver._wanted
+
+
+def test_a_download_that_nobody_waits_for_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, killed = threading.Event(), threading.Event()
+
+    def fetch(self: object, path: str, target: Path, *, stop: Stop, **options: Any) -> Path:
+        stop.attach(SimpleNamespace(kill=killed.set))
+        begun.set()
+        assert killed.wait(20)
+        raise AdapterUnavailable("stopped")
+
+    monkeypatch.setattr(Downloads, "fetch", fetch)
+    s = LocalServer(FakeEngineClient(), None, lora_resolver_hub=("org/*",))
+
+    async def work() -> None:
+        asked = s.connect(*ask("org/a"))
+        while not begun.is_set():
+            await asyncio.sleep(0.005)
+        asked.hang_up()
+        await asked.answer()
+        await idle(s)
+        while spooled(s):  # the thread cleans up
+            await asyncio.sleep(0.005)
+        assert killed.is_set()
+
+    run(work())
+
+
+def test_a_flight_goes_on_for_those_who_were_told_to_come_back(root: Path, gate: Gate) -> None:
+    s = server(root, lora_resolver_timeout=1)
+
+    async def work() -> None:
+        assert (await s.send(*ask("a"))).status == 503
+        second = s.connect(*ask("a"))
+        while s.driver.front.resolver._num_waiting < 1:
+            await asyncio.sleep(0.005)
+        second.hang_up()
+        await second.answer()
         gate.open.set()
         while "a" not in s.registry.loaded():
             await asyncio.sleep(0.005)
 
     run(work())
-    assert not s.driver.front.resolver._wanted
+    assert gate.names == ["a"]
 
 
 def test_the_wait_of_a_request_is_bounded(root: Path, gate: Gate) -> None:

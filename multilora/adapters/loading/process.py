@@ -8,6 +8,7 @@ name in the file system, so nothing is left behind when a process dies.
 """
 
 import contextlib
+import errno
 import gc
 import logging
 import mmap
@@ -351,7 +352,8 @@ class _FetchServer:
             return True
         except OSError as e:
             logger.warning("dropping adapter %s: the engine cannot be told of it: %s", job.path, e.strerror)
-            error = failed(job.version, f"{job.path[:100]}: what was found cannot be told: {e.strerror}")
+            describe = failed if e.errno == errno.EMSGSIZE else unavailable
+            error = describe(job.version, f"{job.path[:100]}: what was found cannot be told: {e.strerror}")
         with contextlib.suppress(OSError), self._sending:  # it is gone
             send(self._connection, Message(error))
         return False

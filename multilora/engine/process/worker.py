@@ -27,7 +27,7 @@ from multilora.engine.process.pulse import Pulse
 from multilora.engine.process.request_traces import RequestTraces
 from multilora.engine.ranks.process import divide_cores
 from multilora.errors import MultiloraError
-from multilora.private_directory import close_all, remove_orphans
+from multilora.private_directory import close_all, end_process, remove_orphans
 
 logger = logging.getLogger(__name__)
 
@@ -177,12 +177,5 @@ def _give_up(context: zmq.Context[zmq.Socket[bytes]]) -> NoReturn:
     os._exit(1)
 
 
-def _end(code: int) -> NoReturn:
-    """End the process without the interpreter's own end, which takes seconds where there is a lot to free."""
-    close_all()
-    logging.shutdown()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    _end(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    end_process(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

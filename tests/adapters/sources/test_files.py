@@ -109,3 +109,31 @@ def test_json_too_large(tmp_path: Path) -> None:
 def test_show() -> None:
     assert show("é\ud800") == "'\\xe9\\ud800'"
     assert len(show("x" * 10_000)) < 250
+
+
+def test_a_file_that_was_replaced_is_noticed_though_its_size_and_time_are_the_same(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(b"\x02\0\0\0\0\0\0\0{}" + bytes(64))
+    before, times = fingerprint(folder), weights.stat()
+    assert fingerprint(folder) == before
+    other = folder / "incoming"
+    other.write_bytes(b"\x02\0\0\0\0\0\0\0{}" + b"\x01" * 64)
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.replace(other, weights)
+    now = weights.stat()
+    assert (now.st_size, now.st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert fingerprint(folder) != before
+
+
+@pytest.mark.parametrize("change", ["time", "size", "config"])
+def test_every_other_change_is_noticed(folder: Path, change: str) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(bytes(64))
+    before = fingerprint(folder)
+    if change == "time":
+        os.utime(weights, ns=(1, 1))
+    elif change == "size":
+        weights.write_bytes(bytes(65))
+    else:
+        (folder / "adapter_config.json").write_text('{"r": 1}')
+    assert fingerprint(folder) != before
