@@ -93,6 +93,8 @@ def from_validation(error: RequestValidationError) -> BadRequest:
     if first["type"] == "model_attributes_type" and not where:
         return BadRequest("the body must be a JSON object, sent as application/json")
     named = [part for part in where if not part.startswith(("function-", "list[", "dict["))]
+    if len(named) > 1 and named[-1] in ("str", "int", "float", "bool"):  # which of several types was tried
+        named.pop()
     name = ".".join(named)
     field = named[1] if named[0] == "sampling_params" and len(named) > 1 else named[0]
     if first["type"] == "missing":

@@ -43,6 +43,18 @@ def test_a_broken_body_is_400(path, body, words):
     assert answer.error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/tokenize", {"prompt": 3}, "prompt: 3: "),
+        ("/v1/completions", {"prompt": "a", "stop": 3}, "stop: 3: "),
+        ("/v1/completions", {"prompt": "a", "logprobs": "3"}, "logprobs: '3': "),
+    ],
+)
+def test_a_field_of_several_types_is_named_without_them(path, body, words):
+    assert server().post(path, body).error["message"].startswith(words)
+
+
 def test_json_must_be_sent_as_json():
     answer = run(sent_as(server(), b'{"input_ids": [5]}', "text/plain"))
     assert answer.status == 400

@@ -15,6 +15,7 @@ from multilora.server.openai_bodies import ChatBody
 
 WORDS = {
     "sampling_params.stop ": "stop_sequences ",
+    "sampling_params.stop:": "stop_sequences:",
     "sampling_params.": "",
     "max_new_tokens": "max_tokens",
     ".function.parameters": ".input_schema",
