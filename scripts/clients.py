@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
-from demo import free_port, server, wait_until_healthy
 
+from multilora.cli.demo.server import free_port, server, wait_until_healthy
 from multilora.demo import adapter_paths, base_model_path
 
 ROOT = Path(__file__).resolve().parents[1]

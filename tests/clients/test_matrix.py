@@ -16,16 +16,12 @@ SHARED = {"checks.py", "checks.mjs", "load.py"}
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """`scripts/clients.py`, which imports its neighbour."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        spec = importlib.util.spec_from_file_location("clients", ROOT / "scripts" / "clients.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["clients"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+    """`scripts/clients.py`."""
+    spec = importlib.util.spec_from_file_location("clients", ROOT / "scripts" / "clients.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["clients"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

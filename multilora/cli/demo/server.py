@@ -17,7 +17,8 @@ START_SECONDS = 600
 STOP_SECONDS = 30
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -27,7 +28,7 @@ def _free_port() -> int:
 @contextmanager
 def server(log: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """URL and process of a running `multilora serve` with every bundled adapter and `flags`; ended in any case."""
-    port = _free_port()
+    port = free_port()
     paths = [f"{name}={path}" for name, path in adapter_paths().items()]
     command = [sys.executable, "-m", "multilora", "serve", "--port", str(port), *flags, "--lora-paths", *paths]
     with log.open("wb") as output:
