@@ -14,7 +14,7 @@ from multilora.config import Config
 from multilora.options import options_of, parse_size
 
 TEXT = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-NO_ROUTES = {"/dev/shm", "/v1"}
+NO_ROUTES = {"/dev/shm", "/v1", "/v1/traces"}
 """What looks like a route in the text and is none."""
 
 
