@@ -13,6 +13,7 @@
 #   make test-models   real weights, which packages ship, against transformers and PEFT (CPU, minutes)
 #   make test-console  the console in a real Chromium, and the documentation's pictures of it (a browser, a minute)
 #   make test-gpu    those that need a CUDA device, and on it those that compare with PEFT
+#   make dist        wheel and sdist, checked, and the wheel's first minutes in an environment of its own (minutes)
 #   make bench       benchmarks;                        ARGS="--help"
 #
 # PYTHON       the interpreter that .venv is made with, 3.11 or newer
@@ -28,7 +29,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-slow soak fuzz coverage test-clients test-models test-console test-gpu bench clean
+.PHONY: help setup demo serve check test test-slow soak fuzz coverage test-clients test-models test-console test-gpu dist bench clean
 
 help:
 	@sed -n 's/^#  *make /make /p' Makefile
@@ -95,8 +96,15 @@ test-gpu: $(READY)
 		tests/engine/test_composition.py tests/engine/test_activation.py
 	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q -m 'not slow' tests/engine/test_parity.py -k 'llama3 or mistral'
 
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python scripts/first_minute.py dist/*.whl
+
 bench: $(READY)
 	$(BIN)/python -m bench.cpu $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
