@@ -23,6 +23,23 @@ class LoraSegment:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """The rows of a step as the experts of a mixture take them: each token has one for each expert that it takes.
+
+    They are sorted by expert, and within an expert by the segment of adapters that they belong to. tokens: int64
+    [rows], whose row it is; experts: int64 [rows]; ends: int32 [experts], the row after each expert's last; places:
+    int64 [tokens, top_k], the row of a token's k-th expert; segments: int64 [rows], from 1 on, 0: no adapter; None:
+    no row of the step has one.
+    """
+
+    tokens: torch.Tensor
+    experts: torch.Tensor
+    ends: torch.Tensor
+    places: torch.Tensor
+    segments: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMeta:
     """Which tokens attend to what. There are R requests and T tokens; the tokens of request r follow those of
     request r - 1."""

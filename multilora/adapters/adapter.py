@@ -24,7 +24,9 @@ class LowRank:
     """`y += scaling · (x Aᵀ) B` at one module of one layer.
 
     a: [rank, in_features]; b: [rank, out_features], PEFT's lora_B transposed (it may be a transposed view). Both in
-    the file's dtype. For embed_tokens (layer MODEL_LEVEL) in_features is the vocabulary and x a one-hot row.
+    the file's dtype. For embed_tokens (layer MODEL_LEVEL) in_features is the vocabulary and x a one-hot row. At a
+    site of experts: a: [experts, rank, in_features], b: [experts, rank, out_features], or [1, …] where all experts
+    share it. trained_rank: PEFT's, where modules with one each have been made one of a larger rank.
     """
 
     layer: int
@@ -32,10 +34,11 @@ class LowRank:
     a: torch.Tensor
     b: torch.Tensor
     scaling: float = 1.0
+    trained_rank: int | None = None
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
 
 class VectorKind(enum.Enum):
@@ -104,7 +107,7 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest rank of its blocks; 0 if none is low rank."""
-        return max((b.rank for b in self.blocks if isinstance(b, LowRank)), default=0)
+        return max((b.trained_rank or b.rank for b in self.blocks if isinstance(b, LowRank)), default=0)
 
     @property
     def target_modules(self) -> list[str]:

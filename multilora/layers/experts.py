@@ -5,40 +5,35 @@ one grouped product serves all of them. Where there is such a product (bf16 on H
 of the host and all shapes follow from the number of tokens; elsewhere one expert comes after the other.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from multilora.batch import ExpertRows
 from multilora.layers.activation import SiluAndMul
+from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import linear
 from multilora.layers.ops import fused_ops
+from multilora.lora.sites import LoraSite
 
 GROUPED_CAPABILITIES = ((9, 0), (10, 0))
 """Devices whose grouped product is one kernel; on others torch falls back to a loop that waits for the device."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertRows:
-    """The rows of a step in the order of their experts.
-
-    tokens: int64 [rows], the token that a row belongs to; ends: int32 [experts], the row after each expert's last;
-    places: int64 [tokens, top_k], the row of a token's k-th expert.
-    """
-
-    tokens: torch.Tensor
-    ends: torch.Tensor
-    places: torch.Tensor
-
-
-def sort_by_expert(experts: torch.Tensor, num_experts: int) -> ExpertRows:
-    """experts: int64 [tokens, top_k], which experts each token takes."""
-    taken, order = torch.sort(experts.flatten(), stable=True)
-    number = torch.arange(len(order), device=order.device)
+def sort_by_expert(experts: torch.Tensor, num_experts: int, segments: torch.Tensor | None = None) -> ExpertRows:
+    """experts: int64 [tokens, top_k], which experts each token takes; segments: int64 [tokens], see `ExpertRows`."""
+    tokens, top_k = experts.shape
+    keys = experts
+    if segments is not None:
+        keys = experts * (tokens + 1) + segments[:, None]
+    taken, order = torch.sort(keys.flatten(), stable=True)
+    row = torch.arange(len(order), device=order.device)
+    places = torch.empty_like(order).scatter_(0, order, row).view(tokens, top_k)
+    found = None
+    if segments is not None:
+        taken, found = taken // (tokens + 1), taken % (tokens + 1)
     ends = torch.searchsorted(taken, torch.arange(num_experts, device=order.device), right=True)
-    places = torch.empty_like(order).scatter_(0, order, number)
-    return ExpertRows(order // experts.shape[1], ends.int(), places.view(experts.shape))
+    return ExpertRows(order // top_k, taken, ends.int(), places, found)
 
 
 def has_grouped_product(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
@@ -72,18 +67,32 @@ def combine(y: torch.Tensor, rows: ExpertRows, weights: torch.Tensor) -> torch.T
 
 
 class Experts(nn.Module):
-    """down(silu(gate(x)) · up(x)) of every expert, as transformers stacks their weights."""
+    """down(silu(gate(x)) · up(x)) of every expert, as transformers stacks their weights, with the step's adapters.
 
-    def __init__(self, count: int, hidden: int, inner: int, *, device: torch.device, dtype: torch.dtype):
+    gate_up, down: the declared sites, whose outputs and inputs these are.
+    """
+
+    def __init__(self, gate_up: LoraSite, down: LoraSite, *, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.count, self.hidden, self.inner = count, hidden, inner
-        gate_up = torch.empty(count, 2 * inner, hidden, device=device, dtype=dtype)
-        down = torch.empty(count, hidden, inner, device=device, dtype=dtype)
-        self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
-        self.down_proj = nn.Parameter(down, requires_grad=False)
+        self.gate_up, self.down = gate_up, down
+        self.gate_up_proj = _stacked(gate_up, device, dtype)
+        self.down_proj = _stacked(down, device, dtype)
         self._silu_and_mul = SiluAndMul(device)
 
-    def forward(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: ExpertRows, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, hidden]. Returns [rows, hidden], in the order of `rows`."""
-        gate_up = grouped_product(x[rows.tokens], self.gate_up_proj, rows)
-        return grouped_product(self._silu_and_mul(gate_up), self.down_proj, rows)
+        gate_up = self._product(self.gate_up, self.gate_up_proj, x[rows.tokens], rows, ctx)
+        return self._product(self.down, self.down_proj, self._silu_and_mul(gate_up), rows, ctx)
+
+    def _product(
+        self, site: LoraSite, weight: torch.Tensor, x: torch.Tensor, rows: ExpertRows, ctx: ForwardContext
+    ) -> torch.Tensor:
+        y = grouped_product(x, weight, rows)
+        if ctx.lora is not None and rows.segments is not None:
+            ctx.lora.apply_experts(y, x, site.index, rows)
+        return y
+
+
+def _stacked(site: LoraSite, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    data = torch.empty(site.experts, site.out_features, site.in_features, device=device, dtype=dtype)
+    return nn.Parameter(data, requires_grad=False)

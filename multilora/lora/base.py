@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from multilora.batch import LoraSegment
+from multilora.batch import ExpertRows, LoraSegment
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -34,6 +34,15 @@ class LoraBackend(Protocol):
 
         x: [rows, in_features], y: [rows, out_features] of that site, both contiguous, in the model's dtype; y may be
         fp32 (logits). Adapters with scale-shift pairs are never composed.
+        """
+
+    def expert_segments(self) -> torch.Tensor | None:
+        """Which of this step's segments each row belongs to, int64 [rows]: from 1 on, 0: none. None: no adapter of
+        the step acts on experts. The values may change from one replay of a graph to the next."""
+
+    def apply_experts(self, y: torch.Tensor, x: torch.Tensor, site: int, rows: ExpertRows) -> None:
+        """`apply` at a site of experts, for the rows that `rows` describes: each with the weights that its adapters
+        have for its expert. No adapter has a scale-shift pair there. rows.segments: what `expert_segments` said.
         """
 
     def apply_gated(self, y: torch.Tensor, x: torch.Tensor, site: int, silu_and_mul: Activation) -> torch.Tensor:

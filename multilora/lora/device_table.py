@@ -7,6 +7,8 @@ in order with the kernels that read, so a captured graph sees every change and n
                    a_start, stacked rank, (first << 16 | rank, b_start) of slice 0, of slice 1, ...
                                              first: rank rows of the stacked A before the slice's
                                              rank 0: the adapter does not touch the slice
+                   of a site of experts: a_start, rank, rank, b_start, a_stride, b_stride: the matrices of expert e
+                                             begin e strides later; 0: all experts share one
     addresses  int64 [capacity]              where a part begins in the arena, in elements
                    a_start ->  panels of the stacked A: rank rows 0-7, 8-15, ... (each: its parts, left to right)
                    b_start ->  panels of B of that slice, then (rank's bit 15 is set) its scale-shift pair: fp32
@@ -38,6 +40,7 @@ class _Installed:
     first: int  # index of its first address
     sites: np.ndarray  # int32 [3, sites]: stacked rank, largest rank of a slice, 1 if touched at all
     stacked: int  # the largest stacked rank
+    expert: int  # the largest rank at a site of experts
 
 
 class DeviceTable:
@@ -64,6 +67,10 @@ class DeviceTable:
     def stacked_rank(self, slot: int) -> int:
         """The adapter's largest stacked rank at any site: how many elements one row needs in the intermediate."""
         return self._installed[slot].stacked
+
+    def expert_rank(self, slot: int) -> int:
+        """The adapter's largest rank at any site of experts."""
+        return self._installed[slot].expert
 
     def used_sites(self, slots: Collection[int]) -> np.ndarray:
         """int32 [3, sites], over these slots: largest stacked rank, largest rank of a slice, 1 if one acts there."""
@@ -99,7 +106,8 @@ class DeviceTable:
         upload_into(self.addresses[first : first + count], addresses)
         upload_into(self.records[slot], self._records(first, layout))
         sites = self._site_use(layout)
-        self._installed[slot] = _Installed(first, sites, int(sites[0].max()))
+        expert = max((m.rank for m in layout.matrices if m.experts), default=0)
+        self._installed[slot] = _Installed(first, sites, int(sites[0].max()), expert)
 
     def _site_use(self, layout: PanelLayout) -> np.ndarray:
         use = np.zeros((3, len(self.sites)), np.int32)
@@ -113,7 +121,11 @@ class DeviceTable:
         records = np.zeros((len(self.sites), self.record_words), np.int32)
         at, above = first, 0
         for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
-            if matrix.slice < 0:
+            if matrix.experts:
+                word, stride = (0, 4) if matrix.slice < 0 else (3, 5)
+                records[matrix.site, word], records[matrix.site, 1:3] = at, matrix.rank
+                records[matrix.site, stride] = len(parts) // matrix.copies if matrix.copies > 1 else 0
+            elif matrix.slice < 0:
                 records[matrix.site, :2] = at, matrix.rank
                 above = 0
             elif matrix.scale_shift:  # its addresses follow those of B; a slice without B has rank 0
@@ -131,7 +143,7 @@ class DeviceTable:
 
 def _per_page(sites: tuple[LoraSite, ...], geometry: PanelGeometry) -> tuple[int, int]:
     """Words of one record, and the most addresses per page: as many as the smallest parts, scale-shift pairs, fit."""
-    words = power_of_two(2 + 2 * max(len(site.slices) for site in sites))
+    words = power_of_two(max(6 if site.experts else 2 + 2 * len(site.slices) for site in sites))
     widths = {site.in_features for site in sites} | {s.out_features for site in sites for s in site.slices}
     smallest = min(geometry.part_columns(w) for w in widths) * SCALE_SHIFT_BYTES
     return words, geometry.page_bytes // smallest

@@ -87,11 +87,13 @@ class FullWeightShape:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Everything that decides the layout of an adapter. scale_shift: a `ScaleShift` per slice; empty: all are 0."""
+    """Everything that decides the layout of an adapter. scale_shift: a `ScaleShift` per slice; empty: all are 0.
+    shared: matrices that all experts of a site have in common, as site and slice (see `Matrix`)."""
 
     ranks: Ranks
     scale_shift: tuple[tuple[int, ...], ...] = ()
     full_weights: tuple[FullWeightShape, ...] = ()
+    shared: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def plain(self) -> bool:
@@ -101,12 +103,18 @@ class AdapterShape:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The stacked A of a site (slice -1), the B of a slice, or the scale-shift pair of a slice (rank 0)."""
+    """The stacked A of a site (slice -1), the B of a slice, or the scale-shift pair of a slice (rank 0).
+
+    experts: of the site. copies: one for each of those, or one that all share. They lie one after the other, as if
+    they were one matrix of copies · rank rows.
+    """
 
     site: int
     slice: int
     rank: int  # rounded
     width: int
+    copies: int = 1
+    experts: int = 0
 
     @property
     def scale_shift(self) -> bool:
@@ -149,6 +157,11 @@ class PanelLayout:
         return frozenset(m.site for m in self.matrices)
 
     @cached_property
+    def acts_on_experts(self) -> bool:
+        """Whether one of those is a site of experts."""
+        return any(m.experts for m in self.matrices)
+
+    @cached_property
     def positions(self) -> np.ndarray:
         """int64 [all parts, 2]: page and offset of each, matrix by matrix."""
         return np.array([(c.page, c.offset) for parts in self.parts for c in parts], np.int64).reshape(-1, 2)
@@ -161,10 +174,12 @@ def matrices_of(sites: Sequence[LoraSite], shape: AdapterShape) -> tuple[Matrix,
         rounded = [round_rank(r) for r in slice_ranks]
         scale_shift = shape.scale_shift[site.index] if shape.scale_shift else (0,) * len(rounded)
         if sum(rounded):
-            found.append(Matrix(site.index, -1, sum(rounded), site.in_features))
+            copies = 1 if (site.index, -1) in shape.shared else site.copies
+            found.append(Matrix(site.index, -1, sum(rounded), site.in_features, copies, site.experts))
         for i, part in enumerate(site.slices):
             if rounded[i]:
-                found.append(Matrix(site.index, i, rounded[i], part.out_features))
+                copies = 1 if (site.index, i) in shape.shared else site.copies
+                found.append(Matrix(site.index, i, rounded[i], part.out_features, copies, site.experts))
             if scale_shift[i]:
                 found.append(Matrix(site.index, i, 0, part.out_features))
     return tuple(found)
@@ -202,7 +217,7 @@ def _cut_matrix(matrix: Matrix, geometry: PanelGeometry) -> _EqualParts:
     step = geometry.part_columns(matrix.width)
     column_bytes = SCALE_SHIFT_BYTES if matrix.scale_shift else RANK_GRANULE * geometry.itemsize
     columns = [(col, min(step, matrix.width - col)) for col in range(0, matrix.width, step)]
-    rows = range(0, max(1, matrix.rank), RANK_GRANULE)
+    rows = range(0, max(1, matrix.copies * matrix.rank), RANK_GRANULE)
     return _EqualParts(_align(step * column_bytes), [(row, col, width) for row in rows for col, width in columns])
 
 

@@ -37,8 +37,8 @@ class LoraSlice:
     whole model ("model"); "": it is held directly.
     before_kv: its output is part of what the keys or values of its own decoder layer are computed from, so that
     changing it changes them (at model level: those of the first layer). True is the safe answer.
-    bias: the base model has one. expert: which expert of a mixture it belongs to; None: there is none. unit: so many
-    outputs belong together, such as those of a head: ranks divide whole units.
+    bias: the base model has one. unit: so many outputs belong together, such as those of a head: ranks divide whole
+    units. parts: at a site of experts, the modules that each expert has in its place, their outputs side by side.
     transposed: checkpoints and PEFT's modules_to_save hold the weight as [in, out] (transformers' Conv1D).
     """
 
@@ -51,8 +51,8 @@ class LoraSlice:
     before_kv: bool = True
     shard: Shard = Shard.REPLICATED
     bias: bool = False
-    expert: int | None = None
     unit: int = 1
+    parts: tuple[str, ...] = ()
     attribute: str = ""  # the last component of its path, where that is another than `module`
     transposed: bool = False
 
@@ -64,13 +64,24 @@ class LoraSlice:
 
 @dataclass(frozen=True)
 class LoraSite:
-    """One linear layer that can carry LoRA. The slices cover its output without gaps."""
+    """One linear layer that can carry LoRA. The slices cover its output without gaps.
+
+    experts: so many experts of a mixture have a layer of this shape each, and each row is one expert's; 0: it is no
+    layer of experts. An expert is one more coordinate of the site, of its weights and of its adapters'. Such a site
+    has one slice.
+    """
 
     index: int  # position in the model's list of sites
     layer: int
     name: str  # of the merged layer: "qkv_proj", "o_proj"
     in_features: int
     slices: tuple[LoraSlice, ...]
+    experts: int = 0
+
+    @property
+    def copies(self) -> int:
+        """How many weights there are at this site."""
+        return max(1, self.experts)
 
     @property
     def out_features(self) -> int:
@@ -100,14 +111,14 @@ class DeclaredModules:
         self.sites: list[LoraSite] = []
         self.norms: list[NormModule] = []
 
-    def site(self, layer: int, name: str, in_features: int, *targets: LoraSlice) -> LoraSite:
+    def site(self, layer: int, name: str, in_features: int, *targets: LoraSlice, experts: int = 0) -> LoraSite:
         """A linear layer that computes these targets, their outputs side by side in this order."""
         slices: list[LoraSlice] = []
         offset = 0
         for target in targets:
             slices.append(replace(target, offset=offset))
             offset += target.out_features
-        self.sites.append(LoraSite(len(self.sites), layer, name, in_features, tuple(slices)))
+        self.sites.append(LoraSite(len(self.sites), layer, name, in_features, tuple(slices), experts))
         return self.sites[-1]
 
     def norm(self, layer: int, path: str, size: int, *, before_kv: bool) -> NormModule:
@@ -126,6 +137,7 @@ def target(
     bias: bool = False,
     unit: int = 1,
     prefix: str = "",
+    parts: tuple[str, ...] = (),
 ) -> LoraSlice:
     """The declaration of a LoRA target, for `DeclaredModules.site`. path: as `DeclaredModules.norm` has it.
 
@@ -133,7 +145,7 @@ def target(
     """
     parent, _, leaf = path.rpartition(".")
     module, attribute = (f"{prefix}.{leaf}", leaf) if prefix else (leaf, "")
-    return LoraSlice(module, 0, out_features, parent, before_kv, shard, bias, unit=unit, attribute=attribute)
+    return LoraSlice(module, 0, out_features, parent, before_kv, shard, bias, unit, parts, attribute)
 
 
 def module_path(layer: int, parent: str, module: str, layers: str = LAYERS) -> str:

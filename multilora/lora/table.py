@@ -5,6 +5,7 @@ and removes adapters; the backends read. The `torch` backend uses the views made
 (`device_table.py`) keeps the tables on the device that kernels read.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -74,6 +75,19 @@ class TableListener(Protocol):
         """`slot` is empty now."""
 
 
+Placed = tuple[Matrix, tuple[PanelPart, ...]]
+"""A matrix, and where it lies."""
+
+
+def _of_copy(matrix: Matrix, parts: tuple[PanelPart, ...], copy: int) -> tuple[PanelPart, ...]:
+    """The parts of one of the matrix' copies, as if there were no other."""
+    if matrix.copies == 1:
+        return parts
+    count = len(parts) // matrix.copies
+    own = parts[copy * count : (copy + 1) * count]
+    return tuple(replace(part, row=part.row - copy * matrix.rank) for part in own)
+
+
 class LoraTable:
     """Slot → site → weights. The views of a slot are made when they are first asked for.
 
@@ -88,6 +102,7 @@ class LoraTable:
         self._slice_offsets = slice_offsets
         self._installed: dict[int, tuple[PanelLayout, list[int]]] = {}
         self._views: dict[int, dict[int, SiteWeights]] = {}
+        self._expert_views: dict[int, dict[tuple[int, int], SiteWeights]] = {}
         self._full_weights: dict[int, dict[tuple[int, str], list[FullWeight]]] = {}
         self._listeners: list[TableListener] = []
 
@@ -108,6 +123,7 @@ class LoraTable:
         """Empty a slot. No step that is launched later may name it."""
         del self._installed[slot]
         self._views.pop(slot, None)
+        self._expert_views.pop(slot, None)
         self._full_weights.pop(slot, None)
         for listener in self._listeners:
             listener.removed(slot)
@@ -116,11 +132,32 @@ class LoraTable:
         """Layout and arena pages of the adapter installed in `slot`."""
         return self._installed[slot]
 
-    def site(self, slot: int, site: int) -> SiteWeights | None:
-        """The adapter's weights at a site; None: it does not touch it. KeyError if the slot is empty."""
+    def site(self, slot: int, site: int, expert: int | None = None) -> SiteWeights | None:
+        """The adapter's weights at a site, of one of its experts if it has some; None: it does not touch it. KeyError
+        if the slot is empty."""
+        if expert is not None:
+            return self._expert_site(slot, site, expert)
         if slot not in self._views:
-            self._views[slot] = self._make_views(*self._installed[slot])
+            layout, pages = self._installed[slot]
+            placed = zip(layout.matrices, layout.parts, strict=True)
+            self._views[slot] = self._make_views((both for both in placed if not both[0].experts), pages)
         return self._views[slot].get(site)
+
+    def _expert_site(self, slot: int, site: int, expert: int) -> SiteWeights | None:
+        views = self._expert_views.setdefault(slot, {})
+        layout, pages = self._installed[slot]
+        if (site, expert) not in views and site in layout.sites:
+            matrices = [
+                (matrix, _of_copy(matrix, parts, expert))
+                for matrix, parts in zip(layout.matrices, layout.parts, strict=True)
+                if matrix.site == site
+            ]
+            views[site, expert] = self._make_views(matrices, pages)[site]
+        return views.get((site, expert))
+
+    def acts_on_experts(self, slot: int) -> bool:
+        """Whether the adapter has weights for experts of its own."""
+        return self._installed[slot][0].acts_on_experts
 
     def full_weights(self, slot: int, layer: int, module: str) -> list[FullWeight]:
         """What the adapter replaces of a module: nothing, its weight, or some of its rows."""
@@ -131,9 +168,9 @@ class LoraTable:
     def __len__(self) -> int:
         return len(self._installed)
 
-    def _make_views(self, layout: PanelLayout, pages: list[int]) -> dict[int, SiteWeights]:
+    def _make_views(self, matrices: Iterable[Placed], pages: list[int]) -> dict[int, SiteWeights]:
         sites: dict[int, SiteWeights] = {}
-        for matrix, parts in zip(layout.matrices, layout.parts, strict=True):
+        for matrix, parts in matrices:
             site = sites.get(matrix.site, SiteWeights(0, (), ()))
             if matrix.slice < 0:
                 site = SiteWeights(matrix.rank, self._pieces(matrix.width, parts, pages), ())

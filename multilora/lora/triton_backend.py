@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from multilora.batch import ExpertRows
 from multilora.kernels.integers import cdiv, power_of_two
 from multilora.kernels.triton_launch import Repeated, can_launch_early
 from multilora.kernels.triton_math import fast_silu
@@ -26,6 +27,7 @@ from multilora.lora.base import Activation
 from multilora.lora.device_table import DeviceTable
 from multilora.lora.sites import EMBED, LoraSite
 from multilora.lora.table import LoraTable
+from multilora.lora.triton_experts import ExpertLora
 from multilora.lora.triton_gated import gated_kernel
 from multilora.lora.triton_kernels import BLOCK_WORDS, expand_kernel, shrink_kernel
 from multilora.lora.triton_panels import ENTRY_WORDS, TILE_WORDS
@@ -42,7 +44,7 @@ from multilora.lora.triton_steps import (
     split_singles,
     splits_of,
 )
-from multilora.lora.tuning import BESIDE_ROWS, CSGMV, GRAPH_ROWS, TRITON, ExpandBlocks, Phase, ShrinkBlocks, Tuning
+from multilora.lora.tuning import BESIDE_ROWS, CSGMV, GRAPH_ROWS, TRITON, Phase, Tuning, options_of
 from multilora.transfer import upload_into
 
 H_BYTES = 64 << 20
@@ -88,7 +90,7 @@ class TritonLora:
         self.tuning = tuning or (CSGMV if name == "csgmv" else TRITON)
         self._vector = name == "csgmv"
         self._table = DeviceTable(table, sites)
-        self._applied = [site for site in sites if site.name != EMBED]  # its input is token ids
+        self._applied = [site for site in sites if site.name != EMBED and not site.experts]  # its input is token ids
         self._device = table.weights.device
         self._chunk_rows = min(chunk_rows, MAX_TILE_ROWS)
         self._graph_rows = graph_rows
@@ -104,15 +106,29 @@ class TritonLora:
         self._step: Step | None = None
         self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._begun = False
+        self._experts: ExpertLora | None = None
+        if any(site.experts for site in sites):
+            self._experts = ExpertLora(self._table, self._fixed_h, graph_rows, align=self._align, vector=self._vector)
         self.replayable = False
         """See `LoraBackend`."""
 
     def prepare(self, segments: Segments, num_rows: int) -> None:
         """See `LoraBackend`."""
-        if num_rows <= self._graph_rows:
-            self._step = self._small_step(segments, num_rows)
-        else:
-            self._step = self._large_step(segments, num_rows)
+        small = num_rows <= self._graph_rows
+        self._step = self._small_step(segments, num_rows) if small else self._large_step(segments, num_rows)
+        if self._experts is not None:
+            phase = self.tuning.small if small else self.tuning.large
+            fixed = self._experts.prepare(segments, num_rows, phase)
+            self.replayable = self.replayable and fixed
+
+    def expert_segments(self) -> torch.Tensor | None:
+        """See `LoraBackend`."""
+        return self._experts.segments if self._experts is not None else None
+
+    def apply_experts(self, y: torch.Tensor, x: torch.Tensor, site: int, rows: ExpertRows) -> None:
+        """See `LoraBackend`."""
+        assert self._experts is not None
+        self._experts.apply(y, x, self._table.sites[site], rows)
 
     def _small_step(self, segments: Segments, num_rows: int) -> Step:
         """The step of a fixed grid: the launches are the same for every step of as many rows."""
@@ -340,8 +356,3 @@ class TritonLora:
                 align=math.gcd(16, *widths, *(s.offset for s in site.slices)),
             )
         return self._columns[key]
-
-
-def options_of(blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int]:
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    return options if blocks.registers is None else options | {"maxnreg": blocks.registers}

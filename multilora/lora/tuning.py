@@ -43,6 +43,12 @@ class ExpandBlocks:
     registers: int | None = None
 
 
+def options_of(blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int]:
+    """How Triton compiles a kernel with these block sizes."""
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return options if blocks.registers is None else options | {"maxnreg": blocks.registers}
+
+
 @dataclass(frozen=True)
 class Phase:
     """Block sizes by the width of what is read (shrink) or written (expand). gated: for gate and up expanded inside

@@ -89,6 +89,10 @@ class CausalLM(nn.Module, ABC):
         """`lora_sites` as each rank computes them."""
         return local_sites(self.lora_sites(), self.group.size)
 
+    def without_adapters(self) -> tuple[str, ...]:
+        """The paths of modules whose parameters no adapter can change, for messages."""
+        return ()
+
     def norms(self) -> tuple[NormModule, ...]:
         """Every norm that adapters can replace."""
         return tuple(self.declared.norms)

@@ -4,6 +4,7 @@ Qwen3-MoE, Mixtral and Qwen2-MoE (their files say what differs). Numbers of rows
 and the host is never asked, so that a CUDA graph can hold all of it where `layers/experts.py` has a grouped product.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from multilora.layers.context import ForwardContext
 from multilora.layers.experts import Experts, combine, sort_by_expert
 from multilora.layers.linear import Linear
 from multilora.layers.weights.plain import WeightFormats
-from multilora.lora.sites import DeclaredModules, Shard, module_path, target
+from multilora.lora.sites import DeclaredModules, LoraSite, Shard, module_path, target
 from multilora.models.config import MoeConfig
 from multilora.models.mlp import MLP
 
@@ -43,7 +44,7 @@ class SparseMoe(nn.Module):
         self._moe = config
         gate = target("mlp.gate", config.num_experts, before_kv=False, shard=Shard.REPLICATED)
         self.gate = Linear(declared.site(layer, "gate", hidden, gate), group=group, **kind)
-        self.experts = Experts(config.num_experts, hidden, config.intermediate_size, **kind)
+        self.experts = Experts(*_sites(config, hidden, layer, declared), **kind)
         self.shared_expert: MLP | None = None
         if config.shared_size:
             path, size = "mlp.shared_expert", config.shared_size
@@ -56,8 +57,9 @@ class SparseMoe(nn.Module):
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, hidden]. Returns the same shape."""
         experts, weights = self._route(x, ctx)
-        rows = sort_by_expert(experts, self._moe.num_experts)
-        y = combine(self.experts(x, rows), rows, weights)
+        segments = ctx.lora.expert_segments() if ctx.lora is not None else None
+        rows = sort_by_expert(experts, self._moe.num_experts, segments)
+        y = combine(self.experts(x, rows, ctx), rows, weights)
         if self.shared_expert is not None:
             y += torch.sigmoid(self.shared_expert_gate(x, ctx)) * self.shared_expert(x, ctx)
         return y
@@ -69,6 +71,18 @@ class SparseMoe(nn.Module):
         if self._moe.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
         return experts, weights.to(x.dtype) if self._moe.rounded else weights
+
+
+def _sites(config: MoeConfig, hidden: int, layer: int, declared: DeclaredModules) -> tuple[LoraSite, LoraSite]:
+    """gate and up of every expert, which PEFT sees as one parameter, and down."""
+    inner, count = config.intermediate_size, config.num_experts
+    both = partial(target, before_kv=False, shard=Shard.REPLICATED, prefix="experts")
+    gate_up = both("mlp.experts.gate_up_proj", 2 * inner, parts=("gate_proj", "up_proj"))
+    down = both("mlp.experts.down_proj", hidden, parts=("down_proj",))
+    return (
+        declared.site(layer, "experts.gate_up_proj", hidden, gate_up, experts=count),
+        declared.site(layer, "experts.down_proj", inner, down, experts=count),
+    )
 
 
 def check_experts(hf: Any) -> None:

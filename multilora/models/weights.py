@@ -140,11 +140,11 @@ def _of_linear(path: str, linear: Linear) -> dict[str, Destination]:
 
 def _of_experts(path: str, experts: Experts) -> dict[str, Destination]:
     """Checkpoints have three matrices for each expert, or two tensors for all of them."""
-    hidden, inner = experts.hidden, experts.inner
+    hidden, inner = experts.gate_up.in_features, experts.down.in_features
     gate_up, down = experts.gate_up_proj, experts.down_proj
     found: dict[str, Destination] = {}
     halves = {"gate_proj": slice(inner), "up_proj": slice(inner, 2 * inner)}
-    for number in range(experts.count):
+    for number in range(experts.down.experts):
         at = f"{path}.{number}"
         for module, rows in halves.items():
             found[f"{at}.{module}.weight"] = Destination((inner, hidden), gate_up[number, rows].copy_)

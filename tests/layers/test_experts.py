@@ -3,11 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes.layer_context import BASE
 
 from multilora.layers import experts
 from multilora.layers.experts import Experts, combine, grouped_product, has_grouped_product, sort_by_expert
+from multilora.lora.sites import LoraSite, LoraSlice
 
 CPU = torch.device("cpu")
+
+
+def make_experts(
+    count: int, hidden: int, inner: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> Experts:
+    gate_up = LoraSite(0, 0, "gate_up", hidden, (LoraSlice("gate_up", 0, 2 * inner),), count)
+    down = LoraSite(1, 0, "down", inner, (LoraSlice("down", 0, hidden),), count)
+    return Experts(gate_up, down, device=device, dtype=dtype)
 
 
 def taken(tokens: int, top_k: int, num_experts: int, seed: int = 0) -> torch.Tensor:
@@ -32,6 +42,19 @@ def test_rows_are_sorted_by_expert(tokens: int, top_k: int, num_experts: int) ->
     assert (rows.ends.dtype, rows.tokens.dtype, rows.places.dtype) == (torch.int32, torch.int64, torch.int64)
 
 
+def test_within_an_expert_rows_are_sorted_by_segment() -> None:
+    numbers, segments = taken(20, 3, 5), torch.tensor([1] * 6 + [0] * 4 + [2] * 9 + [0])
+    rows = sort_by_expert(numbers, 5, segments)
+    assert rows.segments is not None
+    assert torch.equal(rows.segments, segments[rows.tokens])
+    order = list(zip(rows.experts.tolist(), rows.segments.tolist(), strict=True))
+    assert order == sorted(order)
+    plain = sort_by_expert(numbers, 5)
+    assert torch.equal(plain.ends, rows.ends)
+    assert plain.segments is None
+    assert all(rows.experts[rows.places[t, k]] == numbers[t, k] for t in range(20) for k in range(3))
+
+
 def test_every_row_is_multiplied_by_its_expert() -> None:
     weight, x = torch.randn(6, 5, 4), torch.randn(9, 4)
     experts = taken(3, 3, 6)
@@ -43,12 +66,12 @@ def test_every_row_is_multiplied_by_its_expert() -> None:
 
 
 def test_experts_against_their_formula() -> None:
-    module = Experts(5, 16, 12, device=CPU, dtype=torch.float32)
+    module = make_experts(5, 16, 12)
     for param in module.parameters():
         param.normal_()
     x, experts, weights = torch.randn(7, 16), taken(7, 2, 5), torch.rand(7, 2)
     rows = sort_by_expert(experts, 5)
-    got = combine(module(x, rows), rows, weights)
+    got = combine(module(x, rows, BASE), rows, weights)
     for token in range(7):
         expected = torch.zeros(16)
         for k in range(2):
@@ -81,7 +104,7 @@ def test_only_bf16_on_some_devices_has_a_grouped_product(monkeypatch: pytest.Mon
 def test_experts_in_a_graph_on_a_gpu() -> None:
     """One graph serves whatever experts the rows take."""
     device = torch.device("cuda")
-    module = Experts(16, 64, 32, device=device, dtype=torch.bfloat16)
+    module = make_experts(16, 64, 32, device, torch.bfloat16)
     for param in module.parameters():
         param.normal_(std=0.2)
     if not has_grouped_product(device, torch.bfloat16):
@@ -91,18 +114,18 @@ def test_experts_in_a_graph_on_a_gpu() -> None:
 
     def run() -> torch.Tensor:
         rows = sort_by_expert(experts, 16)
-        return combine(module(x, rows), rows, weights)
+        return combine(module(x, rows, BASE), rows, weights)
 
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run()
-    wide = Experts(16, 64, 32, device=CPU, dtype=torch.float32)
+    wide = make_experts(16, 64, 32)
     for mine, theirs in zip(wide.parameters(), module.parameters(), strict=True):
         mine.copy_(theirs)
     for seed in range(3):
         experts.copy_(taken(24, 4, 16, seed))
         graph.replay()
         rows = sort_by_expert(experts.cpu(), 16)
-        expected = combine(wide(x.cpu().float(), rows), rows, weights.cpu())
+        expected = combine(wide(x.cpu().float(), rows, BASE), rows, weights.cpu())
         torch.testing.assert_close(out.cpu().float(), expected, atol=0.05, rtol=0.02)

@@ -10,9 +10,10 @@ pytest.importorskip("triton")
 
 from fakes.layer_context import BASE
 
+from multilora.batch import ExpertRows
 from multilora.layers import triton_ops as ops
 from multilora.layers.activation import SiluAndMul
-from multilora.layers.experts import ExpertRows, combine
+from multilora.layers.experts import combine
 from multilora.layers.matmul import linear, logits
 from multilora.layers.norm import RMSNorm
 from multilora.lora.sites import NormModule
@@ -127,6 +128,6 @@ def test_linear_and_logits_on_a_gpu(rows: int) -> None:
 def test_the_weighted_sum_of_experts(tokens: int, count: int, size: int, dtype: torch.dtype) -> None:
     y, weights = random(tokens * count, size, dtype=dtype), random(tokens, count, dtype=torch.float32)
     places = torch.randperm(tokens * count, generator=torch.Generator().manual_seed(3)).view(tokens, count)
-    expected = combine(y, ExpertRows(places, places, places), weights)
+    expected = combine(y, ExpertRows(places, places, places, places), weights)
     got = ops.combine_experts(y.to(DEVICE), places.to(DEVICE), weights.to(DEVICE))
     torch.testing.assert_close(got.cpu(), expected, atol=ULP[dtype], rtol=ULP[dtype])

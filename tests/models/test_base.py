@@ -90,7 +90,7 @@ def test_how_modules_shard_and_what_acts_before_the_kv(tmp_path: Path) -> None:
     before = {name for name, part in slices.items() if part.before_kv}
     before |= {norm.module for norm in model.norms() if norm.before_kv}
     assert before == {"embed_tokens", "input_layernorm", "k_proj", "v_proj", "k_norm"}
-    assert {part.expert for part in slices.values()} == {None}
+    assert {site.experts for site in model.lora_sites()} == {0}
 
 
 def test_what_the_engine_asks_of_a_model(tmp_path: Path) -> None:

@@ -411,10 +411,11 @@ ROWS = [
         {"layer_replication": [[0, 2], [1, 2]]},
         refused="layer_replication (a model with repeated layers) is not supported",
     ),
+    Row("`target_parameters`", {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}),
     Row(
-        "`target_parameters`",
-        edit={"target_parameters": ["mlp.up_proj.weight"]},
-        refused="target_parameters is not supported",
+        "`target_parameters` with DoRA",
+        edit={"target_parameters": ["mlp.up_proj.weight"], "use_dora": True},
+        refused="target_parameters: cannot be combined with use_dora",
     ),
     Row("QALoRA", edit={"use_qalora": True}, refused="QALoRA is not supported"),
     Row(

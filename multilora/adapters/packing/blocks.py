@@ -94,7 +94,15 @@ class Blocks:
         scale_shift: tuple[tuple[int, ...], ...] = ()
         if self.vectors:
             scale_shift = tuple(tuple(self._scale_shift(site, s) for s in site.slices) for site in sites)
-        return AdapterShape(ranks, scale_shift, tuple(_full_weight_shape(b) for b in self.full_weights))
+        full_weights = tuple(_full_weight_shape(b) for b in self.full_weights)
+        return AdapterShape(ranks, scale_shift, full_weights, frozenset(self._shared(sites)))
+
+    def _shared(self, sites: tuple[LoraSite, ...]) -> Iterator[tuple[int, int]]:
+        """The matrices that all experts of a site share, as `AdapterShape` has them."""
+        for site in sites:
+            block = self.low_rank.get((site.layer, site.slices[0].module)) if site.experts > 1 else None
+            if block is not None:
+                yield from ((site.index, i) for i, x in ((-1, block.a), (0, block.b)) if len(x) == 1)
 
     def _rank(self, site: LoraSite, output: LoraSlice) -> int:
         block = self.low_rank.get((site.layer, output.module))
@@ -135,7 +143,7 @@ def pack(
         for plan in _job_plans(target.sites, layout.shape, target.geometry, first):
             block = blocks.low_rank[plan.key]
             weight, scaling = (block.b, block.scaling) if plan.is_b else (block.a, 1.0)
-            jobs.append(PackJob(plan.name, weight, scaling, plan.spans))
+            jobs.append(PackJob(plan.name, weight.reshape(-1, weight.shape[-1]), scaling, plan.spans))
     write(jobs, target.dtype, out)
 
 
@@ -176,14 +184,18 @@ def _plans_of(
     matrix: Matrix, parts: tuple[PanelPart, ...], site: LoraSite, shape: AdapterShape, geometry: PanelGeometry
 ) -> Iterator[_JobPlan]:
     """One plan for the B of a slice; for the stacked A, one for each slice that has a rank."""
-    cuts = len(parts) * RANK_GRANULE // matrix.rank  # parts of one panel
+    cuts = len(parts) * RANK_GRANULE // (matrix.copies * matrix.rank)  # parts of one panel
     is_b, at = matrix.slice >= 0, 0
     for i, output in enumerate(site.slices):
         rank = shape.ranks[site.index][i]
         if rank == 0 or (is_b and i != matrix.slice):
             continue
         end = at + round_rank(rank) // RANK_GRANULE * cuts
-        spans = spans_of(rank, parts[at:end], geometry.page_bytes, geometry.itemsize)
+        spans: tuple[Span, ...] = ()
+        for copy in range(matrix.copies):  # of an expert each; one slice is all that such a site has
+            first = copy * end
+            own = spans_of(rank, parts[first + at : first + end], geometry.page_bytes, geometry.itemsize)
+            spans += tuple(replace(span, row=copy * rank + span.row) for span in own) if copy else own
         name = f"layer {site.layer} {output.module} lora_{'B' if is_b else 'A'}"
         yield _JobPlan((site.layer, output.module), is_b, name, spans)
         at = end

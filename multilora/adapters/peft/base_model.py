@@ -33,9 +33,28 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ExpertPlace:
+    """What adapters may call a module of experts: a part of a site of experts.
+
+    whole: that site's one module; expert: None: all of them; offset, width: which columns of its outputs; parts: the
+    modules that make up these columns in each expert, and starts: the first column of each.
+    """
+
+    whole: Place
+    experts: int
+    expert: int | None
+    in_features: int
+    out_features: int
+    offset: int
+    width: int
+    parts: tuple[str, ...]
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class BaseModel:
     """One base model as adapters see it. Module names are the last component of PEFT's, where that is unique:
-    "q_proj", "q_norm". layers: the path of the list of decoder layers.
+    "q_proj", "q_norm". layers: the path of the list of decoder layers; older_names: see `CausalLM`.
     """
 
     sites: tuple[LoraSite, ...]
@@ -45,13 +64,23 @@ class BaseModel:
     tie_word_embeddings: bool
     weights_dir: str | None = None  # a local directory with the checkpoint; None: there is none
     layers: str = LAYERS
+    older_names: tuple[tuple[str, str], ...] = ()
+    without_adapters: tuple[str, ...] = ()  # paths of modules that adapters cannot change
 
     @classmethod
     def of(cls, model: "CausalLM", weights_dir: str | None) -> "BaseModel":
         """The model may be on the meta device; only its config and its declarations are read."""
         config = model.config
         sizes = config.vocab_size, config.hidden_size, config.tie_word_embeddings
-        return cls(model.lora_sites(), model.norms(), *sizes, weights_dir, model.layers_path)
+        return cls(
+            model.lora_sites(),
+            model.norms(),
+            *sizes,
+            weights_dir,
+            model.layers_path,
+            tuple(model.older_names),
+            model.without_adapters(),
+        )
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -95,7 +124,68 @@ class BaseModel:
 
     def place_of(self, name: str) -> Place | None:
         """The module with this name inside the whole model or inside its decoder; None: there is none."""
-        return self.places.get(name) or self.places.get(self.inner + name)
+        found = self.places.get(name) or self.places.get(self.inner + name)
+        if found is None and self._has_experts:
+            for old, new in self.older_names:
+                name = f"{name}.".replace(old, new)[:-1]
+            found = self.places.get(name) or self.places.get(self.inner + name)
+            found = found or self._expert_paths.get(name) or self._expert_paths.get(self.inner + name)
+        return found
+
+    def takes_no_adapters(self, name: str) -> bool:
+        """Whether the module of this name is known to be, or to lie in, one that adapters cannot change."""
+        paths = (name, self.inner + name)
+        return any(path == other or path.startswith(f"{other}.") for other in self.without_adapters for path in paths)
+
+    @cached_property
+    def _has_experts(self) -> bool:
+        return any(site.experts for site in self.sites)
+
+    def is_of_experts(self, place: Place) -> bool:
+        """Whether it is a module of one expert, or of all."""
+        return place in self._expert_places
+
+    def expert_place(self, place: Place) -> ExpertPlace:
+        """Which part of which site of experts it is. KeyError if it is none."""
+        return self._expert_places[place]
+
+    def parameters_of(self, name: str) -> tuple[str, ...]:
+        """The parameters of a layer's experts, by their path inside the whole model or its decoder."""
+        for old, new in self.older_names:
+            name = f"{name}.".replace(old, new)[:-1]
+        return self.expert_parameters.get(name) or self.expert_parameters.get(self.inner + name, ())
+
+    @cached_property
+    def expert_parameters(self) -> dict[str, tuple[str, ...]]:
+        """The path of a layer's experts, where PEFT wraps their parameters → the parameters, in their order there."""
+        found: dict[str, tuple[str, ...]] = {}
+        for site in self.sites:
+            if site.experts:
+                [part] = site.slices
+                path = module_path(site.layer, "", part.parent, self.layers)
+                found[path] = (*found.get(path, ()), part.attribute)
+        return found
+
+    @cached_property
+    def _expert_paths(self) -> dict[str, Place]:
+        """Every module of experts but the sites' own, by its path; its place has a name that no site has."""
+        return {
+            module_path(place.layer, parent, leaf, self.layers): place
+            for place, (parent, leaf, _) in self._expert_modules.items()
+        }
+
+    @cached_property
+    def _expert_places(self) -> dict[Place, ExpertPlace]:
+        return {place: found for place, (_, _, found) in self._expert_modules.items()}
+
+    @cached_property
+    def _expert_modules(self) -> dict[Place, tuple[str, str, ExpertPlace]]:
+        """Place → the path of its parent inside the layer, its last component, and what it is."""
+        found: dict[Place, tuple[str, str, ExpertPlace]] = {}
+        for site in self.sites:
+            if site.experts:
+                found |= _modules_of_experts(site)
+        return found
 
     def is_table(self, name: str) -> bool:
         """Whether the module of this name is the token embedding or the head."""
@@ -123,3 +213,22 @@ class BaseModel:
     def paths(self) -> dict[Place, str]:
         """`places` the other way round."""
         return {place: path for path, place in self.places.items()}
+
+
+def _modules_of_experts(site: LoraSite) -> dict[Place, tuple[str, str, ExpertPlace]]:
+    """The site's own module, its parts stacked, and its parts of each expert."""
+    [whole] = site.slices
+    width = whole.out_features // len(whole.parts)
+    starts = tuple(i * width for i in range(len(whole.parts)))
+    place = Place(site.layer, whole.module)
+    sizes = site.in_features, whole.out_features
+    found = {}
+    for expert in (None, *range(site.experts)):
+        parent = whole.parent if expert is None else f"{whole.parent}.{expert}"
+        for start, part in zip(starts, whole.parts, strict=True):
+            name = "experts" if expert is None else f"experts.{expert}"
+            own = ExpertPlace(place, site.experts, expert, *sizes, start, width, (part,), (start,))
+            found[Place(site.layer, f"{name}.{part}")] = parent, part, own
+    own = ExpertPlace(place, site.experts, None, *sizes, 0, whole.out_features, whole.parts, starts)
+    found[place] = whole.parent, whole.attribute, own
+    return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from multilora.adapters.adapter import Adapter, AdapterLimits, Block, LowRank, Vector, VectorKind
 from multilora.adapters.peft import checkpoint_full_weights as full_weights
 from multilora.adapters.peft import checkpoint_lora as lora
+from multilora.adapters.peft import experts
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.config import PeftConfig, parse_config
 from multilora.adapters.peft.contents import open_tensors, sort_tensors
@@ -36,12 +37,17 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, reader
     with contextlib.ExitStack() as stack:
         contents = sort_tensors(open_tensors(files, stack, readers), config, base)
         with_lora = lora.check(contents)
+        of_experts = experts.check(contents)
         others = full_weights.plan(contents)
         _check_rank((lora.rank_of(module, contents) for module in with_lora), limits)
-        _check_modules({module.place.module for module in with_lora} | others.modules, base, limits)
+        _check_rank((experts.rank_of(module, contents) for module in of_experts), limits)
+        targeted = {module.place.module for module in with_lora}
+        targeted |= {base.expert_place(module.place).whole.module for module in of_experts}
+        _check_modules(targeted | others.modules, base, limits)
         merged = {m.place.module: m for m in with_lora if contents.resized and m.place.module in TABLES}
         blocks = [b for m in with_lora if m.place.module not in merged for b in lora.read(m, contents)]
         deltas = {table: lora.table_delta(module, contents) for table, module in merged.items()}
+        blocks += experts.read(of_experts, contents)
         blocks += full_weights.read(others, contents, deltas)
     _check_modules({block.module for block in blocks}, base, limits)
     _check_activated(blocks, config)

@@ -53,20 +53,32 @@ class PeftConfig:
     ensure_weight_tying: bool
     invocation_tokens: tuple[int, ...] | None
     velora: bool
+    target_parameters: tuple[str, ...] = ()
 
     def rank(self, name: str) -> int:
         """The rank that PEFT would give module `name`."""
-        key = self._pattern_key("rank_pattern", name)
+        key = self._pattern_key("rank_pattern", self._key(name))
         return self.r if key is None else self.rank_pattern[key]
 
     def scaling(self, name: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
-        key = self._pattern_key("alpha_pattern", name)
+        key = self._pattern_key("alpha_pattern", self._key(name))
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
+    def _key(self, name: str) -> str:
+        """What the patterns are held against: PEFT's name of the module, or of its weight if it wraps that."""
+        weight = f"{name}.weight"
+        return weight if self.targets_parameter(weight) else name
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether PEFT would wrap the parameter `name`: "model.layers.0.mlp.experts.down_proj"."""
+        return any(name == entry or name.endswith(f".{entry}") for entry in self.target_parameters)
+
     def targets(self, name: str, base: BaseModel) -> bool:
         """Whether PEFT would put LoRA on module `name`, which is a linear layer or the token embedding."""
+        if self.targets_parameter(f"{name}.weight"):
+            return True
         if base.is_table(name) and self.ties_targets(base):
             return True
         with self._patterns("target_modules, exclude_modules, layers_pattern or modules_to_save"):
@@ -160,7 +172,8 @@ def parse_config(raw: dict[str, Any], path: Path) -> PeftConfig:
     fields.check_known()
     fields.check_init()
     unsaid = raw.get("target_modules", "") is None
-    targets = ANY_MODULE if unsaid else fields.modules("target_modules", required=True)
+    parameters = fields.names("target_parameters")
+    targets = ANY_MODULE if unsaid else fields.modules("target_modules", required=not parameters)
     layers = fields.layers()
     layers_pattern = fields.modules("layers_pattern")
     if isinstance(targets, str) and (layers is not None or layers_pattern):
@@ -193,6 +206,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> PeftConfig:
         invocation_tokens=fields.integers("alora_invocation_tokens", raw.get("alora_invocation_tokens") or [])
         or None,
         velora=bool(raw.get("velora_config")),
+        target_parameters=parameters,
     )
     _check_combinations(config, fields)
     return config
@@ -211,5 +225,8 @@ def _check_combinations(config: PeftConfig, fields: Fields) -> None:
     used = [name for name, on in variants.items() if on]
     if len(used) > 1:
         raise fields.invalid(used[0], f"cannot be combined with {used[1]}")
+    for name, on in {**variants, "lora_bias": config.lora_bias}.items():
+        if config.target_parameters and on:
+            raise fields.invalid("target_parameters", f"cannot be combined with {name}")
     if config.lora_bias and config.use_dora:
         raise fields.invalid("lora_bias", "cannot be combined with use_dora")

@@ -15,13 +15,14 @@ import torch
 from multilora.adapters.peft.base_model import BaseModel, Place
 from multilora.adapters.peft.config import PeftConfig
 from multilora.adapters.peft.safetensors_file import SafetensorsFile, TensorInfo
-from multilora.adapters.peft.tensor_names import OF_ONE_ADAPTER, Part, parse
+from multilora.adapters.peft.tensor_names import OF_ONE_ADAPTER, WRAPPED, Part, parse
 from multilora.adapters.sources.files import INDEX_NAME, AdapterFiles, show
 from multilora.adapters.thread_pool import ALONE, ReaderPool
-from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid
+from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from multilora.lora.sites import EMBED, HEAD, TABLES, module_path
 
 TABLE_PARTS = (Part.WEIGHT, Part.SAVED_WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
+EXPERT = re.compile(r"(?P<parent>[\w.]+)\.(?P<expert>[0-9]{1,6})\.(?P<leaf>\w+)")
 LAYER = re.compile(r"(?P<layer>[0-9]{1,6})\.(?P<rest>[\w.]+)")
 
 
@@ -85,6 +86,7 @@ class Contents:
     base: BaseModel
     modules: dict[Place, Module]  # by layer, then as in the model's sites
     vocab_size: int
+    experts: dict[Place, Module] = field(default_factory=dict)  # those of experts, which are not among `modules`
 
     @property
     def resized(self) -> bool:
@@ -143,18 +145,41 @@ def sort_tensors(tensors: Tensors, config: PeftConfig, base: BaseModel) -> Conte
             adapter_names.add(found.adapter)
             if len(adapter_names) > 1:
                 raise AdapterInvalid(f"{tensors.where(name)}: the file holds more than one adapter")
-        place = base.place_of(found.module)
+        path = _unwrapped(found.module, config, base)
+        place = base.place_of(path)
         if place is None:
-            raise _no_place(found.module, tensors.where(name), base)
-        module = modules.setdefault(place, Module(place, found.module))
+            raise _no_place(path, tensors.where(name), config, base)
+        module = modules.setdefault(place, Module(place, path))
         if found.part in module.tensors:
             raise AdapterInvalid(f"{tensors.where(name)}: {found.part.value} of {show(module.name)} is given twice")
         module.tensors[found.part] = name
     if not modules:
         raise AdapterInvalid(f"{tensors.files}: the adapter holds no tensors")
     in_order = sorted(modules, key=lambda place: (place.layer, base.order.get(place.module, len(base.order))))
-    modules = {place: modules[place] for place in in_order}
-    return Contents(tensors, config, base, modules, _vocab_size(modules, tensors, base))
+    experts = {place: modules[place] for place in in_order if base.is_of_experts(place)}
+    modules = {place: modules[place] for place in in_order if place not in experts}
+    return Contents(tensors, config, base, modules, _vocab_size(modules, tensors, base), experts)
+
+
+def _unwrapped(module: str, config: PeftConfig, base: BaseModel) -> str:
+    """The module, or the parameter that the wrapper of this name is around: the first of those that target_parameters
+    means is wrapped first, then each that follows wraps the wrapper before it."""
+    container = _container(module)
+    wrapped = _wrapped(container, config, base)
+    depth = module.removeprefix(container).count(WRAPPED)
+    return wrapped[-1 - depth] if depth < len(wrapped) else module
+
+
+def _container(wrapper: str) -> str:
+    """The module whose parameters wrappers like this one are around."""
+    while wrapper.endswith(f".{WRAPPED}"):
+        wrapper = wrapper.removesuffix(f".{WRAPPED}")
+    return wrapper
+
+
+def _wrapped(container: str, config: PeftConfig, base: BaseModel) -> list[str]:
+    names = (f"{container}.{name}" for name in base.parameters_of(container))
+    return [name for name in names if config.targets_parameter(name)]
 
 
 def _vocab_size(modules: dict[Place, Module], tensors: Tensors, base: BaseModel) -> int:
@@ -169,10 +194,35 @@ def _vocab_size(modules: dict[Place, Module], tensors: Tensors, base: BaseModel)
     return found.pop() if len(found) == 1 and 0 not in found else base.vocab_size
 
 
-def _no_place(module: str, where: str, base: BaseModel) -> AdapterIncompatible:
+def _no_place(module: str, where: str, config: PeftConfig, base: BaseModel) -> AdapterError:
+    if base.takes_no_adapters(module):
+        what = "it runs as transformers has it; native mixtures of experts take them"
+        return AdapterUnsupported(f"{where}: adapters on {show(module)} are not supported: {what}")
+    if (message := _beyond_experts(module, base) or _no_wrapper(module, config, base)) is not None:
+        return AdapterIncompatible(f"{where}: {message}")
     inner = f"{base.layers.removeprefix(base.inner)}."
     found = LAYER.fullmatch(module.removeprefix(base.inner).removeprefix(inner))
     if found is not None and module_path(0, "", found["rest"], base.layers) in base.places:
         message = f"layer {int(found['layer'])} is out of range, the base model has {base.num_layers} layers"
         return AdapterIncompatible(f"{where}: {message}")
     return AdapterIncompatible(f"{where}: the base model has no module {show(module)}")
+
+
+def _beyond_experts(module: str, base: BaseModel) -> str | None:
+    """The message for a module of an expert that the base model does not have."""
+    found = EXPERT.fullmatch(module)
+    place = base.place_of(f"{found['parent']}.0.{found['leaf']}") if found is not None else None
+    if found is None or place is None:
+        return None
+    count = base.expert_place(place).experts
+    return f"expert {int(found['expert'])} is out of range, the base model has {count} experts"
+
+
+def _no_wrapper(module: str, config: PeftConfig, base: BaseModel) -> str | None:
+    """The message for a wrapper of a parameter that is not targeted."""
+    container = _container(module)
+    if not (parameters := base.parameters_of(container)):
+        return None
+    count = len(_wrapped(container, config, base))
+    what = f"target_parameters in {config.file} means {count} of {', '.join(parameters)}"
+    return f"{show(module)} is a wrapper, but {what} there"

@@ -16,6 +16,7 @@ USED = frozenset((
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias", "lora_bias", "use_dora",
     "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "alora_invocation_tokens", "velora_config",
+    "target_parameters",
 ))
 HARMLESS = frozenset((
     # the adapter's origin
@@ -33,7 +34,6 @@ HARMLESS = frozenset((
 REFUSED = {
     "layer_replication": "layer_replication (a model with repeated layers)",
     "alora_invocation_string": "activated LoRA by alora_invocation_string (current PEFT: alora_invocation_tokens)",
-    "target_parameters": "target_parameters",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA (use_bdlora)",
     "arrow_config": "Arrow routing (arrow_config)",

@@ -53,6 +53,7 @@ MARKS: dict[str, dict[str, Part]] = {
     "base_layer": {"weight": Part.BASE_WEIGHT, "bias": Part.BASE_BIAS},
     "original_module": {"weight": Part.ORIGINAL_WEIGHT, "bias": Part.ORIGINAL_BIAS},
 }
+WRAPPED = "base_layer"
 UNNAMED = ("base_layer", "original_module")  # parts of the base model, which carry no adapter's name
 PLAIN = {"weight": Part.WEIGHT, "bias": Part.BIAS}
 OF_ONE_ADAPTER = frozenset(part for mark in MARKS if mark not in UNNAMED for part in MARKS[mark].values())
@@ -72,6 +73,8 @@ def parse(name: str) -> TensorName | None:
     """The parts of a tensor's name; None if PEFT gives no tensor of a LoRA adapter such a name."""
     words = name.removeprefix(PREFIX).split(".")
     at = next((i for i, word in enumerate(words) if word in MARKS), None)
+    while at is not None and words[at] == WRAPPED and words[at + 1 : at + 2] and words[at + 1] in MARKS:
+        at += 1  # a wrapper of a parameter inside another one: the inner one's module
     if at is None:
         part = PLAIN.get(words[-1])
         return TensorName(".".join(words[:-1]), part) if part and len(words) > 1 else None

@@ -14,6 +14,7 @@ from multilora.attention.base import AttentionShape
 from multilora.distributed.group import SINGLE, Group
 from multilora.errors import ConfigError
 from multilora.layers.context import ForwardContext
+from multilora.lora.sites import LoraSlice, NormModule, module_path
 from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig
 from multilora.models.transformers_backend.config import TreeConfig, tree_config
@@ -80,6 +81,15 @@ class TransformersCausalLM(CausalLM):
     ) -> ModelConfig:
         """See `CausalLM`."""
         return tree_config(hf, generation=generation, context_length=context_length, dtype=dtype)
+
+    def without_adapters(self) -> tuple[str, ...]:
+        """See `CausalLM`. Experts and routers, for the most part."""
+        layers = self._sites.layers
+        modules: list[tuple[int, NormModule | LoraSlice]] = [(norm.layer, norm) for norm in self.norms()]
+        modules += [(site.layer, s) for site in self.lora_sites() for s in site.slices]
+        declared = {module_path(layer, m.parent, m.attribute or m.module, layers) for layer, m in modules}
+        paths = (name.rpartition(".")[0] for name, _ in self.lm.named_parameters())
+        return tuple(dict.fromkeys(p for p in paths if not {p, p.removesuffix(".weight")} & declared))
 
     @property
     def attention_shape(self) -> AttentionShape:

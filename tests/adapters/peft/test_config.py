@@ -75,7 +75,6 @@ INVALID = {
 }
 UNSUPPORTED = {
     "layer_replication": ({"layer_replication": [[0, 1]]}, "layer_replication"),
-    "target_parameters": ({"target_parameters": ["experts.w1"]}, "target_parameters"),
     "QALoRA": ({"use_qalora": True}, "QALoRA"),
     "block diagonal": ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),
     "activated by a string": ({"alora_invocation_string": "<x>"}, "alora_invocation_string"),
@@ -108,6 +107,23 @@ def test_invalid(case: str) -> None:
     assert "adapter_config.json" in caught.value.message
     assert said in caught.value.message
     assert len(caught.value.message) < 500
+
+
+def test_parameters_that_peft_wraps() -> None:
+    """Their names, or tails of them; patterns are held against the name of the parameter."""
+    fields = {
+        "target_parameters": ["experts.down_proj", "mlp.gate.weight"],
+        "rank_pattern": {"gate.weight": 5},
+        "alpha_pattern": {"experts.down_proj": 6},
+    }
+    config = parse_config(PLAIN | fields, PATH)
+    layer = "model.layers.0.mlp"
+    assert config.targets_parameter(f"{layer}.experts.down_proj")
+    assert not config.targets_parameter(f"{layer}.experts.gate_up_proj")
+    assert not config.targets_parameter(f"{layer}.more_experts.down_proj")
+    assert config.targets(f"{layer}.gate", BASE)
+    assert config.rank(f"{layer}.gate") == 5
+    assert config.scaling(f"{layer}.experts.down_proj", 3) == 2.0
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED)

@@ -22,6 +22,8 @@ NAMES: dict[str, tuple[str, Part, str | None]] = {
     f"{Q}.lora_magnitude_vector.default.weight": (Q, Part.MAGNITUDE, "default"),
     f"{Q}.base_layer.weight": (Q, Part.BASE_WEIGHT, None),
     f"{Q}.base_layer.bias": (Q, Part.BASE_BIAS, None),
+    f"{Q}.base_layer.lora_A.weight": (f"{Q}.base_layer", Part.LORA_A, None),
+    f"{Q}.base_layer.base_layer.lora_B.default.weight": (f"{Q}.base_layer.base_layer", Part.LORA_B, "default"),
     f"{Q}.weight": (Q, Part.WEIGHT, None),
     f"{Q}.bias": (Q, Part.BIAS, None),
     "lm_head.weight": ("lm_head", Part.WEIGHT, None),

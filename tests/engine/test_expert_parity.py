@@ -1,0 +1,235 @@
+"""Adapters on mixtures of experts, held against transformers + PEFT: on attention, on the router, on experts.
+
+One batch mixes them with each other and the base model, in chunks, with pages of a prefix cache that are used again.
+In fp32 greedy answers are PEFT's token for token, and so are the logprobs of every position to 2e-5 of the largest.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clear_answers import clear_answer
+from exactness import ask_for_all, told
+from fakes.engine_driver import EngineDriver
+from fakes.models import make_tiny_model
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from walk import NEW_TOKENS, load, make_adapter, prompts
+
+from multilora.errors import AdapterUnsupported
+
+Tensors = dict[str, torch.Tensor]
+
+CLOSE = 2e-5
+EXPERTS = 6
+ATTENTION = ["q_proj", "v_proj", "o_proj"]
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "attention": {"r": 8, "lora_alpha": 12, "target_modules": ATTENTION},
+    "dora": {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "use_dora": True},
+    "router": {"r": 3, "lora_alpha": 9, "target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]},
+    "experts": {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj"], "target_parameters": BOTH},
+    "down only, rsLoRA": {"r": 8, "lora_alpha": 3, "use_rslora": True, "target_parameters": BOTH[1:]},
+    "one layer's": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_parameters": ["model.layers.1.mlp.experts.gate_up_proj", "mlp.gate.weight"],
+        "rank_pattern": {"gate_up_proj": 5},
+        "alpha_pattern": {"gate.weight": 7},
+    },
+}
+MODELS = {
+    "qwen3_moe": ("qwen3_moe", {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    "mixtral": ("mixtral", {}),
+    "qwen2_moe": ("qwen2_moe", {}),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """An adapter (None: the base model), and what PEFT answers to a prompt with it."""
+
+    adapter: str | None
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: torch.Tensor
+
+
+def jobs_of(name: str | None, model: Any, count: int = 2) -> list[Job]:
+    """Prompts with the same beginning, so that pages are used again, whose answers are clear."""
+    found: list[Job] = []
+    start = next(prompts())[:12]
+    for prompt in prompts():
+        answer = clear_answer(model, start + prompt, NEW_TOKENS)
+        if answer is not None:
+            found.append(Job(name, start + prompt, *answer))
+        if len(found) == count:
+            return found
+    raise AssertionError("no prompt has a clear answer")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def compare(driver: EngineDriver, jobs: list[Job]) -> None:
+    """All logprobs, then the answers from pages of the first time."""
+    vocab = jobs[0].logprobs.shape[1]
+    order = jobs[::2] + jobs[1::2]
+    rids = [ask_for_all(driver, job.prompt, job.adapter, vocab=vocab, max_new_tokens=NEW_TOKENS) for job in order]
+    driver.run()
+    for rid, job in zip(rids, order, strict=True):
+        answer = driver.answers[rid]
+        assert answer.tokens == job.tokens, f"{job.adapter}: {answer.tokens} are not PEFT's {job.tokens}"
+        found = told(answer, vocab)
+        error = (found - job.logprobs[: len(found)]).abs().max() / job.logprobs.abs().max().clamp(min=1.0)
+        assert error < CLOSE, f"{job.adapter}: a logprob differs by {error} of the largest"
+    rids = [driver.submit(job.prompt, job.adapter, max_new_tokens=NEW_TOKENS) for job in order]
+    driver.run()
+    for rid, job in zip(rids, order, strict=True):
+        assert driver.answers[rid].tokens == job.tokens
+        assert driver.answers[rid].cached_tokens > 0
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_adapters_of_a_mixture_of_experts(case: str, tmp_path: Path) -> None:
+    family, overrides = MODELS[case]
+    path = tmp_path / "model"
+    make_tiny_model(path, family, **overrides)
+    configs = {n: c for n, c in ADAPTERS.items() if case != "qwen3_moe" or n != "one layer's"}
+    jobs = jobs_of(None, load(path))
+    for seed, (name, config) in enumerate(configs.items()):
+        jobs += jobs_of(name, make_adapter(tmp_path / name, path, seed, config))
+    driver = EngineDriver(path, {n: tmp_path / n for n in configs}, page_size=4, chunked_prefill_size=16)
+    try:
+        compare(driver, jobs)
+        assert driver.infos["experts"].target_modules == ["experts.down_proj", "experts.gate_up_proj", "v_proj"]
+        assert driver.infos["experts"].rank == 4
+    finally:
+        driver.close()
+
+
+def by_expert(tensors: Tensors, names: dict[str, str]) -> Tensors:
+    """PEFT's own layout with two wrappers as a module per expert, under these names of gate, up and down."""
+    found = {}
+    for name, tensor in tensors.items():
+        at, wrapped, end = name.partition(".experts.")
+        if not wrapped:
+            found[name] = tensor
+            continue
+        inner, part = end.startswith("base_layer."), end.split(".")[-2]
+        stack = stacked(tensor, part)
+        for expert, own in enumerate(stack):
+            halves = own.chunk(2) if inner and part == "lora_B" else (own, own)
+            for module, half in zip(("gate", "up") if inner else ("down",), halves, strict=False):
+                path = f"{at}.experts.{expert}.{names[module]}".replace(".mlp.", names["parent"])
+                found[f"{path}.{part}.weight"] = half.clone()
+    return found
+
+
+def stacked(tensor: torch.Tensor, part: str) -> torch.Tensor:
+    """PEFT's lora_A [experts · rank, in] or lora_B [out, rank · experts] as [experts, …]."""
+    if part == "lora_A":
+        return tensor.view(EXPERTS, -1, tensor.shape[1])
+    return tensor.view(tensor.shape[0], -1, EXPERTS).permute(2, 0, 1)
+
+
+def as_stacks(tensors: Tensors, shared: bool = False) -> Tensors:
+    """PEFT's own layout with two wrappers as two tensors for each parameter; shared: what all experts have in common
+    once."""
+    found = {}
+    for name, tensor in tensors.items():
+        at, wrapped, end = name.partition(".experts.")
+        if wrapped:
+            inner, part = end.startswith("base_layer."), end.split(".")[-2]
+            module, once = ("gate_up_proj", "lora_A") if inner else ("down_proj", "lora_B")
+            tensor = stacked(tensor, part)
+            name = f"{at}.experts.{module}.{part}.weight"
+            if shared and part == once:
+                assert torch.equal(tensor, tensor[:1].expand_as(tensor))
+                tensor = tensor[:1]
+        found[name] = tensor.contiguous()
+    return found
+
+
+def rewrite(path: Path, change: Callable[[Tensors], Tensors], **fields: Any) -> None:
+    """Write the adapter's files anew."""
+    save_file(change(load_file(path / "adapter_model.safetensors")), path / "adapter_model.safetensors")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | fields))
+
+
+def share_outer(model: Any) -> None:
+    """Give all experts the A of gate and up, and the B of down, in common."""
+    for name, weight in model.named_parameters():
+        if ".experts.base_layer.lora_A" in name:
+            weight.data.copy_(weight.data[: weight.shape[0] // EXPERTS].repeat(EXPERTS, 1))
+        elif ".experts.lora_B" in name:
+            weight.data.copy_(weight.data[:, ::EXPERTS].repeat_interleave(EXPERTS, 1))
+
+
+QWEN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "parent": ".mlp."}
+MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2", "parent": ".block_sparse_moe."}
+
+
+@pytest.mark.parametrize(("family", "names"), [("qwen3_moe", QWEN), ("mixtral", MIXTRAL)])
+def test_every_layout_of_adapters_on_experts(family: str, names: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    make_tiny_model(path, family, num_experts=EXPERTS)
+    jobs = jobs_of(None, load(path))
+    fused = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "target_parameters": BOTH}
+    for name, config in {"wrappers": fused, "stacks": fused | {"r": 8}, "shared": fused | {"r": 3}}.items():
+        model = make_adapter(tmp_path / name, path, len(jobs), config)
+        if name == "shared":
+            share_outer(model)
+            model.save_pretrained(str(tmp_path / name))
+        jobs += jobs_of(name, model)
+    plain = {"target_parameters": None, "target_modules": ["q_proj", "gate_up_proj", "down_proj"]}
+    rewrite(tmp_path / "stacks", as_stacks, **plain)
+    rewrite(tmp_path / "shared", partial(as_stacks, shared=True), **plain)
+    make_adapter(tmp_path / "by expert", path, 9, fused | {"r": 5})
+    modules = [names[module] for module in ("gate", "up", "down")]
+    older = {"target_parameters": None, "target_modules": ["q_proj", *modules]}
+    rewrite(tmp_path / "by expert", partial(by_expert, names=names), **older)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, about patterns of its own making
+        converted = PeftModel.from_pretrained(load(path), str(tmp_path / "by expert")).eval()
+    jobs += jobs_of("by expert", converted)
+    adapters = {name: tmp_path / name for name in ("wrappers", "stacks", "shared", "by expert")}
+    driver = EngineDriver(path, adapters, page_size=4, chunked_prefill_size=16)
+    try:
+        compare(driver, jobs)
+        assert {name: info.rank for name, info in driver.infos.items()} == {
+            "wrappers": 4,
+            "stacks": 8,
+            "shared": 3,
+            "by expert": 5,
+        }
+    finally:
+        driver.close()
+
+
+def test_experts_of_transformers_take_no_adapters_and_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    make_tiny_model(path, "qwen3_moe")
+    make_adapter(tmp_path / "attention", path, 0, ADAPTERS["attention"])
+    make_adapter(tmp_path / "router", path, 1, ADAPTERS["router"])
+    make_adapter(tmp_path / "experts", path, 2, ADAPTERS["experts"])
+    driver = EngineDriver(path, {"attention": tmp_path / "attention"}, model_impl="transformers")
+    try:
+        for name, module in (("router", "gate"), ("experts", "experts")):
+            with pytest.raises(AdapterUnsupported, match=rf"adapters on '\S+\.mlp\.{module}\S*' are not supported"):
+                driver.load(name, tmp_path / name)
+        assert driver.complete([5, 6, 7], "attention").tokens
+    finally:
+        driver.close()
