@@ -62,6 +62,11 @@ class Config:
         "hold linear layers in 8 or 4 bit; for a checkpoint that is quantised: what by, which is found anyway",
         choices=(KeysOf("multilora.layers.weights.methods:METHODS"),),
     )
+    kv_cache_dtype: str = _model(
+        "auto",
+        "what keys and values are stored in; auto: --dtype; fp8: fp8_e4m3",
+        choices=("auto", KeysOf("multilora.attention.kv_dtypes:KV_DTYPES")),
+    )
     device: str = _model("auto", "where the engine computes", choices=("auto", *DEVICES))
     context_length: int | None = _model(None, "longest prompt plus answer, in tokens (default: the model's own)")
     served_model_name: str | None = _model(None, "name clients use for the base model (default: --model-path)")

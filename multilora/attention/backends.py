@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from multilora.attention.kv_dtypes import largest
 from multilora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,27 +19,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def _flashinfer(kv_views: "KVViews", shape: "AttentionShape") -> "AttentionBackend":
+def _flashinfer(kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None") -> "AttentionBackend":
     from multilora.attention.flashinfer import FlashInferAttention
 
-    return FlashInferAttention(kv_views, shape)
+    return FlashInferAttention(kv_views, shape, dtype)
 
 
-def _torch(kv_views: "KVViews", shape: "AttentionShape") -> "AttentionBackend":
+def _torch(
+    kv_views: "KVViews",
+    shape: "AttentionShape",
+    dtype: "torch.dtype | None",  # noqa: ARG001 - it takes any
+) -> "AttentionBackend":
     from multilora.attention.torch_sdpa import TorchAttention
 
     return TorchAttention(kv_views, shape)
 
 
-BACKENDS: "dict[str, Callable[[KVViews, AttentionShape], AttentionBackend]]" = {
+BACKENDS: "dict[str, Callable[[KVViews, AttentionShape, torch.dtype | None], AttentionBackend]]" = {
     "flashinfer": _flashinfer,
     "torch": _torch,
 }
 
 
-def make_attention(name: str, kv_views: "KVViews", shape: "AttentionShape") -> "AttentionBackend":
-    """The backend `name` of the table over `KVLayout.views(arena)`."""
-    return BACKENDS[name](kv_views, shape)
+def make_attention(
+    name: str, kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None" = None
+) -> "AttentionBackend":
+    """The backend `name` of the table over `KVLayout.views(arena)`. dtype: of the queries; None: the cache's."""
+    return BACKENDS[name](kv_views, shape, dtype)
 
 
 def choose_attention(
@@ -66,8 +73,10 @@ def flashinfer_obstacle(
         return f"it needs a CUDA device, the model is on {device.type}"
     if str(dtype) not in ("torch.float16", "torch.bfloat16"):
         return f"it takes float16 and bfloat16, the model is {dtype}"
-    if kv_dtype != dtype:
-        return f"it takes a KV cache of the model's dtype, {dtype}; the KV cache is {kv_dtype}"
+    if kv_dtype != dtype and largest(kv_dtype) is None:
+        return f"it takes a KV cache of the model's dtype, {dtype}, or of fp8; the KV cache is {kv_dtype}"
+    if kv_dtype != dtype and not _has_fp8(device):
+        return "a KV cache of fp8 needs a GPU of compute capability 8.9 or later"
     if shape.head_dim not in (64, 128, 256):
         return f"it takes head_dim 64, 128 and 256, the model has {shape.head_dim}"
     if shape.layer_windows or shape.softcap is not None or shape.sinks:
@@ -76,3 +85,9 @@ def flashinfer_obstacle(
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer-python is not installed"
     return None
+
+
+def _has_fp8(device: "torch.device") -> bool:
+    import torch
+
+    return torch.cuda.get_device_capability(device) >= (8, 9)

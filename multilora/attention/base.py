@@ -32,6 +32,11 @@ class AttentionShape:
     layer_windows: tuple[int | None, ...] = ()  # the same for each layer, where they differ; empty: they do not
     softcap: float | None = None
     sinks: bool = False
+    kv_scales: tuple[tuple[float, float], ...] = ()  # of stored keys and values by layer; empty: 1 (`kv_dtypes.py`)
+
+    def scales_of(self, layer: int) -> tuple[float, float]:
+        """What the layer's stored keys and values are multiplied with."""
+        return self.kv_scales[layer] if self.kv_scales else (1.0, 1.0)
 
     def window_of(self, layer: int) -> int | None:
         """How many tokens a token of the layer sees, itself included; None: all before it."""

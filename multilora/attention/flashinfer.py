@@ -30,11 +30,12 @@ REQUEST_WORDS = 5  # see `list_pages`
 
 @dataclass(frozen=True, kw_only=True)
 class _Shape(AttentionShape):
-    """`AttentionShape`, and what the arena adds. The KV cache has the dtype of the queries."""
+    """`AttentionShape`, and what the arena adds. The KV cache has the dtype of the queries, or one of 8 bits."""
 
     page_size: int
     num_pages: int  # of the arena
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     device: torch.device
 
     @property
@@ -44,7 +45,7 @@ class _Shape(AttentionShape):
             "sm_scale": self.scale,
             "window_left": (self.sliding_window or 0) - 1,  # FlashInfer counts the token itself out; -1: no window
             "q_data_type": self.dtype,
-            "kv_data_type": self.dtype,
+            "kv_data_type": self.kv_dtype,
         }
 
 
@@ -71,14 +72,14 @@ class _Decode:
     """`size` requests of one new token each. Their tables are views of one int32 tensor of `num_words`."""
 
     def __init__(self, shape: _Shape, size: int):
-        self._shape, self._size = shape, size
+        self.shape, self._size = shape, size
         self._pieces = budget(size, shape.num_kv_heads)
         self._sizes = REQUEST_WORDS * size, SPAN_WORDS * split_budget(size), PIECE_WORDS * self._pieces
         self.num_words = sum(self._sizes)
 
     def words(self, meta: AttentionMeta, rows: np.ndarray) -> tuple[np.ndarray, int]:
         """The tables of a step on the host (requests, spans, pieces: see `triton_decode`), and how many pages."""
-        shape = self._shape
+        shape = self.shape
         requests = _requests(shape, meta, rows, self._size)
         pages = requests[3]
         tokens = np.where(pages > 0, (pages - 1) * shape.page_size + requests[4] + 1, 0)
@@ -89,9 +90,9 @@ class _Decode:
 
     def scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for the partial results of requests that are split: see `decode`."""
-        shape = (self._pieces, self._shape.num_heads)
-        partial = torch.empty(*shape, self._shape.head_dim, dtype=torch.float32, device=self._shape.device)
-        return partial, torch.empty(shape, dtype=torch.float32, device=self._shape.device)
+        shape = (self._pieces, self.shape.num_heads)
+        partial = torch.empty(*shape, self.shape.head_dim, dtype=torch.float32, device=self.shape.device)
+        return partial, torch.empty(shape, dtype=torch.float32, device=self.shape.device)
 
     def requests(self, words: torch.Tensor) -> torch.Tensor:
         return words[: self._sizes[0]].view(REQUEST_WORDS, self._size)
@@ -104,11 +105,13 @@ class _Decode:
         indices: torch.Tensor,
         scratch: tuple[torch.Tensor, torch.Tensor],
         out: torch.Tensor,
+        layer: int,
     ) -> None:
-        """q, out: [size, heads, head_dim]."""
+        """q, out: [size, heads, head_dim]; kv: the layer's."""
         _, spans, pieces = words.split(self._sizes)
         tables = pieces.view(-1, PIECE_WORDS), spans.view(-1, SPAN_WORDS)
-        decode(q, kv, indices, *tables, *scratch, out, self._shape.scale)
+        k_scale, v_scale = self.shape.scales_of(layer)
+        decode(q, kv, indices, *tables, *scratch, out, self.shape.scale * k_scale, v_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +144,13 @@ class _PrefillWrapper:
         )  # fmt: skip
         self._planned.record()
 
-    def run(self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor) -> None:
-        """q, out: [T, heads, head_dim]."""
-        self._wrapper.run(q, kv, out=out)
+    def run(self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, layer: int) -> None:
+        """q, out: [T, heads, head_dim]; kv: the layer's."""
+        if self._shape.kv_dtype == self._shape.dtype:
+            self._wrapper.run(q, kv, out=out)
+        else:
+            k_scale, v_scale = self._shape.scales_of(layer)
+            self._wrapper.run(q, kv, out=out, k_scale=k_scale, v_scale=v_scale)
 
 
 class FlashInferAttention:
@@ -154,20 +161,22 @@ class FlashInferAttention:
 
     name = "flashinfer"
 
-    def __init__(self, kv_views: KVViews, shape: AttentionShape):
+    def __init__(self, kv_views: KVViews, shape: AttentionShape, dtype: torch.dtype | None = None):
+        """dtype: of the queries; None: that of the pages."""
         pages = kv_views[0][0]
         self._kv_views = kv_views
-        self._shape = _Shape(
+        self.shape = _Shape(
             **vars(shape),
             page_size=pages.shape[1],
             num_pages=pages.shape[0],
-            dtype=pages.dtype,
+            dtype=dtype or pages.dtype,
+            kv_dtype=pages.dtype,
             device=pages.device,
         )
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=pages.device)
         self._graph_scratch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._prefill = _PrefillWrapper(
-            self._shape, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
+            self.shape, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
         )
         self._meta: AttentionMeta | None = None
         self._step: _DecodeStep | None = None
@@ -184,14 +193,14 @@ class FlashInferAttention:
         several = np.flatnonzero(q_lens > 1)
         self._step = self._decode_step(meta, single) if len(single) else None
         if len(several):
-            requests = _requests(self._shape, meta, several)
-            on_device = _pinned(requests).to(self._shape.device, non_blocking=True)
+            requests = _requests(self.shape, meta, several)
+            on_device = _pinned(requests).to(self.shape.device, non_blocking=True)
             indices = self._list_pages(meta, on_device, int(requests[3].sum()))
             self._prefill.plan(q_lens[several].tolist(), requests, indices)
         self.rows = None
         if len(single) and len(several):
             order = np.argsort(np.repeat(q_lens > 1, q_lens), kind="stable")  # rows, decodes first
-            self.rows = _pinned(np.argsort(order)).to(self._shape.device, non_blocking=True)
+            self.rows = _pinned(np.argsort(order)).to(self.shape.device, non_blocking=True)
         self._meta, self._decodes = meta, len(single)
 
     def forward(
@@ -207,7 +216,9 @@ class FlashInferAttention:
         meta, kv = self._meta, self._kv_views[layer]
         assert meta is not None, "prepare() comes first"
         assert sinks is None, "flashinfer_obstacle() refuses models with sinks"
-        q = rotate_and_write(q, k, v, rope, *kv, meta.token_page, meta.token_slot, self.rows)
+        q = rotate_and_write(
+            q, k, v, rope, *kv, meta.token_page, meta.token_slot, self.rows, scales=self.shape.scales_of(layer)
+        )
         out = torch.empty_like(q)
         self.attend_to(layer, q, out)
         return out
@@ -218,26 +229,24 @@ class FlashInferAttention:
         found = out if self.rows is None else torch.empty_like(out)
         if self._step is not None:
             step = self._step
-            step.decode.run(q[:n], kv, step.words, step.indices, step.scratch, found[:n])
+            step.decode.run(q[:n], kv, step.words, step.indices, step.scratch, found[:n], layer)
         if n < len(q):
-            self._prefill.run(q[n:], kv, found[n:])
+            self._prefill.run(q[n:], kv, found[n:], layer)
         if self.rows is not None:
             torch.index_select(found, 0, self.rows, out=out)
 
     def for_graph(self, batch_size: int) -> StepAttention | None:
         """See `AttentionBackend`. Twins share their scratch and page list, so ask for the largest first."""
-        most = batch_size * self._shape.num_pages
-        twin = _Decode(self._shape, batch_size)
+        most = batch_size * self.shape.num_pages
+        twin = _Decode(self.shape, batch_size)
         if self._graph_scratch is None or len(self._graph_indices) < most:
-            self._graph_indices = torch.zeros(most, dtype=torch.int32, device=self._shape.device)
+            self._graph_indices = torch.zeros(most, dtype=torch.int32, device=self.shape.device)
             self._graph_scratch = twin.scratch()
-        return _GraphAttention(
-            self._shape, self._kv_views, twin, batch_size, self._graph_indices, self._graph_scratch
-        )
+        return _GraphAttention(self.shape, self._kv_views, twin, batch_size, self._graph_indices, self._graph_scratch)
 
     def for_pieces(self, rows: int) -> PieceAttention | None:
         """See `AttentionBackend`."""
-        shape = self._shape
+        shape = self.shape
         if self._piece_memory is None:
             size = (2, rows, shape.num_heads, shape.head_dim)
             self._piece_memory = torch.zeros(size, dtype=shape.dtype, device=shape.device)
@@ -246,23 +255,23 @@ class FlashInferAttention:
         return _PieceAttention(self, self._kv_views, q, out)
 
     def _decode_step(self, meta: AttentionMeta, rows: np.ndarray) -> _DecodeStep:
-        step = _Decode(self._shape, len(rows))
+        step = _Decode(self.shape, len(rows))
         words, num_pages = step.words(meta, rows)
-        on_device = _pinned(words).to(self._shape.device, non_blocking=True)
+        on_device = _pinned(words).to(self.shape.device, non_blocking=True)
         indices = self._list_pages(meta, step.requests(on_device), num_pages)
         return _DecodeStep(step, on_device, indices, step.scratch())
 
     def _list_pages(self, meta: AttentionMeta, requests: torch.Tensor, num_pages: int) -> torch.Tensor:
-        indices = torch.empty(num_pages, dtype=torch.int32, device=self._shape.device)
+        indices = torch.empty(num_pages, dtype=torch.int32, device=self.shape.device)
         list_pages(meta.page_table, requests, indices)
         return indices
 
     def _compile(self) -> None:
         """Make FlashInfer load its kernels, which compiles them unless this machine has done so before."""
-        if not _is_compiled(self._shape):
+        if not _is_compiled(self.shape):
             logger.info("compiling attention kernels, once (one to three minutes)")
-        requests = np.array([[0], [0], [0], [-(-2 // self._shape.page_size)], [1 % self._shape.page_size]], np.int32)
-        indices = torch.zeros(int(requests[3, 0]), dtype=torch.int32, device=self._shape.device)
+        requests = np.array([[0], [0], [0], [-(-2 // self.shape.page_size)], [1 % self.shape.page_size]], np.int32)
+        indices = torch.zeros(int(requests[3, 0]), dtype=torch.int32, device=self.shape.device)
         self._prefill.plan([2], requests, indices)
 
 
@@ -304,9 +313,10 @@ class _GraphAttention:
         """See `AttentionBackend`. Every tensor has `batch_size` rows."""
         assert sinks is None, "flashinfer_obstacle() refuses models with sinks"
         kv = self._kv_views[layer]
-        q = rotate_and_write(q, k, v, rope, *kv, self._token_page, self._token_slot)
+        scales = self._decode.shape.scales_of(layer)
+        q = rotate_and_write(q, k, v, rope, *kv, self._token_page, self._token_slot, scales=scales)
         out = torch.empty_like(q)
-        self._decode.run(q, kv, self._words, self._indices, self._scratch, out)
+        self._decode.run(q, kv, self._words, self._indices, self._scratch, out, layer)
         return out
 
 
@@ -339,7 +349,8 @@ class _PieceAttention:
     def rotate(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> None:
         """See `PieceAttention`."""
         kv = self._kv_views[layer]
-        rotate_and_write(q, k, v, rope, *kv, self._token_page, self._token_slot, self._to, self._q)
+        scales = self._attention.shape.scales_of(layer)
+        rotate_and_write(q, k, v, rope, *kv, self._token_page, self._token_slot, self._to, self._q, scales)
 
     def attend(self, layer: int) -> None:
         """See `PieceAttention`."""
@@ -347,10 +358,10 @@ class _PieceAttention:
 
 
 def _is_compiled(shape: _Shape) -> bool:
-    kind, dim = shape.dtype, shape.head_dim
+    kind, kv_kind, dim = shape.dtype, shape.kv_dtype, shape.head_dim
     names = [
         get_batch_prefill_uri(
-            backend, kind, kind, kind, torch.int32, dim, dim, 0, shape.sliding_window is not None, False, False
+            backend, kind, kv_kind, kind, torch.int32, dim, dim, 0, shape.sliding_window is not None, False, False
         )
         for backend in ("fa2", "fa3")
     ]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from multilora.attention.base import AttentionShape, KVViews, PieceAttention, StepAttention
+from multilora.attention.kv_dtypes import as_stored, in_bytes
 from multilora.attention.rotate import CosSin, rotate
 from multilora.batch import AttentionMeta
 
@@ -54,6 +55,7 @@ class TorchAttention:
         self.num_kv_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
         self.scale = shape.scale
+        self._scales = [shape.scales_of(layer) for layer in range(len(kv_views))]
         self.softcap = shape.softcap
         self.windows = [shape.window_of(layer) for layer in range(len(kv_views))]
         self.page_size = kv_views[0][0].shape[1]
@@ -96,23 +98,23 @@ class TorchAttention:
         assert self._meta is not None, "prepare() comes first"
         q, k = rotate(q, *rope), rotate(k, *rope)
         k_pages, v_pages = self.kv_views[layer]
-        if self._begun is not None:
-            k_pages.index_fill_(0, self._begun, 0)
-            v_pages.index_fill_(0, self._begun, 0)
+        scales = k_scale, v_scale = self._scales[layer]
         where = (self._meta.token_page, self._meta.token_slot)
-        k, v = k.to(k_pages.dtype), v.to(v_pages.dtype)  # rounded as the pages are, whether read from them or not
-        k_pages.index_put_(where, k)
-        v_pages.index_put_(where, v)
+        k, v = as_stored(k, k_pages.dtype, k_scale), as_stored(v, v_pages.dtype, v_scale)  # whether read back or not
+        for pages, rows in ((in_bytes(k_pages), k), (in_bytes(v_pages), v)):
+            if self._begun is not None:
+                pages.index_fill_(0, self._begun, 0)
+            pages.index_put_(where, in_bytes(rows))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         plan = self._plans[self.windows[layer]]
         for decodes in plan.decodes:
-            out[decodes.rows] = self._decode(decodes, q[decodes.rows], k_pages, v_pages, sinks)
+            out[decodes.rows] = self._decode(decodes, q[decodes.rows], k_pages, v_pages, scales, sinks)
         for p in plan.prefills:
             if p.pages is None:
                 keys, values = k[p.start : p.end], v[p.start : p.end]
             else:
                 keys, values = _tokens(k_pages, p.pages), _tokens(v_pages, p.pages)
-            out[p.start : p.end] = self._prefill(q[p.start : p.end], keys, values, p.mask, sinks)
+            out[p.start : p.end] = self._prefill(q[p.start : p.end], keys, values, p.mask, scales, sinks)
         return out
 
     # planning, once a step
@@ -188,6 +190,7 @@ class TorchAttention:
         q: torch.Tensor,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
+        scales: tuple[float, float],
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """q: [B, heads, head_dim]. The query heads of one KV head stand where query tokens usually do."""
@@ -197,7 +200,7 @@ class TorchAttention:
         # both [B, kv_heads, keys, head_dim]
         if sinks is not None:
             sinks = sinks.view(1, self.num_kv_heads, -1, 1)
-        return self._attend(grouped, keys, values, plan.mask, sinks).reshape(q.shape)
+        return self._attend(grouped, keys, values, plan.mask, scales, sinks).reshape(q.shape)
 
     def _prefill(
         self,
@@ -205,6 +208,7 @@ class TorchAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         mask: torch.Tensor | None,
+        scales: tuple[float, float],
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """q: [q, heads, head_dim]; k, v: [keys, kv_heads, head_dim]. The group is the batch: as heads of stride 0 it
@@ -214,7 +218,7 @@ class TorchAttention:
         values = v.to(q.dtype).transpose(0, 1).expand(grouped.shape[0], -1, -1, -1)
         if sinks is not None:
             sinks = sinks.view(self.num_kv_heads, -1).T[:, :, None, None]
-        return self._attend(grouped, keys, values, mask, sinks).permute(2, 1, 0, 3).flatten(1, 2)
+        return self._attend(grouped, keys, values, mask, scales, sinks).permute(2, 1, 0, 3).flatten(1, 2)
 
     def _attend(
         self,
@@ -222,13 +226,16 @@ class TorchAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         mask: torch.Tensor | None,
+        scales: tuple[float, float],
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """q: [..., q, head_dim]; k, v: [..., keys, head_dim]; mask: bool, broadcasts to [..., q, keys], None: causal;
-        sinks: broadcasts to [..., q, 1]."""
+        sinks: broadcasts to [..., q, 1]; scales: of stored keys and values."""
+        scale, v_scale = self.scale * scales[0], scales[1]
         if self.softcap is None and sinks is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
-        scores = (q @ k.transpose(-1, -2) * self.scale).float()  # [..., q, keys]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+            return y if v_scale == 1.0 else y * v_scale
+        scores = (q @ k.transpose(-1, -2) * scale).float()  # [..., q, keys]
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is None:
@@ -237,7 +244,8 @@ class TorchAttention:
         if sinks is not None:
             scores = torch.cat((scores, sinks.float().expand(*scores.shape[:-1], 1)), dim=-1)
         weights = scores.softmax(dim=-1)[..., : k.shape[-2]]
-        return weights.to(q.dtype) @ v
+        y = weights.to(q.dtype) @ v
+        return y if v_scale == 1.0 else y * v_scale
 
 
 def _visible(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -248,4 +256,5 @@ def _visible(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torc
 
 def _tokens(pages: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     """The tokens of these pages in order, [which.numel() · page_size, kv_heads, head_dim], copied."""
-    return pages.index_select(0, which.flatten()).flatten(0, 1)
+    found = in_bytes(pages).index_select(0, which.flatten()).flatten(0, 1)
+    return found.view(pages.dtype)

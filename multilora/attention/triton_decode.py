@@ -46,7 +46,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _attend(q_ptr, k_pages, v_pages, indices, pieces, out_ptr, partial_ptr, lse_ptr, page_stride, slot_stride,
-            head_stride, group, scale, PAGE: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
+            head_stride, group, scale, v_scale, PAGE: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
             BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Online softmax over the tokens of one piece. q, out: [rows, heads, DIM]; partial: fp32 [slots, heads, DIM];
     lse: fp32 [slots, heads], base 2."""
@@ -72,16 +72,16 @@ def _attend(q_ptr, k_pages, v_pages, indices, pieces, out_ptr, partial_ptr, lse_
             at = (page.to(tl.int64) * page_stride + (t % PAGE) * slot_stride)[:, None] + d[None, :]
             t += BLOCK
             page = tl.load(indices + start + t // PAGE, mask=t < tokens, other=0)
-            k = tl.load(k_pages + at, mask=inside[:, None], other=0.0)
+            k = tl.load(k_pages + at, mask=inside[:, None], other=0.0).to(q.dtype)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
             score = tl.where(inside[None, :], score, float("-inf"))
             new = tl.maximum(best, tl.max(score, 1))
             p, fade = tl.exp2(score - new[:, None]), tl.exp2(best - new)
-            v = tl.load(v_pages + at, mask=inside[:, None], other=0.0)
+            v = tl.load(v_pages + at, mask=inside[:, None], other=0.0).to(q.dtype)
             total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
             norm = norm * fade + tl.sum(p, 1)
             best = new
-        total = total / norm[:, None]
+        total = total / norm[:, None] * v_scale
         if slot < 0:
             to = out_ptr + (row * heads + head)[:, None] * DIM + d[None, :]
             tl.store(to, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -186,12 +186,14 @@ def decode(
     lse: torch.Tensor,
     out: torch.Tensor,
     scale: float,
+    v_scale: float = 1.0,
 ) -> None:
     """Attention of one new token per row, into `out`.
 
     q, out: [rows, heads, head_dim], contiguous; kv: k and v pages, [num_pages, page_size, kv_heads, head_dim] of
     equal strides, the last dimension contiguous; indices: int32, the page lists; pieces, spans: see `cut`, on the
-    device; partial: fp32 [budget, heads, head_dim], lse: fp32 [budget, heads], scratch.
+    device; partial: fp32 [budget, heads, head_dim], lse: fp32 [budget, heads], scratch. scale: of the scores, that of
+    stored keys included; v_scale: of stored values.
     """
     k_pages, v_pages = kv
     heads, dim = q.shape[1:]
@@ -199,7 +201,7 @@ def decode(
     group, early = heads // kv_heads, can_launch_early(q.device)
     args = (
         q, k_pages, v_pages, indices, pieces, out, partial, lse,
-        k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), group, scale,
+        k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), group, scale, v_scale,
     )  # fmt: skip
     constants = {"PAGE": k_pages.shape[1], "DIM": dim, "GROUP": max(16, power_of_two(group))}
     options = {"num_warps": WARPS, "num_stages": STAGES}

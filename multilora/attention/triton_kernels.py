@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from multilora.attention.kv_dtypes import largest
 from multilora.kernels.integers import power_of_two
 from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 
@@ -16,8 +17,9 @@ PAGE_BLOCK = 256  # pages that one iteration of `_list_pages` copies
 @triton.jit
 def _rotate_and_write(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, out_row_ptr, k_pages, v_pages,
                       token_page, token_slot, q_token, q_head, k_token, k_head, v_token, v_head,
-                      page_stride, slot_stride, head_stride, group, HALF: tl.constexpr, GROUP: tl.constexpr,
-                      MOVE_ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                      page_stride, slot_stride, head_stride, group, k_scale, v_scale, HALF: tl.constexpr,
+                      GROUP: tl.constexpr, MOVE_ROWS: tl.constexpr, MOST: tl.constexpr,
+                      PDL: tl.constexpr):  # fmt: skip
     """One program per (token, KV head): its query heads, its k, its v. GROUP: `group` rounded up to a power of 2."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -41,10 +43,20 @@ def _rotate_and_write(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, out_row_pt
         v_at = v_ptr + token * v_token + kv_head * v_head + i
         offset = page * page_stride + tl.load(token_slot + token) * slot_stride + kv_head * head_stride + i
         k_first, k_second = tl.load(k_at).to(tl.float32), tl.load(k_at + HALF).to(tl.float32)
-        tl.store(k_pages + offset, (k_first * cos - k_second * sin).to(kind))
-        tl.store(k_pages + offset + HALF, (k_second * cos + k_first * sin).to(kind))
-        tl.store(v_pages + offset, tl.load(v_at))
-        tl.store(v_pages + offset + HALF, tl.load(v_at + HALF))
+        _store(k_pages + offset, (k_first * cos - k_second * sin).to(kind), k_scale, MOST)
+        _store(k_pages + offset + HALF, (k_second * cos + k_first * sin).to(kind), k_scale, MOST)
+        _store(v_pages + offset, tl.load(v_at), v_scale, MOST)
+        _store(v_pages + offset + HALF, tl.load(v_at + HALF), v_scale, MOST)
+
+
+@triton.jit
+def _store(at, x, scale, MOST: tl.constexpr):
+    """As it is, or in a page of 8-bit floats, of which MOST is the largest: see `kv_dtypes.py`."""
+    if MOST > 0:
+        divided = tl.div_rn(x.to(tl.float32), tl.zeros(x.shape, tl.float32) + scale)
+        tl.store(at, tl.clamp(divided, -MOST, MOST).to(at.dtype.element_ty))
+    else:
+        tl.store(at, x)
 
 
 @triton.jit
@@ -83,13 +95,14 @@ def rotate_and_write(
     token_slot: torch.Tensor,
     out_row: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> torch.Tensor:
     """Write rotated k, and v, to their pages; return rotated q, contiguous, its row t at out_row[t] (None: at t), in
     `out` if that is given.
 
     q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim]; head_dim a power of 2. rope: see `rotate.CosSin`.
     k_pages, v_pages: [num_pages, page_size, kv_heads, head_dim] of equal strides. token_page, token_slot, out_row:
-    int64 [T]; a token of page -1 writes nothing.
+    int64 [T]; a token of page -1 writes nothing. scales: of stored keys and values, where pages are of 8-bit floats.
     """
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -100,12 +113,13 @@ def rotate_and_write(
     args = (
         q, k, v, cos, sin, out, out_row, k_pages, v_pages, token_page, token_slot,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), heads // kv_heads,
+        k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), heads // kv_heads, *scales,
     )  # fmt: skip
     constants = {
         "HALF": head_dim // 2,
         "GROUP": power_of_two(heads // kv_heads),
         "MOVE_ROWS": out_row is not None,
+        "MOST": largest(k_pages.dtype) or 0.0,
         "PDL": early,
     }
     launch(_rotate_and_write, (tokens, kv_heads), args, constants, early=early, num_warps=1)

@@ -101,7 +101,7 @@ _ONE_VALUE = """
     hicache-storage-prefetch-retry-poll-interval hicache-write-policy hierarchical-sparse-attention-extra-config
     hisparse-config http2-initial-connection-window-size http2-max-concurrent-streams image-processor-backend
     init-expert-location int8-mamba-ckpt-size json-model-override-args kt-amx-method kt-amx-weight-path kt-cpuinfer
-    kt-max-deferred-experts-per-token kt-method kt-num-gpu-experts kt-threadpool-count kt-weight-path kv-cache-dtype
+    kt-max-deferred-experts-per-token kt-method kt-num-gpu-experts kt-threadpool-count kt-weight-path
     kv-canary kv-canary-real-data kv-canary-sweep-interval kv-events-config limit-mm-data-per-request
     linear-attn-backend linear-attn-decode-backend linear-attn-prefill-backend linear-attn-verify-backend
     linear-replayssm-cache-len lmcache-config-file load-balance-method load-publish-endpoint

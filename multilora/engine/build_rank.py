@@ -5,7 +5,7 @@ Called by `build.py`, for rank 0, and by `ranks/follow.py`, for the others.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from multilora.adapters.device.ring_copier import RingCopier
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.attention.backends import choose_attention, make_attention
 from multilora.attention.base import AttentionBackend
+from multilora.attention.kv_dtypes import largest
 from multilora.config import Config
 from multilora.distributed.group import SINGLE, Group
 from multilora.engine.execution.cuda_graphs import PIECE_SIZES, CudaGraphs, decode_sizes
@@ -145,6 +146,7 @@ def _load(config: Config, device: torch.device, group: Group) -> tuple[CausalLM,
             context_length=config.context_length,
             model_impl=config.model_impl,
             quantization=config.quantization,
+            kv_cache_dtype=config.kv_cache_dtype,
             group=group,
         )
         adapter_limits(config, model)
@@ -174,7 +176,10 @@ def _attention_maker(config: Config, model: CausalLM) -> MakeAttention:
     """Makes the attention backend that was chosen, over any arena."""
     shape, dtypes = model.attention_shape, (model.config.dtype, model.config.kv_dtype)
     name = choose_attention(config.attention_backend, model.device, *dtypes, shape)
-    return lambda kv_views: make_attention(name, kv_views, shape)
+    if largest(model.config.kv_dtype) is not None:
+        shape = replace(shape, kv_scales=model.kv_scales.by_layer)
+        logger.info("KV cache: %s, %s", model.config.kv_dtype, model.kv_scales)
+    return lambda kv_views: make_attention(name, kv_views, shape, model.config.dtype)
 
 
 def _plan(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAttention) -> MemoryPlan:

@@ -23,6 +23,7 @@ from multilora.lora.sharding import local_sites
 from multilora.lora.sites import LAYERS, DeclaredModules, LoraSite, LoraSlice, NormModule
 from multilora.memory.kv_layout import KVLayout
 from multilora.models.config import ModelConfig
+from multilora.models.kv_scales import KVScales
 from multilora.models.weights import fill_dummy, load_weights
 
 
@@ -79,7 +80,7 @@ class CausalLM(nn.Module, ABC):
         if load_format == "dummy":
             fill_dummy(self, seed + self.group.rank)
         else:
-            load_weights(self, model_path, revision, self.older_names)
+            load_weights(self, model_path, revision, self.older_names, self.kv_scales.destinations())
 
     def lora_sites(self) -> tuple[LoraSite, ...]:
         """Every linear layer, the embedding and the head, by `LoraSite.index`."""
@@ -106,6 +107,15 @@ class CausalLM(nn.Module, ABC):
     def capturable(self) -> bool:
         """Whether CUDA graphs can hold its layers: no forward pass waits for the device."""
         return True
+
+    @cached_property
+    def kv_scales(self) -> KVScales:
+        """What stored keys and values are multiplied with, where the KV cache is of 8-bit floats."""
+        return KVScales([self.attention_path(layer) for layer in range(self.config.num_layers)])
+
+    def attention_path(self, layer: int) -> str:
+        """The path of a layer's attention, as checkpoints have it."""
+        return f"{self.layers_path}.{layer}.self_attn"
 
     @property
     def layers_path(self) -> str:

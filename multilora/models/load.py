@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
+from multilora.attention.kv_dtypes import KV_DTYPES
 from multilora.distributed.group import SINGLE, Group
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.layers.weights.methods import weight_formats
@@ -34,14 +35,15 @@ def make_model(
     context_length: int | None = None,
     model_impl: str = "auto",
     quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
     group: Group = SINGLE,
 ) -> CausalLM:
     """This rank's part of the model of a local directory or hub id, its weights allocated but not filled (see
     `CausalLM.load`).
 
-    dtype: the name of a torch dtype; "auto": the checkpoint's, float32 on the CPU. quantization: as --quantization.
-    Fetches JSON files only. Raises ModelUnsupported for an architecture or a setting that is not served, ConfigError
-    for a path or file that is missing or broken, or a group that the model cannot be divided among.
+    dtype: the name of a torch dtype; "auto": the checkpoint's, float32 on the CPU. quantization, kv_cache_dtype: as
+    the options. Fetches JSON files only. Raises ModelUnsupported for an architecture or a setting that is not served,
+    ConfigError for a path or file that is missing or broken, or a group that the model cannot be divided among.
     """
     cls, config = read_config(
         model_path,
@@ -55,6 +57,8 @@ def make_model(
         config = config.with_dtype(getattr(torch, dtype))
     elif device.type == "cpu":
         config = config.with_dtype(torch.float32)
+    if kv_cache_dtype != "auto":
+        config = replace(config, kv_dtype=getattr(torch, KV_DTYPES[kv_cache_dtype]))
     return cls(config, device, group).eval()
 
 

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,16 +39,21 @@ SUPERFLUOUS = re.compile(r"\.rotary_emb\.inv_freq$")  # written by old exporters
 
 
 def load_weights(
-    model: nn.Module, model_path: str, revision: str | None = None, older_names: tuple[tuple[str, str], ...] = ()
+    model: nn.Module,
+    model_path: str,
+    revision: str | None = None,
+    older_names: tuple[tuple[str, str], ...] = (),
+    others: Mapping[str, "Destination"] | None = None,
 ) -> None:
-    """Fill every parameter from the checkpoint of a local directory or hub id. older_names: see `CausalLM`.
+    """Fill every parameter from the checkpoint of a local directory or hub id. older_names: see `CausalLM`; others:
+    of tensors that are no parameters.
 
     Raises ModelUnsupported naming the tensor that is missing, left over or misshapen, before any is copied;
     ConfigError for a missing or broken file.
     """
     began = time.monotonic()
     files = checkpoint_files(model_path, revision)
-    targets = destinations(model)
+    targets = destinations(model) | dict(others or {})
     wanted = _check(files, targets, older_names)
     total, nbytes = sum(len(found) for found in wanted.values()), 0
     with tqdm(total=total, unit=" tensors", desc="Loading weights") as bar:

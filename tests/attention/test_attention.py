@@ -38,9 +38,11 @@ def test_torch_is_chosen_and_logged(name: str, caplog: pytest.LogCaptureFixture)
         (CUDA, FP32, FP32, 64, "torch.float32"),
         (CUDA, BF16, torch.float16, 64, "the KV cache is torch.float16"),
         (CUDA, BF16, BF16, 80, "head_dim"),
+        (CUDA, BF16, torch.float8_e5m2, 64, "compute capability 8.9"),
     ],
 )
-def test_flashinfer_by_name_says_what_is_missing(device, dtype, kv_dtype, head_dim, missing) -> None:
+def test_flashinfer_by_name_says_what_is_missing(device, dtype, kv_dtype, head_dim, missing, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ConfigError, match=f"--attention-backend flashinfer: .*{missing}"):
         choose_attention("flashinfer", device, dtype, kv_dtype, shape(head_dim))
 

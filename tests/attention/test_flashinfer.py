@@ -166,6 +166,26 @@ def test_groups_and_page_sizes(heads: tuple[int, int], page_size: int) -> None:
     run(make_case(BATCHES["mixed"], (*heads, 128), page_size=page_size), None)
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_pages_of_8_bit_floats(stored: torch.dtype) -> None:
+    """Each is a compilation. New keys are rounded to bf16 first here, and not in the comparison."""
+    case = make_case(BATCHES["mixed"], LLAMA, dtype=stored)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    case.qkv = torch.randn(case.qkv.shape, generator=generator, device=DEVICE).to(KIND)
+    heads, kv_heads, _ = case.heads
+    shape = AttentionShape(heads, kv_heads, 128, 0.09, None, kv_scales=((0.5, 2.0),) * LAYERS)
+    twin = TorchAttention(case.layout.views(case.arena.cpu()), shape)
+    attention = make_attention("flashinfer", case.views(), shape, KIND)
+    attention.prepare(case.meta)
+    got = forward(attention, case)
+    meta, (cos, sin), qkv = case.meta, case.rope, case.qkv.cpu().float()
+    tensors = (t.cpu() for t in (meta.page_table, meta.token_page, meta.token_slot))
+    twin.prepare(AttentionMeta(meta.q_lens, meta.kv_lens, *tensors))
+    for layer, found in enumerate(got):
+        want = twin.forward(layer, *qkv[layer].split(case.heads, dim=1), (cos.cpu(), sin.cpu()))
+        assert (found.cpu().float() - want).norm() / want.norm() < 3e-2
+
+
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 128), (KIND, 256)])
 def test_other_types_and_head_sizes(dtype: torch.dtype, head_dim: int) -> None:
     """Each is a compilation of FlashInfer's, one to three minutes where it has not been done yet."""

@@ -117,6 +117,32 @@ def run(case: Case, heads: int, window: int | None, atol: float, computed_in: to
     check_pages(case)
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_pages_of_8_bit_floats(stored: torch.dtype, softcap: float | None) -> None:
+    """Keys and values are what is stored of them, times their scales, the new ones too."""
+    scales = ((0.5, 0.25), (1.0, 4.0))
+    case = make_case([(1, 9), (5, 5), (3, 11), (1, 1)], 4, 2, 8, torch.float32)
+    layout = KVLayout(LAYERS, 4, 2, 8, stored)
+    views = layout.views(torch.zeros(len(case.views[0][0]), layout.page_bytes, dtype=torch.uint8))
+    for layer, pair in enumerate(views):
+        for pages, wide, scale in zip(pair, case.views[layer], scales[layer], strict=True):
+            pages.view(torch.uint8).copy_((wide / scale).to(stored).view(torch.uint8))
+    shape = AttentionShape(4, 2, 8, 0.3, None, softcap=softcap, kv_scales=scales)
+    attention = TorchAttention(views, shape)
+    attention.prepare(case.meta)
+    for layer in range(LAYERS):
+        new = [h[layer, :, h.shape[2] - n :] for h, n in zip(case.history, case.meta.q_lens, strict=True)]
+        k, v = torch.cat(new, dim=1)
+        q = torch.randn(len(k), 4, 8, generator=torch.Generator().manual_seed(2))
+        got = attention.forward(layer, q, k, v, unrotated(k))
+        held = [[(h[layer, i] / s).to(stored).float() * s for i, s in enumerate(scales[layer])] for h in case.history]
+        want = [
+            dense(part, *kv, 0.3, None, softcap) for part, kv in zip(q.split(case.meta.q_lens), held, strict=True)
+        ]
+        torch.testing.assert_close(got.double(), torch.cat(want), atol=1e-5, rtol=1e-5)
+
+
 def check_pages(case: Case) -> None:
     """The arena now holds the whole history of every request, at its place."""
     for r, h in enumerate(case.history):

@@ -29,15 +29,28 @@ def on_device(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values).to(DEVICE)
 
 
-def check(lens: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window: int = 0, most: int = 0):
-    """A step of requests with so many tokens (0: padding), their pages dealt at random. Returns the pieces."""
+def check(
+    lens: list[int],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    window: int = 0,
+    most: int = 0,
+    stored: torch.dtype | None = None,
+):
+    """A step of requests with so many tokens (0: padding), their pages dealt at random. Returns the pieces.
+
+    stored: dtype of the pages, if another one, which then have scales.
+    """
+    k_scale, v_scale = (1.0, 1.0) if stored is None else (0.25, 3.0)
     g = torch.Generator().manual_seed(sum(lens) + dim)
     tokens = np.array(lens)
     first = np.maximum(tokens - window, 0) // PAGE if window else np.zeros_like(tokens)
     pages = np.where(tokens > 0, -(-tokens // PAGE) - first, 0)
     listed = np.where(tokens > 0, tokens - first * PAGE, 0)
     skip = np.maximum(listed - window, 0) if window else np.zeros_like(listed)
-    arena = torch.randn(int(pages.sum()) + 3, PAGE, 2, kv_heads, dim, generator=g).to(DEVICE, dtype)
+    arena = torch.randn(int(pages.sum()) + 3, PAGE, 2, kv_heads, dim, generator=g).to(DEVICE, stored or dtype)
     kv = arena[:, :, 0], arena[:, :, 1]
     indices = torch.randperm(len(arena), generator=g)[: int(pages.sum())].to(DEVICE, torch.int32)
     q = torch.randn(len(lens), heads, dim, generator=g).to(DEVICE, dtype)
@@ -46,7 +59,9 @@ def check(lens: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dty
     out = torch.full_like(q, 7.0)
     partial = torch.full((slots, heads, dim), float("nan"), device=DEVICE)
     lse = torch.full((slots, heads), float("nan"), device=DEVICE)
-    decode(q, kv, indices, on_device(plan.pieces), on_device(plan.spans), partial, lse, out, dim**-0.5)
+    decode(
+        q, kv, indices, on_device(plan.pieces), on_device(plan.spans), partial, lse, out, dim**-0.5 * k_scale, v_scale
+    )
     at = 0
     for r, count in enumerate(pages):
         mine = indices[at : at + count].long()
@@ -54,7 +69,8 @@ def check(lens: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dty
         if count == 0:
             assert (out[r] == 7.0).all(), "padding writes nothing"
             continue
-        k, v = (t[mine].flatten(0, 1)[skip[r] : listed[r]].float() for t in kv)  # [tokens, kv_heads, dim]
+        k, v = (t.float()[mine].flatten(0, 1)[skip[r] : listed[r]] for t in kv)  # [tokens, kv_heads, dim]
+        k, v = k * k_scale, v * v_scale
         k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
         weights = torch.einsum("hd,thd->ht", q[r].float(), k).mul(dim**-0.5).softmax(-1)
         want = torch.einsum("ht,thd->hd", weights, v)
@@ -69,6 +85,11 @@ def check(lens: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dty
 def test_against_a_dense_loop(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, eager_to_split: None) -> None:
     plan = check([1, 31, 32, 33, 4, 70], heads, kv_heads, dim, dtype, most=9)
     assert sorted(plan.spans[:, 2]) == [0, 0, 0, 0, 2, 3]  # pieces of those that are split
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_pages_of_8_bit_floats(stored: torch.dtype, eager_to_split: None) -> None:
+    check([1, 31, 0, 70], 6, 2, 16, DTYPES[-1], most=6, stored=stored)
 
 
 def test_a_long_request_among_short_ones_is_split() -> None:

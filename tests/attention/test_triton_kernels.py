@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from multilora.attention import triton_kernels as kernels
+from multilora.attention.kv_dtypes import as_stored
 from multilora.attention.rotate import rotate
 from multilora.memory.kv_layout import KVLayout
 
@@ -48,6 +49,24 @@ def test_rotate_and_write(heads: int, kv_heads: int, head_dim: int, dtype: torch
     for view in layout.views(arena)[layer]:
         view[where] = 0
     assert not arena.any(), "something else was written"
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_pages_of_8_bit_floats(stored: torch.dtype) -> None:
+    """Numbers that need no rounding, which the interpreter does in a way of its own; what is too large becomes the
+    largest."""
+    layout = KVLayout(1, 4, 2, 16, stored)
+    ((k_pages, v_pages),) = layout.views(torch.zeros(3, layout.page_bytes, dtype=torch.uint8, device=DEVICE))
+    values = torch.tensor([-448.0, -1.5, -0.25, 0.0, 0.125, 1.0, 3.5, 112.0], device=DEVICE)
+    k, v = values.repeat(5, 2, 2), values.flip(0).repeat(5, 2, 2)
+    v[0, 0, 0] = 1e7
+    page, slot = torch.tensor([2, 0, -1, 2, 0], device=DEVICE), torch.tensor([3, 0, 0, 1, 2], device=DEVICE)
+    rope = torch.ones(5, 1, 8, device=DEVICE), torch.zeros(5, 1, 8, device=DEVICE)
+    kernels.rotate_and_write(k, k, v, rope, k_pages, v_pages, page, slot, scales=(2.0, 0.5))
+    real = page >= 0
+    for pages, given, scale in ((k_pages, k, 2.0), (v_pages, v, 0.5)):
+        found = pages.float()[page[real], slot[real]]
+        assert torch.equal(found, as_stored(given, stored, scale).float()[real])
 
 
 def test_list_pages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,9 @@ class TransformersCausalLM(CausalLM):
     def attention_shape(self) -> AttentionShape:
         return self.config.attention
 
+    def attention_path(self, layer: int) -> str:
+        return self.config.examination.attentions[layer].path
+
     @property
     def layers_path(self) -> str:
         return self._sites.layers
@@ -121,7 +124,7 @@ class TransformersCausalLM(CausalLM):
         if load_format == "dummy":
             fill_dummy(self, seed + self.group.rank)
         else:
-            load_tree(self._tree.lm, model_path, revision)
+            load_tree(self._tree.lm, model_path, revision, self.kv_scales.destinations())
 
     def _declare(self) -> Sites:
         tree = self._tree

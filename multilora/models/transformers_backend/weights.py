@@ -9,7 +9,7 @@ import copy
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,17 @@ class _Plan:
     merges: dict[str, _Merge]  # by the first name that they get
 
 
-def load_tree(lm: Any, model_path: str, revision: str | None) -> None:
-    """Fill every parameter, and every buffer that checkpoints hold.
+def load_tree(
+    lm: Any, model_path: str, revision: str | None, others: Mapping[str, Destination] | None = None
+) -> None:
+    """Fill every parameter, and every buffer that checkpoints hold. others: see `load_weights`.
 
     Raises ModelUnsupported naming the tensor that is missing, left over or misshapen, ConfigError for a missing or
     broken file.
     """
     began = time.monotonic()
     files = checkpoint_files(model_path, revision)
-    targets = tree_destinations(lm)
+    targets = tree_destinations(lm) | dict(others or {})
     plan = _plan(lm, files, targets)
     filled: set[str] = set()
     with tqdm(total=len(targets), unit=" tensors", desc="Loading weights") as bar:
