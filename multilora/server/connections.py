@@ -1,4 +1,5 @@
-"""Connections within bounds: how many there are, how long one may be silent, and how long it may take nothing.
+"""Connections within bounds: how many there are, how long one may be silent, how many bytes of headers it may send,
+and how long it may take nothing.
 
 Owns the limit of file descriptors and uvicorn's protocol with timers. Knows nothing of requests but whether one is
 under way; the time for a body is `request_body.py`'s. Used by `serve.py`.
@@ -17,7 +18,11 @@ HEAD_SECONDS = 30.0
 """From the first byte of a request, or the start of the connection, to the end of its headers."""
 STALL_SECONDS = 60.0
 """How long a client may take nothing of what it is sent."""
+HEAD_BYTES = 64 << 10
+"""Of a request line with its headers, or of what may stand between the pieces of a body and after it. The parser
+keeps them, and has no limit of its own; h11, which is used where httptools is missing, has."""
 MOST_DESCRIPTORS = 65_536
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
 
 
@@ -42,8 +47,11 @@ else:
     _Protocol = AutoHTTPProtocol
 
 
+_COUNTS_HEADS = hasattr(AutoHTTPProtocol, "on_headers_complete")
+
+
 class BoundedProtocol(_Protocol):
-    """A connection that is closed when it is one too many, silent, or does not read."""
+    """A connection that is closed when it is one too many, silent, sends headers without end, or does not read."""
 
     max_connections: ClassVar[int]  # of the server; set by `bounded_protocol`
 
@@ -55,6 +63,7 @@ class BoundedProtocol(_Protocol):
         super().__init__(*args, **kwargs)
         self._head: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
+        self._head_bytes = 0  # read since the parser had a whole head, or a piece of a body
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -70,11 +79,37 @@ class BoundedProtocol(_Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._head_bytes += len(data)
         super().data_received(data)
-        if self._between_requests:
+        if self._head_bytes > HEAD_BYTES and _COUNTS_HEADS:
+            self._refuse_head()
+        elif self._between_requests:
             self._wait_for_head()
         else:
             self._stop_waiting_for_head()
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser, as the next two."""
+        self._head_bytes = 0
+        super().on_headers_complete()  # type: ignore[misc]
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)  # type: ignore[misc]
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_message_complete()  # type: ignore[misc]
+
+    def _refuse_head(self) -> None:
+        self._stop_waiting_for_head()
+        if self.transport.is_closing():
+            return
+        if self._between_requests:
+            self.transport.write(TOO_LARGE)
+            self.transport.close()
+        else:  # in the middle of a body, perhaps of an answer
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         super().pause_writing()

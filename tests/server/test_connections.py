@@ -164,3 +164,68 @@ def test_descriptors():
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert [connections_within(n) for n in (64, 1024, 65536)] == [32, 768, 65280]
+
+
+CHUNKED = b"POST /slow HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+PIECE = b"a" * 1000
+FLOODS = {
+    "headers": (b"GET /a HTTP/1.1\r\n", b"x-a: " + PIECE + b"\r\n", True),
+    "one header": (b"GET /a HTTP/1.1\r\nx-a: ", PIECE, True),
+    "the target": (b"GET /", PIECE, True),
+    "the second request's headers": (GET + b"GET /a HTTP/1.1\r\n", b"x-a: " + PIECE + b"\r\n", True),
+    "a chunk's extension": (CHUNKED + b"1;a=", PIECE, False),
+    "trailers": (CHUNKED + b"0\r\n", b"x-a: " + PIECE + b"\r\n", False),
+    "one trailer": (CHUNKED + b"0\r\nx-a: ", PIECE, False),
+}
+
+
+@pytest.mark.parametrize(("begin", "again", "told"), FLOODS.values(), ids=FLOODS)
+def test_headers_without_end(begin, again, told):
+    """The parser would keep them all."""
+
+    async def app(_scope, receive, send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def scenario():
+        async with serving(app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            answers = asyncio.create_task(reader.read())
+            writer.write(begin)
+            sent = 0
+            with contextlib.suppress(ConnectionError):
+                while not answers.done():
+                    writer.write(again * 8)
+                    await writer.drain()
+                    await asyncio.sleep(0)
+                    sent += 8 * len(again)
+            said = b""
+            with contextlib.suppress(ConnectionError):
+                said = await answers
+            assert sent < 64 << 20, "it went on and on"
+            if told and said:  # a reset may overtake it
+                assert b" 431 " in said
+            writer.close()
+
+    run(scenario)
+
+
+def test_a_long_body_is_no_head():
+    """Nor is one that comes after its answer, in pieces of any size."""
+
+    async def scenario():
+        async with serving(App()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST /first HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (1 << 20))
+            for number in range(1 << 10):
+                writer.write(b"b" * (1 << 10))
+                await writer.drain()
+                if number == 0:
+                    assert b"/first" in await reader.readuntil(b"0\r\n\r\n")
+            writer.write(b"GET /second HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"/second" in await reader.readuntil(b"0\r\n\r\n")
+            writer.close()
+
+    run(scenario)
