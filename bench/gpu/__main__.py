@@ -5,6 +5,7 @@
 Llama-3.1-8B's dimensions, random weights, bf16; adapters on all seven projections with truly distinct random weights;
 one engine for all rows (`base_only` starts a second one beside it, without LoRA). A row's limit comes from bandwidths
 and rates measured in the same run. Peers: the better of vLLM 0.26.0 and SGLang 0.5.17 on the same kind of machine.
+With `--quantization` or `--kv-cache-dtype` limits count the bytes held; there are no targets, which are of 16 bit.
 The last line is JSON. `--dims tiny --device cpu` runs the same rows in seconds, to check that they run.
 """
 
@@ -33,6 +34,7 @@ from bench.gpu.sizes import SIZES, Adapters, write_model
 from bench.gpu.swaps import fresh_rows, swap_rows
 from bench.gpu.throughput import few_places_rows, many_rows, throughput_rows
 from multilora import LLM
+from multilora.attention.kv_dtypes import KV_DTYPES
 from multilora.config import Config
 from multilora.engine.scheduling.policy import POLICIES
 
@@ -53,6 +55,9 @@ PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "swap": swap_rows,
     "fresh": fresh_rows,
 }
+WEIGHT_BITS = {"fp8": 8.0, "bitsandbytes": 4 + 8 / 64}
+"""Of a number, with its share of scales where they count, by --quantization."""
+
 NEED_CUDA = ("idle", "kernels", "copies")
 ONE_DEVICE = ("kernels",)  # what they measure is a whole model's
 
@@ -63,6 +68,8 @@ def main() -> int:
     parser.add_argument("--dims", choices=SIZES, default="llama-8b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tp-size", type=int, default=1, help="devices that share the model")
+    parser.add_argument("--quantization", choices=WEIGHT_BITS, help="hold the layers' weights in fewer bits")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", *KV_DTYPES], default="auto")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--lora-backend", default="auto")
     parser.add_argument("--disable-cuda-graph", action="store_true")
@@ -109,6 +116,8 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         "max_running_requests": work.batch,
         "disable_radix_cache": True,
         "tp_size": args.tp_size,
+        "quantization": args.quantization,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "attention_backend": args.attention_backend,
         "disable_cuda_graph": args.disable_cuda_graph,
         "chunked_prefill_size": args.chunked_prefill_size,
@@ -128,7 +137,8 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         gc.freeze()  # as the engine does in a process of its own
         result["seconds"]["start"] = round(time.perf_counter() - started, 1)
         adapters = Adapters(directory, dims, machine.device)
-        bench = Bench(llm, start_without, dims, work, machine, adapters, args.dims, args.tp_size)
+        bits = WEIGHT_BITS.get(args.quantization, 16), 16 if args.kv_cache_dtype == "auto" else 8
+        bench = Bench(llm, start_without, dims, work, machine, adapters, args.dims, args.tp_size, *bits)
         for part in parts:
             measure_part(bench, part, result)
     result["seconds"]["all"] = round(time.perf_counter() - started, 1)

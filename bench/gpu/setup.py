@@ -47,7 +47,8 @@ class Machine:
 @dataclass(frozen=True)
 class Bench:
     """What every row needs. start_without: makes another engine, with LoRA off; sizes: the name of dims and work;
-    tp_size: how many devices share the model; infos: every loaded adapter by name."""
+    tp_size: how many devices share the model; weight_bits, kv_bits: of a number in layers and in the KV cache;
+    infos: every loaded adapter by name."""
 
     llm: LLM
     start_without: Callable[[], LLM]
@@ -57,6 +58,8 @@ class Bench:
     adapters: Adapters
     sizes: str
     tp_size: int = 1
+    weight_bits: float = 16
+    kv_bits: int = 16
     infos: dict[str, AdapterInfo] = field(default_factory=dict)
 
     def load(self, ranks: dict[str, int]) -> None:
@@ -77,8 +80,9 @@ class Bench:
         return list(ranks)
 
     def row(self, name: str, unit: str, target: float | None = None, best_peer: float | None = None) -> Row:
-        """Targets and peers are those of one model and workload on one device; others are in `TARGETS_OF_RANKS`."""
-        if self.sizes != "llama-8b":
+        """Targets and peers are those of one model and workload in 16 bit on one device; others are in
+        `TARGETS_OF_RANKS`."""
+        if self.sizes != "llama-8b" or (self.weight_bits, self.kv_bits) != (16, 16):
             return Row(name, unit)
         if self.tp_size > 1:
             return Row(name, unit, TARGETS_OF_RANKS.get(self.tp_size, {}).get(name))
@@ -87,7 +91,8 @@ class Bench:
     def step_ms(self, batch: int, context: float, adapters: list[int]) -> float:
         """The least milliseconds of a decode step: the bytes of one device at the measured bandwidth. Collectives are
         not in it."""
-        return self.dims.step_bytes(batch, context, adapters, self.tp_size) / self.machine.read * 1e3
+        bits = {"weight_bits": self.weight_bits, "kv_bits": self.kv_bits}
+        return self.dims.step_bytes(batch, context, adapters, self.tp_size, **bits) / self.machine.read * 1e3
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         random = torch.Generator().manual_seed(count)

@@ -59,11 +59,20 @@ class Dims:
         )
         return 2 * self.layers * rank * numbers
 
-    def step_bytes(self, batch: int, context: float, adapters: list[int], ranks: int = 1) -> float:
+    def step_bytes(
+        self,
+        batch: int,
+        context: float,
+        adapters: list[int],
+        ranks: int = 1,
+        *,
+        weight_bits: float = 16,
+        kv_bits: int = 16,
+    ) -> float:
         """What a decode step must read: the matrices, the KV of `batch` requests, one adapter of each of the LoRA
-        ranks `adapters`."""
-        matrices = 2 * (self.parameters + self.hidden * self.vocab) / ranks
-        kv = batch * context * self.kv_bytes(ranks)
+        ranks `adapters`. weight_bits: of a number in the matrices of layers; the head's have 16."""
+        matrices = (self.parameters * weight_bits / 8 + 2 * self.hidden * self.vocab) / ranks
+        kv = batch * context * self.kv_bytes(ranks) * kv_bits / 16
         return matrices + kv + sum(self.adapter_bytes(rank, ranks) for rank in adapters)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from bench.gpu.sizes import SIZES
+
 ROOT = Path(__file__).parents[2]
 ROWS = {  # part → rows
     "decode": 8,
@@ -77,3 +79,11 @@ def test_adapters_take_turns_where_the_device_holds_few(result: dict[str, Any]) 
     [few] = [n for name, n in loads.items() if "--lora-device-bytes" in name]
     [many] = [n for name, n in loads.items() if "twice" in name]
     assert few >= 4 and many >= 10  # how many more depends on what is still resident from before
+
+
+def test_limits_count_the_bytes_that_are_held() -> None:
+    dims, _ = SIZES["llama-8b"]
+    plain, held = dims.step_bytes(1, 0, []), dims.step_bytes(1, 0, [], weight_bits=8)
+    assert plain - held == dims.parameters
+    with_kv = dims.step_bytes(4, 100, [], kv_bits=8) - plain
+    assert with_kv == 4 * 100 * dims.kv_bytes() / 2

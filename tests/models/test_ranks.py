@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fakes.models import FAMILIES, make_tiny_model
+from quantised import write_quantised
 from safetensors import safe_open
 
 from multilora.attention.backends import make_attention
@@ -147,3 +148,22 @@ def test_a_model_that_cannot_be_divided_is_refused_before_its_weights(tmp_path: 
 
     with pytest.raises(ConfigError, match="--tp-size 3: q_proj, k_proj, v_proj: 4 x 16 columns cannot be divided"):
         make_model(str(tmp_path), device=CPU, group=Three())
+
+
+def test_ranks_divide_fp8(tmp_path: Path) -> None:
+    """Each holds its part of a matrix, with the scales of the blocks that this is."""
+
+    def in_blocks(path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scales = torch.rand(-(-weight.shape[0] // 16), -(-weight.shape[1] // 16)) + 0.5
+        return {"weight": weight.to(torch.float8_e4m3fn), "weight_scale_inv": scales}
+
+    config = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    write_quantised(tmp_path, config, in_blocks, family="llama")
+
+    def parts(model: CausalLM) -> dict[str, torch.Tensor]:
+        return {name: model.base_weight(1, name)[0] for name in ("q_proj", "up_proj", "down_proj", "o_proj")}
+
+    whole = parts(loaded(tmp_path, SINGLE))
+    held = on_ranks(tmp_path, 2, parts)
+    for name, dim in (("q_proj", 0), ("up_proj", 0), ("down_proj", 1), ("o_proj", 1)):
+        assert torch.equal(torch.cat([part[name] for part in held], dim=dim), whole[name]), name

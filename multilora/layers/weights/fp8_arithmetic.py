@@ -12,8 +12,6 @@ import logging
 import torch
 import torch.nn.functional as F
 
-from multilora.layers.ops import fused_ops
-
 logger = logging.getLogger(__name__)
 
 E4M3 = torch.float8_e4m3fn
@@ -26,8 +24,7 @@ ALIGNED = 16
 
 def quantise(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """x: [rows, in]. Returns e4m3 [rows, in] and fp32 scales: [rows, 1], or [rows, in / group rounded up]."""
-    ops = fused_ops(x.device)
-    if ops is not None:
+    if x.device.type == "cuda" and has_fp8(x.device):
         from multilora.layers.triton_fp8 import quantise as fused
 
         return fused(x, group)
@@ -69,12 +66,18 @@ def scaled_product(
 
 
 @functools.cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether the GPU computes with 8-bit floats."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@functools.cache
 def rows_obstacle(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     """What keeps a weight [out, in] from `scaled_product`; None: nothing does. Logged, once for each case."""
     found = None
     if device.type != "cuda":
         return f"on {device.type} the definition is computed"
-    if torch.cuda.get_device_capability(device) < (8, 9):
+    if not has_fp8(device):
         found = "the GPU has no fp8 products"
     elif dtype != torch.bfloat16:
         found = f"torch's fp8 product gives bfloat16, the model is {dtype}"
@@ -111,7 +114,7 @@ def blocks_obstacle(device: torch.device, block: tuple[int, int]) -> str | None:
     found = None
     if device.type != "cuda":
         return f"on {device.type} the definition is computed"
-    if torch.cuda.get_device_capability(device) < (8, 9):
+    if not has_fp8(device):
         found = "the GPU has no fp8 products"
     elif block[1] not in (32, 64, 128, 256):
         found = f"blocks of {block[0]} x {block[1]} have no kernel"
