@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import psutil
 
@@ -210,6 +211,32 @@ def silent_connections(target: Target) -> Counter[int | str]:
         status = _generate(target)
         time.sleep(5)
     return Counter([status])
+
+
+@scenario
+def header_floods(target: Target) -> Counter[int | str]:
+    """Twenty that send headers, a target, a chunk's extension or trailers for as long as they are let."""
+    chunked = b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    line = b"x-a: " + b"a" * 1000 + b"\r\n"
+    floods = [
+        (b"GET /health HTTP/1.1\r\n", line),
+        (b"GET /", b"a" * 1000),
+        (chunked + b"1;a=", b"a" * 1000),
+        (chunked + b"0\r\n", line),
+    ]
+
+    def flood(begin: bytes, again: bytes) -> int | str:
+        end = time.monotonic() + DEADLINE
+        with target.socket() as one:
+            try:
+                one.sendall(begin)
+                while time.monotonic() < end:
+                    one.sendall(again * 64)
+            except OSError:
+                return "closed"
+        return "timeout"
+
+    return _together([partial(flood, *floods[number % 4]) for number in range(20)])
 
 
 @scenario

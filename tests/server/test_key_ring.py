@@ -81,3 +81,34 @@ def test_a_tenant_is_not_called_like_the_base_model(tmp_path):
 def test_a_file_and_an_api_key_do_not_go_together():
     with pytest.raises(ConfigError, match="only one of them"):
         Config(auth_file="keys.toml", api_key="k")
+
+
+def test_finding_a_key_takes_as_long_whoever_has_it(tmp_path, monkeypatch):
+    """Each known key is compared, in constant time, whichever is the right one and whether there is one."""
+    keys = [f"{FIRST} {i}" for i in range(5)]
+    path = tmp_path / "keys.toml"
+    path.write_text(text(*keys))
+    compared = []
+
+    def compare(a, b):
+        compared.append((a, b))
+        return a == b
+
+    rings = (
+        (KeyRing(Config(auth_file=str(path), admin_api_key="admin", metrics_key="m")), len(keys) + 1),
+        (
+            KeyRing(Config(api_key="user", admin_api_key="admin")),
+            2,
+        ),
+    )
+    monkeypatch.setattr("hmac.compare_digest", compare)
+    for ring, number in rings:
+        for key in (*keys, "admin", "user", "", "nobody's"):
+            compared.clear()
+            ring.caller(key)
+            assert len(compared) == number
+    scraping = rings[0][0]
+    for key in ("m", "admin", "nobody's"):
+        compared.clear()
+        scraping.may_scrape_all(key)
+        assert len(compared) == 2
