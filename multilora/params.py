@@ -55,6 +55,15 @@ class EmbeddingSettings(msgspec.Struct, frozen=True, kw_only=True):
     normalize: bool = True
 
 
+class ClassifierSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The base model's classification head: the name of each label, and the problem that it was trained for, as
+    transformers' config has it: single_label_classification, multi_label_classification, regression; "": it does not
+    say."""
+
+    labels: tuple[str, ...]
+    problem_type: str = ""
+
+
 GrammarField = Literal["json_schema", "regex", "ebnf", "structural_tag"]
 GRAMMAR_FIELDS: tuple[GrammarField, ...] = get_args(GrammarField)
 

@@ -269,5 +269,8 @@ def _describe(parts: RankParts, stats: Stats) -> Ready:
         lora_backend=parts.lora.backend.name if parts.lora else "off",
         attention_backend=parts.attention.name,
         embedding=parts.embedding,
+        classifier=config.classifier,
+        generates=config.generates,
+        pad_token_id=config.pad_token_id,
         stats=stats,
     )

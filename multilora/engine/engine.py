@@ -360,6 +360,7 @@ class Engine:
             not_composable_reason=adapter.not_composable_reason,
             vocab_size=adapter.vocab_size,
             trains_tokens=adapter.trains_tokens,
+            num_labels=adapter.num_labels,
             fingerprint=adapter.fingerprint,
         )
 

@@ -72,8 +72,9 @@ def largest_step(model: CausalLM, layout: KVLayout, make_attention: MakeAttentio
     with torch.inference_mode():
         attention.prepare(meta)
         x = model.embed(torch.zeros_like(positions), ctx)
-        logits = model.logits(model(x, positions, ctx), ctx)
-        sampler.sample(logits[:count], range(count), [0] * count)
+        hidden = model(x, positions, ctx)
+        if model.config.generates:
+            sampler.sample(model.logits(hidden, ctx)[:count], range(count), [0] * count)
     return arena.numel()
 
 

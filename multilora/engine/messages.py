@@ -12,7 +12,14 @@ from typing import Literal
 
 import msgspec
 
-from multilora.params import Composition, EmbeddingSettings, LogprobsMode, PoolingParams, SamplingParams
+from multilora.params import (
+    ClassifierSettings,
+    Composition,
+    EmbeddingSettings,
+    LogprobsMode,
+    PoolingParams,
+    SamplingParams,
+)
 from multilora.tracing import SpanRecord
 
 
@@ -244,6 +251,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     not_composable_reason: str = ""  # why it cannot be part of a composition; empty: it can
     vocab_size: int | None = None  # of its own head; None: the base model's
     trains_tokens: bool = False  # it may have tokens that the base model's tokenizer does not know
+    num_labels: int = 0  # of its own classification head; 0: it has none
     fingerprint: str = ""  # of its files, changes when they do
 
 
@@ -341,6 +349,9 @@ class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     lora_backend: str
     attention_backend: str
     embedding: EmbeddingSettings
+    classifier: ClassifierSettings | None = None
+    generates: bool = True  # False: it has no language-model head
+    pad_token_id: int | None = None
     stats: Stats
 
 

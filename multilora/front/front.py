@@ -27,6 +27,7 @@ from multilora.errors import (
 )
 from multilora.front.access import CALLER, Caller, Limits, Tenant
 from multilora.front.adapter_manager import AdapterManager
+from multilora.front.classification import check_head, classified_tokens
 from multilora.front.effects import Lane, RunBlocking, Steps
 from multilora.front.engine_link import EngineLink
 from multilora.front.fetcher import Fetcher
@@ -289,7 +290,11 @@ class Front:
 
     def _prepare(self, sample: Sample) -> Submit:
         """The checks of what depends on the prompt's tokens, and the message but for its grammar."""
-        job, length = sample.job, len(sample.prompt_ids)
+        job = sample.job
+        check_head(job, sample.held, self.engine.ready)
+        if job.pooling is not None and job.pooling.scores:
+            sample.prompt_ids = classified_tokens(sample.prompt_ids, self.engine.ready.pad_token_id)
+        length = len(sample.prompt_ids)
         context, vocab_size = self.engine.ready.context_length, sample.vocabulary.size
         check_prompt(sample.prompt_ids, context, vocab_size, job.param, answered=job.pooling is None)
         most = min(self.config.max_logprobs, vocab_size)

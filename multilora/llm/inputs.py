@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from multilora.errors import BadRequest
 from multilora.front.adapter_spec import parse_specs
-from multilora.front.embedding import check_dimensions, check_method, embedding_job
+from multilora.front.classification import CLASSIFY
+from multilora.front.embedding import READ_ONLY, check_dimensions, check_method, embedding_job
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import read_prompts, spread
 from multilora.llm.embedding import TextEmbedding
@@ -78,6 +79,16 @@ class EmbeddingRequest:
         """From the samples of the jobs, ended."""
         found = [TextEmbedding.of(sample, self.dimensions, normalize=self.normalize) for sample in samples]
         return found if self.several else found[0]
+
+
+def classify_jobs(prompts: Prompts, lora_path: Any) -> tuple[list[Job], bool]:
+    """One job per prompt, and whether several prompts were given. Raises BadRequest."""
+    given, several = read_prompts(prompts, "prompts")
+    specs = parse_specs(lora_path, len(given))
+    jobs = [
+        Job(prompt=p, sampling=READ_ONLY, pooling=CLASSIFY, adapters=s) for p, s in zip(given, specs, strict=True)
+    ]
+    return jobs, several
 
 
 def names_of(jobs: Sequence[Job]) -> list[str]:

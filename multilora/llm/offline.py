@@ -19,11 +19,13 @@ from multilora.errors import ConfigError
 from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.tokenizer import Tokenizer
+from multilora.llm.classification import TextClassification
 from multilora.llm.completion import Completion
 from multilora.llm.inputs import (
     EmbeddingRequest,
     Params,
     Prompts,
+    classify_jobs,
     names_of,
     read_jobs,
     read_lora_paths,
@@ -107,6 +109,18 @@ class LLM:
         options: dict[str, Any] = {"dimensions": dimensions, "normalize": normalize, "pooling": pooling}
         request = EmbeddingRequest.read(prompts, lora_path, self._local.ready.embedding, **options)
         return request.answer(self._run(request.jobs))
+
+    def classify(self, prompts: Prompts, lora_path: Any = None) -> Any:
+        """What one prompt (text or token ids), or each of a list of them, is classified as, all in one batch.
+
+        lora_path: as in `generate`. An adapter with a classification head of its own (PEFT's SEQ_CLS) classifies by
+        that, on any base model; else the base model must have one. Returns a `TextClassification`, or a list of them.
+        Raises BadRequest before anything runs.
+        """
+        jobs, several = classify_jobs(prompts, lora_path)
+        settings = self._local.ready.classifier
+        found = [TextClassification.of(sample, settings) for sample in self._run(jobs)]
+        return found if several else found[0]
 
     def _run(self, jobs: Sequence[Job]) -> list[Sample]:
         """All samples of the jobs, in their order, ended."""

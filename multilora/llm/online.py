@@ -14,13 +14,16 @@ from multilora.engine.messages import AdapterInfo, Stats
 from multilora.engine.process.supervisor import EngineSupervisor
 from multilora.errors import BadRequest
 from multilora.front.front import Front
+from multilora.front.generation import Job, Sample
 from multilora.front.state_directory import open_state
 from multilora.front.tokenizer import Tokenizer
+from multilora.llm.classification import TextClassification
 from multilora.llm.completion import Completion
 from multilora.llm.inputs import (
     EmbeddingRequest,
     Params,
     Prompts,
+    classify_jobs,
     names_of,
     read_jobs,
     read_lora_paths,
@@ -131,12 +134,23 @@ class AsyncLLM:
         """The embedding of one prompt, or of a list of them: as `LLM.embed`. Cancelling its task aborts it."""
         options: dict[str, Any] = {"dimensions": dimensions, "normalize": normalize, "pooling": pooling}
         request = EmbeddingRequest.read(prompts, lora_path, self._started.engine.ready.embedding, **options)
-        held = await self._started.hold(names_of(request.jobs))
+        return request.answer(await self._read(request.jobs))
+
+    async def classify(self, prompts: Prompts, lora_path: Any = None) -> Any:
+        """What one prompt, or each of a list of them, is classified as: as `LLM.classify`."""
+        jobs, several = classify_jobs(prompts, lora_path)
+        settings = self._started.engine.ready.classifier
+        found = [TextClassification.of(sample, settings) for sample in await self._read(jobs)]
+        return found if several else found[0]
+
+    async def _read(self, jobs: Sequence[Job]) -> list[Sample]:
+        """All samples of jobs that are only read, in their order, ended. Cancelling aborts them."""
+        held = await self._started.hold(names_of(jobs))
         try:
-            generation = await self._started.generate(request.jobs)
+            generation = await self._started.generate(jobs)
         finally:
             self._front.resolver.release(held)
-        return request.answer(await generation.results())
+        return await generation.results()
 
     async def abort(self, request_id: str) -> None:
         """End a request: its last Completion says `abort`. One that is unknown or has ended is ignored."""

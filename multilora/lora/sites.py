@@ -15,6 +15,9 @@ EMBED, HEAD = "embed_tokens", "lm_head"
 TABLES = (EMBED, HEAD)
 """The modules whose weight is [vocab, hidden]; tied models use the embedding's for both."""
 
+SCORE = "score"
+"""The classification head, which is no LoRA target: adapters replace it entirely. Most base models have none."""
+
 LAYERS = "model.layers"
 """The path of the list of decoder layers, as transformers, PEFT and checkpoints name it."""
 

@@ -19,6 +19,7 @@ from multilora.distributed.partition import unit_part
 from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import LMHead
 from multilora.layers.linear import Linear
+from multilora.layers.score import ScoreHead
 from multilora.lora.sharding import local_sites
 from multilora.lora.sites import LAYERS, DeclaredModules, LoraSite, LoraSlice, NormModule
 from multilora.memory.kv_layout import KVLayout
@@ -44,6 +45,8 @@ class CausalLM(nn.Module, ABC):
         self.device = device
         self.group = group
         self.declared = DeclaredModules()
+        labels = len(config.classifier.labels) if config.classifier else 0
+        self.score = ScoreHead(labels, config.hidden_size, device=device, dtype=config.dtype)
 
     @classmethod
     @abstractmethod
@@ -70,7 +73,15 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, hidden_rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """hidden_rows: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab]."""
+        """hidden_rows: [rows, hidden]; the context's segments count these rows. Returns fp32 [rows, vocab].
+
+        Only of a model that `config.generates`.
+        """
+
+    def scores(self, hidden_rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """What the classification head makes of [rows, hidden], the base model's or an adapter's: see `ScoreHead`."""
+        found: torch.Tensor = self.score(hidden_rows, ctx)
+        return found
 
     def load(self, model_path: str, *, load_format: str, revision: str | None, seed: int) -> None:
         """Fill the weights from the checkpoint of a directory or hub id; load_format "dummy": with seeded noise.

@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.layers.rotary import Rope
 from multilora.layers.weights.plain import PLAIN_FORMATS, WeightFormats
+from multilora.params import ClassifierSettings
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ class ModelConfig:
     """One base model as this process runs it: the dtypes and `context_length` are the ones in use.
 
     dtype: of activations, and of weights that are not quantised. kv_dtype: of the KV cache. adapter_dtype: of packed
-    adapters. weights: how those of linear layers are held.
+    adapters. weights: how those of linear layers are held. generates: it has a language-model head. classifier: its
+    classification head, if it has one. pad_token_id: stands behind texts, and is never classified by.
     """
 
     architecture: str
@@ -43,6 +45,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     tie_word_embeddings: bool
     weights: WeightFormats = PLAIN_FORMATS
+    generates: bool = True
+    classifier: ClassifierSettings | None = None
+    pad_token_id: int | None = None
 
     def with_dtype(self, dtype: torch.dtype) -> Self:
         """The same model with weights, KV cache and adapters in `dtype`."""

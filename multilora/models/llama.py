@@ -119,13 +119,17 @@ class LlamaForCausalLM(CausalLM):
     def __init__(self, config: NativeConfig, device: torch.device, group: Group = SINGLE):
         super().__init__(config, device, group)
         self.model = Decoder(config, self.declared, device, group)
+        self.lm_head = self._head() if config.generates else None
+
+    def _head(self) -> LMHead:
+        config = self.config
         head = target(HEAD, config.vocab_size, before_kv=False, shard=Shard.VOCAB)
-        self.lm_head = LMHead(
+        return LMHead(
             self.declared.site(MODEL_LEVEL, HEAD, config.hidden_size, head),
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
-            device=device,
+            device=self.device,
             dtype=config.dtype,
-            group=group,
+            group=self.group,
         )
 
     @classmethod
@@ -166,5 +170,6 @@ class LlamaForCausalLM(CausalLM):
         return hidden
 
     def logits(self, hidden_rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        assert self.lm_head is not None, "nobody asks a model for logits that does not generate"
         logits: torch.Tensor = self.lm_head(hidden_rows, ctx)
         return logits

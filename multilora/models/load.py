@@ -20,6 +20,7 @@ from multilora.layers.weights.methods import weight_formats
 from multilora.layers.weights.plain import PLAIN_FORMATS
 from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig
+from multilora.models.heads import classifier_settings, head_kind
 from multilora.models.registry import model_classes
 
 logger = logging.getLogger(__name__)
@@ -79,10 +80,14 @@ def read_config(
         raw, _ = PretrainedConfig.get_config_dict(model_path, **where)
         if not raw:
             raise ConfigError(f"--model-path {model_path}: there is no config.json")
+        kind = head_kind(raw)
+        raw = kind.as_decoder(raw)
         classes = model_classes(raw, model_impl)
         _check_known(raw)
         weights = weight_formats(raw, quantization)
         hf = AutoConfig.from_pretrained(model_path, **where)
+        classifier = classifier_settings(kind, hf)
+        hf.architectures = raw.get("architectures")
     except OSError as e:
         raise ConfigError(f"--model-path {model_path}: {e}") from e
     except (ValueError, KeyError, TypeError, StrictDataclassError) as e:
@@ -96,7 +101,11 @@ def read_config(
     )
     if weights is not PLAIN_FORMATS:
         logger.info("weights of linear layers: %s", weights.name)
-    return cls, replace(config, weights=weights)
+    pad = getattr(hf.get_text_config(), "pad_token_id", None)
+    config = replace(config, weights=weights, pad_token_id=pad)
+    if kind.generates:
+        return cls, config
+    return cls, replace(config, generates=False, classifier=classifier, tie_word_embeddings=False)
 
 
 def _check_known(raw: dict[str, Any]) -> None:

@@ -35,6 +35,8 @@ from multilora.lora.sites import HEAD
 logger = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INNER = "model."
+"""What the names of a decoder's tensors begin with inside a causal LM."""
 SUPERFLUOUS = re.compile(r"\.rotary_emb\.inv_freq$")  # written by old exporters, derived from the config
 
 
@@ -232,6 +234,8 @@ def _check(
         with open_file(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118, not a dict
                 ours = _renamed(name, older_names)
+                if ours not in targets and f"{INNER}{ours}" in targets:
+                    ours = f"{INNER}{ours}"  # a checkpoint of the decoder alone
                 if ours in targets:
                     check_tensor(name, tensors.get_slice(name), targets[ours])
                     wanted[file].append((name, ours))

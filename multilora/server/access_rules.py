@@ -56,6 +56,8 @@ _LINES: dict[Need, tuple[str, ...]] = {
         "/inference/v1/generate",
         "/v1/embeddings",
         "/encode",
+        "/classify",
+        "/v1/classify",
         "/tokenize",
         "/v1/tokenize",
         "/detokenize",

@@ -128,7 +128,7 @@ BODIES: Mapping[str, Field] = {
     "input": _of("The prompt as text, or the items of a conversation. Embeddings: texts or token ids, one or many."),
     "encoding_format": _of("float, or base64: float32 numbers, little-endian."),
     "dimensions": _of("Only so many of the first numbers, then scaled to length 1.", minimum=1),
-    "use_activation": _of("Whether embeddings are scaled to length 1; null: as the model says."),
+    "use_activation": _of("Whether embeddings are scaled to length 1, or scores become probabilities."),
     "truncate_prompt_tokens": _of("Longer prompts are cut to so many tokens; -1: to the context.", minimum=-1),
     "truncation_side": _of("right: the first tokens are kept; left: the last ones."),
     "padding": _of("Only do_not_pad."),

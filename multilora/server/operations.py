@@ -9,6 +9,7 @@ from fastapi.responses import PlainTextResponse
 import multilora
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import BadRequest, EngineDead, EngineRestarting, QueueFull
+from multilora.front.embedding import embedding_job
 from multilora.front.front import Front
 from multilora.front.generation import Job
 from multilora.params import SamplingParams
@@ -52,14 +53,18 @@ def _health(routes: APIRouter, driver: AsyncDriver) -> None:
 
     @routes.get("/health_generate")
     async def health_generate(request: Request) -> Response:
-        """200 once the engine has generated one token; at once while it is paused or asleep, and alive."""
+        """200 once the engine has generated a token, or read one where it generates none; at once while it is paused
+        or asleep, and alive."""
         if driver.front.pauses.paused and not driver.engine.restarting:
             return await health()
         sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
-        prompt = [min(1, driver.engine.ready.vocab_size - 1)]
+        ready = driver.engine.ready
+        job = Job(prompt=[min(1, ready.vocab_size - 1)], sampling=sampling)
+        if not ready.generates:
+            job = embedding_job(job.prompt, ready.embedding, None)
 
         async def generate() -> None:
-            generation = await driver.generate([Job(prompt=prompt, sampling=sampling)])
+            generation = await driver.generate([job])
             await generation.results()
 
         try:
@@ -91,7 +96,7 @@ def _facts(routes: APIRouter, front: Front) -> None:
         return Json(
             {
                 **model_names(config),
-                "is_generation": True,
+                "is_generation": ready.generates,
                 "preferred_sampling_params": None,
                 "weight_version": front.registry.weight_version,
                 "context_length": ready.context_length,

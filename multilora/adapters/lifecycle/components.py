@@ -52,6 +52,7 @@ class Components:
         return (
             old.invocation_tokens == new.invocation_tokens
             and old.vocab_size == new.vocab_size
+            and old.num_labels == new.num_labels
             and not (old.trains_tokens or new.trains_tokens)
             and not (composed and new.not_composable_reason)
         )

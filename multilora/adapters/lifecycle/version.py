@@ -16,7 +16,7 @@ from enum import Enum
 
 from multilora.adapters.host.mapping import HostEntry
 from multilora.lora.panels import PanelLayout, ScaleShift
-from multilora.lora.sites import EMBED, HEAD
+from multilora.lora.sites import EMBED, HEAD, SCORE
 
 
 class State(Enum):
@@ -188,6 +188,12 @@ class AdapterVersion:
         """How many tokens it has, where it brings its own head; None: as many as the base model."""
         full_weights = self.layout.shape.full_weights if self.layout else ()
         return next((w.rows for w in full_weights if w.module == HEAD and not w.token_ids), None)
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels its own classification head has; 0: it has none."""
+        full_weights = self.layout.shape.full_weights if self.layout else ()
+        return next((w.rows for w in full_weights if w.module == SCORE), 0)
 
     @property
     def trains_tokens(self) -> bool:

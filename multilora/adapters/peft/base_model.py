@@ -12,6 +12,8 @@ from multilora.lora.sites import (
     EMBED,
     HEAD,
     LAYERS,
+    MODEL_LEVEL,
+    SCORE,
     TABLES,
     LoraSite,
     LoraSlice,
@@ -30,6 +32,9 @@ class Place(NamedTuple):
 
     layer: int
     module: str
+
+
+SCORE_PLACE = Place(MODEL_LEVEL, SCORE)
 
 
 @dataclass(frozen=True)
@@ -109,13 +114,15 @@ class BaseModel:
 
     @cached_property
     def places(self) -> dict[str, Place]:
-        """Every module that has parameters, by its name inside the base model: "model.layers.0.mlp.up_proj"."""
+        """Every module that has parameters, by its name inside the base model: "model.layers.0.mlp.up_proj"; and the
+        classification head, which most base models leave to adapters."""
         modules: list[tuple[int, LoraSlice | NormModule]] = [(n.layer, n) for n in self.norms]
         modules += [(site.layer, s) for site in self.sites for s in site.slices]
-        return {
+        found = {
             module_path(layer, m.parent, m.attribute or m.module, self.layers): Place(layer, m.module)
             for layer, m in modules
         }
+        return found | {SCORE: SCORE_PLACE}
 
     @property
     def inner(self) -> str:
@@ -207,7 +214,8 @@ class BaseModel:
     def before_kv(self) -> dict[Place, bool]:
         """Whether changing the module changes keys or values of its own layer (see `LoraSlice`)."""
         slices = {Place(site.layer, s.module): s.before_kv for site in self.sites for s in site.slices}
-        return slices | {Place(norm.layer, norm.module): norm.before_kv for norm in self.norms}
+        norms = {Place(norm.layer, norm.module): norm.before_kv for norm in self.norms}
+        return slices | norms | {SCORE_PLACE: False}
 
     @cached_property
     def paths(self) -> dict[Place, str]:

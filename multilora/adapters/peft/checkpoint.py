@@ -20,7 +20,7 @@ from multilora.adapters.peft.contents import open_tensors, sort_tensors
 from multilora.adapters.sources.files import find_files, fingerprint, read_json_object, show
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
-from multilora.lora.sites import TABLES
+from multilora.lora.sites import SCORE, TABLES
 
 __all__ = ["fingerprint", "read_adapter"]
 
@@ -65,9 +65,10 @@ def _check_rank(ranks: Iterable[int], limits: AdapterLimits) -> None:
 
 
 def _check_modules(modules: set[str], base: BaseModel, limits: AdapterLimits) -> None:
-    """Check --lora-target-modules, to which norms do not count. Raises AdapterIncompatible."""
+    """Check --lora-target-modules, to which norms and the classification head do not count. Raises
+    AdapterIncompatible."""
     if limits.target_modules is not None:
-        allowed = set(limits.target_modules) | set(base.norm_sizes)
+        allowed = {*limits.target_modules, *base.norm_sizes, SCORE}
         beyond = sorted(m for m in modules if allowed.isdisjoint((m, m.rpartition(".")[2])))
         if beyond:
             raise AdapterIncompatible(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from multilora.adapters.adapter import Block, Full, Rows, Vector, VectorKind
-from multilora.adapters.peft.base_model import Place
+from multilora.adapters.peft.base_model import SCORE_PLACE, Place
 from multilora.adapters.peft.base_weights import differing_rows
 from multilora.adapters.peft.checkpoint_lora import PARTS as LORA_PARTS
 from multilora.adapters.peft.contents import Contents, Module, other_vocabulary
@@ -134,6 +134,8 @@ def _check_saved(saved: set[Place], contents: Contents) -> None:
         name = path.removeprefix(base.inner) if inner else path
         if not config.saves(name, base) or (inner and place == HEAD_PLACE):
             continue
+        if place == SCORE_PLACE and place not in contents.modules:
+            continue  # PEFT writes the names of all heads that it knows
         held = contents.modules[place].tensors if place in saved else {}
         if not {Part.WEIGHT, Part.SAVED_WEIGHT} & held.keys():
             raise AdapterInvalid(f"{config.file}: modules_to_save means {show(name)}, whose weight is missing")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from multilora.adapters.adapter import Block, LowRank, Vector, VectorKind
-from multilora.adapters.peft.base_model import Place
+from multilora.adapters.peft.base_model import SCORE_PLACE, Place
 from multilora.adapters.peft.contents import Contents, Module, other_vocabulary
 from multilora.adapters.peft.tensor_names import Part
 from multilora.adapters.sources.files import show
@@ -31,6 +31,9 @@ def check(contents: Contents) -> list[Module]:
     found = []
     for module in contents.modules.values():
         if module.has_lora:
+            if module.place == SCORE_PLACE:
+                what = "LoRA on the classification head is not supported; modules_to_save is"
+                raise contents.error(AdapterUnsupported, module, next(iter(module.tensors)), what)
             _check_pair(module, contents)
             _check_vectors(module, contents)
             found.append(module)

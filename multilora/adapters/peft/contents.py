@@ -12,17 +12,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from multilora.adapters.peft.base_model import BaseModel, Place
+from multilora.adapters.peft.base_model import SCORE_PLACE, BaseModel, Place
 from multilora.adapters.peft.config import PeftConfig
 from multilora.adapters.peft.safetensors_file import SafetensorsFile, TensorInfo
 from multilora.adapters.peft.tensor_names import OF_ONE_ADAPTER, WRAPPED, Part, parse
 from multilora.adapters.sources.files import INDEX_NAME, AdapterFiles, show
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
-from multilora.lora.sites import EMBED, HEAD, TABLES, module_path
+from multilora.lora.sites import EMBED, HEAD, SCORE, TABLES, module_path
 
 TABLE_PARTS = (Part.WEIGHT, Part.SAVED_WEIGHT, Part.BASE_WEIGHT, Part.TOKENS_BASE, Part.ORIGINAL_WEIGHT)
 EXPERT = re.compile(r"(?P<parent>[\w.]+)\.(?P<expert>[0-9]{1,6})\.(?P<leaf>\w+)")
+MAX_LABELS = 1 << 16
 LAYER = re.compile(r"(?P<layer>[0-9]{1,6})\.(?P<rest>[\w.]+)")
 
 
@@ -105,8 +106,17 @@ class Contents:
             return (self.base.norm_sizes[module],)
         if module in TABLES:
             return (self.vocab_size, self.base.hidden_size)
+        if module == SCORE:
+            return (self.num_labels, self.base.hidden_size)
         width_in, width_out = self.base.shapes[module]
         return (width_in, width_out) if module in self.base.transposed else (width_out, width_in)
+
+    @property
+    def num_labels(self) -> int:
+        """Of the adapter's own classification head, which it has: as many as that has rows."""
+        tensors = self.modules[SCORE_PLACE].tensors
+        shapes = [self.tensors.shape(tensors[p]) for p in (Part.WEIGHT, Part.SAVED_WEIGHT) if p in tensors]
+        return min(max((shape[0] for shape in shapes if shape), default=1), MAX_LABELS)
 
     def error(self, kind: type[AdapterError], module: Module, part: Part, what: str) -> AdapterError:
         """An error of type `kind` about one tensor, to be raised by the caller."""

@@ -5,12 +5,37 @@ the order in which they run. Knows no head and no scaling: see `runner.py`. A ro
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from multilora.engine.plan import Chunk
-from multilora.transfer import upload
+from multilora.transfer import download, upload
+
+
+@dataclass(frozen=True)
+class PooledRows:
+    """What came of the prompts that end in a step, in the order of their chunks. rows: fp32 [n, hidden], of those
+    that go through no head; scores: fp32 [m, most labels], of the others, -inf behind a row's labels."""
+
+    rows: Tensor | None
+    scores: Tensor | None
+
+    def to_cpu(self) -> "PooledRows":
+        """Start to copy to the host: complete once a `Fence` made afterwards has passed."""
+        return PooledRows(*(None if part is None else download(part) for part in (self.rows, self.scores)))
+
+    def by_chunk(self, chunks: Sequence[Chunk]) -> dict[int, bytes]:
+        """On the host: by the number of its chunk in the plan, float32 numbers, little-endian."""
+        rows, scores = (iter(()) if p is None else iter(p.numpy().astype("<f4")) for p in (self.rows, self.scores))
+        found = {}
+        for i, chunk in enumerate(chunks):
+            if chunk.pooling is not None and chunk.pooling.ends:
+                row = next(scores if chunk.pooling.params.scores else rows)
+                found[i] = (row[~np.isneginf(row)] if chunk.pooling.params.scores else row).tobytes()
+        return found
 
 
 class Pooler:

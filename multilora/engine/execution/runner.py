@@ -16,8 +16,8 @@ from torch import Tensor
 from multilora.attention.base import AttentionBackend
 from multilora.batch import ForwardBatch, LoraSegment
 from multilora.engine.execution.cuda_graphs import GraphedStep, StepGraphs
-from multilora.engine.execution.inputs import Newest, PageTables, build_inputs, logit_count
-from multilora.engine.execution.pooling import Pooler
+from multilora.engine.execution.inputs import Newest, PageTables, build_inputs, logit_count, logit_segments
+from multilora.engine.execution.pooling import PooledRows, Pooler
 from multilora.engine.plan import Chunk, LoraChange, LoraInstall, LoraRemoval, StepPlan, StepResult
 from multilora.engine.sampling.logprobs import TokenLogprobs, token_logprobs
 from multilora.engine.sampling.sampler import DeviceSampled, Sampled, Sampler
@@ -25,11 +25,11 @@ from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
 from multilora.lora.full_weights import FullWeightModules
 from multilora.lora.panels import AdapterShape, PanelLayout
-from multilora.lora.sites import EMBED, MODEL_LEVEL, TABLES, LoraSite
+from multilora.lora.sites import EMBED, MODEL_LEVEL, SCORE, TABLES, LoraSite
 from multilora.lora.table import LoraTable
 from multilora.models.base import CausalLM
 from multilora.params import SamplingParams
-from multilora.transfer import Fence, download, upload
+from multilora.transfer import Fence, upload
 
 
 class AdapterScope(IntEnum):
@@ -40,7 +40,7 @@ class AdapterScope(IntEnum):
     MODULES = 2  # instead of modules between those two: no graph serves that
 
 
-ENDS = {(MODEL_LEVEL, table) for table in TABLES}
+ENDS = {(MODEL_LEVEL, module) for module in (*TABLES, SCORE)}
 
 
 class RunnerLora:
@@ -88,12 +88,12 @@ class RunnerLora:
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward pass on its way. logits: fp32 [wanted rows, vocab], see `logit_count`. pooled: fp32 [prompts that
-    end, numbers]; None: there are none."""
+    """A forward pass on its way. logits: fp32 [wanted rows, vocab], see `logit_count`. pooled: None: no prompt ends
+    that was to be pooled."""
 
     plan: StepPlan
     logits: Tensor
-    pooled: Tensor | None
+    pooled: PooledRows | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Launched:
     plan: StepPlan
     sampled: DeviceSampled
     prompt: list[TokenLogprobs | None]  # per chunk
-    pooled: Tensor | None  # as in `Forward`
+    pooled: PooledRows | None  # as in `Forward`
     fence: Fence
     read: Callable[[DeviceSampled], Sampled]
 
@@ -112,14 +112,8 @@ class Launched:
         self.fence.wait()
         sampled = self.read(self.sampled)
         prompt = [p.to_host() if p is not None else [] for p in self.prompt]
-        return StepResult(sampled.token_ids, sampled.errors, sampled.logprobs, prompt, self._pooled())
-
-    def _pooled(self) -> dict[int, bytes]:
-        if self.pooled is None:
-            return {}
-        ends = [i for i, c in enumerate(self.plan.chunks) if c.pooling is not None and c.pooling.ends]
-        rows = self.pooled.numpy().astype("<f4", copy=False)
-        return {i: row.tobytes() for i, row in zip(ends, rows, strict=True)}
+        pooled = {} if self.pooled is None else self.pooled.by_chunk(self.plan.chunks)
+        return StepResult(sampled.token_ids, sampled.errors, sampled.logprobs, prompt, pooled)
 
 
 class Runner:
@@ -205,7 +199,7 @@ class Runner:
         self._newest = Newest({slot: i for i, slot in enumerate(slots)}, sampled.token_ids)
         prompt = [_prompt_logprobs(c, part) for c, part in zip(chunks, parts, strict=True)]
         on_host = [p.to_cpu() if p is not None else None for p in prompt]
-        pooled = None if forward.pooled is None else download(forward.pooled)
+        pooled = None if forward.pooled is None else forward.pooled.to_cpu()
         return Launched(forward.plan, sampled.to_cpu(), on_host, pooled, Fence(self._device), self._sampler.read)
 
     def _sampling_rows(self, chunks: list[Chunk], logits: Tensor, count: int) -> Tensor:
@@ -223,10 +217,34 @@ class Runner:
         x = self._model.embed(batch.input_ids, self._context(batch.lora, scope))
         graphed = self._graphed(plan, batch, scope)
         hidden = self._layers(x, batch, scope) if graphed is None else graphed.run(x)
-        pooled = self._pooler.pool(plan.chunks, hidden)
+        pooled = self._pooled(plan.chunks, hidden, batch, scope)
         if len(batch.logit_rows) < len(hidden):
             hidden = hidden[batch.logit_rows]
         return Forward(plan, self._logits(hidden, batch, scope), pooled)
+
+    def _pooled(
+        self, chunks: Sequence[Chunk], hidden: Tensor, batch: ForwardBatch, scope: AdapterScope
+    ) -> PooledRows | None:
+        """hidden: all rows of the step."""
+        rows = self._pooler.pool(chunks, hidden)
+        if rows is None:
+            return None
+        ends = itertools.accumulate(c.count for c in chunks)
+        scored = [
+            (c.pooling.params.scores, end - 1)
+            for c, end in zip(chunks, ends, strict=True)
+            if c.pooling is not None and c.pooling.ends
+        ]
+        with_head = [i for i, (scores, _) in enumerate(scored) if scores]
+        if not with_head:
+            return PooledRows(rows, None)
+        segments = logit_segments(batch.lora, [row for scores, row in scored if scores])
+        context = self._context(segments, scope)
+        if len(with_head) == len(scored):
+            return PooledRows(None, self._model.scores(rows, context))
+        without = [i for i, (scores, _) in enumerate(scored) if not scores]
+        scores = self._model.scores(rows[upload(with_head, self._device)], context)
+        return PooledRows(rows[upload(without, self._device)], scores)
 
     def _logits(self, hidden: Tensor, batch: ForwardBatch, scope: AdapterScope) -> Tensor:
         """hidden: the wanted rows. Returns fp32 [wanted rows, vocab]. Where none is wanted the head does not run."""

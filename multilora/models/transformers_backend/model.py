@@ -14,7 +14,7 @@ from multilora.attention.base import AttentionShape
 from multilora.distributed.group import SINGLE, Group
 from multilora.errors import ConfigError
 from multilora.layers.context import ForwardContext
-from multilora.lora.sites import LoraSlice, NormModule, module_path
+from multilora.lora.sites import SCORE, LoraSlice, NormModule, module_path
 from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig
 from multilora.models.transformers_backend.config import TreeConfig, tree_config
@@ -134,6 +134,7 @@ class TransformersCausalLM(CausalLM):
             self.declared,
             embedding=(tree.embedding_path, *embedding.weight.shape),
             head=(tree.head_path, head.in_features, head.out_features, head.bias is not None),
+            has_head=self.config.generates,
         )
 
     def _replace_tables(self, device: torch.device) -> None:
@@ -141,10 +142,15 @@ class TransformersCausalLM(CausalLM):
         kind: dict[str, Any] = {"device": device, "dtype": self.config.dtype}
         own, own_head = (tree.lm.get_submodule(path) for path in (tree.embedding_path, tree.head_path))
         embedding = TreeEmbedding(sites.embedding, self._step, scale=embedding_scale(own, self.config.dtype), **kind)
+        tree.lm.set_submodule(tree.embedding_path, embedding)
+        if sites.head is None:
+            tree.lm.set_submodule(tree.head_path, nn.Identity())
+            if self.config.classifier is not None:
+                tree.lm.add_module(SCORE, self.score)
+            return
         head = TreeHead(
             sites.head, self._step, tied_to=embedding if self.config.tie_word_embeddings else None, **kind
         )
-        tree.lm.set_submodule(tree.embedding_path, embedding)
         tree.lm.set_submodule(tree.head_path, head)
         for module in tree.lm.modules() if own_head.bias is not None else ():
             for name, param in module._parameters.items():

@@ -19,7 +19,7 @@ class Sites:
 
     layers: str
     embedding: LoraSite
-    head: LoraSite
+    head: LoraSite | None
     linears: dict[str, LoraSite]
     norms: dict[str, NormModule]
 
@@ -50,8 +50,10 @@ def declare(
     *,
     embedding: tuple[str, int, int],
     head: tuple[str, int, int, bool],
+    has_head: bool = True,
 ) -> Sites:
-    """embedding: path, rows, columns. head: path, inputs, outputs, whether it has a bias."""
+    """embedding: path, rows, columns. head: path, inputs, outputs, whether it has a bias; has_head False: the tree
+    has one that the model does without."""
     layers, last = layers_path(examination), len(examination.attentions)
     facts = [f for f in examination.linears if f.path != head[0]]
     every: list[LinearFact | NormFact] = [*facts, *examination.norms]
@@ -71,8 +73,10 @@ def declare(
             transposed=fact.transposed,
         )
         linears[fact.path] = declared.site(where.layer, module, fact.in_features, part)
-    head_part = _target(head[0], HEAD, head[2], before_kv=False, shard=Shard.VOCAB, bias=head[3])
-    head_site = declared.site(MODEL_LEVEL, HEAD, head[1], head_part)
+    head_site = None
+    if has_head:
+        head_part = _target(head[0], HEAD, head[2], before_kv=False, shard=Shard.VOCAB, bias=head[3])
+        head_site = declared.site(MODEL_LEVEL, HEAD, head[1], head_part)
     norms = {}
     for norm in examination.norms:
         where, module = named[norm.path], names[norm.path]

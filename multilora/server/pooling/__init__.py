@@ -1,1 +1,1 @@
-"""Routes that read prompts and answer with numbers: embeddings, in OpenAI's, vLLM's and SGLang's forms."""
+"""Routes that read prompts and answer with numbers, in the forms of OpenAI, vLLM and SGLang."""

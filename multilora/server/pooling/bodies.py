@@ -117,16 +117,14 @@ class EmbeddingsBody(InputBody):
         return self.encoding_format == "base64"
 
 
-class EncodeBody(ReadBody):
-    """`POST /encode`, as SGLang: exactly one of `text` and `input_ids`; a list is a batch."""
+class NativeReadBody(ReadBody):
+    """Exactly one of `text` and `input_ids`; a list is a batch, as in SGLang's native routes."""
 
-    where = "/encode"
     text: str | Texts | None = None
     input_ids: TokenIds | Prompts | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any] | None] | None = None  # SGLang's has it, without effect
-    dimensions: Integer | None = None
 
-    def prompts(self, context_length: int) -> tuple[list[Prompt], bool]:
+    def native_prompts(self, context_length: int) -> tuple[list[Prompt], bool]:
         """The prompts, and whether a list of them was given. Raises BadRequest."""
         if (self.text is None) == (self.input_ids is None):
             raise BadRequest("exactly one of text and input_ids must be given", param="text")
@@ -135,3 +133,24 @@ class EncodeBody(ReadBody):
         )
         cut = self.truncation(context_length)
         return [truncated(prompt, cut) for prompt in given], several
+
+
+class EncodeBody(NativeReadBody):
+    """`POST /encode`, as SGLang."""
+
+    where = "/encode"
+    dimensions: Integer | None = None
+
+
+class ClassifyBody(NativeReadBody, InputBody):
+    """`POST /classify` and `POST /v1/classify`: vLLM's body, or that of SGLang's native route."""
+
+    where = "/classify"
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is SGLang's. Raises BadRequest for a mixture."""
+        native = self.text is not None or self.input_ids is not None
+        if native and (self.input is not None or self.messages is not None):
+            raise BadRequest("exactly one of input, messages, text and input_ids must be given", param="input")
+        return native

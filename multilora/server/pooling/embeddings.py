@@ -57,7 +57,7 @@ async def encode_natively(request: Request, driver: AsyncDriver, body: EncodeBod
     """Answer `/encode`."""
     front, settings = driver.front, driver.front.engine.ready.embedding
     dimensions = check_dimensions(body.dimensions, settings.size)
-    prompts, several = body.prompts(front.engine.ready.context_length)
+    prompts, several = body.native_prompts(front.engine.ready.context_length)
     jobs = read_jobs(front, body, prompts, PoolingParams(settings.method), "input_ids")
 
     def answer(generation: AsyncGeneration) -> Any:

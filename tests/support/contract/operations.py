@@ -142,10 +142,17 @@ def embeddings(server):
     assert set(server.post("/encode", {"text": "Hi", "lora_path": "pirate"}).json()) == {"embedding", "meta_info"}
 
 
+@line
+def classification(server):
+    """`/classify` and `/v1/classify` need a classification head, of base or adapter; without one they say so."""
+    for path in ("/classify", "/v1/classify"):
+        server.refused(path, {"model": "pirate", "input": "Hi"}, "classification head")
+
+
 @line.deviates
 def pooling(server):
-    """`/v1/rerank`, `/v1/score` and `/classify` serve pooling models and adapters."""
-    for path in ("/v1/rerank", "/v1/score", "/classify"):
+    """`/v1/rerank` and `/v1/score` serve pooling models and adapters."""
+    for path in ("/v1/rerank", "/v1/score"):
         server.refused(path, {}, path, status=404)
 
 
