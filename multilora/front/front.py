@@ -37,6 +37,7 @@ from multilora.front.observer import Ending, Observer, origin_of
 from multilora.front.pause_manager import PauseManager
 from multilora.front.prompt import (
     ChatPrompt,
+    PairPrompt,
     TextPrompt,
     check_logprobs,
     check_prompt,
@@ -282,9 +283,9 @@ class Front:
         """The token ids of each one's prompt. Chat templates may do anything, so they always get a thread."""
         context_length = self.engine.ready.context_length
         prompts = [sample.job.prompt for sample in samples]
-        texts = [prompt.text for prompt in prompts if isinstance(prompt, TextPrompt)]
-        if any(isinstance(prompt, ChatPrompt) for prompt in prompts) or sum(map(len, texts)) > INLINE_CHARS:
-            lane = Lane.TEXT if sum(map(len, texts)) <= LONG_CHARS else Lane.LONG_TEXT
+        size = sum(prompt.size for prompt in prompts if isinstance(prompt, TextPrompt | PairPrompt))
+        if any(isinstance(prompt, ChatPrompt) for prompt in prompts) or size > INLINE_CHARS:
+            lane = Lane.TEXT if size <= LONG_CHARS else Lane.LONG_TEXT
             return (yield from RunBlocking(lane, partial(_encode, samples, context_length)))
         return _encode(samples, context_length)
 

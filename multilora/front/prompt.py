@@ -96,7 +96,34 @@ class ChatPrompt:
         return tokenizer.encode_rendered(text, add_special_tokens=special)
 
 
-Prompt = TextPrompt | ChatPrompt | list[int]
+@dataclass(frozen=True)
+class PairPrompt:
+    """Two texts as one prompt, joined as the tokenizer joins a pair. `param`: the client's field of the second."""
+
+    text: str
+    second: str
+    param: str
+    truncation: Truncation | None = None
+
+    @property
+    def size(self) -> int:
+        """In characters."""
+        return len(self.text) + len(self.second)
+
+    def encode(self, vocabulary: Vocabulary, context_length: int) -> list[int]:
+        """As `TextPrompt.encode`. Truncation takes tokens of the longer text first, as transformers does."""
+        tokenizer = vocabulary.writer("text", self.param)
+        if self.truncation is None:
+            _check_fits(tokenizer, self.text + self.second, context_length, self.param)
+            return tokenizer.encode_pair(self.text, self.second)
+        if self.size > MAX_TRUNCATED:
+            raise BadRequest(f"{self.param}: over {MAX_TRUNCATED} characters, to be truncated", param=self.param)
+        if self.truncation.side is None:
+            return tokenizer.encode_pair(self.text, self.second, self.truncation.tokens)
+        return self.truncation.cut(tokenizer.encode_pair(self.text, self.second))
+
+
+Prompt = TextPrompt | ChatPrompt | PairPrompt | list[int]
 
 
 def truncated(prompt: Prompt, truncation: Truncation | None) -> Prompt:

@@ -140,6 +140,22 @@ class Tokenizer:
         whole: list[int] = backend.post_process(encoding, None, add_special_tokens).ids
         return whole[:limit]
 
+    def encode_pair(self, first: str, second: str, limit: int | None = None) -> list[int]:
+        """Two texts as one, with the special tokens that the tokenizer puts around and between them. Of more than
+        `limit` tokens, those at the end of the longer text go first."""
+        if not self._fast:
+            own: list[int] = self.hf(first, second)["input_ids"]
+            return own if limit is None else own[:limit]
+        backend = self.hf.backend_tokenizer
+        one, other = (backend.encode(text, add_special_tokens=False) for text in (first, second))
+        if limit is not None:
+            room = max(0, limit - backend.num_special_tokens_to_add(True))
+            sizes = shared_room(len(one.ids), len(other.ids), room)
+            for encoding, size in zip((one, other), sizes, strict=True):
+                encoding.truncate(size, direction=self.hf.truncation_side)
+        whole: list[int] = backend.post_process(one, other, True).ids
+        return whole if limit is None else whole[:limit]
+
     def encode_chat(
         self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
     ) -> list[int]:
@@ -208,6 +224,15 @@ class Tokenizer:
             text = twice[len(alone) :] if twice.startswith(alone) else alone
             self._token_texts[token_id] = text
         return text
+
+
+def shared_room(first: int, second: int, room: int) -> tuple[int, int]:
+    """What is left of two texts of so many tokens within `room`: the longer one gives first, then both alike."""
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second, room // 2)
+    longer = room - shorter
+    return (longer, shorter) if first > second else (shorter, longer)
 
 
 def remember(steps: dict[Step, str], step: Step, text: str) -> None:

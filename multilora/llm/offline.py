@@ -31,6 +31,7 @@ from multilora.llm.inputs import (
     read_lora_paths,
     write_tensors,
 )
+from multilora.llm.scoring import RankedText, ranked, read_scoring
 from multilora.models.gguf import with_directory
 
 if TYPE_CHECKING:
@@ -121,6 +122,23 @@ class LLM:
         settings = self._local.ready.classifier
         found = [TextClassification.of(sample, settings) for sample in self._run(jobs)]
         return found if several else found[0]
+
+    def score(self, text_1: str | Sequence[str], text_2: str | Sequence[str], lora_path: Any = None) -> list[float]:
+        """How well texts go together: one with each of a list, or each with that in the same place of the other list.
+
+        By a classification head with one label, of the adapter or the base model, as a probability; without one by
+        the cosine of their embeddings. Raises BadRequest before anything runs.
+        """
+        scoring = self._driver.run(read_scoring(self._front, text_1, text_2, lora_path, ("text_1", "text_2")))
+        return scoring.scores(self._run(scoring.jobs), self._front)
+
+    def rerank(
+        self, query: str, documents: Sequence[str], lora_path: Any = None, *, top_n: int | None = None
+    ) -> list[RankedText]:
+        """The documents by how well they answer the query, the best first: `score`, sorted."""
+        scoring = self._driver.run(read_scoring(self._front, query, documents, lora_path, ("query", "documents")))
+        scores = scoring.scores(self._run(scoring.jobs), self._front)
+        return ranked(scores, scoring.pairs.second, top_n)
 
     def _run(self, jobs: Sequence[Job]) -> list[Sample]:
         """All samples of the jobs, in their order, ended."""

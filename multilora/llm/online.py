@@ -29,6 +29,7 @@ from multilora.llm.inputs import (
     read_lora_paths,
     write_tensors,
 )
+from multilora.llm.scoring import RankedText, ranked, read_scoring
 from multilora.models.gguf import with_directory
 
 if TYPE_CHECKING:
@@ -142,6 +143,23 @@ class AsyncLLM:
         settings = self._started.engine.ready.classifier
         found = [TextClassification.of(sample, settings) for sample in await self._read(jobs)]
         return found if several else found[0]
+
+    async def score(
+        self, text_1: str | Sequence[str], text_2: str | Sequence[str], lora_path: Any = None
+    ) -> list[float]:
+        """How well texts go together: as `LLM.score`."""
+        steps = read_scoring(self._front, text_1, text_2, lora_path, ("text_1", "text_2"))
+        scoring = await self._started.change(steps)
+        return scoring.scores(await self._read(scoring.jobs), self._front)
+
+    async def rerank(
+        self, query: str, documents: Sequence[str], lora_path: Any = None, *, top_n: int | None = None
+    ) -> list[RankedText]:
+        """The documents by how well they answer the query, the best first: as `LLM.rerank`."""
+        steps = read_scoring(self._front, query, documents, lora_path, ("query", "documents"))
+        scoring = await self._started.change(steps)
+        scores = scoring.scores(await self._read(scoring.jobs), self._front)
+        return ranked(scores, scoring.pairs.second, top_n)
 
     async def _read(self, jobs: Sequence[Job]) -> list[Sample]:
         """All samples of jobs that are only read, in their order, ended. Cancelling aborts them."""

@@ -40,7 +40,7 @@ from multilora.server.head import HeadAsGet
 from multilora.server.key_ring import KeyRing
 from multilora.server.metrics.collector import Metrics
 from multilora.server.metrics.http import CountRequests
-from multilora.server.pooling import classify, embeddings
+from multilora.server.pooling import classify, embeddings, score
 from multilora.server.request_body import Bodies
 from multilora.server.request_ids import RequestIds
 from multilora.server.responses import routes as responses
@@ -82,6 +82,7 @@ def create_app(
     app.include_router(anthropic.router(driver, defaults))
     app.include_router(embeddings.router(driver))
     app.include_router(classify.router(driver))
+    app.include_router(score.router(driver))
     app.include_router(tokenization.router(driver))
     app.include_router(openai.models_router(front, int(time.time())))
     app.include_router(adapters.router(driver))

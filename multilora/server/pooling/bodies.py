@@ -17,6 +17,7 @@ from multilora.front.prompt import (
     spread,
     truncated,
 )
+from multilora.front.scoring import TextPairs
 from multilora.server.bodies import Body, Integer, Prompts, Texts, TokenIds
 from multilora.server.chat_job import chat_prompt
 from multilora.server.openai_bodies import ChatMessage, Conversation
@@ -154,3 +155,69 @@ class ClassifyBody(NativeReadBody, InputBody):
         if native and (self.input is not None or self.messages is not None):
             raise BadRequest("exactly one of input, messages, text and input_ids must be given", param="input")
         return native
+
+
+class RerankDocument(Body):
+    """A document as Jina's and Cohere's clients may write it."""
+
+    where = "documents"
+    text: str
+
+
+class PairsBody(ReadBody):
+    """What bodies about pairs of texts have in common."""
+
+    use_activation: bool | None = None
+
+
+class ScoreBody(PairsBody):
+    """`POST /v1/score` and `POST /score`, as vLLM: one or more texts, and one or more to compare each with, under one
+    of four pairs of names."""
+
+    where = "/v1/score"
+    text_1: str | Texts | None = None
+    text_2: str | Texts | None = None
+    queries: str | Texts | None = None
+    documents: str | Texts | None = None
+    items: str | Texts | None = None
+    data_1: str | Texts | None = None
+    data_2: str | Texts | None = None
+
+    def pairs(self) -> TextPairs:
+        """Raises BadRequest unless exactly one pair of names is given, and the lengths fit."""
+        names = [("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2")]
+        given = {name for pair in names for name in pair if getattr(self, name) is not None}
+        params = next((pair for pair in names if set(pair) == given), None)
+        if params is None:
+            raise BadRequest("exactly text_1 and text_2, or queries and documents, must be given", param="text_1")
+        return TextPairs(_listed(getattr(self, params[0])), _listed(getattr(self, params[1])), params)
+
+
+class RerankBody(PairsBody):
+    """`POST /v1/rerank`, `/v2/rerank` and `/rerank`, as Jina, Cohere and vLLM."""
+
+    where = "/v1/rerank"
+    query: str
+    documents: Annotated[list[str | RerankDocument], Field(fail_fast=True)]
+    top_n: Integer | None = None
+    return_documents: bool | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Of the documents."""
+        return [one if isinstance(one, str) else one.text for one in self.documents]
+
+    def pairs(self) -> TextPairs:
+        """Raises BadRequest."""
+        return TextPairs([self.query], self.texts, ("query", "documents"))
+
+    @property
+    def most(self) -> int | None:
+        """How many documents are wanted; None: all. Raises BadRequest."""
+        if self.top_n is not None and self.top_n < 0:
+            raise BadRequest(f"top_n = {self.top_n}: must be 1 or more, or 0 for all", param="top_n")
+        return self.top_n or None
+
+
+def _listed(texts: str | list[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts

@@ -7,7 +7,8 @@ import pytest
 import torch
 from fakes.models import FAMILIES, make_tiny_model
 
-from multilora.adapters.peft.base_model import BaseModel
+from multilora.adapters.peft.base_model import SCORE_PLACE, BaseModel
+from multilora.lora.sites import SCORE
 from multilora.models.load import make_model
 
 META = torch.device("meta")
@@ -18,8 +19,10 @@ def test_places_are_the_modules_with_parameters(family: str, tmp_path: Path) -> 
     model = make_tiny_model(tmp_path, family)
     base = BaseModel.of(make_model(str(tmp_path), device=META), None)
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    assert {f"{name}.weight" for name in base.places} == {name for name in parameters if name.endswith(".weight")}
-    for name, place in base.places.items():
+    own = {name: place for name, place in base.places.items() if name != SCORE}  # which adapters may bring
+    assert base.places[SCORE] == SCORE_PLACE
+    assert {f"{name}.weight" for name in own} == {name for name in parameters if name.endswith(".weight")}
+    for name, place in own.items():
         assert base.paths[place] == name
         assert (place.module in base.biased) == (f"{name}.bias" in parameters)
         shape = parameters[f"{name}.weight"]

@@ -41,6 +41,7 @@ def test_names_tell_modules_apart_and_paths_are_the_tree_s() -> None:
     assert base.places == {
         "t.wte": Place(MODEL_LEVEL, "embed_tokens"),
         "out": Place(MODEL_LEVEL, "lm_head"),
+        "score": Place(MODEL_LEVEL, "score"),
         "t.last": Place(MODEL_LEVEL, "last"),
         "t.ln": Place(MODEL_LEVEL, "t.ln"),
         **{f"t.h.{i}.attn.qkv": Place(i, "qkv") for i in (0, 1)},

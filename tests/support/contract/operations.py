@@ -149,11 +149,23 @@ def classification(server):
         server.refused(path, {"model": "pirate", "input": "Hi"}, "classification head")
 
 
+@line
+def scores(server):
+    """`/v1/score`, `/score`, `/v1/rerank`, `/v2/rerank` and `/rerank` are vLLM's, with adapters."""
+    for path in ("/v1/score", "/score"):
+        found = server.post(path, {"model": "pirate", "text_1": "Hi", "text_2": ["Hi", "Ho"]}).json()
+        assert (found["data"][0]["object"], len(found["data"])) == ("score", 2)
+        assert abs(found["data"][0]["score"] - 1) < 1e-5
+    for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
+        found = server.post(path, {"query": "Hi", "documents": ["Ho", "Hi"], "top_n": 1}).json()
+        assert [(item["index"], item["document"]) for item in found["results"]] == [(1, {"text": "Hi"})]
+
+
 @line.deviates
-def pooling(server):
-    """`/v1/rerank` and `/v1/score` serve pooling models and adapters."""
-    for path in ("/v1/rerank", "/v1/score"):
-        server.refused(path, {}, path, status=404)
+def sglangs_scores(server):
+    """SGLang's `/v1/score` gives probabilities of `label_token_ids`, its `/v1/rerank` a bare list of scores."""
+    server.refused("/v1/score", {"query": "Hi", "items": ["Ho"], "label_token_ids": [3]}, "query")
+    assert set(server.post("/v1/rerank", {"query": "Hi", "documents": ["Ho"]}).json()) >= {"results", "usage"}
 
 
 @line
