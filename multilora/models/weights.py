@@ -272,6 +272,8 @@ def check_tensor(name: str, found: Any, target: Destination) -> None:
     shape, dtype = tuple(found.get_shape()), found.get_dtype()
     if target.shape is not None and shape != target.shape:
         raise ModelUnsupported(f"tensor {name} has shape {list(shape)}, the config asks for {list(target.shape)}")
+    if dtype not in target.dtypes and target.dtypes == FLOATS:
+        raise ModelUnsupported(f"tensor {name} is {dtype}: it can be served in 16 or 32 bit, not quantised")
     if dtype not in target.dtypes:
         raise ModelUnsupported(f"tensor {name} is {dtype}, the config asks for {' or '.join(target.dtypes)}")
 

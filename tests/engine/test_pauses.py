@@ -290,6 +290,20 @@ def test_sleep_releases_memory_and_wake_up_brings_it_back(files: Path, level: in
     assert (after.tokens, after.cached_tokens) == (before.tokens, 0)
 
 
+@pytest.mark.parametrize("quantization", ["fp8", "bitsandbytes"])
+def test_a_quantised_model_wakes_up_as_it_was(files: Path, quantization: str) -> None:
+    """Its weights discarded and read again, its KV cache in 8 bit."""
+    pytest.importorskip("bitsandbytes")
+    driver = PausedDriver(files, quantization=quantization, kv_cache_dtype="fp8")
+    before = driver.complete(PROMPTS[4], "a", max_new_tokens=5, ignore_eos=True)
+    driver.sleep(2)
+    driver.settle()
+    assert nbytes(weight_of(driver)) == 0
+    driver.wake_up()
+    assert driver.settle().pause == PauseState()
+    assert driver.complete(PROMPTS[4], "a", max_new_tokens=5, ignore_eos=True).tokens == before.tokens
+
+
 def test_memory_goes_back_to_the_system(files: Path) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

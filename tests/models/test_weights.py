@@ -165,3 +165,13 @@ def test_dtype(tmp_path: Path, asked: str, got: torch.dtype) -> None:
     assert model.config.dtype == model.config.kv_dtype == model.config.adapter_dtype == got
     assert {p.dtype for p in model.parameters()} == {got}
     assert model.kv_layout(4).dtype == got
+
+
+def test_a_quantised_head_is_refused_by_name(tmp_path: Path) -> None:
+    """The config quantises linear layers; embedding and head cannot be."""
+
+    def quantise_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+
+    with pytest.raises(ModelUnsupported, match=r"lm_head\.weight is F8_E4M3: it can be served in 16 or 32 bit"):
+        load(edited(tmp_path, quantise_head))
