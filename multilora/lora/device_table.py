@@ -14,9 +14,11 @@ in order with the kernels that read, so a captured graph sees every change and n
                    b_start ->  panels of B of that slice, then (rank's bit 15 is set) its scale-shift pair: fp32
                                scales of a part's columns, then shifts
 
-Capacity is what the arena can hold, so nothing is ever reallocated: a slot per page, an address per smallest panel.
+Capacity is what the arena can hold, so nothing is ever reallocated: a slot per page, addresses for the adapters that
+have the most of them per byte.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -24,8 +26,8 @@ import numpy as np
 import torch
 
 from multilora.kernels.integers import power_of_two
-from multilora.lora.panels import SCALE_SHIFT_BYTES, PanelGeometry, PanelLayout
-from multilora.lora.sites import LoraSite
+from multilora.lora.panels import RANK_GRANULE, SCALE_SHIFT_BYTES, PanelGeometry, PanelLayout
+from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
 from multilora.memory.first_fit import FirstFit
 from multilora.transfer import upload_into
@@ -142,11 +144,26 @@ class DeviceTable:
 
 
 def _per_page(sites: tuple[LoraSite, ...], geometry: PanelGeometry) -> tuple[int, int]:
-    """Words of one record, and the most addresses per page: as many as the smallest parts, scale-shift pairs, fit."""
+    """Words of one record, and the most addresses per page."""
     words = power_of_two(max(6 if site.experts else 2 + 2 * len(site.slices) for site in sites))
-    widths = {site.in_features for site in sites} | {s.out_features for site in sites for s in site.slices}
-    smallest = min(geometry.part_columns(w) for w in widths) * SCALE_SHIFT_BYTES
-    return words, geometry.page_bytes // smallest
+    densest = max(_densest(site, part, geometry) for site in sites for part in site.slices)
+    return words, math.ceil(densest * geometry.page_bytes)
+
+
+def _densest(site: LoraSite, part: LoraSlice, geometry: PanelGeometry) -> float:
+    """The most addresses per byte that adapters have at a slice. A panel of A goes with each panel of B, and a pair
+    with both, so that a narrow slice takes few; alone come pairs where the base model has a bias, and the matrices of
+    experts where these share the other one."""
+    panel = RANK_GRANULE * geometry.itemsize
+    of_a, of_b = geometry.num_parts(site.in_features), geometry.num_parts(part.out_features)
+    bytes_a, bytes_b = panel * site.in_features, panel * part.out_features
+    pair = SCALE_SHIFT_BYTES * part.out_features
+    found = [(of_a + of_b) / (bytes_a + bytes_b), (of_a + 2 * of_b) / (bytes_a + bytes_b + pair)]
+    if part.bias:
+        found.append(of_b / pair)
+    if site.experts:
+        found += [of_a / bytes_a, of_b / bytes_b]
+    return max(found)
 
 
 def table_bytes_per_page(sites: tuple[LoraSite, ...], geometry: PanelGeometry) -> int:
