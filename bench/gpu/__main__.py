@@ -6,7 +6,8 @@ Llama-3.1-8B's dimensions, random weights, bf16; adapters on all seven projectio
 one engine for all rows (`base_only` starts a second one beside it, without LoRA). A row's limit comes from bandwidths
 and rates measured in the same run. Peers: the better of vLLM 0.26.0 and SGLang 0.5.17 on the same kind of machine.
 With `--quantization` or `--kv-cache-dtype` limits count the bytes held; there are no targets, which are of 16 bit.
-The last line is JSON. `--dims tiny --device cpu` runs the same rows in seconds, to check that they run.
+`--dims qwen3-30b-a3b --only experts` measures a mixture of experts. The last line is JSON. `--dims tiny --device cpu`
+runs the same rows in seconds, to check that they run.
 """
 
 import argparse
@@ -26,11 +27,12 @@ import torch
 from bench.common import environment, finish, say
 from bench.gpu.arrivals import cold_rows, streams_rows
 from bench.gpu.decode import base_only_rows, decode_rows
+from bench.gpu.experts import experts_rows
 from bench.gpu.hardware import copies_rows, kernels_rows, measure, touch_host_memory
 from bench.gpu.idle import idle_rows
 from bench.gpu.sampling import sampling_rows
 from bench.gpu.setup import Bench, scratch_parent
-from bench.gpu.sizes import SIZES, Adapters, write_model
+from bench.gpu.sizes import SIZES, Adapters, MoeDims, write_model
 from bench.gpu.swaps import fresh_rows, swap_rows
 from bench.gpu.throughput import few_places_rows, many_rows, throughput_rows
 from multilora import LLM
@@ -42,6 +44,7 @@ ARENA_FRACTION = 0.6  # leaves room for the second engine and for what is measur
 
 PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "decode": decode_rows,
+    "experts": experts_rows,
     "base_only": base_only_rows,
     "sampling": sampling_rows,
     "throughput": throughput_rows,
@@ -60,6 +63,7 @@ WEIGHT_BITS = {"fp8": 8.0, "bitsandbytes": 4 + 8 / 64}
 
 NEED_CUDA = ("idle", "kernels", "copies")
 ONE_DEVICE = ("kernels",)  # what they measure is a whole model's
+OF_EXPERTS = ("experts",)  # of a mixture's dimensions
 
 
 def main() -> int:
@@ -81,6 +85,8 @@ def main() -> int:
         parser.error("needs a CUDA device")
     if args.tp_size > 1 and set(args.only or ()) & set(ONE_DEVICE):
         parser.error(f"with --tp-size {args.tp_size} there are no rows {', '.join(ONE_DEVICE)}")
+    if set(args.only or ()) & set(OF_EXPERTS) and not isinstance(SIZES[args.dims][0], MoeDims):
+        parser.error(f"--dims {args.dims} has no experts, which rows {', '.join(OF_EXPERTS)} are about")
     parts = args.only or [part for part in PARTS if _measurable(part, args)]
     directory = Path(tempfile.mkdtemp(prefix="multilora-bench-", dir=scratch_parent()))
     try:
@@ -92,6 +98,8 @@ def main() -> int:
 
 
 def _measurable(part: str, args: argparse.Namespace) -> bool:
+    if part in OF_EXPERTS and not isinstance(SIZES[args.dims][0], MoeDims):
+        return False
     return (args.device == "cuda" or part not in NEED_CUDA) and (args.tp_size == 1 or part not in ONE_DEVICE)
 
 

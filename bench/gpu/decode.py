@@ -31,17 +31,21 @@ def decode_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 def _row(
     bench: Bench, name: str, aims: dict[int, Any], names: Sequence[str | None], ranks: list[int]
 ) -> dict[str, Any]:
-    """Milliseconds of one step: the time of `steps` + 1 tokens minus that of 1 token, over `steps`; the best run."""
     work, batch = bench.work, len(names)
-    prompts = bench.prompts(batch, work.decode_prompt)
+    limit = bench.step_ms(batch, work.decode_prompt + work.decode_steps / 2, ranks)
+    row = bench.row(f"decode, batch {batch}, {name}", "ms", *aims.get(batch, ()))
+    return row.show(measured_step_ms(bench, names), limit)
+
+
+def measured_step_ms(bench: Bench, names: Sequence[str | None]) -> float:
+    """Milliseconds of one step: the time of `steps` + 1 tokens minus that of 1 token, over `steps`; the best run."""
+    work = bench.work
+    prompts = bench.prompts(len(names), work.decode_prompt)
     times = {}
     for tokens in (1, work.decode_steps + 1):
         bench.timed(prompts, names, tokens)
         times[tokens] = min(bench.timed(prompts, names, tokens) for _ in range(work.repeats))
-    step = (times[work.decode_steps + 1] - times[1]) / work.decode_steps
-    limit = bench.step_ms(batch, work.decode_prompt + work.decode_steps / 2, ranks)
-    row = bench.row(f"decode, batch {batch}, {name}", "ms", *aims.get(batch, ()))
-    return row.show(step * 1e3, limit)
+    return (times[work.decode_steps + 1] - times[1]) / work.decode_steps * 1e3
 
 
 def base_only_rows(bench: Bench) -> Iterator[dict[str, Any]]:

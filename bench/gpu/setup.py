@@ -62,13 +62,13 @@ class Bench:
     kv_bits: int = 16
     infos: dict[str, AdapterInfo] = field(default_factory=dict)
 
-    def load(self, ranks: dict[str, int]) -> None:
+    def load(self, ranks: dict[str, int], adapters: Adapters | None = None, block: int = BLOCK) -> None:
         """Write and load adapters, name → rank. One block is written while another is loaded; then its files are
-        deleted, because the engine keeps what it has loaded in host memory."""
+        deleted, because the engine keeps what it has loaded in host memory. adapters: what writes them."""
         names = list(ranks)
-        blocks = [{name: ranks[name] for name in names[i : i + BLOCK]} for i in range(0, len(names), BLOCK)]
+        blocks = [{name: ranks[name] for name in names[i : i + block]} for i in range(0, len(names), block)]
         with ThreadPoolExecutor(1) as writer:
-            for paths in writer.map(self.adapters.write_all, blocks):
+            for paths in writer.map((adapters or self.adapters).write_all, blocks):
                 self.infos.update(self.llm.load_lora_adapters(paths))
                 for path in paths.values():
                     shutil.rmtree(path)

@@ -77,6 +77,56 @@ class Dims:
 
 
 @dataclass(frozen=True)
+class MoeDims(Dims):
+    """The same of a Qwen3-MoE; inter is that of one expert, and `modules` are those of attention alone."""
+
+    experts: int
+    top_k: int
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        return {name: size for name, size in super().modules.items() if name.startswith("self_attn.")}
+
+    @property
+    def expert_modules(self) -> dict[str, tuple[int, int]]:
+        """Name → (in, out) of one expert, in the order in which PEFT wraps the parameters."""
+        return {"gate_up_proj": (self.hidden, 2 * self.inter), "down_proj": (self.inter, self.hidden)}
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters in the matrices of one expert of all layers."""
+        return self.layers * sum(a * b for a, b in self.expert_modules.values())
+
+    @property
+    def parameters(self) -> int:
+        """Attention, the routers and all experts."""
+        routers = self.layers * self.hidden * self.experts
+        return super().parameters + routers + self.experts * self.expert_parameters
+
+    def step_bytes(
+        self,
+        batch: int,
+        context: float,
+        adapters: list[int],
+        ranks: int = 1,
+        *,
+        weight_bits: float = 16,
+        kv_bits: int = 16,
+    ) -> float:
+        """Experts that no row takes are not read; rows take theirs as random weights have it, all equally often.
+        Experts have 16 bits whatever the others have."""
+        taken = self.experts * (1 - (1 - self.top_k / self.experts) ** batch)
+        of_experts = taken * 2 - self.experts * weight_bits / 8
+        rest = super().step_bytes(batch, context, adapters, ranks, weight_bits=weight_bits, kv_bits=kv_bits)
+        return rest + of_experts * self.expert_parameters / ranks
+
+    def expert_adapter_bytes(self, rank: int, rows: int) -> float:
+        """What `rows` rows read of an adapter on all experts."""
+        taken = self.experts * (1 - (1 - self.top_k / self.experts) ** rows)
+        return 2 * self.layers * rank * taken * sum(a + b for a, b in self.expert_modules.values())
+
+
+@dataclass(frozen=True)
 class Work:
     """How much is measured. Prompts and answers in tokens."""
 
@@ -117,43 +167,46 @@ class Work:
         return ([16] * 4 if group == "r16" else [8, 16, 32, 64]) * (self.adapters // 4)
 
 
-SIZES = {
+TINY = Work(
+    adapters=8,
+    batches=(1, 2, 4, 8),
+    decode_prompt=8,
+    decode_steps=4,
+    repeats=1,
+    requests=16,
+    prompt=24,
+    answer=4,
+    slots=4,
+    many=20,
+    many_device_bytes=1 << 20,
+    cold_runs=2,
+    streams=4,
+    arrivals=8,
+    arrival_rate=50.0,
+    arrival_rounds=2,
+    arrival_answer=3,
+    swap_seconds=0.5,
+    fresh=20,
+    fresh_seconds=10.0,
+    fresh_ranks=(8, 16),
+)
+"""What a test can run on a CPU."""
+
+SIZES: dict[str, tuple[Dims, Work]] = {
     "llama-8b": (Dims(4096, 14336, 32, 32, 8, 128, 128256, 8192), Work()),
     "llama-70b": (Dims(8192, 28672, 80, 64, 8, 128, 128256, 8192), Work()),
-    "tiny": (
-        Dims(64, 96, 2, 4, 2, 16, 101, 1024),
-        Work(
-            adapters=8,
-            batches=(1, 2, 4, 8),
-            decode_prompt=8,
-            decode_steps=4,
-            repeats=1,
-            requests=16,
-            prompt=24,
-            answer=4,
-            slots=4,
-            many=20,
-            many_device_bytes=1 << 20,
-            cold_runs=2,
-            streams=4,
-            arrivals=8,
-            arrival_rate=50.0,
-            arrival_rounds=2,
-            arrival_answer=3,
-            swap_seconds=0.5,
-            fresh=20,
-            fresh_seconds=10.0,
-            fresh_ranks=(8, 16),
-        ),
-    ),
+    "qwen3-30b-a3b": (MoeDims(2048, 768, 48, 32, 4, 128, 151936, 8192, experts=128, top_k=8), Work()),
+    "tiny-moe": (MoeDims(64, 32, 2, 4, 2, 16, 101, 1024, experts=6, top_k=2), TINY),
+    "tiny": (Dims(64, 96, 2, 4, 2, 16, 101, 1024), TINY),
 }
-"""By --dims: Llama-3.1-8B's, for which there are targets, the 70B model's, and what a test can run on a CPU."""
+"""By --dims: Llama-3.1-8B's, for which there are targets, the 70B model's, Qwen3-30B-A3B's, and two that a test can
+run on a CPU."""
 
 
 def write_model(path: Path, dims: Dims) -> str:
     """A configuration without weights."""
     path.mkdir()
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": dims.hidden,
@@ -172,6 +225,15 @@ def write_model(path: Path, dims: Dims) -> str:
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
+    if isinstance(dims, MoeDims):
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": dims.experts,
+            "num_experts_per_tok": dims.top_k,
+            "moe_intermediate_size": dims.inter,
+            "norm_topk_prob": True,
+        }
     (path / "config.json").write_text(json.dumps(config))
     return str(path)
 
@@ -221,7 +283,7 @@ class Adapters:
     def _random(self, name: str, rank: int) -> torch.Tensor:
         seed = int.from_bytes(name.encode()) % (1 << 62)
         random = torch.Generator(self._device).manual_seed(seed)
-        count = int(self._dims.adapter_bytes(rank)) // 2
+        count = sum(rows * columns for rows, columns in self._shapes(rank).values())
         return torch.randn(count, generator=random, device=self._device, dtype=torch.bfloat16) * 0.01
 
     def _shapes(self, rank: int) -> dict[str, tuple[int, int]]:
@@ -242,3 +304,24 @@ class Adapters:
             offset = end
         text = json.dumps(tensors).encode()
         return text + b" " * (-len(text) % 8)
+
+
+class ExpertAdapters(Adapters):
+    """The same on all experts, as PEFT writes adapters on the parameters in which transformers stacks them."""
+
+    def __init__(self, directory: Path, dims: MoeDims, device: torch.device):
+        super().__init__(directory, dims, device)
+        self._moe = dims
+
+    def config(self, rank: int) -> dict[str, Any]:
+        parameters = [f"mlp.experts.{name}" for name in self._moe.expert_modules]
+        return super().config(rank) | {"target_modules": [], "target_parameters": parameters}
+
+    def _shapes(self, rank: int) -> dict[str, tuple[int, int]]:
+        wrappers, stacked = ("experts.base_layer", "experts"), self._moe.experts * rank
+        return {
+            f"base_model.model.model.layers.{layer}.mlp.{wrapper}.{half}.weight": shape
+            for layer in range(self._moe.layers)
+            for wrapper, (width, out) in zip(wrappers, self._moe.expert_modules.values(), strict=True)
+            for half, shape in (("lora_A", (stacked, width)), ("lora_B", (out, stacked)))
+        }

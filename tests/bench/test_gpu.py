@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench.gpu.sizes import SIZES
+from bench.gpu.sizes import SIZES, ExpertAdapters, MoeDims, write_model
+from multilora.adapters.adapter import AdapterLimits
+from multilora.adapters.peft.base_model import BaseModel
+from multilora.adapters.peft.checkpoint import read_adapter
+from multilora.models.load import make_model
 
 ROOT = Path(__file__).parents[2]
 ROWS = {  # part → rows
@@ -58,6 +63,39 @@ def test_every_row_is_measured(result: dict[str, Any]) -> None:
         assert math.isfinite(row["value"]) and (row["value"] > 0 or row["row"].startswith("first token"))
         assert row["unit"] in ("ms", "ratio", "tokens/s", "swaps/s", "adapters/s")
         assert "target" not in row, "targets are those of another model"
+
+
+def test_the_sizes_of_a_mixture_are_those_of_the_model(tmp_path: Path) -> None:
+    dims, _ = SIZES["tiny-moe"]
+    assert isinstance(dims, MoeDims)
+    model = make_model(write_model(tmp_path / "model", dims), device=torch.device("meta"))
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and ".layers." in name)
+    assert dims.parameters == matrices
+    whole, _ = SIZES["qwen3-30b-a3b"]
+    assert isinstance(whole, MoeDims)
+    assert round((whole.parameters + 2 * whole.hidden * whole.vocab) / 1e9, 1) == 30.5
+    one, all_taken = (whole.step_bytes(batch, 0, []) for batch in (1, 10_000))
+    assert all_taken - one == pytest.approx(2 * 120 * whole.expert_parameters)
+    ExpertAdapters(tmp_path, dims, torch.device("cpu")).write("a", 4)
+    base = BaseModel.of(model, None)
+    adapter = read_adapter(tmp_path / "a", base, AdapterLimits())
+    assert adapter.target_modules == ["experts.down_proj", "experts.gate_up_proj"]
+    assert sum(b.a.nbytes + b.b.nbytes for b in adapter.blocks) == dims.expert_adapter_bytes(4, 10_000)
+
+
+def test_dims_without_experts_have_no_rows_about_them() -> None:
+    done = run("--device", "cpu", "--only", "experts")
+    assert done.returncode == 2
+    assert "--dims tiny has no experts" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_mixture_of_experts() -> None:
+    done = run("--dims", "tiny-moe", "--device", "cpu", "--only", "experts")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["unit"] for row in rows] == ["ratio"] * 3
+    assert all(row["value"] > 0 and "target" not in row for row in rows)
 
 
 @pytest.mark.slow

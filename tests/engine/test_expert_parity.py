@@ -101,7 +101,9 @@ def compare(driver: EngineDriver, jobs: list[Job]) -> None:
         assert driver.answers[rid].cached_tokens > 0
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize(
+    "case", ["qwen3_moe", *(pytest.param(c, marks=pytest.mark.slow) for c in ("mixtral", "qwen2_moe"))]
+)
 def test_adapters_of_a_mixture_of_experts(case: str, tmp_path: Path) -> None:
     family, overrides = MODELS[case]
     path = tmp_path / "model"
@@ -182,7 +184,9 @@ QWEN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "parent": ".m
 MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2", "parent": ".block_sparse_moe."}
 
 
-@pytest.mark.parametrize(("family", "names"), [("qwen3_moe", QWEN), ("mixtral", MIXTRAL)])
+@pytest.mark.parametrize(
+    ("family", "names"), [pytest.param("qwen3_moe", QWEN, marks=pytest.mark.slow), ("mixtral", MIXTRAL)]
+)
 def test_every_layout_of_adapters_on_experts(family: str, names: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "model"
     make_tiny_model(path, family, num_experts=EXPERTS)
