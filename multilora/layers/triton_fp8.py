@@ -95,5 +95,5 @@ def blocks_product(
     args = (x, x_scale, weight, scale, out, rows, outs, width, cdiv(width, wide), high)
     constants = {"BM": bm, "BN": bn, "BK": wide, "PDL": early}
     grid = cdiv(outs, bn), cdiv(rows, bm)
-    launch(_blocks_product, grid, args, constants, early=early, num_warps=4, num_stages=4)
+    launch(_blocks_product, grid, args, constants, early=early, num_warps=4, num_stages=3)
     return out
