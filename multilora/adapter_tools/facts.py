@@ -16,6 +16,7 @@ from multilora.errors import MultiloraError
 PREFIX = "base_model.model."
 LORA = "LoRA"
 LORA_A = re.compile(r"\.lora_(?:embedding_)?A(?:\.|$)")
+WRAPPER = re.compile(r"\.experts(?:\.base_layer)*$")
 LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?:.*\.)?(?P<leaf>[^.]+)$")
 # Kinds of tensors, by the end of their names; the first that matches counts. The adapter's own name may be in
 # between.
@@ -75,7 +76,7 @@ def rows(tensors: Mapping[str, TensorInfo], config: PeftConfig | None) -> list[R
 
     config: None if it cannot be read; then no scaling is known.
     """
-    ranks = _ranks(tensors)
+    ranks = _ranks(tensors, config)
     layers: dict[tuple[_Key, str], set[int]] = {}  # by key and module
     sizes: dict[tuple[_Key, str], int] = {}
     for name, info in tensors.items():
@@ -107,9 +108,18 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
-def _ranks(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """Module → rank, which is the number of rows of its A."""
-    return {_kind(name)[1]: info.shape[0] for name, info in tensors.items() if LORA_A.search(name) and info.shape}
+def _ranks(tensors: Mapping[str, TensorInfo], config: PeftConfig | None) -> dict[str, int]:
+    """Module → rank, which is the number of rows of its A. Where that holds all experts of a layer, it is the last
+    but one size of a stack; a wrapper's is told by the config alone."""
+    found = {}
+    for name, info in tensors.items():
+        if LORA_A.search(name) and info.shape:
+            module = _kind(name)[1]
+            if not WRAPPER.search(module):
+                found[module] = info.shape[-2] if len(info.shape) == 3 else info.shape[0]
+            elif config is not None:
+                found[module] = config.r
+    return found
 
 
 def _kind(name: str) -> tuple[str, str]:

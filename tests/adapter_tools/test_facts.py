@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from multilora.adapter_tools.facts import Row, method, ranges, rows
+from multilora.adapters.peft.config import parse_config
 from multilora.adapters.peft.safetensors_file import TensorInfo
 
 LAYERS = "base_model.model.model.layers"
@@ -87,3 +88,24 @@ def test_everything_that_is_not_lora_has_a_kind_of_its_own():
         Row("whole weight", ["lm_head", "norm"], "", None, None, 88),
         Row("unknown", ["x.scale"], "", None, None, 3),
     ]
+
+
+def test_the_rank_of_experts_is_that_of_one(tmp_path):
+    """Stacked, one by one, and in PEFT's wrappers, whose shapes do not tell it."""
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["x"]}
+    parsed = parse_config(config, tmp_path / "adapter_config.json")
+    at = f"{LAYERS}.0.mlp.experts".replace(".", "__")
+    found = rows(
+        tensors(
+            **{
+                f"{at}__lora_A__weight": (24, 8),
+                f"{at}__base_layer__lora_A__weight": (24, 8),
+                f"{at}__gate_up_proj__lora_A__weight": (6, 4, 8),
+                f"{at}__5__down_proj__lora_A__weight": (4, 8),
+            }
+        ),
+        parsed,
+    )
+    assert {(row.rank, row.scaling) for row in found} == {(4, 2.0)}
+    unread = rows(tensors(**{f"{at}__lora_A__weight": (24, 8)}), None)
+    assert [row.rank for row in unread] == [None]

@@ -36,6 +36,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "router": {"r": 3, "lora_alpha": 9, "target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]},
     "experts": {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj"], "target_parameters": BOTH},
     "down only, rsLoRA": {"r": 8, "lora_alpha": 3, "use_rslora": True, "target_parameters": BOTH[1:]},
+    "router saved": {"r": 2, "lora_alpha": 4, "target_modules": ["o_proj"], "modules_to_save": ["mlp.gate"]},
     "one layer's": {
         "r": 2,
         "lora_alpha": 4,

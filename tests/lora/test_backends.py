@@ -10,6 +10,7 @@ from multilora.adapters.adapter import Adapter, LowRank, Vector, VectorKind
 from multilora.adapters.packing.blocks import Blocks, PackTarget, pack
 from multilora.batch import LoraSegment
 from multilora.errors import ConfigError
+from multilora.layers.experts import sort_by_expert
 from multilora.lora.backends import make_lora_backend
 from multilora.lora.reference import ReferenceLora
 from multilora.lora.sites import LoraSite, LoraSlice
@@ -196,3 +197,39 @@ def test_half_precision_stays_near_the_reference(dtype):
 def test_unknown_backend_is_refused_by_name():
     with pytest.raises(ConfigError, match="csgmv2"):
         make_lora_backend("csgmv2", None, sites=(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("page_bytes", [1024, 65536], ids=["cut panels", "whole panels"])
+def test_experts_equal_the_formula(backend, page_bytes):
+    """Several adapters and ranks, matrices that experts share, composed adapters and base rows."""
+    torch.manual_seed(3)
+    count, tokens, top_k = 4, 9, 2
+    site = LoraSite(0, 0, "experts.down_proj", 24, (LoraSlice("experts.down_proj", 0, 40),), count)
+    adapters = []
+    for rank, of_a, of_b in ((3, count, count), (8, 1, count), (12, count, 1)):
+        a, b = torch.randn(of_a, rank, 24) / 5, torch.randn(of_b, rank, 40) / rank**0.5
+        adapters.append(Adapter((LowRank(0, "experts.down_proj", a, b, 1.5),), "test"))
+    bench = Bench((site,), torch.float32, page_bytes, adapters)
+    assert [len(bench.table.lookup(slot)[0].shape.shared) for slot in range(3)] == [0, 1, 1]
+    lora = (
+        ReferenceLora(bench.table)
+        if backend == "reference"
+        else make_lora_backend(backend, bench.table, sites=(site,), dtype=bench.target.dtype)
+    )
+    segments = (LoraSegment(0, 4, (0,), (1.0,)), LoraSegment(5, 9, (1, 2), (0.5, -2.0)))
+    lora.prepare(segments, tokens)
+    taken = torch.rand(tokens, count).topk(top_k).indices
+    rows = sort_by_expert(taken, count, lora.expert_segments())
+    x, y = torch.randn(tokens * top_k, 24), torch.randn(tokens * top_k, 40)
+    want = y.clone()
+    for row, (token, expert) in enumerate(zip(rows.tokens.tolist(), rows.experts.tolist(), strict=True)):
+        for segment in (s for s in segments if s.start <= token < s.end):
+            for slot, weight in zip(segment.slots, segment.weights, strict=True):
+                [block] = adapters[slot].blocks
+                a, b = (m[expert if len(m) > 1 else 0] for m in (block.a, block.b))
+                want[row] += weight * 1.5 * (x[row] @ a.T) @ b
+    lora.apply_experts(y, x, site.index, rows)
+    torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
+    lora.prepare((), tokens)
+    assert lora.expert_segments() is None
