@@ -1,10 +1,12 @@
 """The HTTP face alone: tokens a second and added latency per token of one front process, with a fake engine.
 
-    python -m bench.http_face [--streams 64 256 1024] [--route completions] [--out bench/results/http-face.json]
+    python -m bench.http_face [--streams 64 256 1024] [--route completions] [--front-workers 2]
+        [--out bench/results/http-face.json]
 
 Beside it, in turns, a bare Starlette stream: the same uvicorn, loop and parser, which sends ready-made frames
 (`http_servers.py`). The client (`http_streams.py`) is this process; with fewer than two free cores the tokens a
-second are too low, those of a CPU second are not.
+second are too low, those of a CPU second are not. With --front-workers N the face needs N + 2 cores, for itself, its
+supervisor and the client; its CPU seconds are those of all its processes.
 
 - tokens/s: steps as fast as they are taken, at most two ahead
 - latency: a step each 100 ms; from the step to the token's frame at the client
@@ -49,8 +51,8 @@ class Server:
 
 
 @contextmanager
-def started(name: str, streams: int) -> Iterator[Server]:
-    command = [sys.executable, "-m", "bench.http_servers", name, str(streams)]
+def started(name: str, streams: int, workers: int) -> Iterator[Server]:
+    command = [sys.executable, "-m", "bench.http_servers", name, str(streams), str(workers)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -68,14 +70,14 @@ class Measured:
     delays: list[float]
 
 
-def measure(name: str, streams: int, route: str, tokens: int, paced_steps: int) -> Measured:
+def measure(name: str, streams: int, route: str, tokens: int, paced_steps: int, workers: int = 1) -> Measured:
     """tokens: of all streams together, after a tenth as many for warming up."""
     path, prompt, marker = ROUTES[route]
     body = f'{{"model":"base",{prompt},"max_tokens":500000,"stream":true,"temperature":0}}'.encode()
     head = f"POST {path} HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     if name == "bare":
         marker = b'"text":"'
-    with started(name, streams) as server:
+    with started(name, streams, workers) as server:
         client = Streams(server.port, head.encode() + body, marker, server.tick)
         client.open(streams)
         steps = max(2, tokens // streams)
@@ -92,17 +94,19 @@ def percentile(values: list[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
 
 
-def rows(streams: int, route: str, rounds: int, tokens: int, paced_steps: int) -> list[dict[str, Any]]:
+def rows(
+    streams: int, route: str, rounds: int, tokens: int, paced_steps: int, workers: int = 1
+) -> list[dict[str, Any]]:
     """The medians of each server over the rounds, which take turns."""
     runs: dict[str, list[Measured]] = {"face": [], "bare": []}
     for _ in range(rounds):
         for name, found in runs.items():
-            found.append(measure(name, streams, route, tokens, paced_steps))
+            found.append(measure(name, streams, route, tokens, paced_steps, workers if name == "face" else 1))
 
     def middle(name: str, value: Callable[[Measured], float]) -> float:
         return median(value(run) for run in runs[name])
 
-    label = f"{route}, {streams} streams"
+    label = f"{route}, {streams} streams" + (f", {workers} front processes" if workers > 1 else "")
     rate, limit = (middle(name, lambda m: m.rate) for name in ("face", "bare"))
     cpu, cpu_limit = (middle(name, lambda m: m.cpu_rate) for name in ("face", "bare"))
     out = [
@@ -121,6 +125,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", nargs="+", type=int, default=[64, 256, 1024])
     parser.add_argument("--route", nargs="+", choices=ROUTES, default=["completions"])
+    parser.add_argument("--front-workers", type=int, default=1, help="processes of the face")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=200_000, help="of all streams, in a round")
     parser.add_argument("--paced-steps", type=int, default=30)
@@ -131,7 +136,7 @@ def main() -> int:
         row
         for route in args.route
         for streams in args.streams
-        for row in rows(streams, route, args.rounds, args.tokens, args.paced_steps)
+        for row in rows(streams, route, args.rounds, args.tokens, args.paced_steps, args.front_workers)
     ]
     say("")
     finish(result, args.out)

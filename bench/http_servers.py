@@ -1,10 +1,12 @@
-"""The servers that `bench.http_face` compares, each a process: `python -m bench.http_servers NAME STREAMS`.
+"""The servers that `bench.http_face` compares, each a process: `python -m bench.http_servers NAME STREAMS WORKERS`.
 
-- face: this package's application under uvicorn as `multilora serve` runs it, with an engine that computes nothing
+- face: this package's application under uvicorn as `multilora serve` runs it, with an engine that computes nothing;
+  with more than one WORKERS, that many front processes and this one as their supervisor
 - bare: a Starlette application of one route, whose streams send a ready-made frame of the same size for each token
 
 Both wait for STREAMS requests. Then each byte on stdin is a step: the engine's message for all streams, encoded as it
-comes from an engine process, is decoded and delivered. Stdout has the port, and at the end the CPU seconds.
+comes from an engine process, is decoded and delivered. Stdout has the port, and at the end the CPU seconds of this
+process and of those that it has started.
 """
 
 import asyncio
@@ -13,9 +15,11 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -27,6 +31,7 @@ from multilora.front.tokenizer import Tokenizer
 from multilora.params import EmbeddingSettings
 from multilora.server.app import create_app
 from multilora.server.uvicorn_setup import event_loop, uvicorn_config
+from multilora.server.workers.pool import FrontWorkers
 
 FRAME = (
     b'data: {"id":"cmpl-%s","object":"text_completion","created":1764400000,"model":"base","choices":[{"index":0,'
@@ -59,7 +64,7 @@ class Steps:
             case b"t":
                 self._step()
             case b"c":
-                sys.stdout.write(f"{time.process_time()}\n")
+                sys.stdout.write(f"{cpu_seconds()}\n")
                 sys.stdout.flush()
             case _:  # whoever measured is gone
                 os._exit(0)
@@ -69,6 +74,15 @@ class Steps:
         assert isinstance(outputs, Outputs)
         for output in outputs.items:
             self._receivers[output.rid](output)
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children, so far."""
+    total = time.process_time()
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split():
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime
+    return total
 
 
 class SteppedEngine(Steps):
@@ -100,13 +114,28 @@ class SteppedEngine(Steps):
     def use_tokenizer(self, info: str) -> None: ...
 
 
-def face(streams: int) -> uvicorn.Config:
-    config = Config.make(served_model_name="base", max_running_requests=2 * streams)
+def application(config: Config, streams: int) -> FastAPI:
     tokenizer = Tokenizer.of(config)
     assert tokenizer is not None
     [token] = tokenizer.encode(" the", add_special_tokens=False)[-1:]
     engine: Any = SteppedEngine(streams, token)
-    return uvicorn_config(create_app(config, engine, tokenizer), max_connections=2 * streams)
+    return create_app(config, engine, tokenizer)
+
+
+def face(streams: int) -> uvicorn.Config:
+    config = Config.make(served_model_name="base", max_running_requests=2 * streams)
+    return uvicorn_config(application(config, streams), max_connections=2 * streams)
+
+
+async def serve_by_workers(streams: int, workers: int) -> None:
+    config = Config.make(served_model_name="base", max_running_requests=2 * streams, front_workers=workers)
+    app = application(config, streams)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        most = 2 * streams * workers  # the kernel does not share connections out evenly
+        pool = FrontWorkers(config, app, listener, app.state.driver, app.state.metrics, most)
+        await pool.serve(lambda: say_port(port))
 
 
 def bare(streams: int) -> uvicorn.Config:
@@ -131,15 +160,26 @@ def bare(streams: int) -> uvicorn.Config:
 SERVERS = {"face": face, "bare": bare}
 
 
+def say_port(port: int) -> None:
+    sys.stdout.write(f"{port}\n")
+    sys.stdout.flush()
+
+
 async def _serve(config: uvicorn.Config) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(4096)
-        sys.stdout.write(f"{listener.getsockname()[1]}\n")
-        sys.stdout.flush()
+        say_port(listener.getsockname()[1])
         await uvicorn.Server(config).serve(sockets=[listener])
+
+
+async def main(name: str, streams: int, workers: int) -> None:
+    if workers > 1:
+        await serve_by_workers(streams, workers)
+    else:
+        await _serve(SERVERS[name](streams))
 
 
 if __name__ == "__main__":
     with asyncio.Runner(loop_factory=event_loop()) as runner:
-        runner.run(_serve(SERVERS[sys.argv[1]](int(sys.argv[2]))))
+        runner.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -218,6 +218,11 @@ class Config:
     otlp_traces_endpoint: str | None = _server(
         None, "send OpenTelemetry traces there, by OTLP over HTTP; needs the extra `otel`", metavar="URL"
     )
+    front_workers: int = _server(
+        1,
+        "processes that serve HTTP and tokenize on the one port; with several, another one holds the registry",
+        aliases=("--tokenizer-worker-num", "--api-server-count"),
+    )
     drain_seconds: int = _server(25, "how long running requests may still take after SIGTERM", low=0)
     state_dir: str | None = _server(
         None, "where loaded adapters are remembered, for the next start (default: nowhere)", metavar="DIR"

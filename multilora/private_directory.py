@@ -21,11 +21,11 @@ from typing import NoReturn
 logger = logging.getLogger(__name__)
 
 _open: "weakref.WeakSet[PrivateDirectory]" = weakref.WeakSet()
-_NAME = re.compile(r"multilora-(tensors|engine|ranks)-\d+-")  # then the owner's process id, for information
+_NAME = re.compile(r"multilora-(tensors|engine|ranks|fronts)-\d+-")  # then the owner's process id, for information
 
 
 class PrivateDirectory:
-    """A new directory of mode 0700. kind: a part of its name, "tensors", "engine" or "ranks"."""
+    """A new directory of mode 0700. kind: a part of its name, "tensors", "engine", "ranks" or "fronts"."""
 
     def __init__(self, kind: str):
         self.path, lock = _make(f"multilora-{kind}-{os.getpid()}-")

@@ -51,7 +51,7 @@ def _grammars_in_process() -> Iterator[None]:
     from fakes.grammars import InProcessGrammars
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("multilora.drivers.async_driver.GrammarPool", InProcessGrammars)
+        patch.setattr("multilora.drivers.request_driver.GrammarPool", InProcessGrammars)
         yield
 
 

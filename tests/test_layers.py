@@ -66,6 +66,7 @@ ALLOWED_UPWARD = {("__init__.py", "llm")}
 NO_TORCH = (
     "server/",
     "drivers/async_driver.py",
+    "drivers/request_driver.py",
     "front/",
     "engine/process/client.py",
     "engine/messages.py",

@@ -145,7 +145,7 @@ _ONE_VALUE = """
     speculative-ngram-min-bfs-breadth speculative-ngram-min-match-window-size speculative-num-draft-tokens
     speculative-num-steps speculative-token-map startup-weight-load-mode stream-interval swa-full-tokens-ratio
     swa-prefix-tails tbo-token-distribution-threshold tokenizer-backend tokenizer-metrics-custom-labels-header
-    tokenizer-mode tokenizer-worker-num tool-server torch-compile-max-bs torchao-config
+    tokenizer-mode tool-server torch-compile-max-bs torchao-config
     trace-modules triton-attention-num-kv-splits triton-attention-split-tile-size
     unified-cache-external-linker-backend unified-cache-external-linker-config uno-lora-path warmups
      watermark-config weight-cache-mode weight-cache-socket weight-cache-timeout

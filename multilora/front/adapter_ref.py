@@ -19,6 +19,7 @@ class RefState(enum.Enum):
     LOADED = "loaded"
     UNLOADING = "unloading"
     REPLACED = "replaced"
+    GONE = "gone"
 
 
 @dataclass

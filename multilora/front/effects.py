@@ -105,6 +105,15 @@ class EngineCall(Effect[Reply]):
 
 
 @dataclass(frozen=True)
+class Ask(Effect[T]):
+    """Ask the process that holds the registry what `question` makes of the call's number; the result is its answer.
+    Raises its typed error. `undo` is given the answer if the work is cancelled meanwhile."""
+
+    question: Callable[[int], Any]
+    undo: Callable[[T], object]
+
+
+@dataclass(frozen=True)
 class WaitUntilIdle(Effect[None]):
     """Wait until no request holds `version`."""
 

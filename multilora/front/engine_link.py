@@ -6,27 +6,11 @@ from typing import Protocol
 from multilora.engine.messages import Output, Ready, Stats, Submit
 
 
-class EngineLink(Protocol):
-    """`ready`: as the engine said at its start; `stats`: the latest; `alive`: False once the engine has ended for
-    good; `restarting`: it has ended, and another one is coming; `restarts`: how often that was so.
-
-    No method waits for the engine.
-    """
+class RequestLink(Protocol):
+    """What the requests of one front need of the engine. `ready`: as it said at its start. No method waits for it."""
 
     @property
     def ready(self) -> Ready: ...
-
-    @property
-    def stats(self) -> Stats: ...
-
-    @property
-    def alive(self) -> bool: ...
-
-    @property
-    def restarting(self) -> bool: ...
-
-    @property
-    def restarts(self) -> int: ...
 
     def submit(self, message: Submit, deliver: Callable[[Output], None]) -> None:
         """`deliver` gets each Output of that rid; the last has `finished` (type error, kind EngineDead, if the
@@ -40,3 +24,20 @@ class EngineLink(Protocol):
 
     def use_tokenizer(self, info: str) -> None:
         """xgrammar's serialized TokenizerInfo; before the first Submit with a grammar."""
+
+
+class EngineLink(RequestLink, Protocol):
+    """`stats`: the latest; `alive`: False once the engine has ended for good; `restarting`: it has ended, and another
+    one is coming; `restarts`: how often that was so."""
+
+    @property
+    def stats(self) -> Stats: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def restarting(self) -> bool: ...
+
+    @property
+    def restarts(self) -> int: ...

@@ -1,7 +1,7 @@
 """One request under way: its samples, from the first check to their one ending each, without I/O.
 
-Made by `Front.submit`. The driver hands the engine's outputs to `Generation.receive` and calls `Generation.close` at
-the end, always.
+Made by `RequestFront.submit`. The driver hands the engine's outputs to `Generation.receive` and calls
+`Generation.close` at the end, always.
 """
 
 import time
@@ -13,10 +13,10 @@ from multilora.errors import EngineRestarting, MultiloraError, from_wire
 from multilora.front.access import Caller
 from multilora.front.adapter_ref import Held
 from multilora.front.adapter_spec import BASE, AdapterSpec
-from multilora.front.engine_link import EngineLink
+from multilora.front.admission import Ticket
+from multilora.front.engine_link import RequestLink
 from multilora.front.observer import FirstOutput, Observer, Origin, origin_of
 from multilora.front.prompt import Prompt
-from multilora.front.quotas import UNLIMITED, Grant
 from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.front.versions import VersionHistory, VersionLabel, VersionSpan
 from multilora.front.vocabulary import Vocabulary
@@ -61,20 +61,13 @@ class Job:
 
 @dataclass(eq=False)
 class Sample:
-    """One of the answers to a job. `stream` has all of its text and tokens so far.
-
-    `rid` is the client's word for it, which its tenant may use again later, and others at any time; `key` is the
-    engine's and never comes again, so no late Output can reach another request. `number`: which of the job's `n`;
-    `index`: which of all its request's.
+    """One of the answers to a job. `stream` has all of its text and tokens so far. `index`: which of all its
+    request's; `ticket`: what it was admitted with.
     """
 
     job: Job
-    number: int
     index: int
-    rid: str
-    key: str
-    held: Held
-    caller: Caller
+    ticket: Ticket
     vocabulary: Vocabulary
     stream: TextStream
     versions: VersionHistory
@@ -82,12 +75,7 @@ class Sample:
     seconds: float = 0.0  # from the request's start to the last delta
     first_seconds: float = 0.0  # from the request's start to the first output
     queue_seconds: float = 0.0
-    submitted: bool = False
-    abort_message: str | None = None  # aborted before it was submitted
-    grant: Grant = UNLIMITED
     started: bool = False  # its first output is here
-    deliver: Callable[[Output], None] | None = None  # once it is submitted
-    let_go: bool = False  # it holds its adapters no longer
     shown: bool = False  # the client has been told some of it
     origin: Origin = field(init=False)  # for the observer
     span: TraceSpan | None = field(init=False)  # None: it is not traced
@@ -97,9 +85,29 @@ class Sample:
         self.origin = origin_of(self.caller, self.job.adapters)
 
     @property
-    def scope(self) -> tuple[str, str]:
-        """The names of its tenant and of its own, which no other open sample has."""
-        return self.caller.tenant.name, self.rid
+    def number(self) -> int:
+        """Which of its job's samples it is."""
+        return self.ticket.number
+
+    @property
+    def rid(self) -> str:
+        """The client's word for it."""
+        return self.ticket.rid
+
+    @property
+    def key(self) -> str:
+        """The engine's word for it."""
+        return self.ticket.key
+
+    @property
+    def held(self) -> Held:
+        """What it runs on."""
+        return self.ticket.held
+
+    @property
+    def caller(self) -> Caller:
+        """Who has sent the request."""
+        return self.ticket.caller
 
     @property
     def label(self) -> VersionLabel:
@@ -118,7 +126,7 @@ class Generation:
     on_end: called once for each sample, when it has ended.
     """
 
-    def __init__(self, engine: EngineLink, observer: Observer, on_end: Callable[[Sample], None]):
+    def __init__(self, engine: RequestLink, observer: Observer, on_end: Callable[[Sample], None]):
         self.samples: list[Sample] = []
         self.created = time.time()
         self._engine = engine
@@ -174,7 +182,6 @@ class Generation:
 
     def _observe(self, sample: Sample, output: Output) -> None:
         now = time.perf_counter() - self._start
-        sample.grant.charge(len(output.token_ids))
         if sample.started:
             if output.token_ids:
                 self._observer.next_output(sample.origin, len(output.token_ids), now - sample.seconds)
@@ -197,7 +204,7 @@ class Generation:
     def close(self) -> None:
         """Abort what has not ended, and release its adapters. Idempotent."""
         for sample in list(self._open.values()):
-            if sample.submitted:
+            if sample.ticket.submitted:
                 self._engine.abort(sample.key)
             self._finish(sample)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from multilora.errors import BadRequest
 from multilora.front.access import CALLER
 from multilora.front.effects import CompileGrammar, Steps
-from multilora.front.engine_link import EngineLink
+from multilora.front.engine_link import RequestLink
 from multilora.front.grammars.compiler import Setup
 from multilora.front.grammars.source import check_source
 from multilora.front.vocabulary import Vocabulary
@@ -26,7 +26,7 @@ MAX_DIFFERENT = 64
 class Grammars:
     """base: the base model's vocabulary; without a tokenizer nothing may be compiled."""
 
-    def __init__(self, base: Vocabulary, engine: EngineLink):
+    def __init__(self, base: Vocabulary, engine: RequestLink):
         self._base = base
         self._engine = engine
         self._setup: Setup | None = None

@@ -38,7 +38,8 @@ class AdapterRegistry(AdapterNames):
     """`max_loaded`: how many different adapters one request may name; None: any number.
 
     weight_version: the label of the base model and of adapters that have none of their own; see `label_weights`.
-    max_per_tenant: how many, unless the tenant has its own limit.
+    max_per_tenant: how many, unless the tenant has its own limit. on_change: is told of each version whose state is
+    another one, if requests can see that, and of None after `label_weights`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class AdapterRegistry(AdapterNames):
         self._versions: dict[int, AdapterRef] = {}  # every version that is not gone
         self._loading: dict[str, list[AdapterRef]] = {}  # by age; several only if all but the first may replace
         self._next_version = 1
+        self.on_change: Callable[[AdapterRef | None], None] = lambda _ref: None
 
     # loading
 
@@ -78,6 +80,7 @@ class AdapterRegistry(AdapterNames):
         """Set the server's label. Requests that run keep the one they began with. Raises BadRequest."""
         check_weight_version(weight_version, "new_version")
         self.weight_version = weight_version
+        self.on_change(None)
 
     def compose(
         self, name: str, parts: AdapterSpec, *, replace: bool = False, weight_version: str | None = None
@@ -141,14 +144,14 @@ class AdapterRegistry(AdapterNames):
             what = f"adapter {shown(name)!r} is being replaced"
             raise AdapterError(f"{what}; unload it when that is done", param="lora_name")
         self._check_unused(name)
-        current.state = RefState.UNLOADING
+        self._change(current, RefState.UNLOADING)
         return current.version
 
     def undo_unload(self, version: int) -> None:
         """The unload that has begun is not to be: requests get the version again."""
         ref = self._versions[version]
         assert ref.state is RefState.UNLOADING
-        ref.state = RefState.LOADED
+        self._change(ref, RefState.LOADED)
 
     def finish_unload(self, version: int) -> None:
         """The engine has forgotten the version; its name, if it was the current one, is free again."""
@@ -158,6 +161,7 @@ class AdapterRegistry(AdapterNames):
         del self._versions[version]
         if ref.state is RefState.UNLOADING:
             del self._current[ref.name]
+        self._change(ref, RefState.GONE)
 
     # requests
 
@@ -292,13 +296,17 @@ class AdapterRegistry(AdapterNames):
     def _make_current(self, ref: AdapterRef) -> int | None:
         replaced = self._current.get(ref.name)
         if replaced is not None and replaced.version > ref.version:
-            ref.state = RefState.REPLACED
+            self._change(ref, RefState.REPLACED)
             return ref.version
-        if replaced is not None:
-            replaced.state = RefState.REPLACED
-        ref.state = RefState.LOADED
         self._current[ref.name] = ref
+        self._change(ref, RefState.LOADED)
+        if replaced is not None:
+            self._change(replaced, RefState.REPLACED)
         return replaced.version if replaced else None
+
+    def _change(self, ref: AdapterRef, state: RefState) -> None:
+        ref.state = state
+        self.on_change(ref)
 
     def _expand(self, spec: AdapterSpec) -> AdapterSpec:
         """The name of a composition, alone and of weight 1, stands for its parts."""
@@ -346,6 +354,10 @@ class AdapterRegistry(AdapterNames):
     def loaded(self) -> dict[str, str]:
         """Name → path of the adapters that take requests, in load order."""
         return {e.name: e.path for e in self.refs()}
+
+    def versions(self) -> list[AdapterRef]:
+        """Every version that requests may run on, or wait for the end of."""
+        return [ref for ref in self._versions.values() if ref.state is not RefState.LOADING]
 
     def refs(self) -> list[AdapterRef]:
         """The adapters that take requests, in load order."""

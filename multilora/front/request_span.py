@@ -27,7 +27,7 @@ def end_span(span: TraceSpan, sample: Sample, ending: Ending, model: str) -> Non
         says["multilora.tenant"] = sample.origin.tenant
     if sample.job.adapters:
         says["multilora.adapter.name"] = show(sample.job.adapters)
-        says["multilora.adapter.version"] = ",".join(str(ref.version) for ref in sample.held.refs)
+        says["multilora.adapter.version"] = ",".join(str(version) for version, _ in sample.held.composition)
     if ending.first_seconds:
         says["gen_ai.latency.time_to_first_token"] = ending.first_seconds
         says["gen_ai.latency.time_in_queue"] = ending.queue_seconds

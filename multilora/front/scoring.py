@@ -16,9 +16,9 @@ from multilora.errors import BadRequest
 from multilora.front.adapter_spec import AdapterSpec
 from multilora.front.classification import CLASSIFY, classification_of
 from multilora.front.embedding import READ_ONLY, Vector, row_of
-from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import MAX_PROMPTS, PairPrompt, TextPrompt, Truncation
+from multilora.front.request_front import RequestFront
 from multilora.params import PoolingParams
 
 
@@ -56,7 +56,7 @@ class Scoring:
     jobs: list[Job]
     crossed: bool
 
-    def scores(self, samples: Sequence[Sample], front: Front, *, raw: bool = False) -> list[float]:
+    def scores(self, samples: Sequence[Sample], front: RequestFront, *, raw: bool = False) -> list[float]:
         """One for each of `pairs.second`, from the samples, which have ended well. raw: as the head gave it."""
         if self.crossed:
             found = [classification_of(sample, front.engine.ready.classifier) for sample in samples]
@@ -67,7 +67,7 @@ class Scoring:
 
 
 def scoring_of(
-    front: Front, pairs: TextPairs, spec: AdapterSpec, truncation: Truncation | None, common: Job
+    front: RequestFront, pairs: TextPairs, spec: AdapterSpec, truncation: Truncation | None, common: Job
 ) -> Scoring:
     """common: the other fields of every job. Raises BadRequest for a head of several labels."""
     labels = _labels(front, spec)
@@ -96,7 +96,7 @@ def scoring_of(
     return Scoring(pairs, jobs, crossed=False)
 
 
-def _labels(front: Front, spec: AdapterSpec) -> int:
+def _labels(front: RequestFront, spec: AdapterSpec) -> int:
     """Of the head that the adapter brings, else of the base model's; 0: there is none."""
     version = front.registry.sole_version(spec)
     info = None if version is None else front.registry.ref(version).info

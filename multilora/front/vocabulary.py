@@ -98,7 +98,10 @@ class Vocabularies:
     def of(self, spec: AdapterSpec) -> Vocabulary:
         """Return the vocabulary of `spec`. Compositions have the base model's; so have names that are not loaded,
         which the registry refuses."""
-        version = self._registry.sole_version(spec)
+        return self.of_version(self._registry.sole_version(spec))
+
+    def of_version(self, version: int | None) -> Vocabulary:
+        """Return the vocabulary of requests on which this version alone acts; None: the base model, or a sum."""
         return self.base if version is None else self._own.get(version, self.base)
 
     def concerns(self, info: AdapterInfo) -> bool:
@@ -123,6 +126,10 @@ class Vocabularies:
             logger.info("%s has a tokenizer of its own: %d tokens, %d rows", path, own.vocab_size, size)
         elif size != self.base.size:
             self._own[info.version] = Vocabulary(base, size)
+
+    def add_unread(self, info: AdapterInfo, reason: str) -> None:
+        """The adapter's tokenizer cannot be looked for here: its requests carry token ids, and `reason` says why."""
+        self._own[info.version] = Vocabulary(self.base.tokenizer, self._size(info), own=True, no_text=reason)
 
     def remove(self, version: int) -> None:
         """Forget the vocabulary of a version, if it has one. Running requests keep the object that they hold."""

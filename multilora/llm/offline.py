@@ -50,6 +50,8 @@ class LLM:
         config = Config.make(model_path=model_path, lora_paths=lora_paths, **options)
         if config.state_dir is not None:
             raise ConfigError("state_dir: an LLM keeps nothing; AsyncLLM and the server do")
+        if config.front_workers > 1:
+            raise ConfigError("front_workers: an LLM serves no HTTP; the server does")
         self.config = with_directory(config)
         self._spool = Spool()
         self._local = LocalEngine(build_engine(self._spool.admit(self.config)))

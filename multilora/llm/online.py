@@ -12,7 +12,7 @@ from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.engine.messages import AdapterInfo, Stats
 from multilora.engine.process.supervisor import EngineSupervisor
-from multilora.errors import BadRequest
+from multilora.errors import BadRequest, ConfigError
 from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.state_directory import open_state
@@ -44,6 +44,8 @@ class AsyncLLM:
 
     def __init__(self, model_path: str | None = None, *, lora_paths: Any = None, **options: Any):
         self.config = with_directory(Config.make(model_path=model_path, lora_paths=lora_paths, **options))
+        if self.config.front_workers > 1:
+            raise ConfigError("front_workers: an AsyncLLM serves no HTTP; the server does")
         self.tokenizer: Tokenizer | None = None
         self._records, self._spool = open_state(self.config.state_dir)
         self._driver: AsyncDriver | None = None

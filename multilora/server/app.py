@@ -4,6 +4,7 @@ Owns nothing but the wiring. `serve.py` runs it under uvicorn.
 """
 
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,6 +14,8 @@ import multilora
 from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver, AsyncEngine
+from multilora.drivers.request_driver import RequestDriver
+from multilora.front.access import Caller
 from multilora.front.front import Front
 from multilora.front.records import Records
 from multilora.front.tokenizer import Tokenizer
@@ -39,7 +42,7 @@ from multilora.server.console import routes as console
 from multilora.server.head import HeadAsGet
 from multilora.server.key_ring import KeyRing
 from multilora.server.metrics.collector import Metrics
-from multilora.server.metrics.http import CountRequests
+from multilora.server.metrics.http import CountRequests, RequestCounter
 from multilora.server.pooling import classify, embeddings, score
 from multilora.server.request_body import Bodies
 from multilora.server.request_ids import RequestIds
@@ -70,44 +73,57 @@ def create_app(
     defaults = dict(sampling_defaults or {}) if config.sampling_defaults == "model" else {}
     app = FastAPI(title="multilora", version=multilora.__version__)
     app.state.driver = driver
+    app.state.metrics = metrics
     app.state.bodies = Bodies(config.max_body_bytes)
     shapes: dict[str, errors.Shape] = dict.fromkeys(
         adapters.NATIVE_PATHS, lambda e: adapters.native_result(front.registry, e.message)
     )
     errors.install(app, shapes | anthropic_errors.SHAPES)
-    app.include_router(native.router(driver))
-    app.include_router(completions.router(driver, defaults))
-    app.include_router(chat.router(driver, defaults))
+    include_request_routes(app, driver, defaults)
     app.include_router(responses.router(driver, defaults))
-    app.include_router(anthropic.router(driver, defaults))
-    app.include_router(embeddings.router(driver))
-    app.include_router(classify.router(driver))
-    app.include_router(score.router(driver))
-    app.include_router(tokenization.router(driver))
     app.include_router(openai.models_router(front, int(time.time())))
     app.include_router(adapters.router(driver))
     app.include_router(weight_versions.router(driver))
     app.include_router(operations.router(driver, metrics))
     app.include_router(pauses.router(driver))
-    app.include_router(token_generate.router(driver))
     app.include_router(loads.router(front, metrics.totals))
     app.include_router(profiling.router(driver))
     app.include_router(console.router(driver, metrics.totals))
     openapi.install(app)
     app.state.keys = keys or KeyRing(config)
-    _add_middleware(app, front, metrics, app.state.keys)
-    if traces is not None:  # around all others
-        app.add_middleware(TraceRequests, exporter=traces)
+    app.state.keys.watch(lambda file: front.use_keys(file.tenants, file.adapters))
+
+    async def admit(caller: Caller) -> None:
+        front.quotas.take_request(caller)
+
+    add_middleware(app, config, metrics.http, app.state.keys, admit, traces)
     return app
 
 
-def _add_middleware(app: FastAPI, front: Front, metrics: Metrics, keys: KeyRing) -> None:
-    """From the innermost to the outermost."""
-    app.add_middleware(CountRequests, counts=metrics.http)
-    config = front.config
+def include_request_routes(app: FastAPI, driver: RequestDriver, sampling_defaults: dict[str, Any]) -> None:
+    """The routes that generate, embed or tokenize, and need nothing else of a server."""
+    app.include_router(native.router(driver))
+    app.include_router(completions.router(driver, sampling_defaults))
+    app.include_router(chat.router(driver, sampling_defaults))
+    app.include_router(anthropic.router(driver, sampling_defaults))
+    app.include_router(embeddings.router(driver))
+    app.include_router(classify.router(driver))
+    app.include_router(score.router(driver))
+    app.include_router(tokenization.router(driver))
+    app.include_router(token_generate.router(driver))
+
+
+def add_middleware(
+    app: FastAPI,
+    config: Config,
+    counts: RequestCounter,
+    keys: KeyRing,
+    admit: Callable[[Caller], Awaitable[None]],
+    traces: SpanExporter | None,
+) -> None:
+    """From the innermost to the outermost. admit: see `AccessCheck`; traces: see `create_app`."""
+    app.add_middleware(CountRequests, counts=counts)
     if config.api_key or config.admin_api_key or config.metrics_key or config.auth_file:
-        keys.watch(lambda file: front.use_keys(file.tenants, file.adapters))
-        admit = front.quotas.take_request
         app.add_middleware(AccessCheck, keys=keys, admit=admit, shapes=anthropic_errors.SHAPES)
     if config.cors_origins:  # around the keys, so that a page can read the answer to a missing one, too
         app.add_middleware(
@@ -116,3 +132,5 @@ def _add_middleware(app: FastAPI, front: Front, metrics: Metrics, keys: KeyRing)
     app.add_middleware(HeadAsGet)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
+    if traces is not None:
+        app.add_middleware(TraceRequests, exporter=traces)

@@ -5,7 +5,7 @@ Here, and nowhere else, a request's key becomes its `Caller`, and the caller is 
 Knows nothing of the routes behind the paths. Installed by `server/app.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,12 +20,12 @@ from multilora.server.key_ring import KeyRing
 class AccessCheck:
     """Answers 401, 403, 405 or 429 in place of the application where a caller may not go on.
 
-    admit: called with each caller that may; raises the error of one who has used up its requests. shapes: path → the
+    admit: awaited for each caller that may; raises the error of one who has used up its requests. shapes: path → the
     body of an error there, where it is not OpenAI's.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: KeyRing, admit: Callable[[Caller], None], shapes: Mapping[str, Shape]
+        self, app: ASGIApp, keys: KeyRing, admit: Callable[[Caller], Awaitable[None]], shapes: Mapping[str, Shape]
     ) -> None:
         self.app = app
         self._keys = keys
@@ -37,7 +37,9 @@ class AccessCheck:
             await self.app(scope, receive, send)
             return
         try:
-            caller = self._check(scope)
+            caller, counted = self._check(scope)
+            if counted:
+                await self._admit(caller)
         except MultiloraError as e:
             await self._refuse(e, scope, receive, send)
             return
@@ -47,20 +49,19 @@ class AccessCheck:
         finally:
             CALLER.reset(token)
 
-    def _check(self, scope: Scope) -> Caller:
-        """Who calls. Raises the error that keeps it from going on."""
+    def _check(self, scope: Scope) -> tuple[Caller, bool]:
+        """Who calls, and whether that counts as a request of theirs. Raises the error that keeps it from going on."""
         rule = rule_of(scope["path"])
         if rule.need is Need.NOTHING or scope["method"] == "OPTIONS":
-            return NOBODY
+            return NOBODY, False
         key = _key(scope)
         if rule.need is Need.SCRAPE:
-            return self._scraper(key)
+            return self._scraper(key), False
         caller = self._keys.caller(key) or self._keys.nobody
         if caller is None:
             raise _unauthorized()
         self._check_rule(rule, caller, scope["method"])
-        self._admit(caller)
-        return caller
+        return caller, True
 
     def _scraper(self, key: str) -> Caller:
         if self._keys.scrape_is_open or self._keys.may_scrape_all(key):

@@ -5,9 +5,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver
-from multilora.front.front import Front
+from multilora.drivers.request_driver import RequestDriver
 from multilora.front.generation import Sample
+from multilora.front.request_front import RequestFront
 from multilora.front.stream import Delta, TextStream
 from multilora.front.tools.messages import prepare_messages
 from multilora.server.chat_answer import MessageStream, finish_reason, whole_message
@@ -20,7 +20,7 @@ from multilora.server.openai_bodies import ChatBody
 from multilora.server.resolving import resolved
 
 
-def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
+def router(driver: RequestDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
 
     @routes.post("/v1/chat/completions")
@@ -39,7 +39,7 @@ class ChatRequest(OpenAIRequest):
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
     prompt_in_head = True
 
-    def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any]):
+    def __init__(self, front: RequestFront, body: ChatBody, sampling_defaults: dict[str, Any]):
         self._chat = ChatJob(front, body, sampling_defaults)
         self._streams: dict[int, MessageStream] = {}  # by the sample's index
         super().__init__(body, [self._chat.job], front.config.model_name)

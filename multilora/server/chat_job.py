@@ -9,9 +9,9 @@ from typing import Any
 
 from multilora.errors import BadRequest
 from multilora.front.adapter_spec import AdapterSpec
-from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import ChatPrompt
+from multilora.front.request_front import RequestFront
 from multilora.front.stream import Delta, TextStream
 from multilora.front.tools.answer import AnswerReader
 from multilora.front.tools.base import Event, ParsedAnswer, collect
@@ -30,7 +30,9 @@ class ChatJob:
     Raises BadRequest, UnknownModel and UnknownAdapter when made.
     """
 
-    def __init__(self, front: Front, body: ChatBody, sampling_defaults: dict[str, Any], param: str = "messages"):
+    def __init__(
+        self, front: RequestFront, body: ChatBody, sampling_defaults: dict[str, Any], param: str = "messages"
+    ):
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs: only together with logprobs", param="top_logprobs")
         adapters = adapters_of(front.registry, body, 1)[0]
@@ -126,7 +128,7 @@ def _limit(body: ChatBody) -> int | None:
     return old if new is None else new
 
 
-def _tools(front: Front, body: ChatBody, adapters: AdapterSpec) -> ToolRequest:
+def _tools(front: RequestFront, body: ChatBody, adapters: AdapterSpec) -> ToolRequest:
     tokenizer = front.vocabularies.of(adapters).tokenizer
     return ToolRequest.parse(
         body.tools,

@@ -6,12 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver
+from multilora.drivers.request_driver import RequestDriver
 from multilora.engine.messages import Logprobs
 from multilora.errors import BadRequest
-from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import TextPrompt, read_prompts
+from multilora.front.request_front import RequestFront
 from multilora.front.stream import Delta, TextStream
 from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of
@@ -24,7 +24,7 @@ from multilora.server.resolving import resolved
 DEFAULT_MAX_TOKENS = 16
 
 
-def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
+def router(driver: RequestDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
 
     @routes.post("/v1/completions")
@@ -43,7 +43,7 @@ class CompletionRequest(OpenAIRequest):
     id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
     prompt_in_head = False
 
-    def __init__(self, front: Front, body: CompletionBody, sampling_defaults: dict[str, Any]):
+    def __init__(self, front: RequestFront, body: CompletionBody, sampling_defaults: dict[str, Any]):
         prompts, _ = read_prompts(body.prompt, "prompt")
         if body.add_special_tokens is False:
             prompts = [replace(p, add_special_tokens=False) if isinstance(p, TextPrompt) else p for p in prompts]

@@ -9,8 +9,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver
 from multilora.drivers.async_generation import AsyncGeneration
+from multilora.drivers.request_driver import RequestDriver
 from multilora.errors import BadRequest
 from multilora.front.adapter_spec import parse_specs
 from multilora.front.generation import Job, Sample
@@ -32,7 +32,7 @@ LARGE_FRAME = 64 << 10
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
 
 
-def router(driver: AsyncDriver) -> APIRouter:
+def router(driver: RequestDriver) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
 
     @routes.post("/generate")

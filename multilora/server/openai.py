@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver
 from multilora.drivers.async_generation import AsyncGeneration
+from multilora.drivers.request_driver import RequestDriver
 from multilora.errors import BadRequest, UnknownModel
 from multilora.front.adapter_spec import AdapterSpec, parse_specs
 from multilora.front.adapter_view import seen_adapters
@@ -24,6 +24,7 @@ from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import check_priority, check_timeout
 from multilora.front.registry import AdapterRegistry
+from multilora.front.request_front import RequestFront
 from multilora.front.stream import Delta, TextStream
 from multilora.front.versions import VersionLabel
 from multilora.params import parse_logprobs_mode
@@ -86,7 +87,7 @@ class OpenAIRequest(ABC):
         """The token in the logprobs: its text or, when the client asks for that, its id."""
         return f"token_id:{token}" if self._body.return_tokens_as_token_ids else text
 
-    async def respond(self, request: Request, driver: AsyncDriver) -> Response:
+    async def respond(self, request: Request, driver: RequestDriver) -> Response:
         """Generate, and answer in one piece or as a stream."""
         rid = self._body.rid
         rids = None if rid is None else [rid]
@@ -190,7 +191,7 @@ def adapters_of(registry: AdapterRegistry, body: OpenAIBody, prompts: int) -> li
     return [registry.resolve_model(body.model, spec) for spec in parse_specs(body.lora_path, prompts)]
 
 
-def common_fields(front: Front, body: OpenAIBody) -> dict[str, Any]:
+def common_fields(front: RequestFront, body: OpenAIBody) -> dict[str, Any]:
     """The fields of `Job` that both routes' bodies fill in the same way. Raises BadRequest."""
     of_prompt = body.prompt_logprobs
     return {
@@ -201,7 +202,7 @@ def common_fields(front: Front, body: OpenAIBody) -> dict[str, Any]:
     }
 
 
-def check_top_logprobs(front: Front, count: int, field: str) -> int:
+def check_top_logprobs(front: RequestFront, count: int, field: str) -> int:
     most = front.config.max_logprobs
     if not 0 <= count <= most:
         raise BadRequest(f"{field} = {count}: must be 0 to {most} (--max-logprobs)", param=field)

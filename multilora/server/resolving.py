@@ -6,13 +6,13 @@ from typing import Any
 
 from starlette.types import Receive
 
-from multilora.drivers.async_driver import AsyncDriver
+from multilora.drivers.request_driver import RequestDriver
 from multilora.server.streaming import while_connected
 
 
 @contextlib.asynccontextmanager
 async def resolved(
-    receive: Receive, driver: AsyncDriver, model: str | None, lora_path: Any = None
+    receive: Receive, driver: RequestDriver, model: str | None, lora_path: Any = None
 ) -> AsyncIterator[None]:
     """Around the reading and sending of one request with these fields: what the resolver has loaded for it stays.
 

@@ -8,19 +8,14 @@ Called by `__main__.py`.
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import signal
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from multilora.config import Config
-from multilora.demo import base_model_path
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import ConfigError, MultiloraError
 from multilora.front.state_directory import open_state
@@ -29,19 +24,19 @@ from multilora.models.gguf import with_directory
 from multilora.server.app import create_app
 from multilora.server.connections import connections_within, raise_descriptor_limit
 from multilora.server.key_ring import KeyRing
+from multilora.server.one_process import HttpFace, OneProcess
 from multilora.server.server_info import SECRETS
+from multilora.server.text import load_text
 from multilora.server.tracing.exporter import SpanExporter
-from multilora.server.uvicorn_setup import event_loop, tls_settings, uvicorn_config
+from multilora.server.uvicorn_setup import event_loop, tls_settings
+from multilora.server.workers.pool import FrontWorkers
 
 logger = logging.getLogger(__name__)
 
-WRITE_SECONDS = 3
-"""For the endings of requests that are cut off, until connections are closed."""
 HURRIED_WRITE_SECONDS = 0.5
-"""The same after a second signal."""
+"""For the endings of requests that are cut off by a second signal, until connections are closed."""
 ENGINE_SECONDS = 5
 """For the engine, which has nothing to do any more, until it is killed."""
-_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def serve(config: Config) -> int:
@@ -61,14 +56,6 @@ def serve(config: Config) -> int:
         return 1
 
 
-class _UvicornServer(uvicorn.Server):
-    """uvicorn without its signal handlers, which would end the process before the engine is stopped."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class _ServerProcess:
     def __init__(self, config: Config):
         self._config = config
@@ -76,10 +63,10 @@ class _ServerProcess:
         self._keys = KeyRing(config)
         self._tls = tls_settings(config)
         self._traces = SpanExporter.of(config)
-        self._server: _UvicornServer | None = None
+        self._face: HttpFace | None = None
         self._driver: AsyncDriver | None = None
         self._main: asyncio.Task[Any] | None = None
-        self._hurried = False  # by a second signal
+        self._draining = self._hurried = False  # by a signal, by a second one
         self._descriptors = 0  # that the process may have
 
     async def run(self) -> int:
@@ -90,7 +77,7 @@ class _ServerProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
         if self._keys.tenants:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._keys.reload)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys)
         _log_arguments(self._config)
         with bind(self._config.host, self._config.port) as listener:
             loading = asyncio.create_task(asyncio.to_thread(load_text, self._config))
@@ -121,26 +108,36 @@ class _ServerProcess:
         driver: AsyncDriver = app.state.driver
         self._driver = driver
         await driver.change(driver.front.load_at_start())
-        self._server = _UvicornServer(
-            uvicorn_config(app, self._max_connections(), config.drain_seconds + WRITE_SECONDS, self._tls)
-        )
+        self._face = face = self._face_of(app, listener, driver)
         host, port = listener.getsockname()[:2]
         scheme = "https" if self._tls else "http"
-        logger.info("ready: %s:%d", f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}", port)
-        await self._server.serve(sockets=[listener])
+        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        await face.serve(lambda: logger.info("ready: %s", url))
+
+    def _face_of(self, app: Any, listener: socket.socket, driver: AsyncDriver) -> HttpFace:
+        config, most = self._config, self._max_connections()
+        if config.front_workers == 1:
+            return OneProcess(app, listener, config, self._tls, most)
+        return FrontWorkers(self._spool.admit(config), app, listener, driver, app.state.metrics, most)
 
     def _max_connections(self) -> int:
         return self._config.max_connections or connections_within(self._descriptors)
+
+    def _reload_keys(self) -> None:
+        self._keys.reload()
+        if self._face is not None:
+            self._face.reload_keys()
 
     def _signalled(self, number: int) -> None:
         """First: end downloads, and drain or give up starting. Second: end everything that is there at once."""
         logger.info("%s received", signal.Signals(number).name)
         self._spool.downloads.close()
-        if self._server is None or self._driver is None:
+        if self._face is None or self._driver is None:
             if self._main is not None:
                 self._main.cancel()
-        elif not self._server.should_exit:
-            self._server.should_exit = True
+        elif not self._draining:
+            self._draining = True
+            self._face.drain()
             if self._driver.front.pauses.paused:  # what is frozen would never finish
                 self._driver.front.abort(None, "the server was shut down while it was paused")
             asyncio.get_running_loop().call_later(self._config.drain_seconds, self._driver.stop)
@@ -148,15 +145,7 @@ class _ServerProcess:
             self._hurried = True
             self._driver.stop()
             self._driver.engine.end("the server was told twice to stop")
-            asyncio.get_running_loop().call_later(HURRIED_WRITE_SECONDS, self._close_connections)
-
-    def _close_connections(self) -> None:
-        """Clients that do not read hold up nobody."""
-        assert self._server is not None
-        for task in self._server.server_state.tasks:
-            task.cancel()
-        for connection in list(self._server.server_state.connections):
-            connection.transport.abort()
+            asyncio.get_running_loop().call_later(HURRIED_WRITE_SECONDS, self._face.close_connections)
 
 
 @contextlib.contextmanager
@@ -171,39 +160,6 @@ def bind(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as e:
             raise ConfigError(f"--host {host} --port {port}: {os.strerror(e.errno or 0)}") from None
         yield listener
-
-
-def load_text(config: Config) -> tuple[Tokenizer | None, dict[str, Any]]:
-    """The tokenizer, and the sampling defaults of the model's generation_config. Raises ConfigError."""
-    defaults = sampling_defaults(config.model_path or str(base_model_path()), config.revision)
-    return Tokenizer.of(config), defaults
-
-
-def sampling_defaults(model: str, revision: str | None) -> dict[str, Any]:
-    """What `generation_config.json` says of sampling, in our words; empty if the model has none."""
-    name = "generation_config.json"
-    if Path(model).is_dir():
-        path = Path(model) / name
-        if not path.exists():
-            return {}
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            path = Path(hf_hub_download(model, name, revision=revision))
-        except EntryNotFoundError:
-            return {}
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"--model-path {model!r} is neither a directory nor a hub repository: {e}") from e
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be read: {e}") from None
-    defaults = {key: found[key] for key in _DEFAULTS if found.get(key) is not None}
-    if defaults.get("top_k") == 0:  # transformers' word for "all"
-        defaults["top_k"] = -1
-    return defaults
 
 
 def _log_arguments(config: Config) -> None:

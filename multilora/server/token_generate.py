@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from multilora.drivers.async_driver import AsyncDriver
 from multilora.drivers.async_generation import AsyncGeneration
+from multilora.drivers.request_driver import RequestDriver
 from multilora.engine.messages import Logprobs
 from multilora.errors import BadRequest
-from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
+from multilora.front.request_front import RequestFront
 from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.server.bodies import Body, Integer, TokenIds
 from multilora.server.constraints import in_the_clients_field
@@ -63,7 +63,7 @@ class TokenGenerateBody(Body):
         return params.model_copy(update={name: getattr(self, name) for name in self.handed_on})
 
 
-def router(driver: AsyncDriver) -> APIRouter:
+def router(driver: RequestDriver) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
 
     @routes.post("/inference/v1/generate")
@@ -83,7 +83,7 @@ class TokenRequest(OpenAIRequest):
     id_prefix, kind, chunk_kind = "gen", "whole", "chunk"
     prompt_in_head = True
 
-    def __init__(self, front: Front, body: TokenGenerateBody, common: TokenSampling):
+    def __init__(self, front: RequestFront, body: TokenGenerateBody, common: TokenSampling):
         wanted = common.logprobs
         top = None if wanted is None or wanted is False else check_top_logprobs(front, int(wanted), "logprobs")
         (adapters,) = adapters_of(front.registry, common, 1)

@@ -9,10 +9,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver
+from multilora.drivers.request_driver import RequestDriver
 from multilora.errors import BadRequest
 from multilora.front.effects import Lane
-from multilora.front.front import Front
+from multilora.front.request_front import RequestFront
 from multilora.front.tools.request import offered_tools
 from multilora.front.vocabulary import Vocabulary
 from multilora.server.bodies import Body, Prompts, Texts, TokenIds
@@ -45,7 +45,7 @@ class DetokenizeBody(Body):
     skip_special_tokens: bool | None = None
 
 
-def router(driver: AsyncDriver) -> APIRouter:
+def router(driver: RequestDriver) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
 
     @routes.post("/tokenize")
@@ -68,7 +68,7 @@ def router(driver: AsyncDriver) -> APIRouter:
     return routes
 
 
-def _vocabulary(front: Front, model: str | None) -> Vocabulary:
+def _vocabulary(front: RequestFront, model: str | None) -> Vocabulary:
     """The vocabulary of the base model or the adapter that `model` names. Raises UnknownModel, UnknownAdapter."""
     return front.vocabularies.of(front.registry.resolve_model(model))
 

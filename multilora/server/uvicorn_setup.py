@@ -5,8 +5,10 @@ and h11 do the same, slower.
 """
 
 import asyncio
+import contextlib
+import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +20,26 @@ from multilora.server.chunk_writer import OffersChunkWriter
 from multilora.server.connections import AbsoluteTargets, bounded_protocol
 
 KEEP_ALIVE_SECONDS = 60
+WRITE_SECONDS = 3
+"""For the endings of requests that are cut off, until connections are closed."""
 NO_TLS: Mapping[str, Any] = MappingProxyType({})
+
+
+class QuietServer(uvicorn.Server):
+    """uvicorn without its signal handlers, which would end the process before what it owes others is done.
+    on_started: called once connections are taken."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None] = lambda: None):
+        super().__init__(config)
+        self.on_started = on_started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_started()
 
 
 def event_loop() -> Callable[[], asyncio.AbstractEventLoop]:

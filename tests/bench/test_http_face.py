@@ -26,6 +26,7 @@ def test_tokens_are_counted_however_the_stream_is_cut():
 
 
 @pytest.mark.slow
-def test_it_measures():
-    found = rows(2, "completions", rounds=1, tokens=200, paced_steps=2)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_measures(workers):
+    found = rows(2, "completions", rounds=1, tokens=200, paced_steps=2, workers=workers)
     assert len(found) == 5 and all(row["value"] > 0 for row in found)

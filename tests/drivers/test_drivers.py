@@ -1,6 +1,6 @@
 """Both drivers perform the front's effects alike: results, errors, order, limits. Work here asks no engine.
 
-Covers `async_driver.py`, `stepping.py` too.
+Covers `async_driver.py`, `request_driver.py`, `stepping.py` too.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import SECONDS, LocalServer
 
-from multilora.drivers.async_driver import THREADS
+from multilora.drivers.request_driver import THREADS
 from multilora.drivers.stepping import SteppingDriver
 from multilora.errors import AdapterUnavailable, ServerStopping
 from multilora.front.effects import (

@@ -1,6 +1,7 @@
 """Requests through every door: the same answers, the same refusals, the same words to the engine.
 
-Covers `front.py`, `generation.py`, `effects.py`, `engine_link.py`, `observer.py` too.
+Covers `front.py`, `request_front.py`, `admission.py`, `generation.py`, `effects.py`, `engine_link.py`, `observer.py`
+too.
 """
 
 import json
@@ -158,7 +159,7 @@ def test_refusals_come_before_anything_is_sent(door: Door, case: str) -> None:
         door.generate(request.get("prompts", TEXT), request.get("params", GREEDY), request.get("lora_path"), **wanted)
     assert [message for message in door.engine.told[sent:] if not isinstance(message, UseTokenizer)] == []
     assert [ref.num_requests for ref in door.front.registry.refs()] == [0, 0]
-    assert door.front._open == {}
+    assert door.front.in_flight == 0
 
 
 LISTS: dict[str, tuple[dict[str, Any], type[MultiloraError], str]] = {

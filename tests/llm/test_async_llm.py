@@ -54,7 +54,7 @@ class Running:
         return self._loop.run(asyncio.wait_for(work, SECONDS))
 
     def at_rest(self) -> None:
-        assert self.front._open == {}
+        assert self.front.in_flight == 0
         assert [ref.num_requests for ref in self.front.registry.refs()] == [0, 0]
 
         async def idle() -> None:

@@ -1,4 +1,7 @@
-"""The process: its port, its signals, its exit code. The engine is a fake; the port and the signals are real."""
+"""The process: its port, its signals, its exit code. The engine is a fake; the port and the signals are real.
+
+Covers `text.py` too.
+"""
 
 import asyncio
 import base64
@@ -20,6 +23,7 @@ from multilora import demo
 from multilora.config import Config
 from multilora.engine.process import supervisor as engine_supervisor
 from multilora.errors import AdapterNotFound, ConfigError, ModelUnsupported
+from multilora.server import one_process, text
 from multilora.server import serve as module
 
 SECONDS = 120
@@ -321,22 +325,22 @@ def test_keys_are_not_logged(monkeypatch, caplog):
 
 
 def test_sampling_defaults_of_a_model(tmp_path):
-    assert module.sampling_defaults(str(tmp_path), None) == {}
+    assert text.sampling_defaults(str(tmp_path), None) == {}
     config = {"temperature": 0.6, "top_k": 0, "top_p": None, "eos_token_id": 2, "do_sample": True}
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    assert module.sampling_defaults(str(tmp_path), None) == {"temperature": 0.6, "top_k": -1}
+    assert text.sampling_defaults(str(tmp_path), None) == {"temperature": 0.6, "top_k": -1}
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match="generation_config"):
-        module.sampling_defaults(str(tmp_path), None)
+        text.sampling_defaults(str(tmp_path), None)
     with pytest.raises(ConfigError, match="neither a directory nor"):
-        module.sampling_defaults("/no/such/model", None)
+        text.sampling_defaults("/no/such/model", None)
 
 
 def test_without_a_model_path_the_demos_tokenizer_is_used(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(module.Tokenizer, "load", lambda path, **options: asked.append(path))
-    module.load_text(Config())
-    module.load_text(Config(model_path=str(tmp_path), tokenizer_path="/t"))
+    monkeypatch.setattr(text.Tokenizer, "load", lambda path, **options: asked.append(path))
+    text.load_text(Config())
+    text.load_text(Config(model_path=str(tmp_path), tokenizer_path="/t"))
     assert asked == [str(demo.base_model_path()), "/t"]
 
 
@@ -344,12 +348,12 @@ def test_tokens_are_not_held_back_by_nagle(monkeypatch):
     """The accepted socket, since asyncio looks at its protocol before it sets TCP_NODELAY."""
     servers = []
 
-    class Known(module._UvicornServer):
+    class Known(one_process.QuietServer):
         def __init__(self, config):
             super().__init__(config)
             servers.append(self)
 
-    monkeypatch.setattr(module, "_UvicornServer", Known)
+    monkeypatch.setattr(one_process, "QuietServer", Known)
     process = Process(monkeypatch)
 
     def visitor(p):

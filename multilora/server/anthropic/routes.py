@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver
+from multilora.drivers.request_driver import RequestDriver
 from multilora.errors import MultiloraError
 from multilora.front.effects import Lane
 from multilora.front.prompt import ChatPrompt
@@ -22,7 +22,7 @@ from multilora.server.streaming import EventStream, Json, named_frame, while_con
 from multilora.server.tokenization import UNBOUNDED
 
 
-def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
+def router(driver: RequestDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
 
     @routes.post("/v1/messages")
@@ -46,7 +46,7 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
 
 
 async def _respond(
-    request: Request, body: MessagesBody, driver: AsyncDriver, sampling_defaults: dict[str, Any]
+    request: Request, body: MessagesBody, driver: RequestDriver, sampling_defaults: dict[str, Any]
 ) -> Response:
     with in_words_of(WORDS):
         chat_body = body.chat_body()

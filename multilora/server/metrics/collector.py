@@ -17,6 +17,7 @@ from multilora.front.access import CALLER
 from multilora.front.engine_link import EngineLink
 from multilora.front.observer import Ending, FirstOutput, Observer, Origin
 from multilora.front.registry import AdapterRegistry
+from multilora.front.workers.messages import Observed
 from multilora.server.metrics.adapters import AdapterCounts, adapter_metrics, routing_metrics
 from multilora.server.metrics.http import HttpCounts
 from multilora.server.metrics.own import own_metrics
@@ -83,6 +84,22 @@ class Metrics(Observer):
     def refused(self, origin: Origin, error: str) -> None:
         for usage in self._of(origin):
             usage.errors[error] += 1
+
+    def add_observed(self, observed: Observed) -> None:
+        """Count what another front process has seen."""
+        for origin in observed.submitted:
+            self.submitted(origin)
+        for origin, output in observed.first:
+            self.first_output(origin, output)
+        for origin, outputs in observed.later:
+            for tokens, seconds in outputs:
+                self.next_output(origin, tokens, seconds)
+        for origin, ending in observed.ended:
+            self.ended(origin, ending)
+        for origin, error in observed.refused:
+            self.refused(origin, error)
+        for answered in observed.http:
+            self.http.count(*answered)
 
     def _of(self, origin: Origin) -> tuple[Usage, ...]:
         """The series of the request. It may have lost its label since it was submitted, and gets none here."""

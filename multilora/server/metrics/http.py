@@ -7,6 +7,7 @@ route under "none", so that clients cannot make labels. Probes do not count, as 
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -53,10 +54,16 @@ class HttpCounts(Collector):
         yield seconds
 
 
+class RequestCounter(Protocol):
+    """Who is told of each request: `HttpCounts`, or who tells them."""
+
+    def count(self, route: str, method: str, status: int, seconds: float) -> None: ...
+
+
 class CountRequests:
     """Middleware that tells `counts` of each request."""
 
-    def __init__(self, app: ASGIApp, counts: HttpCounts):
+    def __init__(self, app: ASGIApp, counts: RequestCounter):
         self.app = app
         self.counts = counts
 

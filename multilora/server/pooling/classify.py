@@ -8,8 +8,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver
 from multilora.drivers.async_generation import AsyncGeneration
+from multilora.drivers.request_driver import RequestDriver
 from multilora.errors import BadRequest
 from multilora.front.classification import CLASSIFY, classification_of
 from multilora.server.errors import StrictRoute
@@ -21,7 +21,7 @@ LABELS = 16
 """About how many numbers there are for a text."""
 
 
-def router(driver: AsyncDriver) -> APIRouter:
+def router(driver: RequestDriver) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
 
     @routes.post("/classify")
@@ -36,7 +36,7 @@ def router(driver: AsyncDriver) -> APIRouter:
     return routes
 
 
-async def classify_texts(request: Request, driver: AsyncDriver, body: ClassifyBody) -> Response:
+async def classify_texts(request: Request, driver: RequestDriver, body: ClassifyBody) -> Response:
     """Answer in vLLM's form. use_activation false: `probs` are the head's own scores."""
     front, settings = driver.front, driver.front.engine.ready.classifier
     prompts, several = body.prompts(front.engine.ready.context_length)
@@ -54,7 +54,7 @@ async def classify_texts(request: Request, driver: AsyncDriver, body: ClassifyBo
     return await respond(request, driver, jobs, body.rids(len(jobs), several=several), answer, len(jobs) * LABELS)
 
 
-async def classify_natively(request: Request, driver: AsyncDriver, body: ClassifyBody) -> Response:
+async def classify_natively(request: Request, driver: RequestDriver, body: ClassifyBody) -> Response:
     """Answer in the form of SGLang's native routes, in which scores are an `embedding`."""
     if body.use_activation:
         raise BadRequest("use_activation: only with input or messages", param="use_activation")

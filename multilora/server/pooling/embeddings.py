@@ -5,8 +5,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver
 from multilora.drivers.async_generation import AsyncGeneration
+from multilora.drivers.request_driver import RequestDriver
 from multilora.front.embedding import check_dimensions, vector_of
 from multilora.params import PoolingParams
 from multilora.server.errors import StrictRoute
@@ -15,7 +15,7 @@ from multilora.server.pooling.reading import listing, meta_info, read_jobs, resp
 from multilora.server.resolving import resolved
 
 
-def router(driver: AsyncDriver) -> APIRouter:
+def router(driver: RequestDriver) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
 
     @routes.post("/v1/embeddings")
@@ -33,7 +33,7 @@ def router(driver: AsyncDriver) -> APIRouter:
     return routes
 
 
-async def embed(request: Request, driver: AsyncDriver, body: EmbeddingsBody) -> Response:
+async def embed(request: Request, driver: RequestDriver, body: EmbeddingsBody) -> Response:
     """Answer `/v1/embeddings`. use_activation is vLLM's word for scaling to length 1."""
     front, settings = driver.front, driver.front.engine.ready.embedding
     dimensions, as_base64 = check_dimensions(body.dimensions, settings.size), body.as_base64
@@ -53,7 +53,7 @@ async def embed(request: Request, driver: AsyncDriver, body: EmbeddingsBody) -> 
     return await respond(request, driver, jobs, rids, answer, len(jobs) * settings.size)
 
 
-async def encode_natively(request: Request, driver: AsyncDriver, body: EncodeBody) -> Response:
+async def encode_natively(request: Request, driver: RequestDriver, body: EncodeBody) -> Response:
     """Answer `/encode`."""
     front, settings = driver.front, driver.front.engine.ready.embedding
     dimensions = check_dimensions(body.dimensions, settings.size)

@@ -10,14 +10,14 @@ from typing import Any
 import msgspec
 from fastapi import Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver
 from multilora.drivers.async_generation import AsyncGeneration
+from multilora.drivers.request_driver import RequestDriver
 from multilora.front.adapter_spec import parse_specs
 from multilora.front.effects import Lane
 from multilora.front.embedding import READ_ONLY
-from multilora.front.front import Front
 from multilora.front.generation import Job, Sample
 from multilora.front.prompt import Prompt, check_priority, check_timeout
+from multilora.front.request_front import RequestFront
 from multilora.params import PoolingParams
 from multilora.server.pooling.bodies import ReadBody
 from multilora.server.streaming import while_connected
@@ -28,7 +28,7 @@ INLINE_NUMBERS = 1 << 14
 
 
 def read_jobs(
-    front: Front, body: ReadBody, prompts: Sequence[Prompt], pooling: PoolingParams, ids_param: str = "input"
+    front: RequestFront, body: ReadBody, prompts: Sequence[Prompt], pooling: PoolingParams, ids_param: str = "input"
 ) -> list[Job]:
     """One job for each prompt. Raises UnknownModel, UnknownAdapter, BadRequest."""
     count = len(prompts)
@@ -51,7 +51,7 @@ def read_jobs(
 
 async def respond(
     request: Request,
-    driver: AsyncDriver,
+    driver: RequestDriver,
     jobs: Sequence[Job],
     rids: Sequence[str] | None,
     answer: Callable[[AsyncGeneration], Any],
@@ -85,7 +85,7 @@ def usage(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def listing(
-    generation: AsyncGeneration, body: ReadBody, front: Front, prefix: str, data: list[dict[str, Any]]
+    generation: AsyncGeneration, body: ReadBody, front: RequestFront, prefix: str, data: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """An answer in OpenAI's form of a list, as vLLM writes it. prefix: of its id."""
     return {

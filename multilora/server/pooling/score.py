@@ -9,13 +9,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from multilora.drivers.async_driver import AsyncDriver
 from multilora.drivers.async_generation import AsyncGeneration
+from multilora.drivers.request_driver import RequestDriver
 from multilora.front.adapter_spec import parse_specs
 from multilora.front.embedding import READ_ONLY
-from multilora.front.front import Front
 from multilora.front.generation import Job
 from multilora.front.prompt import check_priority, check_timeout
+from multilora.front.request_front import RequestFront
 from multilora.front.scoring import Scoring, TextPairs, ranking, scoring_of
 from multilora.server.errors import StrictRoute
 from multilora.server.pooling.bodies import PairsBody, RerankBody, ScoreBody
@@ -24,7 +24,7 @@ from multilora.server.resolving import resolved
 from multilora.server.weight_versions import weight_metadata
 
 
-def router(driver: AsyncDriver) -> APIRouter:
+def router(driver: RequestDriver) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
 
     @routes.post("/v1/score")
@@ -45,7 +45,7 @@ def router(driver: AsyncDriver) -> APIRouter:
     return routes
 
 
-def read_pairs(front: Front, body: PairsBody, pairs: TextPairs) -> Scoring:
+def read_pairs(front: RequestFront, body: PairsBody, pairs: TextPairs) -> Scoring:
     """What the engine is asked. Raises UnknownModel, UnknownAdapter, BadRequest."""
     [given] = parse_specs(body.lora_path, 1)
     spec = front.registry.resolve_model(body.model, given)
@@ -54,7 +54,7 @@ def read_pairs(front: Front, body: PairsBody, pairs: TextPairs) -> Scoring:
     return scoring_of(front, pairs, spec, body.truncation(front.engine.ready.context_length), common)
 
 
-async def score_pairs(request: Request, driver: AsyncDriver, body: ScoreBody) -> Response:
+async def score_pairs(request: Request, driver: RequestDriver, body: ScoreBody) -> Response:
     """Answer `/v1/score`. use_activation false: a head's own scores, no probabilities."""
     front, pairs = driver.front, body.pairs()
     scoring = read_pairs(front, body, pairs)
@@ -68,7 +68,7 @@ async def score_pairs(request: Request, driver: AsyncDriver, body: ScoreBody) ->
     return await respond(request, driver, scoring.jobs, rids, answer, _numbers(front, scoring))
 
 
-async def rank_documents(request: Request, driver: AsyncDriver, body: RerankBody) -> Response:
+async def rank_documents(request: Request, driver: RequestDriver, body: RerankBody) -> Response:
     """Answer `/v1/rerank`. Documents are told again unless `return_documents` is false."""
     front, texts, most = driver.front, body.texts, body.most
     scoring = read_pairs(front, body, body.pairs())
@@ -91,6 +91,6 @@ async def rank_documents(request: Request, driver: AsyncDriver, body: RerankBody
     return await respond(request, driver, scoring.jobs, rids, answer, _numbers(front, scoring))
 
 
-def _numbers(front: Front, scoring: Scoring) -> int:
+def _numbers(front: RequestFront, scoring: Scoring) -> int:
     """About how many numbers are computed with: embeddings are compared here."""
     return len(scoring.jobs) * (1 if scoring.crossed else front.engine.ready.embedding.size)

@@ -1,0 +1,166 @@
+"""The supervisor's handle on one front process: starts it, has its desk, and notices when it ends.
+
+All methods belong to one event loop. `server/workers/pool.py` starts another one.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from multilora.drivers.async_driver import AsyncDriver
+from multilora.drivers.workers.desk import Desk
+from multilora.drivers.workers.names import NamesFeed
+from multilora.errors import EngineDead
+from multilora.front.workers.messages import (
+    Collect,
+    Observed,
+    Serving,
+    ToWorker,
+    Welcome,
+    decode_from_worker,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 120.0
+"""For imports and the tokenizer, on a machine that many share."""
+
+
+class WorkerProcess:
+    """Made by `start`. `ended` is done when the process has ended and its requests have, too."""
+
+    def __init__(
+        self,
+        name: str,
+        process: asyncio.subprocess.Process,
+        socket: zmq.asyncio.Socket,
+        driver: AsyncDriver,
+        names: NamesFeed,
+        observe: Callable[[Observed], None],
+    ):
+        self.name = name
+        self.desk = Desk(driver, self.send, self._observed)
+        self._process = process
+        self._socket = socket
+        self._names = names
+        self._observe = observe
+        self._serving = asyncio.Event()
+        self._collects: dict[int, asyncio.Future[None]] = {}
+        self._last_collect = 0
+        self._closed = False
+        self.ended = asyncio.create_task(self._watch())
+
+    @classmethod
+    async def start(
+        cls,
+        name: str,
+        module: str,
+        listener: int,
+        directory: Path,
+        welcome: Callable[[], Welcome],
+        driver: AsyncDriver,
+        names: NamesFeed,
+        observe: Callable[[Observed], None],
+    ) -> "WorkerProcess":
+        """Start `python -m MODULE NAME ADDRESS PARENT LISTENER` and wait until it serves on the socket `listener`.
+        directory: for the socket between us. Raises EngineDead if it ends before."""
+        path = directory / f"{name}-{os.urandom(4).hex()}"
+        socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        socket.set(zmq.LINGER, 0)
+        socket.bind(f"ipc://{path}")
+        command = [sys.executable, "-m", module, name, f"ipc://{path}", str(os.getpid()), str(listener)]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            pass_fds=[listener],
+            start_new_session=True,
+        )
+        worker = cls(name, process, socket, driver, names, observe)
+        names.add(worker.desk, worker.send)  # what changes from here on comes after the snapshot
+        worker.send(welcome())
+        await worker._wait_until_serving()
+        return worker
+
+    def send(self, message: ToWorker) -> None:
+        if not self._closed:
+            self._socket.send(encode(message))
+
+    async def collect(self) -> None:
+        """Wait until what the worker has counted so far is known here, or the worker has ended."""
+        self._last_collect += 1
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._collects[self._last_collect] = done
+        self.send(Collect(self._last_collect))
+        either: set[asyncio.Future[Any]] = {done, self.ended}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+
+    def kill(self, why: str) -> None:
+        """End the process at once, with those that it has started; `ended` is done soon."""
+        logger.error("%s is ended: %s", self.name, why)
+        self._kill_group()
+
+    async def close(self, timeout: float) -> None:
+        """Let the process end by itself for so many seconds, then end it."""
+        await asyncio.wait({self.ended}, timeout=timeout)
+        if not self.ended.done():
+            self.kill("it did not end in time")
+            await self.ended
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def _wait_until_serving(self) -> None:
+        serving = asyncio.create_task(self._serving.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {serving, self.ended}
+            await asyncio.wait(either, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            serving.cancel()
+            if not self._serving.is_set() or self.ended.done():
+                self._kill_group()
+                await self.ended
+        if self.ended.done():
+            raise EngineDead(f"{self.name} ended with code {self.ended.result()} before it served; see its log")
+
+    async def _watch(self) -> int:
+        """Take in what the worker says, until it ends. Returns its exit code."""
+        receiving = asyncio.create_task(self._receive())
+        try:
+            code = await self._process.wait()
+            self._kill_group()  # what it has started goes with it
+            await asyncio.sleep(0.05)  # what it said last may still be on its way
+        finally:
+            receiving.cancel()
+            self._closed = True
+            self._names.remove(self.desk)
+            self.desk.close()
+            self._socket.close()
+        return code
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                message = decode_from_worker(await self._socket.recv())
+                if isinstance(message, Serving):
+                    self._serving.set()
+                else:
+                    self.desk.take(message)
+        except Exception:  # nobody would hear the worker any more
+            logger.exception("the messages of %s cannot be read", self.name)
+            self.kill("its messages could not be read")
+
+    def _observed(self, observed: Observed) -> None:
+        self._observe(observed)
+        if observed.call is not None and (done := self._collects.pop(observed.call, None)) is not None:
+            done.set_result(None)

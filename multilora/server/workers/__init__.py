@@ -1,0 +1,1 @@
+"""Several front processes for one server (--front-workers): each serves HTTP, one holds the registry."""
