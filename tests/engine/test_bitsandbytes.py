@@ -40,7 +40,7 @@ def four_bit(path: Path, *, double: bool, kind: str = "nf4", **options: Any) -> 
     ).eval()
 
 
-@pytest.mark.parametrize("impl", ["native", "transformers"])
+@pytest.mark.parametrize("impl", ["native", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_quantised_while_it_is_loaded(tmp_path: Path, impl: str) -> None:
     make_tiny_model(tmp_path / "base", "qwen2")
 
@@ -51,7 +51,14 @@ def test_quantised_while_it_is_loaded(tmp_path: Path, impl: str) -> None:
     held_against_peft(tmp_path, {None: base(), **models}, 1e-4, model_impl=impl, quantization="bitsandbytes")
 
 
-@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", False)])
+@pytest.mark.parametrize(
+    ("kind", "double"),
+    [
+        ("nf4", True),
+        pytest.param("nf4", False, marks=pytest.mark.slow),
+        pytest.param("fp4", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_of_transformers(tmp_path: Path, kind: str, double: bool) -> None:
     """Some modules in 16 bit."""
     make_tiny_model(tmp_path / "plain", "llama", dtype="float32")

@@ -224,7 +224,12 @@ ROWS: dict[str, tuple[dict[str, Any], Any, Dequantise, tuple[str, ...], dict[str
 
 
 @pytest.mark.parametrize(
-    ("row", "impl"), [*((row, "native") for row in ROWS), ("fp8 in blocks", "transformers"), ("awq", "transformers")]
+    ("row", "impl"),
+    [
+        *((row, "native") for row in ROWS),
+        ("fp8 in blocks", "transformers"),
+        pytest.param("awq", "transformers", marks=pytest.mark.slow),
+    ],
 )
 def test_answers_are_those_of_peft_over_the_same_base(tmp_path: Path, row: str, impl: str) -> None:
     config, quantise, dequantise, skipped, model = ROWS[row]
@@ -241,7 +246,7 @@ def test_answers_are_those_of_peft_over_the_same_base(tmp_path: Path, row: str, 
     held_against_peft(tmp_path, {None: base(), **models}, 2e-2 if row.startswith("fp8") else 1e-4, model_impl=impl)
 
 
-@pytest.mark.parametrize("impl", ["native", "transformers"])
+@pytest.mark.parametrize("impl", ["native", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_fp8_while_it_is_loaded(tmp_path: Path, impl: str) -> None:
     make_tiny_model(tmp_path / "base", "qwen3")
 

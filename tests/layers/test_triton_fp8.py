@@ -18,7 +18,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("group", [None, 32, 128])
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 160), (2, 5120)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 160), (2, 1500)])
 def test_rounding_rows(rows: int, width: int, group: int | None) -> None:
     x = random(rows, width)
     x[0, :40] = 0.0
