@@ -5,7 +5,7 @@ The names were gathered from the argument parsers of SGLang 0.4.10, 0.5.5, 0.5.1
 """
 
 # Accepted without a warning, because they ask for what this server always does.
-ALWAYS_ON = ("--enable-metrics",)
+ALWAYS_ON = ("--enable-metrics", "--is-embedding")
 
 # Refused: to ignore them would serve something else than was asked for, unnoticed by clients.
 REFUSED = {
@@ -52,7 +52,7 @@ _NO_VALUE = """
     enable-unified-memory enable-w4a4-mxfp4-megamoe enable-waterfill enable-watermark enable-weights-cpu-backup
     encoder-only enforce-disable-flashinfer-allreduce-fusion enforce-piecewise-cuda-graph
     enforce-shared-experts-fusion experts-shared-outer-loras export-metrics-to-file flashinfer-mla-disable-ragged
-    grpc-mode incremental-streaming-output is-embedding keep-mm-feature-on-device language-model-only language-only
+    grpc-mode incremental-streaming-output keep-mm-feature-on-device language-model-only language-only
     log-requests lora-strict-loading lora-use-virtual-experts mlx-enable-sampling mm-enable-dp-encoder
     no-dcp-replicate-q-proj no-dllm-fdfo no-enable-decoder-swa-bounded-replay no-enable-dsa-fused-indexer
     no-enable-fused-qk-norm-rope no-enable-tf32-matmul no-enable-tp-lm-head-all-to-all no-experts-shared-outer-loras

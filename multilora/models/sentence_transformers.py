@@ -64,9 +64,9 @@ def _read_modules(model_path: str, revision: str | None, modules: Any) -> tuple[
 
 def _method(where: str, pooling: dict[str, Any]) -> PoolingMethod:
     named = pooling.get("pooling_mode")
-    modes = (
-        [named] if isinstance(named, str) else [k for k, v in pooling.items() if "pooling_mode" in k and v is True]
-    )
+    modes = [str(mode) for mode in named] if isinstance(named, list) else [str(named)]
+    if named is None:
+        modes = [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True]
     if not modes:
         modes = ["mean"]  # its default
     found = [METHODS.get(mode) or BY_NAME.get(mode) for mode in modes]

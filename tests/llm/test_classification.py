@@ -158,6 +158,21 @@ def test_what_is_refused_of_a_head(tmp_path: Path) -> None:
             llm.load_lora_adapter("lora", str(tmp_path / "lora"))
 
 
+@pytest.mark.slow
+def test_on_two_ranks(tmp_path: Path) -> None:
+    """Every rank holds the heads; rows are pooled from what all of them have summed."""
+    base = save_classifier(tmp_path / "base", "llama", 3)
+    tuned = save_head(tmp_path / "a", tmp_path / "base", 5, r=4, target_modules=["q_proj", "down_proj"])
+    with serve(tmp_path / "base", {"a": tmp_path / "a"}, tp_size=2) as llm:
+        for prompt in PROMPTS:
+            for found, model in zip(llm.classify([prompt] * 2, [None, "a"]), (base, tuned), strict=True):
+                assert torch.tensor(found.scores).sub(scores_of(model, prompt)).abs().max() < CLOSE
+        with torch.no_grad():
+            rows = base.model(torch.tensor([PROMPTS[2]])).last_hidden_state[0]
+        expected = torch.nn.functional.normalize(rows.mean(0), dim=0)
+        assert torch.tensor(llm.embed(PROMPTS[2], pooling="mean").embedding).sub(expected).abs().max() < CLOSE
+
+
 def test_a_decoder_alone(tmp_path: Path) -> None:
     """AutoModel's own checkpoints, whose tensors have shorter names."""
     model = AutoModel.from_config(transformers.LlamaConfig(**TINY_SIZES))

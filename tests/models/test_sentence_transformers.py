@@ -36,6 +36,7 @@ def test_without_files(tmp_path: Path) -> None:
         ({"pooling_mode_mean_tokens": True}, "mean"),
         ({"pooling_mode_cls_token": True}, "cls"),
         ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode": ["cls"]}, "cls"),
         ({"word_embedding_dimension": 8}, "mean"),
     ],
 )
@@ -54,6 +55,8 @@ def test_methods(pooling: dict[str, Any], method: str, tmp_path: Path) -> None:
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, ("Transformer", "Pooling"), "with"),
         ({"pooling_mode_cls_token": True, "include_prompt": False}, ("Transformer", "Pooling"), "include_prompt"),
         ({"pooling_mode": "weightedmean"}, ("Transformer", "Pooling"), "weightedmean"),
+        ({"pooling_mode": ["cls", "mean"]}, ("Transformer", "Pooling"), "cls with mean"),
+        ({"pooling_mode": 3}, ("Transformer", "Pooling"), "3"),
         ({}, ("Transformer", "Pooling", "Dense"), "Dense"),
         ({}, ("CLIPModel",), "CLIPModel"),
     ],
