@@ -73,7 +73,7 @@ def names_of_experts(model_type: str) -> set[str]:
 
 def adapter_configs(model: CausalLM, of_experts: set[str]) -> dict[str, dict[str, Any]]:
     """Fields of PEFT's LoraConfig: several targets, ranks, DoRA, modules replaced."""
-    slices = [s for site in model.lora_sites() if site.layer >= 0 for s in site.slices]
+    slices = [s for site in model.lora_sites() if site.layer >= 0 and not site.experts for s in site.slices]
     leaves = dict.fromkeys(targeted(s.parent, s.attribute or s.module) for s in slices)
     names = [name for name in leaves if name not in of_experts]
     norms = {norm.attribute or norm.module for norm in model.norms()}
