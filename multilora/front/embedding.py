@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from multilora.errors import BadRequest
+from multilora.errors import BadRequest, MultiloraError
 from multilora.front.generation import Job, Sample
 from multilora.params import POOLING_METHODS, EmbeddingSettings, PoolingMethod, PoolingParams, SamplingParams
 
@@ -43,7 +43,11 @@ def embedding_job(prompt: Any, settings: EmbeddingSettings, method: PoolingMetho
 
 
 def row_of(sample: Sample) -> Vector:
-    """What the engine has made of the sample's prompt. The sample has ended well."""
+    """What the engine has made of the sample's prompt. The sample has ended; raises MultiloraError if it was
+    aborted."""
+    finished = sample.stream.finished
+    if finished is not None and finished.type == "abort":
+        raise MultiloraError(f"the request was aborted: {finished.message}")
     return np.frombuffer(sample.stream.pooled, dtype="<f4")
 
 

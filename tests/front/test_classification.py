@@ -70,7 +70,8 @@ def test_the_token_that_classifies(ids: list[int], read: list[int]) -> None:
 
 
 def sample(*scores: float) -> Any:
-    return cast(Sample, SimpleNamespace(stream=SimpleNamespace(pooled=np.array(scores, "<f4").tobytes())))
+    pooled = np.array(scores, "<f4").tobytes()
+    return cast(Sample, SimpleNamespace(stream=SimpleNamespace(pooled=pooled, finished=None)))
 
 
 def test_labels() -> None:

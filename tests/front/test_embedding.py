@@ -6,15 +6,16 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from multilora.errors import BadRequest
+from multilora.errors import BadRequest, MultiloraError
 from multilora.front.embedding import check_dimensions, check_method, embedding_job, vector_of
 from multilora.front.generation import Sample
+from multilora.front.stream import FinishReason
 from multilora.params import EmbeddingSettings, PoolingParams
 
 
 def sample(*numbers: float) -> Sample:
     pooled = np.array(numbers, "<f4").tobytes()
-    return cast(Sample, SimpleNamespace(stream=SimpleNamespace(pooled=pooled)))
+    return cast(Sample, SimpleNamespace(stream=SimpleNamespace(pooled=pooled, finished=FinishReason("length"))))
 
 
 def test_truncated_first_then_scaled() -> None:
@@ -22,6 +23,13 @@ def test_truncated_first_then_scaled() -> None:
     np.testing.assert_allclose(vector_of(row, 2, normalize=True), [0.6, 0.8], rtol=1e-6)
     np.testing.assert_allclose(vector_of(row, None, normalize=True), np.array([3, 4, 12]) / 13, rtol=1e-6)
     np.testing.assert_array_equal(vector_of(row, 2, normalize=False), np.array([3, 4], np.float32))
+
+
+def test_nothing_is_made_of_what_was_aborted() -> None:
+    aborted = sample()
+    aborted.stream.finished = FinishReason("abort", message="by its client")
+    with pytest.raises(MultiloraError, match="by its client"):
+        vector_of(aborted, None, normalize=True)
 
 
 def test_a_row_of_zeros_stays_one() -> None:

@@ -3,6 +3,7 @@
 Covers `pooling/bodies.py` and `pooling/reading.py` too.
 """
 
+import asyncio
 import base64
 import json
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from fakes.models import FakeEngineClient
-from fakes.server_app import LocalServer
+from fakes.server_app import LocalServer, run
 from fakes.tokenizers import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
@@ -219,3 +220,27 @@ def test_sglangs_native_form(server: LocalServer) -> None:
     ):
         answer = server.post("/encode", body)
         assert (answer.status, answer.error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("how", ["hang up", "abort"])
+def test_a_request_that_is_given_up(server: LocalServer, how: str) -> None:
+    """Its texts are aborted, and nobody is told numbers."""
+
+    async def scenario() -> None:
+        server.client.gate.clear()
+        call = server.connect("POST", "/v1/embeddings", {"input": ["x", "y"], "rid": "mine", "model": "a"})
+        while len(server.client.submitted) < 2:
+            await asyncio.sleep(0)
+        if how == "hang up":
+            call.hang_up()
+            await call.answer()
+        else:
+            assert (await server.send("POST", "/abort_request", {"rid": "mine"})).status == 200
+            answer = await call.answer()
+            assert answer.status == 500
+            assert "aborted" in answer.error["message"]
+        assert len(server.client.aborted) == 2
+        assert server.driver.front.in_flight == 0
+        assert server.registry.num_requests(server.registry.current("a").version) == 0
+
+    run(scenario())
