@@ -111,8 +111,8 @@ class _ServerProcess:
         self._face = face = self._face_of(app, listener, driver)
         host, port = listener.getsockname()[:2]
         scheme = "https" if self._tls else "http"
-        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-        await face.serve(lambda: logger.info("ready: %s", url))
+        url = f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}"
+        await face.serve(lambda: logger.info("ready: %s:%d", url, port))
 
     def _face_of(self, app: Any, listener: socket.socket, driver: AsyncDriver) -> HttpFace:
         config, most = self._config, self._max_connections()
