@@ -174,6 +174,17 @@ def test_running_requests_finish_after_the_signal_and_new_ones_are_refused(monke
     assert process.shut_down == [True]
 
 
+class FewTokens:
+    """In place of the fake engine's gate: three tokens pass, and then none."""
+
+    left = 3
+
+    async def wait(self):
+        self.left -= 1
+        if self.left < 0:
+            await asyncio.Event().wait()
+
+
 @pytest.mark.parametrize("twice", [False, True])
 def test_requests_that_do_not_finish_in_time_end_with_an_error_each(monkeypatch, twice):
     """After --drain-seconds, or at once when a second signal comes; whatever the engine does."""
@@ -181,11 +192,11 @@ def test_requests_that_do_not_finish_in_time_end_with_an_error_each(monkeypatch,
 
     def visitor(p):
         p.wait_for(lambda: p.client)
+        p.client.gate = FewTokens()
         body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}
         with p.request("POST", "/generate", body | {"stream": True}) as stream:
             answer = stream.getresponse()
             assert answer.readline().startswith(b"data: {")
-            p.loop.call_soon_threadsafe(p.client.gate.clear)
             with p.request("POST", "/generate", body) as whole:
                 p.wait_for(lambda: len(p.client.submitted) == 2)
                 began = time.monotonic()
