@@ -53,6 +53,7 @@ class SteppingDriver:
             while not task.done or self._engine.calling:  # what it has spawned asks the engine too
                 self._engine.step()
         except BaseException as e:  # of the engine, or an interrupt: the work must clean up
+            self._engine.forget_calls()
             task.interrupt(e)
             raise
         return task.result()

@@ -14,10 +14,12 @@ from fakes.server_app import SECONDS, LocalServer
 
 from multilora.drivers.request_driver import THREADS
 from multilora.drivers.stepping import SteppingDriver
+from multilora.engine.process.local import LocalEngine
 from multilora.errors import AdapterUnavailable, ServerStopping
 from multilora.front.effects import (
     CarryThrough,
     Effect,
+    EngineLoad,
     Gather,
     Lane,
     RunBlocking,
@@ -38,6 +40,8 @@ class NoEngine:
 
     def __init__(self, on_step: Callable[[], None]):
         self.step = on_step
+
+    def forget_calls(self) -> None: ...
 
 
 def stepping(registry: AdapterRegistry, on_step: Callable[[], None]) -> Run:
@@ -207,6 +211,27 @@ def test_an_interrupt_cleans_up() -> None:
     with pytest.raises(KeyboardInterrupt):
         stepping(registry, interrupt)(steps())
     assert cleaned == versions
+
+
+def test_an_engine_that_raises_is_not_waited_for_afterwards() -> None:
+    class Raising:
+        """An engine that takes a call, and raises in the next step."""
+
+        running, faults = False, [RuntimeError("of the engine")]
+
+        def handle(self, message: Any) -> None: ...
+
+        def step(self) -> list[Any]:
+            raise self.faults.pop()
+
+    driver = SteppingDriver(LocalEngine(Raising()), AdapterRegistry("base", True))  # type: ignore[arg-type]
+
+    def load() -> Steps[Any]:
+        return (yield from EngineLoad(1, "/a", False))
+
+    with pytest.raises(RuntimeError, match="of the engine"):
+        driver.run(load())
+    assert driver.run(call(lambda: 7)) == 7
 
 
 def test_a_load_that_is_given_up_is_forgotten_by_the_engine_when_it_has_it() -> None:

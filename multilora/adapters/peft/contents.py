@@ -222,7 +222,7 @@ def _beyond_experts(module: str, base: BaseModel) -> str | None:
     """The message for a module of an expert that the base model does not have."""
     found = EXPERT.fullmatch(module)
     place = base.place_of(f"{found['parent']}.0.{found['leaf']}") if found is not None else None
-    if found is None or place is None:
+    if found is None or place is None or not base.is_of_experts(place):  # a layer's path looks the same
         return None
     count = base.expert_place(place).experts
     return f"expert {int(found['expert'])} is out of range, the base model has {count} experts"

@@ -85,6 +85,10 @@ class LocalEngine:
         self._callers[call] = answer
         self.engine.handle(message(call))
 
+    def forget_calls(self) -> None:
+        """Nobody waits for the replies to calls so far any more: the work that made them was interrupted."""
+        self._callers.clear()
+
     def step(self) -> None:
         """One step of the engine. Where there is nothing to compute, wait a millisecond."""
         messages = self.engine.step()

@@ -99,6 +99,11 @@ CASES: dict[str, tuple[Callable[[Tensors], Tensors], type[AdapterError], str]] =
         AdapterIncompatible,
         "layer 2 is out of range, the base model has 2 layers",
     ),
+    "norm of a layer out of range": (
+        add({f"{LAYER}.7.input_layernorm.weight": torch.ones(8)}),
+        AdapterIncompatible,
+        "layer 7 is out of range, the base model has 2 layers",
+    ),
     "layer far out of range": (
         add(pair(f"{LAYER}.{'9' * 30}.self_attn.q_proj", 8, 8)),
         AdapterIncompatible,
