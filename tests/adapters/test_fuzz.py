@@ -169,13 +169,13 @@ def _count_the_files(bench: Bench, record_property: Callable[[str, object], None
     record_property("counted", {"adapters read": bench.loads - loads, "of them refused": bench.refused - refused})
 
 
-TIMES = int(os.environ.get("MULTILORA_FUZZ_TIMES", "1"))
+TIMES = float(os.environ.get("MULTILORA_FUZZ_TIMES", "0.5"))
 
 
 def cases(count: int) -> Callable[[Any], Any]:
     """As many examples, the same ones in every run; `make fuzz` wants more."""
     return settings(
-        max_examples=count * TIMES,
+        max_examples=int(count * TIMES),
         derandomize=True,
         deadline=None,
         database=None,

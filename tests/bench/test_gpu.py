@@ -83,6 +83,7 @@ def test_the_sizes_of_a_mixture_are_those_of_the_model(tmp_path: Path) -> None:
     assert sum(b.a.nbytes + b.b.nbytes for b in adapter.blocks) == dims.expert_adapter_bytes(4, 10_000)
 
 
+@pytest.mark.slow
 def test_dims_without_experts_have_no_rows_about_them() -> None:
     done = run("--device", "cpu", "--only", "experts")
     assert done.returncode == 2

@@ -7,6 +7,8 @@ import pytest
 from otlp import Collector, path_of
 from running_server import GREEDY, PATHS, PROMPT, serving
 
+pytestmark = pytest.mark.slow
+
 PARENT = "00f067aa0ba902b7"
 
 

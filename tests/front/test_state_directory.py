@@ -82,6 +82,7 @@ def all_points(root: Path) -> list[Any]:
     return acknowledged(root, 10_000)
 
 
+@pytest.mark.slow
 def test_killed_at_some_writes(root: Path) -> None:
     *states, count = all_points(root)
     assert count > 30 and len(states) == 15

@@ -62,6 +62,7 @@ def greedy(model: torch.nn.Module) -> list[int]:
     return out[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.slow
 def test_a_quantised_file_is_served_with_adapters(files: Path, cache: Path) -> None:
     """Token for token what transformers and PEFT make of the same file."""
     path = str(files / "tiny.gguf")

@@ -160,6 +160,7 @@ def held(sleep: DeviceSleep) -> tuple[int, int]:
     return weights, arena
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [1, 2])
 def test_all_ranks_release_their_memory_and_take_it_again(files: Path, sleeps: list[DeviceSleep], level: int) -> None:
     driver = EngineDriver(files / "model", {"a": files / "a"}, tp_size=2, ahead=1)
