@@ -164,6 +164,7 @@ def test_a_killed_engine_is_said_and_its_return_too(browser, server):
 def test_a_server_with_keys_asks_for_one_and_offers_what_it_may(browser, tmp_path_factory):
     flags = ("--api-key", "user-key", "--admin-api-key", "admin-key", "--lora-paths", f"sql={PATHS['sql']}")
     with serving(tmp_path_factory, *flags) as server, Page(browser, server) as page:
+        page.wait_for_selector("#key-dialog", state="visible")  # by itself, at the first refusal
         for key, may_load in (("wrong", None), ("user-key", False), ("admin-key", True)):
             if page.is_hidden("#key-dialog"):
                 page.click("#key-button")
