@@ -93,6 +93,20 @@ def check_experts(hf: Any) -> None:
         raise ModelUnsupported(f"{hf.architectures[0]} with {what} is not supported")
 
 
+def qwen_experts(hf: Any, shared_size: int = 0) -> MoeConfig:
+    """The mixture of a Qwen2-MoE or Qwen3-MoE. Raises ModelUnsupported for numbers that no router can work with."""
+    check_experts(hf)
+    return MoeConfig(
+        layers=sparse_layers(hf),
+        num_experts=hf.num_experts,
+        top_k=hf.num_experts_per_tok,
+        intermediate_size=hf.moe_intermediate_size,
+        normalised=hf.norm_topk_prob,
+        rounded=True,
+        shared_size=shared_size,
+    )
+
+
 def sparse_layers(hf: Any) -> frozenset[int]:
     """The layers that have experts, by Qwen's rule. Raises ModelUnsupported for a step that is none."""
     step = hf.decoder_sparse_step
