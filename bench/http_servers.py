@@ -77,7 +77,7 @@ class Steps:
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children, so far."""
+    """CPU time of this process and its children, so far."""
     total = time.process_time()
     for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split():
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()

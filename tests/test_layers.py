@@ -254,6 +254,18 @@ def false_callers(root: Path) -> list[str]:
     return wrong
 
 
+def docstrings_without_subject(root: Path) -> list[str]:
+    """Strings that stand alone, as docstrings and notes on constants do, and begin with "Of": of what?"""
+    return [
+        f"{module.path}:{node.lineno}"
+        for module in modules(root)
+        for node in module.nodes
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and str(node.value.value).startswith("Of ")
+    ]
+
+
 def prints(root: Path) -> list[str]:
     return [
         f"{module.path}:{node.lineno}"
@@ -297,6 +309,7 @@ RULES = [
     io_imports,
     without_docstring,
     false_callers,
+    docstrings_without_subject,
     prints,
     too_long,
     long_functions,
@@ -433,6 +446,7 @@ def test_the_other_rules_can_fail(tmp_path):
     root = wrong_package(
         tmp_path,
         server__app='"""S."""\nimport torch.nn',
+        layers__of='"""Layers."""\nX = 1\n"""Of x."""\n',
         engine__process__client="def f():\n    from torch import nn\n    print(1)\n",
         front__front='"""F."""\ndef f():\n    import asyncio',
         surprise='"""S."""\n' + "\n" * MAX_LINES,
@@ -446,6 +460,7 @@ def test_the_other_rules_can_fail(tmp_path):
         "server/app.py:2: imports torch.nn",
     ]
     assert io_imports(root) == ["front/front.py:3: imports asyncio"]
+    assert docstrings_without_subject(root) == ["layers/of.py:3"]
     assert prints(root) == ["engine/process/client.py:3"]
     assert without_docstring(root) == ["engine/process/client.py"]
     assert too_long(root) == [f"surprise.py: {MAX_LINES + 1} lines"]

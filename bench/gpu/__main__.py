@@ -59,7 +59,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "fresh": fresh_rows,
 }
 WEIGHT_BITS = {"fp8": 8.0, "bitsandbytes": 4 + 8 / 64}
-"""Of a number, with its share of scales where they count, by --quantization."""
+"""Bits of one number, with its share of scales where they count, by --quantization."""
 
 NEED_CUDA = ("idle", "kernels", "copies")
 ONE_DEVICE = ("kernels",)  # what they measure is a whole model's

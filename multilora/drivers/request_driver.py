@@ -43,7 +43,7 @@ THREADS = {Lane.TEXT: 4, Lane.LONG_TEXT: 2, Lane.FILES: 8, Lane.STATE: 1, Lane.T
 
 
 class RequestDriver:
-    """Of one front."""
+    """Drives the requests of one front on the running event loop."""
 
     def __init__(self, front: RequestFront):
         self.front = front

@@ -81,7 +81,7 @@ class SampleAdmission(Protocol):
 
 
 class LocalAdmission:
-    """Of the process that holds the registry."""
+    """The admission of the process that holds the registry."""
 
     def __init__(self, config: Config, engine: EngineLink, registry: AdapterRegistry, quotas: Quotas):
         self._config = config
@@ -99,7 +99,7 @@ class LocalAdmission:
         return len(self._open)
 
     def open_samples(self) -> Iterator[tuple[str, bool]]:
-        """Of each open sample its tenant and whether it has any output yet."""
+        """Each open sample's tenant, and whether it has any output yet."""
         return ((tenant, ticket.started) for (tenant, _), ticket in self._open.items())
 
     def waiting_tokens(self) -> int:

@@ -70,7 +70,7 @@ class Classification:
 
 
 def classification_of(sample: Sample, settings: ClassifierSettings | None) -> Classification:
-    """Of a sample that has ended well. settings: the base model's."""
+    """The scores of a sample that has ended well. settings: the base model's."""
     scores = row_of(sample)
     names = settings.labels if settings is not None and len(settings.labels) == len(scores) else ()
     best = int(np.argmax(scores))

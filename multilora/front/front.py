@@ -90,7 +90,7 @@ class Front(RequestFront):
         return self.admission.in_flight
 
     def open_samples(self) -> Iterator[tuple[str, bool]]:
-        """Of each open sample its tenant and whether it has any output yet."""
+        """Each open sample's tenant, and whether it has any output yet."""
         return self.admission.open_samples()
 
     def waiting_tokens(self) -> int:

@@ -97,7 +97,7 @@ def scoring_of(
 
 
 def _labels(front: RequestFront, spec: AdapterSpec) -> int:
-    """Of the head that the adapter brings, else of the base model's; 0: there is none."""
+    """How many labels the adapter's own head has, else the base model's; 0: there is none."""
     version = front.registry.sole_version(spec)
     info = None if version is None else front.registry.ref(version).info
     settings = front.engine.ready.classifier
@@ -105,7 +105,7 @@ def _labels(front: RequestFront, spec: AdapterSpec) -> int:
 
 
 def cosine(one: Vector, other: Vector) -> float:
-    """Of the angle between two rows, from -1 to 1; 0 with a row of zeros."""
+    """The cosine of the angle between two rows, from -1 to 1; 0 with a row of zeros."""
     wide, second = one.astype(np.float64), other.astype(np.float64)
     length = float(np.linalg.norm(wide) * np.linalg.norm(second))
     return float(wide @ second) / length if length else 0.0

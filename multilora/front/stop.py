@@ -30,7 +30,7 @@ class StopMatch:
 
 
 class StopMatcher:
-    """Of several matches the one that is complete first counts; of those, the one that starts first.
+    """Finds the first stop in a text: the match that is complete first, and of those the one that starts first.
 
     held: how many characters at the end may be the beginning of a stop. Raises BadRequest for a bad expression.
     """

@@ -23,7 +23,7 @@ class TextClassification:
 
     @classmethod
     def of(cls, sample: Sample, settings: ClassifierSettings | None) -> "TextClassification":
-        """Of a sample that has ended well; settings: the base model's."""
+        """The classes of a sample that has ended well; settings: the base model's."""
         found, label = classification_of(sample, settings), sample.label
         return cls(
             label=found.label,

@@ -19,7 +19,7 @@ class TextEmbedding:
 
     @classmethod
     def of(cls, sample: Sample, dimensions: int | None, *, normalize: bool) -> "TextEmbedding":
-        """Of a sample that has ended well."""
+        """The embedding of a sample that has ended well."""
         label = sample.label
         return cls(
             embedding=vector_of(sample, dimensions, normalize=normalize).tolist(),

@@ -32,7 +32,8 @@ BY_NAME: dict[str, PoolingMethod] = {"lasttoken": "last", "mean": "mean", "cls":
 def embedding_settings(
     model_path: str, revision: str | None, size: int, method: PoolingMethod | None = None
 ) -> EmbeddingSettings:
-    """Of a local directory or hub id, whose hidden rows have `size` numbers. method: what was asked for, over that.
+    """The settings of a local directory or hub id whose hidden rows have `size` numbers. method: what was asked
+    for, over that.
 
     A checkpoint that says nothing takes the last token's row, normalised. Raises ModelUnsupported naming the module
     or setting that is not served, ConfigError for a file that is broken.

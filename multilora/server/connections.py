@@ -19,8 +19,8 @@ HEAD_SECONDS = 30.0
 STALL_SECONDS = 60.0
 """How long a client may take nothing of what it is sent."""
 HEAD_BYTES = 64 << 10
-"""Of a request line with its headers, or of what may stand between the pieces of a body and after it. The parser
-keeps them, and has no limit of its own; h11, which is used where httptools is missing, has."""
+"""How long a request line with its headers may be, or what stands between the pieces of a body and after it. The
+parser keeps them, and has no limit of its own; h11, which is used where httptools is missing, has."""
 MOST_DESCRIPTORS = 65_536
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"

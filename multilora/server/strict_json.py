@@ -16,7 +16,7 @@ from multilora.errors import BadRequest
 MAX_READ = 256 << 10
 """Bytes of a body that are read again to find what is wrong."""
 MAX_DIGITS = 4300
-"""Of an integer: Python's own limit."""
+"""Digits that an integer may have: Python's own limit."""
 
 _PARTS = re.compile(
     rb"""

@@ -113,7 +113,7 @@ class Contents:
 
     @property
     def num_labels(self) -> int:
-        """Of the adapter's own classification head, which it has: as many as that has rows."""
+        """The rows of the adapter's own classification head, which it must have."""
         tensors = self.modules[SCORE_PLACE].tensors
         shapes = [self.tensors.shape(tensors[p]) for p in (Part.WEIGHT, Part.SAVED_WEIGHT) if p in tensors]
         return min(max((shape[0] for shape in shapes if shape), default=1), MAX_LABELS)

@@ -41,8 +41,8 @@ GONE = "the front process of this request has ended"
 
 
 class Desk:
-    """Of one worker. send: to it; joined: changes of names are to wait for it; seq: the number of the latest that it
-    was sent, applied: of the latest that its requests see."""
+    """Answers the questions of one worker. send: to it; joined: changes of names are to wait for it;
+    seq: the number of the latest that it was sent, applied: of the latest that its requests see."""
 
     def __init__(self, driver: AsyncDriver, send: Callable[[ToWorker], None], observe: Callable[[Observed], None]):
         self.joined = False

@@ -14,7 +14,7 @@ CHECK_SECONDS = 0.002
 
 
 class NamesFeed:
-    """Of one registry, whose `on_change` it is."""
+    """Tells workers the changes of one registry, whose `on_change` it is."""
 
     def __init__(self, registry: AdapterRegistry):
         self._registry = registry

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 LEAST = 1e-10
-"""Of the largest number of a row: rows of zeros need a scale, too."""
+"""What the largest number of a row counts as at least: rows of zeros need a scale, too."""
 ALIGNED = 16
 """What both sizes of a matrix must be a multiple of for `torch._scaled_mm`."""
 

@@ -204,7 +204,7 @@ class RerankBody(PairsBody):
 
     @property
     def texts(self) -> list[str]:
-        """Of the documents."""
+        """The texts of the documents."""
         return [one if isinstance(one, str) else one.text for one in self.documents]
 
     def pairs(self) -> TextPairs:
