@@ -1,5 +1,5 @@
-"""`multilora` and `python -m multilora`: `serve`, `demo`, `adapters` to examine one adapter, and `keys` to make keys.
-The exit code is 2 if the arguments are wrong.
+"""`multilora` and `python -m multilora`: `serve`, `demo`, `doctor`, `adapters` for work on adapters, `keys` to make
+keys. The exit code is 2 if the arguments are wrong.
 
 Heavy libraries are imported only by the command that needs them.
 """
@@ -18,18 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = cli.parse(sys.argv[1:] if argv is None else argv)
         logs.setup(args.log_level, role="front", form=args.log_format)
-        if isinstance(args, cli.AdapterArgs):
-            from multilora.cli.adapter_commands import run
-
-            return run(args)
-        if isinstance(args, cli.KeyArgs):
-            from multilora.cli import key_commands
-
-            return key_commands.run(args)
-        if isinstance(args, cli.DemoArgs):
-            from multilora.cli.demo import command
-
-            return command.run()
+        if not isinstance(args, cli.ServeArgs):
+            return _run(args)
         config = args.config()
     except (ConfigError, ModelUnsupported) as e:
         sys.stderr.write(f"multilora: error: {e}\n")
@@ -40,6 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # it is this process's own command, so nothing comes after it
         end_process(code)
     return code
+
+
+def _run(args: cli.OtherArgs) -> int:
+    """Run a command that is not `serve`."""
+    if isinstance(args, cli.AdapterArgs):
+        from multilora.cli import adapter_commands
+
+        return adapter_commands.run(args)
+    if isinstance(args, cli.KeyArgs):
+        from multilora.cli import key_commands
+
+        return key_commands.run(args)
+    if isinstance(args, cli.DoctorArgs):
+        from multilora.cli.doctor import command as doctor
+
+        return doctor.run(args)
+    from multilora.cli.demo import command as demo
+
+    return demo.run()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from multilora.cli.adapters import AdapterArgs
 from multilora.cli.compat import ALWAYS_ON, IGNORED, REFUSED
 from multilora.cli.demo import args as cli_demo
 from multilora.cli.demo.args import DemoArgs
+from multilora.cli.doctor import args as cli_doctor
+from multilora.cli.doctor.args import DoctorArgs
 from multilora.cli.keys import add_keys
 from multilora.cli.keys_args import KeyArgs
 from multilora.config import Config
@@ -26,16 +28,20 @@ from multilora.errors import ConfigError
 from multilora.lora_path import LoraPath
 from multilora.options import Option, options_of
 
-__all__ = ["AdapterArgs", "DemoArgs", "KeyArgs", "ServeArgs", "flags", "parse"]
+__all__ = ["AdapterArgs", "DemoArgs", "DoctorArgs", "KeyArgs", "OtherArgs", "ServeArgs", "flags", "parse"]
 
 logger = logging.getLogger(__name__)
 
-FAMILIES: dict[str, tuple[str, Callable[[argparse.Namespace], "AdapterArgs | KeyArgs | DemoArgs"]]] = {
+OtherArgs = AdapterArgs | KeyArgs | DemoArgs | DoctorArgs
+"""What the command lines are parsed into that start no server."""
+
+FAMILIES: dict[str, tuple[str, Callable[[argparse.Namespace], OtherArgs]]] = {
     "inspect": ("adapters ", cli_adapters.parsed),
     "verify": ("adapters ", cli_adapters.parsed),
     "add": ("keys ", cli_keys.parsed),
     "hash": ("keys ", cli_keys.parsed),
     "demo": ("", cli_demo.parsed),
+    "doctor": ("", cli_doctor.parsed),
 }
 """What stands before a command, and what reads its arguments; `serve` has neither."""
 
@@ -68,7 +74,7 @@ class ServeArgs:
         return Config.make(**add_keys(self.options))
 
 
-def parse(argv: Sequence[str]) -> ServeArgs | AdapterArgs | KeyArgs | DemoArgs:
+def parse(argv: Sequence[str]) -> ServeArgs | OtherArgs:
     """The parsed arguments. Raises ConfigError if they are wrong, SystemExit(0) after `--help` and `--version`."""
     namespace, unknown = _parser().parse_known_args(argv)
     options = vars(namespace)
@@ -127,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=_wide,
     )
-    for family in (cli_adapters, cli_keys, cli_demo):
+    for family in (cli_adapters, cli_keys, cli_demo, cli_doctor):
         family.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
     groups: dict[str, Any] = {}
     for opt in options_of(Config):

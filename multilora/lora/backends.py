@@ -64,8 +64,13 @@ def make_lora_backend(
     """
     if name == "auto":
         device = table.weights.device.type
-        name = "csgmv" if device == "cuda" and table.weights.dtype == dtype else "torch"
+        name = auto_backend(device, table.weights.dtype, dtype)
         logger.info("LoRA backend: %s (chosen for %s, adapters in %s)", name, device, table.weights.dtype)
     if name not in BACKENDS:
         raise ConfigError(f"--lora-backend {name} is not available; there are: auto, {', '.join(BACKENDS)}")
     return BACKENDS[name](table, sites, dtype, chunk_rows)
+
+
+def auto_backend(device: str, adapter_dtype: "torch.dtype", dtype: "torch.dtype") -> str:
+    """What "auto" means on a kind of device, for adapters packed in one dtype and activations in another."""
+    return "csgmv" if device == "cuda" and adapter_dtype == dtype else "torch"

@@ -3,7 +3,7 @@
 transformers reads the file, in a process of its own (`gguf_convert.py`), whose memory is given back: the weights,
 which are dequantised, the config and the tokenizer. Directories are kept in the user's cache, under the file's path,
 size and time of change and the dtype. Called by `server/serve.py`, `llm/offline.py`, `llm/online.py` and
-`cli/adapter_commands.py`.
+`cli/adapter_commands.py`; `cli/doctor/host.py` asks where the cache is.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def converted(path: str, dtype: str) -> Path:
     except OSError as e:
         raise ConfigError(f"--model-path {path}: {e.strerror}") from None
     key = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{dtype}"
-    directory = _cache() / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    directory = cache_folder() / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not directory.is_dir():
         _convert(file, directory, dtype)
     return directory
@@ -92,7 +92,7 @@ def _dtype(config: Config) -> str:
     return "float32" if config.device == "cpu" else "bfloat16"
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """Where converted files are kept, below XDG_CACHE_HOME."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "multilora", "gguf")
