@@ -35,6 +35,7 @@ from multilora.engine.messages import (
     TopLogprobs,
     UnloadAdapter,
 )
+from multilora.engine.ranks.lead import start_process
 from multilora.errors import from_wire
 from multilora.memory.page_pool import PageKind
 from multilora.params import SamplingParams
@@ -123,7 +124,7 @@ class Stepper:
 class EngineDriver(Stepper):
     """Keyword arguments are fields of `Config`; adapters: name → directory, loaded at once. late: copies of adapters
     to the device are found done so many steps after their start; None: as they are. Ranks of a `tp_size` over 1 are
-    threads.
+    threads, on CUDA processes.
 
     `answers`: rid → Answer; `infos`: name → AdapterInfo.
     """
@@ -142,7 +143,8 @@ class EngineDriver(Stepper):
         config = Config.make(**(defaults | options))
         self._on_gpu = choose_device(config.device).type == "cuda"
         make_copier = None if late is None else partial(FakeCopier, delay=lambda: late)
-        self.engine = build_engine(config, InlineLoader, make_copier, ahead, start_thread, clock=CountingClock())
+        start_rank = start_process if self._on_gpu else start_thread
+        self.engine = build_engine(config, InlineLoader, make_copier, ahead, start_rank, clock=CountingClock())
         self.answers: dict[str, Answer] = {}
         self.infos: dict[str, AdapterInfo] = {}
         self._dropped: set[str] = set()
