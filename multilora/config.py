@@ -189,6 +189,7 @@ class Config:
 
     max_connections: int | None = _server(None, "most open connections (default: what file descriptors allow)")
     max_body_bytes: int = _server(32 << 20, "longest body of a request; longer ones get 413", size=True)
+    max_response_bytes: int = _server(1 << 30, "most bytes that one request is sent; then it is ended", size=True)
     max_stop_strings: int = _server(64, "most stop strings and stop expressions of a request")
     max_logprobs: int = _server(20, "most alternatives to a token that a request may ask for", low=0)
     grammar_timeout: float = _server(10.0, "most seconds of computing to compile one grammar")

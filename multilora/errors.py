@@ -9,6 +9,7 @@
     │   ├── CannotFit               400  would not fit the memory even alone
     │   ├── PayloadTooLarge         413  the body is longer than the route reads
     │   ├── RequestTimeout          408  the body did not come in time
+    │   ├── ResponseTooLarge        400  the answer has more bytes than one request is sent
     │   ├── LoraNotEnabled          400
     │   ├── PreviousResponseNotFound 400 `previous_response_id` is not stored (any more)
     │   └── UnknownAdapter          400  never loaded, or unloaded (404 under a bare OpenAI `model`)
@@ -96,6 +97,16 @@ class RequestTimeout(BadRequest):
     """The body did not come in time."""
 
     status = 408
+
+
+class ResponseTooLarge(BadRequest):
+    """The answer has more bytes than one request is sent."""
+
+    @classmethod
+    def over(cls, limit: int) -> "ResponseTooLarge":
+        """The error of an answer that has over `limit` bytes."""
+        advice = "ask for fewer tokens, samples or logprobs, or send several requests"
+        return cls(f"the answer has over {limit} bytes (--max-response-bytes): {advice}")
 
 
 class LoraNotEnabled(BadRequest):

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from multilora.drivers.mailbox import LoopTurns, Mailbox
 from multilora.engine.messages import Output
-from multilora.errors import MultiloraError
+from multilora.errors import MultiloraError, ResponseTooLarge
+from multilora.front.answer_size import AnswerSize
 from multilora.front.generation import Generation, Sample
 from multilora.front.stream import Delta
 
@@ -22,15 +23,22 @@ SampleEvent = tuple[Sample, Delta]
 
 
 class AsyncGeneration:
-    """A Generation under way. Iterate `events`, or call `take`, or await `results`; all close it at the end."""
+    """A Generation under way. Iterate `events`, or call `take`, or await `results`; all close it at the end.
 
-    def __init__(self, generation: Generation, outputs: Mailbox[Output], turns: LoopTurns):
+    most_bytes: raises ResponseTooLarge once its answer has more of them, counted as `AnswerSize` does; None: never.
+    """
+
+    def __init__(
+        self, generation: Generation, outputs: Mailbox[Output], turns: LoopTurns, most_bytes: int | None = None
+    ):
         self.samples = generation.samples
         self.created = generation.created
         self.close = generation.close
         self._generation = generation
         self._outputs = outputs
         self._turns = turns
+        self._most_bytes = most_bytes
+        self._size = AnswerSize()
         self._error: MultiloraError | None = None  # to be raised once what came before it is taken
 
     async def events(self) -> AsyncIterator[SampleEvent]:
@@ -63,9 +71,21 @@ class AsyncGeneration:
         """What each of them adds, up to the first error."""
         try:
             for output in outputs if self._error is None else ():
-                yield output, self._generation.receive(output)
+                event = self._generation.receive(output)
+                self._count(output, event)
+                yield output, event
         except MultiloraError as e:
             self._error = e
+
+    def _count(self, output: Output, event: SampleEvent | None) -> None:
+        if self._most_bytes is None:
+            return
+        if output.again:
+            self._size.begin_again(output)
+        elif event is not None:
+            self._size.add(output, event[1])
+            if self._size.total > self._most_bytes:
+                raise ResponseTooLarge.over(self._most_bytes)
 
     def _shown(self, outputs: Iterable[Output]) -> Iterator[SampleEvent]:
         for _, event in self._received(outputs):
@@ -118,6 +138,9 @@ class AsyncGeneration:
                 event = generation.receive(output)
                 assert event is not None
                 receive(*event)
+            except MultiloraError as e:
+                self._error = e
+                return False
             except Exception as e:  # it must not reach the engine's other streams
                 logger.exception("error inside a stream")
                 self._error = MultiloraError(f"internal error: {type(e).__name__}")

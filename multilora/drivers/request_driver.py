@@ -52,11 +52,16 @@ class RequestDriver:
         self._changes: set[asyncio.Task[Any]] = set()
         self._pools = {lane: ThreadPoolExecutor(count, lane.value) for lane, count in THREADS.items()}
 
-    async def generate(self, jobs: Sequence[Job], rids: Sequence[str] | None = None) -> AsyncGeneration:
-        """Check and submit. On any error, and when cancelled, nothing is sent and no adapter is held."""
+    async def generate(
+        self, jobs: Sequence[Job], rids: Sequence[str] | None = None, most_bytes: int | None = None
+    ) -> AsyncGeneration:
+        """Check and submit. On any error, and when cancelled, nothing is sent and no adapter is held.
+
+        most_bytes: see `AsyncGeneration`.
+        """
         outputs = Mailbox[Output]()
         generation = await self._run(self.front.submit(jobs, outputs.put, rids))
-        return AsyncGeneration(generation, outputs, self._turns)
+        return AsyncGeneration(generation, outputs, self._turns, most_bytes)
 
     async def hold(self, names: Iterable[str]) -> Sequence[Held]:
         """See `Resolver.hold`. When cancelled nothing is held; what is being fetched goes on."""

@@ -23,6 +23,7 @@ from multilora.server.bodies import GenerateBody
 from multilora.server.errors import StrictRoute
 from multilora.server.foreign_fields import sort_out
 from multilora.server.resolving import resolved
+from multilora.server.response_bytes import ResponseBudget
 from multilora.server.streaming import EventStream, Json, frame, while_connected
 from multilora.server.weight_versions import changed_weights, weight_metadata, weight_version_spans
 
@@ -44,16 +45,18 @@ def router(driver: RequestDriver) -> APIRouter:
     async def answer(request: Request, body: GenerateBody) -> Response:
         batch = read_batch(driver.front.registry, body)
         answers = NativeAnswers(driver.front.vocabularies, body, batch)
+        budget = ResponseBudget(driver.front.config.max_response_bytes)
 
         async def whole() -> list[dict[str, Any]]:
-            generation = await driver.generate(batch.jobs, batch.rids)
+            generation = await driver.generate(batch.jobs, batch.rids, budget.limit)
             return answers.in_order(await generation.results())
 
         if not body.stream:
             results = await while_connected(request.receive, whole())
-            return Json(results if batch.several else results[0])
-        generation = await while_connected(request.receive, driver.generate(batch.jobs, batch.rids))
-        return await EventStream.begin(request.receive, answers.frames(generation), generation.close)
+            return budget.whole(Json(results if batch.several else results[0]))
+        begun = driver.generate(batch.jobs, batch.rids, budget.limit)
+        generation = await while_connected(request.receive, begun)
+        return await EventStream.begin(request.receive, answers.frames(generation), generation.close, budget)
 
     return routes
 

@@ -32,6 +32,7 @@ from multilora.server.chunk_writer import ChunkWriter
 from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.prompt_logprobs import prompt_logprobs
+from multilora.server.response_bytes import ResponseBudget
 from multilora.server.streaming import EventStream, Json, while_connected
 from multilora.server.weight_versions import changed_weights, weight_metadata, weight_version_spans
 
@@ -94,9 +95,10 @@ class OpenAIRequest(ABC):
         count = sum(job.sampling.n for job in self._jobs)
         if rid is not None and count > 1:
             rids = [f"{rid}#{i}" for i in range(count)]
+        budget = ResponseBudget(driver.front.config.max_response_bytes)
 
         async def answer() -> dict[str, Any]:
-            generation = await driver.generate(self._jobs, rids)
+            generation = await driver.generate(self._jobs, rids, budget.limit)
             samples = await generation.results()
             if self._body.prompt_logprobs is None:
                 return self._response(generation, samples)
@@ -104,10 +106,10 @@ class OpenAIRequest(ABC):
             return await driver.run_blocking(Lane.TEXT, partial(self._response, generation, samples))
 
         if not self._body.stream:
-            return Json(await while_connected(request.receive, answer()))
-        generation = await while_connected(request.receive, driver.generate(self._jobs, rids))
-        frames = self._frames(generation, ChunkWriter.of(request.scope))
-        return await EventStream.begin(request.receive, frames, generation.close)
+            return budget.whole(Json(await while_connected(request.receive, answer())))
+        generation = await while_connected(request.receive, driver.generate(self._jobs, rids, budget.limit))
+        frames = self._frames(generation, ChunkWriter.of(request.scope), budget)
+        return await EventStream.begin(request.receive, frames, generation.close, budget)
 
     def _response(self, generation: AsyncGeneration, samples: Sequence[Sample]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -117,7 +119,9 @@ class OpenAIRequest(ABC):
         facts = self._prompt_facts(first) if self.prompt_in_head else {}
         return self._head(generation, self.kind) | rest | facts | {"metadata": weight_metadata(first)}
 
-    async def _frames(self, generation: AsyncGeneration, writer: ChunkWriter | None) -> AsyncGenerator[bytes, None]:
+    async def _frames(
+        self, generation: AsyncGeneration, writer: ChunkWriter | None, budget: ResponseBudget
+    ) -> AsyncGenerator[bytes, None]:
         """What comes after the first of them, and can be written at once, bypasses them. Each is what has come since
         the one before it: several chunks, where the client reads slowly."""
         chunks = _Chunks(self._head(generation, self.chunk_kind))
@@ -133,7 +137,7 @@ class OpenAIRequest(ABC):
             if frames := b"".join([frames_of(*event) for event in events]):
                 yield frames
                 if writer is not None:  # the head of the answer has been sent
-                    generation.divert(writer.ready, writer.writes(frames_of))
+                    generation.divert(writer.ready, writer.writes(budget.spending(frames_of)))
                     writer = None
         if self._include_usage:
             yield chunks.frame(None, {"usage": _usage(generation.samples)})

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from multilora.errors import MultiloraError
 from multilora.server.errors import error_body
+from multilora.server.response_bytes import ResponseBudget
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Sends `frames` as they come, then `done`. `close` is called at the end, also after an error.
 
+    budget: what the frames may take of it in all; the ending is sent in any case.
     error_frame: makes the frame of an error inside the stream, in the words of the route.
     """
 
@@ -86,23 +88,25 @@ class EventStream(Response):
         receive: Receive,
         frames: AsyncGenerator[bytes, None],
         close: Callable[[], None],
+        budget: ResponseBudget,
         *,
         error_frame: Callable[[MultiloraError], bytes] = _error_frame,
         done: bytes = DONE,
     ) -> "EventStream":
         """Waits for the first frame: an error before it is raised, and so gets an HTTP status of its own."""
         try:
-            first = await while_connected(receive, anext(frames))
+            first = budget.spend(await while_connected(receive, anext(frames)))
         except BaseException:
             close()
             raise
-        return cls(first, frames, close, error_frame, done)
+        return cls(first, frames, close, budget, error_frame, done)
 
     def __init__(
         self,
         first: bytes,
         frames: AsyncGenerator[bytes, None],
         close: Callable[[], None],
+        budget: ResponseBudget,
         error_frame: Callable[[MultiloraError], bytes],
         done: bytes,
     ):
@@ -111,6 +115,7 @@ class EventStream(Response):
         self._first = first
         self._frames = frames
         self._close = close
+        self._budget = budget
         self._error_frame = error_frame
         self._done = done
 
@@ -131,7 +136,7 @@ class EventStream(Response):
             if sent % FRAMES_AT_ONCE == 0:
                 await asyncio.sleep(0)  # `send` and frames that are there already let nobody else run
             try:
-                data = await anext(self._frames)
+                data = self._budget.spend(await anext(self._frames))
             except StopAsyncIteration:
                 break
             except MultiloraError as e:

@@ -113,6 +113,33 @@ def test_a_stream_is_the_same_with_and_without(path, written, monkeypatch):
     assert len(written) > len(IDS) // 2 and any(written)
 
 
+def test_what_is_written_on_the_spot_counts_for_the_longest_answer(written):
+    """--max-response-bytes: the error is the last event, and the connection is good for the next request."""
+    client = FakeEngineClient(answer=lambda _: IDS, vocab_size=320)
+    local = LocalServer(client, byte_level_tokenizer(), max_response_bytes=5000)
+
+    async def scenario():
+        async with serving(local) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request("/v1/completions"))
+            answer = Parsed()
+            while not answer.complete:
+                answer.feed(await reader.read(65536))
+            *events, done, rest = answer.body.split(b"\n\n")
+            assert (done, rest) == (b"data: [DONE]", b"")
+            error = json.loads(events.pop().removeprefix(b"data: "))["error"]
+            assert error["code"] == "ResponseTooLarge"
+            sent = sum(len(event) + 2 for event in events)
+            assert 5000 - 500 < sent <= 5000 and len(events) > 5
+            assert client.aborted
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b" 200 " in await reader.readline()
+            writer.close()
+
+    run(scenario)
+    assert any(written)
+
+
 def test_a_client_that_reads_nothing_is_written_no_more(written):
     """Its backlog waits where it is merged, not in the connection."""
     client = FakeEngineClient(answer=lambda _: IDS, vocab_size=320, context_length=1 << 20)

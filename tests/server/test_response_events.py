@@ -7,13 +7,13 @@ import asyncio
 
 from fakes.server_app import run
 
-from multilora.server.responses.event_log import EventLog
+from multilora.server.responses.event_log import EventLog, event_frame
 
 
 def test_readers_follow_from_where_they_like() -> None:
     async def scenario() -> None:
         log = EventLog()
-        log.append({"type": "one"})
+        log.append(event_frame({"type": "one"}))
 
         async def read(start: int) -> list[bytes]:
             return [frame async for frame in log.frames(start)]
@@ -21,8 +21,8 @@ def test_readers_follow_from_where_they_like() -> None:
         readers = [asyncio.create_task(read(start)) for start in (0, 1, 2)]
         for name in ("two", "three"):
             await asyncio.sleep(0)
-            log.append({"type": name})
-        log.append({"type": "four"})
+            log.append(event_frame({"type": name}))
+        log.append(event_frame({"type": "four"}))
         await asyncio.sleep(0)
         assert not any(reader.done() for reader in readers)
         log.end()
@@ -40,7 +40,7 @@ def test_readers_follow_from_where_they_like() -> None:
 def test_a_frame_shows_its_event_as_it_was() -> None:
     async def scenario() -> None:
         log, event = EventLog(), {"type": "x", "items": [1]}
-        log.append(event)
+        log.append(event_frame(event))
         event["items"] += [2]
         log.end()
         assert [frame async for frame in log.frames(0)] == [b'event: x\ndata: {"type":"x","items":[1]}\n\n']

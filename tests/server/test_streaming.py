@@ -8,6 +8,7 @@ from fakes.server_app import Connection, run
 from starlette.requests import ClientDisconnect
 
 from multilora.errors import CannotFit
+from multilora.server.response_bytes import ResponseBudget
 from multilora.server.streaming import FRAMES_AT_ONCE, EventStream, Json, frame, while_connected
 
 
@@ -21,7 +22,7 @@ async def gone():
 
 def stream(frames, closed):
     async def app(scope, receive, send):
-        response = await EventStream.begin(receive, frames(), lambda: closed.append(True))
+        response = await EventStream.begin(receive, frames(), lambda: closed.append(True), ResponseBudget(1 << 20))
         await response(scope, receive, send)
 
     return app

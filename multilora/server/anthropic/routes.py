@@ -18,6 +18,7 @@ from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of
 from multilora.server.errors import StrictRoute
 from multilora.server.resolving import resolved
+from multilora.server.response_bytes import ResponseBudget
 from multilora.server.streaming import EventStream, Json, named_frame, while_connected
 from multilora.server.tokenization import UNBOUNDED
 
@@ -52,10 +53,11 @@ async def _respond(
         chat_body = body.chat_body()
         chat = ChatJob(driver.front, chat_body, sampling_defaults)
     model = driver.front.config.model_name if body.model is None else body.model
+    budget = ResponseBudget(driver.front.config.max_response_bytes)
 
     async def begin() -> MessageAnswer:
         with in_words_of(WORDS), in_the_clients_field(chat_body.constraint()):
-            generation = await driver.generate([chat.job])
+            generation = await driver.generate([chat.job], None, budget.limit)
         return MessageAnswer(chat, generation, model, body.max_tokens)
 
     async def whole() -> dict[str, Any]:
@@ -65,9 +67,10 @@ async def _respond(
         return answer.message()
 
     if not body.stream:
-        return Json(await while_connected(request.receive, whole()))
+        return budget.whole(Json(await while_connected(request.receive, whole())))
     answer = await while_connected(request.receive, begin())
-    return await EventStream.begin(request.receive, _frames(answer), answer.close, error_frame=_error_frame, done=b"")
+    frames = _frames(answer)
+    return await EventStream.begin(request.receive, frames, answer.close, budget, error_frame=_error_frame, done=b"")
 
 
 async def _frames(answer: MessageAnswer) -> AsyncGenerator[bytes, None]:

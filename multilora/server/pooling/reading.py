@@ -20,6 +20,7 @@ from multilora.front.prompt import Prompt, check_priority, check_timeout
 from multilora.front.request_front import RequestFront
 from multilora.params import PoolingParams
 from multilora.server.pooling.bodies import ReadBody
+from multilora.server.response_bytes import ResponseBudget
 from multilora.server.streaming import while_connected
 from multilora.server.weight_versions import weight_metadata
 
@@ -69,7 +70,8 @@ async def respond(
             return written(generation)
         return await driver.run_blocking(Lane.LONG_TEXT, lambda: written(generation))
 
-    return Response(await while_connected(request.receive, work()), media_type="application/json")
+    response = Response(await while_connected(request.receive, work()), media_type="application/json")
+    return ResponseBudget(driver.front.config.max_response_bytes).whole(response)
 
 
 def usage(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -10,6 +10,11 @@ from collections.abc import AsyncGenerator
 from multilora.server.streaming import StreamEvent, named_frame
 
 
+def event_frame(event: StreamEvent) -> bytes:
+    """An event as it is sent."""
+    return named_frame(event["type"], event)
+
+
 class EventLog:
     """nbytes: of all frames so far."""
 
@@ -22,9 +27,8 @@ class EventLog:
     def __len__(self) -> int:
         return len(self._frames)
 
-    def append(self, event: StreamEvent) -> None:
-        """Its number is the log's length before it."""
-        data = named_frame(event["type"], event)
+    def append(self, data: bytes) -> None:
+        """An event as a frame; its number is the log's length before it."""
         self._frames.append(data)
         self.nbytes += len(data)
         self._wake()

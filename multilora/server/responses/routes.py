@@ -12,21 +12,22 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from multilora.drivers.async_driver import AsyncDriver
-from multilora.errors import BadRequest, PreviousResponseNotFound, UnknownResponse
+from multilora.errors import BadRequest, MultiloraError, PreviousResponseNotFound, UnknownResponse
 from multilora.params import SamplingParams
 from multilora.server.chat_job import ChatJob
 from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of, refused
 from multilora.server.errors import StrictRoute
 from multilora.server.resolving import resolved
+from multilora.server.response_bytes import ResponseBudget
 from multilora.server.responses.body import WORDS, ResponsesBody
-from multilora.server.responses.event_log import EventLog
+from multilora.server.responses.event_log import EventLog, event_frame
 from multilora.server.responses.item_pages import page, with_id
 from multilora.server.responses.items import ItemMessages, input_items
 from multilora.server.responses.output import new_id
 from multilora.server.responses.run import ResponseRun
 from multilora.server.responses.store import ResponseStore, StoredResponse, json_bytes, own_key
-from multilora.server.streaming import EventStream, Json, named_frame, while_connected
+from multilora.server.streaming import EventStream, Json, while_connected
 
 NOTHING = StoredResponse(None, [], 0)
 """What stands before a conversation's first response."""
@@ -51,7 +52,7 @@ def router(driver: AsyncDriver, sampling_defaults: dict[str, Any]) -> APIRouter:
         one with the number `starting_after`."""
         stored = store.get(response_id)
         if stream:
-            return await _follow(request, stored.log, -1 if starting_after is None else starting_after)
+            return await responses.follow(request, stored.log, -1 if starting_after is None else starting_after)
         if starting_after is not None:
             raise BadRequest("starting_after: only with stream=true", param="starting_after")
         return Json(stored.response())
@@ -96,17 +97,40 @@ class Responses:
         """Start the response that `body` asks for, and answer as it wants it. Raises the typed errors."""
         body.check()
         response_id = new_id("resp")
+        budget = self._budget()
         if not body.stream and not body.background:
-            return Json(await while_connected(request.receive, self._whole(response_id, body)))
+            return budget.whole(Json(await while_connected(request.receive, self._whole(response_id, body))))
         log = EventLog() if body.stream and body.background else None
         run = await while_connected(request.receive, self._start(response_id, body, log))
         if log is not None:
-            self._go_on(run.record(log))
-            return await _follow(request, log)
+            self._go_on(run.record(log, budget))
+            return await self.follow(request, log)
         if body.background:
             self._go_on(run.finish())
             return Json(run.response())
-        return await EventStream.begin(request.receive, _frames(run), run.cancel, done=b"")
+
+        def last_frame(error: MultiloraError) -> bytes:
+            return event_frame(run.end_with(error))
+
+        return await EventStream.begin(
+            request.receive, _frames(run), run.cancel, budget, error_frame=last_frame, done=b""
+        )
+
+    async def follow(self, request: Request, log: EventLog | None, last: int = -1) -> Response:
+        """A stream of the events behind number `last`. Raises BadRequest."""
+        if log is None:
+            message = "stream: only a response that was created with background and stream can be streamed again"
+            raise BadRequest(message, param="stream")
+        if last != -1 and not 0 <= last < len(log):
+            message = f"starting_after: {last}: the response has {len(log)} events so far, from 0 on"
+            raise BadRequest(message, param="starting_after")
+        if log.ended and last == len(log) - 1:
+            return Response(media_type=EventStream.media_type)
+        budget = self._budget()  # of a request of its own
+        return await EventStream.begin(request.receive, log.frames(last + 1), lambda: None, budget, done=b"")
+
+    def _budget(self) -> ResponseBudget:
+        return ResponseBudget(self._driver.front.config.max_response_bytes)
 
     async def _whole(self, response_id: str, body: ResponsesBody) -> dict[str, Any]:
         run = await self._start(response_id, body)
@@ -135,7 +159,7 @@ class Responses:
             chat_body = body.chat_body(conversation.messages)
         with in_words_of(WORDS), in_the_clients_field(chat_body.constraint()):
             chat = ChatJob(self._driver.front, chat_body, self._defaults, "input")
-            generation = await self._driver.generate([chat.job], [response_id])
+            generation = await self._driver.generate([chat.job], [response_id], self._budget().limit)
         head = _head(response_id, body, chat.job.sampling, self._driver.front.config.model_name)
         key = own_key(response_id)
         run = ResponseRun(head, chat, generation, lambda: self.store.settle(key))
@@ -173,22 +197,9 @@ class Responses:
         task.add_done_callback(self._background.discard)
 
 
-async def _follow(request: Request, log: EventLog | None, last: int = -1) -> Response:
-    """A stream of the events behind number `last`. Raises BadRequest."""
-    if log is None:
-        message = "stream: only a response that was created with background and stream can be streamed again"
-        raise BadRequest(message, param="stream")
-    if last != -1 and not 0 <= last < len(log):
-        message = f"starting_after: {last}: the response has {len(log)} events so far, from 0 on"
-        raise BadRequest(message, param="starting_after")
-    if log.ended and last == len(log) - 1:
-        return Response(media_type=EventStream.media_type)
-    return await EventStream.begin(request.receive, log.frames(last + 1), lambda: None, done=b"")
-
-
 async def _frames(run: ResponseRun) -> AsyncGenerator[bytes, None]:
     async for event in run.events():
-        yield named_frame(event["type"], event)
+        yield event_frame(event)
 
 
 def _head(response_id: str, body: ResponsesBody, sampling: SamplingParams, model_name: str) -> dict[str, Any]:

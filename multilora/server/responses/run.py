@@ -10,12 +10,13 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from multilora.drivers.async_generation import AsyncGeneration
-from multilora.errors import MultiloraError
+from multilora.errors import MultiloraError, ResponseTooLarge
 from multilora.front.generation import Sample
 from multilora.front.stream import Delta, FinishReason
 from multilora.front.tools.base import Content, Reasoning, SettledParts
 from multilora.server.chat_job import ChatJob, logprob_entries
-from multilora.server.responses.event_log import EventLog
+from multilora.server.response_bytes import ResponseBudget
+from multilora.server.responses.event_log import EventLog, event_frame
 from multilora.server.responses.output import OutputItems
 from multilora.server.streaming import StreamEvent
 from multilora.server.weight_versions import all_weights
@@ -44,6 +45,7 @@ class ResponseRun:
         self._logprobs: list[dict[str, Any]] = []  # of these, unless they are the markup of thoughts or calls
         self._in_text = True  # the last part was text, or there was none
         self._reasoning_tokens = 0
+        self._number = 0  # of the next event
 
     @property
     def running(self) -> bool:
@@ -59,23 +61,35 @@ class ResponseRun:
 
     async def events(self) -> AsyncGenerator[StreamEvent, None]:
         """All events, in order and numbered. An error is the last one, and is kept as `error`."""
-        number = 0
         async for event in self._events():
-            yield event | {"sequence_number": number}
-            number += 1
+            yield self._numbered(event)
 
     async def finish(self) -> None:
         """Wait for the ending."""
         async for _ in self.events():
             pass
 
-    async def record(self, log: EventLog) -> None:
-        """Wait for the ending, with every event in the log."""
+    async def record(self, log: EventLog, budget: ResponseBudget) -> None:
+        """Wait for the ending, with every event in the log, as far as the budget goes."""
         try:
             async for event in self.events():
-                log.append(event)
+                log.append(budget.spend(event_frame(event)))
+        except ResponseTooLarge as e:
+            log.append(event_frame(self.end_with(e)))
         finally:
             log.end()
+
+    def end_with(self, error: MultiloraError) -> StreamEvent:
+        """The response fails here and now. Returns the last event of a stream that cannot go on to show it, in the
+        place of the latest one, which was not sent."""
+        self._generation.close()
+        self._fail(error)
+        self._number -= 1
+        return self._numbered({"type": "error", "code": error.kind, "message": error.message, "param": error.param})
+
+    def _numbered(self, event: StreamEvent) -> StreamEvent:
+        self._number += 1
+        return event | {"sequence_number": self._number - 1}
 
     def cancel(self) -> None:
         """End the response here and now, if it has not ended: what runs for it is aborted."""
