@@ -3,10 +3,12 @@
 And what several packages' tests share.
 """
 
+import gc
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,10 +22,30 @@ if TYPE_CHECKING:
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Iterator[None]:
+    """Modules and tests live until the end: the garbage collector need not look at them, neither now nor later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """What libraries free at the very end is freed."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
