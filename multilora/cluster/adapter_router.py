@@ -18,6 +18,10 @@ from multilora.cluster.replica_index import RecentPlaces, ReplicaIndex, RoutedRe
 from multilora.cluster.route_request import AdapterNeed, ReplicaReport, RouteRequest
 
 PROBES = 32  # members of the ring that are looked at, before the least loaded replica of all is
+OTHERS_FOLLOW = 0.1
+"""How far the load that others have sent to a replica moves towards what a new report says of it. Routers that
+follow reports, which are a second old, at once all run to the same replica: the 99th percentile of the first token
+doubles in the simulator."""
 MAX_SESSIONS = 100_000
 MAX_PREFIXES = 200_000
 
@@ -95,7 +99,10 @@ class AdapterRouter:
             return
         assigned = sum(sizes.get(adapter, 0) for adapter in report.device.keys() | report.host.keys())
         self._index.report(replica, report, assigned)
-        self._index.change_load(replica, replica.own, max(0.0, report.load - replica.own))
+        sent_by_others = max(0.0, report.load - replica.own)
+        follow = OTHERS_FOLLOW if replica.reported else 1.0
+        replica.reported = True
+        self._index.change_load(replica, replica.own, replica.others + follow * (sent_by_others - replica.others))
 
     def choose(self, request: RouteRequest) -> Choice | None:
         """None: there is no replica, or all are to be avoided."""

@@ -20,15 +20,16 @@ H = TypeVar("H", bound=Hashable)
 
 class RoutedReplica:
     """One replica. own: load of what this router has sent there and has not ended; others: of everybody else's;
-    assigned: bytes of the adapters that are there or on their way."""
+    reported: it has said something already; assigned: bytes of the adapters that are there or on their way."""
 
-    __slots__ = ("assigned", "device", "host", "name", "others", "own", "place", "room", "weight")
+    __slots__ = ("assigned", "device", "host", "name", "others", "own", "place", "reported", "room", "weight")
 
     def __init__(self, name: str, weight: float, place: int):
         self.name = name
         self.weight = weight
         self.place = place  # in the arrays of the index
         self.own = self.others = 0.0
+        self.reported = False
         self.device: set[AdapterKey] = set()
         self.host: set[AdapterKey] = set()
         self.assigned = 0

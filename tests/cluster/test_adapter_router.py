@@ -74,14 +74,15 @@ def test_the_second_request_follows_the_first_before_any_report():
     assert (second.replica, second.reason) == (first.replica, Reason.DEVICE)
 
 
-def test_a_full_holder_sends_to_the_next_holder_then_to_a_new_one():
+def test_a_full_holder_sends_to_the_next_holder_and_full_holders_to_a_new_one():
     router = router_of(4)
-    holds(router, "r0", device=["sql"], load=100.0)
+    holds(router, "r0", device=["sql", "law"], load=100.0)
     holds(router, "r1", host=["sql"])
-    assert router.choose(wants("sql")).replica == "r1"
-    holds(router, "r1", host=["sql"], load=100.0)
-    spread = router.choose(wants("sql"))
-    assert spread.reason is Reason.SPREAD and spread.replica in ("r2", "r3")
+    holds(router, "r2", device=["law"], load=100.0)
+    choice = router.choose(wants("sql"))
+    assert (choice.replica, choice.reason) == ("r1", Reason.HOST)
+    spread = router.choose(wants("law"))
+    assert spread.reason is Reason.SPREAD and spread.replica in ("r1", "r3")
 
 
 def test_a_session_stays_until_its_replica_is_full_or_gone():
@@ -142,14 +143,16 @@ def test_a_hot_adapter_spreads_and_a_cold_cluster_does_not_scatter():
     assert 8 <= len(counts) <= 10 and max(counts.values()) <= 1.25 * 1008 / 10 + 1
 
 
-def test_what_others_have_sent_counts():
+def test_what_others_have_sent_counts_at_first_and_then_slowly():
     router = router_of(2)
     router.choose(wants("sql"))
     mine = next(name for name in router.replicas if router.load_of(name))
     router.report(mine, ReplicaReport(load=5.0), {})
     assert router.load_of(mine) == 5.0
+    router.report(mine, ReplicaReport(load=15.0), {})
+    assert router.load_of(mine) == 6.0
     router.ended(mine, 1.0)
-    assert router.load_of(mine) == 4.0
+    assert router.load_of(mine) == 5.0
     assert router.load_of("unknown") == 0.0
 
 

@@ -1,0 +1,138 @@
+"""The routers that are compared: the package's own, and those that know nothing of adapters.
+
+Each stands for all ingress processes of a cluster. The package's is there once per ingress, each of which learns what
+the others do only from the replicas' reports; the others know all loads at any time, which favours them.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from bench.cluster_sim.engine import SimulatedEngine, bytes_of
+from bench.cluster_sim.trace import Arrival
+from multilora.cluster.adapter_router import AdapterRouter, RouterSettings
+from multilora.cluster.hash_ring import HashRing
+from multilora.cluster.route_request import AdapterNeed, ReplicaReport, RouteRequest
+
+
+class Routing(Protocol):
+    """engines: by name, those that are alive."""
+
+    def use(self, engines: Mapping[str, SimulatedEngine]) -> None: ...
+
+    def choose(self, arrival: Arrival) -> tuple[str, object]:
+        """The replica, and what `ended` is given."""
+
+    def ended(self, replica: str, owner: object) -> None: ...
+
+    def report(self) -> None:
+        """A second has passed: replicas say what they have."""
+
+
+class _Blind:
+    def __init__(self, seed: int):
+        self._random = random.Random(seed)
+        self._engines: Mapping[str, SimulatedEngine] = {}
+        self._names: Sequence[str] = ()
+
+    def use(self, engines: Mapping[str, SimulatedEngine]) -> None:
+        self._engines, self._names = engines, list(engines)
+
+    def ended(self, replica: str, owner: object) -> None:
+        del replica, owner
+
+    def report(self) -> None:
+        pass
+
+
+class Random(_Blind):
+    def choose(self, arrival: Arrival) -> tuple[str, object]:
+        del arrival
+        return self._random.choice(self._names), None
+
+
+class RoundRobin(_Blind):
+    _next = 0
+
+    def choose(self, arrival: Arrival) -> tuple[str, object]:
+        del arrival
+        self._next += 1
+        return self._names[self._next % len(self._names)], None
+
+
+class LeastLoaded(_Blind):
+    """Of all replicas, the first of those with the fewest requests, beginning anywhere."""
+
+    def choose(self, arrival: Arrival) -> tuple[str, object]:
+        del arrival
+        start = self._random.randrange(len(self._names))
+        names = self._names
+        loads = [engine.load for engine in self._engines.values()]
+        least = min(loads)
+        return next(
+            names[i - len(names)] for i in range(start, start + len(names)) if loads[i - len(names)] == least
+        ), None
+
+
+class PlainHash(_Blind):
+    """An adapter's requests all go to one replica, whatever its load."""
+
+    def __init__(self, seed: int):
+        super().__init__(seed)
+        self._ring = HashRing()
+
+    def use(self, engines: Mapping[str, SimulatedEngine]) -> None:
+        for gone in set(self._names) - engines.keys():
+            self._ring.remove(gone)
+        for name in engines:
+            self._ring.add(name)
+        super().use(engines)
+
+    def choose(self, arrival: Arrival) -> tuple[str, object]:
+        return next(iter(self._ring.walk(f"adapter-{arrival.adapter}"))), None
+
+
+class AdapterAware:
+    """routers: how many ingress processes there are."""
+
+    def __init__(self, seed: int, settings: RouterSettings | None = None, routers: int = 4):
+        self._routers = [AdapterRouter(settings or RouterSettings(seed=seed + i)) for i in range(routers)]
+        self._random = random.Random(seed)
+        self._engines: Mapping[str, SimulatedEngine] = {}
+
+    def use(self, engines: Mapping[str, SimulatedEngine]) -> None:
+        self._engines = engines
+        for router in self._routers:
+            router.set_replicas(dict.fromkeys(engines, 1.0))
+
+    def choose(self, arrival: Arrival) -> tuple[str, object]:
+        router = self._random.choice(self._routers)
+        need = AdapterNeed(f"adapter-{arrival.adapter}", 1, int(bytes_of(arrival.adapter)))
+        choice = router.choose(RouteRequest(need))
+        assert choice is not None
+        return choice.replica, router
+
+    def ended(self, replica: str, owner: object) -> None:
+        assert isinstance(owner, AdapterRouter)
+        owner.ended(replica, 1.0)
+
+    def report(self) -> None:
+        for name, engine in self._engines.items():
+            tiers = [{f"adapter-{i}": 1 for i in tier.items} for tier in (engine.device, engine.host)]
+            sizes = {
+                f"adapter-{i}": int(size) for tier in (engine.device, engine.host) for i, size in tier.items.items()
+            }
+            room = int(engine.device.most + engine.host.most)
+            report = ReplicaReport(float(engine.load), 1.0, tiers[0], tiers[1], room)
+            for router in self._routers:
+                router.report(name, report, sizes)
+
+
+ROUTINGS = {
+    "adapter-aware": AdapterAware,
+    "plain hash": PlainHash,
+    "least loaded": LeastLoaded,
+    "round robin": RoundRobin,
+    "random": Random,
+    "ideal": LeastLoaded,  # with every adapter on every device
+}
