@@ -1,9 +1,12 @@
-"""The collectives of a decode step alone: two sums a layer, one of the embedding, and the gathering of the logits.
+"""The collectives of a decode step alone: two sums a layer, each with residual and norm behind it, one sum of the
+embedding, and the gathering of the logits.
 
     python -m bench.collectives --tp-size 2 [--dims llama-8b] [--device cuda] [--out bench/results/collectives.json]
 
 Each rank is a process with a group as the engine's ranks have it; on CUDA everything is in one graph, as in the
-engine's decode steps. What a step of `bench.gpu --tp-size` takes over its limit is partly this. Last line: JSON.
+engine's decode steps, once with NCCL alone and once with the kernels that sum small tensors. The limit is the bytes
+that the norms, the residuals and the links move, at the bandwidths measured in the same run. What a step of
+`bench.gpu --tp-size` takes over its limit is partly this. Last line: JSON.
 """
 
 import argparse
@@ -22,9 +25,16 @@ from torch.multiprocessing import get_context
 from bench.common import Row, environment, finish, synchronize
 from bench.gpu.sizes import SIZES, Dims
 from multilora.distributed.group import Group, join
+from multilora.layers.norm import RMSNorm
+from multilora.lora.sites import NormModule
 
 REPEATS = 20
 SECONDS = 120.0
+ROWS = (1, 8, 32, 64, 128, 256, 512)
+LINK_BYTES = 256 << 20
+
+Found = dict[tuple[str, int], tuple[float, float]]
+"""(how sums are done, rows) → milliseconds, and the least."""
 
 
 def main() -> int:
@@ -38,15 +48,15 @@ def main() -> int:
         parser.error(f"PyTorch sees {torch.cuda.device_count()} CUDA devices")
     result = environment()
     result["rows"] = [
-        Row(f"collectives of a decode step, batch {batch}, {args.tp_size} ranks", "ms").show(ms)
-        for batch, ms in measure(args.dims, args.device, args.tp_size).items()
+        Row(f"collectives of a decode step, {rows} rows, {args.tp_size} ranks, {how}", "ms").show(ms, limit)
+        for (how, rows), (ms, limit) in measure(args.dims, args.device, args.tp_size).items()
     ]
     finish(result, args.out)
     return 0
 
 
-def measure(dims: str, device: str, ranks: int) -> dict[int, float]:
-    """Batch → milliseconds, as rank 0 sees them."""
+def measure(dims: str, device: str, ranks: int) -> Found:
+    """As rank 0 sees it."""
     directory = tempfile.mkdtemp(prefix="multilora-bench-")
     context = get_context("spawn")
     times = context.SimpleQueue()
@@ -62,7 +72,7 @@ def measure(dims: str, device: str, ranks: int) -> dict[int, float]:
         codes = [process.exitcode for process in others]
         if any(codes):
             raise RuntimeError(f"a rank failed: exit codes {codes}")
-        found: dict[int, float] = times.get()
+        found: Found = times.get()
         return found
     finally:
         for process in others:
@@ -75,23 +85,57 @@ def _rank(directory: str, rank: int, ranks: int, dims: str, device_type: str, ti
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    size, work = SIZES[dims]
-    group = join(str(Path(directory, "group")), rank, ranks, device, SECONDS)
-    found = {batch: _milliseconds(_step(group, size, batch, device), device) for batch in work.batches}
+    size, found = SIZES[dims][0], Found()
+    for how, custom in (("NCCL" if device.type == "cuda" else "gloo", False), ("custom", True)):
+        if custom and device.type == "cpu":
+            continue
+        group = join(str(Path(directory, how)), rank, ranks, device, SECONDS, custom_all_reduce=custom)
+        link = _link_bandwidth(device, rank, ranks)
+        for rows in ROWS:
+            run = _step(group, size, rows, device)
+            found[how, rows] = _milliseconds(run, device), 1e3 * _least_bytes(size, rows, ranks) / link
+        group.minimum(0)  # nobody leaves while another still measures
+        group.close()
     if rank == 0:
         times.put(found)
-    group.minimum(0)  # nobody leaves while another still measures
-    group.close()
 
 
-def _step(group: Group, dims: Dims, batch: int, device: torch.device) -> Callable[[], None]:
+def _least_bytes(dims: Dims, rows: int, ranks: int) -> float:
+    """What a rank must get from others."""
+    sums = (2 * dims.layers + 1) * rows * dims.hidden * 2 * (ranks - 1)
+    return sums + rows * dims.vocab * 4 * (ranks - 1) / ranks
+
+
+def _link_bandwidth(device: torch.device, rank: int, ranks: int) -> float:
+    """Bytes per second of a copy from another rank's device; on CPU, within its memory."""
+    other = torch.device("cuda", (rank + 1) % ranks) if device.type == "cuda" else device
+    source = torch.ones(LINK_BYTES, dtype=torch.uint8, device=other)
+    target = torch.ones(LINK_BYTES, dtype=torch.uint8, device=device)
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return LINK_BYTES / best
+
+
+@torch.inference_mode()
+def _step(group: Group, dims: Dims, rows: int, device: torch.device) -> Callable[[], None]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    hidden = torch.zeros(batch, dims.hidden, dtype=dtype, device=device)
-    logits = torch.zeros(batch, -(-dims.vocab // group.size), dtype=torch.float32, device=device)
+    share = torch.randn(rows, dims.hidden, dtype=dtype, device=device)
+    logits = torch.zeros(rows, -(-dims.vocab // group.size), dtype=torch.float32, device=device)
+    norm = RMSNorm(
+        NormModule(0, "norm", "model", dims.hidden, before_kv=False), 1e-5, device=device, dtype=dtype, group=group
+    )
+    norm.weight.fill_(1.0)
+    context: Any = _NoAdapters()
 
     def run() -> None:
-        for _ in range(2 * dims.layers + 1):
-            group.all_reduce(hidden)
+        residual = group.all_reduce(share.clone())
+        for _ in range(2 * dims.layers):
+            _, residual = norm.add(share, residual, context)
         group.all_gather(logits)
 
     if device.type == "cpu":
@@ -101,6 +145,12 @@ def _step(group: Group, dims: Dims, batch: int, device: torch.device) -> Callabl
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+class _NoAdapters:
+    """What a norm asks a `ForwardContext` for."""
+
+    full_weights = None
 
 
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:

@@ -17,7 +17,7 @@ _NO_VALUE = """
     collect-tokens-histogram constrained-json-disable-any-whitespace dcp-replicate-q-proj debug-cuda-graph
     debug-tensor-dump-prefill-only delete-ckpt-after-loading disable-aiter-allreduce-fusion-in-decode
     disable-aiter-allreduce-fusion-in-prefill disable-attn-tp-gather disable-chunked-prefix-cache
-    disable-cuda-graph-padding disable-custom-all-reduce disable-decode-cuda-graph disable-fast-image-processor
+    disable-cuda-graph-padding disable-decode-cuda-graph disable-fast-image-processor
     disable-flashinfer-autotune disable-flashinfer-cutlass-moe-fp4-allgather disable-hybrid-swa-memory
     disable-outlines-disk-cache disable-overlap-schedule disable-piecewise-cuda-graph disable-prefill-cuda-graph
     disable-priority-preemption disable-shared-experts-fusion disable-tokenizer-batch-decode

@@ -6,6 +6,7 @@ program that this package is used in. Knows neither models nor processes: whoeve
 the same file to meet in.
 """
 
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
@@ -13,7 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch._C import _distributed_c10d as c10d
 
+from multilora.distributed.exchange import MOST_ROWS, Exchange, make_exchange
 from multilora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 
@@ -30,6 +34,11 @@ class Group(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """What sums small tensors inside other kernels; None: there is none."""
+        ...
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' x, the same bits on all of them; may be x itself, changed in place."""
@@ -53,6 +62,7 @@ class SingleRank:
 
     rank = 0
     size = 1
+    exchange = None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -72,13 +82,18 @@ SINGLE = SingleRank()
 class ProcessGroup:
     """The contract of `Group` over one of torch's process groups, whose collectives run on `device`."""
 
-    def __init__(self, backend: Backend, rank: int, size: int, device: torch.device):
+    def __init__(
+        self, backend: Backend, rank: int, size: int, device: torch.device, exchange: Exchange | None = None
+    ):
         self.rank = rank
         self.size = size
+        self.exchange = exchange
         self._backend = backend
         self._device = device
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if self.exchange is not None and self.exchange.fits(x):
+            return self.exchange.all_reduce(x)
         x = x.contiguous()
         self._backend.allreduce([x]).wait()
         return x
@@ -96,27 +111,45 @@ class ProcessGroup:
         return int(found.item())
 
     def close(self) -> None:
+        if self.exchange is not None:
+            self.exchange.close()
         backend, self._backend = self._backend, None
         if backend is not None and self._device.type == "cuda":  # gloo's connections end with the object
             backend.abort()
 
 
-def join(path: str, rank: int, size: int, device: torch.device, timeout: float) -> Group:
+def join(
+    path: str, rank: int, size: int, device: torch.device, timeout: float, *, custom_all_reduce: bool = True
+) -> Group:
     """The group of `size` ranks that meet in the file `path`, which does not exist before; waits until all have come.
 
-    timeout: seconds after which a collective that a rank does not take part in raises RuntimeError. Raises
-    ConfigError if a rank does not come.
+    timeout: seconds after which a collective that a rank does not take part in raises RuntimeError;
+    custom_all_reduce: on CUDA, sum small tensors by kernels of this package, where the devices reach each other's
+    memory. Raises ConfigError if a rank does not come.
     """
     if size == 1:
         return SINGLE
     store = c10d.FileStore(path, size)
     try:
         backend = _BACKENDS[device.type](store, rank, size, timedelta(seconds=timeout))
-        group = ProcessGroup(backend, rank, size, device)
+        custom = custom_all_reduce and device.type == "cuda"
+        exchange = _exchange(store, rank, size, device) if custom else None
+        group = ProcessGroup(backend, rank, size, device, exchange)
         group.minimum(rank)  # connects, and NCCL's communicator must be there before anything is captured
     except RuntimeError as e:
         raise ConfigError(f"--tp-size {size}: rank {rank} does not reach the others: {e}") from e
     return group
+
+
+def _exchange(store: c10d.Store, rank: int, size: int, device: torch.device) -> Exchange | None:
+    """None: NCCL sums everything, as the log says then; the same on all ranks."""
+    if size not in MOST_ROWS:
+        return None
+    try:
+        return make_exchange(store, rank, size, device)
+    except ConfigError as e:
+        logger.warning("sums over ranks are slower, NCCL does all of them: %s", e.message)
+        return None
 
 
 def _gloo(store: c10d.Store, rank: int, size: int, timeout: timedelta) -> Backend:

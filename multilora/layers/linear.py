@@ -5,7 +5,7 @@ which has been prepared for this step. Gate and up come out activated, since a b
 the activation.
 
 A rank of a group holds its part of the matrix (`lora/sharding.py`). Where that is a part of the inputs, its outputs
-are a share, LoRA's included, and the ranks' shares are summed at the end: what is added once, a bias, rank 0 adds.
+are a share, LoRA's included, which the norm behind it sums over the ranks: what is added once, a bias, rank 0 adds.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ from multilora.lora.sites import LoraSite, LoraSlice
 class Linear(nn.Module):
     """y = x Wᵀ + b, then the step's adapters in place. Widths and the presence of a bias come from the site.
 
-    whole: the site as declared; site: what this rank holds of it, which widths below are those of. formats: of the
-    weights of its slices; empty: they are of `dtype`.
+    whole: the site as declared; site: what this rank holds of it, which widths below are those of; is_share: whether
+    the outputs are this rank's share of a sum. formats: of the weights of its slices; empty: they are of `dtype`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Linear(nn.Module):
         self.whole = whole
         self.site = site = local_site(whole, group.size)
         self.group = group
-        self._sums = group.size > 1 and sums_over_ranks(whole)
+        self.is_share = group.size > 1 and sums_over_ranks(whole)
         widths = [s.out_features for s in site.slices]
         self.weight: Weight = make_weight(formats, widths, site.in_features, device=device, dtype=dtype)
         self.bias: nn.Parameter | None = None
@@ -55,16 +55,16 @@ class Linear(nn.Module):
             self.bias = nn.Parameter(torch.empty(site.out_features, device=device, dtype=dtype), requires_grad=False)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """x: [tokens, in_features], contiguous. Returns [tokens, out_features]."""
+        """x: [tokens, in_features], contiguous. Returns [tokens, out_features], a share of them where `is_share`."""
         y = self._product(x, ctx)
         if ctx.lora is not None:
             ctx.lora.apply(y, x, self.site.index)
-        return self.group.all_reduce(y) if self._sums else y
+        return y
 
     @property
     def added_bias(self) -> nn.Parameter | None:
         """The bias that this rank adds."""
-        return None if self._sums and self.group.rank else self.bias
+        return None if self.is_share and self.group.rank else self.bias
 
     def _product(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """What LoRA is added to."""

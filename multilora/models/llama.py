@@ -67,10 +67,10 @@ class DecoderLayer(nn.Module):
             inner = config.intermediate_size
             formats, bias = config.weights, config.mlp_bias
             self.mlp = MLP("mlp", size, inner, layer, declared, group, bias=bias, weights=formats, **kind)
-        self.input_layernorm = RMSNorm(declared.norm(layer, "input_layernorm", size, before_kv=True), eps, **kind)
-        self.post_attention_layernorm = RMSNorm(
-            declared.norm(layer, "post_attention_layernorm", size, before_kv=False), eps, **kind
-        )
+        first = declared.norm(layer, "input_layernorm", size, before_kv=True)
+        second = declared.norm(layer, "post_attention_layernorm", size, before_kv=False)
+        self.input_layernorm = RMSNorm(first, eps, group=group, **kind)
+        self.post_attention_layernorm = RMSNorm(second, eps, group=group, **kind)
 
     def forward(
         self,
@@ -79,7 +79,8 @@ class DecoderLayer(nn.Module):
         rope: CosSin,
         ctx: ForwardContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, residual: [tokens, hidden]. Their sum is the layer's input, and that of the results its output."""
+        """x, residual: [tokens, hidden]. Their sum is the layer's input, and that of the results its output; x is
+        this rank's share, both times."""
         x, residual = self.input_layernorm.add(x, residual, ctx)
         x = self.self_attn(x, rope, ctx)
         x, residual = self.post_attention_layernorm.add(x, residual, ctx)
@@ -99,7 +100,7 @@ class Decoder(nn.Module):
         layers = (DecoderLayer(config, i, declared, group, **kind) for i in range(config.num_layers))
         self.layers = nn.ModuleList(layers)
         norm = declared.norm(MODEL_LEVEL, "model.norm", hidden, before_kv=False)
-        self.norm = RMSNorm(norm, config.rms_norm_eps, **kind)
+        self.norm = RMSNorm(norm, config.rms_norm_eps, group=group, **kind)
         self.rotary = Rotary(config.rope, config.context_length, device)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:

@@ -70,7 +70,8 @@ def follow(
         set_up(start.config)
         device = device_of(start.config, rank)
         report(Joining(rank))
-        with closing(meet(start.directory, rank, start.config.tp_size, device)) as groups:
+        custom = not start.config.disable_custom_all_reduce
+        with closing(meet(start.directory, rank, start.config.tp_size, device, custom_all_reduce=custom)) as groups:
             _Follower(start, device, groups, inbox, report).run()
     except MultiloraError as e:
         report(Broken(rank, e.kind, e.message))

@@ -123,6 +123,7 @@ class Ranks:
         self._exits = exits
         self.size = config.tp_size
         self._timeout = config.watchdog_timeout
+        self._custom_all_reduce = not config.disable_custom_all_reduce
         self._directory = PrivateDirectory("ranks")
         path = str(self._directory.path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -156,7 +157,8 @@ class Ranks:
     def join(self, device: torch.device) -> Group:
         """Meet them; rank 0's collectives run on `device`. Raises the error that a rank failed with."""
         self._wait_for(self._joining)
-        self._groups = meet(str(self._directory.path), 0, self.size, device)
+        path, custom = str(self._directory.path), self._custom_all_reduce
+        self._groups = meet(path, 0, self.size, device, custom_all_reduce=custom)
         return self._groups.model
 
     def wait_until_up(self) -> None:

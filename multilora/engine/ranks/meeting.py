@@ -31,9 +31,10 @@ class Groups:
         self.host.close()
 
 
-def meet(directory: str, rank: int, size: int, device: torch.device) -> Groups:
+def meet(directory: str, rank: int, size: int, device: torch.device, *, custom_all_reduce: bool) -> Groups:
     """The groups of the ranks that meet in this directory. Raises ConfigError if one does not come."""
     host = join(f"{directory}/host-group", rank, size, CPU, JOIN_SECONDS)
     if device.type == "cpu":
         return Groups(host, host)
-    return Groups(join(f"{directory}/model-group", rank, size, device, JOIN_SECONDS), host)
+    model = join(f"{directory}/model-group", rank, size, device, JOIN_SECONDS, custom_all_reduce=custom_all_reduce)
+    return Groups(model, host)

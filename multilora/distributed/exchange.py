@@ -1,0 +1,70 @@
+"""Sums of decode size on CUDA without NCCL: ranks write into each other's memory (`triton_exchange.py`).
+
+A step of a few rows has two sums a layer, each of a few hundred KiB at most, which take longer to start than to move.
+Larger ones are NCCL's. Knows no models.
+"""
+
+from typing import Protocol
+
+import torch
+from torch._C import _distributed_c10d as c10d
+
+from multilora.distributed.peer_memory import PeerMemory
+
+WIDTH = 4096
+"""32-bit words of the widest row: 8,192 numbers of 16 bits."""
+
+MOST_ROWS = {2: 256, 4: 128, 8: 64}
+"""Rows that are summed here at most, by the number of ranks, each of which gets a row from every other."""
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Buffers(Protocol):
+    """What `PeerMemory` is, or stands for."""
+
+    addresses: list[int]
+
+
+class Exchange:
+    """What kernels that sum over ranks need, and which tensors are for them.
+
+    buffers: int64 [ranks], addresses of each rank's memory; counts: int32 [SLOTS], the rows of each slot so far;
+    stop: int32 [1], not zero when nobody is to wait any longer.
+    """
+
+    def __init__(self, memory: Buffers, rank: int, size: int, device: torch.device):
+        from multilora.distributed.triton_exchange import SLOTS
+
+        self.rank, self.size, self.width = rank, size, WIDTH
+        self._memory = memory
+        self._most_rows = MOST_ROWS.get(size, 0)
+        self.buffers = torch.tensor(memory.addresses, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(SLOTS, dtype=torch.int32, device=device)
+        self.stop = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether x, [rows, size], is summed here. The same on all ranks, as it follows from shape and dtype."""
+        if x.dim() != 2 or x.shape[0] > self._most_rows or not x.is_contiguous() or x.dtype not in DTYPES:
+            return False
+        words, rest = divmod(x.shape[1] * x.element_size(), 4)
+        return not rest and words <= self.width
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' x in a new tensor, in fp32 and rounded once, the same bits on all of them."""
+        from multilora.distributed import triton_exchange
+
+        return triton_exchange.all_reduce(x, self.buffers, self.counts, self.stop, self.rank, self.width)
+
+    def close(self) -> None:
+        """Have kernels that wait for another rank come to an end; their results are of no use. Any thread."""
+        self.stop.fill_(1)
+
+
+def make_exchange(store: c10d.Store, rank: int, size: int, device: torch.device) -> Exchange:
+    """Wait for all ranks; `device` is the current one. Raises ConfigError where they cannot reach each other."""
+    from multilora.distributed.triton_exchange import SLOTS
+
+    memory = PeerMemory(store, rank, size, 2 * size * SLOTS * WIDTH * 8)
+    return Exchange(memory, rank, size, device)
