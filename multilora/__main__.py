@@ -1,5 +1,5 @@
-"""`multilora` and `python -m multilora`: `serve`, `demo`, `doctor`, `adapters` for work on adapters, `keys` to make
-keys. The exit code is 2 if the arguments are wrong.
+"""`multilora` and `python -m multilora`: `serve`, `demo`, `doctor`, `plan`, `adapters` for work on adapters, `keys`
+to make keys. The exit code is 2 if the arguments are wrong.
 
 Heavy libraries are imported only by the command that needs them.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from multilora import logs
 from multilora.cli import parser as cli
-from multilora.errors import ConfigError, ModelUnsupported
+from multilora.errors import ConfigError, ModelUnsupported, OutOfMemory
 from multilora.private_directory import end_process
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(args, cli.ServeArgs):
             return _run(args)
         config = args.config()
-    except (ConfigError, ModelUnsupported) as e:
+    except (ConfigError, ModelUnsupported, OutOfMemory) as e:
         sys.stderr.write(f"multilora: error: {e}\n")
         return 2
     from multilora.server.serve import serve
@@ -46,6 +46,10 @@ def _run(args: cli.OtherArgs) -> int:
         from multilora.cli.doctor import command as doctor
 
         return doctor.run(args)
+    if isinstance(args, cli.PlanArgs):
+        from multilora.cli.plan import command as plan
+
+        return plan.run(args)
     from multilora.cli.demo import command as demo
 
     return demo.run()

@@ -26,6 +26,7 @@ LAYERS = [
     {"server"},
     {"drivers"},
     {"front"},
+    {"planner"},
     {"engine"},
     {"adapters"},
     {"models"},

@@ -23,16 +23,18 @@ from multilora.cli.doctor import args as cli_doctor
 from multilora.cli.doctor.args import DoctorArgs
 from multilora.cli.keys import add_keys
 from multilora.cli.keys_args import KeyArgs
+from multilora.cli.plan import args as cli_plan
+from multilora.cli.plan.args import PlanArgs
 from multilora.config import Config
 from multilora.errors import ConfigError
 from multilora.lora_path import LoraPath
 from multilora.options import Option, options_of
 
-__all__ = ["AdapterArgs", "DemoArgs", "DoctorArgs", "KeyArgs", "OtherArgs", "ServeArgs", "flags", "parse"]
+__all__ = ["AdapterArgs", "DemoArgs", "DoctorArgs", "KeyArgs", "OtherArgs", "PlanArgs", "ServeArgs", "flags", "parse"]
 
 logger = logging.getLogger(__name__)
 
-OtherArgs = AdapterArgs | KeyArgs | DemoArgs | DoctorArgs
+OtherArgs = AdapterArgs | KeyArgs | DemoArgs | DoctorArgs | PlanArgs
 """What the command lines are parsed into that start no server."""
 
 FAMILIES: dict[str, tuple[str, Callable[[argparse.Namespace], OtherArgs]]] = {
@@ -42,6 +44,7 @@ FAMILIES: dict[str, tuple[str, Callable[[argparse.Namespace], OtherArgs]]] = {
     "hash": ("keys ", cli_keys.parsed),
     "demo": ("", cli_demo.parsed),
     "doctor": ("", cli_doctor.parsed),
+    "plan": ("", cli_plan.parsed),
 }
 """What stands before a command, and what reads its arguments; `serve` has neither."""
 
@@ -133,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=_wide,
     )
-    for family in (cli_adapters, cli_keys, cli_demo, cli_doctor):
+    for family in (cli_adapters, cli_keys, cli_demo, cli_doctor, cli_plan):
         family.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
     groups: dict[str, Any] = {}
     for opt in options_of(Config):

@@ -33,6 +33,7 @@ from multilora.llm.inputs import (
 )
 from multilora.llm.scoring import RankedText, ranked, read_scoring
 from multilora.models.gguf import with_directory
+from multilora.planner.planner import ServingPlan, Workload, plan
 
 if TYPE_CHECKING:
     import torch
@@ -248,6 +249,18 @@ class LLM:
 
     def is_sleeping(self) -> bool:
         return self._front.pauses.state.sleeping
+
+    # ------------------------------------------------------------------ before there is a GPU
+
+    @staticmethod
+    def plan(model_path: str, **question: Any) -> ServingPlan:
+        """What a GPU would serve of a workload: adapters that fit, tokens a second, first tokens, where it breaks.
+
+        question: the fields of `planner.planner.Workload`, such as gpu, adapters, rank, rps, prompt and answer. Needs
+        no GPU, and reads the model's config only. Raises ConfigError, ModelUnsupported, and OutOfMemory if the model
+        does not fit.
+        """
+        return plan(Workload(model_path, **question))
 
     # ------------------------------------------------------------------ state and end
 

@@ -1,0 +1,1 @@
+"""`multilora plan`: what a GPU would serve, where it breaks, which flag to set."""
