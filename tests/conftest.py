@@ -1,4 +1,5 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter: it has to be chosen before anything imports Triton.
+"""Without a GPU, Triton kernels run in Triton's interpreter: it has to be chosen before anything imports Triton. Of
+several workers each computes on one core, and so do its processes: that has to be said before anything imports torch.
 
 And what several packages' tests share.
 """
@@ -12,6 +13,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for each other on the workers' cores
+
 import torch
 from hypothesis import settings
 
