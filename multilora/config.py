@@ -181,7 +181,7 @@ class Config:
     disable_custom_all_reduce: bool = _memory(False, "leave every sum over GPUs to NCCL")
     watchdog_timeout: int = _memory(300, "seconds after which a step that hangs ends the engine")
     engine_heartbeat_timeout: int = _memory(
-        4, "seconds without a sign of life after which the engine is ended; 0: never", low=0
+        4, "seconds without a sign of life after which the engine, or a front process, is ended; 0: never", low=0
     )
     max_engine_restarts: int = _memory(
         3, "how often in a row an engine that has ended is started again by itself", low=0

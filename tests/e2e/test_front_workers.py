@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 WORKER = "multilora.server.workers.worker"
 LONG = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
 SECONDS = 120
+SLACK_SECONDS = 5  # for a machine that others use, too; alone it takes 4 to 5 s
 
 
 def until(condition, what):
@@ -94,6 +95,27 @@ def test_a_front_process_that_is_killed_comes_back_and_the_others_go_on(server):
     until(lambda: server.http.get("/load").json() == {"server_load": 0}, "a request was left")
     assert server.answer("sql") == ANSWERS["sql"]
     assert server.unload("pirate").json()["success"]
+
+
+def test_a_front_process_that_is_stopped_is_ended_within_seconds_and_the_others_go_on(server):
+    before = server.workers()
+    with ThreadPoolExecutor(12) as pool:
+        streams = [pool.submit(server.stream, "pirate") for _ in range(12)]
+        until(lambda: server.metric("vllm:num_requests_running") > 4, "the streams have not begun")
+        before["front-2"].suspend()
+        began = time.monotonic()
+        gone, _ = psutil.wait_procs([before["front-2"]], SECONDS)
+        noticed = time.monotonic() - began
+        ends = [stream.result() for stream in streams]
+    assert gone and noticed < 5 + SLACK_SECONDS, noticed
+    assert set(ends) == {"done", "cut"}  # of 12 connections, the kernel gives some to each process
+    assert "front-2 is ended: it has given no sign of life for 4 s" in server.log.read_text()
+    until(lambda: server.log.read_text().count("front-2 serves") == 2, "no other process serves")
+    assert server.workers()["front-1"].pid == before["front-1"].pid
+    until(lambda: server.http.get("/load").json() == {"server_load": 0}, "a request was left")
+    for _ in range(8):
+        with httpx.Client(base_url=server.url, timeout=SECONDS) as client:  # either process may get it
+            assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
 
 
 def test_nothing_outlives_a_supervisor_that_is_killed(server):

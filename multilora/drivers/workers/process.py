@@ -1,4 +1,6 @@
-"""The supervisor's handle on one front process: starts it, has its desk, and notices when it ends.
+"""The supervisor's handle on one front process: starts it, has its desk, and notices when it ends or hangs.
+
+The process says something twice a second, from its event loop: one that is stopped or whose loop is held up does not.
 
 All methods belong to one event loop. `server/workers/pool.py` starts another one.
 """
@@ -11,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import zmq
@@ -34,6 +37,31 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 """For imports and the tokenizer, on a machine that many share."""
+CHECK_SECONDS = 0.25
+"""Between two looks whether the process has said anything."""
+LATE_SECONDS = 2.0
+"""A look that comes so much later says that this process was held up itself, and has not heard the other one."""
+
+
+class Silence:
+    """How long a process has said nothing. Asked every CHECK_SECONDS. limit: seconds."""
+
+    def __init__(self, limit: float, clock: Callable[[], float] = monotonic):
+        self._limit = limit
+        self._clock = clock
+        self._heard_at = self._asked_at = clock()
+
+    def end(self) -> None:
+        """The process has said something."""
+        self._heard_at = self._clock()
+
+    def too_long(self) -> bool:
+        """Whether the limit is passed."""
+        now = self._clock()
+        if now - self._asked_at > LATE_SECONDS:
+            self._heard_at = now
+        self._asked_at = now
+        return now - self._heard_at > self._limit
 
 
 class WorkerProcess:
@@ -58,6 +86,8 @@ class WorkerProcess:
         self._collects: dict[int, asyncio.Future[None]] = {}
         self._last_collect = 0
         self._closed = False
+        self._silence: Silence | None = None  # None: it may be silent
+        self._listening: asyncio.Task[None] | None = None
         self.ended = asyncio.create_task(self._watch())
 
     @classmethod
@@ -71,9 +101,11 @@ class WorkerProcess:
         driver: AsyncDriver,
         names: NamesFeed,
         observe: Callable[[Observed], None],
+        heartbeat: float,
     ) -> "WorkerProcess":
         """Start `python -m MODULE NAME ADDRESS PARENT LISTENER` and wait until it serves on the socket `listener`.
-        directory: for the socket between us. Raises EngineDead if it ends before."""
+        directory: for the socket between us; heartbeat: its longest silence from then on, in seconds, 0: any. Raises
+        EngineDead if it ends before."""
         path = directory / f"{name}-{os.urandom(4).hex()}"
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.set(zmq.LINGER, 0)
@@ -89,6 +121,8 @@ class WorkerProcess:
         names.add(worker.desk, worker.send)  # what changes from here on comes after the snapshot
         worker.send(welcome())
         await worker._wait_until_serving()
+        if heartbeat:
+            worker._listening = asyncio.create_task(worker._listen(heartbeat))
         return worker
 
     def send(self, message: ToWorker) -> None:
@@ -111,6 +145,7 @@ class WorkerProcess:
 
     async def close(self, timeout: float) -> None:
         """Let the process end by itself for so many seconds, then end it."""
+        self._stop_listening()
         await asyncio.wait({self.ended}, timeout=timeout)
         if not self.ended.done():
             self.kill("it did not end in time")
@@ -142,6 +177,7 @@ class WorkerProcess:
             await asyncio.sleep(0.05)  # what it said last may still be on its way
         finally:
             receiving.cancel()
+            self._stop_listening()
             self._closed = True
             self._names.remove(self.desk)
             self.desk.close()
@@ -152,6 +188,8 @@ class WorkerProcess:
         try:
             while True:
                 message = decode_from_worker(await self._socket.recv())
+                if self._silence is not None:
+                    self._silence.end()
                 if isinstance(message, Serving):
                     self._serving.set()
                 else:
@@ -159,6 +197,17 @@ class WorkerProcess:
         except Exception:  # nobody would hear the worker any more
             logger.exception("the messages of %s cannot be read", self.name)
             self.kill("its messages could not be read")
+
+    async def _listen(self, seconds: float) -> None:
+        """End the process once it has been silent for so long."""
+        self._silence = silence = Silence(seconds)
+        while not silence.too_long():
+            await asyncio.sleep(CHECK_SECONDS)
+        self.kill(f"it has given no sign of life for {seconds:g} s (--engine-heartbeat-timeout)")
+
+    def _stop_listening(self) -> None:
+        if self._listening is not None:
+            self._listening.cancel()
 
     def _observed(self, observed: Observed) -> None:
         self._observe(observed)

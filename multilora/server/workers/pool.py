@@ -138,6 +138,7 @@ class FrontWorkers:
             self._driver,
             self._names,
             self._observe,
+            self._config.engine_heartbeat_timeout,
         )
         self._workers[place] = worker
         logger.info("%s serves", worker.name)

@@ -32,7 +32,8 @@ from multilora.server.workers.events import WorkerEvents
 logger = logging.getLogger(__name__)
 
 OBSERVED_SECONDS = 0.5
-"""At most so old is what the supervisor knows of a worker's counts when it dies."""
+"""At most so old is what the supervisor knows of a worker's counts when it dies. That they are said, though there be
+none, is the sign that this event loop lives."""
 PARENT_CHECK_SECONDS = 0.5
 
 
@@ -101,8 +102,7 @@ class FrontProcess:
     async def _tell(self) -> None:
         while True:
             await asyncio.sleep(OBSERVED_SECONDS)
-            if not self._events.empty:
-                self._link.send(self._events.take())
+            self._link.send(self._events.take())
 
 
 def watch_parent(parent: int) -> None:

@@ -259,6 +259,6 @@ def test_a_process_that_ends_before_it_serves_says_so(tmp_path):
         welcome = partial(Welcome, config=s.config, ready=s.client.ready, names=names(0), relay="/r")
         start = partial(WorkerProcess.start, "front-1", "no_such_module", 0, tmp_path, welcome, s.driver, s.feed)
         with pytest.raises(EngineDead, match="front-1 ended with code 1 before it served"):
-            await start(lambda observed: None)
+            await start(lambda observed: None, heartbeat=4)
 
     run(scenario())

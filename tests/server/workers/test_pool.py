@@ -345,6 +345,25 @@ def test_a_process_that_does_not_take_over_new_names_is_ended(start, monkeypatch
     run(scenario())
 
 
+def test_a_process_that_says_nothing_any_more_is_ended(start, monkeypatch):
+    async def scenario():
+        async with start() as server:
+            silences = [worker._silence for worker in server.pool._workers.values()]
+            began = [silence._heard_at for silence in silences]
+            await until(lambda: all(one._heard_at > then for one, then in zip(silences, began, strict=True)))
+            lost = await stream(server, 0, rid="lost")
+            hung = server.pool._workers[0]
+            monkeypatch.setattr(hung._silence, "too_long", lambda: True)
+            await until(lambda: server.client.aborted)
+            await until(lambda: server.pool._workers[0] is not hung)
+            lost.hang_up()  # its connection has ended with the process
+            server.client.gate.set()
+            assert (await generate(server, 0)).status == 200
+            assert server.pool.restarts == 1
+
+    run(scenario())
+
+
 def test_what_is_left_after_the_drain_gets_its_ending(start):
     async def scenario():
         async with start() as server:
