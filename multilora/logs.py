@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from collections import deque
+from collections.abc import Iterable
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -18,6 +19,8 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 FORMATS = ("text", "json")
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the HTTP request that this task works for."""
+LogLine = tuple[float, str, str]
+"""When (seconds since 1970), level, message."""
 KEPT_LINES = 500
 KEPT_CHARACTERS = 2000
 FORMAT = "%(asctime)s %(levelname)-7s {role:<6} %(message)s"
@@ -63,13 +66,22 @@ class RecentLines(logging.Handler):
         self._count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._count += 1
         try:
             message = record.getMessage()
         except Exception:  # noqa: BLE001 - as logging does: a wrong format string must not end what logs it
             message = str(record.msg)
-        line = {"number": self._count, "time": record.created, "level": record.levelname.lower()}
-        self._lines.append(line | {"message": message[:KEPT_CHARACTERS]})
+        self._keep(record.created, record.levelname.lower(), message)
+
+    def _keep(self, time: float, level: str, message: str) -> None:
+        self._count += 1
+        line = {"number": self._count, "time": time, "level": level, "message": message[:KEPT_CHARACTERS]}
+        self._lines.append(line)
+
+    def take(self, role: str, lines: Iterable[LogLine]) -> None:
+        """Keep what the process of that role has logged, too."""
+        with self.lock or contextlib.nullcontext():
+            for time, level, message in lines:
+                self._keep(time, level, f"{role}: {message}")
 
     def after(self, number: int) -> list[dict[str, Any]]:
         """The kept lines whose number is larger, oldest first: number, time (seconds since 1970), level, message."""
@@ -78,7 +90,7 @@ class RecentLines(logging.Handler):
 
 
 RECENT = RecentLines()
-"""The last lines of this process; empty where `setup` was not called for the front."""
+"""The last lines of this process; empty where `setup` was not called for a front process."""
 
 
 class Handler(logging.StreamHandler[TextIO]):
@@ -93,7 +105,7 @@ def setup(level: str = "info", role: str = "front", form: str = "text") -> None:
     text = OneLine(FORMAT.format(role=role), datefmt="%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonLine(role) if form == "json" else text)
     root = logging.getLogger()
-    kept = [RECENT] if role == "front" else []
+    kept = [RECENT] if role.startswith("front") else []
     root.handlers = [h for h in root.handlers if not isinstance(h, Handler | RecentLines)] + [handler, *kept]
     root.setLevel(max(own, logging.WARNING))
     logging.getLogger("multilora").setLevel(own)

@@ -130,6 +130,17 @@ def span_below(
     return TraceSpan(name, process, sink, parent.context.trace_id, parent.context.span_id, start=start)
 
 
+def span_elsewhere(traceparent: str | None, process: str, sink: Callable[[SpanRecord], None]) -> TraceSpan | None:
+    """The span of another process that the message says, for what goes on below it here; it is ended there. None: the
+    message says none."""
+    parent = parse_traceparent(traceparent) if traceparent else None
+    if parent is None:
+        return None
+    span = TraceSpan("", process, sink, parent.context.trace_id)
+    span.context = parent.context
+    return span
+
+
 CURRENT: ContextVar[TraceSpan | None] = ContextVar("span", default=None)
 """The span that this task works for; None: nobody traces it."""
 

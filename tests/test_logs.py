@@ -86,3 +86,21 @@ def test_recent_lines_are_few_short_and_of_the_front_only():
     logs.setup("info")
     logs.setup("info")
     assert logging.getLogger().handlers.count(logs.RECENT) == 1
+
+
+def test_lines_of_other_processes_are_kept_with_the_own_ones():
+    lines = logs.RecentLines()
+    logger = logging.Logger("x")
+    logger.addHandler(lines)
+    logger.info("own")
+    lines.take("front-2", [(5.0, "error", "theirs"), (6.0, "info", "y" * 3000)])
+    own, theirs, long = lines.after(0)
+    assert own["message"] == "own"
+    assert theirs == {"number": 2, "time": 5.0, "level": "error", "message": "front-2: theirs"}
+    assert len(long["message"]) == logs.KEPT_CHARACTERS and lines.after(2) == [long]
+
+
+def test_every_front_process_keeps_its_lines():
+    for role, kept in (("front-1", 1), ("rank 1", 0), ("front", 1)):
+        logs.setup("info", role=role)
+        assert logging.getLogger().handlers.count(logs.RECENT) == kept

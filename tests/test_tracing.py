@@ -3,7 +3,15 @@
 import pytest
 
 from multilora import tracing
-from multilora.tracing import CURRENT, TraceContext, TraceSpan, parse_traceparent, span_below, spanning
+from multilora.tracing import (
+    CURRENT,
+    TraceContext,
+    TraceSpan,
+    parse_traceparent,
+    span_below,
+    span_elsewhere,
+    spanning,
+)
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -56,3 +64,15 @@ def test_nothing_is_done_where_nobody_traces():
         assert CURRENT.get() is None
     assert tracing.current_child("s") is None
     assert tracing.current_traceparent() is None
+
+
+def test_what_goes_on_here_for_another_process_is_below_its_span():
+    records = []
+    token = CURRENT.set(span_elsewhere(f"00-{TRACE}-{SPAN}-01", "front", records.append))
+    with spanning("load"):
+        pass
+    CURRENT.reset(token)
+    (load,) = records
+    assert (load.name, load.process, load.trace_id, load.parent_id) == ("load", "front", TRACE, SPAN)
+    assert span_elsewhere(None, "front", records.append) is None
+    assert span_elsewhere("nonsense", "front", records.append) is None

@@ -17,7 +17,7 @@ from multilora.front.admission import STOPPING
 from multilora.front.effects import Effect, EngineCall, EngineLoad, EngineUnload, Steps, WaitUntilIdle
 from multilora.front.engine_link import EngineLink
 from multilora.front.front import Front
-from multilora.tracing import spanning
+from multilora.tracing import SpanRecord, spanning
 
 T = TypeVar("T")
 
@@ -53,9 +53,11 @@ class AsyncEngine(EngineLink, Protocol):
 
 
 class AsyncDriver(RequestDriver):
-    """Drives one engine and its front on the running event loop."""
+    """Drives one engine and its front on the running event loop. export_span: sends a span of this process to where
+    traces go; None: nobody traces."""
 
     front: Front
+    export_span: Callable[[SpanRecord], None] | None = None
 
     def __init__(self, engine: AsyncEngine, front: Front):
         super().__init__(front)

@@ -70,6 +70,7 @@ def create_app(
     front = Front(config, engine, tokenizer, spool or Spool(), metrics, records)
     metrics.watch(front.registry, engine)
     driver = AsyncDriver(engine, front)
+    driver.export_span = None if traces is None else traces.export
     defaults = dict(sampling_defaults or {}) if config.sampling_defaults == "model" else {}
     app = FastAPI(title="multilora", version=multilora.__version__)
     app.state.driver = driver

@@ -6,11 +6,11 @@ import contextlib
 import importlib.util
 import socket
 import ssl
-import subprocess
 from pathlib import Path
 
 import pytest
 import uvicorn
+from certificates import make_certificate
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from multilora.config import Config
@@ -57,11 +57,7 @@ def test_the_settings():
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """cert.pem with key.pem, and with locked.pem, whose password is "word"."""
     path = tmp_path_factory.mktemp("tls")
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    more = ["-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"]
-    lock = "openssl ec -in key.pem -aes256 -passout pass:word -out locked.pem"
-    for command in ([*make.split(), *more], lock.split()):
-        subprocess.run(command, cwd=path, check=True, capture_output=True)
+    make_certificate(path)
     return path
 
 

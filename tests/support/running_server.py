@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -29,17 +30,24 @@ START_SECONDS = 300  # of a machine that many share
 class Server:
     """One `multilora serve` process and a client for it."""
 
+    scheme = "http"
+    verify: bool | ssl.SSLContext = True
+
     def __init__(self, *flags: str, log: Path):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"{self.scheme}://{'localhost' if self.scheme == 'https' else '127.0.0.1'}:{port}"
         self.log = log
         command = [sys.executable, "-m", "multilora", "serve", "--port", str(port), "--device", "cpu", *flags]
         with log.open("wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        self.http = httpx.Client(base_url=self.url, timeout=300)
+        self.http = self.client()
         self._wait()
+
+    def client(self) -> httpx.Client:
+        """One with connections of its own."""
+        return httpx.Client(base_url=self.url, timeout=300, verify=self.verify)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -34,9 +34,12 @@ from multilora.front.workers.messages import (
     TakeRequest,
     ToWorker,
 )
+from multilora.tracing import CURRENT, span_elsewhere
 
 logger = logging.getLogger(__name__)
 
+PROCESS = "front"
+"""What spans of this process say."""
 GONE = "the front process of this request has ended"
 
 
@@ -132,10 +135,20 @@ class Desk:
         return Answer(call=call)
 
     def _start_hold(self, message: HoldAdapters) -> None:
-        with acting_as(message.caller):  # which the task inherits
+        with acting_as(message.caller), self._below(message.traceparent):  # which the task inherits
             task = asyncio.create_task(self._hold(message))
         self._holding.add(task)
         task.add_done_callback(self._holding.discard)
+
+    @contextmanager
+    def _below(self, traceparent: str | None) -> Iterator[None]:
+        """What is done within this belongs below the worker's span."""
+        export = self._driver.export_span
+        token = CURRENT.set(None if export is None else span_elsewhere(traceparent, PROCESS, export))
+        try:
+            yield
+        finally:
+            CURRENT.reset(token)
 
     async def _hold(self, message: HoldAdapters) -> None:
         try:

@@ -19,6 +19,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
+from multilora import logs
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.drivers.workers.desk import Desk
 from multilora.drivers.workers.names import NamesFeed
@@ -210,6 +211,7 @@ class WorkerProcess:
             self._listening.cancel()
 
     def _observed(self, observed: Observed) -> None:
+        logs.RECENT.take(self.name, observed.log)
         self._observe(observed)
         if observed.call is not None and (done := self._collects.pop(observed.call, None)) is not None:
             done.set_result(None)

@@ -16,6 +16,7 @@ from multilora.front.adapter_spec import AdapterSpec
 from multilora.front.admission import Ticket, Wanted
 from multilora.front.observer import Ending, FirstOutput, Origin
 from multilora.front.versions import VersionLabel
+from multilora.logs import LogLine
 from multilora.params import Composition
 
 
@@ -29,11 +30,13 @@ class OpenSamples(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class HoldAdapters(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """See `Resolver.hold`. Answer.hold: what `ReleaseAdapters` names."""
+    """See `Resolver.hold`. Answer.hold: what `ReleaseAdapters` names. traceparent: the request's span, if it is
+    traced."""
 
     call: int
     caller: Caller
     names: list[str]
+    traceparent: str | None = None
 
 
 class TakeRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -72,7 +75,7 @@ class Observed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """What a worker has counted since it last said so. call: of the `Collect` that this answers.
 
     later: of the outputs after a sample's first, tokens and seconds of each. refused: jobs, with the error's kind.
-    http: route, method, status, seconds.
+    http: route, method, status, seconds. log: what the worker has logged, for the console.
     """
 
     call: int | None = None
@@ -82,6 +85,7 @@ class Observed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     ended: list[tuple[Origin, Ending]] = []
     refused: list[tuple[Origin, str]] = []
     http: list[tuple[str, str, int, float]] = []
+    log: list[LogLine] = []
 
 
 class Serving(msgspec.Struct, tag=True, frozen=True):

@@ -25,6 +25,7 @@ from multilora.front.tokenizer import Tokenizer
 from multilora.front.versions import VersionLabel
 from multilora.front.vocabulary import Vocabularies
 from multilora.front.workers.messages import Answer, HoldAdapters, NameRow, NamesChanged, OpenSamples, SampleRow
+from multilora.tracing import current_traceparent
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +113,12 @@ class RemoteResolver:
         self._link = link
 
     def hold(self, names: Iterable[str]) -> Steps[Sequence[Held]]:
-        caller, wanted = CALLER.get(), list(names)
+        caller, wanted, span = CALLER.get(), list(names), current_traceparent()
         if not wanted:
             return ()
         answer: Answer = yield from Ask(
-            lambda call: HoldAdapters(call=call, caller=caller, names=wanted), lambda a: self._link.release(a.hold)
+            lambda call: HoldAdapters(call=call, caller=caller, names=wanted, traceparent=span),
+            lambda answer: self._link.release(answer.hold),
         )
         return (RemoteHold(number=answer.hold),)
 

@@ -4,12 +4,15 @@ from collections import defaultdict
 
 from multilora.front.observer import Ending, FirstOutput, Observer, Origin
 from multilora.front.workers.messages import Observed
+from multilora.logs import RecentLines
 
 
 class WorkerEvents(Observer):
-    """Observer and `RequestCounter` of a worker."""
+    """Observer and `RequestCounter` of a worker. lines: what it has logged."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: RecentLines) -> None:
+        self._lines = lines
+        self._told = 0  # number of the last line that the supervisor has
         self._begin()
 
     def _begin(self) -> None:
@@ -39,14 +42,10 @@ class WorkerEvents(Observer):
         """See `RequestCounter`."""
         self._http.append((route, method, status, seconds))
 
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to say."""
-        kept = (self._submitted, self._first, self._later, self._ended, self._refused, self._http)
-        return not any(kept)
-
     def take(self, call: int | None = None) -> Observed:
         """All that has been counted since the last call. call: see `Observed`."""
+        lines = self._lines.after(self._told)
+        self._told = lines[-1]["number"] if lines else self._told
         observed = Observed(
             call=call,
             submitted=self._submitted,
@@ -55,6 +54,7 @@ class WorkerEvents(Observer):
             ended=self._ended,
             refused=self._refused,
             http=self._http,
+            log=[(line["time"], line["level"], line["message"]) for line in lines],
         )
         self._begin()
         return observed

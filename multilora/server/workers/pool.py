@@ -36,8 +36,8 @@ MODULE = "multilora.server.workers.worker"
 SETTLE_SECONDS = 10.0
 """For a worker to go by changed names; one that has not done so by then hangs, and is ended."""
 COLLECT_SECONDS = 5.0
-COLLECTED = ("/metrics", "/v1/loads", "/server_info", "/get_server_info")
-"""Routes that show what workers have counted."""
+COLLECTED = ("/metrics", "/v1/loads", "/server_info", "/get_server_info", "/console/state", "/console/log")
+"""Routes that show what workers have counted or logged."""
 END_SECONDS = 2
 """From the end of its requests to a worker's."""
 SHORT_LIFE_SECONDS = 10.0

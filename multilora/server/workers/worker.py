@@ -29,7 +29,7 @@ from multilora.server.uvicorn_setup import WRITE_SECONDS, QuietServer, event_loo
 from multilora.server.workers.app import create_worker_app
 from multilora.server.workers.events import WorkerEvents
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("multilora.server.workers.worker")  # as __name__ is "__main__" where it is run
 
 OBSERVED_SECONDS = 0.5
 """At most so old is what the supervisor knows of a worker's counts when it dies. That they are said, though there be
@@ -38,12 +38,12 @@ PARENT_CHECK_SECONDS = 0.5
 
 
 class FrontProcess:
-    """What runs in the process, but for its signals and its end."""
+    """What runs in the process, but for its signals and its end. lines: what it logs."""
 
-    def __init__(self, link: SupervisorLink, listener: socket.socket):
+    def __init__(self, link: SupervisorLink, listener: socket.socket, lines: logs.RecentLines):
         self._link = link
         self._listener = listener
-        self._events = WorkerEvents()
+        self._events = WorkerEvents(lines)
         self._config: Config = link.welcome.config
         self._keys = KeyRing(self._config)
         self._traces = SpanExporter.of(self._config)
@@ -68,6 +68,7 @@ class FrontProcess:
         descriptors = raise_descriptor_limit()
         most = config.max_connections or connections_within(descriptors)
         settings = uvicorn_config(app, most, config.drain_seconds + WRITE_SECONDS, tls_settings(config))
+        logger.info("up to %d connections are taken", most)
         self._server = QuietServer(settings, lambda: self._link.send(Serving()))
         receiving = asyncio.create_task(self._link.receive(front, driver, self._take))
         telling = asyncio.create_task(self._tell())
@@ -81,8 +82,7 @@ class FrontProcess:
         finally:
             for task in (receiving, telling):
                 task.cancel()
-            if not self._events.empty:
-                self._link.send(self._events.take())
+            self._link.send(self._events.take())
             await driver.close()
             if self._traces is not None:
                 self._traces.close()
@@ -123,7 +123,7 @@ async def _serve(name: str, address: str, listener: socket.socket) -> int:
     config = link.welcome.config
     logs.setup(config.log_level, role=name, form=config.log_format)
     try:
-        await FrontProcess(link, listener).run()
+        await FrontProcess(link, listener, logs.RECENT).run()
     except MultiloraError as e:
         logger.error("this front process cannot serve: %s", e)
         return 1

@@ -36,6 +36,7 @@ from multilora.front.workers.messages import (
     encode,
 )
 from multilora.params import SamplingParams
+from multilora.tracing import TraceSpan, current_traceparent, spanning
 
 
 class Wire:
@@ -230,6 +231,33 @@ def test_refusals_are_answers():
         s.desk.take(HoldAdapters(call=3, caller=OPERATOR, names=["x"]))
         await until(lambda: s.sent[-1].call == 3)
         s.desk.take(ReleaseAdapters(s.sent[-1].hold))
+
+    run(scenario())
+
+
+def test_a_hold_is_traced_below_the_workers_span():
+    async def scenario():
+        s = Supervisor()
+        records, seen = [], []
+
+        async def hold(names):
+            with spanning("load_adapter"):
+                seen.append(current_traceparent())
+            return []
+
+        s.driver.hold = hold
+        above = TraceSpan("llm", "front", print, "4bf92f3577b34da6a3ce929d0e0e4736").context
+        asked = partial(HoldAdapters, caller=OPERATOR, names=["x"])
+        s.desk.take(asked(call=1, traceparent=above.traceparent))
+        await until(lambda: s.sent)
+        assert seen == [None]  # nobody traces
+        s.driver.export_span = records.append
+        for call, header in ((2, None), (3, above.traceparent)):
+            s.desk.take(asked(call=call, traceparent=header))
+            await until(lambda: s.sent[-1].call == call)  # noqa: B023
+        (record,) = records
+        assert (record.trace_id, record.parent_id) == (above.trace_id, above.span_id)
+        assert seen == [None, None, f"00-{record.trace_id}-{record.span_id}-01"]
 
     run(scenario())
 

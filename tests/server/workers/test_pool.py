@@ -4,6 +4,7 @@ Covers `workers/app.py`, `workers/events.py`, `workers/relay.py`, `workers/worke
 """
 
 import asyncio
+import logging
 
 import pytest
 from fakes.front_workers import Workers
@@ -232,6 +233,21 @@ def test_metrics_are_the_sum_whoever_is_asked(start):
                 assert lines['vllm:inter_token_latency_seconds_count{engine="0",model_name="base"}'] == "15.0"
             await server.on(0, "POST", "/unload_lora_adapter", {"lora_name": "a"})
             assert 'adapter_name="a"' not in (await server.on(1, "GET", "/metrics")).text
+
+    run(scenario())
+
+
+def test_what_a_process_logs_is_in_the_consoles_log(start):
+    async def scenario():
+        async with start() as server:
+            for place in BOTH:
+                record = logging.LogRecord("x", logging.INFO, "x", 1, "said by %d", (place,), None)
+                server.face(place)._events._lines.emit(record)
+            lines = (await server.on(0, "GET", "/console/log")).json()["lines"]
+            found = [line["message"] for line in lines if "said by" in line["message"]]
+            assert found[-2:] == ["front-1: said by 0", "front-2: said by 1"]
+            again = (await server.on(1, "GET", f"/console/log?after={lines[-1]['number']}")).json()["lines"]
+            assert all("said by" not in line["message"] for line in again)
 
     run(scenario())
 

@@ -12,6 +12,7 @@ from typing import Any
 from fakes.server_app import SECONDS, Answer, Connection, LocalServer
 from multilora.drivers.workers.link import SupervisorLink
 from multilora.drivers.workers.process import WorkerProcess
+from multilora.logs import RecentLines
 from multilora.server.workers import worker as worker_module
 from multilora.server.workers.pool import FrontWorkers
 from multilora.server.workers.worker import FrontProcess
@@ -31,7 +32,7 @@ class InProcess:
 
     async def _run(self, address: str) -> None:
         with self._listener:
-            self.face = FrontProcess(await SupervisorLink.connect(address), self._listener)
+            self.face = FrontProcess(await SupervisorLink.connect(address), self._listener, RecentLines())
             await self.face.run()
 
     async def wait(self) -> int:
