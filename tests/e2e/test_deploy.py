@@ -1,12 +1,10 @@
 """What `deploy/` and the runbook name exists: metrics in /metrics, with the labels asked for, flags, sections.
 
-With `promtool` at hand it checks the rules too.
+`test_prometheus.py` asks Prometheus itself.
 """
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import msgspec
@@ -75,8 +73,3 @@ def test_each_alert_has_its_section():
 def test_the_board_is_whole():
     assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
     assert {variable["name"] for variable in BOARD["templating"]["list"]} == {"datasource", "instance"}
-
-
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here")
-def test_promtool_takes_the_rules():
-    subprocess.run(["promtool", "check", "rules", str(ALERTS)], check=True)
