@@ -5,7 +5,7 @@ embedding, and the gathering of the logits.
 
 Each rank is a process with a group as the engine's ranks have it; on CUDA everything is in one graph, as in the
 engine's decode steps, once with NCCL alone and once with the kernels that sum small tensors. The limit is the bytes
-that the norms, the residuals and the links move, at the bandwidths measured in the same run. What a step of
+that a rank gets from the others, at the bandwidth of a large gathering in the same run. What a step of
 `bench.gpu --tp-size` takes over its limit is partly this. Last line: JSON.
 """
 
@@ -90,7 +90,7 @@ def _rank(directory: str, rank: int, ranks: int, dims: str, device_type: str, ti
         if custom and device.type == "cpu":
             continue
         group = join(str(Path(directory, how)), rank, ranks, device, SECONDS, custom_all_reduce=custom)
-        link = _link_bandwidth(device, rank, ranks)
+        link = _link_bandwidth(group, device)
         for rows in ROWS:
             run = _step(group, size, rows, device)
             found[how, rows] = _milliseconds(run, device), 1e3 * _least_bytes(size, rows, ranks) / link
@@ -106,19 +106,17 @@ def _least_bytes(dims: Dims, rows: int, ranks: int) -> float:
     return sums + rows * dims.vocab * 4 * (ranks - 1) / ranks
 
 
-def _link_bandwidth(device: torch.device, rank: int, ranks: int) -> float:
-    """Bytes per second of a copy from another rank's device; on CPU, within its memory."""
-    other = torch.device("cuda", (rank + 1) % ranks) if device.type == "cuda" else device
-    source = torch.ones(LINK_BYTES, dtype=torch.uint8, device=other)
-    target = torch.ones(LINK_BYTES, dtype=torch.uint8, device=device)
+def _link_bandwidth(group: Group, device: torch.device) -> float:
+    """Bytes per second at which a rank gets those of the others."""
+    part = torch.ones(LINK_BYTES, dtype=torch.uint8, device=device)
     best = float("inf")
     for _ in range(5):
         synchronize(device)
         start = time.perf_counter()
-        target.copy_(source)
+        group.all_gather(part)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return LINK_BYTES / best
+    return LINK_BYTES * (group.size - 1) / best
 
 
 @torch.inference_mode()

@@ -149,7 +149,7 @@ class Work:
     arrival_answer: int = 32
     swap_seconds: float = 12.0
     fresh: int = 1000
-    fresh_seconds: float = 50.0
+    fresh_seconds: float = 150.0
     fresh_ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
 
     @property

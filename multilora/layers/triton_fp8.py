@@ -1,7 +1,8 @@
 """FP8 on CUDA: rounding rows to 8-bit floats in one kernel, and the product of what has a scale for each block.
 
 `weights/fp8_arithmetic.py` is the specification. A product over a block of columns is one `tl.dot` of 8-bit floats,
-whose sum is scaled by the row's and the weight's scale of that block before it is added in fp32.
+whose sum is scaled by the row's and the weight's scale of that block before it is added in fp32. Hopper's matrix
+units keep about 14 bits of a sum of such products, so these are added in fp32 after every `EXACT` columns.
 """
 
 import torch
@@ -13,6 +14,7 @@ from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_p
 
 LARGEST: tl.constexpr = tl.constexpr(448.0)
 LEAST: tl.constexpr = tl.constexpr(1e-10)
+EXACT: tl.constexpr = tl.constexpr(32)  # columns of one instruction
 FEW_ROWS = 64  # up to which a program takes few columns, so that all of the GPU reads weights
 
 
@@ -52,7 +54,7 @@ def _blocks_product(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, rows, ou
         weight = tl.load(weight_at + part * BK, mask=n_in[None, :] & k_in[:, None], other=0.0)
         x_scale = tl.load(x_scale_ptr + m * groups + part, mask=m_in, other=0.0)
         scale = tl.load(scale_at + part, mask=n_in, other=0.0)
-        sums += tl.dot(x, weight) * x_scale[:, None] * scale[None, :]
+        sums += tl.dot(x, weight, max_num_imprecise_acc=EXACT) * x_scale[:, None] * scale[None, :]
     at = out_ptr + m.to(tl.int64)[:, None] * outs + n[None, :]
     tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=m_in[:, None] & n_in[None, :])
 

@@ -43,7 +43,10 @@ def test_products_in_blocks(rows: int, outs: int, width: int, block: tuple[int, 
     expected = defined.blocks_product(x, x_scale, weight, scale, block, torch.float32)
     given = (t.to(DEVICE) for t in (x, x_scale, weight, scale))
     found = fused.blocks_product(*given, block, torch.float32)
-    torch.testing.assert_close(found.cpu(), expected, atol=2e-3, rtol=1e-4)
+    error = (found.cpu() - expected).norm() / expected.norm()
+    assert error < (1e-3 if DEVICE.type == "cuda" and rows > fused.FEW_ROWS else 1e-6), (
+        "Hopper rounds within 32 columns"
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -138,10 +138,10 @@ class EngineDriver(Stepper):
         **options: Any,
     ):
         defaults: dict[str, Any] = {"model_path": str(model_path), "device": DEVICE, "enable_lora": True}
-        if DEVICE == "cuda" and "max_total_tokens" not in options:
+        self._on_gpu = choose_device(options.get("device", DEVICE)).type == "cuda"
+        if self._on_gpu and "max_total_tokens" not in options:
             defaults["arena_bytes"] = 1 << 28  # several engines share the device
         config = Config.make(**(defaults | options))
-        self._on_gpu = choose_device(config.device).type == "cuda"
         make_copier = None if late is None else partial(FakeCopier, delay=lambda: late)
         start_rank = start_process if self._on_gpu else start_thread
         self.engine = build_engine(config, InlineLoader, make_copier, ahead, start_rank, clock=CountingClock())
