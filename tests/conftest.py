@@ -17,6 +17,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for each other on the workers' cores
 
+import quick_routes
 import torch
 from hypothesis import settings
 
@@ -32,6 +33,7 @@ if not torch.cuda.is_available():
 
         quick_interpreter.install()
 
+quick_routes.install()
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
