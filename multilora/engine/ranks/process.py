@@ -46,7 +46,10 @@ def _end_with(parent: int) -> None:
 
 
 def divide_cores(ranks: int) -> None:
-    """On CPU every rank computes with its share of the cores; where there are more than two, the front has one."""
+    """On CPU every rank computes with its share of the cores; where there are more than two, the front has one. What
+    somebody has set as OMP_NUM_THREADS stays as it is."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     torch.set_num_threads(max(1, (cores - 1 if cores > 2 else cores) // ranks))
 
