@@ -38,6 +38,10 @@ def _run(args: cli.OtherArgs) -> int:
         from multilora.cli import adapter_commands
 
         return adapter_commands.run(args)
+    if isinstance(args, cli.AdapterWorkArgs):
+        from multilora.cli import adapter_work_commands
+
+        return adapter_work_commands.run(args)
     if isinstance(args, cli.KeyArgs):
         from multilora.cli import key_commands
 

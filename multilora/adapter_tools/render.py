@@ -1,6 +1,6 @@
 """The results of `multilora adapters` as text. It owns columns and words, and knows neither files nor models.
 
-Called by `cli/adapter_commands.py`.
+Called by `cli/adapter_commands.py`; `render_work.py` shares tables and sizes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,42 +23,42 @@ def inspection(report: Inspection) -> str:
     if report.served:
         s = report.served
         facts += [
-            ("model", f"{s.model_path}, {s.dtype}, pages of {_size(s.page_bytes)}"),
-            ("when served", f"{_count(s.pages, 'page')}, {_size(s.nbytes)}"),
+            ("model", f"{s.model_path}, {s.dtype}, pages of {size(s.page_bytes)}"),
+            ("when served", f"{_count(s.pages, 'page')}, {size(s.nbytes)}"),
         ]
     lines = [report.path, *_facts(facts)]
     if report.modules:
-        table = [
+        rows = [
             (r.kind, " ".join(r.modules), r.layers, _number(r.rank), _number(r.scaling), f"{r.parameters:,}")
             for r in report.modules
         ]
-        lines += ["", *_table([COLUMNS, *table])]
+        lines += ["", *table([COLUMNS, *rows])]
     lines += ["", _verdict(report)]
-    return "\n".join(_printable(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def verification(verdict: Verdict) -> str:
     """The text of `adapters verify`."""
     head = ("prompt", "tokens", "adapter", "equal", "difference")
-    table = [
+    rows = [
         (c.prompt, str(c.length), "yes" if c.adapter else "base", f"{c.equal} of {c.tokens}", f"{c.difference:.2e}")
         for c in verdict.checks
     ]
     word = "the same as" if verdict.ok else "NOT the same as"
     lines = [
-        *_table([head, *table]),
+        *table([head, *rows]),
         "",
         f"largest difference of a logprob: {verdict.difference:.2e}, {verdict.dtype}, allowed {verdict.tolerance:g}",
         f"{verdict.path}: {word} PEFT {verdict.peft_version}",
     ]
     if verdict.ok is False and not verdict.base_ok:
         lines.append("the base model alone differs too, so the adapter need not be the cause")
-    return "\n".join(_printable(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def refusal(path: str, error: dict[str, str]) -> str:
     """The text of `adapters verify` for an adapter that cannot be loaded."""
-    return _printable(f"{path}: not served: {error['kind']}: {error['message']}")
+    return printable(f"{path}: not served: {error['kind']}: {error['message']}")
 
 
 def _verdict(report: Inspection) -> str:
@@ -74,7 +74,7 @@ def _on_disk(report: Inspection) -> str | None:
         return None
     kinds = ", ".join(report.dtypes)
     return (
-        f"{_size(report.bytes_on_disk)}, {_count(report.tensors, 'tensor')} of {report.parameters:,} numbers, {kinds}"
+        f"{size(report.bytes_on_disk)}, {_count(report.tensors, 'tensor')} of {report.parameters:,} numbers, {kinds}"
     )
 
 
@@ -82,18 +82,20 @@ def _facts(facts: Iterable[tuple[str, str | None]]) -> list[str]:
     return [f"  {name:<12} {value}" for name, value in facts if value]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns that stand below each other."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
 
 
-def _size(count: int) -> str:
-    size, unit = float(count), 0
-    while size >= 1024 and unit + 1 < len(UNITS):
-        size, unit = size / 1024, unit + 1
-    return f"{size:.4g} {UNITS[unit]}"
+def size(count: int) -> str:
+    """1536 → "1.5 KiB"."""
+    value, unit = float(count), 0
+    while value >= 1024 and unit + 1 < len(UNITS):
+        value, unit = value / 1024, unit + 1
+    return f"{value:.4g} {UNITS[unit]}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -104,6 +106,6 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
     """The line without control characters: names come from untrusted files, and would reach the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from multilora.cli import adapter_work
 from multilora.config import DEVICES, DTYPES
 from multilora.errors import ConfigError
 
@@ -28,7 +29,9 @@ class AdapterArgs:
 
 def add_commands(commands: Any, make_parser: dict[str, Any]) -> None:
     """Add `adapters` to argparse's sub-commands. make_parser: the arguments that every parser is made with."""
-    adapters = commands.add_parser("adapters", help="look at one adapter: inspect, verify", **make_parser)
+    adapters = commands.add_parser(
+        "adapters", help="work on adapters: inspect, verify, merge, compose, convert, diff, bench", **make_parser
+    )
     kinds = adapters.add_subparsers(metavar="COMMAND", required=True, dest="command")
     inspect = kinds.add_parser(
         "inspect",
@@ -44,6 +47,7 @@ def add_commands(commands: Any, make_parser: dict[str, Any]) -> None:
         "be installed. Exit code 0: the same; 1: not.",
         **make_parser,
     )
+    adapter_work.add_commands(kinds, make_parser)
     for parser in (inspect, verify):
         parser.add_argument("path", metavar="PATH", help="directory or hub id, as a server takes it")
         parser.add_argument("--json", action="store_true", help="JSON instead of text")

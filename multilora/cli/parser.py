@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from multilora import __version__, logs
+from multilora.cli import adapter_work as cli_adapter_work
 from multilora.cli import adapters as cli_adapters
 from multilora.cli import keys_args as cli_keys
+from multilora.cli.adapter_work import AdapterWorkArgs
 from multilora.cli.adapters import AdapterArgs
 from multilora.cli.compat import ALWAYS_ON, IGNORED, REFUSED
 from multilora.cli.demo import args as cli_demo
@@ -30,16 +32,28 @@ from multilora.errors import ConfigError
 from multilora.lora_path import LoraPath
 from multilora.options import Option, options_of
 
-__all__ = ["AdapterArgs", "DemoArgs", "DoctorArgs", "KeyArgs", "OtherArgs", "PlanArgs", "ServeArgs", "flags", "parse"]
+__all__ = [
+    "AdapterArgs",
+    "AdapterWorkArgs",
+    "DemoArgs",
+    "DoctorArgs",
+    "KeyArgs",
+    "OtherArgs",
+    "PlanArgs",
+    "ServeArgs",
+    "flags",
+    "parse",
+]
 
 logger = logging.getLogger(__name__)
 
-OtherArgs = AdapterArgs | KeyArgs | DemoArgs | DoctorArgs | PlanArgs
+OtherArgs = AdapterArgs | AdapterWorkArgs | KeyArgs | DemoArgs | DoctorArgs | PlanArgs
 """What the command lines are parsed into that start no server."""
 
 FAMILIES: dict[str, tuple[str, Callable[[argparse.Namespace], OtherArgs]]] = {
     "inspect": ("adapters ", cli_adapters.parsed),
     "verify": ("adapters ", cli_adapters.parsed),
+    **dict.fromkeys(cli_adapter_work.COMMANDS, ("adapters ", cli_adapter_work.parsed)),
     "add": ("keys ", cli_keys.parsed),
     "hash": ("keys ", cli_keys.parsed),
     "demo": ("", cli_demo.parsed),

@@ -1,0 +1,1 @@
+"""`multilora adapters convert`: from other writers' files to a directory as PEFT writes it."""
