@@ -1,0 +1,1 @@
+"""Hostile requests against a running server. See `__main__.py`."""
