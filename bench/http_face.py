@@ -43,11 +43,13 @@ class Server:
         self.process.stdin.write("t")
         self.process.stdin.flush()
 
-    def cpu_seconds(self) -> float:
+    def cpu_seconds(self) -> tuple[float, float]:
+        """Of the process itself, and of those that it has started."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write("c")
         self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        own, children = self.process.stdout.readline().split()
+        return float(own), float(children)
 
 
 @contextmanager
@@ -63,10 +65,12 @@ def started(name: str, streams: int, workers: int) -> Iterator[Server]:
 
 @dataclass(frozen=True)
 class Measured:
-    """rate: tokens a second; cpu_rate: of the server's CPU time; delays: seconds of each token, paced."""
+    """rate: tokens a second; cpu_rate: of the server's CPU time; own_cpu: seconds of it for a token in the process
+    that the client has started, the supervisor where there are several; delays: seconds of each token, paced."""
 
     rate: float
     cpu_rate: float
+    own_cpu: float
     delays: list[float]
 
 
@@ -84,10 +88,11 @@ def measure(name: str, streams: int, route: str, tokens: int, paced_steps: int, 
         client.run(max(2, steps // 10))
         before = server.cpu_seconds()
         seconds = client.run(steps)
-        cpu = server.cpu_seconds() - before
+        own, children = (now - then for now, then in zip(server.cpu_seconds(), before, strict=True))
         delays = client.paced(paced_steps, PERIOD_SECONDS)
         client.close()
-    return Measured(steps * streams / seconds, steps * streams / cpu, delays)
+    count = steps * streams
+    return Measured(count / seconds, count / (own + children), own / count, delays)
 
 
 def percentile(values: list[float], part: float) -> float:
@@ -114,6 +119,9 @@ def rows(
         Row(f"{label}, of a CPU second", "tokens/s", 40_000).show(cpu, cpu_limit),
         Row(f"{label}, of the bare stream's", "of bare", 0.7).show(cpu / cpu_limit, wall=rate / limit),
     ]
+    if workers > 1:
+        own = middle("face", lambda m: m.own_cpu)
+        out.append(Row(f"{label}, CPU of the supervisor for a token", "us").show(own * 1e6, of_all=own * cpu))
     for part in (0.5, 0.99):
         face, bare = (median(percentile(run.delays, part) for run in runs[name]) * 1e3 for name in ("face", "bare"))
         row = Row(f"{label}, p{part * 100:g} from step to token", "ms")

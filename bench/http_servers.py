@@ -6,7 +6,7 @@
 
 Both wait for STREAMS requests. Then each byte on stdin is a step: the engine's message for all streams, encoded as it
 comes from an engine process, is decoded and delivered. Stdout has the port, and at the end the CPU seconds of this
-process and of those that it has started.
+process and those of what it has started.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from multilora.engine.messages import Output, Outputs, Ready, Stats, Submit, dec
 from multilora.front.tokenizer import Tokenizer
 from multilora.params import EmbeddingSettings
 from multilora.server.app import create_app
-from multilora.server.uvicorn_setup import event_loop, uvicorn_config
+from multilora.server.uvicorn_setup import event_loop, freeze_objects, uvicorn_config
 from multilora.server.workers.pool import FrontWorkers
 
 FRAME = (
@@ -64,7 +64,7 @@ class Steps:
             case b"t":
                 self._step()
             case b"c":
-                sys.stdout.write(f"{cpu_seconds()}\n")
+                sys.stdout.write(f"{time.process_time()} {children_seconds()}\n")
                 sys.stdout.flush()
             case _:  # whoever measured is gone
                 os._exit(0)
@@ -76,9 +76,9 @@ class Steps:
             self._receivers[output.rid](output)
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and its children, so far."""
-    total = time.process_time()
+def children_seconds() -> float:
+    """CPU time of the processes that this one has started, so far."""
+    total = 0.0
     for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split():
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime
@@ -135,6 +135,7 @@ async def serve_by_workers(streams: int, workers: int) -> None:
         port = listener.getsockname()[1]
         most = 2 * streams * workers  # the kernel does not share connections out evenly
         pool = FrontWorkers(config, app, listener, app.state.driver, app.state.metrics, most)
+        freeze_objects()
         await pool.serve(lambda: say_port(port))
 
 
@@ -169,6 +170,7 @@ async def _serve(config: uvicorn.Config) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(4096)
+        freeze_objects()
         say_port(listener.getsockname()[1])
         await uvicorn.Server(config).serve(sockets=[listener])
 

@@ -28,7 +28,7 @@ from multilora.server.one_process import HttpFace, OneProcess
 from multilora.server.server_info import SECRETS
 from multilora.server.text import load_text
 from multilora.server.tracing.exporter import SpanExporter
-from multilora.server.uvicorn_setup import event_loop, tls_settings
+from multilora.server.uvicorn_setup import event_loop, freeze_objects, tls_settings
 from multilora.server.workers.pool import FrontWorkers
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ class _ServerProcess:
         host, port = listener.getsockname()[:2]
         scheme = "https" if self._tls else "http"
         url = f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}"
+        freeze_objects()
         await face.serve(lambda: logger.info("ready: %s:%d", url, port))
 
     def _face_of(self, app: Any, listener: socket.socket, driver: AsyncDriver) -> HttpFace:

@@ -6,6 +6,7 @@ and h11 do the same, slower.
 
 import asyncio
 import contextlib
+import gc
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,13 @@ def event_loop() -> Callable[[], asyncio.AbstractEventLoop]:
     except ImportError:
         return asyncio.new_event_loop
     return uvloop.new_event_loop
+
+
+def freeze_objects() -> None:
+    """Have the garbage collector leave alone what exists now, as it stays: to look at all of a front's objects takes
+    0.2 s, in which nobody is served."""
+    gc.collect()
+    gc.freeze()
 
 
 def tls_settings(config: Config) -> dict[str, Any]:

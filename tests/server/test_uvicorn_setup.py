@@ -3,6 +3,7 @@
 import asyncio
 import builtins
 import contextlib
+import gc
 import importlib.util
 import socket
 import ssl
@@ -16,7 +17,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from multilora.config import Config
 from multilora.errors import ConfigError
 from multilora.server.connections import BoundedProtocol
-from multilora.server.uvicorn_setup import event_loop, tls_settings, uvicorn_config
+from multilora.server.uvicorn_setup import event_loop, freeze_objects, tls_settings, uvicorn_config
 
 
 def kind_of_loop() -> str:
@@ -113,6 +114,13 @@ def test_files_that_do_not_work_are_known_before_the_model_is_loaded(tls: Path, 
     with pytest.raises(ConfigError, match="--ssl-certfile, --ssl-keyfile or --ssl-ca-certs") as caught:
         tls_settings(Config(**paths))
     assert "wrong" not in str(caught.value)
+
+
+def test_the_collector_leaves_what_is_there_alone():
+    kept = [[] for _ in range(10_000)]
+    freeze_objects()
+    assert len(gc.get_objects()) < len(kept)
+    assert gc.get_freeze_count() > len(kept)
 
 
 def test_no_tls_without_a_certificate():

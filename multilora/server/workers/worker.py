@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from multilora import logs
 from multilora.config import Config
@@ -25,7 +26,14 @@ from multilora.server.connections import connections_within, raise_descriptor_li
 from multilora.server.key_ring import KeyRing
 from multilora.server.text import load_text
 from multilora.server.tracing.exporter import SpanExporter
-from multilora.server.uvicorn_setup import WRITE_SECONDS, QuietServer, event_loop, tls_settings, uvicorn_config
+from multilora.server.uvicorn_setup import (
+    WRITE_SECONDS,
+    QuietServer,
+    event_loop,
+    freeze_objects,
+    tls_settings,
+    uvicorn_config,
+)
 from multilora.server.workers.app import create_worker_app
 from multilora.server.workers.events import WorkerEvents
 
@@ -38,9 +46,17 @@ PARENT_CHECK_SECONDS = 0.5
 
 
 class FrontProcess:
-    """What runs in the process, but for its signals and its end. lines: what it logs."""
+    """What runs in the process, but for its signals and its end. lines: what it logs; made: called when all that it
+    needs is there."""
 
-    def __init__(self, link: SupervisorLink, listener: socket.socket, lines: logs.RecentLines):
+    def __init__(
+        self,
+        link: SupervisorLink,
+        listener: socket.socket,
+        lines: logs.RecentLines,
+        made: Callable[[], None] = lambda: None,
+    ):
+        self._made = made
         self._link = link
         self._listener = listener
         self._events = WorkerEvents(lines)
@@ -73,6 +89,7 @@ class FrontProcess:
         receiving = asyncio.create_task(self._link.receive(front, driver, self._take))
         telling = asyncio.create_task(self._tell())
         try:
+            self._made()
             await self._link.ask(JoinNames)
             serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
             await asyncio.wait({serving, receiving}, return_when=asyncio.FIRST_COMPLETED)
@@ -123,7 +140,7 @@ async def _serve(name: str, address: str, listener: socket.socket) -> int:
     config = link.welcome.config
     logs.setup(config.log_level, role=name, form=config.log_format)
     try:
-        await FrontProcess(link, listener, logs.RECENT).run()
+        await FrontProcess(link, listener, logs.RECENT, freeze_objects).run()
     except MultiloraError as e:
         logger.error("this front process cannot serve: %s", e)
         return 1
