@@ -29,4 +29,4 @@ def test_tokens_are_counted_however_the_stream_is_cut():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_it_measures(workers):
     found = rows(2, "completions", rounds=1, tokens=200, paced_steps=2, workers=workers)
-    assert len(found) == 5 and all(row["value"] > 0 for row in found)
+    assert len(found) == 5 + (workers > 1) and all(row["value"] > 0 for row in found)
