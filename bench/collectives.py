@@ -91,9 +91,9 @@ def _rank(directory: str, rank: int, ranks: int, dims: str, device_type: str, ti
             continue
         group = join(str(Path(directory, how)), rank, ranks, device, SECONDS, custom_all_reduce=custom)
         link = _link_bandwidth(group, device)
-        for rows in ROWS:
-            run = _step(group, size, rows, device)
-            found[how, rows] = _milliseconds(run, device), 1e3 * _least_bytes(size, rows, ranks) / link
+        for rows in ROWS:  # a group is not left while a graph holds its collectives
+            taken = _milliseconds(_step(group, size, rows, device), device)
+            found[how, rows] = taken, 1e3 * _least_bytes(size, rows, ranks) / link
         group.minimum(0)  # nobody leaves while another still measures
         group.close()
     if rank == 0:

@@ -7,6 +7,7 @@ the same file to meet in.
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from multilora.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
+CLOSE_SECONDS = 3.0
 
 Backend = Any
 """A ProcessGroupGloo or ProcessGroupNCCL. torch's annotations lack their collectives."""
@@ -53,8 +55,8 @@ class Group(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the group. A collective that waits for this rank raises, on the other ranks or, with NCCL, on this
-        one. Any thread."""
+        """Leave the group, within seconds. A collective that waits for this rank raises, on the other ranks or, with
+        NCCL, on this one. CUDA graphs with collectives are to be dropped before. Any thread."""
 
 
 class SingleRank:
@@ -114,8 +116,14 @@ class ProcessGroup:
         if self.exchange is not None:
             self.exchange.close()
         backend, self._backend = self._backend, None
-        if backend is not None and self._device.type == "cuda":  # gloo's connections end with the object
-            backend.abort()
+        if backend is None or self._device.type != "cuda":  # gloo's connections end with the object
+            return
+        # NCCL ends what waits on the device at once, but then waits until graphs with its kernels are gone.
+        thread = threading.Thread(target=backend.abort, name="nccl-abort", daemon=True)
+        thread.start()
+        thread.join(CLOSE_SECONDS)
+        if thread.is_alive():
+            logger.warning("NCCL has not left its group: a CUDA graph still holds it")
 
 
 def join(

@@ -229,6 +229,7 @@ class Engine:
 
     def close(self) -> None:
         self.adapters.close()
+        self.runner.use_graphs(None)  # a group is not left while graphs hold its collectives
         self._ranks.close()
 
     # ------------------------------------------------------------------ inside

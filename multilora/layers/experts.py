@@ -3,6 +3,9 @@
 Each token has a row for each expert that it takes. Rows are sorted by expert, so that every expert's lie together and
 one grouped product serves all of them. Where there is such a product (bf16 on Hopper and Blackwell), nothing is asked
 of the host and all shapes follow from the number of tokens; elsewhere one expert comes after the other.
+
+Ranks of a group divide the experts: rows of those that others hold come last and are computed by nobody here, so that
+what a rank combines is its share.
 """
 
 import torch
@@ -10,19 +13,29 @@ import torch.nn.functional as F
 from torch import nn
 
 from multilora.batch import ExpertRows
+from multilora.distributed.group import SINGLE, Group
 from multilora.layers.activation import SiluAndMul
 from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import linear
 from multilora.layers.ops import fused_ops
+from multilora.lora.sharding import experts_of, local_site
 from multilora.lora.sites import LoraSite
 
 GROUPED_CAPABILITIES = ((9, 0), (10, 0))
 """Devices whose grouped product is one kernel; on others torch falls back to a loop that waits for the device."""
 
 
-def sort_by_expert(experts: torch.Tensor, num_experts: int, segments: torch.Tensor | None = None) -> ExpertRows:
-    """experts: int64 [tokens, top_k], which experts each token takes; segments: int64 [tokens], see `ExpertRows`."""
+def sort_by_expert(
+    experts: torch.Tensor, num_experts: int, segments: torch.Tensor | None = None, held: range | None = None
+) -> ExpertRows:
+    """experts: int64 [tokens, top_k], which experts each token takes; segments: int64 [tokens], see `ExpertRows`.
+
+    held: the experts that this rank holds, which count from 0 on in what is returned; None: all.
+    """
     tokens, top_k = experts.shape
+    if held is not None:
+        num_experts, local = len(held), experts - held.start
+        experts = torch.where((local >= 0) & (local < num_experts), local, num_experts)
     keys = experts
     if segments is not None:
         keys = experts * (tokens + 1) + segments[:, None]
@@ -33,6 +46,8 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int, segments: torch.Tens
     if segments is not None:
         taken, found = taken // (tokens + 1), taken % (tokens + 1)
     ends = torch.searchsorted(taken, torch.arange(num_experts, device=order.device), right=True)
+    if held is not None and found is not None:
+        found, taken = torch.where(taken < num_experts, found, 0), taken.clamp(max=num_experts - 1)
     return ExpertRows(order // top_k, taken, ends.int(), places, found)
 
 
@@ -44,7 +59,8 @@ def has_grouped_product(device: torch.device, dtype: torch.dtype, *widths: int) 
 
 
 def grouped_product(x: torch.Tensor, weight: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
-    """x: [rows, in], in the order of `rows`; weight: [experts, out, in]. Returns [rows, out]."""
+    """x: [rows, in], in the order of `rows`; weight: [experts, out, in]. Returns [rows, out], of which those that
+    belong to no expert are of no use."""
     if has_grouped_product(x.device, x.dtype, *weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.ends)
     y = x.new_empty(len(x), weight.shape[1])
@@ -57,24 +73,38 @@ def grouped_product(x: torch.Tensor, weight: torch.Tensor, rows: ExpertRows) -> 
 
 
 def combine(y: torch.Tensor, rows: ExpertRows, weights: torch.Tensor) -> torch.Tensor:
-    """Each token's sum of its rows of y, [rows, hidden], by `weights` [tokens, top_k]. Returns [tokens, hidden]."""
+    """Each token's sum of its rows of y, [rows, hidden], by `weights` [tokens, top_k]; a row whose weight is 0 is not
+    looked at. Returns [tokens, hidden]."""
     ops = fused_ops(y.device)
     if ops is not None:
         total: torch.Tensor = ops.combine_experts(y, rows.places, weights)
         return total
-    wide = y[rows.places].float() * weights[..., None].float()  # [tokens, top_k, hidden]
+    weight = weights[..., None].float()
+    wide = torch.where(weight != 0, y[rows.places].float(), 0.0) * weight  # [tokens, top_k, hidden]
     return wide.sum(1).to(y.dtype)
 
 
 class Experts(nn.Module):
     """down(silu(gate(x)) · up(x)) of every expert, as transformers stacks their weights, with the step's adapters.
 
-    gate_up, down: the declared sites, whose outputs and inputs these are.
+    gate_up, down: the sites, whose outputs and inputs these are, with the experts that this rank holds; `held`: which
+    of all `count` experts of the layer those are.
     """
 
-    def __init__(self, gate_up: LoraSite, down: LoraSite, *, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        gate_up: LoraSite,
+        down: LoraSite,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group = SINGLE,
+    ):
+        """gate_up, down: as declared."""
         super().__init__()
-        self.gate_up, self.down = gate_up, down
+        self.count, whole = down.experts, down
+        self.gate_up, self.down = gate_up, down = local_site(gate_up, group.size), local_site(down, group.size)
+        self.held = experts_of(whole, group.rank, group.size)
         self.gate_up_proj = _stacked(gate_up, device, dtype)
         self.down_proj = _stacked(down, device, dtype)
         self._silu_and_mul = SiluAndMul(device)

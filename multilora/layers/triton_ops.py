@@ -53,7 +53,8 @@ def _silu_and_mul(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, FAST: tl.con
 @triton.jit
 def _combine_experts(y_ptr, places_ptr, weights_ptr, out_ptr, size, COUNT: tl.constexpr, BLOCK: tl.constexpr,
                      PDL: tl.constexpr):  # fmt: skip
-    """One program per (token, block of columns): Σ weight · row of y, in fp32, over the token's COUNT rows."""
+    """One program per (token, block of columns): Σ weight · row of y, in fp32, over those of the token's COUNT rows
+    whose weight is not 0."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -62,7 +63,8 @@ def _combine_experts(y_ptr, places_ptr, weights_ptr, out_ptr, size, COUNT: tl.co
     for k in range(COUNT):
         row = tl.load(places_ptr + token * COUNT + k)
         weight = tl.load(weights_ptr + token * COUNT + k).to(tl.float32)
-        total += weight * tl.load(y_ptr + row * size + i, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * size + i, mask=mask, other=0.0).to(tl.float32)
+        total += weight * tl.where(weight != 0.0, y, 0.0)
     tl.store(out_ptr + token * size + i, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -1,9 +1,9 @@
 """What one rank of a tensor-parallel group holds of a site, of the weights of its slices and of their LoRA.
 
 The local site of every rank looks the same, so adapters have one layout, the same page numbers and slots on all
-ranks; `inputs_of` and `outputs_of` say which columns of the whole module those are. Every cut is exact: a module that
-is cut by outputs computes its own columns; one that is cut by inputs computes a share, whose sum over the ranks is
-the whole.
+ranks; `inputs_of`, `outputs_of` and `experts_of` say which columns and experts of the whole module those are. Every
+cut is exact: a module that is cut by outputs computes its own columns; one that is cut by inputs or by experts
+computes a share, whose sum over the ranks is the whole.
 """
 
 from dataclasses import replace
@@ -33,15 +33,16 @@ def local_site(site: LoraSite, size: int) -> LoraSite:
             width = _padded_outputs(site, part, size)
             slices.append(replace(part, offset=offset, out_features=width))
             offset += width
+        experts = len(experts_of(site, 0, size))
     except ValueError as e:
         names = ", ".join(part.module for part in site.slices)
         raise ConfigError(f"--tp-size {size}: {names}: {e}") from None
-    return replace(site, in_features=in_features, slices=tuple(slices))
+    return replace(site, in_features=in_features, slices=tuple(slices), experts=experts)
 
 
 def sums_over_ranks(site: LoraSite) -> bool:
     """Whether each rank computes a share of all outputs, from its own inputs, and the shares are summed."""
-    return site.slices[0].shard is Shard.ROW or site.name == EMBED
+    return site.slices[0].shard in (Shard.ROW, Shard.EXPERT) or site.name == EMBED
 
 
 def inputs_of(site: LoraSite, rank: int, size: int) -> range:
@@ -63,6 +64,16 @@ def outputs_of(site: LoraSite, part: LoraSlice, rank: int, size: int) -> range:
         case Shard.VOCAB if site.name != EMBED:
             return padded_part(part.out_features, rank, size)
     return range(part.out_features)
+
+
+def experts_of(site: LoraSite, rank: int, size: int) -> range:
+    """The experts of the whole site that the rank holds; none, if it is no site of experts. Raises ValueError if the
+    ranks cannot have equally many."""
+    if site.slices[0].shard is not Shard.EXPERT:
+        return range(site.experts)
+    if site.experts % size:
+        raise ValueError(f"{site.experts} experts cannot be divided into {size} equal parts")
+    return even_part(site.experts, rank, size)
 
 
 def _padded_inputs(site: LoraSite, size: int) -> int:

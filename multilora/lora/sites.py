@@ -29,6 +29,7 @@ class Shard(StrEnum):
     KV = "kv"  # the same, and where there are fewer units than ranks, several ranks hold the same one
     ROW = "row"  # by input features; the outputs of the ranks are summed
     VOCAB = "vocab"  # by rows of a table
+    EXPERT = "expert"  # by experts of a mixture; the outputs of the ranks are summed
     REPLICATED = "replicated"  # every rank holds all of it
 
 

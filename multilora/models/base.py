@@ -89,7 +89,7 @@ class CausalLM(nn.Module, ABC):
         Raises ModelUnsupported for tensors that do not fit the model, ConfigError for a missing or broken file.
         """
         if load_format == "dummy":
-            fill_dummy(self, seed + self.group.rank)
+            fill_dummy(self, seed, self.group.rank)
         else:
             load_weights(self, model_path, revision, self.older_names, self.kv_scales.destinations())
 

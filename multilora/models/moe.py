@@ -2,6 +2,7 @@
 
 Qwen3-MoE, Mixtral and Qwen2-MoE (their files say what differs). Numbers of rows depend on the number of tokens only
 and the host is never asked, so that a CUDA graph can hold all of it where `layers/experts.py` has a grouped product.
+Ranks divide the experts; every one of them routes all tokens, by the same numbers.
 """
 
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from multilora.distributed.group import Group
-from multilora.errors import ConfigError, ModelUnsupported
+from multilora.errors import ModelUnsupported
 from multilora.layers.context import ForwardContext
 from multilora.layers.experts import Experts, combine, sort_by_expert
 from multilora.layers.linear import Linear
@@ -37,14 +38,11 @@ class SparseMoe(nn.Module):
     ):
         super().__init__()
         weights.check_experts(module_path(layer, "mlp", "experts"))
-        if group.size > 1:
-            raise ConfigError(
-                f"--tp-size {group.size}: experts are not divided among ranks; --tp-size 1 serves this model"
-            )
         self._moe = config
         gate = target("mlp.gate", config.num_experts, before_kv=False, shard=Shard.REPLICATED)
         self.gate = Linear(declared.site(layer, "gate", hidden, gate), group=group, **kind)
-        self.experts = Experts(*_sites(config, hidden, layer, declared), **kind)
+        self.experts = Experts(*_sites(config, hidden, layer, declared), group=group, **kind)
+        self._held = self.experts.held if group.size > 1 else None
         self.shared_expert: MLP | None = None
         if config.shared_size:
             path, size = "mlp.shared_expert", config.shared_size
@@ -55,10 +53,12 @@ class SparseMoe(nn.Module):
             self.shared_expert_gate = Linear(declared.site(layer, "shared_expert_gate", hidden, own), **kind)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """x: [tokens, hidden]. Returns the same shape."""
+        """x: [tokens, hidden]. Returns the same shape, this rank's share."""
         experts, weights = self._route(x, ctx)
         segments = ctx.lora.expert_segments() if ctx.lora is not None else None
-        rows = sort_by_expert(experts, self._moe.num_experts, segments)
+        rows = sort_by_expert(experts, self._moe.num_experts, segments, self._held)
+        if self._held is not None:
+            weights = weights * ((experts >= self._held.start) & (experts < self._held.stop))
         y = combine(self.experts(x, rows, ctx), rows, weights)
         if self.shared_expert is not None:
             y += torch.sigmoid(self.shared_expert_gate(x, ctx)) * self.shared_expert(x, ctx)
@@ -76,7 +76,7 @@ class SparseMoe(nn.Module):
 def _sites(config: MoeConfig, hidden: int, layer: int, declared: DeclaredModules) -> tuple[LoraSite, LoraSite]:
     """gate and up of every expert, which PEFT sees as one parameter, and down."""
     inner, count = config.intermediate_size, config.num_experts
-    both = partial(target, before_kv=False, shard=Shard.REPLICATED, prefix="experts")
+    both = partial(target, before_kv=False, shard=Shard.EXPERT, prefix="experts")
     gate_up = both("mlp.experts.gate_up_proj", 2 * inner, parts=("gate_proj", "up_proj"))
     down = both("mlp.experts.down_proj", hidden, parts=("down_proj",))
     return (

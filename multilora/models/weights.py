@@ -30,13 +30,15 @@ from multilora.layers.experts import Experts
 from multilora.layers.linear import Linear
 from multilora.layers.weights.base import FLOATS, Weight
 from multilora.layers.weights.plain import NOISE
-from multilora.lora.sites import HEAD
+from multilora.lora.sites import HEAD, Shard
 
 logger = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INNER = "model."
 """What the names of a decoder's tensors begin with inside a causal LM."""
+NONE = range(0), range(0)
+"""The part of a matrix of which a rank holds nothing."""
 SUPERFLUOUS = re.compile(r"\.rotary_emb\.inv_freq$")  # written by old exporters, derived from the config
 
 
@@ -71,21 +73,24 @@ def load_weights(
 
 
 @torch.no_grad()
-def fill_dummy(model: nn.Module, seed: int = 0) -> None:
-    """Small seeded noise, made on the device: for benchmarks without a checkpoint."""
+def fill_dummy(model: nn.Module, seed: int = 0, rank: int = 0) -> None:
+    """Small seeded noise, made on the device: for benchmarks without a checkpoint. What all ranks hold whole is the
+    same on all of them."""
     params = list(model.parameters())
-    generator = torch.Generator(params[0].device).manual_seed(seed)
-    quantisable = [module for module in model.modules() if isinstance(module, Weight)]
-    own = {param for weight in quantisable for param in weight.parameters()}
-    for weight in quantisable:
-        weight.randomise(generator)
+    of_rank, of_all = (torch.Generator(params[0].device).manual_seed(seed + n) for n in (1 + rank, 0))
+    own: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, Linear):
+            whole = all(part.shard is Shard.REPLICATED for part in module.site.slices)
+            module.weight.randomise(of_all if whole else of_rank)
+            own.update(module.weight.parameters())
     for param in params:
         if param in own:
             continue
         if param.dim() == 1:
             param.fill_(1.0)  # norms; a bias of one does no harm
         else:
-            param.normal_(std=NOISE, generator=generator)
+            param.normal_(std=NOISE, generator=of_rank)
     logger.info("weights: random (load format dummy)")
 
 
@@ -151,16 +156,27 @@ def _of_experts(path: str, experts: Experts) -> dict[str, Destination]:
     gate_up, down = experts.gate_up_proj, experts.down_proj
     found: dict[str, Destination] = {}
     halves = {"gate_proj": slice(inner), "up_proj": slice(inner, 2 * inner)}
-    for number in range(experts.down.experts):
-        at = f"{path}.{number}"
+    for number in range(experts.count):
+        at, own = f"{path}.{number}", number - experts.held.start
+        if number not in experts.held:
+            shapes = {**dict.fromkeys(halves, (inner, hidden)), "down_proj": (hidden, inner)}
+            found |= {f"{at}.{module}.weight": Destination(shape, _leave, NONE) for module, shape in shapes.items()}
+            continue
         for module, rows in halves.items():
-            found[f"{at}.{module}.weight"] = Destination((inner, hidden), gate_up[number, rows].copy_)
-        found[f"{at}.down_proj.weight"] = Destination((hidden, inner), down[number].copy_)
+            found[f"{at}.{module}.weight"] = Destination((inner, hidden), gate_up[own, rows].copy_)
+        found[f"{at}.down_proj.weight"] = Destination((hidden, inner), down[own].copy_)
     single = tuple(found)
     for name, param in (("gate_up_proj", gate_up), ("down_proj", down)):
         parts = tuple(s for s in single if (s.endswith(".down_proj.weight")) == (name == "down_proj"))
-        found[f"{path}.{name}"] = Destination(tuple(param.shape), param.copy_, instead_of=parts)
+        part = (experts.held, *(range(size) for size in param.shape[1:]))
+        shape = (experts.count, *param.shape[1:])
+        found[f"{path}.{name}"] = Destination(shape, param.copy_, part, instead_of=parts)
     return found
+
+
+def _leave(tensor: torch.Tensor) -> None:
+    """Take nothing of a tensor of which this rank holds nothing."""
+    assert not tensor.numel()
 
 
 def _of_table(table: Embedding | LMHead) -> Destination:

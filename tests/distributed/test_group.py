@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from multilora.distributed.group import SINGLE, Group, join
+from multilora.distributed.group import SINGLE, Group, ProcessGroup, join
 from multilora.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -76,6 +76,33 @@ def test_a_rank_that_stays_away_from_a_collective(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert found[0]
+
+
+def test_leaving_does_not_wait_for_a_graph_that_holds_the_group(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As NCCL does, though it ends what waits on the device at once."""
+
+    class Held:
+        def __init__(self) -> None:
+            self.aborted, self.graph_gone = threading.Event(), threading.Event()
+
+        def abort(self) -> None:
+            self.aborted.set()
+            self.graph_gone.wait(30.0)
+
+    monkeypatch.setattr("multilora.distributed.group.CLOSE_SECONDS", 0.05)
+    backend = Held()
+    group = ProcessGroup(backend, 0, 2, torch.device("cuda", 0))
+    try:
+        group.close()
+        group.close()
+        assert backend.aborted.is_set() and not backend.graph_gone.is_set()
+        assert [record.message for record in caplog.records] == [
+            "NCCL has not left its group: a CUDA graph still holds it"
+        ]
+    finally:
+        backend.graph_gone.set()
 
 
 @pytest.mark.gpu

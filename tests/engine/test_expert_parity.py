@@ -47,7 +47,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 MODELS = {
     "qwen3_moe": ("qwen3_moe", {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
-    "mixtral": ("mixtral", {}),
+    "mixtral": ("mixtral", {"num_local_experts": 6}),
     "qwen2_moe": ("qwen2_moe", {}),
 }
 
@@ -106,6 +106,7 @@ def compare(driver: EngineDriver, jobs: list[Job]) -> None:
     "case", ["qwen3_moe", *(pytest.param(c, marks=pytest.mark.slow) for c in ("mixtral", "qwen2_moe"))]
 )
 def test_adapters_of_a_mixture_of_experts(case: str, tmp_path: Path) -> None:
+    """On one rank, and where two divide the experts."""
     family, overrides = MODELS[case]
     path = tmp_path / "model"
     make_tiny_model(path, family, **overrides)
@@ -113,13 +114,15 @@ def test_adapters_of_a_mixture_of_experts(case: str, tmp_path: Path) -> None:
     jobs = jobs_of(None, load(path))
     for seed, (name, config) in enumerate(configs.items()):
         jobs += jobs_of(name, make_adapter(tmp_path / name, path, seed, config))
-    driver = EngineDriver(path, {n: tmp_path / n for n in configs}, page_size=4, chunked_prefill_size=16)
-    try:
-        compare(driver, jobs)
-        assert driver.infos["experts"].target_modules == ["experts.down_proj", "experts.gate_up_proj", "v_proj"]
-        assert driver.infos["experts"].rank == 4
-    finally:
-        driver.close()
+    for ranks in (1, 2):
+        options: dict[str, Any] = {"page_size": 4, "chunked_prefill_size": 16, "tp_size": ranks}
+        driver = EngineDriver(path, {n: tmp_path / n for n in configs}, **options)
+        try:
+            compare(driver, jobs)
+            assert driver.infos["experts"].target_modules == ["experts.down_proj", "experts.gate_up_proj", "v_proj"]
+            assert driver.infos["experts"].rank == 4
+        finally:
+            driver.close()
 
 
 def by_expert(tensors: Tensors, names: dict[str, str]) -> Tensors:
@@ -211,17 +214,18 @@ def test_every_layout_of_adapters_on_experts(family: str, names: dict[str, str],
         converted = PeftModel.from_pretrained(load(path), str(tmp_path / "by expert")).eval()
     jobs += jobs_of("by expert", converted)
     adapters = {name: tmp_path / name for name in ("wrappers", "stacks", "shared", "by expert")}
-    driver = EngineDriver(path, adapters, page_size=4, chunked_prefill_size=16)
-    try:
-        compare(driver, jobs)
-        assert {name: info.rank for name, info in driver.infos.items()} == {
-            "wrappers": 4,
-            "stacks": 8,
-            "shared": 3,
-            "by expert": 5,
-        }
-    finally:
-        driver.close()
+    for ranks in (1, 2):
+        driver = EngineDriver(path, adapters, page_size=4, chunked_prefill_size=16, tp_size=ranks)
+        try:
+            compare(driver, jobs)
+            assert {name: info.rank for name, info in driver.infos.items()} == {
+                "wrappers": 4,
+                "stacks": 8,
+                "shared": 3,
+                "by expert": 5,
+            }
+        finally:
+            driver.close()
 
 
 def test_experts_of_transformers_take_no_adapters_and_say_so(tmp_path: Path) -> None:

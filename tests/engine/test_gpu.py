@@ -242,5 +242,5 @@ def test_the_largest_step_is_measured(llama: Family, caplog: pytest.LogCaptureFi
 
 @cuda
 def test_an_arena_that_does_not_fit_says_what_asked_for_how_much(llama: Family) -> None:
-    with pytest.raises(OutOfMemory, match=r"arena asks for 1\d+\.0 GiB \(--arena-bytes\).*lower --arena-bytes"):
+    with pytest.raises(OutOfMemory, match=r"arena asks for 1\d+\.\d GiB \(--arena-bytes\).*lower --arena-bytes"):
         llama.driver([], arena_bytes=1 << 40)

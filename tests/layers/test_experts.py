@@ -129,3 +129,27 @@ def test_experts_in_a_graph_on_a_gpu() -> None:
         rows = sort_by_expert(experts.cpu(), 16)
         expected = combine(wide(x.cpu().float(), rows, BASE), rows, weights.cpu())
         torch.testing.assert_close(out.cpu().float(), expected, atol=0.05, rtol=0.02)
+
+
+def test_the_shares_of_ranks_add_up_to_the_whole() -> None:
+    """Each computes its own experts' rows; those of others hold what no number is, and are not looked at."""
+    g = torch.Generator().manual_seed(3)
+    experts = torch.stack([torch.randperm(6, generator=g)[:3] for _ in range(7)])
+    weights = torch.rand(7, 3, generator=g)
+    y = torch.randn(6, 7, 4, generator=g)  # what each expert makes of each token
+    segments = torch.tensor([0, 1, 1, 2, 0, 3, 3])
+    total = torch.zeros(7, 4)
+    for rank in range(3):
+        held = range(2 * rank, 2 * rank + 2)
+        rows = sort_by_expert(experts, 6, segments, held)
+        assert rows.segments is not None and rows.ends.tolist() == sorted(rows.ends.tolist())
+        count = int(rows.ends[-1])
+        assert (rows.experts[:count] + held.start >= held.start).all() and not rows.segments[count:].any()
+        found = torch.full((21, 4), torch.nan)
+        found[:count] = y[rows.experts[:count] + held.start, rows.tokens[:count]]
+        assert torch.equal(rows.segments[:count], segments[rows.tokens[:count]])
+        inside = (experts >= held.start) & (experts < held.stop)
+        assert count == int(inside.sum())
+        total += combine(found, rows, weights * inside)
+    expected = (weights[..., None] * y[experts, torch.arange(7)[:, None]]).sum(1)
+    torch.testing.assert_close(total, expected)

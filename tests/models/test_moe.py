@@ -112,9 +112,10 @@ def test_settings_that_no_router_can_work_with(
         read_config(str(tmp_path), model_impl="native")
 
 
-def test_ranks_do_not_divide_experts_yet(tmp_path: Path) -> None:
-    make_tiny_model(tmp_path, "qwen3_moe")
-    with pytest.raises(ConfigError, match="--tp-size 2: experts are not divided among ranks"):
+def test_ranks_divide_experts_evenly(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path, "qwen3_moe", num_experts=5)
+    message = "--tp-size 2: experts.gate_up_proj: 5 experts cannot be divided into 2 equal parts"
+    with pytest.raises(ConfigError, match=message):
         make_model(str(tmp_path), device=META, group=ProcessGroup(None, 0, 2, META))
 
 

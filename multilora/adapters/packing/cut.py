@@ -3,6 +3,7 @@
     the module is cut by     lora_A             lora_B             magnitude   biases     full weight
     outputs                  whole              columns            columns     columns    rows
     inputs                   columns            whole              whole       rank 0's   columns
+    experts                  its experts'       its experts', and whole where all experts share it
 
 Where a module is cut by inputs, the ranks' outputs are summed: scale · (y₀ + y₁ + …) + shift is
 (scale · y₀ + shift) + scale · y₁ + …, so only rank 0 has a shift. Norms, and what replaces a table or rows of it, are
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from multilora.adapters.adapter import Adapter, Block, Full, LowRank, Rows, Vector, VectorKind
-from multilora.lora.sharding import inputs_of, local_site, outputs_of, sums_over_ranks
+from multilora.lora.sharding import experts_of, inputs_of, local_site, outputs_of, sums_over_ranks
 from multilora.lora.sites import TABLES, LoraSite, LoraSlice
 
 Sites = tuple[LoraSite, ...]
@@ -37,6 +38,10 @@ def _cut(block: Block, places: dict[tuple[int, str], tuple[LoraSite, LoraSlice]]
     local = local_site(site, size)
     width = local.slices[site.slices.index(part)].out_features
     match block:
+        case LowRank(a=a, b=b) if site.experts:
+            held = experts_of(site, rank, size)
+            a, b = (x if len(x) == 1 else x[held.start : held.stop] for x in (a, b))
+            return replace(block, a=a, b=b)
         case LowRank(a=a, b=b):
             return replace(block, a=_columns(a, inputs, local.in_features), b=_columns(b, outputs, width))
         case Vector(value=value):

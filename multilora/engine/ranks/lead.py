@@ -318,10 +318,10 @@ class Ranks:
         logger.error("%s; all ranks end", error.message)
         for process in self._processes:
             process.kill()
-        self._groups.close()
         with self._changed:
             self._error = error
             self._changed.notify_all()
+        self._groups.close()
         if self._exits and not self._noticed.wait(NOTICE_SECONDS):
             logger.error("rank 0 does not come to an end by itself")
             logging.shutdown()

@@ -122,7 +122,7 @@ class TransformersCausalLM(CausalLM):
 
     def load(self, model_path: str, *, load_format: str, revision: str | None, seed: int) -> None:
         if load_format == "dummy":
-            fill_dummy(self, seed + self.group.rank)
+            fill_dummy(self, seed, self.group.rank)
         else:
             load_tree(self._tree.lm, model_path, revision, self.kv_scales.destinations())
 
