@@ -5,6 +5,7 @@ Called by `engine/build_rank.py`; `adapter_tools/` reads configs only.
 
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -118,15 +119,18 @@ def _check_known(raw: dict[str, Any]) -> None:
         raise ModelUnsupported(f"architecture {names} is not supported: {what}")
 
 
-def _configure(classes: list[type[CausalLM]], hf: Any, **others: Any) -> tuple[type[CausalLM], ModelConfig]:
+def _configure(classes: Iterator[type[CausalLM]], hf: Any, **others: Any) -> tuple[type[CausalLM], ModelConfig]:
     """The first class that serves the model, and its config. Raises what the last one says against it."""
-    *native, last = classes
-    for cls in native:
+    refused: ModelUnsupported | None = None
+    for cls in classes:
+        if refused:
+            logger.info("not served natively (%s): trying %s", refused, cls.__name__)
         try:
             return cls, cls.configure(hf, **others)
         except ModelUnsupported as e:
-            logger.info("not served by %s (%s): trying transformers' modules", cls.__name__, e)
-    return last, last.configure(hf, **others)
+            refused = e
+    assert refused, "no class was given"
+    raise refused
 
 
 def _generation_config(model_path: str, revision: str | None) -> GenerationConfig | None:

@@ -1,5 +1,8 @@
 """Architectures by name."""
 
+import subprocess
+import sys
+
 import pytest
 
 from multilora.errors import ModelUnsupported
@@ -10,14 +13,21 @@ from multilora.models.transformers_backend.model import TransformersCausalLM
 def test_every_name_is_its_class() -> None:
     for name, cls in ARCHITECTURES.items():
         assert cls.__name__ == name
-        assert model_classes({"architectures": [name]}, "native") == [cls]
+        assert [*model_classes({"architectures": [name]}, "native")] == [cls]
 
 
 def test_auto_prefers_native_and_transformers_is_the_other_one() -> None:
     for name, cls in ARCHITECTURES.items():
-        assert model_classes({"architectures": [name]}, "auto") == [cls, TransformersCausalLM]
-        assert model_classes({"architectures": [name]}, "transformers") == [TransformersCausalLM]
-    assert model_classes({"architectures": ["OtherForCausalLM"]}, "auto") == [TransformersCausalLM]
+        assert [*model_classes({"architectures": [name]}, "auto")] == [cls, TransformersCausalLM]
+        assert [*model_classes({"architectures": [name]}, "transformers")] == [TransformersCausalLM]
+    assert [*model_classes({"architectures": ["OtherForCausalLM"]}, "auto")] == [TransformersCausalLM]
+
+
+def test_transformers_modules_are_imported_for_those_who_need_them() -> None:
+    """It would take every engine's start a second and more."""
+    wanted = "multilora.models.transformers_backend.model", "torch._dynamo", "sympy"
+    code = f"import sys, multilora.engine.process.worker; sys.exit(any(name in sys.modules for name in {wanted}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize(
