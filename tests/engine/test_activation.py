@@ -145,9 +145,9 @@ def test_the_reference_tells_them_apart(world: World) -> None:
         {},
         {"page_size": 1},
         {"page_size": 16},
-        {"chunked_prefill_size": 5},
+        pytest.param({"chunked_prefill_size": 5}, marks=pytest.mark.slow),  # the next one is cut, too
         {"chunked_prefill_size": 3, "page_size": 2, "max_loras_per_batch": 1},
-        {"disable_radix_cache": True},
+        pytest.param({"disable_radix_cache": True}, marks=pytest.mark.slow),
         {"ahead": 1},
     ],
     ids=str,
@@ -166,8 +166,15 @@ def test_little_memory(world: World) -> None:
     assert driver.stats.preemptions > 0
 
 
-@pytest.mark.parametrize("name", ["pair", "triple"])
-@pytest.mark.parametrize("first", ["base", "adapter"])
+@pytest.mark.parametrize(
+    ("first", "name"),
+    [
+        ("base", "pair"),
+        ("adapter", "triple"),
+        pytest.param("base", "triple", marks=pytest.mark.slow),
+        pytest.param("adapter", "pair", marks=pytest.mark.slow),
+    ],
+)
 def test_the_prefix_before_activation_is_shared_with_base(world: World, name: str, first: str) -> None:
     """Whoever comes first: whole pages before the position serve the other, and not one page more."""
     for i, prompt in enumerate(world.prompts):

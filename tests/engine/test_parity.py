@@ -2,8 +2,8 @@
 give for that request alone, whatever the chunking, the caches, the memory, the evictions and the order of arrival.
 
 All in fp32 with greedy decoding; logprobs agree to 1e-4; with a seed, random answers do not change either. Every
-family takes `IN_EVERY_FAMILY`; what hangs on the engine more than on the model takes the two that differ most in it
-(`IN_EVERYTHING`), and the others in the slow tier. There two families are tested on ranks that share the model, too.
+family takes some of `IN_EVERY_FAMILY`; what hangs on the engine more than on the model takes the two that differ most
+in it (`IN_EVERYTHING`), and the others in the slow tier. There two families are tested on ranks that share the model.
 Where the reference itself hardly prefers one token over another, rounding could decide: `make_family` takes only
 prompts whose every choice is clear, so that a difference is always a bug.
 """
@@ -120,22 +120,68 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     torch.set_num_threads(threads)
 
 
-IN_EVERY_FAMILY = {"the_reference_tells_adapters_apart", "everything_at_once", "prefix_hits", "logprobs"}
-"""Tests."""
+MOST_STEPS = NEW_TOKENS * len(NAMES)
+"""If each adapter came only when the one before had ended."""
+
+# what is special → (options, what the statistics must show at the end)
+SCENARIOS: dict[str, tuple[dict[str, Any], Callable[[Stats], bool]]] = {
+    "one batch": ({}, lambda s: s.steps < MOST_STEPS and s.preemptions == 0),
+    "pages of 1": ({"page_size": 1}, lambda s: s.steps < MOST_STEPS and s.preemptions == 0),
+    "chunks of 5": ({"chunked_prefill_size": 5, "page_size": 4}, lambda s: s.steps > 60 and s.cached_tokens > 0),
+    "no prefix cache": ({"disable_radix_cache": True}, lambda s: s.prefix_pages == s.cached_tokens == 0),
+    "longest prefix first": ({"schedule_policy": "lpm", "max_running_requests": 4}, lambda s: s.steps > 60),
+    "two adapters at a time": ({"max_loras_per_batch": 2}, lambda s: sum(a.evictions for a in s.adapters) > 2),
+    "one adapter at a time": (
+        {"max_loras_per_batch": 1, "lora_eviction_policy": "fifo", "page_size": 4},
+        lambda s: sum(a.evictions for a in s.adapters) > 3,
+    ),
+    "host memory for two": (
+        {"max_loras_per_batch": 2, "max_loaded_loras": 2, "lora_eviction_policy": "cost"},
+        lambda s: sum(a.fetches for a in s.adapters) > len(ADAPTERS),
+    ),
+}
+
+
 IN_EVERYTHING = ("llama3", "mistral")
 """Families: rope that depends on the position, and a window."""
+OTHERS = [name for name in FAMILIES if name not in IN_EVERYTHING]
+IN_EVERY_FAMILY: dict[str, tuple[str, list[Any]]] = {
+    "everything_at_once": ("scenario", [*SCENARIOS]),
+    "prefix_hits": ("page_size", [4, 16]),
+    "logprobs": ("chunk", [5, 2048]),
+}
+"""Tests with a parameter whose values the other families share in the quick tier: each takes some, and each value is
+taken by one of them."""
 ON_RANKS = (("llama3", 2), ("qwen2", 4))
 """Every family: ranks/test_equal.py. Of the second there are more ranks than KV heads."""
+
+
+def is_quick(test: str, family: str, value: Any) -> bool:
+    if family in IN_EVERYTHING or test == "the_reference_tells_adapters_apart":
+        return True
+    values = IN_EVERY_FAMILY[test][1] if test in IN_EVERY_FAMILY else []
+    shares = min(len(OTHERS), len(values))
+    return bool(values) and values.index(value) % shares == OTHERS.index(family) % shares
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "family" not in metafunc.fixturenames:
         return
-    everywhere = metafunc.function.__name__.removeprefix("test_") in IN_EVERY_FAMILY
-    quick = {name: everywhere or name in IN_EVERYTHING for name in FAMILIES}
-    params = [pytest.param((name, 1), id=name, marks=() if quick[name] else pytest.mark.slow) for name in FAMILIES]
-    params += [pytest.param(one, id=f"{one[0]} on {one[1]} ranks", marks=pytest.mark.slow) for one in ON_RANKS]
-    metafunc.parametrize("family", params, indirect=True, scope="module")
+    test = metafunc.function.__name__.removeprefix("test_")
+    name, values = IN_EVERY_FAMILY.get(test, (None, [None]))
+    families = [(f, 1, f) for f in FAMILIES] + [(f, ranks, f"{f} on {ranks} ranks") for f, ranks in ON_RANKS]
+    params = [
+        pytest.param(
+            (family, ranks),
+            *([value] if name else []),
+            id=f"{title}-{value}" if name else title,
+            marks=() if ranks == 1 and is_quick(test, family, value) else pytest.mark.slow,
+        )
+        for family, ranks, title in families
+        for value in values
+    ]
+    names = ["family", name] if name else ["family"]
+    metafunc.parametrize(names, params, indirect=["family"], scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -175,29 +221,6 @@ def test_the_reference_tells_adapters_apart(family: Family) -> None:
         assert len(answers) == len(NAMES)
 
 
-MOST_STEPS = NEW_TOKENS * len(NAMES)
-"""If each adapter came only when the one before had ended."""
-
-# what is special → (options, what the statistics must show at the end)
-SCENARIOS: dict[str, tuple[dict[str, Any], Callable[[Stats], bool]]] = {
-    "one batch": ({}, lambda s: s.steps < MOST_STEPS and s.preemptions == 0),
-    "pages of 1": ({"page_size": 1}, lambda s: s.steps < MOST_STEPS and s.preemptions == 0),
-    "chunks of 5": ({"chunked_prefill_size": 5, "page_size": 4}, lambda s: s.steps > 60 and s.cached_tokens > 0),
-    "no prefix cache": ({"disable_radix_cache": True}, lambda s: s.prefix_pages == s.cached_tokens == 0),
-    "longest prefix first": ({"schedule_policy": "lpm", "max_running_requests": 4}, lambda s: s.steps > 60),
-    "two adapters at a time": ({"max_loras_per_batch": 2}, lambda s: sum(a.evictions for a in s.adapters) > 2),
-    "one adapter at a time": (
-        {"max_loras_per_batch": 1, "lora_eviction_policy": "fifo", "page_size": 4},
-        lambda s: sum(a.evictions for a in s.adapters) > 3,
-    ),
-    "host memory for two": (
-        {"max_loras_per_batch": 2, "max_loaded_loras": 2, "lora_eviction_policy": "cost"},
-        lambda s: sum(a.fetches for a in s.adapters) > len(ADAPTERS),
-    ),
-}
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_everything_at_once(family: Family, scenario: str) -> None:
     options, expected = SCENARIOS[scenario]
     driver = family.driver(**options)
@@ -253,7 +276,6 @@ def test_adapters_and_kv_compete(family: Family, page_size: int) -> None:
     assert driver.evictions > 0
 
 
-@pytest.mark.parametrize("page_size", [4, 16])
 def test_prefix_hits(family: Family, page_size: int) -> None:
     """Same prompts again, and prompts that begin alike: cached KV serves its own adapter, never another."""
     driver = family.driver(page_size=page_size)
@@ -365,7 +387,6 @@ def check_logprobs(answer: Answer, expected: Reference, prompt: list[int], start
     torch.testing.assert_close(values, rows.gather(1, ids), **close)
 
 
-@pytest.mark.parametrize("chunk", [5, 2048])
 def test_logprobs(family: Family, chunk: int) -> None:
     """The second time the prompts come from the cache, but for the positions whose logprobs are wanted."""
     driver = family.driver(page_size=4, chunked_prefill_size=chunk)

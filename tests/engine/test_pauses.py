@@ -102,8 +102,15 @@ def expected(files: Path) -> list[list[int]]:
 # ---------------------------------------------------------------------- nothing changes
 
 
-@pytest.mark.parametrize(("ahead", "late"), [(0, None), (1, None), (1, 2)])
-@pytest.mark.parametrize("seed", range(3))
+COURSES = [(seed, *course) for seed in range(3) for course in ((0, None), (1, None), (1, 2))]
+QUICK = (COURSES[0], COURSES[4], COURSES[8], COURSES[5])
+"""Every seed, with every one of the courses once, and the last course twice."""
+
+
+@pytest.mark.parametrize(
+    ("seed", "ahead", "late"),
+    [pytest.param(*course, marks=() if course in QUICK else pytest.mark.slow) for course in COURSES],
+)
 def test_pauses_at_random_steps_change_no_token(
     files: Path, expected: list[list[int]], seed: int, ahead: int, late: int | None
 ) -> None:
