@@ -1,5 +1,5 @@
-"""`multilora` and `python -m multilora`: `serve`, `demo`, `doctor`, `plan`, `adapters` for work on adapters, `keys`
-to make keys. The exit code is 2 if the arguments are wrong.
+"""`multilora` and `python -m multilora`: `serve`, `cluster`, `demo`, `doctor`, `plan`, `adapters` for work on
+adapters and `keys` to make keys. The exit code is 2 if the arguments are wrong.
 
 Heavy libraries are imported only by the command that needs them.
 """
@@ -54,6 +54,10 @@ def _run(args: cli.OtherArgs) -> int:
         from multilora.cli.plan import command as plan
 
         return plan.run(args)
+    if isinstance(args, cli.ClusterArgs):
+        from multilora.cli.cluster import command as cluster
+
+        return cluster.run(args)
     from multilora.cli.demo import command as demo
 
     return demo.run()

@@ -66,6 +66,9 @@ def main() -> None:
     parser.add_argument("--routers", type=int, default=4, help="ingress processes of the adapter-aware router")
     parser.add_argument("--device-gb", type=float, default=32.0)
     parser.add_argument("--host-gb", type=float, default=64.0)
+    parser.add_argument(
+        "--storage-gb-s", type=float, default=0.0, help="what a replica gets of files (default: a disk of its own)"
+    )
     parser.add_argument("--policy", default="fair", help="--schedule-policy of the replicas")
     parser.add_argument("--only", nargs="+", choices=list(ROUTINGS), default=list(ROUTINGS))
     parser.add_argument("--seed", type=int, default=0)
@@ -73,7 +76,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="an SVG of the rows")
     args = parser.parse_args()
     calibration = calibrate()
-    sizes = Sizes(device_bytes=args.device_gb * 1e9, host_bytes=args.host_gb * 1e9, policy=args.policy)
+    sizes = Sizes(
+        device_bytes=args.device_gb * 1e9,
+        host_bytes=args.host_gb * 1e9,
+        policy=args.policy,
+        storage_rate=args.storage_gb_s * 1e9,
+    )
     traffic = Traffic(
         adapters=args.adapters, seconds=args.seconds, zipf=args.zipf, drift=args.drift, diurnal=args.diurnal,
         period=args.seconds - args.warm, seed=args.seed,

@@ -25,13 +25,16 @@ PROMPTS = [[0] * n for n in range(4097)]  # only lengths count
 
 @dataclass(frozen=True)
 class Sizes:
-    """slots: requests that run at a time; chunk: prompt tokens of a step; device_bytes, host_bytes: for adapters."""
+    """slots: requests that run at a time; chunk: prompt tokens of a step; device_bytes, host_bytes: for adapters.
+    storage_rate: bytes a second that a replica gets of adapters' files at most; 0: they are on a disk of its own, as
+    they were when that was measured."""
 
     slots: int = 64
     chunk: int = 2048
     device_bytes: float = 32e9
     host_bytes: float = 64e9
     policy: str = "fair"
+    storage_rate: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -115,7 +118,7 @@ class SimulatedEngine:
         self.device, self.host = Tier(sizes.device_bytes), Tier(sizes.host_bytes)
         self._loading: set[int] = set()
         self._fetching = 0
-        self._link_free = 0.0
+        self._link_free = self._storage_free = 0.0
         self._steps = 0
         self._run: tuple[float, float, int, int] | None = None  # begin, seconds of a step, steps, number of the run
         self._runs = 0
@@ -262,8 +265,11 @@ class SimulatedEngine:
             self._fetching += 1
             self._loading.add(adapter)
             self.fetched += bytes_of(adapter)
-            seconds = self._calibration.fetch_fixed + bytes_of(adapter) / self._calibration.fetch_rate
-            self._at(now + seconds, lambda time: self._fetched(adapter, time))
+            ready = now + self._calibration.fetch_fixed + bytes_of(adapter) / self._calibration.fetch_rate
+            if self._sizes.storage_rate:
+                self._storage_free = max(now, self._storage_free) + bytes_of(adapter) / self._sizes.storage_rate
+                ready = max(ready, self._storage_free + self._calibration.fetch_fixed)
+            self._at(ready, lambda time: self._fetched(adapter, time))
 
     def _fetched(self, adapter: int, now: float) -> None:
         if self.dead:

@@ -18,6 +18,8 @@ from multilora.cli import adapters as cli_adapters
 from multilora.cli import keys_args as cli_keys
 from multilora.cli.adapter_work import AdapterWorkArgs
 from multilora.cli.adapters import AdapterArgs
+from multilora.cli.cluster import args as cli_cluster
+from multilora.cli.cluster.args import ClusterArgs
 from multilora.cli.compat import ALWAYS_ON, IGNORED, REFUSED
 from multilora.cli.demo import args as cli_demo
 from multilora.cli.demo.args import DemoArgs
@@ -35,6 +37,7 @@ from multilora.options import Option, options_of
 __all__ = [
     "AdapterArgs",
     "AdapterWorkArgs",
+    "ClusterArgs",
     "DemoArgs",
     "DoctorArgs",
     "KeyArgs",
@@ -47,8 +50,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-OtherArgs = AdapterArgs | AdapterWorkArgs | KeyArgs | DemoArgs | DoctorArgs | PlanArgs
-"""What the command lines are parsed into that start no server."""
+OtherArgs = AdapterArgs | AdapterWorkArgs | KeyArgs | DemoArgs | DoctorArgs | PlanArgs | ClusterArgs
+"""What the command lines are parsed into but `serve`."""
 
 FAMILIES: dict[str, tuple[str, Callable[[argparse.Namespace], OtherArgs]]] = {
     "inspect": ("adapters ", cli_adapters.parsed),
@@ -59,6 +62,7 @@ FAMILIES: dict[str, tuple[str, Callable[[argparse.Namespace], OtherArgs]]] = {
     "demo": ("", cli_demo.parsed),
     "doctor": ("", cli_doctor.parsed),
     "plan": ("", cli_plan.parsed),
+    "cluster": ("", cli_cluster.parsed),
 }
 """What stands before a command, and what reads its arguments; `serve` has neither."""
 
@@ -150,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=_wide,
     )
-    for family in (cli_adapters, cli_keys, cli_demo, cli_doctor, cli_plan):
+    for family in (cli_adapters, cli_keys, cli_demo, cli_doctor, cli_plan, cli_cluster):
         family.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
     groups: dict[str, Any] = {}
     for opt in options_of(Config):

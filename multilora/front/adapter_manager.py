@@ -186,7 +186,7 @@ class AdapterManager:
         replaced = self._registry.commit_load(version, None)
         logger.info("adapter %r is now %s", name, show(spec))
         if replaced is not None:
-            yield from Spawn(self._drop(replaced))
+            yield from Spawn(self.drop(replaced))
 
     def unload(self, name: str) -> Steps[None]:
         """Refuse new requests for `name`, wait for those it has, and free it. Raises AdapterNotLoaded."""
@@ -210,7 +210,7 @@ class AdapterManager:
         except BaseException:
             self._registry.undo_unload(version)
             raise
-        yield from self._drop(version)
+        yield from self.drop(version)
         self._observer.forget(name)
         logger.info("adapter %r unloaded", name)
 
@@ -300,7 +300,7 @@ class AdapterManager:
         newer = replaced != info.version and not self._registry.is_composition(replaced)
         if update and newer:
             yield from EngineCall(lambda call: ReplaceAdapter(call, replaced, info.version))
-        yield from Spawn(self._drop(replaced))
+        yield from Spawn(self.drop(replaced))
 
     def _record(self, info: AdapterInfo) -> Steps[None]:
         record = AdapterRecord.of(self._registry.ref(info.version), info.path, info.fingerprint)
@@ -313,8 +313,8 @@ class AdapterManager:
             self.spool.remove(info.version)
             raise
 
-    def _drop(self, version: int) -> Steps[None]:
-        """Wait until no request holds the version, then free it."""
+    def drop(self, version: int) -> Steps[None]:
+        """Wait until no request holds the version, which is being unloaded or was replaced, then free it."""
         yield from WaitUntilIdle(version)
         try:
             if not self._registry.is_composition(version):

@@ -4,7 +4,7 @@ Owns the table of current adapters, by full name (see `access.py`); its heir, `A
 Called by `registry.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from multilora.errors import BadRequest, LoraNotEnabled, UnknownAdapter, UnknownModel
@@ -55,6 +55,10 @@ class AdapterNames:
             )
         return meant
 
+    def known_names(self) -> Collection[str]:
+        """The full names that stand for an adapter, perhaps for one that is being unloaded."""
+        return self._current.keys()
+
     def names_of(self, model: str | None, lora_path: Any) -> list[str]:
         """The full names of adapters in a request's fields, each once. What is not well-formed, or not the caller's
         to use, is left out: it will be refused elsewhere."""
@@ -87,7 +91,7 @@ class AdapterNames:
         if not caller.may_use(name):
             return None
         own = caller.own_name(name)
-        return own if own in self._current else name
+        return own if own in self.known_names() else name
 
     def _full_name(self, name: str, *, param: str = "lora_path") -> str:
         """The same of an adapter that is loaded, perhaps being unloaded. Raises UnknownAdapter."""

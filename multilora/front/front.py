@@ -5,6 +5,7 @@ loaded. The road of a request is `request_front.py`'s.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar
 
 from multilora.adapters.sources.spool import Spool
 from multilora.config import Config
@@ -20,7 +21,7 @@ from multilora.front.pause_manager import PauseManager
 from multilora.front.quotas import Quotas
 from multilora.front.records import Records
 from multilora.front.registry import AdapterRegistry
-from multilora.front.request_front import RequestFront
+from multilora.front.request_front import AdapterHolder, RequestFront
 from multilora.front.resolver import Resolver
 from multilora.front.restoring import load_at_start
 from multilora.front.tokenizer import Tokenizer
@@ -31,12 +32,14 @@ class Front(RequestFront):
     """The front of one server.
 
     tokenizer: None: token ids only. spool: where adapters are kept that do not come from a directory or the hub.
-    observer: who counts requests; None: nobody. records: what is written down of adapters; None: nothing.
+    observer: who counts requests; None: nobody. records: what is written down of adapters; None: nothing. Its heirs
+    may have another registry, manager or resolver.
     """
 
     engine: EngineLink
     admission: LocalAdmission
-    resolver: Resolver
+    registry_type: ClassVar[type[AdapterRegistry]] = AdapterRegistry
+    manager_type: ClassVar[type[AdapterManager]] = AdapterManager
 
     def __init__(
         self,
@@ -51,17 +54,22 @@ class Front(RequestFront):
         self.quotas = Quotas()
         self.records = records or Records()
         self.pauses = PauseManager()
-        registry = AdapterRegistry(
+        registry = self.registry_type(
             config.model_name, config.enable_lora, config.max_loaded_loras, config.max_loras_per_tenant
         )
         vocabularies = Vocabularies(tokenizer, engine.ready, registry, spool.admit(config).lora_root)
         fetcher = Fetcher(config, spool)
-        self.adapters = AdapterManager(
+        self.adapters = self.manager_type(
             registry, vocabularies, spool, fetcher, observer, self.records, config.lora_load_timeout
         )
-        resolver = Resolver(config, registry, self.adapters, fetcher, observer)
+        resolver = self._make_resolver(config, registry, fetcher, observer)
         admission = LocalAdmission(config, engine, registry, self.quotas)
         super().__init__(config, engine, registry, vocabularies, admission, resolver, observer)
+
+    def _make_resolver(
+        self, config: Config, registry: AdapterRegistry, fetcher: Fetcher, observer: Observer
+    ) -> AdapterHolder:
+        return Resolver(config, registry, self.adapters, fetcher, observer)
 
     def load_at_start(self) -> Steps[None]:
         """Load what is there from the start: --lora-paths, and what the records have. See `restoring.py`."""

@@ -279,11 +279,11 @@ class AdapterRegistry(AdapterNames):
     def _check_room(self, name: str) -> None:
         """Raise AdapterQuotaExceeded if the name would be one too many of its tenant's."""
         tenant = owner_of(name)
-        if not tenant or name in self._current or name in self._loading:
+        if not tenant or name in self.known_names() or name in self._loading:
             return
         own = self.tenants[tenant].max_adapters
         most = self.max_per_tenant if own is None else own
-        count = sum(owner_of(other) == tenant for other in self._current.keys() | self._loading.keys())
+        count = sum(owner_of(other) == tenant for other in {*self.known_names(), *self._loading})
         if most is not None and count >= most:
             raise AdapterQuotaExceeded(f"{count} adapters are loaded, {most} at most: unload one first")
 

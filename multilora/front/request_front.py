@@ -50,7 +50,11 @@ LONG_CHARS = 256 << 10
 
 
 class AdapterHolder(Protocol):
-    """What loads adapters that are asked for and not loaded; see `Resolver`."""
+    """What loads adapters that are asked for and not loaded; see `Resolver`. active: whether there is any need to ask
+    it."""
+
+    @property
+    def active(self) -> bool: ...
 
     def hold(self, names: Iterable[str]) -> Steps[Sequence[Held]]: ...
 

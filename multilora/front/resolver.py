@@ -92,6 +92,11 @@ class Resolver:
         self._wanted: Counter[str] = Counter()  # by requests that are in `hold`
         self._num_waiting = 0  # requests
 
+    @property
+    def active(self) -> bool:
+        """Whether adapters are looked for anywhere."""
+        return self._config.has_resolver
+
     def hold(self, names: Iterable[str]) -> Steps[Sequence[Held]]:
         """Load what is not loaded and can be found, and hold what the resolver has loaded; see `release`.
 
@@ -99,7 +104,7 @@ class Resolver:
         an adapter that was found and cannot be loaded, QueueFull if that takes longer than --lora-resolver-timeout or
         there is no room.
         """
-        names = [name for name in names if self._concerns(name)] if self._config.has_resolver else []
+        names = [name for name in names if self._concerns(name)] if self.active else []
         if not names:
             return ()
         self._wanted.update(names)

@@ -62,7 +62,7 @@ def _restore(manager: AdapterManager, registry: AdapterRegistry, record: Adapter
             record.name, record.path, record.pinned, weight_version=record.weight_version, version=record.version
         )
         try:
-            info = yield from _as_its_tenant(registry, record, _fetch(manager, record))
+            info = yield from as_its_tenant(registry, record, fetch_again(manager, record))
         except BaseException:
             registry.fail_load(version)
             raise
@@ -76,12 +76,12 @@ def _restore(manager: AdapterManager, registry: AdapterRegistry, record: Adapter
         options = {"pinned": record.pinned, "weight_version": record.weight_version}
         name = record.name.removeprefix(f"{owner_of(record.name)}{SEPARATOR}")
         load = manager.load(name, record.path, any_url=True, **options)  # type: ignore[arg-type]
-        yield from _as_its_tenant(registry, record, load)
+        yield from as_its_tenant(registry, record, load)
     except MultiloraError as e:
         logger.error("adapter %r of --state-dir is not served: %s", record.name, e)
 
 
-def _as_its_tenant(registry: AdapterRegistry, record: AdapterRecord, steps: Steps[T]) -> Steps[T]:
+def as_its_tenant(registry: AdapterRegistry, record: AdapterRecord, steps: Steps[T]) -> Steps[T]:
     """Do `steps` as the tenant would, whose adapter it is: it may read no other files now than then. At each step,
     as others are done in between."""
     owner = owner_of(record.name)
@@ -101,7 +101,8 @@ def _as_its_tenant(registry: AdapterRegistry, record: AdapterRecord, steps: Step
             value, error = None, e
 
 
-def _fetch(manager: AdapterManager, record: AdapterRecord) -> Steps[AdapterInfo]:
+def fetch_again(manager: AdapterManager, record: AdapterRecord) -> Steps[AdapterInfo]:
+    """Into the engine, and its tokens to the front, as the version that the record says."""
     local = record.local
     if not os.path.isdir(local):
         local = yield from manager.localize(record.path, record.version)

@@ -61,13 +61,14 @@ def create_app(
     records: Records | None = None,
     keys: KeyRing | None = None,
     traces: SpanExporter | None = None,
+    front_type: type[Front] = Front,
 ) -> FastAPI:
     """`tokenizer` None: token ids only. `sampling_defaults`: sampling parameters from the model's generation_config,
     for the OpenAI routes. `spool`: the one that the engine was told of, else one of its own. `records`: see `Front`.
-    `keys`: else those that the config names. `traces`: where traces of requests go. The app's
-    `state.driver` is its `AsyncDriver`, `state.keys` its `KeyRing`."""
+    `keys`: else those that the config names. `traces`: where traces of requests go. `front_type`: what the front is.
+    The app's `state.driver` is its `AsyncDriver`, `state.keys` its `KeyRing`."""
     metrics = Metrics(config, engine.ready.context_length)
-    front = Front(config, engine, tokenizer, spool or Spool(), metrics, records)
+    front = front_type(config, engine, tokenizer, spool or Spool(), metrics, records)
     metrics.watch(front.registry, engine)
     driver = AsyncDriver(engine, front)
     driver.export_span = None if traces is None else traces.export

@@ -19,7 +19,7 @@ async def resolved(
     Raises the error of an adapter that cannot be loaded. A client that hangs up ends its waiting, not the load.
     """
     front = driver.front
-    if not front.config.has_resolver:
+    if not front.resolver.active:
         yield
         return
     held = await while_connected(receive, driver.hold(front.registry.names_of(model, lora_path)))

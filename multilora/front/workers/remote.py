@@ -109,7 +109,8 @@ class RemoteAdmission:
 class RemoteResolver:
     """See `AdapterHolder`."""
 
-    def __init__(self, link: SupervisorSide):
+    def __init__(self, link: SupervisorSide, active: bool):
+        self.active = active
         self._link = link
 
     def hold(self, names: Iterable[str]) -> Steps[Sequence[Held]]:
@@ -138,7 +139,8 @@ class WorkerFront(RequestFront):
             config.model_name, config.enable_lora, config.max_loaded_loras, config.max_loras_per_tenant
         )
         vocabularies = Vocabularies(tokenizer, link.ready, registry, config.lora_root)
-        super().__init__(config, link, registry, vocabularies, RemoteAdmission(link), RemoteResolver(link), observer)
+        admission, resolver = RemoteAdmission(link), RemoteResolver(link, config.has_resolver)
+        super().__init__(config, link, registry, vocabularies, admission, resolver, observer)
 
     def apply(self, change: NamesChanged) -> None:
         """Requests see the names so from now on. The tokens of a new version are known by then, see `read_tokens`."""

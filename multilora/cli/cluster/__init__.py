@@ -1,0 +1,1 @@
+"""`multilora cluster`: engines on several machines as one service, on Ray Serve."""

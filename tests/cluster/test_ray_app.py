@@ -1,0 +1,87 @@
+"""The cluster on Ray Serve: on this machine, with the bundled model, under load, with deaths, scaling and swaps.
+
+Covers `ray_app.py`, `running.py`, `ray_router.py`. Skipped where Ray is not installed.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "tests" / "support" / "ray_cluster_process.py"
+
+
+def environment():
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    return os.environ | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def python(code):
+    """Run in a process of its own: Ray warns, logs and keeps threads."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+DEPLOYMENTS = """
+import json, pickle
+from types import SimpleNamespace
+from multilora.cluster import ray_app
+from multilora.cluster.cluster_config import ClusterConfig
+
+def config(**content):
+    return ClusterConfig.make({"state_dir": "/s"} | content)
+
+def options(**content):
+    made = ray_app._replica_options(config(**content))
+    made.pop("request_router_config")
+    scaling = made.pop("autoscaling_config", None)
+    return made | ({"scales": [scaling.min_replicas, scaling.max_replicas]} if scaling else {})
+
+def arguments(n):
+    return pickle.dumps(ray_app.application(config(replicas=n))._bound_deployment.init_args[0])
+
+pressure = {"pressure": {"a": 1.0, "b": 0.6}}
+context = SimpleNamespace(aggregated_metrics=pressure, current_num_replicas=2, total_num_requests=10)
+print(json.dumps({
+    "cpu": options(replicas=3, serve={"device": "cpu"}),
+    "cuda": options(replicas={"min": 1, "max": 4}, serve={"device": "cuda", "tp_size": 2, "drain_seconds": 7}),
+    "same": arguments(3) == arguments(4),
+    "wanted": ray_app.scale(context, 32, 0.4)[0],
+}))
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_deployments_are_what_the_file_says():
+    found = json.loads(python(DEPLOYMENTS).splitlines()[-1])
+    cpu, cuda = found["cpu"], found["cuda"]
+    assert cpu["num_replicas"] == 3 and cpu["ray_actor_options"]["num_gpus"] == 0
+    assert cuda["scales"] == [1, 4] and cuda["graceful_shutdown_timeout_s"] == 7
+    assert cuda["placement_group_bundles"] == [{"CPU": 1.0, "GPU": 2.0}]
+    assert found["same"]  # another number of replicas restarts none of them
+    assert found["wanted"] == 4
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_under_load_loses_nothing(tmp_path):
+    command = [sys.executable, str(PROGRAM), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment())
+    line = next((line for line in done.stdout.splitlines() if line.startswith("REPORT ")), None)
+    assert line is not None, done.stderr[-4000:]
+    report = json.loads(line.removeprefix("REPORT "))
+    assert report["wrong"] == []
+    assert report["endings"]["whole"] > 10 and report["endings"]["stream"] > 10
+    assert len(report["after"]) == 1 and report["old"] in report["before"]
+    assert report["after"] != [report["old"]]
+    assert report["adapters"] == 61
