@@ -14,6 +14,7 @@
 #   make test-console  the console in a real Chromium, and the documentation's pictures of it (a browser, a minute)
 #   make test-gpu    those that need a CUDA device, and on it those that compare with PEFT
 #   make dist        wheel and sdist, checked, and the wheel's first minutes in an environment of its own (minutes)
+#   make sbom        what the wheel in dist/ brings along: a CycloneDX bill of materials, and licences
 #   make bench       benchmarks;                        ARGS="--help"
 #
 # PYTHON       the interpreter that .venv is made with, 3.11 or newer
@@ -29,7 +30,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-slow soak fuzz coverage test-clients test-models test-console test-gpu dist bench clean
+.PHONY: help setup demo serve check test test-slow soak fuzz coverage test-clients test-models test-console test-gpu dist sbom bench clean
 
 help:
 	@sed -n 's/^#  *make /make /p' Makefile
@@ -102,6 +103,11 @@ dist: $(READY)
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python scripts/first_minute.py dist/*.whl
+
+sbom: $(READY)
+	@ls dist/*.whl >/dev/null 2>&1 || { echo "no wheel in dist/: run make dist first" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet cyclonedx-bom
+	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python scripts/sbom.py dist/*.whl dist/sbom.cdx.json
 
 bench: $(READY)
 	$(BIN)/python -m bench.cpu $(ARGS)

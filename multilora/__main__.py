@@ -1,5 +1,5 @@
 """`multilora` and `python -m multilora`: `serve`, `cluster`, `demo`, `doctor`, `plan`, `adapters` for work on
-adapters and `keys` to make keys. The exit code is 2 if the arguments are wrong.
+adapters, `keys` to make keys and `completion` for shells. The exit code is 2 if the arguments are wrong.
 
 Heavy libraries are imported only by the command that needs them.
 """
@@ -50,6 +50,10 @@ def _run(args: cli.OtherArgs) -> int:
         from multilora.cli.doctor import command as doctor
 
         return doctor.run(args)
+    if isinstance(args, cli.CompletionArgs):
+        from multilora.cli.completion import command as completion
+
+        return completion.run(args)
     if isinstance(args, cli.PlanArgs):
         from multilora.cli.plan import command as plan
 

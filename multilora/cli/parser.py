@@ -21,6 +21,8 @@ from multilora.cli.adapters import AdapterArgs
 from multilora.cli.cluster import args as cli_cluster
 from multilora.cli.cluster.args import ClusterArgs
 from multilora.cli.compat import ALWAYS_ON, IGNORED, REFUSED
+from multilora.cli.completion import args as cli_completion
+from multilora.cli.completion.args import CompletionArgs
 from multilora.cli.demo import args as cli_demo
 from multilora.cli.demo.args import DemoArgs
 from multilora.cli.doctor import args as cli_doctor
@@ -38,6 +40,7 @@ __all__ = [
     "AdapterArgs",
     "AdapterWorkArgs",
     "ClusterArgs",
+    "CompletionArgs",
     "DemoArgs",
     "DoctorArgs",
     "KeyArgs",
@@ -45,12 +48,13 @@ __all__ = [
     "PlanArgs",
     "ServeArgs",
     "flags",
+    "make_parser",
     "parse",
 ]
 
 logger = logging.getLogger(__name__)
 
-OtherArgs = AdapterArgs | AdapterWorkArgs | KeyArgs | DemoArgs | DoctorArgs | PlanArgs | ClusterArgs
+OtherArgs = AdapterArgs | AdapterWorkArgs | KeyArgs | DemoArgs | DoctorArgs | PlanArgs | ClusterArgs | CompletionArgs
 """What the command lines are parsed into but `serve`."""
 
 FAMILIES: dict[str, tuple[str, Callable[[argparse.Namespace], OtherArgs]]] = {
@@ -59,6 +63,7 @@ FAMILIES: dict[str, tuple[str, Callable[[argparse.Namespace], OtherArgs]]] = {
     **dict.fromkeys(cli_adapter_work.COMMANDS, ("adapters ", cli_adapter_work.parsed)),
     "add": ("keys ", cli_keys.parsed),
     "hash": ("keys ", cli_keys.parsed),
+    "completion": ("", cli_completion.parsed),
     "demo": ("", cli_demo.parsed),
     "doctor": ("", cli_doctor.parsed),
     "plan": ("", cli_plan.parsed),
@@ -97,7 +102,7 @@ class ServeArgs:
 
 def parse(argv: Sequence[str]) -> ServeArgs | OtherArgs:
     """The parsed arguments. Raises ConfigError if they are wrong, SystemExit(0) after `--help` and `--version`."""
-    namespace, unknown = _parser().parse_known_args(argv)
+    namespace, unknown = make_parser().parse_known_args(argv)
     options = vars(namespace)
     if "command" in options:
         command = options["command"]
@@ -137,7 +142,8 @@ class _Refuse(argparse.Action):
         raise ConfigError(f"{flag}: {REFUSED[str(flag)]}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their flags, as argparse has them."""
     parser = _Parser(
         prog="multilora", description="Serve any number of LoRA adapters over one base model.", allow_abbrev=False
     )
@@ -154,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=_wide,
     )
-    for family in (cli_adapters, cli_keys, cli_demo, cli_doctor, cli_plan, cli_cluster):
+    for family in (cli_adapters, cli_keys, cli_demo, cli_doctor, cli_plan, cli_cluster, cli_completion):
         family.add_commands(commands, {"allow_abbrev": False, "formatter_class": _wide})
     groups: dict[str, Any] = {}
     for opt in options_of(Config):

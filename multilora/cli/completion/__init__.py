@@ -1,0 +1,1 @@
+"""`multilora completion`: the script that makes a shell complete the command line."""
