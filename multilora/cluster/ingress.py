@@ -37,6 +37,8 @@ ELSEWHERE = frozenset({"EngineDead", "EngineRestarting", "ServerStopping", "Adap
 LOST = "the replica of this request has ended; send it again"
 NOBODY_THERE = "no replica is ready; try again later"
 MAX_BODY = 1 << 30
+WHOLE_SECONDS = 10.0
+"""For the answer of one replica of all, until it counts as lost: it may be dead, and that not yet known."""
 
 Pieces = AsyncGenerator[list[Message], None]
 SendTo = Callable[[RouteRequest, str | None, dict[str, Any], bytes], Pieces]
@@ -182,14 +184,18 @@ class Ingress:
         """One replica's answer, all of it: name, status, headers, body. None: it is lost."""
         status, headers, content = 0, list[Any](), b""
         try:
-            async with contextlib.aclosing(self._send_to(RouteRequest(), name, scope, body)) as pieces:
+            async with (
+                asyncio.timeout(WHOLE_SECONDS),
+                contextlib.aclosing(self._send_to(RouteRequest(), name, scope, body)) as pieces,
+            ):
                 async for some in pieces:
                     for message in some:
                         if message["type"] == "http.response.start":
                             status, headers = message["status"], message["headers"]
                         elif message["type"] == "http.response.body":
                             content += message.get("body", b"")
-        except ReplicaLostError:
+        except (ReplicaLostError, TimeoutError):
+            logger.warning("replica %s does not answer %s", name, scope["path"])
             return None
         return (name, status, headers, content) if status else None
 

@@ -93,7 +93,9 @@ class SharedRegistry:
         await self._notify()
 
     async def members(self) -> list[str]:
-        """Names of the replicas that there are."""
+        """Names of the replicas that there are: of those that are late, the dead are left out."""
+        late = self._clock() - 2 * POLL_SECONDS
+        await self._drop_dead([name for name, member in self._members.items() if member.heard < late])
         return list(self._members)
 
     async def changes(self, member: str | None, seq: int, epoch: float = POLL_SECONDS) -> TableChange | None:

@@ -11,6 +11,7 @@ from fakes.server_app import Connection
 from hypothesis import given
 from hypothesis import strategies as st
 
+from multilora.cluster import ingress
 from multilora.cluster.autoscaling import desired_replicas
 from multilora.cluster.cluster_config import ClusterConfig
 from multilora.cluster.cluster_table import ClusterTable, TableChange
@@ -155,6 +156,12 @@ def test_changes_of_a_server_reach_all_and_health_is_the_ingress_own():
     assert ask(Replicas(), "/health", method="GET").status == 200
     assert ask(Replicas(), "/ready", method="GET").status == 503
     assert ask(Replicas(), "/flush_cache").status == 503
+
+
+def test_who_does_not_answer_holds_up_nobody_who_watches(monkeypatch):
+    monkeypatch.setattr(ingress, "WHOLE_SECONDS", 0.1)
+    replicas = Replicas(a=["wait"], b=[start(), part(b"n 1\n")], c=[Replicas.LOST])
+    assert ask(replicas, "/metrics", method="GET").text == 'n{replica="b"} 1\n'
 
 
 def test_a_stored_response_is_asked_of_its_replica():

@@ -124,6 +124,19 @@ def test_a_dead_replica_is_not_waited_for_and_a_silent_one_until_its_lease_ends(
     run(test())
 
 
+def test_the_dead_are_no_members_for_long():
+    async def test():
+        world = World()
+        for name in "ab":
+            await world.join(name)
+        world.dead.add("a")
+        assert await world.registry.members() == ["a", "b"]
+        world.clock.now += 11
+        assert await world.registry.members() == ["b"]
+
+    run(test())
+
+
 def test_one_that_has_left_is_not_waited_for():
     async def test():
         world = World()
