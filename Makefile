@@ -15,6 +15,7 @@
 #   make test-gpu    those that need a CUDA device, and on it those that compare with PEFT
 #   make dist        wheel and sdist, checked, and the wheel's first minutes in an environment of its own (minutes)
 #   make sbom        what the wheel in dist/ brings along: a CycloneDX bill of materials, and licences
+#   make docs        the documentation as a site, in build/site, every link checked
 #   make bench       benchmarks;                        ARGS="--help"
 #
 # PYTHON       the interpreter that .venv is made with, 3.11 or newer
@@ -30,7 +31,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-slow soak fuzz coverage test-clients test-models test-console test-gpu dist sbom bench clean
+.PHONY: help setup demo serve check test test-slow soak fuzz coverage test-clients test-models test-console test-gpu dist sbom docs bench clean
 
 help:
 	@sed -n 's/^#  *make /make /p' Makefile
@@ -109,8 +110,15 @@ sbom: $(READY)
 	$(BIN)/python -m pip install --quiet cyclonedx-bom
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python scripts/sbom.py dist/*.whl dist/sbom.cdx.json
 
+# In an environment of its own: the site's packages are nobody else's business.
+docs:
+	@test -x .venv-docs/bin/mkdocs || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet 'mkdocs>=1.6,<2' 'mkdocs-material>=9.6,<10'
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo 'build/site/index.html'
+
 bench: $(READY)
 	$(BIN)/python -m bench.cpu $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-docs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
