@@ -16,7 +16,7 @@ from multilora.options import options_of, parse_size
 TEXT = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 NO_ROUTES = {"/dev/shm", "/v1", "/v1/traces"}
 """What looks like a route in the text and is none."""
-OF_OTHER_COMMANDS = {"--json"}
+OF_OTHER_COMMANDS = {"--json", "--check"}
 """Flags in the text that are not those of `multilora serve`."""
 
 
