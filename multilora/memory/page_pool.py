@@ -98,11 +98,10 @@ class PagePool:
 
     def check(self) -> None:
         """Raise AssertionError if the books do not balance. O(total), so for tests and for an idle engine."""
-        actual = dict.fromkeys(PageKind, 0)
-        for kind in self._kind:
-            actual[kind] += 1
+        actual = {kind: self._kind.count(kind) for kind in PageKind}
         assert actual == self._count, f"page counts drifted: {self._count} recorded, {actual} found"
         assert sum(self._count.values()) == self.total
         free = self._ready + [page for _, page in self._fenced]
         assert len(free) == len(set(free)) == self.free, "the free lists do not match"
-        assert all(self._kind[page] is PageKind.FREE for page in free), "a used page is in a free list"
+        kinds = [self._kind[page] for page in free]
+        assert kinds.count(PageKind.FREE) == len(free), "a used page is in a free list"
