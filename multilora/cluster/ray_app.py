@@ -5,9 +5,10 @@ scales and replaces them. Reached through `multilora.cluster.build_app`.
 """
 
 import asyncio
+import concurrent.futures
+import contextlib
 import contextvars
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -20,7 +21,6 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from multilora.cluster.autoscaling import desired_replicas
 from multilora.cluster.cluster_config import ClusterConfig
 from multilora.cluster.cluster_table import ClusterTable, TableChange
 from multilora.cluster.ingress import Ingress, ReplicaLostError
@@ -35,6 +35,7 @@ from multilora.server.key_ring import KeyRing
 
 logger = logging.getLogger(__name__)
 
+ABSENT = "multilora.absent"
 MANY = 100_000
 """Requests that Serve lets a replica have: its engine has a queue of its own, with a limit of its own."""
 QUIET = {"enable_access_log": False}
@@ -44,6 +45,7 @@ LOCK_SECONDS = 30.0
 """For a predecessor of the registry to let go of its state directory."""
 PROBE_SECONDS = 2.0
 """For a sign of life of a replica that is waited for."""
+SCALING = "multilora.cluster.autoscaling:ReplicaScaling"
 STARTED = "started"
 """A file in the state directory: there was a registry before."""
 
@@ -146,8 +148,11 @@ class ReplicaDeployment:
     async def answer(
         self, request: RouteRequest, only: str | None, scope: dict[str, Any], body: bytes
     ) -> AsyncGenerator[list[dict[str, Any]], None]:
-        """See `SendTo`. The first two are the router's."""
-        del request, only
+        """See `SendTo`. The first two are for the router; which asks another one where the one meant is gone."""
+        del request
+        if only not in (None, self._name):
+            yield [{"type": ABSENT}]
+            return
         yield [{"type": "multilora.replica", "name": self._name}]
         async for some in self._server.handle(scope, body):
             yield [dict(message) for message in some]
@@ -206,6 +211,8 @@ class IngressDeployment:
         done = False
         try:
             async for some in response:
+                if some[0]["type"] == ABSENT:
+                    raise ReplicaLostError
                 yield some
             done = True
         except (RayActorError, BackPressureError, DeploymentUnavailableError) as e:
@@ -213,7 +220,8 @@ class IngressDeployment:
             raise ReplicaLostError from e
         finally:
             if not done:
-                response.cancel()
+                with contextlib.suppress(concurrent.futures.CancelledError):
+                    response.cancel()
 
 
 def _opened(path: Path) -> StateDirectory:
@@ -225,14 +233,6 @@ def _opened(path: Path) -> StateDirectory:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
-
-
-def scale(context: Any, target_requests: float, target_pressure: float) -> tuple[int, dict[str, Any]]:
-    """Serve's question how many replicas there should be."""
-    pressures = [value for value in context.aggregated_metrics.get("pressure", {}).values() if value is not None]
-    mean = sum(pressures) / len(pressures) if pressures else 0.0
-    current = context.current_num_replicas
-    return desired_replicas(current, context.total_num_requests, mean, target_requests, target_pressure), {}
 
 
 def application(config: ClusterConfig) -> serve.Application:
@@ -294,6 +294,6 @@ def _replica_options(config: ClusterConfig) -> dict[str, Any]:
             min_replicas=config.min_replicas,
             max_replicas=config.max_replicas,
             target_ongoing_requests=config.target_requests,
-            policy=AutoscalingPolicy(policy_function=functools.partial(scale, **targets)),
+            policy=AutoscalingPolicy(policy_function=SCALING, policy_kwargs=targets),
         )
     }

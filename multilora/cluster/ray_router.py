@@ -47,7 +47,7 @@ class AdapterRequestRouter(RequestRouter):  # type: ignore[misc]
             return [list(by_name.values())]
         request, only = pending_request.args[:2]
         if only is not None:
-            return [[by_name[only]]] if only in by_name else [[]]
+            return [[by_name[only]]] if only in by_name else [candidate_replicas]  # who will say that it is not he
         return [self._choose(request, pending_request.metadata.internal_request_id, by_name)]
 
     def _choose(

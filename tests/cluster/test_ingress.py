@@ -5,6 +5,7 @@ Covers `ingress.py`, `request_reading.py`, `merged_answers.py`, `autoscaling.py`
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from fakes.server_app import Connection
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multilora.cluster import ingress
-from multilora.cluster.autoscaling import desired_replicas
+from multilora.cluster.autoscaling import ReplicaScaling, desired_replicas
 from multilora.cluster.cluster_config import ClusterConfig
 from multilora.cluster.cluster_table import ClusterTable, TableChange
 from multilora.cluster.ingress import Ingress, ReplicaLostError
@@ -257,3 +258,9 @@ def test_replicas_are_as_many_as_requests_and_adapters_need():
     assert desired_replicas(2, 65, 0.1, 32, 0.8) == 3
     assert desired_replicas(4, 10, 1.0, 32, 0.8) == 5
     assert desired_replicas(4, 0, 0.0, 32, 0.8) == 1
+
+
+@pytest.mark.parametrize(("metrics", "wanted"), [({"pressure": {"a": 1.0, "b": 0.6}}, 4), ({}, 1), (None, 1)])
+def test_the_autoscaler_asks_for_both(metrics, wanted):
+    context = SimpleNamespace(aggregated_metrics=metrics, current_num_replicas=2, total_num_requests=10)
+    assert ReplicaScaling(32, 0.4)(context) == (wanted, {})
