@@ -20,7 +20,8 @@ from scripts.hostile.target import Target
 PROBE_SECONDS = 0.02
 FAILED_MS = 10_000.0
 ROOT = Path(__file__).parents[2]
-STREAM = {"model": "default", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+PATH = "/inference/v1/generate"  # whose streams have an event for each token, be it one without text
+STREAM = {"token_ids": [5, 6, 7], "stream": True, "sampling_params": {"max_tokens": 400, "ignore_eos": True}}
 
 
 @dataclass
@@ -66,7 +67,7 @@ def _read_stream(target: Target, stop: threading.Event, found: Found) -> bool:
     with target.socket() as one:
         one.settimeout(60)
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        one.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        one.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % PATH.encode())
         one.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
         last, tail = None, b""
         while not stop.is_set():
