@@ -1,16 +1,17 @@
 """Soak a server: many clients and adapters, swaps, hang-ups, bad requests, killed processes.
 
-    python -m scripts.soak [--seconds 600] [--adapters 200] [--clients 64]
+    python -m scripts.soak [--seconds 600] [--adapters 200] [--clients 64] [--front-workers 2]
 
-It starts `multilora serve` over the demo model. Meanwhile the engine and the loader are killed in turns. Counts are
-printed. The exit code is 1 unless every request had one ending and it was right, every adapter answers rightly before
-and after, the arena's pages add up and none is left in use, the front's memory stayed flat, and no descriptor and no
-file is left.
+It starts `multilora serve` over the demo model. Meanwhile the engine and the loader are killed in turns, and of
+several front processes one is killed or stopped. Counts are printed. The exit code is 1 unless every request had one
+ending and it was right, every adapter answers rightly before and after, the arena's pages add up and none is left in
+use, the front's memory stayed flat, and no descriptor and no file is left.
 """
 
 import argparse
 import asyncio
 import logging
+import signal
 import sys
 import tempfile
 import time
@@ -48,12 +49,19 @@ class Report:
             self.failed.append(text)
 
 
-async def faults(server: Server, seconds: float, kills: int, killed: list[str]) -> None:
-    """Kill loader and engine in turns, at even intervals, the last one well before the end."""
+async def faults(server: Server, clients: Clients, arguments: argparse.Namespace, killed: list[str]) -> None:
+    """Kill loader, engine and, of several, a front process in turns, at even intervals, the last one well before the
+    end."""
+    seconds, kills = arguments.seconds, arguments.kills
+    kills = kills if kills is not None else max(2, int(seconds / 60))
+    roles = ["loader", "engine"] + (["front"] if arguments.front_workers > 1 else [])
     for number in range(kills):
         await asyncio.sleep(0.8 * seconds / kills)
-        role = ("loader", "engine")[number % 2]
-        if server.kill(role):
+        role = roles[number % len(roles)]
+        how = signal.SIGSTOP if role == "front" and killed.count("front") % 2 else signal.SIGKILL
+        if role == "front":
+            clients.front_ended_at = time.monotonic()
+        if server.kill(role, how):
             killed.append(role)
 
 
@@ -69,8 +77,7 @@ async def soak(server: Server, arguments: argparse.Namespace, report: Report) ->
         stop, killed, sizes = asyncio.Event(), list[str](), list[float]()
         tasks = [asyncio.create_task(clients.client(i, stop)) for i in range(arguments.clients)]
         end = time.monotonic() + arguments.seconds
-        kills = arguments.kills if arguments.kills is not None else max(2, int(arguments.seconds / 60))
-        killer = asyncio.create_task(faults(server, arguments.seconds, kills, killed))
+        killer = asyncio.create_task(faults(server, clients, arguments, killed))
         while time.monotonic() < end:
             await asyncio.sleep(min(5.0, arguments.seconds / 20))
             sizes.append(server.front_mib())
@@ -128,8 +135,9 @@ def main() -> int:
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument(
-        "--kills", type=int, help="of loader and engine, in turns (default: one a minute, at least 2)"
+        "--kills", type=int, help="of loader, engine and front, in turns (default: one a minute, at least 2)"
     )
+    parser.add_argument("--front-workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     return run(parser.parse_args())
 
@@ -143,7 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
         scratch.mkdir()
         log = Path(folder, "log")
         try:
-            with started(scratch, log, *FLAGS) as server:
+            with started(scratch, log, *FLAGS, "--front-workers", str(arguments.front_workers)) as server:
                 asyncio.run(soak(server, arguments, report))
         except BaseException:
             sys.stderr.write(log.read_text(errors="replace")[-20_000:])

@@ -7,6 +7,7 @@ known (`expected`); while a swap is under way those of both are right. Every req
 import asyncio
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -55,8 +56,15 @@ class WrongEndingError(Exception):
     """A request did not end as it must: the text says how."""
 
 
+CUT_SECONDS = 10.0
+"""A connection may be cut for so long after its front process was killed or stopped."""
+
+
 class Clients:
-    """endings: how many requests ended how; wrong: what must not be."""
+    """endings: how many requests ended how; wrong: what must not be; front_ended_at: when a front process of several
+    was killed or stopped last."""
+
+    front_ended_at = float("-inf")
 
     def __init__(self, http: httpx.AsyncClient, adapters: int, seed: int):
         self.endings: Counter[str] = Counter()
@@ -108,6 +116,7 @@ class Clients:
         rng = random.Random(f"{self._seed} {number}")
         doings = [self._whole, self._stream, self._chat, self._hang_up, self._bad, self._swap, self._reload]
         while not stop.is_set():
+            began = time.monotonic()
             [doing] = rng.choices(doings, weights=[30, 30, 15, 10, 10, 3, 2])
             try:
                 ending = await doing(rng)
@@ -115,8 +124,10 @@ class Clients:
                 ending = "WRONG"
                 self.wrong.append(f"{doing.__name__[1:]}: {e}")
             except httpx.HTTPError as e:  # no answer at all, or a broken one
-                ending = "WRONG"
-                self.wrong.append(f"{doing.__name__[1:]}: {type(e).__name__}: {e}")
+                ending = self._cut(e, began)
+                if not ending:
+                    ending = "WRONG"
+                    self.wrong.append(f"{doing.__name__[1:]}: {type(e).__name__}: {e}")
             self.endings[f"{doing.__name__[1:]}: {ending}"] += 1
 
     @asynccontextmanager
@@ -219,10 +230,10 @@ class Clients:
             for seen in adapter.watchers:
                 seen.add("gone")
             adapter.kinds.add("gone")
-            refusal = self._refusal(await self._post("/unload_lora_adapter", {"lora_name": adapter.name}))
+            refusal = await self._change("/unload_lora_adapter", {"lora_name": adapter.name})
             body = {"lora_name": adapter.name, "lora_path": PATHS[kind], "upsert": True}
             for _ in range(120):
-                if not (refused := self._refusal(await self._post("/load_lora_adapter", body))):
+                if not (refused := await self._change("/load_lora_adapter", body)):
                     break
                 refusal = refused
                 await asyncio.sleep(1)
@@ -235,6 +246,21 @@ class Clients:
 
     async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         return await self._http.post(path, json=body)
+
+    async def _change(self, path: str, body: dict[str, Any]) -> str:
+        """How the server refused, if it did."""
+        began = time.monotonic()
+        try:
+            return self._refusal(await self._post(path, body))
+        except httpx.HTTPError as e:
+            if not (cut := self._cut(e, began)):
+                raise
+            return cut
+
+    def _cut(self, error: httpx.HTTPError, began: float) -> str:
+        """That the request's front process has ended, if that explains the error."""
+        explained = isinstance(error, httpx.TransportError) and self.front_ended_at > began - CUT_SECONDS
+        return "cut with its front process" if explained else ""
 
     def _judge(self, text: str, prompt: str, kinds: set[Any]) -> str:
         if text in {self.expected[kind, prompt] for kind in kinds if kind != "gone"}:

@@ -17,7 +17,11 @@ import psutil
 
 START_SECONDS = 300
 STOP_SECONDS = 120
-ROLES = {"engine": "multilora.engine.process.worker", "loader": "multilora.adapters.loading.process"}
+ROLES = {
+    "engine": "multilora.engine.process.worker",
+    "loader": "multilora.adapters.loading.process",
+    "front": "multilora.server.workers.worker",
+}
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,12 @@ class Server:
                         return child.pid
         return None
 
-    def kill(self, role: str) -> bool:
-        """End that process with SIGKILL. Whether there was one."""
+    def kill(self, role: str, number: signal.Signals = signal.SIGKILL) -> bool:
+        """End that process with SIGKILL, or send another signal. Whether there was one."""
         pid = self.pid_of(role)
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
         return pid is not None
 
     def front_mib(self) -> float:

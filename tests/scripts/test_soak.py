@@ -1,13 +1,15 @@
 """A soak of a real server: a short one with a killed loader, and a minute with killed engines."""
 
 import argparse
+import time
 
+import httpx
 import pytest
 
 from scripts.soak.__main__ import run
 from scripts.soak.clients import Clients, WrongEndingError
 
-WHOLE = {"seconds": 60.0, "adapters": 40, "clients": 16, "kills": 4, "seed": 0}
+WHOLE = {"seconds": 60.0, "adapters": 40, "clients": 16, "kills": 4, "seed": 0, "front_workers": 1}
 
 
 @pytest.mark.slow
@@ -15,6 +17,13 @@ def test_a_short_soak(capsys):
     assert run(argparse.Namespace(**WHOLE | {"seconds": 8.0, "adapters": 8, "clients": 6, "kills": 1})) == 0
     text = capsys.readouterr().out
     assert "BAD" not in text and text.count("ok ") >= 8 and "killed: loader" in text
+
+
+@pytest.mark.slow
+def test_a_short_soak_with_several_front_processes(capsys):
+    short = {"seconds": 20.0, "adapters": 8, "clients": 6, "kills": 6, "front_workers": 2}
+    assert run(argparse.Namespace(**WHOLE | short)) == 0
+    assert "killed: loader engine front loader engine front" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -32,3 +41,8 @@ def test_it_can_fail():
     assert clients._error({"code": "EngineRestarting"}) == "EngineRestarting"
     with pytest.raises(WrongEndingError):
         clients._error({"code": "MultiloraError"})
+    broken = httpx.ReadError("")
+    assert clients._cut(broken, time.monotonic()) == ""
+    clients.front_ended_at = time.monotonic()
+    assert clients._cut(broken, time.monotonic()) and not clients._cut(httpx.DecodingError(""), time.monotonic())
+    assert not clients._cut(broken, time.monotonic() + 60)
