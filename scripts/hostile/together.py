@@ -13,7 +13,7 @@ from scripts.hostile.witness import Found, percentile, probe_percentile, witness
 
 HEALTH_MS, GAP_RATIO = 50.0, 2.0
 SETTLE_SECONDS = 2.0
-NICE = 10  # of the attackers, which would be on other machines
+NICE = 19  # of the attackers, which would be on other machines
 
 
 @dataclass
