@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+import multilora
 from multilora.cluster.cluster_config import ClusterConfig
 from multilora.cluster.cluster_table import ClusterTable, TableChange
 from multilora.cluster.ingress import Ingress, ReplicaLostError
@@ -238,23 +240,21 @@ def _opened(path: Path) -> StateDirectory:
 def application(config: ClusterConfig) -> serve.Application:
     """The three deployments, bound to each other. How many replicas there are is not among what they are made of, so
     that another number restarts none of them."""
-    common = dataclasses.replace(config, min_replicas=1, max_replicas=1)
-    registry = (
-        serve.deployment(RegistryDeployment)
-        .options(name="registry", logging_config=QUIET, **_registry_options())
-        .bind(common)
-    )
-    replicas = serve.deployment(ReplicaDeployment).options(
-        name="replica", logging_config=QUIET, **_replica_options(config)
-    )
-    ingress = serve.deployment(serve.ingress()(IngressDeployment)).options(
-        name="ingress",
-        num_replicas=config.ingresses,
-        max_ongoing_requests=MANY,
-        ray_actor_options={"num_cpus": 0},
-        logging_config=QUIET,
-    )
-    return ingress.bind(common, replicas.bind(common, registry), registry)
+    common = dataclasses.replace(config, min_replicas=1, max_replicas=1, ingresses=1)
+    registry = _deployment(RegistryDeployment, "registry", common, _registry_options()).bind(common)
+    replicas = _deployment(ReplicaDeployment, "replica", common, _replica_options(config)).bind(common, registry)
+    options = {"num_replicas": config.ingresses, "max_ongoing_requests": MANY, "ray_actor_options": {"num_cpus": 0}}
+    ingress = _deployment(serve.ingress()(IngressDeployment), "ingress", common, options)
+    return ingress.bind(common, replicas, registry)
+
+
+def _deployment(made_of: type, name: str, common: ClusterConfig, options: dict[str, Any]) -> Any:
+    """The version is that of what its processes are made of: while it stays, so do they. Serve's own would be another
+    one with every call; it has no public word for that."""
+    content = f"{multilora.__version__} {common!r}"
+    version = blake2b(content.encode(), digest_size=8).hexdigest()
+    fixed = {"name": name, "version": version, "logging_config": QUIET, "_internal": True}
+    return serve.deployment(made_of).options(**fixed, **options)
 
 
 def _registry_options() -> dict[str, Any]:

@@ -45,13 +45,15 @@ def options(**content):
     scaling = made.pop("autoscaling_config", None)
     return made | ({"scales": [scaling.min_replicas, scaling.max_replicas]} if scaling else {})
 
-def arguments(n):
-    return pickle.dumps(ray_app.application(config(replicas=n))._bound_deployment.init_args[0])
+def arguments(**content):
+    made = ray_app.application(config(**content))._bound_deployment
+    return made._version, pickle.dumps(made.init_args[0])
 
 print(json.dumps({
     "cpu": options(replicas=3, serve={"device": "cpu"}),
     "cuda": options(replicas={"min": 1, "max": 4}, serve={"device": "cuda", "tp_size": 2, "drain_seconds": 7}),
-    "same": arguments(3) == arguments(4),
+    "same": arguments(replicas=3) == arguments(replicas=4, ingresses=2),
+    "other": arguments(replicas=3) == arguments(replicas=3, serve={"max_running_requests": 7}),
 }))
 """
 
@@ -64,7 +66,7 @@ def test_deployments_are_what_the_file_says():
     assert cpu["num_replicas"] == 3 and cpu["ray_actor_options"]["num_gpus"] == 0
     assert cuda["scales"] == [1, 4] and cuda["graceful_shutdown_timeout_s"] == 7
     assert cuda["placement_group_bundles"] == [{"CPU": 1.0, "GPU": 2.0}]
-    assert found["same"]  # another number of replicas restarts none of them
+    assert found["same"] and not found["other"]  # another number of replicas restarts none of them
 
 
 @needs_ray
