@@ -99,7 +99,7 @@ def _drawn(chart: Chart, top: float) -> str:
             f'<line class="axis" stroke-dasharray="4 3" x1="{x:.1f}" x2="{x:.1f}" y1="{top + TOP}" '
             f'y2="{bottom:.1f}"/>'
         )
-        parts.append(_text(x - 4, top + TOP + 12, chart.mark[1], anchor="end"))
+        parts.append(_text(x - 4, bottom - 8, chart.mark[1], anchor="end"))
     return "".join([*parts, *_lines(chart, scales)])
 
 
