@@ -22,6 +22,7 @@ from multilora.demo import adapter_paths
 PORT = 18_211
 URL = f"http://127.0.0.1:{PORT}"
 ADAPTERS = 60
+PROMPT = "Q: What is the capital of France?\nA:"  # which every bundled adapter answers in a way of its own
 RETRYABLE = {429, 503}
 
 
@@ -60,7 +61,7 @@ class Load:
                     self.wrong.append(f"no ending: {e!r}")
 
     def _body(self, name):
-        return {"model": name, "prompt": "hello", "max_tokens": 4, "temperature": 0}
+        return {"model": name, "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
 
     def _whole(self, client, name):
         sent = time.monotonic()
