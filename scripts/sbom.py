@@ -21,7 +21,9 @@ def main(wheel: str, out: str) -> int:
         python = _environment(Path(directory), wheel)
         command = [sys.executable, "-m", "cyclonedx_py", "environment", str(python)]
         subprocess.run([*command, "--output-reproducible", "--of", "JSON", "--output-file", out], check=True)
-    bill = json.loads(Path(out).read_text())
+        bill = json.loads(Path(out).read_text())
+        name_licences(bill, _own_words(python))
+    Path(out).write_text(json.dumps(bill, indent=2) + "\n")
     rows = licences(bill)
     sys.stdout.writelines(f"{name:<28} {version:<16} {licence}\n" for name, version, licence in rows)
     unnamed = [name for name, _, licence in rows if not licence]
@@ -39,6 +41,25 @@ def _environment(directory: Path, wheel: str) -> Path:
     subprocess.run([*pip, *(["--index-url", index] if index else []), "torch"], check=True)
     subprocess.run([*pip, wheel], check=True)
     return python
+
+
+def _own_words(python: Path) -> dict[str, str]:
+    """Package → what it calls its licence in words of its own, which no list of licences has."""
+    ask = (
+        "import json; from importlib.metadata import distributions; "
+        "print(json.dumps({d.name: d.metadata['License'] or '' for d in distributions()}))"
+    )
+    done = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def name_licences(bill: dict[str, Any], own_words: dict[str, str]) -> None:
+    """Add those of packages that have none in the bill."""
+    for part in bill["components"]:
+        words = own_words.get(part["name"], "").strip()
+        if not part.get("licenses") and words:
+            part["licenses"] = [{"license": {"name": words.splitlines()[0][:60]}}]
 
 
 def licences(bill: dict[str, Any]) -> list[tuple[str, str, str]]:

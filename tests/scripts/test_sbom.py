@@ -1,6 +1,6 @@
 """The table of licences that is made from a bill of materials."""
 
-from scripts.sbom import licences
+from scripts.sbom import licences, name_licences
 
 
 def test_licences_by_name_in_every_form_that_packages_use() -> None:
@@ -22,3 +22,15 @@ def test_licences_by_name_in_every_form_that_packages_use() -> None:
         ("numpy", "2.0", "BSD-3-Clause AND MIT"),
         ("torch", "2.13.0", "BSD-3-Clause"),
     ]
+
+
+def test_a_licence_in_words_of_its_own_is_named_where_there_is_no_other() -> None:
+    bill = {
+        "components": [
+            {"name": "transformers", "version": "5"},
+            {"name": "torch", "version": "2", "licenses": [{"license": {"id": "BSD-3-Clause"}}]},
+            {"name": "none", "version": "1"},
+        ]
+    }
+    name_licences(bill, {"transformers": "Apache 2.0 License\n", "torch": "BSD", "none": ""})
+    assert [licence for _, _, licence in licences(bill)] == ["", "BSD-3-Clause", "Apache 2.0 License"]
