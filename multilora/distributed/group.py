@@ -152,6 +152,7 @@ def join(
 def _exchange(store: c10d.Store, rank: int, size: int, device: torch.device) -> Exchange | None:
     """None: NCCL sums everything, as the log says then; the same on all ranks."""
     if size not in MOST_ROWS:
+        logger.info("sums over %d ranks: NCCL does all of them", size)
         return None
     try:
         return make_exchange(store, rank, size, device)
