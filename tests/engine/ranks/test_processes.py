@@ -1,11 +1,12 @@
 """Real ranks: an engine process and the processes of its other ranks, behind the front's handle. However one of them
 ends, every request gets its one ending soon, nobody is left, and another start works.
 
-Covers `ranks/process.py`, `process/local.py` too.
+Covers `ranks/process.py`, `process/local.py` too. MULTILORA_TEST_DEVICE=cuda runs them on two GPUs.
 """
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,10 @@ from multilora.params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
+DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
 SECONDS = 120  # no single wait is longer
 SOON = 40  # an end takes no longer
+WATCHDOG = 2 if DEVICE == "cpu" else 10  # the first steps on a GPU compile kernels
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +42,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(files: Path, **fields: Any) -> Config:
-    fields = {"tp_size": 2, "watchdog_timeout": 2, "log_level": "error"} | fields
-    return Config.make(model_path=str(files / "model"), device="cpu", enable_lora=True, **fields)
+    fields = {"tp_size": 2, "watchdog_timeout": WATCHDOG, "log_level": "error"} | fields
+    return Config.make(model_path=str(files / "model"), device=DEVICE, enable_lora=True, **fields)
 
 
 async def answer(
@@ -154,7 +157,7 @@ def test_a_start_that_is_refused_leaves_nobody(files: Path) -> None:
 
 
 def test_offline_use(files: Path) -> None:
-    options: dict[str, Any] = {"skip_tokenizer_init": True, "device": "cpu", "lora_paths": {"a": str(files / "a")}}
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "device": DEVICE, "lora_paths": {"a": str(files / "a")}}
     found = []
     for ranks in (1, 2):
         with contextlib.closing(LLM(str(files / "model"), tp_size=ranks, **options)) as llm:
