@@ -34,13 +34,18 @@ ACCURACY = 1e-2
 GATED = "gate_up_proj"
 
 
-def llama_sites(layers: int = LAYERS) -> tuple[LoraSite, ...]:
-    shapes = (
-        ("qkv_proj", HIDDEN, (("q_proj", HIDDEN), ("k_proj", KV), ("v_proj", KV))),
-        ("o_proj", HIDDEN, (("o_proj", HIDDEN),)),
-        ("gate_up_proj", HIDDEN, (("gate_proj", INTER), ("up_proj", INTER))),
-        ("down_proj", INTER, (("down_proj", HIDDEN),)),
-    )
+Shape = tuple[str, int, tuple[tuple[str, int], ...]]
+"""Name, inputs, and the modules of a site with their outputs."""
+
+LLAMA: tuple[Shape, ...] = (
+    ("qkv_proj", HIDDEN, (("q_proj", HIDDEN), ("k_proj", KV), ("v_proj", KV))),
+    ("o_proj", HIDDEN, (("o_proj", HIDDEN),)),
+    ("gate_up_proj", HIDDEN, (("gate_proj", INTER), ("up_proj", INTER))),
+    ("down_proj", INTER, (("down_proj", HIDDEN),)),
+)
+
+
+def llama_sites(layers: int = LAYERS, shapes: tuple[Shape, ...] = LLAMA) -> tuple[LoraSite, ...]:
     sites = []
     for layer in range(layers):
         for name, width, parts in shapes:
