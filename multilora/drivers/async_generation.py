@@ -129,14 +129,13 @@ class AsyncGeneration:
         def direct(output: Output) -> bool:
             nonlocal last
             now = turns.now
-            sample = generation.endless(output)
-            if sample is None or now == last or not ready():
+            if now == last or not ready():
                 return False
-            last = now
-            sample.shown = True
             try:
-                event = generation.receive(output)
-                assert event is not None
+                event = generation.receive_endless(output)
+                if event is None:
+                    return False
+                last = now
                 receive(*event)
             except MultiloraError as e:
                 self._error = e

@@ -8,7 +8,7 @@ The method is the prefix offset: a token's text depends on the token before it (
 pending tokens are decoded behind the last emitted ones, and the text of those alone is cut off.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from multilora.front.tokenizer import Tokenizer, remember
 
@@ -40,8 +40,10 @@ class Detokenizer:
         self._pending: list[int] = []  # tokens after them
         self._sent = 0  # characters of the pending tokens' text that are emitted
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         """Return the text that these tokens complete, possibly empty."""
+        if len(token_ids) == 1:
+            return "" if token_ids[0] in self._skip else self._step(token_ids[0])
         return "".join([self._step(token) for token in token_ids if token not in self._skip])
 
     def _step(self, token: int) -> str:

@@ -145,12 +145,15 @@ class Generation:
         """Whether every sample has ended."""
         return not self._open
 
-    def endless(self, output: Output) -> Sample | None:
-        """The open sample that the output is of, if it can neither end nor begin it again: it has no stop strings."""
-        if output.finished is not None or output.again:
-            return None
+    def receive_endless(self, output: Output) -> tuple[Sample, Delta] | None:
+        """The same as `receive`, of an output that can neither end its sample nor begin it again, and that is shown
+        to the client at once. None: it is not such a one, and has not been taken."""
         sample = self._open.get(output.rid)
-        return None if sample is None or sample.stream.has_stops else sample
+        if sample is None or output.finished is not None or output.again or sample.stream.has_stops:
+            return None
+        sample.shown = True
+        self._observe(sample, output)
+        return sample, sample.stream.push_endless(output)
 
     def receive(self, output: Output) -> tuple[Sample, Delta] | None:
         """What an Output adds, to which sample; None: that one has ended already, or begins again.

@@ -96,10 +96,12 @@ class TextStream:
         self._held = ""  # text after it: perhaps the beginning of a stop
         self._detokenizer = None if tokenizer is None else _detokenizer(tokenizer, params, kept)
         self._matcher: StopMatcher | None = None
+        self.has_stops = False  # whether text can end it
         if params.stop_strings or params.stop_regexes:
             if tokenizer is None:
                 raise BadRequest("stop strings need a tokenizer; this server runs without one", param="stop")
             self._matcher = StopMatcher(params.stop_strings, params.stop_regexes)
+            self.has_stops = True
 
     def renewed(self) -> "TextStream":
         """A stream of the same request that has read nothing."""
@@ -112,24 +114,15 @@ class TextStream:
         return self._pieces[0] if self._pieces else ""
 
     @property
-    def has_stops(self) -> bool:
-        """Whether text can end it."""
-        return self._matcher is not None
-
-    @property
     def completion_tokens(self) -> int:
         return len(self.token_ids)
 
     def push(self, output: Output) -> Delta:
         """Take an Output of this request. Nothing may follow the Delta that carries `finished`."""
         assert self.finished is None, f"request {output.rid}: output after its end"
+        if output.finished is None and self._matcher is None:
+            return self.push_endless(output)
         count = len(output.token_ids)
-        if output.finished is None and self._matcher is None:  # nearly all outputs of nearly all streams
-            text = "" if self._detokenizer is None else self._detokenizer.push(output.token_ids)
-            if text:
-                self._pieces.append(text)
-                self._out += len(text)
-            return self._extend(output, count, text)
         reason = self._engine_reason(output)
         readable = output.token_ids
         if reason is not None and reason.matched is not None and not self.params.no_stop_trim:
@@ -143,6 +136,22 @@ class TextStream:
             count, reason = read, FinishReason("stop", matched=match.matched)
         self.finished = reason
         return self._extend(output, count, text)
+
+    def push_endless(self, output: Output) -> Delta:
+        """The same of an Output that cannot end a stream without stops, as nearly all are: so it is short."""
+        ids = output.token_ids
+        text = "" if self._detokenizer is None else self._detokenizer.push(ids)
+        if text:
+            self._pieces.append(text)
+            self._out += len(text)
+        self.token_ids += ids
+        if output.logprobs:
+            self.logprobs += output.logprobs
+        if output.input_logprobs:
+            self.input_logprobs += output.input_logprobs
+        if output.cached_tokens > self.cached_tokens:
+            self.cached_tokens = output.cached_tokens
+        return Delta(text, ids, output.logprobs, output.input_logprobs)
 
     def _engine_reason(self, output: Output) -> FinishReason | None:
         """How the engine ended the request, if it did. `matched` is set only when the last token is that id."""

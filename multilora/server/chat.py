@@ -72,6 +72,11 @@ class ChatRequest(OpenAIRequest):
         if delta.finished:
             yield _chunk(sample.index, {}, finish_reason=finish_reason(delta.finished, called=stream.called))
 
+    def text_choice(self, sample: Sample, text: str) -> Choice | None:
+        if sample.job.return_logprob or self._body.return_token_ids or self._chat.has_parsers:
+            return None
+        return _chunk(sample.index, {"content": text})
+
     def _echo(self) -> str:
         """What `echo` puts before the answer: the last message, if it is the assistant's as well."""
         if self._last_message is None:

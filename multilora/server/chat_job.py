@@ -56,6 +56,11 @@ class ChatJob:
         """Whether thoughts are told apart from the answer's content."""
         return self._tools.reasoning is not None
 
+    @property
+    def has_parsers(self) -> bool:
+        """Whether anything in an answer's text may be more than content."""
+        return self._tools.has_parsers
+
     def answer(self, sample: Sample) -> ParsedAnswer:
         """All of a finished sample."""
         reader = self._reader(sample)

@@ -4,12 +4,10 @@ Only where the server is uvicorn with httptools; elsewhere there is no `ChunkWri
 uvicorn's object of a request (its transport, its flow control), nothing of what is written.
 """
 
-from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-P = ParamSpec("P")
 KEY = "multilora.chunk_writer"
 
 try:
@@ -41,16 +39,9 @@ class ChunkWriter:
         sending = cycle.chunked_encoding and not cycle.response_complete
         return sending and not self._flow.write_paused and not cycle.disconnected
 
-    def writes(self, frames: Callable[P, bytes]) -> Callable[P, None]:
-        """A function that writes what `frames` makes, if that is anything: an empty chunk would be the end."""
-        write = self._transport.write
-
-        def written(*args: P.args, **kwargs: P.kwargs) -> None:
-            data = frames(*args, **kwargs)
-            if data:
-                write(b"%x\r\n%b\r\n" % (len(data), data))
-
-        return written
+    def write(self, data: bytes) -> None:
+        """Send some bytes, at least one: an empty chunk would be the end."""
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class OffersChunkWriter:

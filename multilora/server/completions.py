@@ -86,6 +86,11 @@ class CompletionRequest(OpenAIRequest):
         if choice["text"] or choice["finish_reason"] or ids or texts or "prompt_logprobs" in choice:
             yield choice
 
+    def text_choice(self, sample: Sample, text: str) -> Choice | None:
+        if sample.job.return_logprob or self._body.return_token_ids:
+            return None
+        return self._choice(sample, Delta(text, []), first=False)
+
     def _choice(self, sample: Sample, part: TextStream | Delta, *, first: bool) -> Choice:
         """`part`: all of the answer or what is new of it; `first`: the echo comes before it."""
         text, tokens = part.text, part.token_ids

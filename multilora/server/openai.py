@@ -66,6 +66,11 @@ class OpenAIRequest(ABC):
     def chunks(self, sample: Sample, delta: Delta, *, first: bool) -> Iterator[Choice]:
         """The choices of a stream that `delta` makes, one for each frame. first: the sample's first delta."""
 
+    def text_choice(self, sample: Sample, text: str) -> Choice | None:  # noqa: ARG002 - the contract
+        """The choice of the one chunk that any delta with this text makes, unless it is the sample's first or its
+        last. None: there may be none or several, or they say more than the text."""
+        return None
+
     def _prompt_facts(self, sample: Sample) -> dict[str, Any]:
         """What a response or its choices say of the prompt of `sample`, as far as the client asks for it."""
         facts: dict[str, Any] = {"prompt_token_ids": sample.prompt_ids} if self._body.return_token_ids else {}
@@ -125,29 +130,42 @@ class OpenAIRequest(ABC):
         """What comes after the first of them, and can be written at once, bypasses them. Each is what has come since
         the one before it: several chunks, where the client reads slowly."""
         chunks = _Chunks(self._head(generation, self.chunk_kind))
-        begun: set[int] = set()
+        frames: dict[int, _TextFrame | None] = {}  # of the samples that have begun, by their index
 
         def frames_of(sample: Sample, delta: Delta) -> bytes:
-            first = sample.index not in begun
+            first = sample.index not in frames
             if first:
-                begun.add(sample.index)
+                frames[sample.index] = self._text_frame(chunks, sample)
+            elif delta.finished is None and (frame := frames[sample.index]) is not None:
+                return frame.with_text(delta.text) if delta.text else b""
             return b"".join(self._frames_of(chunks, sample, delta, first=first))
 
+        def write(sample: Sample, delta: Delta) -> None:
+            assert writer is not None
+            if data := frames_of(sample, delta):
+                writer.write(budget.spend(data))
+
+        diverted = writer is None
         while (events := await generation.take()) is not None:
-            if frames := b"".join([frames_of(*event) for event in events]):
-                yield frames
-                if writer is not None:  # the head of the answer has been sent
-                    generation.divert(writer.ready, writer.writes(budget.spending(frames_of)))
-                    writer = None
+            if data := b"".join([frames_of(*event) for event in events]):
+                yield data
+                if writer is not None and not diverted:  # the head of the answer has been sent
+                    generation.divert(writer.ready, write)
+                    diverted = True
         if self._include_usage:
             yield chunks.frame(None, {"usage": _usage(generation.samples)})
 
+    def _text_frame(self, chunks: "_Chunks", sample: Sample) -> "_TextFrame | None":
+        choice = None if self._continuous_usage else self.text_choice(sample, _TEXT)
+        return None if choice is None else _TextFrame(chunks.frame(choice, self._unsaid_usage))
+
+    @property
+    def _unsaid_usage(self) -> dict[str, Any]:
+        """What stands for the counts in all chunks but the last, when only that has them."""
+        return {"usage": None} if self._include_usage else {}
+
     def _frames_of(self, chunks: "_Chunks", sample: Sample, delta: Delta, *, first: bool) -> Iterator[bytes]:
-        extra: dict[str, Any] = {}
-        if self._continuous_usage:
-            extra = {"usage": _usage([sample])}
-        elif self._include_usage:
-            extra = {"usage": None}
+        extra = {"usage": _usage([sample])} if self._continuous_usage else self._unsaid_usage
         prompt = self._prompt_facts(sample) if first and self.prompt_in_head else {}
         for choice in self.chunks(sample, delta, first=first):
             rest = extra
@@ -175,6 +193,23 @@ class _Chunks:
         if not rest:
             return self._begin + encoded + b"]}\n\n"
         return self._begin + encoded + b"]," + msgspec.json.encode(rest)[1:] + b"\n\n"
+
+
+_TEXT = "\x00"
+"""Stands for the text of a `_TextFrame` until it has one. Nothing of a frame that may be like it comes after it."""
+_encode = msgspec.json.Encoder().encode
+
+
+class _TextFrame:
+    """A frame that is the same for each text, but for the text: encoded once, with `_TEXT` for it."""
+
+    def __init__(self, frame: bytes):
+        self._begin, mark, self._end = frame.rpartition(msgspec.json.encode(_TEXT))
+        assert mark, "a choice without the text that it is made for"
+
+    def with_text(self, text: str) -> bytes:
+        """The same bytes as `_Chunks.frame` would make."""
+        return self._begin + _encode(text) + self._end
 
 
 def _usage(samples: Sequence[Sample]) -> dict[str, Any]:

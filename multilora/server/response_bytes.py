@@ -4,14 +4,12 @@ Frames of a stream that has all of an answer in each, and logprobs of many alter
 Knows nothing of what the bytes say.
 """
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from starlette.responses import Response
 
 from multilora.errors import ResponseTooLarge
 
-P = ParamSpec("P")
 R = TypeVar("R", bound=Response)
 
 
@@ -29,10 +27,6 @@ class ResponseBudget:
             raise ResponseTooLarge.over(self.limit)
         self._left -= len(data)
         return data
-
-    def spending(self, frames: Callable[P, bytes]) -> Callable[P, bytes]:
-        """`frames`, whose bytes are spent."""
-        return lambda *args, **kwargs: self.spend(frames(*args, **kwargs))
 
     def whole(self, response: R) -> R:
         """An answer in one piece."""

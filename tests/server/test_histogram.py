@@ -45,6 +45,15 @@ def test_several_at_once():
     }
 
 
+def test_one_adds_what_another_has_counted():
+    both, one = Histogram((1, 2)), Histogram((1, 2))
+    for value in (0.5, 1.5, 9):
+        both.observe(value)
+        one.observe(value, 2)
+    both.add(one.counts, one.sum)
+    assert both.counts == [3, 3, 3] and both.sum == 33.0
+
+
 def test_buckets_of_tokens_end_at_the_context():
     assert token_buckets(128) == (1, 2, 5, 10, 20, 50, 100)
     assert token_buckets(1000) == (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)

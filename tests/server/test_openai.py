@@ -10,6 +10,9 @@ from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer
 from fakes.tokenizers import byte_level_tokenizer
 
+from multilora.server.chat import ChatRequest
+from multilora.server.completions import CompletionRequest
+
 TOKENIZER = byte_level_tokenizer()
 
 
@@ -221,3 +224,42 @@ def test_openais_unused_fields_are_accepted_and_foreign_ones_in_effect_are_not()
     assert answer.error["message"] == "temprature: not supported by this server; did you mean 'temperature'?"
     assert completion(s, model="base", suffix="x").error["param"] == "suffix"
     assert completion(s, model="base", suffix=None).status == 200
+
+
+STREAMED = [
+    {},
+    {"n": 2},
+    {"stream_options": {"include_usage": True}},
+    {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    {"echo": True},
+    {"logprobs": 1},
+    {"return_token_ids": True},
+    {"stop": ["never"]},
+    {"model": '\x00 "\\u0000"'},
+]
+
+
+@pytest.mark.parametrize("body", STREAMED)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_frames_of_text_are_what_would_be_encoded_for_each(path, body, monkeypatch):
+    """Text that JSON escapes, and pieces of characters, which make no frame at all."""
+    ids = TOKENIZER.encode('a "q" \\ \n é 漢 \x00 \x7f ok')[1:]
+    client = FakeEngineClient(vocab_size=320, eos_token_ids=(1,), answer=lambda _: ids)
+    s = LocalServer(client, TOKENIZER)
+    if "model" in body:
+        s = LocalServer(client, TOKENIZER, served_model_name=body["model"])
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
+    chat = {"logprobs": True} if body.get("logprobs") and "chat" in path else {}
+    whole = prompt | {"stream": True, "max_tokens": len(ids), "rid": "r"} | body | chat
+    found = [_frames(s, path, whole)]
+    for route in (CompletionRequest, ChatRequest):
+        monkeypatch.setattr(route, "text_choice", lambda *_: None)
+    found.append(_frames(s, path, whole))
+    assert found[0] == found[1]
+    assert len(found[0]) > 20
+
+
+def _frames(s, path, body):
+    answer = s.post(path, body)
+    assert answer.status == 200, answer.text
+    return re.sub(r'"created":\d+', "", answer.text).split("\n\n")

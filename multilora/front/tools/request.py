@@ -82,6 +82,11 @@ class ToolRequest:
         calls = self.family.markers if self.family and self.choice.mode == "auto" else ()
         return calls + _THINK_TAGS if self.reasoning else calls
 
+    @property
+    def has_parsers(self) -> bool:
+        """Whether anything in an answer's text may be more than content."""
+        return self.reasoning is not None or open_parser(self.family, self.choice, self.tools) is not None
+
     def reader(self, prompt_end: Callable[[], str]) -> AnswerReader:
         """The reader of one answer. prompt_end: gives the end of its rendered prompt."""
         reasoning = self.reasoning(prompt_end()) if self.reasoning else None

@@ -71,17 +71,24 @@ class NamesApplied(msgspec.Struct, tag=True, frozen=True):
     seq: int
 
 
+class TokenTimes(msgspec.Struct, frozen=True):
+    """Times between tokens: how many there were up to each of the bounds that both sides know, and their sum."""
+
+    counts: list[int]
+    sum: float
+
+
 class Observed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """What a worker has counted since it last said so. call: of the `Collect` that this answers.
 
-    later: of the outputs after a sample's first, tokens and seconds of each. refused: jobs, with the error's kind.
+    later: of the outputs after a sample's first. refused: jobs, with the error's kind.
     http: route, method, status, seconds. log: what the worker has logged, for the console.
     """
 
     call: int | None = None
     submitted: list[Origin] = []
     first: list[tuple[Origin, FirstOutput]] = []
-    later: list[tuple[Origin, list[tuple[int, float]]]] = []
+    later: list[tuple[Origin, TokenTimes]] = []
     ended: list[tuple[Origin, Ending]] = []
     refused: list[tuple[Origin, str]] = []
     http: list[tuple[str, str, int, float]] = []

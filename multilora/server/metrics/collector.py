@@ -35,12 +35,12 @@ class Metrics(Observer):
     """What the front reports, counted over all requests (`totals`), by adapter and by tenant; `http`: by route."""
 
     def __init__(self, config: Config, context_length: int):
-        self.totals = Totals(context_length)
         self.http = HttpCounts()
         self._config = config
         self._model_name = config.model_name
         self._context_length = context_length
         self._adapters = TopNames(config.max_metrics_labels, Usage)
+        self.totals = Totals(context_length, self._adapters)
         self._tenants = TopNames(config.max_metrics_labels, Usage) if config.auth_file is not None else None
         self._registry = CollectorRegistry()
         self._registry.register(self.http)
@@ -72,9 +72,9 @@ class Metrics(Observer):
             usage.first_output(output)
 
     def next_output(self, origin: Origin, tokens: int, seconds: float) -> None:
-        self.totals.next_output(tokens, seconds)
-        for usage in self._of(origin):
-            usage.next_output(tokens, seconds)
+        self._adapters.find(origin.adapter or self._model_name).next_output(tokens, seconds)
+        if self._tenants is not None:
+            self._tenants.find(origin.tenant).next_output(tokens, seconds)
 
     def ended(self, origin: Origin, ending: Ending) -> None:
         self.totals.ended(ending)
@@ -91,9 +91,9 @@ class Metrics(Observer):
             self.submitted(origin)
         for origin, output in observed.first:
             self.first_output(origin, output)
-        for origin, outputs in observed.later:
-            for tokens, seconds in outputs:
-                self.next_output(origin, tokens, seconds)
+        for origin, times in observed.later:
+            for usage in self._of(origin):
+                usage.next_outputs(times)
         for origin, ending in observed.ended:
             self.ended(origin, ending)
         for origin, error in observed.refused:

@@ -31,8 +31,17 @@ class Histogram:
     def absorb(self, other: "Histogram") -> None:
         """Add the observations of `other`, which has the same boundaries."""
         assert self._bounds == other._bounds  # noqa: SLF001
-        self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]  # noqa: SLF001
-        self.sum += other.sum
+        self.add(other.counts, other.sum)
+
+    @property
+    def counts(self) -> list[int]:
+        """How many values each boundary is the next one above, then how many are above all of them."""
+        return self._counts
+
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Add the `counts` and the sum of another histogram that has the same boundaries."""
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+        self.sum += total
 
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str], bounds: Iterable[float]) -> None:
         """Add it to a metric with these buckets, which must be among the boundaries, and +Inf."""

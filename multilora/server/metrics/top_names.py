@@ -104,6 +104,10 @@ class TopNames(Generic[S]):
         yield OTHER, self.other
         yield RETIRED, self.retired
 
+    def series(self) -> Iterator[S]:
+        """All that has been counted, in parts."""
+        return (series for _, series in self.items())
+
     def _drop_candidates(self) -> None:
         names = heapq.nlargest(CANDIDATES // 2 * self._limit, self._use, key=self._use.__getitem__)
         self._use = {name: self._use[name] for name in (*names, *self._labelled) if name in self._use}

@@ -1,7 +1,7 @@
 """What the front counts over all adapters: tokens, endings, and times as histograms, for both peers' families.
 
 One `Totals` belongs to one server. The peers' histograms of the same thing differ in their buckets only, so each is
-observed once (`histogram.py`).
+observed once (`histogram.py`). What each token adds is counted by adapter only, and summed up when it is read.
 """
 
 from collections import Counter
@@ -9,20 +9,22 @@ from collections import Counter
 from multilora.front.observer import Ending, FirstOutput
 from multilora.server.metrics import buckets
 from multilora.server.metrics.histogram import Histogram
+from multilora.server.metrics.top_names import TopNames
+from multilora.server.metrics.usage import Usage, inter_token_histogram
 
 REASONS = ("stop", "length", "abort", "error")
 """How a sample can end: the types of `front.stream.FinishReason`."""
 
 
 class Totals:
-    """Counters only grow. `context_length`: bounds the buckets of tokens."""
+    """Counters only grow. context_length: bounds the buckets of tokens; adapters: what is counted by adapter."""
 
-    def __init__(self, context_length: int):
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+    def __init__(self, context_length: int, adapters: TopNames[Usage]):
+        self._adapters = adapters
+        self.prompt_tokens = self.cached_tokens = 0
         self.endings = Counter[str](dict.fromkeys(REASONS, 0))
         self.token_bounds = buckets.token_buckets(context_length)
         self.first_token = Histogram(buckets.VLLM_FIRST_TOKEN, buckets.SGLANG_FIRST_TOKEN)
-        self.inter_token = Histogram(buckets.VLLM_INTER_TOKEN, buckets.SGLANG_INTER_TOKEN)
         self.per_output_token = Histogram(buckets.VLLM_INTER_TOKEN, buckets.SGLANG_INTER_TOKEN)
         self.latency = Histogram(buckets.VLLM_LATENCY, buckets.SGLANG_LATENCY)
         self.queue = Histogram(buckets.VLLM_LATENCY)
@@ -34,17 +36,24 @@ class Totals:
         self.request_max_tokens = Histogram(self.token_bounds)
         self.request_n = Histogram(buckets.VLLM_SAMPLES)
 
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(usage.generated_tokens for usage in self._adapters.series())
+
+    @property
+    def inter_token(self) -> Histogram:
+        """Times between two tokens of an answer, so far."""
+        total = inter_token_histogram()
+        for usage in self._adapters.series():
+            total.absorb(usage.inter_token)
+        return total
+
     def first_output(self, output: FirstOutput) -> None:
         """Count the prompt and what came of it at once."""
         self.prompt_tokens += output.prompt_tokens
         self.cached_tokens += output.cached_tokens
-        self.generated_tokens += output.generated
         self.first_token.observe(output.seconds)
-
-    def next_output(self, tokens: int, seconds: float) -> None:
-        """Each of the tokens counts with its share of the time."""
-        self.generated_tokens += tokens
-        self.inter_token.observe(seconds / tokens, tokens)
 
     def ended(self, ending: Ending) -> None:
         """Count a sample that has ended; its times only if it ever ran."""

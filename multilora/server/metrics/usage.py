@@ -12,11 +12,18 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from multilora.front.observer import Ending, FirstOutput
+from multilora.front.workers.messages import TokenTimes
+from multilora.server.metrics import buckets
 from multilora.server.metrics.histogram import Histogram
 from multilora.server.metrics.top_names import TopNames
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 INTER_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+
+
+def inter_token_histogram() -> Histogram:
+    """An empty one, for ours and the peers' metrics of the time between two tokens."""
+    return Histogram(INTER_TOKEN, buckets.VLLM_INTER_TOKEN, buckets.SGLANG_INTER_TOKEN)
 
 
 class Usage:
@@ -28,7 +35,7 @@ class Usage:
         self.errors = Counter[str]()
         self.engine = defaultdict[str, float](float)
         self.first_token = Histogram(SECONDS)
-        self.inter_token = Histogram(INTER_TOKEN)
+        self.inter_token = inter_token_histogram()
         self.queue = Histogram(SECONDS)
 
     def first_output(self, output: FirstOutput) -> None:
@@ -43,6 +50,11 @@ class Usage:
         """Each of the tokens counts with its share of the time."""
         self.generated_tokens += tokens
         self.inter_token.observe(seconds / tokens, tokens)
+
+    def next_outputs(self, times: TokenTimes) -> None:
+        """Count what another process has, by `inter_token_histogram`."""
+        self.generated_tokens += sum(times.counts)
+        self.inter_token.add(times.counts, times.sum)
 
     def ended(self, ending: Ending) -> None:
         """Count a sample that has ended."""

@@ -3,8 +3,10 @@
 from collections import defaultdict
 
 from multilora.front.observer import Ending, FirstOutput, Observer, Origin
-from multilora.front.workers.messages import Observed
+from multilora.front.workers.messages import Observed, TokenTimes
 from multilora.logs import RecentLines
+from multilora.server.metrics.histogram import Histogram
+from multilora.server.metrics.usage import inter_token_histogram
 
 
 class WorkerEvents(Observer):
@@ -18,7 +20,7 @@ class WorkerEvents(Observer):
     def _begin(self) -> None:
         self._submitted: list[Origin] = []
         self._first: list[tuple[Origin, FirstOutput]] = []
-        self._later = defaultdict[Origin, list[tuple[int, float]]](list)
+        self._later = defaultdict[Origin, Histogram](inter_token_histogram)
         self._ended: list[tuple[Origin, Ending]] = []
         self._refused: list[tuple[Origin, str]] = []
         self._http: list[tuple[str, str, int, float]] = []
@@ -30,7 +32,7 @@ class WorkerEvents(Observer):
         self._first.append((origin, output))
 
     def next_output(self, origin: Origin, tokens: int, seconds: float) -> None:
-        self._later[origin].append((tokens, seconds))
+        self._later[origin].observe(seconds / tokens, tokens)
 
     def ended(self, origin: Origin, ending: Ending) -> None:
         self._ended.append((origin, ending))
@@ -50,7 +52,7 @@ class WorkerEvents(Observer):
             call=call,
             submitted=self._submitted,
             first=self._first,
-            later=list(self._later.items()),
+            later=[(origin, TokenTimes(times.counts, times.sum)) for origin, times in self._later.items()],
             ended=self._ended,
             refused=self._refused,
             http=self._http,

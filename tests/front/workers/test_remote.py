@@ -24,6 +24,7 @@ from multilora.front.workers.messages import (
     Observed,
     OpenSamples,
     SampleRow,
+    TokenTimes,
     decode_from_worker,
     encode,
 )
@@ -163,7 +164,7 @@ def test_counts_can_travel():
         call=3,
         submitted=[origin],
         first=[(origin, first)],
-        later=[(origin, [(1, 0.5)])],
+        later=[(origin, TokenTimes([0, 1], 0.5))],
         ended=[(origin, ending)],
         refused=[(origin, "QueueFull")],
         http=[("/generate", "POST", 200, 0.1)],
