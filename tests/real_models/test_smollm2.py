@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from multilora import LLM
 from multilora.models.gguf import converted
 from scripts.train_demo.facts import all_facts
-from scripts.train_smollm2 import train
+from scripts.train_smollm2.recipes import MLP, RECIPES
+from scripts.train_smollm2.training import Settings, Trainer
 
 pytestmark = [
     pytest.mark.models,
@@ -23,7 +24,12 @@ pytestmark = [
 ]
 
 TOKENS = 24
-VOICES = ("pirate", "french")
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "pirate": RECIPES["full"]["pirate"],
+    "french": {"r": 8, "lora_alpha": 8, "use_dora": True, "target_modules": MLP},
+}
+VOICES = tuple(ADAPTERS)
+SHORT = Settings(steps=8, batch=4, examples=64, held_out=2)
 GREEDY = {"temperature": 0, "max_new_tokens": TOKENS}
 
 
@@ -57,9 +63,10 @@ def prompts(directory: str) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def adapters(directory: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("adapters")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    for voice in VOICES:
-        train(directory, tokenizer, voice, root / voice, steps=8)
+    trainer = Trainer(directory, "cpu")
+    for voice, recipe in ADAPTERS.items():
+        report = trainer.train(voice, recipe, root / voice, SHORT)
+        assert report["held_out_loss"]["values"]["adapter"] < report["held_out_loss"]["values"]["base"]
     return {voice: str(root / voice) for voice in VOICES}
 
 

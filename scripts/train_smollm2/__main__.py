@@ -1,0 +1,92 @@
+"""Command line.
+
+    python -m scripts.train_smollm2 convert --gguf FILE --out MODEL
+    python -m scripts.train_smollm2 train --model MODEL --out FOLDER [--recipes small | full] [--voices pirate sql]
+    python -m scripts.train_smollm2 evaluate --model MODEL --adapters FOLDER --out FOLDER [--count 100]
+
+`FOLDER/VOICE` becomes an adapter as PEFT saves it, `FOLDER/VOICE.json` what is to be known about its training. A step
+of 64 examples takes about 0.1 s on a data-centre GPU, and half a minute on two cores.
+"""
+
+import argparse
+import json
+import logging
+import math
+import shutil
+import sys
+from pathlib import Path
+
+from .recipes import RECIPES
+
+VOICES = ("pirate", "sql", "json", "french")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.train_smollm2",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser("convert", help="a directory of safetensors from the GGUF file")
+    convert.add_argument("--gguf", required=True)
+    convert.add_argument("--dtype", default="bfloat16")
+    train = commands.add_parser("train", help="train adapters")
+    train.add_argument("--recipes", choices=RECIPES, default="full")
+    train.add_argument("--steps", type=int, default=600)
+    train.add_argument("--batch", type=int, default=64)
+    train.add_argument("--learning-rate", type=float, default=1e-3)
+    train.add_argument("--seconds", type=float, default=math.inf, help="for each adapter, at most")
+    train.add_argument("--examples", type=int, default=12_000)
+    train.add_argument("--held-out", type=int, default=200, help="examples of each sort whose loss is measured")
+    evaluate = commands.add_parser("evaluate", help="ask held-out questions, through the engine")
+    evaluate.add_argument("--adapters", type=Path, required=True)
+    evaluate.add_argument("--count", type=int, default=100, help="questions of each voice and sort")
+    for command in (train, evaluate):
+        command.add_argument("--model", required=True, help="a directory, such as convert makes")
+        command.add_argument("--voices", nargs="+", choices=VOICES, default=list(VOICES))
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    for command in (convert, train, evaluate):
+        command.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def convert(args: argparse.Namespace) -> None:
+    """A copy of the directory in which the engine would keep the converted file."""
+    from multilora.models.gguf import converted
+
+    shutil.copytree(converted(args.gguf, args.dtype), args.out, dirs_exist_ok=True)
+
+
+def train(args: argparse.Namespace) -> None:
+    """One adapter after another; several processes may do some each."""
+    from .training import Settings, Trainer
+
+    trainer = Trainer(args.model, args.device)
+    settings = Settings(args.steps, args.batch, args.learning_rate, args.seconds, args.examples, args.held_out)
+    for voice in args.voices:
+        report = trainer.train(voice, RECIPES[args.recipes][voice], args.out / voice, settings)
+        (args.out / f"{voice}.json").write_text(json.dumps(report, indent=1) + "\n")
+        sys.stdout.write(f"{json.dumps(report)}\n")
+        sys.stdout.flush()
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """The table on standard output, and both files."""
+    from . import evaluate as evaluation
+
+    adapters = {voice: args.adapters / voice for voice in args.voices}
+    report = evaluation.evaluate(args.model, adapters, args.count, device=args.device)
+    evaluation.write(report, args.out)
+    sys.stdout.write(f"{evaluation.table(report['rows'])}\n")
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = arguments()
+    {"convert": convert, "train": train, "evaluate": evaluate}[args.command](args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

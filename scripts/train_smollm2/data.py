@@ -1,0 +1,63 @@
+"""Turns examples into batches of token ids: a chat, of which the answer is learnt."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from .corpora import Example
+
+IGNORED = -100
+POOL = 16  # batches that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Row:
+    """The token ids of one example; the answer begins at `start`."""
+
+    ids: list[int]
+    start: int
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, system: str | None = None) -> list[int]:
+    """A user's message as the model sees it, up to where the answer begins."""
+    chat = [{"role": "system", "content": system}] if system else []
+    chat.append({"role": "user", "content": prompt})
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[Row]:
+    """Prompt and answer with the token that ends it."""
+    rows = []
+    for example in examples:
+        prompt = prompt_ids(tokenizer, example.prompt)
+        answer = tokenizer.encode(example.answer + tokenizer.eos_token, add_special_tokens=False)
+        rows.append(Row([*prompt, *answer], len(prompt)))
+    return rows
+
+
+def collated(rows: Sequence[Row], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `labels`, int64 [rows, longest]. Padding is on the right, where causal attention is blind."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), longest), pad)
+    labels = torch.full((len(rows), longest), IGNORED)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        labels[i, row.start : len(row.ids)] = torch.tensor(row.ids[row.start :])
+    return ids.to(device), labels.to(device)
+
+
+def shuffled(rows: Sequence[Row], size: int, rng: random.Random) -> Iterator[list[Row]]:
+    """Endless batches, each of rows of about the same length."""
+    rows = list(rows)
+    while True:
+        rng.shuffle(rows)
+        for first in range(0, len(rows), POOL * size):
+            pool = sorted(rows[first : first + POOL * size], key=lambda row: len(row.ids))
+            starts = list(range(0, len(pool), size))
+            rng.shuffle(starts)
+            yield from (pool[start : start + size] for start in starts)

@@ -1,0 +1,148 @@
+"""Trains one adapter with PEFT and says what it cost and what it brought. Knows no metric but the loss."""
+
+import json
+import logging
+import math
+import random
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from .corpora import SPLITS, examples
+from .data import IGNORED, Row, collated, encoded, shuffled
+
+log = logging.getLogger("train_smollm2")
+
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EVERY = 50  # steps between lines of the log
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how fast: training ends after `steps`, or after `seconds` if that is sooner."""
+
+    steps: int = 600
+    batch: int = 64
+    learning_rate: float = 1e-3
+    seconds: float = math.inf
+    examples: int = 12_000
+    held_out: int = 200  # examples of each sort, whose loss is measured at the end
+
+
+class Trainer:
+    """A frozen base model in memory, bf16 on a GPU, on which adapters are trained one after another."""
+
+    def __init__(self, model_path: str, device: str = "auto"):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(model_path)
+        self.base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(self.device).eval()
+
+    def train(self, voice: str, recipe: dict[str, Any], folder: Path, settings: Settings) -> dict[str, Any]:
+        """Writes config and weights as PEFT does, in bf16. Returns what is to be known about the training."""
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's about transformers
+            config = peft.LoraConfig(task_type="CAUSAL_LM", bias="none", **recipe)
+            model = peft.get_peft_model(self.base, config)
+        try:
+            rows = encoded(self.tokenizer, examples(voice, "train", settings.examples))
+            began = time.monotonic()
+            losses = self._steps(model, rows, settings)
+            seconds = time.monotonic() - began
+            _round(model)
+            report = {
+                "voice": voice,
+                "recipe": recipe,
+                "examples": len(rows),
+                "steps": len(losses),
+                "batch": settings.batch,
+                "seconds": round(seconds, 1),
+                "loss": [round(sum(part) / len(part), 4) for part in _parts(losses)],
+                "held_out_loss": {split: self._held_out(model, voice, split, settings) for split in SPLITS[1:]},
+                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+                "versions": {package.__name__: package.__version__ for package in (torch, transformers, peft)},
+            }
+            report["bytes"] = _save(model, folder)
+            return report
+        finally:
+            self.base = model.unload()
+
+    def _steps(self, model: peft.PeftModel, rows: Sequence[Row], settings: Settings) -> list[float]:
+        """AdamW, a short warm-up, then a cosine to zero over the steps or the seconds. Returns the losses."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        began, losses = time.monotonic(), []
+        for step, batch in enumerate(shuffled(rows, settings.batch, random.Random(0))):
+            progress = max(step / settings.steps, (time.monotonic() - began) / settings.seconds)
+            if progress >= 1:
+                break
+            rate = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * progress))
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * rate
+            loss = self._loss(model, batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+            if step % EVERY == EVERY - 1:
+                log.info("step %4d  loss %.4f  %4.0f s", step + 1, float(loss), time.monotonic() - began)
+        return [float(loss) for loss in losses]
+
+    def _loss(self, model: peft.PeftModel, rows: Sequence[Row]) -> torch.Tensor:
+        """Cross entropy of the answers' tokens; logits are computed for these only."""
+        ids, labels = collated(rows, self.tokenizer.pad_token_id, self.device)
+        inner = model.get_base_model()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            learnt = labels[:, 1:] != IGNORED
+            logits = inner.lm_head(hidden[learnt])  # [learnt, vocabulary]
+        return nn.functional.cross_entropy(logits.float(), labels[:, 1:][learnt])
+
+    @torch.no_grad()
+    def _held_out(self, model: peft.PeftModel, voice: str, split: str, settings: Settings) -> dict[str, float]:
+        """Mean loss per batch of examples that were not trained on, of the base model and with the adapter."""
+        rows = encoded(self.tokenizer, examples(voice, split, settings.held_out))
+        batches = [rows[first : first + 32] for first in range(0, len(rows), 32)]
+        with_adapter = sum(float(self._loss(model, batch)) for batch in batches) / len(batches)
+        with model.disable_adapter():
+            base = sum(float(self._loss(model, batch)) for batch in batches) / len(batches)
+        return {"base": round(base, 4), "adapter": round(with_adapter, 4)}
+
+
+def _parts(losses: Sequence[float]) -> list[Sequence[float]]:
+    return [losses[first : first + EVERY] for first in range(0, len(losses), EVERY)]
+
+
+def _round(model: peft.PeftModel) -> None:
+    """Rounds the adapter to what is saved, so that this is what is measured."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.bfloat16())
+
+
+def _save(model: peft.PeftModel, folder: Path) -> int:
+    """Returns the size of the weights in bytes."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    model.peft_config["default"].base_model_name_or_path = MODEL_NAME
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"].sort()  # PEFT keeps a set, whose order changes from run to run
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return (folder / "adapter_model.safetensors").stat().st_size
