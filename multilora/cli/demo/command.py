@@ -7,6 +7,8 @@ from pathlib import Path
 
 import httpx
 
+from multilora.cli.demo import talking
+from multilora.cli.demo.args import DemoArgs
 from multilora.cli.demo.examples import EXAMPLES, Demo, DemoError
 from multilora.cli.demo.output import say, write
 from multilora.cli.demo.server import server, stop, wait_until_healthy
@@ -14,8 +16,10 @@ from multilora.cli.demo.server import server, stop, wait_until_healthy
 LOG_LINES = 40
 
 
-def run() -> int:
+def run(args: DemoArgs) -> int:
     """Run every example and return the exit code."""
+    if args.model == "smollm2":
+        return talking.run(args.adapters)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         try:

@@ -38,6 +38,9 @@ def test_arguments():
     assert isinstance(parse(["demo"]), DemoArgs)
     with pytest.raises(ConfigError, match="see multilora demo --help"):
         parse(["demo", "--fast"])
+    assert parse(["demo", "--model", "smollm2", "--adapters", "x"]) == DemoArgs("demo", "smollm2", "x")
+    with pytest.raises(ConfigError, match="--adapters is for --model smollm2"):
+        parse(["demo", "--adapters", "x"])
 
 
 def test_a_wrong_status_and_a_wrong_answer_are_said():
@@ -61,7 +64,7 @@ def test_without_the_openai_package(monkeypatch, capsys):
 
 def test_a_server_that_does_not_start_is_said_with_its_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "server", lambda log: server(log, "--no-such-flag"))
-    assert command.run() == 1
+    assert command.run(DemoArgs("demo")) == 1
     error = capsys.readouterr().err
     assert "FAILED: the server ended with code 2 before it was up" in error
     assert "unknown flag --no-such-flag" in error
