@@ -12,6 +12,7 @@ import msgspec
 from multilora.errors import BadRequest
 
 MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS = 4096
 
 Composition = tuple[tuple[int, float], ...]
 """The adapters that act on a request, as (version, weight): () is the base model, ((v, 1.0),) is version v alone."""
@@ -177,8 +178,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             ),
             (
                 "logit_bias",
-                all(k.isascii() and k.isdecimal() and len(k) < 20 and abs(v) <= 1e6 for k, v in bias.items()),
-                "token ids → numbers between -1e6 and 1e6",
+                len(bias) <= MAX_LOGIT_BIAS
+                and all(k.isascii() and k.isdecimal() and len(k) < 20 and abs(v) <= 1e6 for k, v in bias.items()),
+                f"at most {MAX_LOGIT_BIAS} token ids → numbers between -1e6 and 1e6",
             ),
             (
                 "sampling_seed",

@@ -16,13 +16,19 @@ import select
 import signal
 import socket
 import sys
+import threading
+import time
 
 import msgspec
 
 from multilora.errors import BadRequest
 from multilora.front.grammars.compiler import GrammarCompiler, Setup
 
-NICENESS = 5  # running requests come first
+NICENESS = 5
+"""Running requests come first,"""
+PATIENCE = 10
+"""and by so much more before a grammar that takes long."""
+PATIENT_SECONDS = 0.5
 
 
 class GrammarResult(msgspec.Struct):
@@ -60,6 +66,7 @@ def _child(compiler: GrammarCompiler, descriptor: int, seconds: float, nbytes: i
     code = 1
     try:
         with socket.socket(fileno=descriptor) as client:
+            _step_back_later()
             _limit(seconds, nbytes)
             chunks = []
             while chunk := client.recv(1 << 16):
@@ -72,6 +79,17 @@ def _child(compiler: GrammarCompiler, descriptor: int, seconds: float, nbytes: i
             code = 0
     finally:
         os._exit(code)
+
+
+def _step_back_later() -> None:
+    """Have a thread lower this process's priority once the grammar turns out to be no ordinary one."""
+
+    def step_back() -> None:
+        time.sleep(PATIENT_SECONDS)
+        main = os.getpid()  # on Linux its main thread, which compiles
+        os.setpriority(os.PRIO_PROCESS, main, os.getpriority(os.PRIO_PROCESS, main) + PATIENCE)
+
+    threading.Thread(target=step_back, daemon=True).start()
 
 
 def _limit(seconds: float, nbytes: int) -> None:

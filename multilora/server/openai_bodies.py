@@ -117,6 +117,10 @@ class CompletionBody(OpenAIBody):
         return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
 
 
+MAX_MESSAGES = 8192
+"""Messages of one conversation. To read more takes so long that others notice."""
+
+
 class ChatMessage(BaseModel):
     """One message, with all that the client says of it: `front.tools.messages` checks and prepares it."""
 
@@ -128,7 +132,7 @@ class ChatMessage(BaseModel):
 class Conversation(Body):
     """What the chat template makes a prompt of."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     tools: Any = None  # see front/tools/definitions.py, as for tool_choice
     tool_choice: Any = None
     reasoning_effort: str | None = None
@@ -141,7 +145,7 @@ class ChatBody(Conversation, OpenAIBody):
     """`POST /v1/chat/completions`. Without a limit the answer may fill the context."""
 
     where = "/v1/chat/completions"
-    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: Integer | None = None
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool | None = None

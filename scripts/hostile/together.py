@@ -2,18 +2,16 @@
 
 import os
 import sys
-import threading
 import time
-from collections import Counter
 from dataclasses import dataclass
 
+from scripts.hostile.attackers import attackers
 from scripts.hostile.scenarios import SCENARIOS
 from scripts.hostile.target import Target
 from scripts.hostile.witness import Found, percentile, probe_percentile, witness
 
 HEALTH_MS, GAP_RATIO = 50.0, 2.0
 SETTLE_SECONDS = 2.0
-NICE = 19  # of the attackers, which would be on other machines
 
 
 @dataclass
@@ -39,14 +37,8 @@ def together(target: Target, seconds: float, names: list[str]) -> bool:
     """Print a line of a quiet phase and one of an attacked phase, and say whether the second is within the limits."""
     quiet = _phase(target, seconds)
     _say(quiet.line("quiet"))
-    statuses: Counter[str] = Counter()
-    end = time.monotonic() + seconds
-    threads = [threading.Thread(target=_attack, args=(target, name, end, statuses)) for name in names]
-    for thread in threads:
-        thread.start()
-    attacked = _phase(target, seconds)
-    for thread in threads:
-        thread.join()
+    with attackers(target, seconds, names) as statuses:
+        attacked = _phase(target, seconds)
     _say(attacked.line("attacked"))
     ratio = percentile(attacked.gaps.ms, 0.99) / percentile(quiet.gaps.ms, 0.99)
     health = probe_percentile(attacked.health.ms, 0.99)
@@ -63,15 +55,6 @@ def _phase(target: Target, seconds: float) -> Phase:
     with witness("probe", target) as health, witness("stream", target) as gaps:
         time.sleep(seconds)
     return Phase(gaps, health, os.getloadavg()[0])
-
-
-def _attack(target: Target, name: str, end: float, statuses: Counter[str]) -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-    while time.monotonic() < end:
-        for status, count in SCENARIOS[name](target).items():
-            statuses[f"{name} {status}" if isinstance(status, int) else f"{name} {status.split(' after')[0]}"] += (
-                count
-            )
 
 
 def settle(target: Target) -> None:

@@ -4,6 +4,7 @@ Covers `grammar_process.py` too.
 """
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -50,6 +51,11 @@ class Loop:
     def children(self) -> list[psutil.Process]:
         return self.process.children() if self.process else []
 
+    def compiles_above(self, niceness: int) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return any(child.nice() > niceness for child in self.children())
+        return False
+
     def close(self) -> None:
         self.pool.close()
         self.run(asyncio.sleep(0.1))
@@ -94,6 +100,16 @@ def test_a_quick_one_does_not_wait_for_a_slow_one(loop):
         slow.cancel()
 
     loop.run(both())
+
+
+def test_what_takes_long_steps_back(loop):
+    async def watch() -> None:
+        slow = asyncio.create_task(loop.pool.compile(SETUP, *SLOW))
+        await until(loop.children)
+        await until(lambda: loop.compiles_above(loop.process.nice()))
+        slow.cancel()
+
+    loop.run(watch())
 
 
 def test_what_nobody_waits_for_is_killed(loop):

@@ -130,6 +130,32 @@ def test_what_is_in_texts_does_not_count():
     check_values(json.dumps({"text": '[{,"\\' * 1_000_000, "more": ["a,[b"] * 1000}).encode())
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7, 1000])
+def test_pieces_are_counted_as_the_whole_is(monkeypatch, at_once):
+    """Whatever stands where one ends: an escape, a text, a quote in one."""
+    monkeypatch.setattr(request_body, "_SORTED_AT_ONCE", at_once)
+    values = ["a", '"', "\\", '\\"', '[,{"', "\\\\", ""]
+    for number in range(200):
+        chosen = [values[(number * 7**i >> 2) % len(values)] for i in range(number % 9)]
+        body = json.dumps({"a": chosen, "b": {}}).encode()
+        assert b"".join(request_body._pieces(body)) == body
+        for limit, real in (("MAX_CONTAINERS", 3), ("MAX_TEXTS", len(chosen) + 2), ("MAX_VALUES", body.count(b", "))):
+            with monkeypatch.context() as limits:
+                for name in ("MAX_CONTAINERS", "MAX_TEXTS", "MAX_VALUES"):
+                    limits.setattr(request_body, name, 1 << 20)
+                limits.setattr(request_body, limit, real)
+                check_values(body)
+                limits.setattr(request_body, limit, real - 1)
+                with pytest.raises(BadRequest, match="the body has over"):
+                    check_values(body)
+
+
+def test_texts_are_counted_without_quotes_in_them():
+    check_values(json.dumps(["a"] * 400_000 + ['"' * 2_000_000]).encode())
+    with pytest.raises(BadRequest, match="500000 texts"):
+        check_values(json.dumps({"a": dict.fromkeys(map(str, range(500_001)), 1)}).encode())
+
+
 def test_a_body_of_quotes_is_not_taken_apart():
     with pytest.raises(BadRequest, match="texts"):
         check_values(b"[" + b'"",' * 2_500_000 + b'""]')

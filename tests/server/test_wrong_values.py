@@ -1,5 +1,6 @@
 """Values that were answered with a 500, or that stalled others: each is 400 with the name of its field."""
 
+import json
 import time
 
 import pytest
@@ -22,6 +23,11 @@ def chat(**fields):
 
 SAMPLING = {
     "a key of 5,000 digits": ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+    "5,000 biases": ({"logit_bias": {str(i): 1 for i in range(5000)}}, "logit_bias"),
+    "a schema of 20,000": (
+        {"json_schema": json.dumps({"properties": {f"{i}": {} for i in range(20_000)}})},
+        "json_schema",
+    ),
     "an enormous bias": ({"logit_bias": {"1": 1e300}}, "logit_bias"),
     "5,000 parentheses": ({"stop_regex": "(" * 5000 + "a" + ")" * 5000}, "stop_regex"),
     "a nested repetition": ({"stop_regex": "((a{1000}){1000}){1000}"}, "stop_regex"),
@@ -49,6 +55,13 @@ def test_sampling_parameters(server, sampling, field):
     assert (answer.status, answer.error["param"]) == (400, field)
     assert len(answer.body) < 3000
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_messages_without_end(server, path):
+    answer = server.post(path, {"messages": [{"role": "user", "content": "a"}] * 9000})
+    assert (answer.status, answer.error["param"]) == (400, "messages")
+    assert "at most 8192" in answer.error["message"] and len(answer.body) < 1000
 
 
 @pytest.mark.parametrize(

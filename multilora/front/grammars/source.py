@@ -14,6 +14,8 @@ from multilora.front.tools.definitions import schemas_in
 ANY_JSON = "$$ANY$$"  # as json_schema: any JSON value
 MAX_SOURCE = 1 << 20
 """Characters of one grammar."""
+MAX_SCHEMAS = 10_000
+"""Schemas in one JSON schema. The compiler would run into its limits with a tenth of them."""
 _NOT_ENFORCED = ("not", "if", "then", "else", "dependentSchemas")
 """JSON Schema's keywords that the compiler would silently pass over."""
 
@@ -54,7 +56,9 @@ def _schemas_of_tags(tag: Any) -> Iterator[Any]:
 
 def _check_schema(field: str, schema: Any) -> None:
     try:
-        for path, inner in schemas_in(schema, "the schema", 0):
+        for number, (path, inner) in enumerate(schemas_in(schema, "the schema", 0)):
+            if number == MAX_SCHEMAS:
+                raise unusable(field, f"it has over {MAX_SCHEMAS} schemas in it")
             if reason := _not_enforced(inner):
                 raise unusable(field, f"{path}.{reason}")
     except BadRequest as e:
