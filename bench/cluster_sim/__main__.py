@@ -12,7 +12,7 @@ from bench.cluster_sim.engine import Sizes
 from bench.cluster_sim.plot import write_plot
 from bench.cluster_sim.routing import ROUTINGS, LeastLoaded
 from bench.cluster_sim.simulation import Scenario, Simulation
-from bench.cluster_sim.trace import Traffic, arrivals
+from bench.cluster_sim.trace import Traffic, arrivals, history
 from bench.common import environment
 
 
@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.8, help="part of what ideal replicas can do")
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--warm", type=float, default=45.0, help="seconds that are not counted")
+    parser.add_argument(
+        "--history", type=int, default=0, help="requests for each adapter that have come before, without their times"
+    )
     parser.add_argument("--zipf", type=float, default=1.0)
     parser.add_argument(
         "--drift", type=float, default=0.0, help="part of the adapters that change places each minute"
@@ -89,12 +92,16 @@ def main() -> None:
     most = capacity(traffic, sizes, calibration)
     traffic = replace(traffic, rate=args.load * most * args.replicas)
     print(f"{most:.1f} requests a second of one replica at most; {traffic.rate:.0f} come", flush=True)
-    scenario = Scenario(replicas=args.replicas, warm=args.warm, failures=args.failures, sizes=sizes, seed=args.seed)
+    scenario = Scenario(
+        replicas=args.replicas, warm=args.warm, failures=args.failures, sizes=sizes, seed=args.seed,
+        history=history(traffic, args.history * args.adapters),
+    )  # fmt: skip
     rows = compare(args.only, traffic, scenario, calibration, args.routers)
     result = environment() | {
         "calibration": asdict(calibration) | {"largest_error": round(calibration.error(), 4)},
         "traffic": asdict(traffic),
-        "scenario": asdict(scenario),
+        "scenario": asdict(replace(scenario, history=())),
+        "history": args.history,
         "routers": args.routers,
         "rows": rows,
     }

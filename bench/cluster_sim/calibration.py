@@ -7,6 +7,7 @@ whether it has adapters, and their bytes; what prompt tokens add is the engine's
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,14 +35,17 @@ DECODES = [  # row, batch size, adapters, sum of their ranks
 @dataclass(frozen=True)
 class Calibration:
     """Seconds. decode: of a step: fixed, for each row, for having adapters at all, for each rank of distinct ones.
-    copy_rate: bytes a second from host memory to the device; fetch_fixed, fetch_rate: from files into host memory.
-    start: of a replica."""
+    copy_rate: bytes a second from host memory to the device; fetch_fixed, fetch_rate: from files into host memory,
+    one adapter alone; fetch_busy: what comes to that while other requests run; memory_rate: bytes a second of all
+    fetches together, from a disk of its own. start: of a replica."""
 
     decode: tuple[float, float, float, float]
     per_prompt_token: float
     copy_rate: float
     fetch_fixed: float
     fetch_rate: float
+    fetch_busy: float
+    memory_rate: float
     start: float
 
     def step(self, decodes: int, prompt_tokens: int, adapters: int, ranks: int) -> float:
@@ -67,12 +71,12 @@ class Calibration:
 
 def calibrate() -> Calibration:
     """Read the rows and fit."""
-    rows = _rows(STEPS)
+    rows, loads = _rows(STEPS), json.loads((RESULTS / LOADS).read_text())
     known = np.array([[1, batch, bool(adapters), ranks] for _, batch, adapters, ranks in DECODES], dtype=float)
     taken = np.array([rows[name]["value"] / 1e3 for name, *_ in DECODES])
     decode, *_ = np.linalg.lstsq(known / taken[:, None], np.ones(len(taken)), rcond=None)  # relative errors
     cost = StepCost()
-    colds = [row for run in json.loads((RESULTS / LOADS).read_text())["after"]["cold"] for row in run]
+    colds = [row for run in loads["after"]["cold"] for row in run]
     for _ in range(100):
         cost.observe(MIXED_TOKENS, rows["GPU idle, mixed steps of 64 distinct rank-16"]["step_ms"] / 1e3)
         for row in colds:
@@ -86,8 +90,18 @@ def calibrate() -> Calibration:
         copy_rate=rows["host to device, adapters through the ring"]["value"] * 1e9,
         fetch_fixed=float(fast - 16 * RANK_BYTES / rate),
         fetch_rate=float(rate),
+        fetch_busy=_busy(loads["after"]["streams"][0]) - float(fast),
+        memory_rate=loads["host_memory_first_use_gb_s"] * 1e9,
         start=json.loads((RESULTS / STEPS).read_text())["seconds"]["start"],
     )
+
+
+def _busy(row: dict[str, Any]) -> float:
+    """Seconds that a cold first token of rank 16 takes more than a warm one beside 32 streams, less half a step,
+    which the simulated engine waits for by itself."""
+    cold, warm = row["cold"], row["warm"]
+    seconds: float = (cold["first_token_ms"] - warm["first_token_ms"] - warm["gap_ms"] / 2) / 1e3
+    return seconds
 
 
 def _rows(name: str) -> dict[str, dict[str, float]]:

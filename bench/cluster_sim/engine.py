@@ -27,7 +27,7 @@ PROMPTS = [[0] * n for n in range(4097)]  # only lengths count
 class Sizes:
     """slots: requests that run at a time; chunk: prompt tokens of a step; device_bytes, host_bytes: for adapters.
     storage_rate: bytes a second that a replica gets of adapters' files at most; 0: they are on a disk of its own, as
-    they were when that was measured."""
+    they were when loads were measured."""
 
     slots: int = 64
     chunk: int = 2048
@@ -115,6 +115,7 @@ class SimulatedEngine:
         self._prefilling: list[Job] = []
         self._decoding: list[tuple[int, int, Job]] = []  # a heap, by the step that each ends with
         self._users: dict[int, int] = {}  # of adapters, by running requests
+        self._ranks = 0  # their sum
         self.device, self.host = Tier(sizes.device_bytes), Tier(sizes.host_bytes)
         self._loading: set[int] = set()
         self._fetching = 0
@@ -126,6 +127,7 @@ class SimulatedEngine:
         self._order = 0
         self.dead = False
         self.fetched = 0.0  # bytes that were read from files
+        self.unread = 0  # prompt tokens of requests without a first token
 
     @property
     def load(self) -> int:
@@ -146,6 +148,7 @@ class SimulatedEngine:
         )  # fmt: skip
         job = Job(arrival, sent, Request.of(spec), self.name, left=arrival.prompt, owner=owner)
         self._jobs[job.request] = job
+        self.unread += arrival.prompt
         self._waiting.append(job.request)
         self._policy.enqueue(job.request)
         on_device = self._ideal or arrival.adapter in self.device
@@ -166,6 +169,15 @@ class SimulatedEngine:
             self._run = begin, seconds, done, run
             self._at(begin + done * seconds, lambda time: self._end(run, time))
 
+    def remember(self, adapter: int) -> None:
+        """A request for the adapter was served some time ago. It is on both tiers; what was used least recently has
+        gone for it."""
+        for tier in (self.host, self.device):
+            if adapter in tier:
+                tier.touch(adapter)
+            elif tier.make_room(bytes_of(adapter), lambda _: False) is not None:
+                tier.add(adapter, bytes_of(adapter))
+
     # ------------------------------------------------------------------ steps
 
     def _begin(self, now: float) -> None:
@@ -180,9 +192,8 @@ class SimulatedEngine:
         decodes = len(self._decoding)
         if not prompts and not decodes:
             return
-        ranks = sum(rank_of(adapter) for adapter in self._users)
         tokens = self._sizes.chunk - budget
-        seconds = self._calibration.step(decodes, tokens, len(self._users), ranks)
+        seconds = self._calibration.step(decodes, tokens, len(self._users), self._ranks)
         steps = 1 if prompts else max(1, self._decoding[0][0] - self._steps)
         self._runs += 1
         run = self._runs
@@ -217,6 +228,7 @@ class SimulatedEngine:
     def _take_first(self, job: Job, now: float) -> None:
         if job.first is None:
             job.first = now
+            self.unread -= job.arrival.prompt
             self._first(job, now)
         job.ends = self._steps + job.arrival.answer - 1
         if job.arrival.answer <= 1:
@@ -231,6 +243,7 @@ class SimulatedEngine:
         self._users[adapter] -= 1
         if not self._users[adapter]:
             del self._users[adapter]
+            self._ranks -= rank_of(adapter)
         self._ended(job, now)
 
     # ------------------------------------------------------------------ who starts, and adapters
@@ -247,6 +260,7 @@ class SimulatedEngine:
                 if running + len(started) >= self._sizes.slots:
                     break
                 started.append(request)
+                self._ranks += rank_of(adapter) * (adapter not in self._users)
                 self._users[adapter] = self._users.get(adapter, 0) + 1
                 if not self._ideal:
                     self.device.touch(adapter)
@@ -265,10 +279,11 @@ class SimulatedEngine:
             self._fetching += 1
             self._loading.add(adapter)
             self.fetched += bytes_of(adapter)
-            ready = now + self._calibration.fetch_fixed + bytes_of(adapter) / self._calibration.fetch_rate
-            if self._sizes.storage_rate:
-                self._storage_free = max(now, self._storage_free) + bytes_of(adapter) / self._sizes.storage_rate
-                ready = max(ready, self._storage_free + self._calibration.fetch_fixed)
+            times, nbytes = self._calibration, bytes_of(adapter)
+            fixed = times.fetch_fixed + times.fetch_busy * bool(self._users)
+            rate = min(times.memory_rate, self._sizes.storage_rate or times.memory_rate)
+            self._storage_free = max(now, self._storage_free) + nbytes / rate
+            ready = fixed + max(now + nbytes / times.fetch_rate, self._storage_free)
             self._at(ready, lambda time: self._fetched(adapter, time))
 
     def _fetched(self, adapter: int, now: float) -> None:

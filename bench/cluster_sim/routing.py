@@ -6,6 +6,7 @@ the others do only from the replicas' reports; the others know all loads at any 
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from bench.cluster_sim.engine import SimulatedEngine, bytes_of
@@ -23,6 +24,9 @@ class Routing(Protocol):
     def choose(self, arrival: Arrival) -> tuple[str, object]:
         """The replica, and what `ended` is given."""
 
+    def prompt_read(self, replica: str, owner: object) -> None:
+        """The request has its first token."""
+
     def ended(self, replica: str, owner: object) -> None: ...
 
     def report(self) -> None:
@@ -37,6 +41,9 @@ class _Blind:
 
     def use(self, engines: Mapping[str, SimulatedEngine]) -> None:
         self._engines, self._names = engines, list(engines)
+
+    def prompt_read(self, replica: str, owner: object) -> None:
+        del replica, owner
 
     def ended(self, replica: str, owner: object) -> None:
         del replica, owner
@@ -92,8 +99,15 @@ class PlainHash(_Blind):
         return next(iter(self._ring.walk(f"adapter-{arrival.adapter}"))), None
 
 
+@dataclass(eq=False, slots=True)
+class _Sent:
+    router: AdapterRouter
+    prompt: int
+
+
 class AdapterAware:
-    """routers: how many ingress processes there are."""
+    """routers: how many ingress processes there are. Each hears of a replica when a request arrives there, with its
+    first token and its end, and of all replicas by their reports."""
 
     def __init__(self, seed: int, settings: RouterSettings | None = None, routers: int = 4):
         self._routers = [AdapterRouter(settings or RouterSettings(seed=seed + i)) for i in range(routers)]
@@ -108,13 +122,28 @@ class AdapterAware:
     def choose(self, arrival: Arrival) -> tuple[str, object]:
         router = self._random.choice(self._routers)
         need = AdapterNeed(f"adapter-{arrival.adapter}", 1, int(bytes_of(arrival.adapter)))
-        choice = router.choose(RouteRequest(need))
+        choice = router.choose(RouteRequest(need, prompt=arrival.prompt))
         assert choice is not None
-        return choice.replica, router
+        engine = self._engines[choice.replica]
+        router.heard(choice.replica, engine.load + 1.0, engine.unread + arrival.prompt)
+        return choice.replica, _Sent(router, arrival.prompt)
+
+    def prompt_read(self, replica: str, owner: object) -> None:
+        assert isinstance(owner, _Sent)
+        owner.router.prompt_read(replica, owner.prompt)
+        owner.prompt = 0
+        self._hear(replica, owner.router)
 
     def ended(self, replica: str, owner: object) -> None:
-        assert isinstance(owner, AdapterRouter)
-        owner.ended(replica, 1.0)
+        assert isinstance(owner, _Sent)
+        owner.router.prompt_read(replica, owner.prompt)
+        owner.router.ended(replica, 1.0)
+        self._hear(replica, owner.router)
+
+    def _hear(self, replica: str, router: AdapterRouter) -> None:
+        engine = self._engines.get(replica)
+        if engine is not None:
+            router.heard(replica, engine.load, engine.unread)
 
     def report(self) -> None:
         for name, engine in self._engines.items():
@@ -122,8 +151,8 @@ class AdapterAware:
             sizes = {
                 f"adapter-{i}": int(size) for tier in (engine.device, engine.host) for i, size in tier.items.items()
             }
-            room = int(engine.device.most + engine.host.most)
-            report = ReplicaReport(float(engine.load), 1.0, tiers[0], tiers[1], room)
+            room = int(max(engine.device.most, engine.host.most))
+            report = ReplicaReport(float(engine.load), 1.0, tiers[0], tiers[1], room, engine.unread)
             for router in self._routers:
                 router.report(name, report, sizes)
 

@@ -12,11 +12,14 @@ from bench.cluster_sim.engine import Job, SimulatedEngine, Sizes
 from bench.cluster_sim.routing import Routing
 from bench.cluster_sim.trace import Arrival
 
+HISTORY_REPORT = 20_000  # requests of the history between two reports
+
 
 @dataclass(frozen=True)
 class Scenario:
     """warm: seconds at the start that are not counted. failures: replicas that die, one after the other, after that.
-    report_seconds: between two reports of a replica."""
+    report_seconds: between two reports of a replica. history: adapters of requests that were served one at a time
+    before the clock starts, so that the tiers hold what they would after hours of this routing."""
 
     replicas: int = 100
     warm: float = 30.0
@@ -25,6 +28,7 @@ class Scenario:
     sizes: Sizes = field(default_factory=Sizes)
     ideal: bool = False
     seed: int = 0
+    history: Sequence[int] = ()
 
 
 @dataclass
@@ -77,6 +81,7 @@ class Simulation:
 
     def run(self) -> Measured:
         """To the last arrival and ten seconds more."""
+        self._remember()
         scenario, end = self._scenario, self._arrivals[-1].time
         self._at(scenario.report_seconds, self._report)
         for i in range(scenario.failures):
@@ -91,6 +96,15 @@ class Simulation:
         self._measured.unfinished = len(left)
         self._measured.first += [end + 10 - job.sent for job in left if job.first is None]
         return self._measured
+
+    def _remember(self) -> None:
+        for number, adapter in enumerate(self._scenario.history):
+            if number % HISTORY_REPORT == 0:
+                self._routing.report()
+            name, owner = self._routing.choose(Arrival(0.0, adapter, 0, 0))
+            self._engines[name].remember(adapter)
+            self._routing.ended(name, owner)
+        self._routing.report()
 
     def ended_before(self, time: float) -> int:
         """How many requests have ended between the warm-up and then."""
@@ -118,6 +132,7 @@ class Simulation:
             self._measured.hits[job.hit] += 1
 
     def _first(self, job: Job, now: float) -> None:
+        self._routing.prompt_read(job.replica, job.owner)
         if job.sent >= self._scenario.warm:
             self._measured.first.append(now - job.sent)
 

@@ -60,9 +60,7 @@ def _times(traffic: Traffic, rng: np.random.Generator) -> np.ndarray:
 
 
 def _adapters(traffic: Traffic, times: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    weights = 1 / np.arange(1, traffic.adapters + 1) ** traffic.zipf
-    places = rng.choice(traffic.adapters, len(times), p=weights / weights.sum())
-    order = rng.permutation(traffic.adapters)
+    places, order = _places(traffic, len(times), rng), _order(traffic)
     chosen = np.empty_like(places)
     for minute in range(int(traffic.seconds // 60) + 1):
         now = (times // 60).astype(int) == minute
@@ -70,6 +68,25 @@ def _adapters(traffic: Traffic, times: np.ndarray, rng: np.random.Generator) -> 
         moved = rng.choice(traffic.adapters, int(traffic.drift * traffic.adapters), replace=False)
         order[moved] = order[rng.permutation(moved)]
     return chosen
+
+
+def history(traffic: Traffic, count: int) -> list[int]:
+    """Adapters of so many requests that came before, by the popularity that there is at the start."""
+    rng = np.random.default_rng([traffic.seed, 2])
+    adapters: list[int] = _order(traffic)[_places(traffic, count, rng)].tolist()
+    return adapters
+
+
+def _places(traffic: Traffic, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Places in the order of popularity."""
+    weights = 1 / np.arange(1, traffic.adapters + 1) ** traffic.zipf
+    places: np.ndarray = rng.choice(traffic.adapters, count, p=weights / weights.sum())
+    return places
+
+
+def _order(traffic: Traffic) -> np.ndarray:
+    """Adapters by popularity, at the start."""
+    return np.random.default_rng([traffic.seed, 1]).permutation(traffic.adapters)
 
 
 def _lengths(rng: np.random.Generator, mean: int, count: int, most: int) -> np.ndarray:

@@ -4,8 +4,9 @@ In this order: the replica of its session; one that has the adapter on the devic
 memory, the one with the prompt's prefix before others; one that only has the prefix; else a place on the ring of
 consistent hashes, which all routers agree about. A replica is *full* while its load per weight is above `factor`
 times the mean of all and above `slack`; it gets nothing while another one is not (Mirrokni's bound). So an adapter
-that is hot has more holders, and of those two are drawn and the less loaded one is taken. Pure: no clock, no I/O, and
-used from one thread.
+that is hot has more holders, and of those two are drawn and the one with the shorter wait is taken. While there is
+room for it that nobody else needs, an adapter gets `copies` holders, hot or not: so that there is a choice, and the
+death of one costs nothing. Pure: no clock, no I/O, and used from one thread.
 """
 
 import random
@@ -18,6 +19,7 @@ from multilora.cluster.replica_index import RecentPlaces, ReplicaIndex, RoutedRe
 from multilora.cluster.route_request import AdapterNeed, ReplicaReport, RouteRequest
 
 PROBES = 32  # members of the ring that are looked at, before the least loaded replica of all is
+COPY_PROBES = 4  # the same for a further copy, which nobody needs now
 OTHERS_FOLLOW = 0.1
 """How far the load that others have sent to a replica moves towards what a new report says of it. Routers that
 follow reports, which are a second old, at once all run to the same replica: the 99th percentile of the first token
@@ -30,11 +32,12 @@ MAX_PREFIXES = 200_000
 class RouterSettings:
     """factor: how far above the mean a replica's load may be. slack: load per weight that is never too much, so that
     an idle cluster does not scatter adapters. byte_factor: the same as `factor` for bytes of adapters, when one is
-    brought somewhere."""
+    brought somewhere. copies: holders that an adapter gets where there is room, 1: only as many as its load needs."""
 
     factor: float = 1.25
     slack: float = 8.0
     byte_factor: float = 1.25
+    copies: int = 2
     seed: int = 0
 
 
@@ -47,6 +50,7 @@ class Reason(Enum):
     PREFIX = "prefix"
     PLACED = "placed"  # nobody has the adapter
     SPREAD = "spread"  # those that have it are full
+    COPY = "copy"  # too few have it, and there is room
     LEAST = "least"  # the least loaded: nothing else counts
 
 
@@ -59,7 +63,8 @@ class Choice:
 
 
 class AdapterRouter:
-    """Every `choose` that returns a choice is followed by one `ended` with the same cost."""
+    """Every `choose` that returns a choice is followed by one `prompt_read` with its prompt, and then by one `ended`
+    with its cost."""
 
     def __init__(self, settings: RouterSettings = RouterSettings()):
         self._settings = settings
@@ -103,6 +108,16 @@ class AdapterRouter:
         follow = OTHERS_FOLLOW if replica.reported else 1.0
         replica.reported = True
         self._index.change_load(replica, replica.own, replica.others + follow * (sent_by_others - replica.others))
+        replica.others_prompt = max(0, report.prompt - replica.own_prompt)
+
+    def heard(self, name: str, load: float, prompt: int) -> None:
+        """What a replica says beside an answer: its load, and tokens of prompts that are not read."""
+        replica = self._index.get(name)
+        if replica is not None:
+            sent_by_others = max(0.0, load - replica.own)
+            others = replica.others + OTHERS_FOLLOW * (sent_by_others - replica.others)
+            self._index.change_load(replica, replica.own, others)
+            replica.others_prompt = max(0, prompt - replica.own_prompt)
 
     def choose(self, request: RouteRequest) -> Choice | None:
         """None: there is no replica, or all are to be avoided."""
@@ -112,6 +127,7 @@ class AdapterRouter:
             return None
         replica, reason = found
         self._index.change_load(replica, replica.own + request.cost, replica.others)
+        replica.own_prompt += request.prompt
         if request.adapter is not None:
             self._index.expect(replica, request.adapter.key, request.adapter.nbytes)
         if request.session:
@@ -119,6 +135,12 @@ class AdapterRouter:
         for key in request.prefixes:
             self._prefixes.put(key, replica)
         return Choice(replica.name, reason)
+
+    def prompt_read(self, name: str, prompt: int) -> None:
+        """A request that was sent to the replica has its first token, or is over."""
+        replica = self._index.get(name)
+        if replica is not None:
+            replica.own_prompt = max(0, replica.own_prompt - prompt)
 
     def ended(self, name: str, cost: float) -> None:
         """A request that was sent to the replica is over, however it ended."""
@@ -138,6 +160,9 @@ class AdapterRouter:
         if request.adapter is None:
             return None
         key, prefix = request.adapter.key, self._with_prefix(request)
+        further = None if prefix else self._further_copy(request, request.adapter)
+        if further is not None:
+            return further, Reason.COPY
         for tier, reason in ((self._index.device, Reason.DEVICE), (self._index.host, Reason.HOST)):
             holders = tier.of(key)
             if prefix is not None and prefix in holders:
@@ -145,6 +170,21 @@ class AdapterRouter:
             replica = self._better_of_two(holders, request)
             if replica is not None:
                 return replica, reason
+        return None
+
+    def _further_copy(self, request: RouteRequest, need: AdapterNeed) -> RoutedReplica | None:
+        """Where one more holder of an adapter should be that has some, but too few; of known size only, and where
+        nothing has to go for it."""
+        device, host = self._index.device.of(need.key), self._index.host.of(need.key)
+        if not 0 < len(device) + len(host) < self._settings.copies or not need.nbytes:
+            return None
+        for name in islice(self._index.ring.walk(need.name), COPY_PROBES):
+            replica = self._index.get(name)
+            assert replica is not None
+            if replica in device or replica in host or not replica.room:
+                continue
+            if self._takes(replica, request) and self._has_room(replica, need):
+                return replica
         return None
 
     def _by_prefix(self, request: RouteRequest) -> tuple[RoutedReplica, Reason] | None:
@@ -209,7 +249,8 @@ class AdapterRouter:
         return None
 
     def _better_of_two(self, some: Sequence[RoutedReplica], request: RouteRequest) -> RoutedReplica | None:
-        """The less loaded of two that are drawn; if neither takes the request, of a few the first that does."""
+        """The one of two that are drawn with the shorter wait; if neither takes the request, of a few the first that
+        does."""
         if len(some) <= 2:
             drawn = list(some)
         else:
@@ -217,5 +258,5 @@ class AdapterRouter:
             drawn = [some[first], some[second + (second >= first)]]
         drawn = [replica for replica in drawn if self._takes(replica, request)]
         if drawn:
-            return min(drawn, key=lambda replica: replica.load / replica.weight)
+            return min(drawn, key=lambda replica: replica.wait)
         return next((replica for replica in some[:PROBES] if self._takes(replica, request)), None)

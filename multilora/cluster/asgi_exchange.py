@@ -5,7 +5,7 @@ together. A receiver that stops reading has hung up: the application is told so,
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope
@@ -36,6 +36,11 @@ async def read_body(receive: Receive, most: int) -> bytes | None:
             size += len(pieces[-1])
         if not message.get("more_body"):
             return b"".join(pieces)
+
+
+def answers(messages: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any of them brings something of an answer's body."""
+    return any(message["type"] == "http.response.body" and message.get("body") for message in messages)
 
 
 async def run(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:

@@ -24,8 +24,8 @@ class ClusterConfig:
     """engine: of each replica. state_dir: a directory that all processes of the cluster see, and that outlasts them.
 
     min_replicas = max_replicas: no autoscaling. cpus: of a replica. target_requests: that a replica has, on average;
-    target_pressure: part of the places for adapters that requests use, on average. factor, slack: see
-    `RouterSettings`. retries: further replicas that a request is sent to, as long as nothing of its answer was.
+    target_pressure: part of the places for adapters that requests use, on average. factor, slack, copies:
+    see `RouterSettings`. retries: further replicas that a request is sent to, as long as nothing of its answer was.
     """
 
     state_dir: str
@@ -40,6 +40,7 @@ class ClusterConfig:
     target_pressure: float = 0.8
     factor: float = 1.25
     slack: float = 8.0
+    copies: int = 2
     retries: int = 2
     report_seconds: float = 1.0
 
@@ -104,6 +105,8 @@ class ClusterConfig:
         for name in ("ingresses", "cpus", "slack", "target_requests", "target_pressure", "report_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}: must be above 0")
+        if self.copies < 1:
+            raise ConfigError("copies: must be 1 or more")
         if self.retries < 0:
             raise ConfigError("retries: must be 0 or more")
 

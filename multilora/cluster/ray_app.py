@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -23,10 +24,11 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 import multilora
+from multilora.cluster.asgi_exchange import answers
 from multilora.cluster.cluster_config import ClusterConfig
 from multilora.cluster.cluster_table import ClusterTable, TableChange
 from multilora.cluster.ingress import Ingress, ReplicaLostError
-from multilora.cluster.ray_router import AdapterRequestRouter
+from multilora.cluster.ray_router import NEWS, AdapterRequestRouter, Heard, PromptRead
 from multilora.cluster.replica_server import ReplicaServer
 from multilora.cluster.route_request import RouteRequest
 from multilora.cluster.shared_registry import SharedRegistry
@@ -125,6 +127,10 @@ class RegistryHandle:
     async def label_weights(self, weight_version: str) -> None:
         await self._perform("label_weights", weight_version)
 
+    async def share(self, member: str, served: dict[str, float]) -> dict[str, float]:
+        others: dict[str, float] = await self._perform("share", member, served)
+        return others
+
     async def _perform(self, method: str, *arguments: Any, **options: Any) -> Any:
         kind, result = await self._answer(self._handle.perform.remote(method, *arguments, **options))
         if kind:
@@ -151,13 +157,24 @@ class ReplicaDeployment:
         self, request: RouteRequest, only: str | None, scope: dict[str, Any], body: bytes
     ) -> AsyncGenerator[list[dict[str, Any]], None]:
         """See `SendTo`. The first two are for the router; which asks another one where the one meant is gone."""
-        del request
         if only not in (None, self._name):
             yield [{"type": ABSENT}]
             return
-        yield [{"type": "multilora.replica", "name": self._name}]
-        async for some in self._server.handle(scope, body):
-            yield [dict(message) for message in some]
+        prompt, unread = request.prompt, True
+        yield [self._state(1, prompt)]
+        async for some in self._server.handle(scope, body, prompt):
+            messages = [dict(message) for message in some]
+            if unread and answers(some):
+                unread = False
+                messages.append(self._state())
+            yield messages
+        yield [self._state()]
+
+    def _state(self, requests: int = 0, prompt: int = 0) -> dict[str, Any]:
+        """What there is to do here. requests, prompt: what comes to it now."""
+        server = self._server
+        load, prompt = float(server.open_requests + requests), server.prompt_tokens + prompt
+        return {"type": "multilora.replica", "name": self._name, "load": load, "prompt": prompt}
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What routers are told of this replica."""
@@ -165,7 +182,12 @@ class ReplicaDeployment:
         found = self._server.report()
         report = found.report
         told = {"load": report.load, "device": dict(report.device), "host": dict(report.host)}
-        return told | {"room": report.adapter_bytes, "sizes": found.sizes, "number": self._number}
+        return told | {
+            "prompt": report.prompt,
+            "room": report.adapter_bytes,
+            "sizes": found.sizes,
+            "number": self._number,
+        }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the autoscaler is told."""
@@ -188,6 +210,7 @@ class IngressDeployment:
         self._calls = RegistryHandle(registry)
         self._table = ClusterTable()
         self._ingress = Ingress(config, KeyRing(config.engine), self._table, self._send, self._calls.members)
+        self._numbers = itertools.count(1)
         self._following = asyncio.create_task(self._follow())
 
     def __serve_build_asgi_app__(self) -> Ingress:
@@ -209,12 +232,19 @@ class IngressDeployment:
         self, request: RouteRequest, only: str | None, scope: dict[str, Any], body: bytes
     ) -> AsyncGenerator[list[Any], None]:
         # in a context of its own: calls of one request share its id, by which Serve's router tells them apart
+        request = dataclasses.replace(request, number=next(self._numbers))
         response = contextvars.Context().run(self._replicas.remote, request, only, scope, body)
-        done = False
+        done, unread = False, True
         try:
             async for some in response:
-                if some[0]["type"] == ABSENT:
+                last = some[-1]
+                if last["type"] == ABSENT:
                     raise ReplicaLostError
+                if last["type"] == "multilora.replica":
+                    NEWS.append(Heard(last["name"], last["load"], last["prompt"]))
+                if unread and answers(some):
+                    unread = False
+                    NEWS.append(PromptRead(request.number))
                 yield some
             done = True
         except (RayActorError, BackPressureError, DeploymentUnavailableError) as e:
@@ -271,7 +301,7 @@ def _replica_options(config: ClusterConfig) -> dict[str, Any]:
     """One bundle, so that the GPUs of all ranks are of one host."""
     router = RequestRouterConfig(
         request_router_class=AdapterRequestRouter,
-        request_router_kwargs={"factor": config.factor, "slack": config.slack},
+        request_router_kwargs={"factor": config.factor, "slack": config.slack, "copies": config.copies},
         request_routing_stats_period_s=config.report_seconds,
     )
     options: dict[str, Any] = {

@@ -16,19 +16,27 @@ from multilora.cluster.route_request import ReplicaReport
 AdapterKey = tuple[str, int]
 """Name and version."""
 H = TypeVar("H", bound=Hashable)
+PROMPT_TOKENS = 100
+"""Prompt tokens to read that weigh as one more request. A request that decodes makes each step a little longer, a
+prompt that is read before another one delays its first token by its whole length."""
 
 
 class RoutedReplica:
     """One replica. own: load of what this router has sent there and has not ended; others: of everybody else's;
-    reported: it has said something already; assigned: bytes of the adapters that are there or on their way."""
+    own_prompt, others_prompt: tokens of their prompts that are not read yet; reported: it has said something already;
+    assigned: bytes of the adapters that are there or on their way."""
 
-    __slots__ = ("assigned", "device", "host", "name", "others", "own", "place", "reported", "room", "weight")
+    __slots__ = (
+        "assigned", "device", "host", "name", "others", "others_prompt", "own", "own_prompt", "place", "reported",
+        "room", "weight",
+    )  # fmt: skip
 
     def __init__(self, name: str, weight: float, place: int):
         self.name = name
         self.weight = weight
         self.place = place  # in the arrays of the index
         self.own = self.others = 0.0
+        self.own_prompt = self.others_prompt = 0
         self.reported = False
         self.device: set[AdapterKey] = set()
         self.host: set[AdapterKey] = set()
@@ -38,6 +46,12 @@ class RoutedReplica:
     @property
     def load(self) -> float:
         return self.own + self.others
+
+    @property
+    def wait(self) -> float:
+        """What a request has before it here, relative to what the replica can do: requests, and prompts that are not
+        read yet, of which PROMPT_TOKENS are as much as one request."""
+        return (self.own + self.others + (self.own_prompt + self.others_prompt) / PROMPT_TOKENS) / self.weight
 
 
 class Holders:

@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from multilora.cluster.route_request import ReplicaReport
 from multilora.cluster.shared_records import RegistryCalls, SharedRecords
 from multilora.config import Config
 from multilora.drivers.async_driver import AsyncDriver
+from multilora.engine.messages import ShareService
 from multilora.errors import EngineDead, MultiloraError
 from multilora.front.tokenizer import Tokenizer
 from multilora.server.app import create_app
@@ -32,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 ENGINE_SECONDS = 5
 """For an engine that has nothing to do any more, until it is killed."""
+SHARE_SECONDS = 1.0
+"""Between two exchanges of what tenants have been served."""
 RETRY_SECONDS = 0.5
 """Before the registry is asked again, after it did not answer."""
 
@@ -55,7 +60,19 @@ class ReplicaServer:
         assert isinstance(self._driver.front, ReplicaFront)
         self._front: ReplicaFront = self._driver.front
         self._following: asyncio.Task[None] | None = None
+        self._sharing: asyncio.Task[None] | None = None
         self._open = 0
+        self._prompt = 0  # tokens of prompts that are not read yet
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that have no ending yet."""
+        return self._open
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts of which nothing has been answered yet, about."""
+        return self._prompt
 
     @classmethod
     async def start(cls, name: str, config: Config, calls: RegistryCalls, spool: Path) -> "ReplicaServer":
@@ -98,6 +115,8 @@ class ReplicaServer:
         await self._driver.change(self._front.load_at_start())
         copies.heard = asked
         self._following = asyncio.create_task(self._follow())
+        if self._config.auth_file is not None:
+            self._sharing = asyncio.create_task(self._share())
         pinned = [record.name for record in table.records.values() if record.pinned]
         for name in pinned:
             try:
@@ -120,15 +139,35 @@ class ReplicaServer:
                 await self._driver.change(copies.apply(change))
             copies.heard = asked
 
-    async def handle(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message], None]:
-        """What the application answers. Closing the generator hangs up."""
+    async def _share(self) -> None:
+        """Charge the tenants here for what other replicas serve them, for ever."""
+        elsewhere, served = dict[str, float](), Counter[str]()
+        while True:
+            await asyncio.sleep(SHARE_SECONDS)
+            try:
+                reply = await self._engine.call(partial(ShareService, elsewhere=elsewhere))
+                elsewhere = {}
+                served.update(reply.served)
+                elsewhere = await self._calls.share(self.name, dict(served))
+                served.clear()
+            except MultiloraError as e:
+                logger.debug("tenants' counters are this replica's own for now: %s", e)
+
+    async def handle(
+        self, scope: dict[str, Any], body: bytes, prompt: int = 0
+    ) -> AsyncGenerator[list[Message], None]:
+        """What the application answers. Closing the generator hangs up. prompt: tokens to read, about."""
         self._open += 1
+        self._prompt += prompt
         try:
             async with contextlib.aclosing(asgi_exchange.run(self._app, scope, body)) as pieces:
                 async for some in pieces:
+                    if prompt and asgi_exchange.answers(some):
+                        self._prompt, prompt = self._prompt - prompt, 0
                     yield some
         finally:
             self._open -= 1
+            self._prompt -= prompt
 
     def report(self) -> SizedReport:
         """What this replica holds and has to do."""
@@ -143,8 +182,9 @@ class ReplicaServer:
                 device[name] = version
             elif adapter.level == "host":
                 host[name] = version
-        room = (self._config.lora_device_bytes or 0) + (self._config.lora_host_bytes or 0)
-        return SizedReport(ReplicaReport(float(self._open), 1.0, device, host, room), sizes)
+        limits = self._config.lora_device_bytes or 0, self._config.lora_host_bytes or 0
+        room = max(limits) if all(limits) else 0  # what is on the device is mostly in host memory, too
+        return SizedReport(ReplicaReport(float(self._open), 1.0, device, host, room, self._prompt), sizes)
 
     def pressure(self) -> float:
         """Part of the places for adapters on the device that are in use by requests, 0 to 1 or a little more."""
@@ -161,8 +201,9 @@ class ReplicaServer:
 
     async def close(self) -> None:
         """Serve nothing any more; what runs has ended, or is cut off."""
-        if self._following is not None:
-            self._following.cancel()
+        for task in (self._following, self._sharing):
+            if task is not None:
+                task.cancel()
         with contextlib.suppress(MultiloraError):
             await self._calls.leave(self.name)
         self._driver.stop()

@@ -23,6 +23,8 @@ SESSION_HEADER = "x-session-id"
 LONGEST_READ = 8 << 20
 """Bytes of a longer body are not parsed: it goes by its headers alone."""
 PROMPT_CHARS = 40_000
+TOKEN_CHARS = 4
+"""Characters of text for each token, about: only how prompts compare counts."""
 
 
 class Reach(Enum):
@@ -63,7 +65,18 @@ def read_request(
     session = session or (key if isinstance(key, str) else "")
     need = _adapter(content, table, model_name, caller)
     scoped = f"{caller.tenant.name}\0{need.name if need else ''}\0{need.version if need else 0}"
-    return RouteRequest(need, 1.0, prefix_keys(scoped, _prompt(content)), _own(caller, session))
+    prompt = _prompt(content)
+    return RouteRequest(
+        need, 1.0, _tokens(content, prompt), prefix_keys(scoped, prompt), session=_own(caller, session)
+    )
+
+
+def _tokens(content: dict[str, Any], prompt: str) -> int:
+    for name in ("input_ids", "prompt"):
+        value = content.get(name)
+        if isinstance(value, list) and value and all(isinstance(one, int) for one in islice(value, 8)):
+            return len(value)
+    return len(prompt) // TOKEN_CHARS
 
 
 def _own(caller: Caller, session: str) -> str:

@@ -28,27 +28,32 @@ class AdapterNeed:
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
     """adapter: None: the base model. cost: what it adds to a replica's load, in the unit of `ReplicaReport.load`.
-    prefixes: keys of the prompt's beginnings, the longest first. session: what the client calls its conversation.
-    avoid: replicas that have failed it already."""
+    prompt: tokens that have to be read before it answers, about. prefixes: keys of the prompt's beginnings, the
+    longest first. session: what the client calls its conversation. avoid: replicas that have failed it already.
+    number: of this attempt, in the process that sends it."""
 
     adapter: AdapterNeed | None = None
     cost: float = 1.0
+    prompt: int = 0
     prefixes: tuple[int, ...] = ()
     session: str = ""
     avoid: frozenset[str] = frozenset()
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
     """What a replica says of itself. device, host: version by name of the adapters on the device and, of the others,
     in host memory. load: of all requests that it has, whoever sent them. weight: what it can do, where a replica
-    with one GPU is 1. adapter_bytes: what device and host can hold of adapters; 0: no limit is known."""
+    with one GPU is 1. adapter_bytes: what it can hold of adapters without reading them again; 0: no limit is known.
+    prompt: tokens of prompts that it has not answered yet."""
 
     load: float = 0.0
     weight: float = 1.0
     device: Mapping[str, int] = field(default_factory=dict)
     host: Mapping[str, int] = field(default_factory=dict)
     adapter_bytes: int = 0
+    prompt: int = 0
 
 
 def prefix_keys(scope: str, text: str) -> tuple[int, ...]:

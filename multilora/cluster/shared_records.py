@@ -33,6 +33,8 @@ class RegistryCalls(Protocol):
 
     def label_weights(self, weight_version: str) -> Coroutine[Any, Any, None]: ...
 
+    def share(self, member: str, served: dict[str, float]) -> Awaitable[dict[str, float]]: ...
+
 
 class SharedRecords(Records):
     """`names` follow the table. saving: names that this replica has changed at the registry, and not yet here;

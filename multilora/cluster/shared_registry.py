@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 from multilora.cluster.cluster_table import ClusterTable, TableChange
+from multilora.cluster.tenant_ledger import TenantLedger
 from multilora.errors import AdapterAlreadyLoaded, AdapterError, AdapterNotLoaded
 from multilora.front.records import AdapterRecord, Records
 from multilora.lora_path import LoraPath
@@ -60,6 +61,7 @@ class SharedRegistry:
         self._state, self._is_dead, self._clock, self._lease = state, is_dead, clock, lease
         self._table = ClusterTable()
         self._members: dict[str, _Member] = {}
+        self._ledger = TenantLedger()
         self._log: deque[TableChange] = deque(maxlen=LOG_LENGTH)
         self._writing = asyncio.Lock()
         self._moved = asyncio.Condition()
@@ -115,6 +117,11 @@ class SharedRegistry:
                 except TimeoutError:
                     break
         return None if self._table.seq == seq else self._since(seq)
+
+    async def share(self, member: str, served: dict[str, float]) -> dict[str, float]:
+        """What a replica has served tenants since it last asked, for what the others have."""
+        self._ledger.keep(self._members.keys() | {member})
+        return self._ledger.exchange(member, served)
 
     def _since(self, seq: int) -> TableChange:
         newer = [change for change in self._log if change.seq > seq]

@@ -28,6 +28,7 @@ from multilora.engine.messages import (
     ReplaceAdapter,
     Reply,
     Resume,
+    ShareService,
     Sleep,
     StartProfile,
     Stats,
@@ -208,6 +209,9 @@ class Engine:
                 self._answer(message.call, lambda: self.profiler.start(message, self.scheduler.launched))
             case StopProfile(call):
                 self._answer(call, self.profiler.stop)
+            case ShareService(call, elsewhere):
+                self.scheduler.policy.charge_elsewhere(elsewhere)
+                self._replies.append(Reply(call=call, served=self.scheduler.policy.take_served()))
             case UseTokenizer(info):
                 self._ranks.use_tokenizer(info)
                 self.runner.use_tokenizer(info)

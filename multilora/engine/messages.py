@@ -174,6 +174,14 @@ class UseTokenizer(msgspec.Struct, tag=True, frozen=True):
     info: str
 
 
+class ShareService(msgspec.Struct, tag=True, frozen=True):
+    """Charge tenants for what other engines have served them: tenant → service, in the weighted tokens of `fair`.
+    Reply.served: what this one has served, since the last such call."""
+
+    call: int
+    elsewhere: dict[str, float]
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """Finish what runs (the front sends nothing new), then end the process."""
 
@@ -274,6 +282,7 @@ class Reply(msgspec.Struct, tag=True, frozen=True, kw_only=True, omit_defaults=T
     message: str = ""
     info: AdapterInfo | None = None
     pause: PauseState | None = None
+    served: dict[str, float] = {}
 
 
 class Spans(msgspec.Struct, tag=True, frozen=True):
@@ -363,22 +372,9 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = (
-    Submit
-    | Abort
-    | Finish
-    | LoadAdapter
-    | ReplaceAdapter
-    | UnloadAdapter
-    | FlushCache
-    | Pause
-    | Resume
-    | Sleep
-    | WakeUp
-    | StartProfile
-    | StopProfile
-    | UseTokenizer
-    | Shutdown
-)
+    Submit | Abort | Finish | LoadAdapter | ReplaceAdapter | UnloadAdapter | FlushCache | Pause | Resume | Sleep
+    | WakeUp | StartProfile | StopProfile | UseTokenizer | ShareService | Shutdown
+)  # fmt: skip
 FromEngine = Ready | Failed | Outputs | Reply | Stats | Spans
 
 _encoder = msgspec.msgpack.Encoder()

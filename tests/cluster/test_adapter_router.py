@@ -128,8 +128,58 @@ def test_an_adapter_goes_where_there_is_room_for_it():
     assert all(router.choose(wants(f"new{i}", nbytes=30)).replica == free for i in range(2))
 
 
+def test_an_adapter_gets_a_second_holder_where_there_is_room_and_no_third():
+    router = router_of(6, settings=RouterSettings())
+    for name in router.replicas:
+        holds(router, name, adapter_bytes=100)
+    reasons, places = [], set()
+    for _ in range(6):
+        choice = router.choose(wants("sql", nbytes=60))
+        reasons.append(choice.reason)
+        places.add(choice.replica)
+        router.ended(choice.replica, 1.0)
+    assert reasons[:3] == [Reason.PLACED, Reason.COPY, Reason.DEVICE] and len(places) == 2
+    [first, second] = places
+    for name in set(router.replicas) - places:
+        router.report(name, ReplicaReport(device={"big": 1}, adapter_bytes=100), {"big": 80})
+    router.remove(second)
+    assert {router.choose(wants("sql", nbytes=60)).replica for _ in range(4)} == {first}  # nobody has room for it
+
+
+@pytest.mark.parametrize(("nbytes", "room"), [(0, 100), (60, 0)])
+def test_what_is_of_unknown_size_or_comes_to_unknown_room_is_not_copied(nbytes, room):
+    router = router_of(6, settings=RouterSettings())
+    for name in router.replicas:
+        holds(router, name, adapter_bytes=room)
+    assert len({router.choose(wants("sql", nbytes=nbytes)).replica for _ in range(4)}) == 1
+
+
+def test_a_prompt_that_is_not_read_yet_weighs_until_it_is():
+    router = router_of(2, settings=RouterSettings())
+    for name in ("r0", "r1"):
+        holds(router, name, device=["sql"])
+    long = router.choose(wants("sql", prompt=4000)).replica
+    other = {"r0": "r1", "r1": "r0"}[long]
+    assert [router.choose(wants("sql", prompt=10)).replica for _ in range(5)] == [other] * 5
+    router.prompt_read(long, 4000)
+    assert router.choose(wants("sql", prompt=10)).replica == long
+
+
+def test_what_a_replica_says_beside_an_answer_counts_for_prompts_at_once():
+    router = router_of(2, settings=RouterSettings())
+    for name in ("r0", "r1"):
+        holds(router, name, device=["sql"])
+    router.heard("r0", 3.0, 2000)  # prompts that others have sent
+    assert router.load_of("r0") == pytest.approx(0.3)
+    assert {router.choose(wants("sql")).replica for _ in range(3)} == {"r1"}
+    router.heard("r0", 0.0, 0)
+    router.heard("gone", 1.0, 10)
+    router.prompt_read("gone", 10)
+    assert router.choose(wants("sql")).replica == "r0"
+
+
 def test_bytes_of_adapters_are_spread_evenly():
-    router = router_of(10, settings=RouterSettings(slack=1e9))
+    router = router_of(10, settings=RouterSettings(slack=1e9, copies=1))
     for i in range(2000):
         router.choose(wants(f"a{i}", nbytes=16 if i % 10 else 256))
     assigned = [replica.assigned for replica in router._index.order]

@@ -32,6 +32,7 @@ def test_a_file_is_read(tmp_path):
         ({"factor": 1.0}, "factor: 1.0: must be above 1"),
         ({"slack": 0}, "slack: must be above 0"),
         ({"retries": -1}, "retries"),
+        ({"copies": 0}, "copies"),
         ({"serve": {"port": 1}}, "serve.port: this is the cluster's affair"),
         ({"serve": {"lora_resolver_dir": "/x"}}, "no resolver"),
         ({"serve": {"modle_path": "x"}}, "modle_path"),

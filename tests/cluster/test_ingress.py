@@ -242,6 +242,20 @@ def test_prompts_and_sessions_of_every_dialect_are_read():
     assert read({"prompt": "short"}).prefixes == ()
 
 
+@pytest.mark.parametrize(
+    ("content", "tokens"),
+    [
+        ({"prompt": "x" * 400}, 100),
+        ({"input_ids": [1] * 77}, 77),
+        ({"prompt": [1, 2, 3]}, 3),
+        ({"messages": [{"role": "user", "content": "x" * 4000}]}, pytest.approx(1000, rel=0.02)),
+        ({"model": "base"}, 0),
+    ],
+)
+def test_how_long_a_prompt_is_about(content, tokens):
+    assert read(content).prompt == tokens
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)

@@ -69,6 +69,46 @@ def test_deployments_are_what_the_file_says():
     assert found["same"] and not found["other"]  # another number of replicas restarts none of them
 
 
+NEWS = """
+import json
+from types import SimpleNamespace
+from ray.serve.request_router import RequestRouter
+from multilora.cluster.ray_router import NEWS, AdapterRequestRouter, Heard, PromptRead
+from multilora.cluster.route_request import AdapterNeed, RouteRequest
+
+RequestRouter.update_replicas = lambda self, replicas: None
+router = AdapterRequestRouter.__new__(AdapterRequestRouter)
+router.initialize_state(factor=1.25, slack=8.0, copies=2)
+stats = {"number": 1, "load": 0.0, "prompt": 0, "device": {"sql": 1}, "host": {}, "room": 100, "sizes": {"sql": 60}}
+replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"r{i}"), routing_stats=stats) for i in range(2)]
+router.update_replicas(replicas)
+by_name = {replica.replica_id.unique_id: replica for replica in replicas}
+
+def choose(number, prompt):
+    request = RouteRequest(AdapterNeed("sql", 1), prompt=prompt, number=number)
+    [chosen] = router._choose(request, f"id{number}", by_name)
+    return chosen.replica_id.unique_id
+
+found = {"long": choose(1, 5000)}
+found["others"] = [choose(2, 1), choose(3, 1)]
+NEWS.extend([PromptRead(1), PromptRead(99), Heard("gone", 1.0, 0)])
+found["after"] = choose(4, 1)
+for i in range(1, 5):
+    router._end(f"id{i}")
+found["load"] = sum(router._router.load_of(name) for name in by_name)
+found["left"] = [len(router._sent), len(router._numbers), len(NEWS)]
+print(json.dumps(found))
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_the_router_hears_what_answers_say():
+    found = json.loads(python(NEWS).splitlines()[-1])
+    assert found["long"] not in found["others"] and found["after"] == found["long"]
+    assert found["load"] == 0 and found["left"] == [0, 0, 0]
+
+
 @needs_ray
 @pytest.mark.slow
 def test_a_cluster_under_load_loses_nothing(tmp_path):

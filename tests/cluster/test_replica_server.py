@@ -11,19 +11,22 @@ import pytest
 from fakes.models import FakeEngineClient
 
 from multilora.adapters.sources.spool import Spool
-from multilora.cluster import asgi_exchange
+from multilora.cluster import asgi_exchange, replica_server
 from multilora.cluster.replica_server import ReplicaServer
 from multilora.cluster.shared_registry import SharedRegistry
 from multilora.config import Config
+from multilora.engine.messages import Reply
 from multilora.errors import AdapterNotFound
 from multilora.front.records import Records
 from multilora.lora_path import LoraPath
+from multilora.server.key_hash import new_salt, write_hash
 
 
 class Cluster:
     """Replicas `a` and `b`, and whose engine has loaded what."""
 
-    def __init__(self, tmp_path, startup=()):
+    def __init__(self, tmp_path, startup=(), **options):
+        self._options = options
         self.registry = SharedRegistry(Records(), startup, self._alive)
         self.replicas, self.engines, self._root = {}, {}, tmp_path
 
@@ -34,7 +37,8 @@ class Cluster:
         for name in names:
             engine = self.engines[name] = FakeEngineClient()
             engine.shutdown, engine.loaded = _nothing, _Kept()
-            config = Config.make(served_model_name="base", enable_lora=True, skip_tokenizer_init=True)
+            fixed = {"served_model_name": "base", "enable_lora": True, "skip_tokenizer_init": True}
+            config = Config.make(**fixed, **self._options)
             spool = Spool(self._root / name)
             (self._root / name).mkdir()
             replica = await ReplicaServer.join(name, config, self.registry, engine, None, {}, spool)
@@ -261,6 +265,62 @@ def test_a_replica_that_comes_later_knows_everything_and_reports_what_it_has(tmp
     run(tmp_path, test, names="a")
 
 
+def test_prompts_count_until_the_first_token(tmp_path):
+    async def test(cluster):
+        replica, engine = cluster.replicas["a"], cluster.engines["a"]
+        engine.gate.clear()
+        scope = {
+            "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": "/generate",
+            "raw_path": b"/generate", "query_string": b"", "root_path": "", "client": ("c", 1), "server": ("s", 1),
+            "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+        body = json.dumps({"input_ids": [1], "stream": True, "sampling_params": {"max_new_tokens": 4}}).encode()
+        pieces = replica.handle(scope, body, 100)
+        asking = asyncio.create_task(anext(pieces))
+        while not engine.submitted:
+            await asyncio.sleep(0.01)
+        assert (replica.open_requests, replica.prompt_tokens) == (1, 100)
+        assert replica.report().report.prompt == 100
+        engine.gate.set()
+        while not asgi_exchange.answers(await asking):
+            asking = asyncio.create_task(anext(pieces))
+        assert (replica.open_requests, replica.prompt_tokens) == (1, 0)
+        await pieces.aclose()
+        assert (replica.open_requests, replica.prompt_tokens) == (0, 0)
+
+    run(tmp_path, test, names="a")
+
+
+def test_tenants_are_charged_for_what_other_replicas_serve_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(replica_server, "SHARE_SECONDS", 0.02)
+    (tmp_path / "keys").write_text(f'[keys.web]\nhash = "{write_hash("k" * 20, new_salt())}"\ntenant = "acme"\n')
+    (tmp_path / "keys").chmod(0o600)
+
+    async def test(cluster):
+        served = {"a": 0.0, "b": 0.0}
+        heard = {"a": 0.0, "b": 0.0}
+
+        def engine_of(name):
+            async def call(message):
+                asked = message(0)
+                heard[name] += asked.elsewhere.get("acme", 0.0)
+                taken, served[name] = served[name], 0.0
+                return Reply(call=0, served={"acme": taken} if taken else {})
+
+            return call
+
+        for name in "ab":
+            cluster.engines[name].call = engine_of(name)
+        await asyncio.sleep(0.1)
+        served["a"], served["b"] = 40.0, 2.0
+        while heard != {"a": 2.0, "b": 40.0}:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)
+        assert heard == {"a": 2.0, "b": 40.0}
+
+    run(tmp_path, test, auth_file=str(tmp_path / "keys"))
+
+
 def test_hanging_up_ends_the_request(tmp_path):
     async def test(cluster):
         engine = cluster.engines["a"]
@@ -271,6 +331,8 @@ def test_hanging_up_ends_the_request(tmp_path):
             await asyncio.sleep(0.01)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
+        while not engine.aborted:
+            await asyncio.sleep(0.01)
         assert engine.aborted == [engine.submitted[0].rid]
 
     run(tmp_path, test, names="a")

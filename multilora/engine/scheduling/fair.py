@@ -21,6 +21,8 @@ from multilora.params import Composition
 MAX_AGE = 60.0  # seconds
 AGED_TURN = 8
 OUTRANKED = 2
+MOST_OWED = 20_000.0
+"""Weighted tokens that a tenant may be behind the least served one for what it got elsewhere: some seconds' worth."""
 PATIENCE = 1.0  # seconds that the first one waits for an adapter before others have to make room
 LOOK_AT = 512  # requests in one plan: with thousands waiting, even looking at them counts
 HEAD = 16  # requests that the window holds
@@ -50,9 +52,10 @@ class _Adapters(Competitor):
 
 
 class _Tenant(Competitor):
-    """waiting, running: requests; queued_tokens: of the prompts that wait."""
+    """waiting, running: requests; queued_tokens: of the prompts that wait; served: weighted tokens that nobody has
+    asked for yet."""
 
-    __slots__ = ("adapters", "queued_tokens", "running", "waiting")
+    __slots__ = ("adapters", "queued_tokens", "running", "served", "waiting")
 
     def __init__(self, weight: float):
         super().__init__(weight)
@@ -60,6 +63,7 @@ class _Tenant(Competitor):
         self.waiting = 0
         self.running = 0
         self.queued_tokens = 0
+        self.served = 0.0
 
 
 @dataclass(slots=True)
@@ -202,7 +206,27 @@ class FairShare:
             service = self._weights.output * max(0, sampled) + self._weights.input * max(0, min(end, prompt) - start)
         account.charged = end
         account.tenant.counter += service / account.tenant.weight
+        account.tenant.served += service
         account.adapters.counter += service
+
+    def charge_elsewhere(self, served: Mapping[str, float]) -> None:
+        """Who has been served by other engines goes behind those who have not, here too: by `MOST_OWED` at most, as
+        nobody may have lacked what was served there."""
+        most = self._tenants.least() + MOST_OWED
+        for name, service in served.items():
+            tenant = self._tenants.hold(name)
+            charged = min(tenant.counter + service / tenant.weight, most)
+            tenant.counter = max(tenant.counter, charged)
+            self._tenants.release(tenant)
+
+    def take_served(self) -> dict[str, float]:
+        """Weighted tokens by tenant, since the last call."""
+        found = {name: tenant.served for name, tenant in self._tenants.items() if tenant.served}
+        for name in found:
+            tenant = self._tenants.get(name)
+            assert tenant is not None
+            tenant.served = 0.0
+        return found
 
     def prefills(self, running: Sequence[Request]) -> Sequence[Request]:
         """Running prompts in the order in which they get a step's tokens."""

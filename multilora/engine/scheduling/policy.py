@@ -6,7 +6,7 @@ a file of its own.
 """
 
 import bisect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from multilora.engine.scheduling.fair import EQUAL, LOOK_AT, FairShare, FairWeights
@@ -61,6 +61,14 @@ class Policy(Protocol):
 
     def charge(self, request: Request, tokens: int) -> None:
         """A step with the `tokens` tokens of the request before `num_scheduled` goes to the device."""
+        ...
+
+    def charge_elsewhere(self, served: Mapping[str, float]) -> None:
+        """Other engines have served tenants so much, in weighted tokens."""
+        ...
+
+    def take_served(self) -> dict[str, float]:
+        """The same of this engine, since the last call."""
         ...
 
     def prefills(self, running: Sequence[Request]) -> Sequence[Request]:
@@ -119,6 +127,12 @@ class FirstComeFirstServed:
 
     def charge(self, request: Request, tokens: int) -> None:
         del request, tokens
+
+    def charge_elsewhere(self, served: Mapping[str, float]) -> None:
+        del served
+
+    def take_served(self) -> dict[str, float]:
+        return {}
 
     def prefills(self, running: Sequence[Request]) -> Sequence[Request]:
         return running

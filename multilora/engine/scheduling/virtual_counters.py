@@ -8,7 +8,7 @@ Owns the counters and which of them compete now. Does not know what is served, n
 """
 
 import itertools
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from heapq import heappop, heappush, heapreplace
 from typing import Generic, TypeVar
 
@@ -57,6 +57,10 @@ class Counters(Generic[K, C]):
     def only(self) -> C | None:
         """The one competitor, if there is just one that is remembered."""
         return next(iter(self._members.values())) if len(self._members) == 1 else None
+
+    def items(self) -> Iterable[tuple[K, C]]:
+        """Those that are remembered."""
+        return self._members.items()
 
     def get(self, key: K) -> C | None:
         """The competitor, if it is remembered."""

@@ -55,6 +55,27 @@ def start(share: FairShare, requests: Sequence[Request]) -> None:
 # ---------------------------------------------------------------------- order, charges, victims
 
 
+def test_who_is_served_elsewhere_goes_behind_here_too() -> None:
+    share = policy(FairWeights(tenants={"greedy": 2.0}))
+    running = request(0, "modest", prompt=30)
+    start(share, [running])
+    assert share.take_served() == {"modest": 30.0 + 2.0}  # its prompt, and the first token that it brings
+    assert share.take_served() == {}
+    waiting = [request(1, "greedy"), request(2, "modest")]
+    share.charge_elsewhere({"greedy": 70.0, "nobody": 1.0})
+    for one in reversed(waiting):
+        share.enqueue(one)
+    assert order_of(share, waiting) == [2, 1]  # 32 against 70 / 2
+    share.charge_elsewhere({"modest": 10.0})
+    assert order_of(share, waiting) == [1, 2]
+    share.charge_elsewhere({"greedy": 1e9})
+    share.charge_elsewhere({"modest": fair.MOST_OWED - 100})  # what greedy owes is bounded
+    assert order_of(share, waiting) == [2, 1]
+    share.charge_elsewhere({"modest": 200.0})
+    assert order_of(share, waiting) == [1, 2]
+    assert share.take_served() == {}
+
+
 def test_tenants_take_turns_by_what_they_ask_for() -> None:
     waiting = [request(i, "a", prompt=100) for i in range(4)] + [request(4 + i, "b", prompt=50) for i in range(4)]
     share = policy()
