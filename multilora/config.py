@@ -7,12 +7,18 @@ Sizes that follow from it (arena pages, context length, …) are values that oth
 import dataclasses
 import difflib
 import logging
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from multilora import logs
+from multilora.config_checks import (
+    check_key,
+    check_match_windows,
+    check_origins,
+    check_resolver,
+    check_traces_endpoint,
+)
 from multilora.errors import ConfigError
 from multilora.lora_path import LoraPath, read_lora_paths
 from multilora.options import KeysOf, option, options_of, parse_size
@@ -170,6 +176,18 @@ class Config:
     max_request_seconds: int | None = _memory(
         None, "longest time for one request, whatever its own `timeout` says (default: no limit)"
     )
+    speculative_algorithm: str | None = _memory(
+        None,
+        "draft tokens, several of which one step verifies; answers stay the same (default: off)",
+        choices=(KeysOf("multilora.engine.scheduling.drafters:DRAFTERS"),),
+    )
+    speculative_num_draft_tokens: int = _memory(8, "most tokens of one draft", high=64)
+    speculative_ngram_min_match_window_size: int = _memory(
+        3, "ngram: so many of the last tokens must have stood together before", high=64
+    )
+    speculative_ngram_max_match_window_size: int = _memory(
+        12, "ngram: at most so many are compared; the longest match is taken", high=64
+    )
     attention_backend: str = _memory(
         "auto", "kernels of the attention", choices=("auto", KeysOf("multilora.attention.backends:BACKENDS"))
     )
@@ -264,10 +282,13 @@ class Config:
         self._check_limits()
         self._check_lora_names()
         self._check_targets()
-        self._check_origins()
         self._check_keys()
-        self._check_traces()
-        self._check_resolver()
+        check_origins(self.cors_origins)
+        check_traces_endpoint(self.otlp_traces_endpoint)
+        check_resolver(self.lora_resolver_url, self.lora_resolver_hub)
+        check_match_windows(
+            self.speculative_ngram_min_match_window_size, self.speculative_ngram_max_match_window_size
+        )
         self._check_fairness()
         if ":" in self.model_name:
             raise ConfigError(f"--served-model-name must not contain ':', is {self.model_name!r}")
@@ -291,6 +312,8 @@ class Config:
             elif opt.type is str and opt.many and isinstance(value, str | list | set):
                 fields[opt.name] = (value,) if isinstance(value, str) else tuple(value)
         fields["lora_paths"] = read_lora_paths(fields.get("lora_paths"))
+        if isinstance(algorithm := fields.get("speculative_algorithm"), str):
+            fields["speculative_algorithm"] = algorithm.lower()  # SGLang writes them in capitals
         if "dtype" in fields:
             fields["dtype"] = DTYPE_ALIASES.get(fields["dtype"], fields["dtype"])
         if fields.get("lora_backend") == "flashinfer":
@@ -333,32 +356,11 @@ class Config:
                 raise ConfigError(f"--lora-paths: the name {path.lora_name!r} is given twice")
             seen.add(path.lora_name)
 
-    def _check_origins(self) -> None:
-        for origin in self.cors_origins:
-            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
-                raise ConfigError(f"--cors-origins: {origin!r}: expected * or an origin as https://example.org")
-
     def _check_keys(self) -> None:
         for name in ("api_key", "admin_api_key", "metrics_key"):
-            key = getattr(self, name)
-            if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} is empty or has characters that no HTTP header can carry")
+            check_key(name, getattr(self, name))
         if self.auth_file is not None and self.api_key is not None:
             raise ConfigError("--auth-file and --api-key: only one of them can be given; a key can go into the file")
-
-    def _check_traces(self) -> None:
-        url = self.otlp_traces_endpoint
-        if url is not None and not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):
-            raise ConfigError(f"--otlp-traces-endpoint: {url!r}: expected http(s)://HOST:PORT, of OTLP over HTTP")
-
-    def _check_resolver(self) -> None:
-        for url in self.lora_resolver_url:
-            if not re.fullmatch(r"(https?|s3|gs)://[^/?#\s]+(/[^?#\s]*)?", url) or "::" in url:
-                raise ConfigError(f"--lora-resolver-url: {url!r}: expected http(s)://, s3:// or gs:// and a place")
-        for pattern in self.lora_resolver_hub:
-            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.*?-]+", pattern, re.ASCII):
-                raise ConfigError(f"--lora-resolver-hub: {pattern!r}: expected ORG/* or ORG/PATTERN")
 
     @property
     def tenant_weights(self) -> dict[str, float]:

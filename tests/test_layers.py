@@ -38,6 +38,7 @@ LAYERS = [
         "__init__",
         "batch",
         "config",
+        "config_checks",
         "demo",
         "errors",
         "logs",

@@ -132,7 +132,7 @@ _ONE_VALUE = """
     sampling-mask-max-tokens schedule-conservativeness scheduler-recv-interval shared-experts-tp-size sidecar
     sidecar-args sm-group-num smg-http-sidecar-port soft-watchdog-timeout spec-trace-dir
     speculative-accept-threshold-acc speculative-accept-threshold-single speculative-adaptive-config
-    speculative-algorithm speculative-attention-mode speculative-dflash-block-size
+    speculative-attention-mode speculative-dflash-block-size
     speculative-dflash-draft-window-size speculative-domino-candidate-pool-size speculative-draft-attention-backend
     speculative-draft-kv-cache-dtype speculative-draft-load-format speculative-draft-model
     speculative-draft-model-path speculative-draft-model-quantization speculative-draft-model-revision
@@ -141,8 +141,8 @@ _ONE_VALUE = """
     speculative-eagle-topk speculative-moe-a2a-backend speculative-moe-runner-backend
     speculative-ngram-branch-length speculative-ngram-capacity speculative-ngram-external-corpus-max-tokens
     speculative-ngram-external-corpus-path speculative-ngram-external-sam-budget speculative-ngram-match-type
-    speculative-ngram-max-bfs-breadth speculative-ngram-max-match-window-size speculative-ngram-max-trie-depth
-    speculative-ngram-min-bfs-breadth speculative-ngram-min-match-window-size speculative-num-draft-tokens
+    speculative-ngram-max-bfs-breadth speculative-ngram-max-trie-depth
+    speculative-ngram-min-bfs-breadth
     speculative-num-steps speculative-token-map startup-weight-load-mode stream-interval swa-full-tokens-ratio
     swa-prefix-tails tbo-token-distribution-threshold tokenizer-backend tokenizer-metrics-custom-labels-header
     tokenizer-mode tool-server torch-compile-max-bs torchao-config

@@ -41,10 +41,13 @@ from multilora.engine.build_rank import (
 from multilora.engine.engine import Engine
 from multilora.engine.messages import Ready, Stats
 from multilora.engine.ranks.lead import AnyRanks, NoRanks, Ranks, StartRank, start_process
+from multilora.engine.scheduling.drafters import DRAFTERS
 from multilora.engine.scheduling.fair import FairWeights
 from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.engine.scheduling.speculation import Speculation
 from multilora.engine.sleep import DeviceSleep
+from multilora.errors import ConfigError
 from multilora.memory.page_pool import PagePool
 from multilora.memory.page_table import KVPages
 from multilora.memory.plan import format_bytes
@@ -163,8 +166,21 @@ def _scheduler(
         chunk_tokens=config.chunked_prefill_size,
         policy=config.schedule_policy,
         weights=FairWeights(config.fair_input_weight, config.fair_output_weight, config.tenant_weights),
+        speculation=_speculation(config, parts),
         clock=clock,
     )
+
+
+def _speculation(config: Config, parts: RankParts) -> Speculation | None:
+    """Raises ConfigError for a model that generates nothing."""
+    algorithm = config.speculative_algorithm
+    if algorithm is None:
+        return None
+    if not parts.model.config.generates:
+        raise ConfigError(
+            f"--speculative-algorithm {algorithm}: {parts.model.config.architecture} generates no text to draft"
+        )
+    return Speculation(DRAFTERS[algorithm](config), config.speculative_num_draft_tokens)
 
 
 def _adapters(

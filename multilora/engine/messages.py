@@ -219,13 +219,11 @@ class AdapterSwitch(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """New tokens of one request. The last one carries `finished`; nothing follows it. With `switch` it brings no
-    tokens.
+    """New tokens of one request; none with `switch`. The last one carries `finished`; nothing follows it.
 
     again: the engine has ended and the request runs again on the next one; what came before is void.
-
     pooled: comes with the end of a request that asked for pooling: float32 numbers, little-endian.
-
+    drafted, accepted: the tokens of the draft that was verified for these, and how many of them were right.
     logprobs: parallel to `token_ids`; empty where not asked for. input_logprobs come with the first Output, one per
     prompt token from `logprob_start_len` on; None for the first prompt token of all, which has none.
     """
@@ -241,6 +239,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     input_logprobs: list[Logprobs | None] = []
     switch: AdapterSwitch | None = None
     pooled: bytes = b""
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):

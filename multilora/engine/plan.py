@@ -47,7 +47,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     lora_slots, lora_weights: the adapters that act on it, in the LoRA table, and the weight of each.
     pre_activation: so many of its first tokens come before activation: no adapter acts on them.
     answer_positions: a token is sampled after each of the last so many tokens; its index within the answer.
-    decodes: it is the one new token of an answer, not a piece of a prompt.
+    decodes: it is the newest token of an answer, not a piece of a prompt, and the draft of what follows it.
     """
 
     slot: int
@@ -107,6 +107,10 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     @property
     def prompt_tokens(self) -> int:
         return sum(c.count for c in self.chunks if not c.decodes)
+
+    @property
+    def drafted_tokens(self) -> int:
+        return sum(len(c.answer_positions) - 1 for c in self.chunks if c.answer_positions)
 
     @property
     def sampling_slots(self) -> list[int]:

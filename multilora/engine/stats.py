@@ -34,7 +34,7 @@ class StatsReporter:
 
     def step(self, plan: StepPlan) -> None:
         """Count a step that has run, and log it: a line for every prefill, one for decoding every two seconds."""
-        tokens = self._scheduler.prompt_tokens + self._scheduler.generated_tokens
+        tokens = self._scheduler.counts.prompt + self._scheduler.counts.generated
         size = max(0, tokens - self._tokens_then - 1).bit_length()
         self._step_tokens[min(size, STEP_SIZES - 1)] += 1
         self._tokens_then = tokens
@@ -57,9 +57,9 @@ class StatsReporter:
         )
 
     def _log_decode(self, requests: int, elapsed: float) -> None:
-        generated = self._scheduler.generated_tokens - self._generated_then
+        generated = self._scheduler.counts.generated - self._generated_then
         self._since = monotonic()
-        self._generated_then = self._scheduler.generated_tokens
+        self._generated_then = self._scheduler.counts.generated
         logger.info(
             "decode: %d requests, %.1f tokens/s; %d queued, %s",
             requests,
@@ -99,9 +99,9 @@ class StatsReporter:
             prefix_pages=pool.count(PageKind.PREFIX),
             adapter_pages=pool.count(PageKind.ADAPTER),
             page_bytes=page_bytes,
-            prompt_tokens=scheduler.prompt_tokens,
-            cached_tokens=scheduler.cached_tokens,
-            generated_tokens=scheduler.generated_tokens,
+            prompt_tokens=scheduler.counts.prompt,
+            cached_tokens=scheduler.counts.cached,
+            generated_tokens=scheduler.counts.generated,
             preemptions=scheduler.preemptions,
             steps=scheduler.launched,
             slots_total=total,
@@ -126,7 +126,7 @@ class _Rates:
     def measure(self) -> None:
         """An update is about to be sent."""
         scheduler = self._scheduler
-        now = (monotonic(), scheduler.generated_tokens, scheduler.prompt_tokens, scheduler.cached_tokens)
+        now = (monotonic(), scheduler.counts.generated, scheduler.counts.prompt, scheduler.counts.cached)
         seconds, generated, computed, cached = (a - b for a, b in zip(now, self._then, strict=True))
         self._then = now
         if generated and seconds:

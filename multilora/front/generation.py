@@ -185,6 +185,8 @@ class Generation:
 
     def _observe(self, sample: Sample, output: Output) -> None:
         now = time.perf_counter() - self._start
+        if output.drafted:
+            self._observer.verified(sample.origin, output.drafted, output.accepted)
         if sample.started:
             if output.token_ids:
                 self._observer.next_output(sample.origin, len(output.token_ids), now - sample.seconds)

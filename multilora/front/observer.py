@@ -69,6 +69,9 @@ class Observer:
     def next_output(self, origin: Origin, tokens: int, seconds: float) -> None:
         """A later output brought `tokens` (at least one), `seconds` after the output before it."""
 
+    def verified(self, origin: Origin, drafted: int, accepted: int) -> None:
+        """An output brought what came of a draft of `drafted` tokens: so many were right."""
+
     def ended(self, origin: Origin, ending: Ending) -> None:
         """A sample that was `submitted` has ended."""
 

@@ -48,7 +48,7 @@ def given(opt) -> tuple[list[str], object]:
         return [opt.flag, str(opt.choices[-1])], opt.choices[-1]
     if opt.size:
         return [opt.flag, "3MiB"], 3 * 2**20
-    value = {int: 77, float: 0.25, str: "some-text"}[opt.type]
+    value = {int: 7 if opt.name.startswith("speculative_") else 77, float: 0.25, str: "some-text"}[opt.type]
     return [opt.flag, str(value)], value
 
 

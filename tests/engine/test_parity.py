@@ -3,7 +3,8 @@ give for that request alone, whatever the chunking, the caches, the memory, the 
 
 All in fp32 with greedy decoding; logprobs agree to 1e-4; with a seed, random answers do not change either. Every
 family takes some of `IN_EVERY_FAMILY`; what hangs on the engine more than on the model takes the two that differ most
-in it (`IN_EVERYTHING`), and the others in the slow tier. There two families are tested on ranks that share the model.
+in it (`IN_EVERYTHING`), and the others in the slow tier. There two families are tested on ranks that share the model,
+and all of it once more with drafts that are verified (`docs/speculation.md`), of which the quick tier takes a few.
 Where the reference itself hardly prefers one token over another, rounding could decide: `make_family` takes only
 prompts whose every choice is clear, so that a difference is always a bug.
 """
@@ -18,10 +19,13 @@ from typing import Any
 import pytest
 import torch
 from clear_answers import clear_answer
+from fakes.drafters import Foreseer
 from fakes.engine_driver import Answer, EngineDriver
 from fakes.models import FAMILIES, TINY_SIZES, make_adapter, make_tiny_model
 
 from multilora.engine.messages import Stats
+from multilora.engine.scheduling.drafters import DRAFTERS, MakeDrafter
+from multilora.engine.scheduling.verify_cost import VerifyCost
 
 NEW_TOKENS = 12
 CLOSE = 1e-4  # largest difference of a logprob
@@ -64,7 +68,8 @@ class Reference:
 class Family:
     """One tiny model, its adapters, and the reference's answer for each (adapter or None, prompt).
 
-    ranks: so many share the model in every driver. drivers: those made in a test, which closes them.
+    ranks: so many share the model in every driver; drafts: every driver verifies some, right ones and wrong ones.
+    drivers: those made in a test, which closes them.
     """
 
     model: Path
@@ -72,14 +77,23 @@ class Family:
     prompts: list[list[int]]
     references: dict[tuple[str | None, int], Reference] = field(repr=False)
     ranks: int = 1
+    drafts: bool = False
     drivers: list[EngineDriver] = field(default_factory=list, repr=False)
 
     def driver(self, names: Iterable[str] = ADAPTERS, **options: Any) -> EngineDriver:
         if self.ranks > options.get("page_size", 16):
             pytest.skip("a rank's share of such a page is too small for a panel of LoRA")
         options["tp_size"] = self.ranks
+        if self.drafts:
+            options |= {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": 4}
         self.drivers.append(EngineDriver(self.model, {name: self.adapters[name] for name in names}, **options))
         return self.drivers[-1]
+
+    def foreseers(self) -> MakeDrafter:
+        """Drafters that know the references."""
+        rng = random.Random(9)
+        known = [self.prompts[prompt] + r.tokens for (_, prompt), r in self.references.items()]
+        return lambda _spec: Foreseer(known, rng)
 
     def jobs(self, names: Iterable[str] = ADAPTERS) -> list[tuple[str | None, int]]:
         """Every (adapter or None, prompt), neighbours of different adapters."""
@@ -154,6 +168,15 @@ IN_EVERY_FAMILY: dict[str, tuple[str, list[Any]]] = {
 taken by one of them."""
 ON_RANKS = (("llama3", 2), ("qwen2", 4))
 """Every family: ranks/test_equal.py. Of the second there are more ranks than KV heads."""
+WITH_DRAFTS = ("llama3", "mistral", "qwen3")
+QUICK_WITH_DRAFTS = (
+    "everything_at_once-chunks of 5",
+    "prefix_hits-4",
+    "logprobs-5",
+    "preemption",
+    "shuffled_arrival",
+)
+"""Of `IN_EVERYTHING`'s first."""
 
 
 def is_quick(test: str, family: str, value: Any) -> bool:
@@ -169,30 +192,44 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     test = metafunc.function.__name__.removeprefix("test_")
     name, values = IN_EVERY_FAMILY.get(test, (None, [None]))
-    families = [(f, 1, f) for f in FAMILIES] + [(f, ranks, f"{f} on {ranks} ranks") for f, ranks in ON_RANKS]
-    params = [
-        pytest.param(
-            (family, ranks),
-            *([value] if name else []),
-            id=f"{title}-{value}" if name else title,
-            marks=() if ranks == 1 and is_quick(test, family, value) else pytest.mark.slow,
-        )
-        for family, ranks, title in families
-        for value in values
-    ]
+    families = [(f, 1, False, f) for f in FAMILIES]
+    families += [(f, ranks, False, f"{f} on {ranks} ranks") for f, ranks in ON_RANKS]
+    families += [(f, 1, True, f"{f} with drafts") for f in WITH_DRAFTS]
+    families += [(f, ranks, True, f"{f} on {ranks} ranks with drafts") for f, ranks in ON_RANKS[:1]]
+    params = []
+    for family, ranks, drafts, title in families:
+        for value in values:
+            what = f"{test}-{value}" if name else test
+            quick = (
+                is_quick(test, family, value)
+                if not drafts
+                else family == IN_EVERYTHING[0] and what in QUICK_WITH_DRAFTS
+            )
+            params.append(
+                pytest.param(
+                    (family, ranks, drafts),
+                    *([value] if name else []),
+                    id=f"{title}-{value}" if name else title,
+                    marks=() if ranks == 1 and quick else pytest.mark.slow,
+                )
+            )
     names = ["family", name] if name else ["family"]
     metafunc.parametrize(names, params, indirect=["family"], scope="module")
 
 
 @pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, families: Callable[[str], Family]) -> Family:
-    name, ranks = request.param
-    return replace(families(name), ranks=ranks)
+    name, ranks, drafts = request.param
+    return replace(families(name), ranks=ranks, drafts=drafts)
 
 
 @pytest.fixture(autouse=True)
-def closed(family: Family) -> Iterator[None]:
+def closed(family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No driver outlives its test."""
+    if family.drafts:
+        monkeypatch.setitem(DRAFTERS, "ngram", lambda _config: family.foreseers())
+        for name, value in {"known": True, "plain": 1.0, "fixed": 0.0, "per_token": 0.0}.items():
+            monkeypatch.setattr(VerifyCost, name, value)  # a draft is always worth it
     yield
     while family.drivers:
         family.drivers.pop().close()
@@ -227,7 +264,8 @@ def test_everything_at_once(family: Family, scenario: str) -> None:
     jobs = submit_all(driver, family, family.jobs())
     driver.run()
     check_answers(driver, family, jobs)
-    assert expected(driver.stats), driver.stats
+    assert family.drafts or expected(driver.stats), driver.stats
+    assert not family.drafts or driver.accepted > 3
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -244,7 +282,8 @@ def test_one_batch_takes_a_step_per_token(family: Family, ahead: int, late: int,
         most = (
             NEW_TOKENS + more if family.ranks == 1 else MOST_STEPS
         )  # other ranks say in their own time what they have
-        assert NEW_TOKENS <= driver.stats.steps - before <= most
+        steps = driver.stats.steps - before
+        assert family.drafts or NEW_TOKENS <= steps <= most
 
 
 SMALL = ["qv", "gate", "layer1"]  # adapters of few pages

@@ -5,6 +5,7 @@ Reads requests; changes only what of them has been sent (pages, a first Output) 
 Called by `scheduler.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from multilora.engine.messages import Finished, Logprobs, Output
@@ -41,6 +42,23 @@ def make_chunk(request: Request, count: int) -> Chunk:
         count == 1 and start >= progress.num_prompt,
         _prompt_logprobs(request, start, count),
         None if spec.pooling is None else PooledChunk(spec.pooling, count == progress.remaining),
+    )
+
+
+def make_draft_chunk(request: Request, draft: list[int]) -> Chunk:
+    """The last known token of a running request and the draft of what follows: a token is sampled after each."""
+    progress = request.progress
+    assert request.slot is not None
+    first = len(progress.output_ids)
+    return Chunk(
+        request.slot,
+        progress.num_scheduled,
+        1 + len(draft),
+        [*request.token_ids(progress.num_scheduled, 1), *draft],
+        request.lora_slots,
+        request.spec.weights,
+        answer_positions=tuple(range(first, first + 1 + len(draft))),
+        decodes=True,
     )
 
 
@@ -102,10 +120,13 @@ def make_output(
     now: float,
     tokens: list[int],
     finished: Finished | None,
-    logprobs: Logprobs | None = None,
+    logprobs: Sequence[Logprobs | None] = (),
     pooled: bytes = b"",
+    drafted: int = 0,
+    accepted: int = 0,
 ) -> Output:
-    """The first one of a request carries its prompt logprobs. now: monotonic seconds; logprobs: of the one token."""
+    """The first one of a request carries its prompt logprobs. now: monotonic seconds; logprobs: of the tokens, None
+    where not asked for."""
     spec, prompt = request.spec, request.progress.prompt_logprobs
     input_logprobs: list[Logprobs | None] = []
     if not request.first_output_sent and spec.prompt_logprobs_from is not None:
@@ -118,7 +139,9 @@ def make_output(
         prompt_tokens=len(spec.prompt_ids),
         cached_tokens=request.cached_tokens,
         queue_seconds=(request.admitted or now) - spec.arrival,
-        logprobs=[logprobs] if logprobs is not None else [],
+        logprobs=[one for one in logprobs if one is not None],
         input_logprobs=input_logprobs,
         pooled=pooled,
+        drafted=drafted,
+        accepted=accepted,
     )

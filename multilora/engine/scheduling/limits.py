@@ -48,9 +48,10 @@ class RequestLimits:
         """About how long a new request waits and is read, judged by the steps so far; 0 if there were none. As large
         a part of the tokens as until now is expected to be cached."""
         scheduler, cost = self._scheduler, self._scheduler.cost
+        counts = scheduler.counts
         tokens = scheduler.policy.queued_before(message.tenant, scheduler.queued_tokens) + len(message.input_ids)
-        known = scheduler.prompt_tokens + scheduler.cached_tokens
-        computed = tokens * scheduler.prompt_tokens / known if known else tokens
+        known = counts.prompt + counts.cached
+        computed = tokens * counts.prompt / known if known else tokens
         return cost.fixed * max(1.0, computed / scheduler.chunk_tokens) + cost.per_token * computed
 
     def watch(self, message: Submit) -> None:

@@ -6,6 +6,7 @@ from enum import Enum
 from functools import cached_property
 
 from multilora.engine.messages import Finished, Logprobs, Submit
+from multilora.engine.sampling.state import needs_counts
 from multilora.engine.scheduling.page_namespaces import PageNamespaces
 from multilora.memory.page_table import PageTable
 from multilora.params import Composition, LogprobsMode, PoolingParams, SamplingParams
@@ -108,6 +109,12 @@ class RequestSpec:
         """Whether tokens are wanted at all; else only the prompt is read."""
         return self.max_new_tokens > 0
 
+    @cached_property
+    def can_draft(self) -> bool:
+        """Whether tokens may be sampled before those in front of them are known: the sampler keeps no count of them
+        (penalties) and follows no grammar."""
+        return self.max_new_tokens > 1 and self.grammar is None and not needs_counts(self.params)
+
     @property
     def most_tokens(self) -> int:
         """Tokens of prompt and answer when it has ended, at most."""
@@ -116,7 +123,8 @@ class RequestSpec:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a request has come, in tokens of prompt and answer.
+    """How far a request has come, in tokens of prompt and answer. drafted: how many of those in flight are guesses
+    that are verified; the one before them is the last known token's successor.
 
     tokens     0 ............ num_computed ........ num_scheduled ........ num_tokens ........ + in_flight
                KV committed   |  launched, KV on its way  |  known, not scheduled |  being sampled, only the device knows
@@ -127,6 +135,7 @@ class Progress:
     num_computed: int = 0
     num_scheduled: int = 0
     in_flight: int = 0
+    drafted: int = 0
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # those that have come
 
     @property
@@ -144,7 +153,10 @@ class Progress:
         return self.num_scheduled >= self.num_prompt and self.remaining == 1
 
     def restart(self, cached: int) -> None:
-        """The KV of the first `cached` tokens is in pages, nothing else is."""
+        """The KV of the first `cached` tokens is in pages, nothing else is. A draft in flight is given up, with all
+        that is sampled for it; a token that is sampled without one comes all the same."""
+        if self.drafted:
+            self.in_flight = self.drafted = 0
         self.num_computed = self.num_scheduled = cached  # |= cached, both marks stand here
         self._check()
 
@@ -152,6 +164,21 @@ class Progress:
         """A step with the next `count` tokens goes to the device; it samples `sampled` new ones."""
         self.num_scheduled += count  # num_computed |==== count ====> num_scheduled
         self.in_flight += sampled  # the end moves with it
+        self._check()
+
+    def schedule_draft(self, count: int) -> None:
+        """A step with the last known token and `count` drafted ones goes to the device; it samples after each."""
+        assert self.remaining == 1 and not self.in_flight, self
+        self.drafted = count
+        self.schedule(1 + count, 1 + count)
+
+    def end_draft(self, right: int) -> None:
+        """The draft has been verified. Its first `right` tokens, and the one sampled after them, are still in flight;
+        what lies in the pages behind them is void."""
+        wrong = self.drafted - right
+        self.drafted = 0
+        self.in_flight -= wrong
+        self.num_scheduled -= wrong  # num_computed .... num_scheduled |<== wrong ==|
         self._check()
 
     def commit(self, count: int) -> None:
@@ -168,6 +195,7 @@ class Progress:
     def _check(self) -> None:
         end = self.num_prompt + len(self.output_ids) + self.in_flight
         assert 0 <= self.num_computed <= self.num_scheduled <= end, self
+        assert not self.drafted or self.in_flight == 1 + self.drafted, self
 
 
 class RequestState(Enum):
@@ -266,15 +294,14 @@ class Request:
             limit = min(limit, self.logprob_position)
         return limit
 
-    def accept(self, token: int, eos_token_ids: tuple[int, ...]) -> Finished | None:
-        """Append a sampled token. Returns how the request ends, if it does."""
-        self.progress.take_token(token)
+    def ending(self, token: int, index: int, eos_token_ids: tuple[int, ...]) -> Finished | None:
+        """How the request ends with `token` at this index of its answer, if it does."""
         params = self.spec.params
         if not params.ignore_eos and token in eos_token_ids:
             return Finished(type="stop", matched=token)
         if token in (params.stop_token_ids or ()):
             return Finished(type="stop", matched=token)
-        if len(self.progress.output_ids) >= self.spec.max_new_tokens:
+        if index + 1 >= self.spec.max_new_tokens:
             return Finished(type="length")
         return None
 

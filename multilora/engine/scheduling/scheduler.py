@@ -21,13 +21,13 @@ from multilora.engine.scheduling.admission import MOST_FREED, Admission
 from multilora.engine.scheduling.chunks import (
     LaunchedStep,
     adapter_order,
-    failure,
     make_chunk,
+    make_draft_chunk,
     make_output,
     sampling_state,
     take_page_update,
-    take_prompt_logprobs,
 )
+from multilora.engine.scheduling.commits import Commits
 from multilora.engine.scheduling.fair import EQUAL, FairWeights
 from multilora.engine.scheduling.lora_journal import LoraJournal
 from multilora.engine.scheduling.page_namespaces import PageNamespaces
@@ -35,6 +35,7 @@ from multilora.engine.scheduling.pause import SchedulingPause
 from multilora.engine.scheduling.policy import MAX_WAIT, POLICIES
 from multilora.engine.scheduling.request import Request, RequestSpec, RequestState
 from multilora.engine.scheduling.slots import Slots
+from multilora.engine.scheduling.speculation import Speculation
 from multilora.engine.scheduling.step_cost import StepCost
 from multilora.engine.scheduling.updates import AdapterUpdates
 from multilora.engine.scheduling.waiting_queue import WaitingQueue
@@ -43,7 +44,7 @@ from multilora.memory.page_table import KVPages
 
 
 class Scheduler:
-    """journal: where the device tier notes what happens to the LoRA table."""
+    """journal: where the device tier notes what happens to the LoRA table. speculation: None: nothing is drafted."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Scheduler:
         policy: str = "fcfs",
         max_wait: float = MAX_WAIT,
         weights: FairWeights = EQUAL,
+        speculation: Speculation | None = None,
         clock: Callable[[], float] = monotonic,
     ):
         self.kv = kv
@@ -67,7 +69,6 @@ class Scheduler:
         self.running: list[Request] = []  # by admission
         self.launched = 0  # number of the last plan
         self.preemptions = 0
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.eos_token_ids = eos_token_ids
         self.clock = clock
         self._max_running = max_running
@@ -77,6 +78,9 @@ class Scheduler:
         self._queue = WaitingQueue(self.policy, self.components)
         self.waiting = self._queue.requests  # by order
         self.cost = StepCost()
+        self._speculation = speculation
+        self._commits = Commits(kv, eos_token_ids, finish=self._finish, clock=clock, speculation=speculation)
+        self.counts = self._commits.counts
         self._admission = Admission(self.policy, self.components, self.cost, want=self._want, clock=clock)
         self._slots = Slots()
         self._installs: list[SamplingState] = []  # for the next plan
@@ -156,25 +160,40 @@ class Scheduler:
         self.updates.apply(self.running, self.launched)
         chunks: dict[Request, Chunk] = {}
         self._plan_decodes(chunks)
-        self._plan_prompts(chunks, self.chunk_tokens)
+        left = self._plan_prompts(chunks, self.chunk_tokens)
+        if self._speculation is not None:
+            self._plan_drafts(self._speculation, chunks, left)
         return self._launch(chunks) if chunks else None
 
     def _plan_decodes(self, chunks: dict[Request, Chunk]) -> None:
-        for request in list(self.running):
+        running, speculation = self.running, self._speculation
+        ready = list(running) if speculation is None else speculation.ready(running, overlaps=bool(self.steps))
+        for request in ready:
             waits = request.at_limit or request.stalled
             if request.state is RequestState.RUNNING and request.progress.decoding and not waits:
                 self._take(chunks, request, 1)
 
-    def _plan_prompts(self, chunks: dict[Request, Chunk], budget: int) -> None:
+    def _plan_drafts(self, speculation: Speculation, chunks: dict[Request, Chunk], budget: int) -> None:
+        """Verify drafts in what is left of the step and of the free pages: they push nothing out."""
+        rows = [request for request, chunk in chunks.items() if chunk.decodes]
+        number, overlaps = self.launched + 1, bool(self.steps)
+        for request, draft in speculation.drafts(rows, budget, number=number, overlaps=overlaps).items():
+            start, table = request.progress.num_scheduled, request.table
+            room = (len(table.pages) + self.kv.pool.free) * self.kv.page_size - start - 1
+            if draft := draft[: max(0, room)]:
+                grown = self.kv.grow(table, start + 1 + len(draft), self.launched)
+                assert grown, "these pages were free"
+                chunks[request] = make_draft_chunk(request, draft)
+
+    def _plan_prompts(self, chunks: dict[Request, Chunk], budget: int) -> int:
         """Prompts that run go on, then others start; where one would take the whole step, the policy may turn that
-        around for half of it."""
+        around for half of it. Returns the tokens that the step can still take."""
         running = [r for r in self.running if not r.progress.decoding and r.progress.remaining and not r.stalled]
         prompts = self.policy.prefills(running)
         if prompts and self.waiting and prompts[0].progress.remaining >= budget and self.policy.yields(prompts[0]):
             budget -= budget // 2 - self._admit(chunks, budget // 2)
-            self._plan_prefills(chunks, prompts, budget)
-        else:
-            self._admit(chunks, self._plan_prefills(chunks, prompts, budget))
+            return self._plan_prefills(chunks, prompts, budget)
+        return self._admit(chunks, self._plan_prefills(chunks, prompts, budget))
 
     def _plan_prefills(self, chunks: dict[Request, Chunk], prompts: Sequence[Request], budget: int) -> int:
         """Returns the tokens that the step can still take."""
@@ -277,7 +296,7 @@ class Scheduler:
         spec = request.spec
         request.admitted = self.clock()
         request.cached_tokens = request.progress.num_computed
-        self.cached_tokens += request.cached_tokens
+        self.counts.cached += request.cached_tokens
         request.slot = self._slots.acquire()
         self._installs.append(sampling_state(spec, request.slot, self.eos_token_ids))
 
@@ -305,7 +324,10 @@ class Scheduler:
         runs = sorted(chunks.items(), key=adapter_order)
         pages: list[PageUpdate] = []
         for request, chunk in runs:
-            request.progress.schedule(chunk.count, len(chunk.answer_positions))
+            if (sampled := len(chunk.answer_positions)) > 1:
+                request.progress.schedule_draft(chunk.count - 1)
+            else:
+                request.progress.schedule(chunk.count, sampled)
             self.policy.charge(request, chunk.count)
             if update := take_page_update(request):
                 pages.append(update)
@@ -321,47 +343,11 @@ class Scheduler:
         """The step has finished. Take in its tokens; returns what the front should hear."""
         step = self.steps.pop(plan.number)
         self.kv.pool.complete(plan.number)
-        begun = max(step.launched_at, self._committed_at)
-        self._committed_at = self.clock()
-        self.cost.observe(plan.prompt_tokens, self._committed_at - begun)
-        sampled, outputs = 0, list[Output]()
-        for i, (chunk, (request, epoch)) in enumerate(zip(plan.chunks, step.runs, strict=True)):
-            index, sampled = sampled, sampled + len(chunk.answer_positions)
-            if request.state is RequestState.FINISHED:
-                continue  # it ended while this step was running: the row was wasted
-            self._commit_kv(request, chunk, epoch)
-            if chunk.prompt_logprobs is not None and request.epoch == epoch:
-                take_prompt_logprobs(request, chunk.prompt_logprobs, result.prompt_logprobs[i])
-            if chunk.answer_positions:
-                outputs.append(self._commit_token(request, result, index))
-            elif not request.spec.samples and request.progress.num_computed == request.progress.num_tokens:
-                self._finish(request)  # max_new_tokens 0: only the prompt was wanted
-                end, pooled = Finished(type="length"), result.pooled.get(i, b"")
-                outputs.append(make_output(request, self.clock(), [], end, pooled=pooled))
-        return outputs
-
-    def _commit_kv(self, request: Request, chunk: Chunk, epoch: int) -> None:
-        progress, table = request.progress, request.table
-        self.prompt_tokens += max(0, min(chunk.count, progress.num_prompt - chunk.start))
-        if request.state is not RequestState.RUNNING or request.epoch != epoch:
-            return  # preempted since: the pages are no longer its own
-        progress.commit(chunk.count)
-        if not request.mixed and progress.num_computed >= (table.keyed + 1) * self.kv.page_size:
-            # where others were faster with the same content, their pages take the places of ours from here on
-            request.sent_pages = min(request.sent_pages, table.keyed)
-            of, salt = request.namespaces.of, request.spec.salt
-            self.kv.commit(table, progress.num_computed, request.tokens, of, self.launched, salt)
-
-    def _commit_token(self, request: Request, result: StepResult, index: int) -> Output:
-        token, error = result.token_ids[index], result.errors[index]
-        if error is not None:
-            self._finish(request)
-            return make_output(request, self.clock(), [], failure(error))
-        finished = request.accept(token, self.eos_token_ids)
-        self.generated_tokens += 1
-        if finished is not None:
-            self._finish(request)
-        return make_output(request, self.clock(), [token], finished, result.logprobs[index])
+        before, self._committed_at = self._committed_at, self.clock()
+        self.cost.observe(plan.prompt_tokens, self._committed_at - max(step.launched_at, before))
+        if self._speculation is not None:
+            self._speculation.observe_step(plan, self._committed_at - before)
+        return self._commits.take(step, result, self.launched)
 
     # ------------------------------------------------------------------ inside
 
@@ -374,6 +360,8 @@ class Scheduler:
             self._queue.dequeue(request)
         request.state = RequestState.FINISHED
         self.policy.forget(request)
+        if self._speculation is not None:
+            self._speculation.forget(request)
         if request.slot is not None:
             self._slots.release(request.slot, self.launched)
             self._installs = [state for state in self._installs if state.slot != request.slot]

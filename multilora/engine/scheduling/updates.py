@@ -71,7 +71,8 @@ class AdapterUpdates:
             match self._components.request_load((self._successors[version],), fence, urgent=True):
                 case LoadStatus.READY:
                     for request in changing:
-                        self._switch_running(request, version, self._successors[version])
+                        if not request.progress.drafted:  # else once it is known which tokens are the old one's
+                            self._switch_running(request, version, self._successors[version])
                 case LoadStatus.COMING:
                     for request in changing:
                         request.stalled = True

@@ -81,7 +81,8 @@ class TokenTimes(msgspec.Struct, frozen=True):
 class Observed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """What a worker has counted since it last said so. call: of the `Collect` that this answers.
 
-    later: of the outputs after a sample's first. refused: jobs, with the error's kind.
+    later: of the outputs after a sample's first. verified: drafts, tokens and right ones of each. refused: jobs, with
+    the error's kind.
     http: route, method, status, seconds. log: what the worker has logged, for the console.
     """
 
@@ -89,6 +90,7 @@ class Observed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     submitted: list[Origin] = []
     first: list[tuple[Origin, FirstOutput]] = []
     later: list[tuple[Origin, TokenTimes]] = []
+    verified: list[tuple[Origin, list[tuple[int, int]]]] = []
     ended: list[tuple[Origin, Ending]] = []
     refused: list[tuple[Origin, str]] = []
     http: list[tuple[str, str, int, float]] = []

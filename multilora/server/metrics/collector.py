@@ -76,6 +76,11 @@ class Metrics(Observer):
         if self._tenants is not None:
             self._tenants.find(origin.tenant).next_output(tokens, seconds)
 
+    def verified(self, origin: Origin, drafted: int, accepted: int) -> None:
+        self.totals.drafts.count(drafted, accepted)
+        for usage in self._of(origin):
+            usage.drafts.count(drafted, accepted)
+
     def ended(self, origin: Origin, ending: Ending) -> None:
         self.totals.ended(ending)
         for usage in self._of(origin):
@@ -94,6 +99,9 @@ class Metrics(Observer):
         for origin, times in observed.later:
             for usage in self._of(origin):
                 usage.next_outputs(times)
+        for origin, drafts in observed.verified:
+            for drafted, accepted in drafts:
+                self.verified(origin, drafted, accepted)
         for origin, ending in observed.ended:
             self.ended(origin, ending)
         for origin, error in observed.refused:

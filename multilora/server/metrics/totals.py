@@ -8,6 +8,7 @@ from collections import Counter
 
 from multilora.front.observer import Ending, FirstOutput
 from multilora.server.metrics import buckets
+from multilora.server.metrics.drafts import DraftCounts
 from multilora.server.metrics.histogram import Histogram
 from multilora.server.metrics.top_names import TopNames
 from multilora.server.metrics.usage import Usage, inter_token_histogram
@@ -22,6 +23,7 @@ class Totals:
     def __init__(self, context_length: int, adapters: TopNames[Usage]):
         self._adapters = adapters
         self.prompt_tokens = self.cached_tokens = 0
+        self.drafts = DraftCounts()
         self.endings = Counter[str](dict.fromkeys(REASONS, 0))
         self.token_bounds = buckets.token_buckets(context_length)
         self.first_token = Histogram(buckets.VLLM_FIRST_TOKEN, buckets.SGLANG_FIRST_TOKEN)

@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 from multilora.front.observer import Ending, FirstOutput
 from multilora.front.workers.messages import TokenTimes
 from multilora.server.metrics import buckets
+from multilora.server.metrics.drafts import FAMILIES, DraftCounts
 from multilora.server.metrics.histogram import Histogram
 from multilora.server.metrics.top_names import TopNames
 
@@ -31,6 +32,7 @@ class Usage:
 
     def __init__(self) -> None:
         self.started = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.drafts = DraftCounts()
         self.endings = Counter[str]()
         self.errors = Counter[str]()
         self.engine = defaultdict[str, float](float)
@@ -68,6 +70,7 @@ class Usage:
         self.prompt_tokens += other.prompt_tokens
         self.cached_tokens += other.cached_tokens
         self.generated_tokens += other.generated_tokens
+        self.drafts.absorb(other.drafts)
         self.endings.update(other.endings)
         self.errors.update(other.errors)
         for attribute, number in other.engine.items():
@@ -101,6 +104,12 @@ def usage_metrics(prefix: str, label: str, names: TopNames[Usage]) -> Iterator[M
         counter = CounterMetricFamily(prefix + name, text, labels=[label])
         for value, usage in used:
             counter.add_metric([value], count(usage))
+        yield counter
+    for i, (name, text) in enumerate(FAMILIES.items()):
+        counter = CounterMetricFamily(prefix + name, text, labels=[label])
+        for value, usage in used:
+            if usage.drafts.drafts:
+                counter.add_metric([value], [*usage.drafts.families()][i][2])
         yield counter
     for name, (text, reason, counts) in _BY_REASON.items():
         counter = CounterMetricFamily(prefix + name, text, labels=[label, reason])

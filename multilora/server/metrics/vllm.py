@@ -67,6 +67,8 @@ def _counters(names: Labelled, totals: Totals, stats: Stats) -> Iterator[Metric]
     yield names.counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", looked_up)
     yield names.counter("prefix_cache_hits", "Prompt tokens found there", stats.cached_tokens)
     yield names.counter("num_preemptions", "Requests sent back to the queue to free memory", stats.preemptions)
+    for name, text, value in totals.drafts.families():
+        yield names.counter(name, text, value)
     yield names.counters("request_success", "Requests ended, by reason", "finished_reason", totals.endings)
 
 

@@ -21,6 +21,7 @@ class WorkerEvents(Observer):
         self._submitted: list[Origin] = []
         self._first: list[tuple[Origin, FirstOutput]] = []
         self._later = defaultdict[Origin, Histogram](inter_token_histogram)
+        self._verified = defaultdict[Origin, list[tuple[int, int]]](list)
         self._ended: list[tuple[Origin, Ending]] = []
         self._refused: list[tuple[Origin, str]] = []
         self._http: list[tuple[str, str, int, float]] = []
@@ -33,6 +34,9 @@ class WorkerEvents(Observer):
 
     def next_output(self, origin: Origin, tokens: int, seconds: float) -> None:
         self._later[origin].observe(seconds / tokens, tokens)
+
+    def verified(self, origin: Origin, drafted: int, accepted: int) -> None:
+        self._verified[origin].append((drafted, accepted))
 
     def ended(self, origin: Origin, ending: Ending) -> None:
         self._ended.append((origin, ending))
@@ -53,6 +57,7 @@ class WorkerEvents(Observer):
             submitted=self._submitted,
             first=self._first,
             later=[(origin, TokenTimes(times.counts, times.sum)) for origin, times in self._later.items()],
+            verified=list(self._verified.items()),
             ended=self._ended,
             refused=self._refused,
             http=self._http,

@@ -6,9 +6,12 @@ checked, and with it pages, prefix cache, fences and adapter places. After every
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
+from fakes.drafters import Foreseer
 from fakes.engine import EOS, VOCAB, Answer, after, answer, make_engine, only, token_of
 from fakes.engine_driver import Stepper
 from fakes.tiers import FakeFile, FakeTiers
@@ -28,8 +31,9 @@ from multilora.engine.messages import (
 )
 from multilora.engine.plan import Chunk, StepPlan
 from multilora.engine.scheduling.policy import POLICIES
-from multilora.engine.scheduling.request import Request, RequestState
+from multilora.engine.scheduling.request import Request, RequestSpec, RequestState
 from multilora.engine.scheduling.scheduler import Scheduler
+from multilora.engine.scheduling.speculation import Speculation
 from multilora.errors import AdapterError
 from multilora.memory.page_pool import PageKind
 from multilora.params import Composition, SamplingParams
@@ -50,9 +54,12 @@ class CheckedScheduler(Scheduler):
     """Looks at every plan as it is made."""
 
     limits: tuple[int, int, int | None]  # running, tokens, adapters
+    drafts: bool
 
     def plan(self) -> StepPlan | None:
-        decoding = [(r, r.epoch) for r in self.running if r.progress.decoding and not r.at_limit]
+        decoding = [
+            (r, r.epoch) for r in self.running if r.progress.decoding and not r.at_limit and not r.progress.drafted
+        ]
         before = {r: (r.epoch, r.progress.in_flight) for r in self.running + self.waiting}
         plan = super().plan()
         runs = self.steps[plan.number].runs if plan else []
@@ -60,37 +67,59 @@ class CheckedScheduler(Scheduler):
         assert len(chunks) == len(runs), "a request twice in one plan"
         for request, epoch in decoding:
             left_out = request not in chunks and request.epoch == epoch
-            assert not left_out or request.stalled, "a decoding request was left out"
+            held = request.progress.in_flight == 1 and self.drafts
+            assert not left_out or request.stalled or held, "a decoding request was left out"
         assert not any(r.stalled for r in chunks)
         self._check_limits(chunks)
         for (request, epoch), chunk in zip(runs, chunks.values(), strict=True):
-            progress, sampled = request.progress, len(chunk.answer_positions)
             assert request.state is RequestState.RUNNING
-            assert chunk.slot == request.slot
             assert epoch == request.epoch
-            assert progress.num_scheduled == chunk.start + chunk.count
-            assert chunk.count >= 1
-            assert progress.remaining >= sampled
-            assert len(request.table.pages) * self.kv.page_size >= chunk.start + chunk.count
-            assert sampled == (request.spec.samples and progress.remaining == sampled)
-            assert chunk.token_ids or (chunk.count == 1 and progress.in_flight == 1 + sampled)
-            assert chunk.answer_positions in ((), (len(progress.output_ids) + progress.in_flight - 1,))
-            assert chunk.lora_slots == self.components.slots(request.versions)
-            assert len(chunk.lora_weights) == len(chunk.lora_slots)
-            assert chunk.pre_activation == len(
-                [p for p in range(chunk.start, request.spec.activation) if p < chunk.start + chunk.count]
-            )
-            if request.epoch > before[request][0]:
-                assert progress.in_flight == sampled, "planned again while its token is being sampled"
+            if len(chunk.answer_positions) > 1:
+                self._check_draft(request, chunk)
+            else:
+                self._check_chunk(request, chunk, again=request.epoch > before[request][0])
         slots = [r.slot for r in self.running]
         assert len(slots) == len(set(slots)), "two requests at one slot"
         return plan
+
+    def _check_chunk(self, request: Request, chunk: Chunk, *, again: bool) -> None:
+        progress, sampled = request.progress, len(chunk.answer_positions)
+        assert chunk.slot == request.slot
+        assert progress.num_scheduled == chunk.start + chunk.count
+        assert chunk.count >= 1
+        assert progress.remaining >= sampled
+        assert len(request.table.pages) * self.kv.page_size >= chunk.start + chunk.count
+        assert sampled == (request.spec.samples and progress.remaining == sampled)
+        assert chunk.token_ids or (chunk.count == 1 and progress.in_flight == 1 + sampled)
+        assert chunk.answer_positions in ((), (len(progress.output_ids) + progress.in_flight - 1,))
+        assert chunk.lora_slots == self.components.slots(request.versions)
+        assert len(chunk.lora_weights) == len(chunk.lora_slots)
+        assert chunk.pre_activation == len(
+            [p for p in range(chunk.start, request.spec.activation) if p < chunk.start + chunk.count]
+        )
+        if again:
+            assert progress.in_flight == sampled, "planned again while its token is being sampled"
+
+    def _check_draft(self, request: Request, chunk: Chunk) -> None:
+        """A draft follows the last known token, and nothing else is in flight."""
+        progress, drafted = request.progress, chunk.count - 1
+        known = len(progress.output_ids)
+        assert self.drafts
+        assert (chunk.slot, chunk.lora_slots) == (request.slot, self.components.slots(request.versions))
+        assert progress.num_scheduled == chunk.start + chunk.count <= len(request.table.pages) * self.kv.page_size
+        assert request.spec.grammar is None
+        assert chunk.decodes
+        assert chunk.token_ids[0] == request.tokens()[-1] == request.tokens()[chunk.start]
+        assert chunk.answer_positions == tuple(range(known, known + chunk.count))
+        assert (progress.drafted, progress.in_flight, progress.remaining) == (drafted, chunk.count, 1)
+        assert known + chunk.count <= request.spec.max_new_tokens
 
     def _check_limits(self, chunks: dict[Request, Chunk]) -> None:
         running, tokens, adapters = self.limits
         assert len(self.running) <= running
         assert len(chunks) <= running
-        assert sum(c.count for c in chunks.values() if c.count > 1) <= tokens
+        drafted = sum(max(0, len(c.answer_positions) - 1) for c in chunks.values())
+        assert sum(c.count for c in chunks.values() if not c.decodes and c.count > 1) + drafted <= tokens
         used = {version for request in chunks for version in request.versions}
         assert adapters is None or len(used) <= adapters
 
@@ -116,7 +145,7 @@ class Client:
 class World(Stepper):
     """A front that does random things to an engine, and knows what must come of them."""
 
-    def __init__(self, seed: int, ahead: bool):
+    def __init__(self, seed: int, ahead: bool, drafts: bool = False):
         self.rng = rng = random.Random(seed)
         self.files = {f"/{i}": FakeFile(rank=rng.choice([4, 8, 8, 16, 24])) for i in range(6)}
         self.files |= {f"/a{i}": FakeFile(invocation_tokens=sequence) for i, sequence in enumerate(INVOCATIONS)}
@@ -147,9 +176,10 @@ class World(Stepper):
             chunk_tokens=tokens,
             policy=rng.choice(list(POLICIES)),
             clock=lambda: self.now,
+            speculation=Speculation(self.foreseer, most=4) if drafts else None,
         )
         self.scheduler = self.engine.scheduler
-        self.scheduler.limits = (running, tokens, max_loras)
+        self.scheduler.limits, self.scheduler.drafts = (running, tokens, max_loras), drafts
         self.clients: dict[str, Client] = {}
         self.live: dict[str, Client] = {}
         self.loading: dict[int, int] = {}  # call → version
@@ -158,6 +188,10 @@ class World(Stepper):
         self.unloading: set[int] = set()  # calls
         self.number = 0
         self.stems = [[1] * 20, *([rng.choice([1, rng.randrange(VOCAB)]) for _ in range(20)] for _ in range(2))]
+
+    def foreseer(self, spec: RequestSpec) -> Foreseer:
+        right = answer(spec.prompt_ids, spec.adapters, CONTEXT, ignore_eos=True, activation=spec.activation)
+        return Foreseer([spec.prompt_ids + right.tokens], self.rng)
 
     # ------------------------------------------------------------------ operations
 
@@ -424,10 +458,19 @@ class World(Stepper):
         assert len(self.tiers.host) == 0
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "one step ahead"])
-@pytest.mark.parametrize("seed", range(20))
-def test_random_operations(seed: int, ahead: bool) -> None:
-    world = World(seed, ahead)
+def lives() -> Iterator[Any]:
+    """With drafts some are enough in the quick tier."""
+    for seed in range(20):
+        for ahead in (False, True):
+            for drafts in (False, True):
+                names = ("one step ahead" if ahead else "in turn", *(["with drafts"] if drafts else []))
+                marks = pytest.mark.slow if drafts and seed >= 5 else ()
+                yield pytest.param(seed, ahead, drafts, id="-".join([str(seed), *names]), marks=marks)
+
+
+@pytest.mark.parametrize(("seed", "ahead", "drafts"), [*lives()])
+def test_random_operations(seed: int, ahead: bool, drafts: bool) -> None:
+    world = World(seed, ahead, drafts)
     world.live_through(OPERATIONS)
     world.drain()
     assert all(c.over for c in world.clients.values())

@@ -85,6 +85,7 @@ class _Sequence:
     state: SamplingState
     sampled: dict[int, int] = field(default_factory=dict)  # position → token
     pages: list[int] = field(default_factory=list)
+    drafted: bool = False  # ever
 
 
 @dataclass
@@ -182,9 +183,10 @@ class FakeRunner:
         assert self.unread.pop(0) == number, "steps are read in order"
         result = StepResult([], [], [], [])
         for row in rows:
-            prompt_logprobs, state = self._compute(row)
+            prompt_logprobs, states = self._compute(row)
             result.prompt_logprobs.append(prompt_logprobs)
-            for position in row.chunk.answer_positions:
+            wanted = row.chunk.answer_positions
+            for position, state in zip(wanted, states[len(states) - len(wanted) :], strict=True):
                 self._sample(row, position, state, result)
         return result
 
@@ -198,7 +200,8 @@ class FakeRunner:
             found += [(version, weight) for weight in pieces]
         return found
 
-    def _compute(self, row: _Row) -> tuple[list[Logprobs], int]:
+    def _compute(self, row: _Row) -> tuple[list[Logprobs], list[int]]:
+        """The prompt logprobs, and the state after each token."""
         chunk, sequence = row.chunk, row.sequence
         for version, weight in row.weights:
             assert bool((weight == version).all()), f"slot {chunk.slot}: not the weights of version {version}"
@@ -207,28 +210,36 @@ class FakeRunner:
         end = chunk.start + chunk.count
         tokens = chunk.token_ids or [sequence.sampled[chunk.start]]
         assert len(tokens) == chunk.count
-        for position, token in enumerate(tokens, chunk.start):
+        known = chunk.count - max(0, len(chunk.answer_positions) - 1)  # a draft follows
+        for position, token in enumerate(tokens[:known], chunk.start):
             assert sequence.sampled.get(position, token) == token, "not the token that was sampled here"
         wanted = iter(chunk.prompt_logprobs.next_ids if chunk.prompt_logprobs else ())
         first = chunk.prompt_logprobs.first if chunk.prompt_logprobs else end
-        logprobs = []
+        logprobs, states = [], []
         state = self._read(row.pages, chunk.start - 1) if chunk.start else 0
         for position, token in enumerate(tokens, chunk.start):
             acts = position >= chunk.start + chunk.pre_activation
             state = after(state, token, adapters if acts else ())
+            states.append(state)
             self._write(row.pages, position, state)
             if position >= first and (next_id := next(wanted, None)) is not None:
                 logprobs.append(Logprobs(prompt_logprob(state, next_id)))
-        return logprobs, state
+        return logprobs, states
 
     def _sample(self, row: _Row, position: int, state: int, result: StepResult) -> None:
-        chunk, sequence = row.chunk, row.sequence
-        end = chunk.start + chunk.count
-        assert end not in sequence.sampled, "a token was sampled twice"
-        assert position == len(sequence.sampled), "not the next token of the answer"
-        sequence.sampled[end] = token_of(state)
+        """Behind a draft, what is sampled counts as far as it was foreseen."""
+        chunk, sequence, token = row.chunk, row.sequence, token_of(state)
+        i = position - chunk.answer_positions[0]
+        end = chunk.start + chunk.count - len(chunk.answer_positions) + 1 + i
+        if i == 0 and sequence.drafted:  # what a draft brought may have been given up, with the pages
+            sequence.sampled = {at: known for at, known in sequence.sampled.items() if at < end}
+        if i == 0 or sequence.sampled.get(end - 1) == chunk.token_ids[i]:
+            assert end not in sequence.sampled, "a token was sampled twice"
+            assert position == len(sequence.sampled), "not the next token of the answer"
+            sequence.sampled[end] = token
+        sequence.drafted |= len(chunk.answer_positions) > 1
         self.tokens_sampled += 1
-        result.token_ids.append(sequence.sampled[end])
+        result.token_ids.append(token)
         result.logprobs.append(None)
         result.errors.append(None)
 

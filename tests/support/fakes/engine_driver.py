@@ -126,7 +126,7 @@ class EngineDriver(Stepper):
     to the device are found done so many steps after their start; None: as they are. Ranks of a `tp_size` over 1 are
     threads, on CUDA processes.
 
-    `answers`: rid → Answer; `infos`: name → AdapterInfo.
+    `answers`: rid → Answer; `infos`: name → AdapterInfo; `drafted`, `accepted`: tokens of drafts, and the right ones.
     """
 
     def __init__(
@@ -147,6 +147,7 @@ class EngineDriver(Stepper):
         self.engine = build_engine(config, InlineLoader, make_copier, ahead, start_rank, clock=CountingClock())
         self.answers: dict[str, Answer] = {}
         self.infos: dict[str, AdapterInfo] = {}
+        self.drafted = self.accepted = 0
         self._dropped: set[str] = set()
         self._replies: dict[int, Reply] = {}
         self._calls = 0
@@ -194,6 +195,8 @@ class EngineDriver(Stepper):
         self.engine.handle(Finish(rid))
 
     def take(self, output: Output) -> None:
+        self.drafted += output.drafted
+        self.accepted += output.accepted
         self.answers[output.rid].add(output)
 
     def reply(self, reply: Reply) -> None:
