@@ -21,8 +21,27 @@ from multilora.layers.ops import fused_ops
 from multilora.lora.sharding import experts_of, local_site
 from multilora.lora.sites import LoraSite
 
+MOST_TAKEN, MOST_EXPERTS = 32, 1024  # which the routing kernel holds at a time
+
 GROUPED_CAPABILITIES = ((9, 0), (10, 0))
 """Devices whose grouped product is one kernel; on others torch falls back to a loop that waits for the device."""
+
+
+def route(
+    logits: torch.Tensor, top_k: int, *, normalised: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which experts each token takes, the most probable first, int64 [tokens, top_k], and their weights as `dtype`.
+
+    logits: [tokens, experts]; normalised: the weights of a token add up to 1.
+    """
+    if logits.device.type == "cuda" and top_k <= MOST_TAKEN and logits.shape[1] <= MOST_EXPERTS:
+        from multilora.layers import triton_routing
+
+        return triton_routing.route(logits.contiguous(), top_k, normalised=normalised, dtype=dtype)
+    weights, experts = torch.topk(torch.softmax(logits, -1, dtype=torch.float32), top_k)
+    if normalised:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return experts, weights.to(dtype)
 
 
 def sort_by_expert(
@@ -32,6 +51,11 @@ def sort_by_expert(
 
     held: the experts that this rank holds, which count from 0 on in what is returned; None: all.
     """
+    if experts.device.type == "cuda":
+        from multilora.layers import triton_routing
+
+        if experts.numel() <= triton_routing.MOST_ROWS:
+            return triton_routing.sort_by_expert(experts, num_experts, segments, held)
     tokens, top_k = experts.shape
     if held is not None:
         num_experts, local = len(held), experts - held.start
@@ -61,6 +85,10 @@ def has_grouped_product(device: torch.device, dtype: torch.dtype, *widths: int) 
 def grouped_product(x: torch.Tensor, weight: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
     """x: [rows, in], in the order of `rows`; weight: [experts, out, in]. Returns [rows, out], of which those that
     belong to no expert are of no use."""
+    if _few_rows(x, weight):
+        from multilora.layers import triton_grouped
+
+        return triton_grouped.grouped_product(x, weight, rows.ends)
     if has_grouped_product(x.device, x.dtype, *weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.ends)
     y = x.new_empty(len(x), weight.shape[1])
@@ -70,6 +98,15 @@ def grouped_product(x: torch.Tensor, weight: torch.Tensor, rows: ExpertRows) -> 
             y[start:end] = linear(x[start:end], weight[expert])
         start = end
     return y
+
+
+def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether an expert has so few rows, on the average, that reading its weights is all that takes time."""
+    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    from multilora.layers import triton_grouped
+
+    return len(x) <= triton_grouped.MOST_ROWS * len(weight)
 
 
 def combine(y: torch.Tensor, rows: ExpertRows, weights: torch.Tensor) -> torch.Tensor:

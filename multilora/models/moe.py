@@ -14,7 +14,7 @@ from torch import nn
 from multilora.distributed.group import Group
 from multilora.errors import ModelUnsupported
 from multilora.layers.context import ForwardContext
-from multilora.layers.experts import Experts, combine, sort_by_expert
+from multilora.layers.experts import Experts, combine, route, sort_by_expert
 from multilora.layers.linear import Linear
 from multilora.layers.weights.plain import WeightFormats
 from multilora.lora.sites import DeclaredModules, LoraSite, Shard, module_path, target
@@ -66,11 +66,8 @@ class SparseMoe(nn.Module):
 
     def _route(self, x: torch.Tensor, ctx: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Which experts each token takes, int64 [tokens, top_k], and their weights."""
-        logits = self.gate(x, ctx)
-        weights, experts = torch.topk(torch.softmax(logits, -1, dtype=torch.float32), self._moe.top_k)
-        if self._moe.normalised:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return experts, weights.to(x.dtype) if self._moe.rounded else weights
+        moe, dtype = self._moe, x.dtype if self._moe.rounded else torch.float32
+        return route(self.gate(x, ctx), moe.top_k, normalised=moe.normalised, dtype=dtype)
 
 
 def _sites(config: MoeConfig, hidden: int, layer: int, declared: DeclaredModules) -> tuple[LoraSite, LoraSite]:

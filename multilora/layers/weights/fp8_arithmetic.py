@@ -53,6 +53,11 @@ def rows_product(
     x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """x: e4m3 [rows, in], x_scale: [rows, 1]; weight: e4m3 [out, in], scale: [out, 1]. Returns [rows, out]."""
+    if x.device.type == "cuda" and has_fp8(x.device):
+        from multilora.layers import triton_fp8_rows as few
+
+        if len(x) <= few.MOST_ROWS:
+            return few.few_rows_product(x, x_scale, weight, scale, dtype)
     if rows_obstacle(x.device, weight.shape, dtype) is None:
         return scaled_product(x, x_scale, weight, scale, dtype)
     return F.linear(dequantise(x, x_scale).to(dtype), dequantise(weight, scale).to(dtype))
