@@ -29,6 +29,7 @@ from multilora.server.anthropic.errors import SHAPES
 from multilora.server.errors import error_body, error_response
 from multilora.server.key_ring import KeyRing
 from multilora.server.streaming import DONE, frame, named_frame
+from multilora.server.tensors import MAX_BODY_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ ELSEWHERE = frozenset({"EngineDead", "EngineRestarting", "ServerStopping", "Adap
 """Errors of a replica that say nothing about another one."""
 LOST = "the replica of this request has ended; send it again"
 NOBODY_THERE = "no replica is ready; try again later"
-MAX_BODY = 1 << 30
+TENSORS_PATH = "/load_lora_adapter_from_tensors"
+TENSORS_AT_A_TIME = 2
+"""Bodies with adapters in them that one ingress holds; others are read when it is their turn."""
 WHOLE_SECONDS = 10.0
 """For the answer of one replica of all, until it counts as lost: it may be dead, and that not yet known."""
 
@@ -75,7 +78,8 @@ class Ingress:
     ):
         self._config, self._keys, self._table = config, keys, table
         self._send_to, self._members = send, members
-        self._most_body = config.engine.max_body_bytes or MAX_BODY
+        self._most_body = config.engine.max_body_bytes
+        self._tensors = asyncio.Semaphore(TENSORS_AT_A_TIME)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,7 +91,14 @@ class Ingress:
         if path == "/ready" and not await self._members():
             await error_response(EngineRestarting(NOBODY_THERE))(scope, receive, send)
             return
-        body = await asgi_exchange.read_body(receive, self._most_body)
+        if path != TENSORS_PATH:
+            await self._take(path, scope, receive, send, self._most_body)
+            return
+        async with self._tensors:
+            await self._take(path, scope, receive, send, MAX_BODY_BYTES)
+
+    async def _take(self, path: str, scope: Scope, receive: Receive, send: Send, most: int) -> None:
+        body = await asgi_exchange.read_body(receive, most)
         if body is None:
             return
         travelling = asgi_exchange.travelling_scope(scope)

@@ -32,6 +32,7 @@ from multilora.cluster.ray_router import NEWS, AdapterRequestRouter, Heard, Prom
 from multilora.cluster.replica_server import ReplicaServer
 from multilora.cluster.route_request import RouteRequest
 from multilora.cluster.shared_registry import SharedRegistry
+from multilora.cluster.spool_sweep import sweep
 from multilora.errors import ConfigError, MultiloraError, StorageFailed, from_wire
 from multilora.front.records import AdapterRecord
 from multilora.front.state_directory import StateDirectory
@@ -50,6 +51,10 @@ LOCK_SECONDS = 30.0
 PROBE_SECONDS = 2.0
 """For a sign of life of a replica that is waited for."""
 SCALING = "multilora.cluster.autoscaling:ReplicaScaling"
+SPOOL = "spool"
+"""A directory in the state directory, with one for each replica."""
+SWEEP_SECONDS = 300.0
+"""Between two looks for what replicas have left there."""
 STARTED = "started"
 """A file in the state directory: there was a registry before."""
 
@@ -67,6 +72,7 @@ class RegistryDeployment:
         self._registry = SharedRegistry(
             state, config.engine.lora_paths, self._is_dead, restarted=restarted, first=first
         )
+        self._sweeping = asyncio.create_task(self._sweep(Path(config.state_dir) / SPOOL))
 
     async def perform(self, method: str, *arguments: Any, **options: Any) -> tuple[str, Any]:
         """A method of `SharedRegistry`: the kind of its error or "", and its message or the result."""
@@ -79,6 +85,18 @@ class RegistryDeployment:
         """See `SharedRegistry.join`. actor: the member's handle, by which its death is seen."""
         self._actors[member] = actor
         return await self._registry.join(member)
+
+    async def _sweep(self, spool: Path) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            replicas = await self._registry.members()
+            try:
+                gone = await asyncio.to_thread(sweep, spool, self._registry.used_folders(), replicas)
+            except OSError as e:
+                logger.warning("what replicas have left cannot be deleted: %s", e)
+                continue
+            if gone:
+                logger.info("deleted %d folders that replicas have left", len(gone))
 
     async def _is_dead(self, member: str) -> bool:
         actor = self._actors.get(member)
@@ -149,7 +167,7 @@ class ReplicaDeployment:
 
     async def __init__(self, config: ClusterConfig, registry: Any):  # type: ignore[misc]
         self._name = serve.get_replica_context().replica_id.unique_id
-        spool = Path(config.state_dir) / "spool" / self._name
+        spool = Path(config.state_dir) / SPOOL / self._name
         self._server = await ReplicaServer.start(self._name, config.engine, RegistryHandle(registry), spool)
         self._number = 0
 

@@ -100,6 +100,10 @@ class SharedRegistry:
         await self._drop_dead([name for name, member in self._members.items() if member.heard < late])
         return list(self._members)
 
+    def used_folders(self) -> list[str]:
+        """Directories that adapters lie in."""
+        return [record.local for record in self._table.records.values() if record.local]
+
     async def changes(self, member: str | None, seq: int, epoch: float = POLL_SECONDS) -> TableChange | None:
         """What comes after change `seq`, by which `member` goes now; waits for it. None after `epoch` seconds
         without one. member: None: one who only looks on. A replica that has not joined is told everything."""

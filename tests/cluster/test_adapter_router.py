@@ -278,12 +278,16 @@ def test_a_decision_takes_less_than_a_fifth_of_a_millisecond():
     for i in range(1000):
         device = {f"adapter-{i + 1000 * j}": 1 for j in range(100)}
         host = {f"adapter-{(i + 7) % 1000 + 1000 * j}": 1 for j in range(20)}
-        router.report(f"r{i}", ReplicaReport(load=float(i % 13), device=device, host=host), {})
+        report = ReplicaReport(load=float(i % 13), device=device, host=host, adapter_bytes=1000)
+        router.report(f"r{i}", report, dict.fromkeys(device | host, 1))
     text = "x" * 2000
     requests = [
-        wants(f"adapter-{i * 7919 % 120_000}", session=f"s{i % 50}", prefixes=prefix_keys(f"{i % 90}", text))
+        wants(
+            f"adapter-{i * 7919 % 120_000}", 1, 1, prompt=500, session=f"s{i}" if i % 2 else "",
+            prefixes=prefix_keys(f"{i % 90}", text) if i % 4 else (),
+        )
         for i in range(3000)
-    ]
+    ]  # fmt: skip
     router.choose(requests[0])  # the ring is put in order
     start = time.perf_counter()
     for request in requests:

@@ -151,6 +151,31 @@ def test_hanging_up_ends_the_request_at_the_replica():
     assert asyncio.run(whole()) == 1
 
 
+def test_bodies_with_adapters_may_be_long_and_are_read_in_turn(monkeypatch):
+    replicas = Replicas(a=[start(), part(b"{}")])
+    long = {"lora_name": "x", "serialized_tensors": "A" * 5000}
+    assert ask(replicas, "/load_lora_adapter_from_tensors", long, max_body_bytes=1000).status == 200
+    assert json.loads(replicas.asked.pop()[2]) == long
+    ask(replicas, "/generate", {"text": "A" * 5000}, max_body_bytes=1000)
+    assert len(replicas.asked.pop()[2]) == 1001  # which the replica refuses
+
+    async def many():
+        waiting = Replicas(a=["wait"])
+        served = ingress_of(waiting)
+        connections = [Connection(served, "POST", "/load_lora_adapter_from_tensors", long) for _ in range(5)]
+        tasks = [asyncio.create_task(connection.answer()) for connection in connections]
+        await asyncio.sleep(0.1)
+        asked = len(waiting.asked)
+        for task in tasks:
+            task.cancel()
+        for connection in connections:
+            connection.hang_up()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return asked
+
+    assert asyncio.run(many()) == ingress.TENSORS_AT_A_TIME
+
+
 def test_changes_of_a_server_reach_all_and_health_is_the_ingress_own():
     replicas = Replicas(a=[start(), part(b"ok")], b=[start(500), part(b"no")])
     assert ask(replicas, "/flush_cache").text == "no" and len(replicas.asked) == 2

@@ -5,10 +5,14 @@ Covers `replica_server.py`, `replica_front.py`, `replica_registry.py`, `local_co
 """
 
 import asyncio
+import base64
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from fakes.models import FakeEngineClient
+from safetensors.torch import save
 
 from multilora.adapters.sources.spool import Spool
 from multilora.cluster import asgi_exchange, replica_server
@@ -162,6 +166,30 @@ def test_a_name_is_taken_whoever_has_loaded_it(tmp_path):
         results = await asyncio.gather(cluster.load("a", "law", "/a"), cluster.load("b", "law", "/b"))
         assert sorted(status for status, _ in results) == [200, 400]
         assert await cluster.generate("a", "law") == await cluster.generate("b", "law")
+
+    run(tmp_path, test)
+
+
+def test_an_adapter_that_comes_as_tensors_is_kept_where_all_can_read_it(tmp_path):
+    """Also once the replica that has taken it in is gone."""
+
+    async def test(cluster):
+        weights = base64.b64encode(save({"w": torch.zeros(2)})).decode()
+        body = {"lora_name": "rl", "config_dict": {"r": 4}, "serialized_tensors": weights}
+        status, answer = await cluster.call("a", "POST", "/load_lora_adapter_from_tensors", body)
+        assert status == 200, answer
+        kept = await cluster.generate("b", "rl")
+        assert Path(kept).parent == tmp_path / "a" and (Path(kept) / "adapter_model.safetensors").exists()
+        assert cluster.registry.used_folders() == [kept]
+        status, _ = await cluster.call("b", "POST", "/load_lora_adapter_from_tensors", body | {"upsert": True})
+        assert status == 200
+        second = await cluster.generate("a", "rl")
+        assert Path(second).parent == tmp_path / "b"
+        while Path(kept).exists():  # until the last request on it has ended
+            await asyncio.sleep(0.01)
+        await cluster.replicas.pop("b").close()
+        await cluster.start("late")
+        assert await cluster.generate("late", "rl") == second and Path(second).exists()
 
     run(tmp_path, test)
 
