@@ -1,7 +1,8 @@
 # One vocabulary for a person and CI. Every target sets up what it needs.
 #
 #   make setup       the environment only: .venv with the package and everything the tests need
-#   make demo        start the real server on the bundled model, run the documentation's examples, print the answers
+#   make demo        start the real server on the bundled model, run the documentation's examples, print the answers;
+#                    ARGS="--model smollm2" for a model that talks
 #   make serve       the server, until Ctrl-C;          ARGS="--port 8000 --lora-paths …"
 #   make check       format, lint, types, layer order
 #   make test        the tests (CPU, minutes);          ARGS="-k scheduler"
@@ -48,7 +49,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/multilora demo
+	$(BIN)/multilora demo $(ARGS)
 
 serve: $(READY)
 	$(BIN)/multilora serve $(ARGS)
