@@ -86,9 +86,12 @@ def test_links_lead_somewhere(page):
             assert part in {anchor(heading) for heading in HEADING.findall(target.read_text())}, link
 
 
-def test_the_figure_is_drawn_from_the_numbers():
-    assert readme_figure.FIGURE.read_text() == readme_figure.figure()
-    assert readme_figure.numbers()["64 adapters"] == {"multilora": 4514.3768, "sglang": 3153, "vllm": 1614}
+def test_the_figures_are_drawn_from_the_numbers():
+    throughput, decode = (make() for make in readme_figure.FIGURES)
+    for one in (throughput, decode):
+        assert one.file.read_text() == one.svg()
+    assert throughput.numbers["64 adapters"] == {"multilora": 4514.3768, "sglang": 3153, "vllm": 1614}
+    assert decode.numbers["64 adapters"] == {"limit": 4.9489, "multilora": 7.3214, "sglang": 12.2, "vllm": 33.3}
 
 
 def test_the_best_peer_of_a_row_is_the_better_of_both():
