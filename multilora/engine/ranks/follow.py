@@ -13,7 +13,7 @@ from contextlib import closing
 import torch
 import zmq
 
-from multilora.adapters.device.copier import Copy
+from multilora.adapters.device.copier import Copy, DirectCopier
 from multilora.adapters.loading.dora_bias import module_facts
 from multilora.config import Config
 from multilora.engine.build_rank import build_rank, device_of, make_runner, make_sleep, own_copier, recapture
@@ -38,11 +38,13 @@ from multilora.engine.ranks.messages import (
     plans_address,
     reports_address,
 )
+from multilora.engine.ranks.page_relay import PageReceiver
 from multilora.errors import MultiloraError
 
 logger = logging.getLogger(__name__)
 
 COPY_CHECK_MS = 1
+RECEIVER_CHECK_MS = 500
 PAUSE_MS = 20
 """When no plan has come for so long, none is on its way: the last step is read."""
 
@@ -72,7 +74,7 @@ def follow(
         report(Joining(rank))
         custom = not start.config.disable_custom_all_reduce
         with closing(meet(start.directory, rank, start.config.tp_size, device, custom_all_reduce=custom)) as groups:
-            _Follower(start, device, groups, inbox, report).run()
+            _Follower(start, device, groups, context, inbox, report).run()
     except MultiloraError as e:
         report(Broken(rank, e.kind, e.message))
         return False
@@ -105,6 +107,7 @@ class _Follower:
         start: RankStart,
         device: torch.device,
         groups: Groups,
+        context: "zmq.Context[zmq.Socket[bytes]]",
         inbox: "zmq.Socket[bytes]",
         report: Callable[[FromRank], None],
     ):
@@ -124,11 +127,25 @@ class _Follower:
         self._in_flight: deque[Launched] = deque()
         self._progress = RankProgress(start.directory, config.tp_size)
         self._rank = start.rank
+        self._receiver: PageReceiver | None = None
+        if not isinstance(self._copier, DirectCopier):
+            self._receiver = PageReceiver(
+                context, start.directory, start.rank, self._page_bytes, self._copier, self._progress
+            )
         report(Up(start.rank))
 
     def run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            if self._receiver is not None:
+                self._receiver.close()
+
+    def _serve(self) -> None:
         while True:
             self._note_copies()
+            if self._receiver is not None:
+                self._receiver.check()
             if not self._inbox.poll(self._patience()):
                 if not self._copies:
                     self._read(0)
@@ -150,6 +167,8 @@ class _Follower:
                 case RestoreMemory(tag):
                     self._restore(tag)
                 case Shutdown():
+                    if self._receiver is not None:
+                        self._receiver.close()  # it gives the copier work
                     self._copier.close()
                     return
 
@@ -157,7 +176,9 @@ class _Follower:
         """How many milliseconds to wait for a message; None: any number."""
         if self._copies:
             return COPY_CHECK_MS
-        return PAUSE_MS if self._in_flight else None
+        if self._in_flight:
+            return PAUSE_MS
+        return RECEIVER_CHECK_MS if self._receiver is not None else None
 
     def _note_copies(self) -> None:
         """Report those that have finished."""

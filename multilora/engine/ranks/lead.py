@@ -2,7 +2,7 @@
 
     rank 0, in the engine's process                        rank 1, in a process of its own
     plan ──────────────────── RunStep ─────────────────►   forward ◄── collectives ──► rank 0's forward
-    copy of an adapter ────── CopyPages, bytes ────────►   its part, to the same pages
+    copy of an adapter ────── its bytes ───────────────►   its part, to the same pages
                                                             sample: the same token, which stays there
 
 A thread watches: a rank whose process ends, that reports an error or that does not finish a step in time makes the
@@ -48,6 +48,7 @@ from multilora.engine.ranks.messages import (
     plans_address,
     reports_address,
 )
+from multilora.engine.ranks.page_relay import PageRelay
 from multilora.errors import EngineDead, MultiloraError, from_wire
 from multilora.private_directory import PrivateDirectory
 
@@ -128,7 +129,8 @@ class Ranks:
         path = str(self._directory.path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._progress = RankProgress(path, self.size, create=True)
-        self._copies = 0  # orders to copy that were sent
+        self._copies = 0  # adapters that were sent
+        self._relay = PageRelay(self._context, path, self._progress)
         self._reports = self._context.socket(zmq.PULL)
         self._reports.bind(reports_address(path))
         self._plans: list[zmq.Socket[bytes]] = []
@@ -193,14 +195,20 @@ class Ranks:
 
         return gather
 
-    def send_pages(self, pages: list[int], parts: Sequence[torch.Tensor]) -> Callable[[], bool]:
-        """parts: uint8 [pages, page_bytes] for each rank from 1 on. They are read until they have been sent. Returns
-        what says whether all of these ranks have copied them."""
+    def send_pages(self, pages: list[int], parts: Sequence[torch.Tensor], *, in_order: bool) -> Callable[[], bool]:
+        """parts: uint8 [pages, page_bytes] for each rank from 1 on, which are read until they have been sent.
+
+        in_order: they are there before any step that is sent later; else steps go past them. Returns what says
+        whether all of these ranks have copied them.
+        """
         self.check()
-        header = encode(CopyPages(pages))
-        for socket, part in zip(self._plans, parts, strict=True):
-            socket.send(header, zmq.SNDMORE)
-            socket.send(part.numpy().data, copy=False)
+        if in_order:
+            header = encode(CopyPages(pages))
+            for socket, part in zip(self._plans, parts, strict=True):
+                socket.send(header, zmq.SNDMORE)
+                socket.send(part.numpy().data, copy=False)
+        else:
+            self._relay.send(pages, parts)
         self._copies += 1
         number, finished = self._copies, self._progress.copies
         return lambda: bool((finished[1:] >= number).all())
@@ -262,6 +270,7 @@ class Ranks:
                 process.kill()
                 process.wait(END_SECONDS)
         self._groups.close()
+        self._relay.close()
         self._context.destroy(linger=0)
         self._directory.close()
 
@@ -338,9 +347,10 @@ class _RankCopier:
 
     def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
         own, *others = buffer.split(len(pages))
-        arrived = self._ranks.send_pages(pages, others)
+        in_order = isinstance(self._copier, DirectCopier)
+        arrived = self._ranks.send_pages(pages, others, in_order=in_order)
         copy = self._copier.start_copy(own, pages)
-        return _RankCopy(copy, own, (lambda: True) if isinstance(self._copier, DirectCopier) else arrived)
+        return _RankCopy(copy, own, (lambda: True) if in_order else arrived)
 
     def close(self) -> None:
         self._copier.close()

@@ -6,6 +6,7 @@
     rank r → rank 0    Joining, Up; Broken if it fails
 
 A rank reports its steps and copies through `RankProgress`, memory that all of them map, which costs a step nothing.
+Where copies run beside steps, `page_relay.py` takes the place of CopyPages.
 """
 
 import mmap
@@ -114,14 +115,19 @@ def reports_address(directory: str) -> str:
     return f"ipc://{directory}/reports"
 
 
+def pages_address(directory: str, rank: int) -> str:
+    """Where the rank hears of adapters' pages in shared memory."""
+    return f"ipc://{directory}/pages{rank}"
+
+
 class RankProgress:
     """What each rank has finished, int64 [size], in shared memory. steps: the number of its last step; copies: how
-    many `CopyPages` by now."""
+    many adapters it has copied to its pages by now; pieces: how many `PagePiece` of them."""
 
     def __init__(self, directory: str, size: int, *, create: bool = False):
         path = Path(directory, "progress")
         if create:
-            path.write_bytes(bytes(2 * 8 * size))
+            path.write_bytes(bytes(3 * 8 * size))
         with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), 2 * 8 * size)
-        self.steps, self.copies = np.frombuffer(self._memory, np.int64).reshape(2, size)
+            self._memory = mmap.mmap(file.fileno(), 3 * 8 * size)
+        self.steps, self.copies, self.pieces = np.frombuffer(self._memory, np.int64).reshape(3, size)
