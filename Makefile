@@ -5,7 +5,7 @@
 #                    ARGS="--model smollm2" for a model that talks
 #   make serve       the server, until Ctrl-C;          ARGS="--port 8000 --lora-paths …"
 #   make check       format, lint, types, layer order
-#   make test        the tests (CPU, minutes);          ARGS="-k scheduler"
+#   make test        the tests (CPU, minutes), and beside all of them a soak of a minute;  ARGS="-k scheduler"
 #   make test-slow   whole processes, their deaths, restarts and waits, and longer tables (CPU)
 #   make soak        a server under load, swaps and killed processes for ten minutes; ARGS="--seconds 60"
 #   make fuzz        many more bodies made from /openapi.json and adapter files than the tests (CPU, an hour)
@@ -30,6 +30,9 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
+# the soak that runs beside the tests: a few clients, which leave them the cores
+MINUTE := --seconds 60 --adapters 12 --clients 4 --pause 0.2 --kills 4
+QUICK := $(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not slow and not models and not browser'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve check test test-slow soak fuzz coverage test-clients test-models test-console test-gpu dist sbom docs bench clean
@@ -62,7 +65,14 @@ check: $(READY)
 
 # A file's tests stay on one worker, so that what they share is built once.
 test: $(READY)
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'not gpu and not slow and not models and not browser' $(ARGS)
+ifneq ($(ARGS),)
+	$(QUICK) $(ARGS)
+else
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; trap 'kill $$soak; exit 130' INT TERM; \
+	$(BIN)/python -m scripts.soak $(MINUTE) >$$log 2>&1 & soak=$$!; \
+	$(QUICK); code=$$?; \
+	wait $$soak || code=1; cat $$log; exit $$code
+endif
 
 test-slow: $(READY)
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m 'slow and not gpu and not models and not browser' $(ARGS)

@@ -68,7 +68,7 @@ async def faults(server: Server, clients: Clients, arguments: argparse.Namespace
 async def soak(server: Server, arguments: argparse.Namespace, report: Report) -> None:
     limits = httpx.Limits(max_connections=arguments.clients + 8)
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as http:
-        clients = Clients(http, arguments.adapters, arguments.seed)
+        clients = Clients(http, arguments.adapters, arguments.seed, arguments.pause)
         await clients.load_all()
         report.say(f"{len(clients.adapters)} adapters loaded; {len(clients.expected)} answers known")
         report.check(await clients.check_all() == len(clients.adapters), "right answers before")
@@ -138,6 +138,7 @@ def main() -> int:
         "--kills", type=int, help="of loader, engine and front, in turns (default: one a minute, at least 2)"
     )
     parser.add_argument("--front-workers", type=int, default=1)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two requests of a client")
     parser.add_argument("--seed", type=int, default=0)
     return run(parser.parse_args())
 

@@ -62,17 +62,18 @@ CUT_SECONDS = 10.0
 
 class Clients:
     """endings: how many requests ended how; wrong: what must not be; front_ended_at: when a front process of several
-    was killed or stopped last."""
+    was killed or stopped last. pause: seconds between two requests of a client."""
 
     front_ended_at = float("-inf")
 
-    def __init__(self, http: httpx.AsyncClient, adapters: int, seed: int):
+    def __init__(self, http: httpx.AsyncClient, adapters: int, seed: int, pause: float = 0.0):
         self.endings: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.expected: dict[tuple[str | None, str], str] = {}
         self.adapters = [Adapter(f"a{i}", {KINDS[i % len(KINDS)]}) for i in range(adapters)]
         self._http = http
         self._seed = seed
+        self._pause = pause
 
     async def load_all(self) -> None:
         """Load the adapters, and learn the demo adapters' answers, one request at a time."""
@@ -129,6 +130,7 @@ class Clients:
                     ending = "WRONG"
                     self.wrong.append(f"{doing.__name__[1:]}: {type(e).__name__}: {e}")
             self.endings[f"{doing.__name__[1:]}: {ending}"] += 1
+            await asyncio.sleep(self._pause)
 
     @asynccontextmanager
     async def _chosen(self, rng: random.Random) -> AsyncIterator[tuple[str | None, set[str] | set[None]]]:

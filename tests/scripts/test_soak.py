@@ -9,7 +9,7 @@ import pytest
 from scripts.soak.__main__ import run
 from scripts.soak.clients import Clients, WrongEndingError
 
-WHOLE = {"seconds": 60.0, "adapters": 40, "clients": 16, "kills": 4, "seed": 0, "front_workers": 1}
+WHOLE = {"seconds": 60.0, "adapters": 40, "clients": 16, "kills": 4, "seed": 0, "front_workers": 1, "pause": 0.0}
 
 
 @pytest.mark.slow
