@@ -4,6 +4,7 @@
     python -m scripts.train_smollm2 train --model MODEL --out FOLDER [--recipes small | full] [--voices pirate sql]
     python -m scripts.train_smollm2 evaluate --model MODEL --adapters FOLDER --out FOLDER [--count 100]
     python -m scripts.train_smollm2 questions --out multilora/demo/smollm2/questions.json
+    python -m scripts.train_smollm2 bundle --adapters FOLDER --evaluation FILE --out multilora/demo/smollm2
 
 `FOLDER/VOICE` becomes an adapter as PEFT saves it, `FOLDER/VOICE.json` what is to be known about its training. A step
 of 64 examples takes about 0.1 s on a data-centre GPU, and half a minute on two cores.
@@ -49,7 +50,10 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--voices", nargs="+", choices=VOICES, default=list(VOICES))
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     questions = commands.add_parser("questions", help="the held-out questions that the demo shows")
-    for command in (convert, train, evaluate, questions):
+    bundle = commands.add_parser("bundle", help="adapters and what was measured of them, as the package has them")
+    bundle.add_argument("--adapters", type=Path, required=True)
+    bundle.add_argument("--evaluation", type=Path, required=True, help="the evaluation.json of evaluate")
+    for command in (convert, train, evaluate, questions, bundle):
         command.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -95,10 +99,24 @@ def questions(args: argparse.Namespace) -> None:
     args.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
+def bundle(args: argparse.Namespace) -> None:
+    """Configs and weights; of the evaluation the rows, of each training what it took."""
+    measured = json.loads(args.evaluation.read_text())
+    kept = {key: measured[key] for key in ("rows", "device", "torch")}
+    kept["training"] = [json.loads((args.adapters / f"{voice}.json").read_text()) for voice in VOICES]
+    for voice in VOICES:
+        folder = args.out / "adapters" / voice
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(args.adapters / voice / name, folder / name)
+    (args.out / "evaluation.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = arguments()
-    {"convert": convert, "train": train, "evaluate": evaluate, "questions": questions}[args.command](args)
+    run = {"convert": convert, "train": train, "evaluate": evaluate, "questions": questions, "bundle": bundle}
+    run[args.command](args)
     return 0
 
 

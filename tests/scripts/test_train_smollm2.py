@@ -3,13 +3,14 @@ commands, these on the bundled tiny model. What comes out on the real one is a m
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from multilora.demo import base_model_path
+from multilora.demo import base_model_path, smollm2
 from scripts.train_smollm2.corpora import CORPORA, SPLITS, Example, examples
 from scripts.train_smollm2.corpora.french import an, my, qualified, the, this
 from scripts.train_smollm2.corpora.french_words import ADJECTIVES, NOUNS
@@ -19,6 +20,7 @@ from scripts.train_smollm2.metrics import METRICS, chrf
 from scripts.train_smollm2.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- evaluation.json as a table -->", "<!-- end of the table -->"
 NOUN = {noun.one: noun for noun in NOUNS}
 ADJECTIVE = {adjective.english: adjective for adjective in ADJECTIVES}
 
@@ -127,3 +129,25 @@ def test_training_and_evaluation_run(tmp_path):
     rows = json.loads((tmp_path / "found" / "evaluation.json").read_text())["rows"]
     assert len(rows) == 2 * 2 * 3 and "same rows" in rows[-1]
     assert table(rows) + "\n" == shown
+
+
+def test_a_bundle_has_adapters_and_rows(tmp_path):
+    made, out = tmp_path / "made", tmp_path / "out"
+    for voice in CORPORA:
+        shutil.copytree(base_model_path().parent / "adapters" / voice, made / voice)
+        (made / f"{voice}.json").write_text(json.dumps({"voice": voice, "steps": 1}))
+    evaluation = {"rows": [{"voice": "sql"}], "samples": [1], "device": "cpu", "torch": "2"}
+    (made / "evaluation.json").write_text(json.dumps(evaluation))
+    command("bundle", "--adapters", str(made), "--evaluation", str(made / "evaluation.json"), "--out", str(out))
+    kept = json.loads((out / "evaluation.json").read_text())
+    assert kept["rows"] == evaluation["rows"] and "samples" not in kept
+    assert [one["voice"] for one in kept["training"]] == list(CORPORA)
+    assert sorted(path.name for path in (out / "adapters").iterdir()) == sorted(CORPORA)
+
+
+def test_the_page_has_the_table_of_the_bundled_adapters():
+    """If not: put what `scripts.train_smollm2.evaluate.table` makes of evaluation.json there."""
+    page = (ROOT / "docs" / "talking.md").read_text()
+    measured = smollm2.evaluation()
+    written = page.partition(BEGIN)[2].partition(END)[0].strip()
+    assert written == ("" if measured is None else table(measured["rows"]))
