@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     train.add_argument("--learning-rate", type=float, default=1e-3)
     train.add_argument("--seconds", type=float, default=math.inf, help="for each adapter, at most")
     train.add_argument("--examples", type=int, default=12_000)
+    train.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: fp32 on a CPU")
     train.add_argument("--held-out", type=int, default=200, help="examples of each sort whose loss is measured")
     evaluate = commands.add_parser("evaluate", help="ask held-out questions, through the engine")
     evaluate.add_argument("--adapters", type=Path, required=True)
@@ -69,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
     """One adapter after another; several processes may do some each."""
     from .training import Settings, Trainer
 
-    trainer = Trainer(args.model, args.device)
+    trainer = Trainer(args.model, args.device, args.dtype)
     settings = Settings(args.steps, args.batch, args.learning_rate, args.seconds, args.examples, args.held_out)
     for voice in args.voices:
         report = trainer.train(voice, RECIPES[args.recipes][voice], args.out / voice, settings)

@@ -119,7 +119,20 @@ def test_training_and_evaluation_run(tmp_path):
     """One step on the tiny model: the adapter loads, and every number is there."""
     model = ["--model", str(base_model_path()), "--device", "cpu", "--voices", "json", "sql"]
     command(
-        "train", *model, "--out", str(tmp_path), "--steps", "1", "--batch", "2", "--examples", "8", "--held-out", "2"
+        "train",
+        *model,
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "1",
+        "--batch",
+        "2",
+        "--examples",
+        "8",
+        "--held-out",
+        "2",
+        "--dtype",
+        "bfloat16",
     )
     report = json.loads((tmp_path / "sql.json").read_text())
     assert report["steps"] == 1 and report["held_out_loss"]["values"]["base"] > 0
