@@ -1,11 +1,11 @@
 """One batch over many adapters, on CPU: multilora beside PEFT's mixed batch and beside one adapter after another.
 
-    python -m bench.cpu [--adapters 1 8 64] [--out bench/results/cpu.json]
+    python -m bench.cpu [--adapters 1 8 64] [--dtype float32] [--out bench/results/cpu.json]
 
 A random Llama of about 100 M parameters, rank-16 adapters on all seven projections with distinct random weights, at
-most 16 requests at a time (64 tokens in, 32 out, greedy, fp32), the same weights and prompts for all three. Every
-engine's tokens are compared: a faster wrong answer does not count. All are warmed up; up to 16 requests the best of
-three runs counts.
+most 16 requests at a time (64 tokens in, 32 out, greedy), the same weights and prompts for all three. In fp32 every
+engine's tokens are compared: a faster wrong answer does not count. In bf16, which CPUs with AMX multiply several
+times as fast, they differ by rounding. All are warmed up; up to 16 requests the best of three runs counts.
 """
 
 import argparse
@@ -31,18 +31,19 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all three")
     parser.add_argument("--out", help="also write the result to this file")
     args = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="multilora-bench-"))
     try:
-        finish(run(directory, args.adapters), args.out)
+        finish(run(directory, args.adapters, args.dtype), args.out)
     finally:
         shutil.rmtree(directory)
 
 
-def run(directory: Path, counts: list[int]) -> dict[str, Any]:
+def run(directory: Path, counts: list[int], dtype: str = "float32") -> dict[str, Any]:
     result: dict[str, Any] = environment("transformers", "peft")
-    result["workload"] = f"{BATCH} at a time, {PROMPT} in, {NEW} out, rank {RANK} on 7 modules, fp32, greedy"
+    result["workload"] = f"{BATCH} at a time, {PROMPT} in, {NEW} out, rank {RANK} on 7 modules, {dtype}, greedy"
     model = make_model(directory / "model")
     make_adapters(model, directory, max(counts))
     parameters = sum(p.numel() for p in model.parameters())
@@ -50,10 +51,10 @@ def run(directory: Path, counts: list[int]) -> dict[str, Any]:
     result |= {"parameters": parameters, "read_bandwidth_gb_s": bandwidth / 1e9, "threads": torch.get_num_threads()}
     say(json.dumps(result, indent=1))
     say(f"{'adapters':>8} {'multilora':>10} {'PEFT mixed':>11} {'one by one':>11}   tokens/s; in brackets: ratio")
-    peft = load_peft(model, directory, max(counts))
+    peft = load_peft(model.to(getattr(torch, dtype)), directory, max(counts))
     result["rows"] = []
     for count in counts:
-        row = measure(directory, peft, count, parameters, bandwidth)
+        row = measure(directory, peft, count, parameters, bandwidth, dtype)
         result["rows"].append(row)
         ours = row["multilora"]
         say(
@@ -64,19 +65,20 @@ def run(directory: Path, counts: list[int]) -> dict[str, Any]:
     return result
 
 
-def measure(directory: Path, peft: Any, count: int, parameters: int, bandwidth: float) -> dict[str, Any]:
+def measure(directory: Path, peft: Any, count: int, parameters: int, bandwidth: float, dtype: str) -> dict[str, Any]:
     """Output tokens per second of the three, over the same requests."""
     requests = max(BATCH, count)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, 16000, (requests, PROMPT), generator=generator)
     names = [f"a{i % count}" for i in range(requests)]
     repeats = 3 if requests == BATCH else 1
-    ours, mine, step = run_multilora(directory, prompts, names, count, repeats)
+    ours, mine, step = run_multilora(directory, prompts, names, count, repeats, dtype)
     generate(peft, prompts[:BATCH], adapter_names=names[:BATCH])  # warm-up, as ours has had
     mixed, theirs = max((run_peft_mixed(peft, prompts, names) for _ in range(repeats)), key=lambda r: r[0])
     one, others = max((run_one_by_one(peft, prompts, names) for _ in range(repeats)), key=lambda r: r[0])
     adapter_bytes = Path(directory / "a0" / "adapter_model.safetensors").stat().st_size
-    floor = (4 * parameters + min(BATCH, count) * adapter_bytes) / bandwidth
+    itemsize = getattr(torch, dtype).itemsize
+    floor = itemsize * (parameters + min(BATCH, count) * adapter_bytes / 4) / bandwidth  # files are in fp32
     return {
         "adapters": count,
         "requests": requests,
@@ -90,12 +92,13 @@ def measure(directory: Path, peft: Any, count: int, parameters: int, bandwidth: 
 
 
 def run_multilora(
-    directory: Path, prompts: torch.Tensor, names: list[str], count: int, repeats: int
+    directory: Path, prompts: torch.Tensor, names: list[str], count: int, repeats: int, dtype: str
 ) -> tuple[float, list[list[int]], float]:
     """(tokens per second, tokens, seconds of a decode step)"""
     paths = {f"a{i}": str(directory / f"a{i}") for i in range(count)}
     with LLM(
         str(directory / "model"),
+        dtype=dtype,
         lora_paths=paths,
         skip_tokenizer_init=True,
         max_running_requests=BATCH,
@@ -190,9 +193,10 @@ def make_adapters(model: LlamaForCausalLM, directory: Path, count: int) -> None:
 
 
 def load_peft(model: LlamaForCausalLM, directory: Path, count: int) -> Any:
-    peft = PeftModel.from_pretrained(model, directory / "a0", adapter_name="a0")
+    kind = {"autocast_adapter_dtype": False}  # adapters in the model's dtype, as ours are
+    peft = PeftModel.from_pretrained(model, directory / "a0", adapter_name="a0", **kind)
     for i in range(1, count):
-        peft.load_adapter(directory / f"a{i}", adapter_name=f"a{i}")
+        peft.load_adapter(directory / f"a{i}", adapter_name=f"a{i}", **kind)
     return peft.eval()
 
 

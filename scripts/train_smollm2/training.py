@@ -39,8 +39,8 @@ class Settings:
 
 
 class Trainer:
-    """A frozen base model in memory, on which adapters are trained one after another. dtype "auto": bf16 on a GPU, fp32
-    on a CPU; a CPU with AMX is several times as fast in bf16."""
+    """A frozen base model in memory, on which adapters are trained one after another. dtype "auto": bf16 on a GPU,
+    fp32 on a CPU; a CPU with AMX is several times as fast in bf16."""
 
     def __init__(self, model_path: str, device: str = "auto", dtype: str = "auto"):
         if device == "auto":
