@@ -40,15 +40,31 @@ class ExpertRows:
 
 
 @dataclass(frozen=True, slots=True)
+class ColumnPages:
+    """`page_table` and `token_page` of `AttentionMeta`, of another column."""
+
+    page_table: torch.Tensor
+    token_page: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMeta:
     """Which tokens attend to what. There are R requests and T tokens; the tokens of request r follow those of
-    request r - 1."""
+    request r - 1.
+
+    Where layers see differently far, a block of tokens has several pages (`memory/kv_layout.py`), each in a column of
+    its own: page_table and token_page are those of column 0, `further` of the others. What is behind a window is -1.
+    """
 
     q_lens: tuple[int, ...]  # [R] new tokens of each request in this step, each ≥ 1
     kv_lens: tuple[int, ...]  # [R] tokens of each request once this step has run (cached + new)
     page_table: torch.Tensor  # int64 [R, max pages], arena page ids; unused entries are 0
     token_page: torch.Tensor  # int64 [T], arena page that each new token's k and v go to
     token_slot: torch.Tensor  # int64 [T], token index inside that page
+    further: tuple[ColumnPages, ...] = ()
+
+    def column(self, number: int) -> ColumnPages:
+        return self.further[number - 1] if number else ColumnPages(self.page_table, self.token_page)
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def _throughput(name: str, facts: ModelFacts, coefficients: StepCoefficients) ->
     room = WORK.many_device_bytes // facts.layout.page_bytes if many else None
     if "device-bytes" in name:
         room = WORK.slots * facts.adapter_pages(16)
-    limits = SimulatedLimits(WORK.batch, 2048, 50_000, 16, room)
+    limits = SimulatedLimits(WORK.batch, 2048, 50_000, facts.layout.pages_for, room)
     simulation = Simulation(StepModel(facts, H200, coefficients).seconds, adapters, limits, keep=True)
     simulation.run(arrivals)
     return simulation

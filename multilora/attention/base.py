@@ -33,10 +33,15 @@ class AttentionShape:
     softcap: float | None = None
     sinks: bool = False
     kv_scales: tuple[tuple[float, float], ...] = ()  # of stored keys and values by layer; empty: 1 (`kv_dtypes.py`)
+    layer_columns: tuple[int, ...] = ()  # in which column of the page tables each layer is; empty: there is one
 
     def scales_of(self, layer: int) -> tuple[float, float]:
         """What the layer's stored keys and values are multiplied with."""
         return self.kv_scales[layer] if self.kv_scales else (1.0, 1.0)
+
+    def column_of(self, layer: int) -> int:
+        """The column of the page tables (`AttentionMeta.column`) that the layer's keys and values are in."""
+        return self.layer_columns[layer] if self.layer_columns else 0
 
     def window_of(self, layer: int) -> int | None:
         """How many tokens a token of the layer sees, itself included; None: all before it."""

@@ -23,7 +23,7 @@ class _DecodePlan:
     """B requests of one new token each, padded to the pages of the longest."""
 
     rows: torch.Tensor  # int64 [B], their rows of q
-    pages: torch.Tensor  # int64 [B, P], from the first visible page on; padding repeats the request's last one
+    pages: dict[int, torch.Tensor]  # by column, int64 [B, P]: from the first visible one; padding repeats the last
     mask: torch.Tensor  # bool [B, 1, 1, P · page_size], true: visible
 
 
@@ -33,7 +33,7 @@ class _PrefillPlan:
 
     start: int
     end: int
-    pages: torch.Tensor | None  # int64 [P], from the first visible page on; None: nothing is cached yet
+    pages: dict[int, torch.Tensor] | None  # by column, int64 [P]: from the first visible one; None: nothing is cached
     mask: torch.Tensor | None  # bool [q, keys]; None: plain causal over the new tokens
 
 
@@ -58,9 +58,13 @@ class TorchAttention:
         self._scales = [shape.scales_of(layer) for layer in range(len(kv_views))]
         self.softcap = shape.softcap
         self.windows = [shape.window_of(layer) for layer in range(len(kv_views))]
+        self._columns = [shape.column_of(layer) for layer in range(len(kv_views))]
+        self._of_window: dict[int | None, set[int]] = {}  # the columns of layers with this window
+        for window, column in zip(self.windows, self._columns, strict=True):
+            self._of_window.setdefault(window, set()).add(column)
         self.page_size = kv_views[0][0].shape[1]
         self._meta: AttentionMeta | None = None
-        self._begun: torch.Tensor | None = None  # int64 [n], pages begun in this step and not filled by it
+        self._begun: dict[int, torch.Tensor] = {}  # by column, int64 [n]: see `_begun_pages`
         self._plans: dict[int | None, _StepPlan] = {}  # by window
 
     def prepare(self, meta: AttentionMeta) -> None:
@@ -70,7 +74,7 @@ class TorchAttention:
         self._meta = meta
         self._begun = self._begun_pages(meta)
         self._plans = {}
-        for window in dict.fromkeys(self.windows):
+        for window in self._of_window:
             decodes = [
                 self._plan_decodes(meta, group, starts, window) for group in self._groups(meta, single, window)
             ]
@@ -99,37 +103,39 @@ class TorchAttention:
         q, k = rotate(q, *rope), rotate(k, *rope)
         k_pages, v_pages = self.kv_views[layer]
         scales = k_scale, v_scale = self._scales[layer]
-        where = (self._meta.token_page, self._meta.token_slot)
+        column = self._columns[layer]
+        where = (self._meta.column(column).token_page, self._meta.token_slot)
         k, v = as_stored(k, k_pages.dtype, k_scale), as_stored(v, v_pages.dtype, v_scale)  # whether read back or not
         for pages, rows in ((in_bytes(k_pages), k), (in_bytes(v_pages), v)):
-            if self._begun is not None:
-                pages.index_fill_(0, self._begun, 0)
+            if self._begun:
+                pages.index_fill_(0, self._begun[column], 0)
             pages.index_put_(where, in_bytes(rows))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         plan = self._plans[self.windows[layer]]
         for decodes in plan.decodes:
-            out[decodes.rows] = self._decode(decodes, q[decodes.rows], k_pages, v_pages, scales, sinks)
+            found = _tokens(k_pages, decodes.pages[column]), _tokens(v_pages, decodes.pages[column])
+            out[decodes.rows] = self._decode(q[decodes.rows], *found, decodes.mask, scales, sinks)
         for p in plan.prefills:
             if p.pages is None:
                 keys, values = k[p.start : p.end], v[p.start : p.end]
             else:
-                keys, values = _tokens(k_pages, p.pages), _tokens(v_pages, p.pages)
+                keys, values = _tokens(k_pages, p.pages[column]), _tokens(v_pages, p.pages[column])
             out[p.start : p.end] = self._prefill(q[p.start : p.end], keys, values, p.mask, scales, sinks)
         return out
 
     # planning, once a step
 
-    def _begun_pages(self, meta: AttentionMeta) -> torch.Tensor | None:
-        """Pages whose first token is new in this step, and which the step does not fill."""
+    def _begun_pages(self, meta: AttentionMeta) -> dict[int, torch.Tensor]:
+        """By column, pages whose first token is new in this step, and which the step does not fill."""
         found = []
         for r, (q_len, kv_len) in enumerate(zip(meta.q_lens, meta.kv_lens, strict=True)):
             slots_used = kv_len % self.page_size
             if 0 < slots_used <= q_len:
                 found.append((r, kv_len // self.page_size))
         if not found:
-            return None
-        requests, columns = torch.tensor(found, device=meta.page_table.device).unbind(1)
-        return meta.page_table[requests, columns]
+            return {}
+        requests, blocks = torch.tensor(found, device=meta.page_table.device).unbind(1)
+        return {column: meta.column(column).page_table[requests, blocks] for column in set(self._columns)}
 
     def _first_page(self, meta: AttentionMeta, r: int, window: int | None) -> int:
         """Index, in the request's pages, of the first page that any new token of request r can see."""
@@ -163,11 +169,12 @@ class TorchAttention:
             [(starts[r], r, self._first_page(meta, r, window), meta.kv_lens[r] - 1) for r in group], device=device
         )
         rows, requests, first, query = table.unbind(1)  # each [B]
-        columns = first[:, None] + torch.arange(width, device=device)
-        columns = columns.minimum((query // self.page_size)[:, None])  # never another request's page
+        blocks = first[:, None] + torch.arange(width, device=device)
+        blocks = blocks.minimum((query // self.page_size)[:, None])  # never another request's page
+        pages = {c: meta.column(c).page_table[requests[:, None], blocks] for c in self._of_window[window]}
         key = first[:, None] * self.page_size + torch.arange(width * self.page_size, device=device)
         mask = _visible(query[:, None], key, window)
-        return _DecodePlan(rows, meta.page_table[requests[:, None], columns], mask[:, None, None, :])
+        return _DecodePlan(rows, pages, mask[:, None, None, :])
 
     def _plan_prefill(self, meta: AttentionMeta, r: int, start: int, window: int | None) -> _PrefillPlan:
         device = meta.page_table.device
@@ -178,29 +185,31 @@ class TorchAttention:
             mask = None if unbounded else _visible(query, query[:, 0], window)
             return _PrefillPlan(start, start + q_len, None, mask)
         first = self._first_page(meta, r, window)
-        pages = meta.page_table[r, first : first + self._num_pages(meta, r, window)]
-        key = torch.arange(pages.shape[0] * self.page_size, device=device) + first * self.page_size
+        blocks = slice(first, first + self._num_pages(meta, r, window))
+        pages = {c: meta.column(c).page_table[r, blocks] for c in self._of_window[window]}
+        key = torch.arange(first * self.page_size, blocks.stop * self.page_size, device=device)
         return _PrefillPlan(start, start + q_len, pages, _visible(query, key, window))
 
     # arithmetic, once a layer
 
     def _decode(
         self,
-        plan: _DecodePlan,
         q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor,
         scales: tuple[float, float],
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """q: [B, heads, head_dim]. The query heads of one KV head stand where query tokens usually do."""
+        """q: [B, heads, head_dim]; k, v: [B · keys, kv_heads, head_dim]; mask: see `_DecodePlan`. The query heads of
+        one KV head stand where query tokens usually do."""
         grouped = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, kv_heads, group, head_dim]
-        keys = _tokens(k_pages, plan.pages).to(q.dtype).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
-        values = _tokens(v_pages, plan.pages).to(q.dtype).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+        keys = k.to(q.dtype).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+        values = v.to(q.dtype).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
         # both [B, kv_heads, keys, head_dim]
         if sinks is not None:
             sinks = sinks.view(1, self.num_kv_heads, -1, 1)
-        return self._attend(grouped, keys, values, plan.mask, scales, sinks).reshape(q.shape)
+        return self._attend(grouped, keys, values, mask, scales, sinks).reshape(q.shape)
 
     def _prefill(
         self,

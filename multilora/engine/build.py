@@ -118,7 +118,7 @@ def _build(
     started = monotonic()
     parts = build_rank(config, ranks.join(device), device)
     model = parts.model
-    books = _books(config, parts.arena.shape[0])
+    books = _books(config, parts)
     journal = LoraJournal()
     sleep = make_sleep(config, parts, ranks)
     adapters, reclaimer = _adapters(config, parts, books, sleep, journal, make_loader, make_copier, ranks, clock)
@@ -141,9 +141,10 @@ def _build(
     )
 
 
-def _books(config: Config, num_pages: int) -> _Books:
-    pool, clock = PagePool(num_pages), GdsfClock()
-    prefix = PrefixCache(pool, clock, config.page_size, enabled=not config.disable_radix_cache)
+def _books(config: Config, parts: RankParts) -> _Books:
+    pool, clock = PagePool(parts.arena.shape[0]), GdsfClock()
+    enabled, groups = not config.disable_radix_cache, parts.layout.groups
+    prefix = PrefixCache(pool, clock, config.page_size, enabled=enabled, groups=groups)
     return _Books(pool, clock, prefix, Namespaces(prefix))
 
 
@@ -157,7 +158,7 @@ def _scheduler(
     clock: Clock,
 ) -> Scheduler:
     return Scheduler(
-        KVPages(books.pool, books.prefix, reclaimer, parts.layout.page_bytes),
+        KVPages(books.pool, books.prefix, reclaimer, parts.layout.page_bytes, _on_their_way(config)),
         adapters,
         books.namespaces,
         journal,
@@ -242,9 +243,14 @@ def _store(
         page_bytes=layout.page_bytes,
         ranks=target.ranks,
         total_pages=parts.arena.shape[0],
-        context_pages=layout.pages_for(model.config.context_length),
+        context_pages=layout.most_pages(model.config.context_length, _on_their_way(config)),
         settle=staging.settle if staging is not None else lambda _entry: None,
     )
+
+
+def _on_their_way(config: Config) -> int:
+    """The most tokens of one request in the steps that have not been read: the one that runs, and the next."""
+    return 2 * config.chunked_prefill_size
 
 
 def _staging(device: torch.device) -> Staging | None:

@@ -21,6 +21,7 @@ from multilora.attention.kv_dtypes import largest
 from multilora.config import Config
 from multilora.distributed.group import SINGLE, Group
 from multilora.engine.execution.cuda_graphs import PIECE_SIZES, CudaGraphs, decode_sizes
+from multilora.engine.execution.inputs import PageTables
 from multilora.engine.execution.runner import Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
 from multilora.engine.sleep import DeviceSleep, Peers
@@ -57,8 +58,8 @@ def build_rank(config: Config, group: Group = SINGLE, device: torch.device | Non
     """Load the model and make its arena. Raises ConfigError, ModelUnsupported, OutOfMemory."""
     device = device_of(config) if device is None else device
     model, embedding = _load(config, device, group)
-    over_arena = _attention_maker(config, model)
     layout = model.kv_layout(config.page_size)
+    over_arena = _attention_maker(config, model, layout)
     arena = _arena(config, model, layout, over_arena)
     attention = over_arena(layout.views(arena))
     target, lora = None, None
@@ -70,7 +71,9 @@ def build_rank(config: Config, group: Group = SINGLE, device: torch.device | Non
 
 def make_runner(config: Config, parts: RankParts) -> Runner:
     """The runner, with its CUDA graphs captured. Nothing has run yet."""
-    runner = Runner(parts.model, parts.attention, parts.lora, config.page_size, parts.device)
+    layout = parts.layout
+    tables = PageTables(layout.page_size, layout.columns)
+    runner = Runner(parts.model, parts.attention, parts.lora, tables, parts.device)
     with asking_for("CUDA graphs", "lower --mem-fraction-static, or start with --disable-cuda-graph"):
         runner.use_graphs(capture(config, parts))
     return runner
@@ -172,9 +175,10 @@ def _arena(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAt
         return torch.zeros(pages, plan.page_bytes, dtype=torch.uint8, device=model.device)
 
 
-def _attention_maker(config: Config, model: CausalLM) -> MakeAttention:
+def _attention_maker(config: Config, model: CausalLM, layout: KVLayout) -> MakeAttention:
     """Makes the attention backend that was chosen, over any arena."""
-    shape, dtypes = model.attention_shape, (model.config.dtype, model.config.kv_dtype)
+    shape = replace(model.attention_shape, layer_columns=layout.layer_columns)
+    dtypes = model.config.dtype, model.config.kv_dtype
     name = choose_attention(config.attention_backend, model.device, *dtypes, shape)
     if largest(model.config.kv_dtype) is not None:
         shape = replace(shape, kv_scales=model.kv_scales.by_layer)

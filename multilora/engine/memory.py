@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from multilora.attention.base import AttentionBackend, KVViews
-from multilora.batch import AttentionMeta
+from multilora.batch import AttentionMeta, ColumnPages
 from multilora.engine.sampling.sampler import Sampler
 from multilora.engine.sampling.state import SamplingState
 from multilora.errors import OutOfMemory
@@ -58,10 +58,10 @@ def largest_step(model: CausalLM, layout: KVLayout, make_attention: MakeAttentio
     from those, all with penalties. Returns the bytes of its own little arena."""
     context = model.config.context_length
     lens = [min(context, tokens - at) for at in range(0, tokens, context)]
-    pages = [layout.pages_for(n) for n in lens]
-    arena = torch.zeros(sum(pages), layout.page_bytes, dtype=torch.uint8, device=model.device)
+    pages = sum([layout.pages_for(n) for n in lens])
+    arena = torch.zeros(pages, layout.page_bytes, dtype=torch.uint8, device=model.device)
     attention = make_attention(layout.views(arena))
-    meta = _fresh_prompts(lens, pages, layout.page_size, model.device)
+    meta = _fresh_prompts(lens, layout, model.device)
     positions = torch.cat([torch.arange(n) for n in lens]).to(model.device)
     ctx = ForwardContext(attention, None)
     count, vocab_size = min(requests, tokens), model.config.vocab_size
@@ -78,17 +78,22 @@ def largest_step(model: CausalLM, layout: KVLayout, make_attention: MakeAttentio
     return arena.numel()
 
 
-def _fresh_prompts(lens: list[int], pages: list[int], page_size: int, device: torch.device) -> AttentionMeta:
-    """Metadata of prompts of `lens` tokens with nothing cached, whose pages lie one after the other."""
-    table = torch.zeros(len(lens), max(pages), dtype=torch.int64)
+def _fresh_prompts(lens: list[int], layout: KVLayout, device: torch.device) -> AttentionMeta:
+    """Metadata of prompts of `lens` tokens with nothing cached, whose pages lie one after the other, column after
+    column."""
+    size, columns = layout.page_size, layout.columns
+    blocks = [-(-n // size) for n in lens]
+    table = torch.zeros(columns, len(lens), max(blocks), dtype=torch.int64)
     first, token_pages = 0, []
-    for row, count, length in zip(table, pages, lens, strict=True):
-        row[:count] = torch.arange(first, first + count)
-        token_pages.append(row.repeat_interleave(page_size)[:length])
-        first += count
-    slots = torch.cat([torch.arange(n) % page_size for n in lens])
-    sizes = tuple(lens)
-    return AttentionMeta(sizes, sizes, table.to(device), torch.cat(token_pages).to(device), slots.to(device))
+    for r, (count, length) in enumerate(zip(blocks, lens, strict=True)):
+        pages = torch.arange(first, first + columns * count).view(columns, count)
+        table[:, r, :count] = pages
+        token_pages.append(pages.repeat_interleave(size, dim=1)[:, :length])
+        first += columns * count
+    slots = torch.cat([torch.arange(n) % size for n in lens]).to(device)
+    parts = zip(table.to(device), torch.cat(token_pages, dim=1).to(device), strict=True)
+    own, *further = [ColumnPages(*part) for part in parts]
+    return AttentionMeta(tuple(lens), tuple(lens), own.page_table, own.token_page, slots, tuple(further))
 
 
 def graph_bytes(sizes: Sequence[int], row_bytes: int, variants: int, pieces: int = 0) -> int:

@@ -324,6 +324,7 @@ class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     prefix_pages: int
     adapter_pages: int
     page_bytes: int
+    block_pages: int = 1  # pages of the tokens of one page that all layers keep (`memory/kv_layout.py`)
     prompt_tokens: int  # cumulative, prefilled
     cached_tokens: int  # cumulative, taken from the prefix cache
     generated_tokens: int  # cumulative
@@ -341,9 +342,8 @@ class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     @property
     def usage(self) -> float:
         """Part of the pages that running requests and adapters hold, 0 to 1."""
-        return (
-            (self.total_pages - self.free_pages - self.prefix_pages) / self.total_pages if self.total_pages else 0.0
-        )
+        held = self.total_pages - self.free_pages - self.prefix_pages
+        return held / self.total_pages if self.total_pages else 0.0
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):

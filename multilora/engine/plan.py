@@ -64,7 +64,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PageUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """The pages of `slot` from the `first`-th on. What was known from there on no longer holds."""
+    """The pages of `slot` from the `first`-th on, block after block. What was known from there on no longer holds.
+    -1: no layer reads the page any more."""
 
     slot: int
     first: int

@@ -99,6 +99,7 @@ class StatsReporter:
             prefix_pages=pool.count(PageKind.PREFIX),
             adapter_pages=pool.count(PageKind.ADAPTER),
             page_bytes=page_bytes,
+            block_pages=scheduler.kv.columns,
             prompt_tokens=scheduler.counts.prompt,
             cached_tokens=scheduler.counts.cached,
             generated_tokens=scheduler.counts.generated,

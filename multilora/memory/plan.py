@@ -12,7 +12,7 @@ CPU_ARENA_BYTES = 1 << 30
 @dataclass(frozen=True)
 class MemoryPlan:
     """An arena of `num_pages` pages of `page_bytes`; `reason`: the rule that decided; `beside`: what else takes
-    memory."""
+    memory; columns: pages of `page_size` tokens that all layers keep."""
 
     num_pages: int
     page_bytes: int
@@ -20,16 +20,23 @@ class MemoryPlan:
     weight_bytes: int
     reason: str
     beside: str = ""
+    columns: int = 1
 
     @property
     def arena_bytes(self) -> int:
         return self.num_pages * self.page_bytes
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV it holds if no adapter is resident, and all layers keep all of them."""
+        return self.num_pages // self.columns * self.page_size
+
     def __str__(self) -> str:
+        each = f" in {self.columns} sets of layers" if self.columns > 1 else ""
         return (
             f"weights {format_bytes(self.weight_bytes)}{self.beside}, arena {format_bytes(self.arena_bytes)}: "
-            f"{self.num_pages} pages of {self.page_size} tokens ({format_bytes(self.page_bytes)}), "
-            f"{self.num_pages * self.page_size} tokens of KV if no adapter is resident; sized by {self.reason}"
+            f"{self.num_pages} pages of {self.page_size} tokens{each} ({format_bytes(self.page_bytes)}), "
+            f"{self.kv_tokens} tokens of KV if no adapter is resident; sized by {self.reason}"
         )
 
 
@@ -94,7 +101,9 @@ def plan_memory(
             f"the arena would hold {pages} pages of {format_bytes(page)} (sized by {reason}; weights took "
             f"{format_bytes(weight_bytes)}): raise --arena-bytes or lower --page-size (now {layout.page_size})"
         )
-    return MemoryPlan(pages, page, layout.page_size, weight_bytes, reason, str(device) if device else "")
+    return MemoryPlan(
+        pages, page, layout.page_size, weight_bytes, reason, str(device) if device else "", layout.columns
+    )
 
 
 def format_bytes(n: int) -> str:

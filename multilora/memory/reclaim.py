@@ -19,6 +19,10 @@ PREFIX_PAGE_COST = 8.0
 """The cost of bringing back one page of KV, a prefill. On an H200 with Llama-3.1-8B, 16 tokens take about 0.3 ms, a
 copy of the same 2 MiB 0.04 ms."""
 
+LEFT_BEHIND_COST = 2.0
+"""The same, of a page behind its window while the request that wrote it went on: it serves only a request whose text
+goes another way within a window of it. A judgement, not a measurement."""
+
 
 class GdsfClock:
     """The floor of all scores, which only rises; one object is shared by all that score."""

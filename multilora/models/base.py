@@ -111,8 +111,12 @@ class CausalLM(nn.Module, ABC):
 
     def kv_layout(self, page_size: int) -> KVLayout:
         """How `page_size` tokens of KV lie in a page of the arena."""
-        config = self.config
-        return KVLayout(config.num_layers, page_size, self._kv_heads, config.head_dim, config.kv_dtype)
+        config, window_of = self.config, self.attention_shape.window_of
+        windows = [window_of(layer) for layer in range(config.num_layers)]
+        windows = [None if w is None or w >= config.context_length else w for w in windows]
+        return KVLayout(
+            config.num_layers, page_size, self._kv_heads, config.head_dim, config.kv_dtype, tuple(windows)
+        )
 
     @property
     def capturable(self) -> bool:

@@ -62,7 +62,8 @@ def capacity(
         device=device,
         mem_fraction_static=mem_fraction,
     )
-    request_pages, pages = facts.layout.pages_for(request_tokens), facts.adapter_pages(rank)
+    request_pages = facts.layout.most_pages(request_tokens, 2 * chunk_tokens)
+    pages = facts.adapter_pages(rank)
     room = memory.num_pages - running * request_pages
     per_adapter = pages * memory.page_bytes
     return Capacity(

@@ -6,7 +6,7 @@ Memory is the engine's own plan (`capacity.py`), time a simulation with the cali
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from multilora.errors import ConfigError
@@ -207,7 +207,7 @@ class Planner:
             device_adapters=memory.device_adapters,
             host_adapters=memory.host_adapters,
             host_bytes_needed=w.adapters * memory.adapter_bytes,
-            kv_tokens=memory.memory.num_pages * w.page_size,
+            kv_tokens=memory.memory.kv_tokens,
             copy_seconds=self.copy_seconds,
             most_rps=self.most_rps,
             most_tokens=self.saturated.tokens_per_second,
@@ -244,7 +244,7 @@ class Planner:
             self.workload.max_running_requests,
             self.workload.chunked_prefill_size,
             memory.memory.num_pages,
-            self.workload.page_size,
+            partial(self.facts.layout.most_pages, on_their_way=2 * self.workload.chunked_prefill_size),
         )
         try:
             return Simulation(StepModel(facts, self.gpu).seconds, adapters, limits).run(arrivals)

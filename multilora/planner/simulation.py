@@ -43,12 +43,13 @@ class Adapters:
 
 @dataclass(frozen=True)
 class SimulatedLimits:
-    """pages: of the arena; adapter_pages: the most of them for adapters (None: all)."""
+    """pages: of the arena; pages_for: those of a text of so many tokens; adapter_pages: the most of them for adapters
+    (None: all)."""
 
     running: int
     chunk_tokens: int
     pages: int
-    page_size: int
+    pages_for: Callable[[int], int]
     adapter_pages: int | None = None
 
 
@@ -272,7 +273,7 @@ class Simulation:
         return StepLoad(decodes, prompt, context, prompt_context, adapted, nbytes, ranks)
 
     def _pages(self, arrival: Arrival) -> int:
-        return -(-(arrival.prompt + arrival.answer) // self._limits.page_size)
+        return self._limits.pages_for(arrival.prompt + arrival.answer)
 
 
 def poisson(

@@ -60,7 +60,8 @@ def router(front: Front, totals: Totals) -> APIRouter:
 
 def used_tokens(front: Front) -> int:
     """Tokens that the running requests' pages hold room for."""
-    return front.engine.stats.kv_pages * front.config.page_size
+    stats = front.engine.stats
+    return stats.kv_pages * front.config.page_size // stats.block_pages
 
 
 def core_load(front: Front, totals: Totals) -> Section:
@@ -77,7 +78,7 @@ def core_load(front: Front, totals: Totals) -> Section:
         "num_total_tokens": used + waiting,
         "num_active_tokens": used + waiting,
         "num_prealloc_ready_tokens": 0,
-        "max_total_num_tokens": stats.total_pages * config.page_size,
+        "max_total_num_tokens": stats.total_pages * config.page_size // stats.block_pages,
         "max_running_requests": config.max_running_requests,
         "token_usage": stats.usage,
         "gen_throughput": stats.gen_throughput if stats.running else 0.0,
@@ -102,7 +103,8 @@ def internal_state(front: Front) -> Section:
 def _memory(front: Front) -> Section:
     stats = front.engine.stats
     gigabytes = stats.total_pages * stats.page_bytes / (1 << 30)
-    return {"kv_cache_gb": gigabytes, "token_capacity": stats.total_pages * front.config.page_size}
+    tokens = stats.total_pages * front.config.page_size // stats.block_pages
+    return {"kv_cache_gb": gigabytes, "token_capacity": tokens}
 
 
 def _lora(front: Front) -> Section:

@@ -203,7 +203,7 @@ def test_padding_stays_bounded() -> None:
     case = make_case(lens, 4, 1, 8, torch.float32)
     attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, None))
     attention.prepare(case.meta)
-    gathered = sum(d.pages.numel() for d in attention._plans[None].decodes)
+    gathered = sum(d.pages[0].numel() for d in attention._plans[None].decodes)
     needed = sum(-(-total // 4) for _, total in lens)
     assert needed <= gathered <= 2 * needed
     assert len(attention._plans[None].decodes) == 2
@@ -214,7 +214,7 @@ def test_window_reads_no_page_before_it() -> None:
     attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, 10))
     attention.prepare(case.meta)
     [plan] = attention._plans[10].decodes
-    assert plan.pages.numel() <= 4
+    assert plan.pages[0].numel() <= 4
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

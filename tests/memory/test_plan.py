@@ -87,3 +87,60 @@ def test_views_are_strided_windows_on_the_arena():
 
 def test_format_bytes():
     assert [format_bytes(n) for n in (5, 1536, 2 << 20, 3 << 40)] == ["5 B", "1.5 KiB", "2.0 MiB", "3072.0 GiB"]
+
+
+GEMMA_3_1B = [None if layer % 6 == 5 else 512 for layer in range(26)]
+
+
+def windowed(*windows: int | None, page_size: int = 4) -> KVLayout:
+    return KVLayout(len(windows), page_size, 2, 4, torch.float32, windows)
+
+
+def test_layers_that_see_everything_fill_their_pages_and_the_others_take_as_many_as_they_need():
+    layout = windowed(*GEMMA_3_1B, page_size=16)
+    assert layout.layers_per_page == 4
+    assert [(g.window, g.columns, len(g.layers)) for g in layout.groups] == [(None, 1, 4), (512, 6, 22)]
+    assert layout.page_bytes == 4 * 2 * 16 * 2 * 4 * 4
+    assert layout.pages_for(1000) == 63 * 7
+    assert layout.most_pages(1000, 0) == 63 + 6 * 33
+
+
+@pytest.mark.parametrize(
+    ("windows", "each", "columns"),
+    [
+        ([None] * 8, 8, 1),
+        ([7] * 8, 8, 1),  # Mistral, Phi-3
+        ([128, None] * 12, 12, 2),  # gpt-oss
+        ([4096, 4096, 4096, None] * 8, 8, 4),  # OLMo 3
+        ([1024] * 52 + [None] * 10, 10, 7),  # Gemma 3 27B
+        ([64] * 35 + [None], 5, 8),  # never more than 8 pages of a block
+        ([None, 8, 16, 8], 1, 4),
+    ],
+)
+def test_how_many_layers_a_page_has(windows, each, columns):
+    layout = windowed(*windows)
+    assert (layout.layers_per_page, layout.columns) == (each, columns)
+    found = [layer for group in layout.groups for layer in group.layers]
+    assert sorted(found) == list(range(len(windows)))
+
+
+def test_every_layer_has_bytes_of_its_own_in_the_pages_of_its_column():
+    layout = windowed(8, None, 8, 8, 8)
+    assert (layout.layers_per_page, layout.layer_columns) == (1, (1, 0, 2, 3, 4))
+    layout = windowed(8, None, 8, None, 8, 8)
+    assert (layout.layers_per_page, layout.layer_columns) == (2, (1, 0, 1, 0, 2, 2))
+    arena = torch.zeros(layout.columns, layout.page_bytes, dtype=torch.uint8)
+    for layer, (k, v) in enumerate(layout.views(arena)):
+        for part in (k, v):
+            assert not part[layout.layer_columns[layer]].any(), "another layer lies there"
+            part[layout.layer_columns[layer]] = 1.0
+    assert arena.view(torch.float32).count_nonzero() == 6 * 2 * 4 * 2 * 4
+
+
+def test_a_text_never_holds_more_than_its_window_and_what_is_being_computed():
+    layout, on_their_way = windowed(9, None), 6
+    for computed in range(100):
+        window = layout.groups[1]
+        first = min(window.first_block(computed, 4), max(0, computed // 4 - 1))
+        held = -(-(computed + on_their_way) // 4) - first
+        assert held <= layout.most_pages(1000, on_their_way) - 250

@@ -1,8 +1,11 @@
-"""Covers `page_table.py`, `reclaim.py`."""
+"""Covers `cached_block.py`, `page_table.py`, `reclaim.py`."""
 
 import random
 
+from multilora.memory.cached_block import HOLE
+from multilora.memory.kv_layout import KVGroup
 from multilora.memory.page_pool import PageKind, PagePool
+from multilora.memory.page_table import KVPages, PageTable
 from multilora.memory.prefix_cache import PrefixCache
 from multilora.memory.reclaim import GdsfClock, Reclaimer
 
@@ -167,3 +170,125 @@ def test_thousands_of_random_operations_keep_the_equation():
         pool.free_pages(pages, fence=step)
     cache.flush(fence=step)
     assert pool.free == pool.total
+
+
+# ---------------------------------------------------------------------- windows
+
+FULL, WINDOW = KVGroup(), KVGroup(8)  # tokens; a block is 4
+
+
+class Windowed:
+    """A cache of two groups, over which requests run as the scheduler has them run."""
+
+    def __init__(self, total: int = 64, groups: tuple[KVGroup, ...] = (FULL, WINDOW)):
+        self.pool, clock = PagePool(total), GdsfClock()
+        self.prefix = PrefixCache(self.pool, clock, 4, groups=groups)
+        self.kv = KVPages(self.pool, self.prefix, Reclaimer(self.pool, clock, [self.prefix]), 1, 4)
+
+    def run(self, tokens: list[int], chunk: int = 4) -> PageTable:
+        """Read a prompt by chunks. What it holds stays."""
+        table = self.kv.start(self.kv.match(tokens, lambda _: BASE, len(tokens) - 1, ""))
+        for end in range(table.keyed * 4 + chunk, len(tokens) + chunk, chunk):
+            end = min(end, len(tokens))
+            assert self.kv.grow(table, end, 0)
+            self.kv.commit(table, end, lambda: tokens, lambda _: BASE, 0, "")
+            self.kv.leave_windows(table, end, 0)
+            self.prefix.check()
+            self.pool.check()
+        return table
+
+    def hit(self, tokens: list[int]) -> list[int]:
+        return self.kv.match(tokens, lambda _: BASE, len(tokens), "")
+
+
+def test_what_the_window_has_passed_is_idle_and_the_rest_is_held():
+    world = Windowed()
+    table = world.run(list(range(42)))
+    assert table.pages[0::2].count(HOLE) == 0
+    assert [page == HOLE for page in table.pages[1::2]] == [True] * 8 + [False] * 3
+    assert (world.pool.count(PageKind.KV), world.pool.count(PageKind.PREFIX)) == (11 + 3, 8)
+    world.kv.release(table, 0)
+    world.prefix.flush(0)
+    assert world.pool.free == 64
+
+
+def test_without_a_cache_what_the_window_has_passed_is_free():
+    world = Windowed()
+    world.prefix.enabled = False
+    table = world.run(list(range(42)))
+    assert (world.pool.count(PageKind.KV), world.pool.free) == (14, 50)
+    world.kv.release(table, 0)
+    assert world.pool.free == 64
+
+
+def test_a_hit_holds_only_the_window_before_its_end():
+    world = Windowed()
+    first = world.run(list(range(42)))
+    pages = world.hit(list(range(24)) + [99])
+    assert len(pages) == 2 * 6, "another text that goes on from here finds what the first has left behind"
+    assert [page == HOLE for page in pages[1::2]] == [True] * 4 + [False] * 2
+    second = world.run(list(range(24)) + [99] * 3)
+    assert second.pages[:12:2] == first.pages[:12:2] and second.pages[11] == pages[11]
+    world.kv.release(first, 0)
+    world.kv.release(second, 0)
+    world.prefix.check()
+
+
+def test_a_prefix_whose_window_has_been_evicted_is_of_no_use():
+    world = Windowed(total=24)
+    table = world.run(list(range(42)))
+    assert world.kv.reclaimer.ensure(8, 0), "2 are free, and 8 have been left behind"
+    assert world.pool.count(PageKind.PREFIX) == 2
+    assert not world.hit(list(range(24)))
+    assert len(world.hit(list(range(40)))) == 2 * 10, "where the first text is now its window is complete"
+    world.kv.release(table, 0)
+    assert len(world.hit(list(range(41)))) == 2 * 10
+    world.prefix.check()
+
+
+def test_two_texts_hold_different_parts_of_a_block():
+    world = Windowed()
+    ahead, behind = world.run(list(range(41))), world.run(list(range(13)))
+    assert behind.pages[:6:2] == ahead.pages[:6:2]
+    assert HOLE not in behind.pages[2:6] and set(ahead.pages[1:6:2]) == {HOLE}
+    world.kv.release(ahead, 0)
+    assert [world.pool.kind(page) for page in behind.pages[2:6]] == [PageKind.KV] * 4
+    world.kv.release(behind, 0)
+    world.prefix.check()
+
+
+def test_a_page_that_was_evicted_comes_back_with_the_next_text_that_computes_it():
+    world = Windowed(total=24)
+    first = world.run(list(range(42)))
+    world.kv.reclaimer.ensure(10, 0)
+    second = PageTable()
+    world.kv.grow(second, 8, 0)
+    world.kv.commit(second, 8, lambda: list(range(8)), lambda _: BASE, 0, "")
+    assert second.pages[0] == first.pages[0], "the first was there"
+    assert len(world.hit(list(range(8)))) == 4, "and the second one's window"
+    world.kv.release(first, 0)
+    world.kv.release(second, 0)
+    world.prefix.check()
+
+
+def test_a_leaf_takes_along_what_nobody_could_use_without_it():
+    world = Windowed(total=24)
+    world.kv.release(world.run(list(range(41))), 0)
+    world.kv.reclaimer.ensure(24 - 4, 0)
+    assert world.pool.count(PageKind.PREFIX) <= 4
+    world.prefix.check()
+    assert world.kv.reclaimer.ensure(24, 0)
+    assert world.pool.free == 24 and not world.prefix._nodes
+
+
+def test_if_all_layers_have_a_window_only_that_is_kept():
+    world = Windowed(groups=(KVGroup(8),))
+    table = world.run(list(range(41)))
+    assert (world.pool.count(PageKind.KV), world.pool.count(PageKind.PREFIX)) == (3, 8)
+    assert [page == HOLE for page in world.hit(list(range(40)))] == [True] * 8 + [False] * 2
+    world.prefix.drop_namespace(BASE, 0)
+    world.prefix.check()
+    assert not world.hit(list(range(40)))
+    world.kv.release(table, 0)
+    world.prefix.check()
+    assert world.pool.free == 64

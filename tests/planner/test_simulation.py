@@ -13,7 +13,13 @@ from multilora.planner.simulation import (
 )
 
 ADAPTERS = Adapters((8,), nbytes=lambda rank: rank * 10, pages=lambda rank: rank // 4, copy_seconds=lambda _: 0.25)
-LIMITS = SimulatedLimits(running=2, chunk_tokens=8, pages=100, page_size=4)
+
+
+def pages_for(tokens: int) -> int:
+    return -(-tokens // 4)
+
+
+LIMITS = SimulatedLimits(running=2, chunk_tokens=8, pages=100, pages_for=pages_for)
 
 
 def run(arrivals, limits=LIMITS, adapters=ADAPTERS):
@@ -51,16 +57,16 @@ def test_an_adapter_is_waited_for_once_and_counted_once():
 
 
 def test_adapters_take_turns_where_there_is_room_for_one():
-    limits = SimulatedLimits(running=4, chunk_tokens=64, pages=100, page_size=4, adapter_pages=2)
+    limits = SimulatedLimits(running=4, chunk_tokens=64, pages=100, pages_for=pages_for, adapter_pages=2)
     found = run([Arrival(0.0, 4, 2, i % 2) for i in range(4)], limits)
     assert found.loads == 2  # requests of one adapter follow each other
     assert found.widest == 2
-    roomy = run([Arrival(0.0, 4, 2, i % 2) for i in range(4)], SimulatedLimits(4, 64, 100, 4))
+    roomy = run([Arrival(0.0, 4, 2, i % 2) for i in range(4)], SimulatedLimits(4, 64, 100, pages_for))
     assert roomy.loads == 2 and roomy.seconds < found.seconds
 
 
 def test_pages_bound_requests_and_idle_adapters_give_way():
-    limits = SimulatedLimits(running=4, chunk_tokens=64, pages=5, page_size=4)
+    limits = SimulatedLimits(running=4, chunk_tokens=64, pages=5, pages_for=pages_for)
     found = run([Arrival(0.0, 4, 4, None)] * 4, limits)
     assert found.widest == 2  # two pages each
     found = run([Arrival(0.0, 4, 4, 0), Arrival(9.0, 8, 8, None)], limits)

@@ -129,7 +129,7 @@ class Components:
         adapters = self._pages(unpinned)
         if len(versions) > 1:
             self._check_limits(len(versions), len(unpinned), adapters)
-        need = kv.pages_for(tokens) + adapters
+        need = kv.most_pages(tokens) + adapters
         if need > room:
             raise CannotFit(
                 f"prompt, max_new_tokens and adapters need {need} pages of {kv.page_size} tokens; {room} of "

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from multilora.batch import AttentionMeta, ForwardBatch, LoraSegment
+from multilora.batch import AttentionMeta, ColumnPages, ForwardBatch, LoraSegment
 from multilora.engine.plan import Chunk, PageUpdate, StepPlan
 from multilora.transfer import upload
 
@@ -23,11 +23,13 @@ _UNKNOWN = (0,)  # stands for a token that only the device knows
 
 
 class PageTables:
-    """The arena pages of each slot, in token order; int64 [slots, width] on the host, zeros where there is none."""
+    """The arena pages of each slot, block after block; int64 [slots, width · columns] on the host, zeros where there
+    is none. A block is `page_size` tokens, which have a page in each of `columns`."""
 
-    def __init__(self, page_size: int):
+    def __init__(self, page_size: int, columns: int = 1):
         self.page_size = page_size
-        self._pages: Ints = np.zeros((8, 8), np.int64)
+        self.columns = columns
+        self._pages: Ints = np.zeros((8, 8 * columns), np.int64)
 
     def update(self, updates: Iterable[PageUpdate]) -> None:
         """Where a slot gets pages from its `first` on, whatever stood behind them is void."""
@@ -40,19 +42,24 @@ class PageTables:
             row[end:] = 0
 
     def tables(self, slots: Ints, kv_lens: Ints) -> Ints:
-        """[R, most pages in use]: the pages of these slots, which hold so many tokens by now."""
+        """[columns, R, most blocks in use]: the pages of these slots, which hold so many tokens by now."""
         used = -(-int(kv_lens.max()) // self.page_size)
-        return self._pages[slots, :used]
+        return self._by_column()[:, slots, :used]
 
     def of_tokens(self, slots: Ints, positions: Ints) -> Ints:
-        """[T]: the page of each (slot, position)."""
-        return self._pages[slots, positions // self.page_size]
+        """[columns, T]: the pages of each (slot, position)."""
+        return self._by_column()[:, slots, positions // self.page_size]
+
+    def _by_column(self) -> Ints:
+        """[columns, slots, width], a view."""
+        return self._pages.reshape(len(self._pages), -1, self.columns).transpose(2, 0, 1)
 
     def _grow(self, slots: int, width: int) -> None:
         old = self._pages
         rows, columns = (
             max(n, 2 * has) if n > has else has for n, has in zip((slots, width), old.shape, strict=True)
         )
+        columns = -(-columns // self.columns) * self.columns
         self._pages = np.zeros((rows, columns), np.int64)
         self._pages[: old.shape[0], : old.shape[1]] = old
 
@@ -75,7 +82,7 @@ def build_inputs(plan: StepPlan, tables: PageTables, newest: Newest, device: tor
     total = int(ends[-1])
     positions = np.arange(total) + (kv_lens - ends).repeat(counts)
     ids = np.fromiter(chain.from_iterable([c.token_ids or _UNKNOWN for c in chunks]), np.int64, total)
-    page_table = tables.tables(slots, kv_lens)
+    page_table = tables.tables(slots, kv_lens)  # [columns, R, blocks]
     logit_rows = _logit_rows(chunks, ends)
     unknown = [
         (end - 1, newest.index[c.slot]) for c, end in zip(chunks, ends.tolist(), strict=True) if not c.token_ids
@@ -83,7 +90,7 @@ def build_inputs(plan: StepPlan, tables: PageTables, newest: Newest, device: tor
     parts = [
         ids,
         positions,
-        tables.of_tokens(slots.repeat(counts), positions),
+        tables.of_tokens(slots.repeat(counts), positions).ravel(),
         positions % tables.page_size,
         np.array(logit_rows, np.int64),
         np.array(unknown, np.int64).reshape(-1, 2).T.ravel(),
@@ -94,12 +101,15 @@ def build_inputs(plan: StepPlan, tables: PageTables, newest: Newest, device: tor
     if unknown:
         rows, index = on_device[5].view(2, -1)
         on_device[0][rows] = newest.tokens[index]
+    found = zip(on_device[6].view(page_table.shape), on_device[2].view(len(page_table), -1), strict=True)
+    first, *further = [ColumnPages(table, token_page) for table, token_page in found]
     meta = AttentionMeta(
         q_lens=tuple(counts.tolist()),
         kv_lens=tuple(kv_lens.tolist()),
-        page_table=on_device[6].view(page_table.shape),
-        token_page=on_device[2],
+        page_table=first.page_table,
+        token_page=first.token_page,
         token_slot=on_device[3],
+        further=tuple(further),
     )
     segments = lora_segments(chunks)
     logit_lora = segments if len(logit_rows) == total else logit_segments(segments, logit_rows)

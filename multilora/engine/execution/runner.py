@@ -124,7 +124,7 @@ class Runner:
         model: CausalLM,
         attention: AttentionBackend,
         lora: RunnerLora | None,
-        page_size: int,
+        tables: PageTables,
         device: torch.device,
         graphs: StepGraphs | None = None,
     ):
@@ -134,7 +134,7 @@ class Runner:
         self._attention = attention
         self._lora = lora
         self._device = device
-        self._tables = PageTables(page_size)
+        self._tables = tables
         self._pooler = Pooler()
         self._sampler = Sampler(model.config.vocab_size, device, model.config.eos_token_ids)
         self._newest = Newest({}, torch.empty(0, dtype=torch.int64))

@@ -97,8 +97,10 @@ def _prompt_logprobs(request: Request, start: int, count: int) -> PromptLogprobs
     return PromptLogprobs(positions.start, next_ids, request.spec.prompt_top, request.spec.prompt_ranks)
 
 
-def take_prompt_logprobs(request: Request, wanted: PromptLogprobs, found: list[Logprobs]) -> None:
+def take_prompt_logprobs(request: Request, wanted: PromptLogprobs | None, found: list[Logprobs]) -> None:
     """A chunk planned again after a preemption may bring some that have come in the meantime."""
+    if wanted is None:
+        return
     known = request.logprob_position - wanted.first
     request.progress.prompt_logprobs += found[known:]
 

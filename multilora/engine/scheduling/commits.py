@@ -55,7 +55,7 @@ class Commits:
                 outputs += self._take_draft(request, chunk, epoch, result, index, fence)
                 continue
             self._take_kv(request, chunk, chunk.count, epoch, fence)
-            if chunk.prompt_logprobs is not None and request.epoch == epoch:
+            if request.epoch == epoch or request.progress.in_flight:  # or preempted with a token on its way
                 take_prompt_logprobs(request, chunk.prompt_logprobs, result.prompt_logprobs[i])
             if chunk.answer_positions:
                 outputs.append(self._take_token(request, result, index))
@@ -74,9 +74,10 @@ class Commits:
         progress.commit(count)
         if not request.mixed and progress.num_computed >= (table.keyed + 1) * self._kv.page_size:
             # where others were faster with the same content, their pages take the places of ours from here on
-            request.sent_pages = min(request.sent_pages, table.keyed)
+            request.sent_pages = min(request.sent_pages, table.keyed * self._kv.columns)
             of, salt = request.namespaces.of, request.spec.salt
             self._kv.commit(table, progress.num_computed, request.tokens, of, fence, salt)
+        self._kv.leave_windows(table, progress.num_computed, fence)
 
     def _take_token(self, request: Request, result: StepResult, index: int) -> Output:
         token, error = result.token_ids[index], result.errors[index]

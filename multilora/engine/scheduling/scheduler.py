@@ -179,7 +179,8 @@ class Scheduler:
         number, overlaps = self.launched + 1, bool(self.steps)
         for request, draft in speculation.drafts(rows, budget, number=number, overlaps=overlaps).items():
             start, table = request.progress.num_scheduled, request.table
-            room = (len(table.pages) + self.kv.pool.free) * self.kv.page_size - start - 1
+            blocks = self.kv.blocks(table.pages) + self.kv.pool.free // self.kv.columns
+            room = blocks * self.kv.page_size - start - 1
             if draft := draft[: max(0, room)]:
                 grown = self.kv.grow(table, start + 1 + len(draft), self.launched)
                 assert grown, "these pages were free"
@@ -242,7 +243,7 @@ class Scheduler:
     def _want(self, request: Request, urgent: bool) -> LoadStatus:
         """An adapter comes only if the request could start then, and those that run go on for a while."""
         self._count_hit(request)
-        spare = self.kv.pages_for(request.progress.num_tokens + 1) + len(self.running)
+        spare = self.kv.most_pages(request.progress.num_tokens + 1) + len(self.running) * self.kv.columns
         found = self.components.request_load(request.versions, self.launched, urgent=urgent, spare=spare)
         if found is LoadStatus.BLOCKED:
             self._fail_if_unfittable(request)
@@ -279,15 +280,15 @@ class Scheduler:
         self._queue.dequeue(request)
         self.running.append(request)
         request.state = RequestState.RUNNING
-        progress.restart(len(matched) * self.kv.page_size)
+        progress.restart(self.kv.blocks(matched) * self.kv.page_size)
         if request.slot is None:
             self._start_first(request)
         return True
 
     def _fits(self, request: Request, matched: list[int]) -> bool:
         """Whether the pages of all its tokens can be had, beside those that are `matched`."""
-        spare = len(self.running)  # so that those who decode can go on for a while
-        need = self.kv.pages_for(request.progress.num_tokens + 1) - len(matched) + spare
+        spare = len(self.running) * self.kv.columns  # so that those who decode can go on for a while
+        need = max(0, self.kv.most_pages(request.progress.num_tokens + 1) - self.kv.held(matched)) + spare
         # idle pages that it is about to use itself are no room for the others
         own = self.kv.idle_pages(matched) + self.components.idle_pages(request.versions)
         return self.kv.reclaimer.available() - own >= need

@@ -38,12 +38,16 @@ def _scheduler(names: Labelled, config: Config, stats: Stats, context_length: in
         (
             "num_used_tokens",
             "Tokens that the running requests' pages hold room for",
-            stats.kv_pages * config.page_size,
+            stats.kv_pages * config.page_size // stats.block_pages,
         ),
         ("token_usage", "Part of the arena's pages that running requests and adapters hold, 0 to 1", stats.usage),
         ("gen_throughput", "Tokens generated in a second", stats.gen_throughput if stats.running else 0.0),
         ("cache_hit_rate", "Part of the latest prompts' tokens found in the prefix cache", stats.cache_hit_rate),
-        ("max_total_num_tokens", "Tokens of KV cache that the arena holds", stats.total_pages * config.page_size),
+        (
+            "max_total_num_tokens",
+            "Tokens of KV cache that the arena holds",
+            stats.total_pages * config.page_size // stats.block_pages,
+        ),
         ("page_size", "Tokens in one page", config.page_size),
         ("num_pages", "Pages of the arena", stats.total_pages),
         ("context_len", "Longest prompt plus answer, in tokens", context_length),

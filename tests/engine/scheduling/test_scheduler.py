@@ -522,7 +522,7 @@ def test_hits_and_misses_are_counted_per_part():
 def books(driver: Driver) -> Any:
     """All that decides who is evicted, and what is counted."""
     tiers = driver.tiers
-    nodes = [(n.page, n.refs, n.uses, n.score) for n in tiers.prefix._nodes.values()]
+    nodes = [(n.id, [(p.pages, p.refs, p.uses, p.score) for p in n.parts]) for n in tiers.prefix._nodes.values()]
     adapter = tiers.store.get(1)
     use = adapter.refs, adapter.device and replace(adapter.device)
     counted = adapter.hits, adapter.misses, adapter.loads, adapter.evictions, adapter.fetches

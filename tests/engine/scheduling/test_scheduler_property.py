@@ -35,11 +35,22 @@ from multilora.engine.scheduling.request import Request, RequestSpec, RequestSta
 from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.scheduling.speculation import Speculation
 from multilora.errors import AdapterError
+from multilora.memory.cached_block import HOLE
+from multilora.memory.kv_layout import KVGroup, most_pages
 from multilora.memory.page_pool import PageKind
 from multilora.params import Composition, SamplingParams
 
 OPERATIONS = 250
 CONTEXT = 40  # tokens
+GROUPS = (
+    (KVGroup(),),
+    (KVGroup(), KVGroup(6, columns=2)),
+    (KVGroup(),),
+    (KVGroup(5),),
+    (KVGroup(),),
+    (KVGroup(columns=2), KVGroup(9), KVGroup(3)),
+)
+"""What layers keep of a text, by seed; a block is 4 tokens."""
 INVOCATIONS = ((1, 1), (1,), (1, 1, 2))  # prompts are full of ones, so that activation falls anywhere in a page
 
 
@@ -88,7 +99,7 @@ class CheckedScheduler(Scheduler):
         assert progress.num_scheduled == chunk.start + chunk.count
         assert chunk.count >= 1
         assert progress.remaining >= sampled
-        assert len(request.table.pages) * self.kv.page_size >= chunk.start + chunk.count
+        assert self.kv.blocks(request.table.pages) * self.kv.page_size >= chunk.start + chunk.count
         assert sampled == (request.spec.samples and progress.remaining == sampled)
         assert chunk.token_ids or (chunk.count == 1 and progress.in_flight == 1 + sampled)
         assert chunk.answer_positions in ((), (len(progress.output_ids) + progress.in_flight - 1,))
@@ -106,7 +117,11 @@ class CheckedScheduler(Scheduler):
         known = len(progress.output_ids)
         assert self.drafts
         assert (chunk.slot, chunk.lora_slots) == (request.slot, self.components.slots(request.versions))
-        assert progress.num_scheduled == chunk.start + chunk.count <= len(request.table.pages) * self.kv.page_size
+        assert (
+            progress.num_scheduled
+            == chunk.start + chunk.count
+            <= self.kv.blocks(request.table.pages) * self.kv.page_size
+        )
         assert request.spec.grammar is None
         assert chunk.decodes
         assert chunk.token_ids[0] == request.tokens()[-1] == request.tokens()[chunk.start]
@@ -153,10 +168,12 @@ class World(Stepper):
         max_loaded = rng.choice([None, 1, 2, 4])
         if max_loras and max_loaded:
             max_loaded = max(max_loras, max_loaded)
+        groups, chunk = GROUPS[seed % len(GROUPS)], rng.choice([3, 8, 64])
         self.tiers = FakeTiers(
             self.files,
-            total_pages=rng.choice([14, 20, 40]),
-            context_pages=CONTEXT // 4,
+            total_pages=rng.choice([14, 20, 40]) * sum(group.columns for group in groups),
+            context_pages=most_pages(groups, 4, CONTEXT, 2 * chunk),
+            groups=groups,
             max_loras_per_batch=max_loras,
             max_device_pages=rng.choice([None, None, 4, 8]),
             max_loaded_loras=max_loaded,
@@ -166,20 +183,20 @@ class World(Stepper):
             fetch_delay=lambda: rng.choice([0, 0, 1, 5]),
             copy_delay=lambda: rng.choice([0, 0, 1, 4]),
         )
-        running, tokens = rng.choice([1, 3, 8]), rng.choice([3, 8, 64])
+        running = rng.choice([1, 3, 8])
         self.now = 0.0
         self.engine = make_engine(
             self.tiers,
             ahead=ahead,
             scheduler=CheckedScheduler,
             max_running=running,
-            chunk_tokens=tokens,
+            chunk_tokens=chunk,
             policy=rng.choice(list(POLICIES)),
             clock=lambda: self.now,
             speculation=Speculation(self.foreseer, most=4) if drafts else None,
         )
         self.scheduler = self.engine.scheduler
-        self.scheduler.limits, self.scheduler.drafts = (running, tokens, max_loras), drafts
+        self.scheduler.limits, self.scheduler.drafts = (running, chunk, max_loras), drafts
         self.clients: dict[str, Client] = {}
         self.live: dict[str, Client] = {}
         self.loading: dict[int, int] = {}  # call → version
@@ -399,7 +416,10 @@ class World(Stepper):
         holders: dict[int, list[tuple[Request, int]]] = {}
         mixed: set[int] = set()
         for request in running:
-            for i, page in enumerate(request.table.pages):
+            for at, page in enumerate(request.table.pages):
+                i = at // self.tiers.prefix.columns
+                if page == HOLE:
+                    continue
                 if not request.mixed:
                     holders.setdefault(page, []).append((request, i))
                 else:
@@ -408,7 +428,8 @@ class World(Stepper):
         nodes = self.tiers.prefix._by_page
         for page, held in holders.items():
             if page in nodes:
-                assert nodes[page].refs == len(held) or page in mixed
+                [refs] = [part.refs for part in nodes[page].parts if page in part.pages]
+                assert refs == len(held) or page in mixed
                 assert len({(i, acting(r, i * 4, i * 4 + 4)) for r, i in held}) == 1
                 assert len({tuple(acting(r, 0, i * 4)) for r, i in held}) == 1
                 assert all((i + 1) * 4 <= r.progress.num_computed for r, i in held)
@@ -460,7 +481,7 @@ class World(Stepper):
 
 def lives() -> Iterator[Any]:
     """With drafts some are enough in the quick tier."""
-    for seed in range(20):
+    for seed in (*range(24), 134):  # 134: preempted while its prompt's last chunk is computed
         for ahead in (False, True):
             for drafts in (False, True):
                 names = ("one step ahead" if ahead else "in turn", *(["with drafts"] if drafts else []))

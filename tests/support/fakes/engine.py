@@ -126,7 +126,11 @@ class FakeRunner:
     def __init__(self, tiers: FakeTiers):
         self._arena = tiers.arena
         self._table = LoraTable(tiers.arena, TARGET.dtype, ((0,),))
-        self._page_size = tiers.prefix.page_size
+        self._page_size, self._groups, self._columns = (
+            tiers.prefix.page_size,
+            tiers.prefix.groups,
+            tiers.prefix.columns,
+        )
         self._states = [[0] * self._page_size for _ in range(tiers.pool.total)]
         self._sequences: dict[int, _Sequence] = {}  # slot → sequence
         self._last_step = 0
@@ -216,7 +220,7 @@ class FakeRunner:
         wanted = iter(chunk.prompt_logprobs.next_ids if chunk.prompt_logprobs else ())
         first = chunk.prompt_logprobs.first if chunk.prompt_logprobs else end
         logprobs, states = [], []
-        state = self._read(row.pages, chunk.start - 1) if chunk.start else 0
+        state = self._read(row.pages, chunk.start) if chunk.start else 0
         for position, token in enumerate(tokens, chunk.start):
             acts = position >= chunk.start + chunk.pre_activation
             state = after(state, token, adapters if acts else ())
@@ -244,15 +248,27 @@ class FakeRunner:
         result.errors.append(None)
 
     def _read(self, pages: list[int], position: int) -> int:
-        """Attention would read all pages up to here, so all must still hold KV."""
-        used = pages[: position // self._page_size + 1]
-        assert bool((self._arena[used, 0] == HOLDS_KV).all()), "an adapter was copied over KV still in use"
-        return self._states[used[-1]][position % self._page_size]
+        """The state before `position`. Attention would read all that the token there sees, so all of it must still
+        hold KV, in every layer that of the same tokens."""
+        size, first = self._page_size, 0
+        seen: dict[int, set[int]] = {}  # position → states
+        for group in self._groups:
+            start = 0 if group.window is None else max(0, position + 1 - group.window)
+            for column in range(first, first + group.columns):
+                for p in range(start, position):
+                    page = pages[p // size * self._columns + column]
+                    assert page >= 0, "a page that is still read has been given back"
+                    assert self._arena[page, 0] == HOLDS_KV, "an adapter was copied over KV still in use"
+                    seen.setdefault(p, set()).add(self._states[page][p % size])
+            first += group.columns
+        assert all(len(states) == 1 for states in seen.values()), "layers hold the KV of different tokens"
+        return seen[position - 1].pop()
 
     def _write(self, pages: list[int], position: int, state: int) -> None:
-        page = pages[position // self._page_size]
-        self._arena[page] = HOLDS_KV
-        self._states[page][position % self._page_size] = state
+        first = position // self._page_size * self._columns
+        for page in pages[first : first + self._columns]:
+            self._arena[page] = HOLDS_KV
+            self._states[page][position % self._page_size] = state
 
 
 def make_engine(
@@ -267,7 +283,7 @@ def make_engine(
     **options: Any,
 ) -> Engine:
     """The real engine, scheduler and tiers over the fakes. options: of the scheduler."""
-    kv = KVPages(tiers.pool, tiers.prefix, tiers.reclaimer, PAGE_BYTES)
+    kv = KVPages(tiers.pool, tiers.prefix, tiers.reclaimer, PAGE_BYTES, 2 * chunk_tokens)
     return Engine(
         scheduler(
             kv,

@@ -37,6 +37,7 @@ from multilora.engine.messages import (
 )
 from multilora.engine.ranks.lead import start_process
 from multilora.errors import from_wire
+from multilora.memory.cached_block import HOLE
 from multilora.memory.page_pool import PageKind
 from multilora.params import SamplingParams
 
@@ -267,7 +268,7 @@ class EngineDriver(Stepper):
         engine = self.engine
         engine.check()
         scheduler, pool = engine.scheduler, engine.scheduler.kv.pool
-        held = {page for request in scheduler.running for page in request.table.pages}
+        held = {page for request in scheduler.running for page in request.table.pages if page != HOLE}
         assert all(pool.kind(page) is PageKind.KV for page in held)
         assert len(held) == pool.count(PageKind.KV), "KV pages that no request holds"
         assert scheduler.unfinished == len(scheduler.running) + len(scheduler.waiting)

@@ -27,6 +27,7 @@ from multilora.errors import AdapterIncompatible, AdapterNotFound, MultiloraErro
 from multilora.lora.panels import AdapterShape, PanelLayout
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
+from multilora.memory.kv_layout import KVGroup
 from multilora.memory.page_pool import PagePool
 from multilora.memory.prefix_cache import PrefixCache
 from multilora.memory.reclaim import GdsfClock, Reclaimer
@@ -213,6 +214,7 @@ class FakeTiers:
         max_host_pages: int | None = None,
         policy: str = "lru",
         prefix_cache: bool = True,
+        groups: tuple[KVGroup, ...] = (KVGroup(),),
         fetch_delay: Delay = lambda: 0,
         copy_delay: Delay = lambda: 0,
         copy_seconds: float | None = None,
@@ -221,7 +223,7 @@ class FakeTiers:
         """copy_delay: in polls; copy_seconds, if given, by the clock `now` instead."""
         self.pool, self.clock = PagePool(total_pages), GdsfClock()
         self.arena = torch.zeros(total_pages, PAGE_BYTES, dtype=torch.uint8)
-        self.prefix = PrefixCache(self.pool, self.clock, page_size, enabled=prefix_cache)
+        self.prefix = PrefixCache(self.pool, self.clock, page_size, enabled=prefix_cache, groups=groups)
         self.namespaces = Namespaces(self.prefix)
         self.table = LoraTable(self.arena, TARGET.dtype, ((0,),))
         self.journal = LoraJournal()
