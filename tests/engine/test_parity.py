@@ -295,13 +295,20 @@ def tight_driver(family: Family, *, page_size: int, **options: Any) -> EngineDri
     return family.driver(SMALL, page_size=page_size, max_total_tokens=pages * page_size + LONGEST, **options)
 
 
+def never_out_of_room(driver: EngineDriver) -> bool:
+    """Where every layer has a window, a text that may start has all that it will hold (`test_sliding_windows.py`)."""
+    return driver.engine.scheduler.kv.prefix.groups[0].window is not None
+
+
 @pytest.mark.parametrize(("page_size", "chunk"), [(1, 2048), (4, 7)])
 def test_preemption(family: Family, page_size: int, chunk: int) -> None:
     driver = tight_driver(family, page_size=page_size, chunked_prefill_size=chunk)
     jobs = submit_all(driver, family, family.jobs(SMALL))
     driver.run()
     check_answers(driver, family, jobs)
-    assert driver.stats.preemptions > 0 or family.ranks > 1  # a rank's adapters leave other gaps in their pages
+    assert (
+        driver.stats.preemptions > 0 or never_out_of_room(driver) or family.ranks > 1
+    )  # a rank's adapters leave other gaps in their pages
 
 
 @pytest.mark.parametrize("page_size", [4, 16])
@@ -447,7 +454,7 @@ def test_logprobs_through_preemption(family: Family) -> None:
     driver.run()
     for rid, (name, prompt, start) in jobs.items():
         check_logprobs(driver.answers[rid], family.references[name, prompt], family.prompts[prompt], start)
-    assert driver.stats.preemptions > 0
+    assert driver.stats.preemptions > 0 or never_out_of_room(driver)
 
 
 SAMPLING: list[dict[str, Any]] = [
@@ -483,4 +490,4 @@ def test_seeded_sampling(family: Family) -> None:
                 driver.step()
         driver.run()
         assert [driver.answers[rids[i]].tokens for i in range(len(jobs))] == expected
-    assert tight.stats.preemptions > 0
+    assert tight.stats.preemptions > 0 or never_out_of_room(tight)
