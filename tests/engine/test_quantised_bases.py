@@ -12,10 +12,24 @@ import numpy as np
 import packed_integers
 import pytest
 import torch
+from exactness import judge
+from fakes.engine_driver import EngineDriver
 from fakes.models import make_tiny_model
-from quantised import Tensors, decoder_linears, held_against_peft, plain_twin, round_at, with_adapter, write_quantised
+from quantised import (
+    Tensors,
+    clear_prompt,
+    decoder_linears,
+    held_against_peft,
+    plain_twin,
+    round_at,
+    with_adapter,
+    write_quantised,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from multilora.layers.weights.base import Weight
+from multilora.layers.weights.int4 import Int4Weight
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
@@ -259,3 +273,49 @@ def test_fp8_while_it_is_loaded(tmp_path: Path, impl: str) -> None:
 
     models = {name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(ADAPTERS.items())}
     held_against_peft(tmp_path, {None: base(), **models}, 2e-2, model_impl=impl, quantization="fp8")
+
+
+def gptq_32(name: str, weight: torch.Tensor) -> Tensors:
+    ints = packed_integers.rounded(weight, 4, 32, symmetric=False, order=shuffled(weight.shape[1]))
+    return packed_integers.pack_gptq(ints, 4)
+
+
+PACKED = {
+    "awq": (ROWS["awq"][0], awq, from_awq, {}),
+    "gptq, any order": (GPTQ | {"bits": 4, "group_size": 32, "desc_act": True}, gptq_32, from_gptq, {}),
+    "packed integers": (ROWS["packed integers"][0], packed, from_packed, {"family": "qwen2"}),
+}
+WHOLE_TILES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("row", PACKED)
+def test_weights_that_stay_packed_err_as_bf16_does(tmp_path: Path, row: str) -> None:
+    config, quantise, dequantise, model = PACKED[row]
+    write_quantised(tmp_path / "base", config, quantise, **WHOLE_TILES, **model)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+
+    def weights(path: str) -> Any:
+        return dequantise({n.removeprefix(f"{path}."): t for n, t in tensors.items() if n.startswith(f"{path}.")})
+
+    def base() -> Any:
+        return plain_twin(tmp_path / "base", weights)
+
+    models = {name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(ADAPTERS.items())}
+    models = {None: base(), **models}
+    driver = EngineDriver(
+        tmp_path / "base", {name: tmp_path / name for name in models if name}, page_size=4, dtype="bfloat16"
+    )
+    held = [m for m in driver.engine.runner._model.modules() if isinstance(m, Weight) and not hasattr(m, "weights")]
+    assert held and all(isinstance(weight, Int4Weight) for weight in held)
+    prompts = {name: clear_prompt(model)[0] for name, model in models.items()}
+    rids = {
+        name: driver.submit(prompt, name, max_new_tokens=16, return_logprob=True) for name, prompt in prompts.items()
+    }
+    driver.run()
+    answers = {
+        name: [(prompts[name] + driver.answers[rid].tokens, torch.tensor(driver.answers[rid].logprobs))]
+        for name, rid in rids.items()
+    }
+    driver.close()
+    found = judge(models, answers, "cpu", torch.bfloat16)
+    assert found.error < 2 * found.theirs, "scales are rounded to bf16, too"

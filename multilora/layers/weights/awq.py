@@ -6,7 +6,7 @@ Layout of a matrix with `in` inputs and `out` outputs ("gemm"):
     qzeros   int32 [groups, out / 8]   the same
     scales   fp16  [groups, out]
 
-Written by AutoAWQ and llm-awq's converters; dequantised while it is loaded.
+Written by AutoAWQ and llm-awq's converters.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,11 @@ import torch
 
 from multilora.layers.weights.base import Stored
 from multilora.layers.weights.gptq import served_group
+from multilora.layers.weights.integer_format import IntegerFormat
+from multilora.layers.weights.integers import SCALES, WORD, WORDS, GroupedIntegers, check_divides, unpack
 from multilora.layers.weights.methods import check_fields, not_made, served
 from multilora.layers.weights.plain import PLAIN, WeightFormats
 from multilora.layers.weights.skipped import skips
-from multilora.layers.weights.unpacked import SCALES, WORD, WORDS, UnpackedFormat, check_divides, unpack
 
 BITS = 4
 PER_WORD = WORD // BITS
@@ -29,14 +30,15 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True)
-class Awq(UnpackedFormat):
+class Awq(IntegerFormat):
     """group: inputs that share a scale; None: all do."""
 
     group: int | None
+    bits: int = BITS
 
     @property
     def name(self) -> str:
-        return f"awq in {BITS} bit, held dequantised"
+        return f"awq in {self.bits} bit"
 
     def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
         check_divides("awq outputs", out_features, PER_WORD)
@@ -49,11 +51,10 @@ class Awq(UnpackedFormat):
             "scales": Stored((groups, out_features), SCALES),
         }
 
-    def dequantised(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def integers(self, tensors: Mapping[str, torch.Tensor]) -> GroupedIntegers:
         numbers, zeros, scales = _ordered(tensors["qweight"]), _ordered(tensors["qzeros"]), tensors["scales"].float()
-        each = len(numbers) // len(scales)
-        grouped = numbers.view(len(scales), each, -1) - zeros[:, None]  # [groups, inputs of one, out]
-        return (grouped.float() * scales[:, None]).flatten(0, 1).T.contiguous()
+        group = torch.arange(len(numbers), device=numbers.device) // (len(numbers) // len(scales))
+        return GroupedIntegers(numbers.T, zeros.T, scales.T, group)
 
 
 def _ordered(words: torch.Tensor) -> torch.Tensor:

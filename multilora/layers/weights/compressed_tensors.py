@@ -1,7 +1,7 @@
 """compressed-tensors (llm-compressor): FP8 by rows, tensors or blocks, and integers of 4 or 8 bits in words of 32.
 
 Groups of modules have a scheme each: what their weights are rounded to, and what is multiplied with them. FP8 is held
-as `fp8.py` holds it. Packed integers with inputs in 16 bit ("pack-quantized") are dequantised while they are loaded:
+as `fp8.py` holds it. Packed integers have inputs in 16 bit ("pack-quantized"):
 
     weight_packed      int32 [out, in / p]       integer i of a word is input p · column + i, plus 2^(bits - 1)
     weight_scale             [out, groups]
@@ -19,15 +19,16 @@ import torch
 from multilora.errors import ModelUnsupported
 from multilora.layers.weights.base import Stored, WeightFormat
 from multilora.layers.weights.fp8 import Activations, Fp8Blocks, Fp8Rows
+from multilora.layers.weights.integer_format import IntegerFormat
+from multilora.layers.weights.integers import SCALES, WORD, WORDS, GroupedIntegers, check_divides, unpack
 from multilora.layers.weights.methods import check_fields, not_made, served
 from multilora.layers.weights.plain import PLAIN, WeightFormats
-from multilora.layers.weights.unpacked import SCALES, WORD, WORDS, UnpackedFormat, check_divides, unpack
 
 PREFIX = "quantization_config: "
 
 
 @dataclass(frozen=True)
-class PackedIntegers(UnpackedFormat):
+class PackedIntegers(IntegerFormat):
     """group: inputs that share a scale; None: all do. ordered: they are neighbours; else weight_g_idx says."""
 
     bits: int
@@ -37,7 +38,11 @@ class PackedIntegers(UnpackedFormat):
 
     @property
     def name(self) -> str:
-        return f"compressed-tensors in {self.bits} bit, held dequantised"
+        return f"compressed-tensors in {self.bits} bit"
+
+    @property
+    def any_order(self) -> bool:
+        return not self.ordered
 
     def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
         per_word, group = WORD // self.bits, self.group or in_features
@@ -54,7 +59,7 @@ class PackedIntegers(UnpackedFormat):
             found["weight_g_idx"] = Stored((in_features,), WORDS)
         return found
 
-    def dequantised(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def integers(self, tensors: Mapping[str, torch.Tensor]) -> GroupedIntegers:
         outs, width = tensors["weight_shape"].tolist()
         scales = tensors["weight_scale"].float()
         numbers = unpack(tensors["weight_packed"], self.bits)[:, :width]
@@ -63,9 +68,10 @@ class PackedIntegers(UnpackedFormat):
         else:
             group = tensors["weight_g_idx"].long()
         if self.symmetric:
-            return (numbers - (1 << (self.bits - 1))).float() * scales[:, group]
-        zeros = unpack(tensors["weight_zero_point"].T.contiguous(), self.bits)[:, :outs].T  # with the same offset
-        return (numbers - zeros[:, group]).float() * scales[:, group]
+            zeros = torch.full(scales.shape, 1 << (self.bits - 1), dtype=torch.int32, device=numbers.device)
+        else:  # with the same offset
+            zeros = unpack(tensors["weight_zero_point"].T.contiguous(), self.bits)[:, :outs].T
+        return GroupedIntegers(numbers, zeros, scales, group)
 
 
 class CompressedTensors:

@@ -7,7 +7,7 @@ Layout of a matrix with `in` inputs and `out` outputs, `p` integers in a word of
     scales   fp16  [groups, out]
     g_idx    int32 [in]                the group of an input: any order, with `desc_act`
 
-Written by AutoGPTQ and GPTQModel; dequantised while it is loaded.
+Written by AutoGPTQ and GPTQModel.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,14 @@ import torch
 
 from multilora.errors import ModelUnsupported
 from multilora.layers.weights.base import FLOATS, Stored
+from multilora.layers.weights.integer_format import IntegerFormat
+from multilora.layers.weights.integers import SCALES, WORD, WORDS, GroupedIntegers, check_divides, unpack
 from multilora.layers.weights.methods import check_fields, not_made, served
 from multilora.layers.weights.plain import PLAIN, WeightFormats
 from multilora.layers.weights.skipped import ends_with
-from multilora.layers.weights.unpacked import SCALES, WORD, WORDS, UnpackedFormat, check_divides, unpack
 
 HARMLESS = (
-    "sym", "desc_act", "static_groups", "true_sequential", "damp_percent", "damp_auto_increment", "dataset",
+    "sym", "static_groups", "true_sequential", "damp_percent", "damp_auto_increment", "dataset",
     "tokenizer", "model_name_or_path", "model_file_base_name", "batch_size", "block_name_to_quantize",
     "model_seqlen", "use_exllama", "use_cuda_fp16", "exllama_config", "max_input_length",
     "cache_block_outputs", "module_name_preceding_first_block", "pad_token_id", "disable_exllama", "meta",
@@ -34,16 +35,21 @@ HARMLESS = (
 
 
 @dataclass(frozen=True)
-class Gptq(UnpackedFormat):
-    """group: inputs that share a scale; None: all do. offset: what is added to stored zero points."""
+class Gptq(IntegerFormat):
+    """offset: what is added to stored zero points; ordered: the inputs of a group are neighbours."""
 
     bits: int
     group: int | None
     offset: int
+    ordered: bool = True
 
     @property
     def name(self) -> str:
-        return f"gptq in {self.bits} bit, held dequantised"
+        return f"gptq in {self.bits} bit"
+
+    @property
+    def any_order(self) -> bool:
+        return not self.ordered
 
     def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
         per_word = WORD // self.bits
@@ -58,7 +64,7 @@ class Gptq(UnpackedFormat):
             "bias": Stored((out_features,), FLOATS, optional=True),
         }
 
-    def dequantised(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def integers(self, tensors: Mapping[str, torch.Tensor]) -> GroupedIntegers:
         group = tensors["g_idx"].long()  # [in]
         numbers = unpack(tensors["qweight"].T.contiguous(), self.bits)  # [out, in]
         most = (1 << self.bits) - 1
@@ -66,7 +72,7 @@ class Gptq(UnpackedFormat):
         scales = tensors["scales"].float()
         if not 0 <= int(group.min()) <= int(group.max()) < len(scales):
             raise ModelUnsupported(f"g_idx names group {int(group.max())} of {len(scales)}")
-        return ((numbers - zeros[group].T).float() * scales[group].T).contiguous()
+        return GroupedIntegers(numbers, zeros.T, scales.T, group)
 
     def check_spare(self, name: str, tensor: torch.Tensor) -> None:
         """AutoGPTQ writes a bias for every layer, of zeros where the model has none."""
@@ -78,7 +84,15 @@ class GptqMethod:
     """See `Method`."""
 
     def read(self, config: dict[str, Any]) -> WeightFormats:
-        known = ("bits", "group_size", "checkpoint_format", "pack_dtype", "modules_in_block_to_quantize", "lm_head")
+        known = (
+            "bits",
+            "group_size",
+            "checkpoint_format",
+            "desc_act",
+            "pack_dtype",
+            "modules_in_block_to_quantize",
+            "lm_head",
+        )
         check_fields(config, (*known, "format", *HARMLESS))
         bits = served(config, "bits", (4, 8))
         served(config, "pack_dtype", ("int32",))
@@ -86,7 +100,7 @@ class GptqMethod:
         layout = "format" if config.get("checkpoint_format") is None else "checkpoint_format"
         older = served(config, layout, ("gptq", "gptq_v2")) == "gptq"
         group = served_group(config)
-        kind = Gptq(bits, group, int(older))
+        kind = Gptq(bits, group, int(older), ordered=not config.get("desc_act"))
         inside = config.get("modules_in_block_to_quantize")
         if not inside:
             return WeightFormats(kind.name, lambda _path: kind)

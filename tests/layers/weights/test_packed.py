@@ -1,7 +1,8 @@
 """Integers packed in words: every layout gives back the matrix that went into it, and says what it cannot hold.
 
-Covers `weights/unpacked.py`, `weights/gptq.py`, `weights/awq.py`, `weights/compressed_tensors.py` too. The layouts
-are written by the tests' own support file, and by the package compressed-tensors where it is installed.
+Covers `weights/unpacked.py`, `weights/integers.py`, `weights/integer_format.py`, `weights/gptq.py`, `weights/awq.py`,
+`weights/compressed_tensors.py` too. The layouts are written by the tests' own support file, and by the package
+compressed-tensors where it is installed.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from multilora.layers.weights.awq import Awq
 from multilora.layers.weights.base import Share
 from multilora.layers.weights.compressed_tensors import PackedIntegers
 from multilora.layers.weights.gptq import Gptq
+from multilora.layers.weights.integer_format import IntegerFormat
 from multilora.layers.weights.methods import weight_formats
 from multilora.layers.weights.plain import PLAIN
-from multilora.layers.weights.unpacked import UnpackedFormat
 
 KIND = {"device": torch.device("cpu"), "dtype": torch.float32}
 OUTS, WIDTH = 24, 64
@@ -33,7 +34,7 @@ def integers(bits: int, size: int, *, symmetric: bool = False, order: bool = Fal
     return packed_integers.rounded(weight, bits, size, symmetric=symmetric, order=shuffled)
 
 
-LAYOUTS: dict[str, tuple[UnpackedFormat, Integers, Pack]] = {
+LAYOUTS: dict[str, tuple[IntegerFormat, Integers, Pack]] = {
     "gptq": (Gptq(4, 16, 1), integers(4, 16), lambda i: pack_gptq(i, 4)),
     "gptq, symmetric": (Gptq(4, 32, 1), integers(4, 32, symmetric=True), lambda i: pack_gptq(i, 4)),
     "gptq v2, any order": (Gptq(4, 16, 0), integers(4, 16, order=True), lambda i: pack_gptq(i, 4, older=False)),
@@ -107,10 +108,10 @@ def compressed(weights: dict[str, Any], inputs: Any = None, layout: str = "pack-
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        (GPTQ, "gptq in 4 bit, held dequantised"),
-        (GPTQ | {"bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"}, "gptq in 8 bit, held dequantised"),
-        (AWQ, "awq in 4 bit, held dequantised"),
-        (compressed(INT4), "compressed-tensors in 4 bit, held dequantised"),
+        (GPTQ, "gptq in 4 bit"),
+        (GPTQ | {"bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"}, "gptq in 8 bit"),
+        (AWQ, "awq in 4 bit"),
+        (compressed(INT4), "compressed-tensors in 4 bit"),
         (compressed(FLOAT, {**FLOAT, "dynamic": True}, "float-quantized"), "fp8 by rows, activations dynamic"),
         (
             compressed(FLOAT | {"strategy": "block", "block_structure": [64, 64]}, None, "float-quantized"),

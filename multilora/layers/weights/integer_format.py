@@ -1,0 +1,42 @@
+"""The formats of packed integers: held packed where the device multiplies with 4 bits, else dequantised, and the log
+says which and why."""
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from multilora.layers.weights.base import Weight, WeightFormat
+from multilora.layers.weights.int4 import Int4Weight
+from multilora.layers.weights.int4_arithmetic import OUTS, obstacle
+from multilora.layers.weights.integers import IntegerLayout
+from multilora.layers.weights.unpacked import UnpackedWeight
+
+logger = logging.getLogger(__name__)
+
+
+class IntegerFormat(IntegerLayout, WeightFormat):
+    """Makes weights from what `IntegerLayout` reads."""
+
+    def make(self, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype) -> Weight:
+        reason = f"{self.bits} bits do not stay packed"
+        if self.bits == 4:
+            group = self.group or in_features
+            found = obstacle(device, dtype, out_features, in_features, group)
+            if found is None:
+                _say(f"{self.name}: held packed")
+                return Int4Weight(self, out_features, in_features, device=device)
+            reason = found
+        _say(f"{self.name}: held dequantised, with the memory of 16 bit: {reason}")
+        return UnpackedWeight(self, out_features, in_features, device=device, dtype=dtype)
+
+    def merges(self, widths: Sequence[int]) -> bool:
+        """Matrices below each other are packed one by one, and read the same inputs in the same order."""
+        return not self.any_order and all(width % max(OUTS.values()) == 0 for width in widths)
+
+
+@functools.cache
+def _say(what: str) -> None:
+    """Log it, once for each case."""
+    logger.info("%s", what)

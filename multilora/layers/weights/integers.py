@@ -1,0 +1,98 @@
+"""Weights that a checkpoint holds as integers of a few bits in words of 32, with a scale and a zero point for groups.
+
+What is common to `gptq.py`, `awq.py` and `compressed_tensors.py`: what a matrix is made of, whatever its layout, and
+the wait until all tensors of a matrix are there.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from multilora.errors import ModelUnsupported
+from multilora.layers.weights.base import FLOATS, Stored
+
+WORD = 32
+WORDS = ("I32",)
+SCALES = FLOATS
+
+
+@dataclass(frozen=True)
+class GroupedIntegers:
+    """W[o, i] = (numbers[o, i] - zeros[o, g]) · scales[o, g], where g = group[i].
+
+    numbers: int32 [out, in]; zeros: int32 [out, groups]; scales: fp32 [out, groups]; group: int64 [in].
+    """
+
+    numbers: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    group: torch.Tensor
+
+    def dequantised(self) -> torch.Tensor:
+        """W, fp32 [out, in]."""
+        return (self.numbers - self.zeros[:, self.group]).float() * self.scales[:, self.group]
+
+
+class IntegerLayout(ABC):
+    """How a checkpoint holds a matrix of integers. group: inputs that share a scale; None: all do."""
+
+    bits: int
+    group: int | None
+
+    @property
+    def any_order(self) -> bool:
+        """Whether the inputs of a group need not be neighbours."""
+        return False
+
+    @abstractmethod
+    def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
+        """See `Weight.tensors`."""
+
+    @abstractmethod
+    def integers(self, tensors: Mapping[str, torch.Tensor]) -> GroupedIntegers:
+        """From all of `stored` that are not optional. Raises ModelUnsupported."""
+
+    def dequantised(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The matrix of `integers`, fp32 [out, in]."""
+        return self.integers(tensors).dequantised()
+
+    def check_spare(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise ModelUnsupported if an optional tensor says something that would be lost."""
+        raise ModelUnsupported(f"{name} {list(tensor.shape)} is not supported")
+
+
+class IncompleteMatrices:
+    """The tensors of matrices that have not come in full. width: inputs of each."""
+
+    def __init__(self, layout: IntegerLayout, width: int):
+        self._layout, self._width = layout, width
+        self._waiting: dict[int, dict[str, torch.Tensor]] = {}  # by the first row of their matrix
+
+    def add(
+        self, start: int, height: int, name: str, tensor: torch.Tensor, device: torch.device
+    ) -> GroupedIntegers | None:
+        """One tensor of the matrix in rows [start, start + height). Returns the matrix with its last tensor."""
+        stored = self._layout.stored(height, self._width)
+        if stored[name].optional:
+            self._layout.check_spare(name, tensor)
+            return None
+        waiting = self._waiting.setdefault(start, {})
+        waiting[name] = tensor.to(device)
+        if waiting.keys() != {name for name, s in stored.items() if not s.optional}:
+            return None
+        return self._layout.integers(self._waiting.pop(start))
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned integers of so many bits, the lowest of a word first. words: int32 [..., n]. Returns int32
+    [..., n · 32 / bits]."""
+    shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)
+    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def check_divides(what: str, size: int, by: int) -> None:
+    """Raise ModelUnsupported unless so many rows or columns are whole words or groups."""
+    if size % by:
+        raise ModelUnsupported(f"{what} of {size}: expected a multiple of {by}")
