@@ -13,6 +13,7 @@ engines that are there from the start to the end: the best of the rounds counts.
 """
 
 import argparse
+import json
 import shutil
 import tempfile
 import time
@@ -78,6 +79,8 @@ def run(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
         for text in TEXTS:
             for adapters in ((), names) if names else ((),):
                 result["rows"].append(measure(plain, drafting, text, batch, adapters, args))
+                if args.out:  # what is measured by now
+                    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     plain.engine.close()
     drafting.engine.close()
     return result
