@@ -20,6 +20,7 @@ from multilora.engine.scheduling.request import Request
 from multilora.engine.scheduling.verify_cost import VerifyCost
 
 MARGIN = 1.25  # a draft must bring so many times what it costs
+LEAST_PRICE = 0.03  # of a drafted token, in tokens: what was measured may be 0 by chance
 READ_AHEAD = 4096  # tokens of prompts that drafters read in one plan, about a millisecond
 TRIALS_SHARE = 0.01  # of the time goes into trials
 FIRST_ALLOWANCE, MOST_ALLOWANCE = 0.1, 0.25  # seconds for trials: at the start, and saved up
@@ -158,11 +159,11 @@ class Speculation:
         return drafter.propose(count) if reads == missing else []
 
     def _price(self, rows: int) -> float:
-        return self._cost.per_token * rows / self._cost.plain
+        return max(LEAST_PRICE, self._cost.per_token * rows / self._cost.plain)
 
     def _cost_of(self, drafted: int, rows: int) -> float:
         """What that many drafted tokens cost, in tokens that the batch makes meanwhile."""
-        return (self._cost.fixed + self._cost.per_token * drafted) * rows / self._cost.plain if drafted else 0.0
+        return self._cost.fixed * rows / self._cost.plain + self._price(rows) * drafted if drafted else 0.0
 
     # ------------------------------------------------------------------ what came of it
 

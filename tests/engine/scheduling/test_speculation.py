@@ -152,6 +152,15 @@ def test_drafts_become_shorter_where_tokens_cost_more():
     assert best_length(1.0, most=8, price=0.5) == 8
 
 
+def test_drafts_that_seem_to_cost_nothing_must_be_right_now_and_then():
+    """Noise may hide what they cost."""
+    simulation = Simulation([0.02], Costs())
+    simulation.speed(500)
+    drafted = sum(simulation.plans)
+    simulation.speed(300)
+    assert sum(simulation.plans) - drafted <= 3 * 8
+
+
 def test_expected_tokens():
     assert expected(0.5, 3) == pytest.approx(0.5 + 0.25 + 0.125)
     assert expected(1.0, 3) == 3
