@@ -15,7 +15,7 @@ Measures = dict[str, float]
 def sql(example: Example, answer: str) -> Measures:
     """Whether it runs, and gives the reference's rows: in the same order where the reference has one."""
     expected = rows(example.check["setup"], example.answer)
-    found = rows(example.check["setup"], answer.strip().removeprefix("```sql").strip("`\n "))
+    found = rows(example.check["setup"], unfenced(answer))
     if expected is None:
         raise ValueError(f"the reference cannot be run: {example.answer}")
     if found is not None and "ORDER BY" not in example.answer:
@@ -23,11 +23,17 @@ def sql(example: Example, answer: str) -> Measures:
     return {"same rows": float(found == expected), "runs": float(found is not None)}
 
 
+def unfenced(answer: str) -> str:
+    """The first block of code in an answer that has one, else all of it: whoever explains his query has one, too."""
+    block = re.search(r"```\w*\n?(.*?)(?:```|$)", answer, re.S)
+    return (block[1] if block else answer).strip()
+
+
 def json_object(example: Example, answer: str) -> Measures:
     """Whether it parses, whether all of it is right, and the share of right values."""
     expected = example.check["expected"]
     try:
-        found = json.loads(answer.strip().removeprefix("```json").strip("`\n "))
+        found = json.loads(unfenced(answer))
     except ValueError:
         return {"equal": 0.0, "values": 0.0, "parses": 0.0}
     if not isinstance(found, dict):

@@ -54,6 +54,7 @@ def test_the_sql_measure_compares_rows():
 
     assert same(two, "SELECT name FROM t WHERE n >= 2 ORDER BY n DESC") == 1
     assert same(two, "```sql\nSELECT name FROM t WHERE NOT n = 1;\n```") == 1
+    assert same(two, "You can do it so:\n```sql\nSELECT name FROM t WHERE n > 1;\n```\nThis gives two rows.") == 1
     assert same(two, "SELECT name FROM t") == 0
     assert same(ordered, "SELECT name FROM t ORDER BY n DESC") == 0
     for broken in ("", "The answer is b.", "SELECT name FROM u", "DROP TABLE t", "SELECT 1; SELECT 2"):
