@@ -5,6 +5,8 @@ W[o, i] = (q - 8) · scale + zero, where scale and zero belong to the output and
 it is tiles of 8 outputs (`numbers_of`); on a CPU blocks of 64 outputs, which differ by processor.
 """
 
+import functools
+
 import torch
 
 from multilora.layers.matmul import linear
@@ -30,6 +32,28 @@ def obstacle(device: torch.device, dtype: torch.dtype, outs: int, width: int, gr
         return f"packed products take groups of {', '.join(map(str, GROUPS))} inputs, it has {group}"
     if width % group or outs % outs_together(device):
         return f"{outs} outputs of {width} inputs are not whole tiles"
+    return disagreement(device)
+
+
+CHECKED = ((256, 64), (192, 32), (96, 32))
+"""Inputs and sizes of groups, one for each way of tiles to follow each other on CUDA."""
+
+
+@functools.cache
+def disagreement(device: torch.device) -> str | None:
+    """What packing, torch's product and unpacking get wrong on this device, tried once with small matrices: how
+    torch's kernel lays numbers out is no promise of torch's. None: they agree with the definition above."""
+    g = torch.Generator().manual_seed(0)
+    for width, group in CHECKED:
+        numbers = torch.randint(0, 16, (64, width), dtype=torch.int32, generator=g)
+        scales = (torch.rand(width // group, 64, 2, generator=g) + 0.5).bfloat16()
+        wide = scales.float().repeat_interleave(group, dim=0)
+        expected = ((numbers - 8) * wide[..., 0].T + wide[..., 1].T).to(device)
+        given = pack(numbers.to(device).contiguous()), group, scales.to(device)
+        multiplied = packed_product(torch.eye(width, dtype=torch.bfloat16, device=device), *given).T
+        for what, found in (("product", multiplied), ("layout", dequantise(*given))):
+            if not torch.allclose(found.float(), expected, atol=0.02, rtol=0.01):
+                return f"torch {torch.__version__}'s {what} of packed numbers is not the one that is known here"
     return None
 
 

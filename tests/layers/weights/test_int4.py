@@ -172,3 +172,17 @@ def test_on_a_gpu(rows: int, outs: int, width: int) -> None:
     x = torch.randn(rows, width, generator=g).bfloat16().to(device)
     expected = x.float() @ weight.float().T
     torch.testing.assert_close(arithmetic.product(x, packed, 32, scales).float(), expected, atol=0.3, rtol=0.02)
+
+
+def test_what_torch_packs_otherwise_stays_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How numbers lie in a packed matrix is torch's own business: it is tried before anything is trusted to it."""
+    assert arithmetic.disagreement(CPU) is None
+    pack = arithmetic.pack
+    arithmetic.disagreement.cache_clear()
+    monkeypatch.setattr(arithmetic, "pack", lambda numbers: pack(numbers.flip(1).contiguous()))
+    try:
+        assert "is not the one that is known here" in str(arithmetic.disagreement(CPU))
+        weight = Gptq(4, 64, 1).make(64, WIDTH, device=CPU, dtype=torch.bfloat16)
+        assert isinstance(weight, UnpackedWeight)
+    finally:
+        arithmetic.disagreement.cache_clear()
