@@ -7,7 +7,7 @@ A sequence lists the pages of its blocks one after the other, those of a block i
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from multilora.memory.kv_layout import KVGroup
+from multilora.memory.kv_group import KVGroup
 
 PageKey = tuple[int, tuple[int, ...], int, str]  # parent node id, tokens, namespace, salt
 

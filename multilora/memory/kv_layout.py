@@ -12,28 +12,15 @@ A page is laid out `[layer, k|v, page_size, kv_heads, head_dim]`. This file is t
 everyone else asks for strided per-layer views.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from multilora.memory.kv_group import KVGroup, most_pages
+
 MAX_COLUMNS = 8
 """The most pages of a block: each costs bookkeeping in every step."""
-
-
-@dataclass(frozen=True)
-class KVGroup:
-    """Layers whose tokens see equally far. window: so many tokens, the own one included; None: all before it.
-    columns: pages of a block."""
-
-    window: int | None = None
-    columns: int = 1
-    layers: tuple[int, ...] = ()
-
-    def first_block(self, position: int, page_size: int) -> int:
-        """The first block that tokens from `position` on see."""
-        return 0 if self.window is None else max(0, position - self.window + 1) // page_size
 
 
 @dataclass(frozen=True)
@@ -122,15 +109,3 @@ class KVLayout:
         empty = {window: columns[window] * each - len(layers) for window, layers in self._by_window.items()}
         total = sum(columns.values())
         return total > MAX_COLUMNS, empty.pop(None, 0), sum(empty.values()), total
-
-
-def most_pages(groups: Iterable[KVGroup], page_size: int, tokens: int, on_their_way: int) -> int:
-    """See `KVLayout.most_pages`."""
-    total, blocks = 0, -(-tokens // page_size)
-    for group in groups:
-        held = blocks
-        if group.window is not None:
-            # the last one counts twice: a window need not begin where a block does, and a block that ends is kept
-            held = min(blocks, -(-(group.window + on_their_way) // page_size) + 1)
-        total += held * group.columns
-    return total

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from multilora.memory.cached_block import HOLE
-from multilora.memory.kv_layout import most_pages
+from multilora.memory.kv_group import most_pages
 from multilora.memory.page_pool import PageKind, PagePool
 from multilora.memory.prefix_cache import NamespaceOf, PrefixCache
 from multilora.memory.reclaim import Reclaimer

@@ -9,7 +9,7 @@ what a namespace equals, not what it means. Called by `page_table.py` and `engin
     request B   [p0]──[p1]──[p5]──(p9)
                   refs 2     refs 1
 
-What a KV group (`kv_layout.py`) has of a block is counted by itself; with no reference left its pages are idle and
+What a KV group (`kv_group.py`) has of a block is counted by itself; with no reference left its pages are idle and
 may be evicted: those of a group that sees everything leaves first, those of a window anywhere. What a request has
 left behind its window is idle, too. A prefix is usable up to where the windows before its end are complete:
 
@@ -21,7 +21,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from multilora.memory.cached_block import HOLE, GroupPages, Node, PageKey, held_parts, usable_blocks
-from multilora.memory.kv_layout import KVGroup
+from multilora.memory.kv_group import KVGroup
 from multilora.memory.page_pool import PageKind, PagePool
 from multilora.memory.reclaim import LEFT_BEHIND_COST, PREFIX_PAGE_COST, GdsfClock
 

@@ -24,7 +24,7 @@ from multilora.server.errors import StrictRoute
 from multilora.server.foreign_fields import sort_out
 from multilora.server.resolving import resolved
 from multilora.server.response_bytes import ResponseBudget
-from multilora.server.streaming import EventStream, Json, frame, while_connected
+from multilora.server.streaming import EventStream, Json, close, frame, while_connected
 from multilora.server.weight_versions import changed_weights, weight_metadata, weight_version_spans
 
 LARGE_FRAME = 64 << 10
@@ -55,7 +55,7 @@ def router(driver: RequestDriver) -> APIRouter:
             results = await while_connected(request.receive, whole())
             return budget.whole(Json(results if batch.several else results[0]))
         begun = driver.generate(batch.jobs, batch.rids, budget.limit)
-        generation = await while_connected(request.receive, begun)
+        generation = await while_connected(request.receive, begun, close)
         return await EventStream.begin(request.receive, answers.frames(generation), generation.close, budget)
 
     return routes

@@ -33,7 +33,7 @@ from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.prompt_logprobs import prompt_logprobs
 from multilora.server.response_bytes import ResponseBudget
-from multilora.server.streaming import EventStream, Json, while_connected
+from multilora.server.streaming import EventStream, Json, close, while_connected
 from multilora.server.weight_versions import changed_weights, weight_metadata, weight_version_spans
 
 Choice = dict[str, Any]
@@ -112,7 +112,8 @@ class OpenAIRequest(ABC):
 
         if not self._body.stream:
             return budget.whole(Json(await while_connected(request.receive, answer())))
-        generation = await while_connected(request.receive, driver.generate(self._jobs, rids, budget.limit))
+        begun = driver.generate(self._jobs, rids, budget.limit)
+        generation = await while_connected(request.receive, begun, close)
         frames = self._frames(generation, ChunkWriter.of(request.scope), budget)
         return await EventStream.begin(request.receive, frames, generation.close, budget)
 

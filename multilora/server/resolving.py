@@ -22,7 +22,8 @@ async def resolved(
     if not front.resolver.active:
         yield
         return
-    held = await while_connected(receive, driver.hold(front.registry.names_of(model, lora_path)))
+    holding = driver.hold(front.registry.names_of(model, lora_path))
+    held = await while_connected(receive, holding, front.resolver.release)
     try:
         yield
     finally:

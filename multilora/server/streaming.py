@@ -7,7 +7,7 @@ ends, however it does, and turns an error inside the stream into one last frame,
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -53,19 +53,42 @@ def _error_frame(error: MultiloraError) -> bytes:
     return frame(error_body(error))
 
 
-async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`. Cancels it and raises ClientDisconnect when the client hangs up first."""
+async def while_connected(
+    receive: Receive, work: Awaitable[T], undo: Callable[[T], object] = lambda _result: None
+) -> T:
+    """The result of `work`. Cancels it and raises ClientDisconnect when the client hangs up first.
+
+    undo: called with a result that nobody gets, because this call was cancelled when the work had just ended.
+    """
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(receive))
+    handed_on = False
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
+        try:
+            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for other in (task, watcher):
+                other.cancel()
+            await asyncio.gather(task, watcher, return_exceptions=True)
+        if task.cancelled():
+            raise ClientDisconnect
+        handed_on = True
+        return task.result()
     finally:
-        for other in (task, watcher):
-            other.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        if not handed_on and task.done() and not (task.cancelled() or task.exception()):
+            undo(task.result())
+
+
+class Closes(Protocol):
+    """What is under way until it is closed: a generation, or an answer made of one."""
+
+    @property
+    def close(self) -> Callable[[], None]: ...
+
+
+def close(begun: Closes) -> None:
+    """An `undo` of `while_connected`."""
+    begun.close()
 
 
 async def _disconnected(receive: Receive) -> None:

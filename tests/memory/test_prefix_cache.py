@@ -1,9 +1,9 @@
-"""Covers `cached_block.py`, `page_table.py`, `reclaim.py`."""
+"""Covers `cached_block.py`, `kv_group.py`, `page_table.py`, `reclaim.py`."""
 
 import random
 
 from multilora.memory.cached_block import HOLE
-from multilora.memory.kv_layout import KVGroup
+from multilora.memory.kv_group import KVGroup
 from multilora.memory.page_pool import PageKind, PagePool
 from multilora.memory.page_table import KVPages, PageTable
 from multilora.memory.prefix_cache import PrefixCache

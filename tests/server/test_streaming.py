@@ -64,6 +64,29 @@ def test_while_connected_cancels_when_the_client_is_gone():
     run(scenario())
 
 
+@pytest.mark.parametrize("turns", [2, 3, 4])
+def test_a_result_that_nobody_gets_is_undone(turns):
+    """The work ends, and before its caller runs again, or while it stops to watch the client, that is cancelled."""
+    undone = []
+
+    async def work():
+        return 5
+
+    async def scenario():
+        calling = asyncio.ensure_future(while_connected(connected, work(), undone.append))
+        for _ in range(turns):  # the caller waits; the work ends
+            await asyncio.sleep(0)
+        assert not calling.done()
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        assert undone == [5]
+        assert await while_connected(connected, work(), undone.append) == 5
+        assert undone == [5]
+
+    run(scenario())
+
+
 def test_a_stream_is_sent_frame_by_frame_and_closed_once():
     closed = []
 

@@ -1,11 +1,11 @@
 """Runs a model step by step over a small arena whose pages are handed out in a scrambled order."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from multilora.attention.backends import make_attention
-from multilora.batch import AttentionMeta
+from multilora.batch import AttentionMeta, ColumnPages
 from multilora.layers.context import ForwardContext
 from multilora.models.base import CausalLM
 
@@ -14,10 +14,10 @@ PAGE = 4
 
 @dataclass
 class Sequence:
-    """A text, and how much of it lies in which pages."""
+    """A text, and how much of it lies in which pages: for each block, its page in each column."""
 
     tokens: list[int]
-    pages: list[int] = field(default_factory=list)
+    pages: list[list[int]] = field(default_factory=list)
     done: int = 0
 
 
@@ -32,28 +32,40 @@ class Driver:
             k.fill_(torch.nan)
             v.fill_(torch.nan)
         self.model = model
+        self.columns = layout.columns
         self.free = [(7 * i + 3) % num_pages for i in range(num_pages)]
-        self.attention = make_attention(attention, views, model.attention_shape)
+        shape = replace(model.attention_shape, layer_columns=layout.layer_columns)
+        self.attention = make_attention(attention, views, shape)
 
     @torch.inference_mode()
     def step(self, work: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
         """Compute the next n tokens of each sequence; returns their logits, [n, vocab] each."""
-        ids, positions, pages, slots = [], [], [], []
+        ids, positions, blocks, slots = [], [], [], []
         for seq, n in work:
             while len(seq.pages) * PAGE < seq.done + n:
-                seq.pages.append(self.free.pop())
+                seq.pages.append([self.free.pop() for _ in range(self.columns)])
             span = range(seq.done, seq.done + n)
             ids += seq.tokens[seq.done : seq.done + n]
             positions += list(span)
-            pages += [seq.pages[p // PAGE] for p in span]
+            blocks += [seq.pages[p // PAGE] for p in span]
             slots += [p % PAGE for p in span]
             seq.done += n
         width = max(len(seq.pages) for seq, _ in work)
-        table = [seq.pages + [0] * (width - len(seq.pages)) for seq, _ in work]
+        table = [seq.pages + [[0] * self.columns] * (width - len(seq.pages)) for seq, _ in work]
         lens = [n for _, n in work]
         device = self.model.device
-        tensors = [torch.tensor(values, device=device) for values in (table, pages, slots, ids, positions)]
-        meta = AttentionMeta(tuple(lens), tuple(seq.done for seq, _ in work), *tensors[:3])
+        tensors = [torch.tensor(values, device=device) for values in (table, blocks, slots, ids, positions)]
+        first, *further = [
+            ColumnPages(tensors[0][..., c].contiguous(), tensors[1][..., c].contiguous()) for c in range(self.columns)
+        ]
+        meta = AttentionMeta(
+            tuple(lens),
+            tuple(seq.done for seq, _ in work),
+            first.page_table,
+            first.token_page,
+            tensors[2],
+            tuple(further),
+        )
         self.attention.prepare(meta)
         context = ForwardContext(self.attention, None)
         hidden = self.model(self.model.embed(tensors[3], context), tensors[4], context)

@@ -19,7 +19,7 @@ from multilora.server.dialects import in_words_of
 from multilora.server.errors import StrictRoute
 from multilora.server.resolving import resolved
 from multilora.server.response_bytes import ResponseBudget
-from multilora.server.streaming import EventStream, Json, named_frame, while_connected
+from multilora.server.streaming import EventStream, Json, close, named_frame, while_connected
 from multilora.server.tokenization import UNBOUNDED
 
 
@@ -68,7 +68,7 @@ async def _respond(
 
     if not body.stream:
         return budget.whole(Json(await while_connected(request.receive, whole())))
-    answer = await while_connected(request.receive, begin())
+    answer = await while_connected(request.receive, begin(), close)
     frames = _frames(answer)
     return await EventStream.begin(request.receive, frames, answer.close, budget, error_frame=_error_frame, done=b"")
 

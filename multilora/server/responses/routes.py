@@ -101,7 +101,12 @@ class Responses:
         if not body.stream and not body.background:
             return budget.whole(Json(await while_connected(request.receive, self._whole(response_id, body))))
         log = EventLog() if body.stream and body.background else None
-        run = await while_connected(request.receive, self._start(response_id, body, log))
+
+        def forget(run: ResponseRun) -> None:  # the client is gone, and has not been told the id
+            self.store.discard(response_id)
+            run.cancel()
+
+        run = await while_connected(request.receive, self._start(response_id, body, log), forget)
         if log is not None:
             self._go_on(run.record(log, budget))
             return await self.follow(request, log)

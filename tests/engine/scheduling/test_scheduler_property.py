@@ -36,7 +36,7 @@ from multilora.engine.scheduling.scheduler import Scheduler
 from multilora.engine.scheduling.speculation import Speculation
 from multilora.errors import AdapterError
 from multilora.memory.cached_block import HOLE
-from multilora.memory.kv_layout import KVGroup, most_pages
+from multilora.memory.kv_group import KVGroup, most_pages
 from multilora.memory.page_pool import PageKind
 from multilora.params import Composition, SamplingParams
 

@@ -27,7 +27,7 @@ from multilora.errors import AdapterIncompatible, AdapterNotFound, MultiloraErro
 from multilora.lora.panels import AdapterShape, PanelLayout
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
-from multilora.memory.kv_layout import KVGroup
+from multilora.memory.kv_group import KVGroup
 from multilora.memory.page_pool import PagePool
 from multilora.memory.prefix_cache import PrefixCache
 from multilora.memory.reclaim import GdsfClock, Reclaimer
