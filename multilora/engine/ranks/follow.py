@@ -13,7 +13,7 @@ from contextlib import closing
 import torch
 import zmq
 
-from multilora.adapters.device.copier import Copy, DirectCopier
+from multilora.adapters.device.copier import Copy
 from multilora.adapters.loading.dora_bias import module_facts
 from multilora.config import Config
 from multilora.engine.build_rank import build_rank, device_of, make_runner, make_sleep, own_copier, recapture
@@ -127,25 +127,21 @@ class _Follower:
         self._in_flight: deque[Launched] = deque()
         self._progress = RankProgress(start.directory, config.tp_size)
         self._rank = start.rank
-        self._receiver: PageReceiver | None = None
-        if not isinstance(self._copier, DirectCopier):
-            self._receiver = PageReceiver(
-                context, start.directory, start.rank, self._page_bytes, self._copier, self._progress
-            )
+        self._receiver = PageReceiver(
+            context, start.directory, start.rank, self._page_bytes, self._copier, self._progress
+        )
         report(Up(start.rank))
 
     def run(self) -> None:
         try:
             self._serve()
         finally:
-            if self._receiver is not None:
-                self._receiver.close()
+            self._receiver.close()
 
     def _serve(self) -> None:
         while True:
             self._note_copies()
-            if self._receiver is not None:
-                self._receiver.check()
+            self._receiver.check()
             if not self._inbox.poll(self._patience()):
                 if not self._copies:
                     self._read(0)
@@ -167,18 +163,15 @@ class _Follower:
                 case RestoreMemory(tag):
                     self._restore(tag)
                 case Shutdown():
-                    if self._receiver is not None:
-                        self._receiver.close()  # it gives the copier work
+                    self._receiver.close()  # it gives the copier work
                     self._copier.close()
                     return
 
-    def _patience(self) -> int | None:
-        """How many milliseconds to wait for a message; None: any number."""
+    def _patience(self) -> int:
+        """How many milliseconds to wait for a message."""
         if self._copies:
             return COPY_CHECK_MS
-        if self._in_flight:
-            return PAUSE_MS
-        return RECEIVER_CHECK_MS if self._receiver is not None else None
+        return PAUSE_MS if self._in_flight else RECEIVER_CHECK_MS
 
     def _note_copies(self) -> None:
         """Report those that have finished."""
