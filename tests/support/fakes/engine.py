@@ -251,18 +251,19 @@ class FakeRunner:
         """The state before `position`. Attention would read all that the token there sees, so all of it must still
         hold KV, in every layer that of the same tokens."""
         size, first = self._page_size, 0
-        seen: dict[int, set[int]] = {}  # position → states
+        seen: dict[int, int] = {}  # position → state, as the columns before have it
         for group in self._groups:
             start = 0 if group.window is None else max(0, position + 1 - group.window)
             for column in range(first, first + group.columns):
-                for p in range(start, position):
-                    page = pages[p // size * self._columns + column]
-                    assert page >= 0, "a page that is still read has been given back"
-                    assert self._arena[page, 0] == HOLDS_KV, "an adapter was copied over KV still in use"
-                    seen.setdefault(p, set()).add(self._states[page][p % size])
+                blocks = range(start // size, (position - 1) // size + 1)
+                read = [pages[block * self._columns + column] for block in blocks]
+                assert min(read) >= 0, "a page that is still read has been given back"
+                assert bool((self._arena[read, 0] == HOLDS_KV).all()), "an adapter was copied over KV still in use"
+                for p in range(start if self._columns > 1 else position, position):
+                    state = self._states[pages[p // size * self._columns + column]][p % size]
+                    assert seen.setdefault(p, state) == state, "layers hold the KV of different tokens"
             first += group.columns
-        assert all(len(states) == 1 for states in seen.values()), "layers hold the KV of different tokens"
-        return seen[position - 1].pop()
+        return self._states[pages[(position - 1) // size * self._columns]][(position - 1) % size]
 
     def _write(self, pages: list[int], position: int, state: int) -> None:
         first = position // self._page_size * self._columns
