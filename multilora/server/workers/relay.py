@@ -1,8 +1,10 @@
 """ASGI over a Unix socket: a worker hands a request that is not its own to the supervisor's application.
 
 One connection for each request. It carries frames, a length and msgpack: the request's head, then parts of its body,
-and the other way the answer's head and parts of its body. Each side writes no faster than the other reads. The
-connection's end is the client's hang-up, so a load whose client leaves ends as without workers.
+and the other way the answer's head and parts of its body. Each side writes no faster than the other reads. The worker
+ends the connection, when it has the whole answer or its client has hung up, so a load whose client leaves ends as
+without workers. The supervisor waits for that: were it to close first, a part of the body that is still to be written
+would find no reader, and with this error the worker would lose an answer that it has not read yet.
 """
 
 import asyncio
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 HEAD_FIELDS = ("method", "path", "raw_path", "query_string", "headers", "client", "server", "scheme", "http_version")
 LENGTH_BYTES = 4
+SKIPPED_BYTES = 1 << 16
+"""At a time, of what comes after the answer."""
 
 
 class Forwarder:
@@ -115,6 +119,8 @@ class RelayServer:
 
         await self._before(scope["path"])
         await self._app(scope, receive, send)
+        while await reader.read(SKIPPED_BYTES):  # until the worker has closed
+            pass
 
 
 async def _send_body(receive: Receive, writer: asyncio.StreamWriter) -> None:

@@ -1,0 +1,128 @@
+"""A request handed on over a Unix socket: what its client gets, whatever comes first. Covers `workers/relay.py`."""
+
+import asyncio
+
+import pytest
+
+from multilora.server.workers.relay import Forwarder, RelayServer
+
+PIECE = {"type": "http.request", "body": b"piece", "more_body": True}
+LAST = {"type": "http.request", "body": b"", "more_body": False}
+SCOPE = {
+    "type": "http",
+    "method": "GET",
+    "path": "/health",
+    "raw_path": b"/health",
+    "query_string": b"",
+    "headers": [(b"host", b"x")],
+    "client": ("127.0.0.1", 1),
+    "server": ("127.0.0.1", 2),
+    "scheme": "http",
+    "http_version": "1.1",
+}
+
+
+async def early(scope, receive, send):
+    """Answers without a look at the body."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+    await send({"type": "http.response.body", "body": b"well", "more_body": False})
+
+
+async def echo(scope, receive, send):
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message["body"], message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def nothing(*_):
+    pass
+
+
+class Client:
+    """One request through worker and supervisor. pieces: of its body, after so many seconds each; each message of the
+    answer takes it twice as long."""
+
+    def __init__(self, pieces, seconds=0.0):
+        self.pieces = list(pieces)
+        self.seconds = seconds
+        self.sent = []
+        self.hung_up = asyncio.Event()
+
+    async def receive(self):
+        if not self.pieces:
+            await self.hung_up.wait()
+            return {"type": "http.disconnect"}
+        await asyncio.sleep(self.seconds)
+        return self.pieces.pop(0)
+
+    async def send(self, message):
+        self.sent.append(message)
+        await asyncio.sleep(2 * self.seconds)
+
+    @property
+    def status(self):
+        return self.sent[0]["status"]
+
+    @property
+    def body(self):
+        return b"".join(message["body"] for message in self.sent[1:])
+
+
+async def asked(app, path, *clients):
+    server = RelayServer(app, nothing, nothing)
+    await server.start(path)
+    try:
+        await asyncio.gather(*(Forwarder(str(path))(SCOPE, client.receive, client.send) for client in clients))
+        async with asyncio.timeout(10):
+            while server._requests:
+                await asyncio.sleep(0.01)
+    finally:
+        await server.close()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02])
+def test_an_answer_that_is_there_before_the_body_is_not_lost(tmp_path, seconds):
+    async def scene():
+        clients = [Client([PIECE, PIECE, LAST], seconds) for _ in range(50)]
+        await asked(early, tmp_path / "s", *clients)
+        assert [(client.status, client.body) for client in clients] == [(200, b"well")] * 50
+
+    asyncio.run(scene())
+
+
+def test_a_body_arrives_whole(tmp_path):
+    async def scene():
+        client = Client([PIECE, PIECE, LAST])
+        await asked(echo, tmp_path / "s", client)
+        assert client.status == 200 and client.body == b"piecepiece"
+
+    asyncio.run(scene())
+
+
+def test_a_client_that_hangs_up_is_told_to_the_application(tmp_path):
+    async def scene():
+        told = asyncio.Event()
+
+        async def app(scope, receive, send):
+            assert (await receive())["type"] == "http.request"
+            client.hung_up.set()
+            assert (await receive())["type"] == "http.disconnect"
+            told.set()
+
+        client = Client([LAST])
+        await asked(app, tmp_path / "s", client)
+        assert told.is_set()
+
+    asyncio.run(scene())
+
+
+def test_without_a_supervisor_the_answer_is_503(tmp_path):
+    async def scene():
+        client = Client([LAST])
+        await Forwarder(str(tmp_path / "nobody"))(SCOPE, client.receive, client.send)
+        assert client.status == 503 and b"EngineDead" in client.body
+
+    asyncio.run(scene())
