@@ -5,7 +5,8 @@
 
 Each row's workload is run through the planner's simulation, which says what steps it consists of; its time is linear
 in the coefficients. They are fitted by least squares of the relative error, none below 0, to the rows of `FITTED`
-alone, without the one where adapters take turns; that and the other files are held out.
+alone, without the one where adapters take turns; that and the other files are held out. The rows of other models and
+of two GPUs are listed by themselves: nothing is fitted to them but the time of routing to experts, to one of theirs.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,13 @@ HELD_OUT = (
     "2026-11-29-h200-many-before",
     "2026-11-29-h200-many-after",
 )
+SHARED_AND_EXPERTS = {
+    "2026-11-29-h200-x2-tp": ("llama-8b", 2),
+    "2026-11-29-h200-x2-tp-again": ("llama-8b", 2),
+    "2026-11-29-h200-x2-70b": ("llama-70b", 2),
+    "2026-11-29-h200-experts": ("qwen3-30b-a3b", 1),
+}
+"""Other dimensions and numbers of GPUs, by file."""
 H200 = GPUS["h200"]
 MIXED = (8, 16, 32, 64)
 DIMS, WORK = SIZES["llama-8b"]
@@ -53,44 +61,50 @@ class MeasuredRow:
     value: float
     unit: str
 
+    @property
+    def facts(self) -> ModelFacts:
+        return llama(*SHARED_AND_EXPERTS.get(self.file, ("llama-8b", 1)))
+
 
 @cache
-def llama() -> ModelFacts:
-    """The model that all rows were measured with: Llama-3.1-8B's dimensions, as the benchmark writes them."""
+def llama(dims: str = "llama-8b", tp_size: int = 1) -> ModelFacts:
+    """The model that a row was measured with, as the benchmark writes it: Llama-3.1-8B's dimensions but for a few."""
     with tempfile.TemporaryDirectory() as folder:
-        return model_facts(write_model(Path(folder) / "model", DIMS))
+        return model_facts(write_model(Path(folder) / "model", SIZES[dims][0]), tp_size=tp_size)
 
 
-def measured(files: tuple[str, ...]) -> list[MeasuredRow]:
-    """The decode and throughput rows of these files."""
+def measured(files: Iterable[str]) -> list[MeasuredRow]:
+    """The decode and throughput rows of these files; of a row that is a ratio, the milliseconds beside it."""
     return [
-        MeasuredRow(file, row["row"], row["value"], row["unit"])
+        MeasuredRow(file, row["row"], row.get("ms", row["value"]), "ms" if "ms" in row else row["unit"])
         for file in files
         for row in json.loads((RESULTS / f"{file}.json").read_text())["rows"]
-        if row["unit"] in ("ms", "tokens/s") and re.match(r"decode|throughput", row["row"])
+        if (row["unit"] in ("ms", "tokens/s") or "ms" in row) and re.match(r"decode|throughput", row["row"])
     ]
 
 
 @cache
-def steps_of(name: str, coefficients: StepCoefficients = CALIBRATED) -> tuple[tuple[StepLoad, ...], int, float]:
+def steps_of(
+    name: str, facts: ModelFacts, coefficients: StepCoefficients = CALIBRATED
+) -> tuple[tuple[StepLoad, ...], int, float]:
     """The steps of a row, how many tokens or steps they stand for, and seconds without a step (waits for copies)."""
-    facts = llama()
     if decode := re.match(r"decode, batch (\d+), (.*)", name):
         batch, what = int(decode[1]), decode[2]
         context = batch * (WORK.decode_prompt + WORK.decode_steps // 2)
-        if "unused" in what:
+        if "LoRA unused" in what:
             return (StepLoad(batch, 0, context),), 1, 0.0
         ranks = [16] if what == "one rank-16" else (list(MIXED) * batch if "ranks" in what else [16] * batch)[:batch]
-        nbytes = sum(map(facts.adapter_bytes, ranks))
+        distinct = int(number[1]) if (number := re.match(r"(\d+) distinct", what)) else len(ranks)
+        nbytes = sum(map(facts.adapter_bytes, ranks[:distinct]))
         return (StepLoad(batch, 0, context, adapted_tokens=batch, adapter_bytes=nbytes),), 1, 0.0
     simulation = _throughput(name, facts, coefficients)
     found = simulation.result
-    return tuple(found.steps), found.tokens, found.seconds - seconds_of(tuple(found.steps), coefficients)
+    return tuple(found.steps), found.tokens, found.seconds - seconds_of(tuple(found.steps), facts, coefficients)
 
 
-def seconds_of(steps: tuple[StepLoad, ...], coefficients: StepCoefficients) -> float:
+def seconds_of(steps: tuple[StepLoad, ...], facts: ModelFacts, coefficients: StepCoefficients) -> float:
     """Seconds of all of them."""
-    model = StepModel(llama(), H200, coefficients)
+    model = StepModel(facts, H200, coefficients)
     return sum(map(model.seconds, steps))
 
 
@@ -117,8 +131,8 @@ def _throughput(name: str, facts: ModelFacts, coefficients: StepCoefficients) ->
 
 def predicted(row: MeasuredRow, coefficients: StepCoefficients = CALIBRATED) -> float:
     """What the planner says, in the row's unit."""
-    steps, count, waits = steps_of(row.name, coefficients)
-    seconds = waits + seconds_of(steps, coefficients)
+    steps, count, waits = steps_of(row.name, row.facts, coefficients)
+    seconds = waits + seconds_of(steps, row.facts, coefficients)
     return seconds / count * 1e3 if row.unit == "ms" else count / seconds
 
 
@@ -128,7 +142,7 @@ def fit(rows: list[MeasuredRow]) -> StepCoefficients:
     model = StepModel(llama(), H200)
     table, rest = [], []
     for row in rows:
-        steps, count, waits = steps_of(row.name)
+        steps, count, waits = steps_of(row.name, row.facts)
         seconds = row.value / 1e3 * count if row.unit == "ms" else count / row.value
         table.append(np.array([model.terms(load) for load in steps]).sum(axis=0) / seconds)
         rest.append(1 - (waits + sum(map(model.fixed, steps))) / seconds)
@@ -151,7 +165,7 @@ def not_negative_least_squares(table: np.ndarray, rest: np.ndarray) -> np.ndarra
     return found / scale
 
 
-def errors(files: tuple[str, ...]) -> Iterator[tuple[MeasuredRow, float, float]]:
+def errors(files: Iterable[str]) -> Iterator[tuple[MeasuredRow, float, float]]:
     """(row, prediction, relative error) of every row."""
     for row in measured(files):
         said = predicted(row)
@@ -165,7 +179,8 @@ def main() -> int:
     if parser.parse_args().fit:
         sys.stdout.write(f"{fit(measured(FITTED))}\n")
         return 0
-    for label, files in (("fitted", FITTED), ("held out", HELD_OUT)):
+    sets = (("fitted", FITTED), ("held out", HELD_OUT), ("experts, or two GPUs", SHARED_AND_EXPERTS))
+    for label, files in sets:
         found = list(errors(files))
         for row, said, error in found:
             sys.stdout.write(f"{row.file:36} {row.name:58} {row.value:9.2f} {said:9.2f} {row.unit:9}{error:+7.1%}\n")

@@ -34,13 +34,15 @@ def advise(planner: "Planner", rps: float) -> list[Advice]:
 
 def _too_much(planner: "Planner", rps: float) -> Iterator[Advice]:
     if rps > planner.most_rps:
-        count = math.ceil(rps / planner.most_rps)
-        yield Advice("", f"{rps:.4g} requests a second are more than one GPU's {planner.most_rps:.3g}: take {count}")
+        ranks = planner.workload.tp_size
+        count = math.ceil(rps / planner.most_rps) * ranks
+        whose = "one GPU's" if ranks == 1 else f"the {ranks} GPUs'"
+        yield Advice("", f"{rps:.4g} requests a second are more than {whose} {planner.most_rps:.3g}: take {count}")
 
 
 def _adapters(planner: "Planner") -> Iterator[Advice]:
     memory, wanted = planner.capacity, planner.workload.adapters
-    need = wanted * memory.adapter_bytes
+    need = wanted * memory.adapter_bytes * planner.workload.tp_size
     if memory.host_adapters is not None and memory.host_adapters < wanted:
         yield Advice(
             "--max-loaded-loras",

@@ -65,13 +65,13 @@ def capacity(
     request_pages = facts.layout.most_pages(request_tokens, 2 * chunk_tokens)
     pages = facts.adapter_pages(rank)
     room = memory.num_pages - running * request_pages
-    per_adapter = pages * memory.page_bytes
+    on_host = pages * memory.page_bytes * facts.tp_size  # host memory holds the pages of all ranks
     return Capacity(
         memory,
         request_pages,
         pages,
         max(0, room // pages) if pages else 0,
-        None if host_bytes is None or not pages else host_bytes // per_adapter,
+        None if host_bytes is None or not pages else host_bytes // on_host,
     )
 
 

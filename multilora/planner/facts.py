@@ -1,6 +1,7 @@
 """What of a base model decides memory and time, from its config alone: sizes of weights, KV and adapters.
 
-The sizes are asked of the same code that the engine allocates and packs with. Called by `planner.py`.
+The sizes are asked of the same code that the engine allocates and packs with. Where GPUs share a model, they are
+those of one of them. Called by `planner.py`.
 """
 
 from dataclasses import dataclass
@@ -9,31 +10,45 @@ from functools import cached_property
 import torch
 
 from multilora.adapters.packing.blocks import PackTarget
+from multilora.distributed.group import SINGLE, SingleRank
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.lora.device_table import table_bytes_per_page
 from multilora.lora.panels import AdapterShape
 from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, LoraSite
 from multilora.memory.kv_layout import KVLayout
 from multilora.models.base import CausalLM
+from multilora.models.config import MoeConfig, NativeConfig
 from multilora.models.load import make_model
+
+
+class PlannedRank(SingleRank):
+    """The first of `size` ranks that are not there: its model is allocated, and never computed."""
+
+    def __init__(self, size: int):
+        self.size = size
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """One base model as one GPU holds it."""
+    """One base model as one GPU holds it, alone or as one of `tp_size`."""
 
     path: str
     model: CausalLM  # on the meta device: it has no weights
     layout: KVLayout
-    targets: tuple[str, ...] | None  # modules that adapters act on; None: every linear layer
+    targets: tuple[str, ...] | None  # modules that adapters act on; None: every linear layer that is no expert's
+
+    @property
+    def tp_size(self) -> int:
+        return self.model.group.size
 
     @cached_property
     def sites(self) -> tuple[LoraSite, ...]:
-        return self.model.lora_sites()
+        return self.model.local_sites()
 
     @cached_property
     def pack_target(self) -> PackTarget:
-        return PackTarget.of(self.sites, self.model.config.adapter_dtype, self.layout.page_bytes, 1)
+        config = self.model.config
+        return PackTarget.of(self.model.lora_sites(), config.adapter_dtype, self.layout.page_bytes, self.tp_size)
 
     @property
     def layers(self) -> int:
@@ -45,17 +60,47 @@ class ModelFacts:
 
     @cached_property
     def parameters(self) -> int:
-        """Numbers that each token is multiplied with: all linear layers and the head."""
-        body = sum(s.in_features * s.out_features for s in self.sites if s.layer != MODEL_LEVEL)
-        return body + self.model.config.hidden_size * self.model.config.vocab_size
+        """Numbers that each token is multiplied with: all linear layers, of experts those that it takes, the head."""
+        body = sum(s.in_features * s.out_features for s in self.sites if s.layer != MODEL_LEVEL and not s.experts)
+        expert = sum(s.in_features * s.out_features for s in self.sites if s.experts)
+        return body + (expert * self.top_k + self._table) // self.tp_size
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token takes; 0 in a model without any."""
+        return self._moe.top_k if self._moe else 0
+
+    @property
+    def _moe(self) -> MoeConfig | None:
+        config = self.model.config
+        return config.moe if isinstance(config, NativeConfig) else None
+
+    @cached_property
+    def expert_layers(self) -> int:
+        return len({site.layer for site in self.sites if site.experts})
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts that a GPU holds."""
+        numbers = sum(s.experts * s.in_features * s.out_features for s in self.sites)
+        return numbers * self.model.config.dtype.itemsize
+
+    def experts_taken(self, rows: int) -> float:
+        """The share of the experts that `rows` tokens take, if all are taken equally often."""
+        return 1 - (1 - self._moe.top_k / self._moe.num_experts) ** rows if self._moe else 0.0
+
+    @property
+    def _table(self) -> int:
+        """Numbers in the table of embeddings, which is as large as the head."""
+        return self.model.config.vocab_size * self.model.config.hidden_size
 
     @cached_property
     def read_bytes(self) -> int:
-        """Bytes of weights that a step reads: all but the table of embeddings, of which it looks up a few rows."""
+        """Bytes of weights that a step of many rows reads: all but the table of embeddings, of which it looks up a
+        few rows."""
         if self.model.config.tie_word_embeddings:
             return self.weight_bytes
-        table = self.model.config.vocab_size * self.model.config.hidden_size * self.model.config.dtype.itemsize
-        return self.weight_bytes - table
+        return self.weight_bytes - self._table * self.model.config.dtype.itemsize // self.tp_size
 
     @cached_property
     def table_bytes(self) -> int:
@@ -63,9 +108,7 @@ class ModelFacts:
 
     def adapter_pages(self, rank: int) -> int:
         """Pages of one adapter, by the engine's own packing."""
-        ranks = tuple(
-            tuple(rank if self._is_target(s.module, site) else 0 for s in site.slices) for site in self.sites
-        )
+        ranks = tuple(tuple(rank if self.acts_on(s.module, site) else 0 for s in site.slices) for site in self.sites)
         return self.pack_target.layout(AdapterShape(ranks)).num_pages
 
     def adapter_bytes(self, rank: int) -> int:
@@ -79,12 +122,13 @@ class ModelFacts:
             site.in_features + s.out_features
             for site in self.sites
             for s in site.slices
-            if self._is_target(s.module, site)
+            if self.acts_on(s.module, site)
         )
 
-    def _is_target(self, module: str, site: LoraSite) -> bool:
+    def acts_on(self, module: str, site: LoraSite) -> bool:
+        """Whether the adapters act on this module of a site."""
         if self.targets is None:
-            return site.layer != MODEL_LEVEL and module not in (EMBED, HEAD)
+            return site.layer != MODEL_LEVEL and module not in (EMBED, HEAD) and not site.experts
         return module in self.targets or module.rpartition(".")[2] in self.targets
 
 
@@ -96,12 +140,18 @@ def model_facts(
     kv_cache_dtype: str = "auto",
     quantization: str | None = None,
     targets: tuple[str, ...] | None = None,
+    tp_size: int = 1,
 ) -> ModelFacts:
     """The facts of a directory or hub id, of which only JSON files are read. Raises ConfigError for a path or a
-    target that is not there, ModelUnsupported for what is not served, and for mixtures of experts, whose steps are
-    not modelled."""
+    target that is not there, or a model that so many GPUs cannot share, ModelUnsupported for what is not served, and
+    for adapters on experts, whose steps were not measured."""
     model = make_model(
-        path, dtype=dtype, device=torch.device("meta"), quantization=quantization, kv_cache_dtype=kv_cache_dtype
+        path,
+        dtype=dtype,
+        device=torch.device("meta"),
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        group=PlannedRank(tp_size) if tp_size > 1 else SINGLE,
     )
     if model.config.dtype == torch.float32 and dtype == "auto":  # a GPU is meant, whose kernels are for 16 bit
         return model_facts(
@@ -111,12 +161,16 @@ def model_facts(
             kv_cache_dtype=kv_cache_dtype,
             quantization=quantization,
             targets=targets,
+            tp_size=tp_size,
         )
-    if any(site.experts for site in model.lora_sites()):
-        raise ModelUnsupported(f"plan: {path} is a mixture of experts, whose steps are not modelled")
     facts = ModelFacts(path, model, model.kv_layout(page_size), targets)
     known = {s.module.rpartition(".")[2] for site in facts.sites for s in site.slices}
     for target in targets or ():
         if target.rpartition(".")[2] not in known:
             raise ConfigError(f"--target-modules: {path} has no module {target!r}; it has {', '.join(sorted(known))}")
+    of_experts = sorted(
+        {s.module for site in facts.sites if site.experts for s in site.slices if facts.acts_on(s.module, site)}
+    )
+    if of_experts:
+        raise ModelUnsupported(f"plan: steps of adapters on experts ({', '.join(of_experts)}) were not measured")
     return facts

@@ -26,6 +26,8 @@ from multilora.planner.simulation import (
 )
 from multilora.planner.step_model import StepModel
 
+MEASURED_RANKS = (1, 2)
+"""So many H200s that share a model were measured."""
 REQUESTS = 1000
 """How many requests are simulated at each rate."""
 SHARES = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -37,12 +39,13 @@ USUAL_SHARE = 0.7
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked. rank: of every adapter; skew: adapter i is asked for as 1 / (i + 1) ** skew; rps: requests a
-    second, None for 70 % of the largest rate; first_token: seconds that the 99th percentile may take; the rest as the
-    server's flags."""
+    """What is asked. tp_size: GPUs that share the model; rank: of every adapter; skew: adapter i is asked for as
+    1 / (i + 1) ** skew; rps: requests a second, None for 70 % of the largest rate; first_token: seconds that the 99th
+    percentile may take; the rest as the server's flags."""
 
     model_path: str
     gpu: str = "h200"
+    tp_size: int = 1
     adapters: int = 64
     rank: int = 16
     target_modules: tuple[str, ...] | None = None
@@ -61,7 +64,15 @@ class Workload:
     quantization: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "prompt", "answer", "max_running_requests", "chunked_prefill_size", "page_size"):
+        for name in (
+            "tp_size",
+            "rank",
+            "prompt",
+            "answer",
+            "max_running_requests",
+            "chunked_prefill_size",
+            "page_size",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, is {getattr(self, name)}")
         if self.adapters < 0:
@@ -92,11 +103,12 @@ class RatePoint:
 
 @dataclass(frozen=True)
 class ServingPlan:
-    """The answer. at: the rate that was asked about; most_rps, most_tokens: with requests always waiting; breaks_at:
-    the largest rate at which 99 of 100 first tokens come in time; bound: what the largest rate is limited by."""
+    """The answer; bytes of weights, arena and adapter are those of one GPU. at: the rate that was asked about;
+    most_rps, most_tokens: with requests always waiting; breaks_at: the largest rate at which 99 of 100 first tokens
+    come in time; bound: what the largest rate is limited by."""
 
     workload: Workload
-    measured: bool  # whether the GPU is one that was measured
+    measured: bool  # whether the GPU is one that was measured, and so many of it
     weights_bytes: int
     arena_bytes: int
     adapter_bytes: int
@@ -133,6 +145,7 @@ class Planner:
             kv_cache_dtype=workload.kv_cache_dtype,
             quantization=workload.quantization,
             targets=workload.target_modules,
+            tp_size=workload.tp_size,
         )
         context = self.facts.model.config.context_length
         if workload.prompt + workload.answer > context:
@@ -200,13 +213,13 @@ class Planner:
         usual = w.rps or USUAL_SHARE * self.most_rps
         return ServingPlan(
             workload=w,
-            measured=self.gpu.measured,
+            measured=self.gpu.measured and w.tp_size in MEASURED_RANKS,
             weights_bytes=self.facts.weight_bytes,
             arena_bytes=memory.memory.arena_bytes,
             adapter_bytes=memory.adapter_bytes,
             device_adapters=memory.device_adapters,
             host_adapters=memory.host_adapters,
-            host_bytes_needed=w.adapters * memory.adapter_bytes,
+            host_bytes_needed=w.adapters * memory.adapter_bytes * w.tp_size,
             kv_tokens=memory.memory.kv_tokens,
             copy_seconds=self.copy_seconds,
             most_rps=self.most_rps,

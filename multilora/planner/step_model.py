@@ -14,17 +14,31 @@ layers, and has one coefficient, fitted to `bench/results` by `scripts/calibrate
             + g · LoRA's products of new prompt tokens
 
 The first two lines are not fitted, because all measured rows have short contexts: attention was measured alone to
-read KV at 3.5 of 4.3 TB/s, and is taken to reach half of the arithmetic. Called by `planner.py`.
+read KV at 3.5 of 4.3 TB/s, and is taken to reach half of the arithmetic.
+
+Of a mixture's experts, the weights are those that so many rows take, and routing takes a time of its own in each
+layer. Ranks that share a model also sum: twice a layer, each time for a start and the bytes. Called by `planner.py`.
 """
 
 import dataclasses
 from dataclasses import dataclass, fields
 
+from multilora.distributed.exchange import MOST_ROWS
 from multilora.planner.facts import ModelFacts
 from multilora.planner.gpus import GpuModel
 
 KV_READ = 1.23
 ATTENTION = 2.0
+ROUTING = 3.0e-5
+"""Seconds a layer of routing tokens to experts and sorting them: what one measured step (Qwen3-30B-A3B's dimensions,
+64 rows, no adapters) takes beyond the other terms."""
+SUM_START, SUM_START_NCCL, SUM_BYTES, SUM_BYTES_NCCL = 3.3e-6, 1.2e-5, 1.21e11, 5e10
+"""Seconds until a sum over ranks begins, by our kernel for few rows and by NCCL, and bytes a second from there on:
+what `bench.collectives` measured between two H200s, but for NCCL's bytes, of which steps with prompts reach less than
+half as many."""
+SHARED_LAYER = 1.1e-5
+"""Seconds a layer that ranks wait for each other beyond that. This and NCCL's bytes were chosen by the rows of two
+H200s (`scripts.calibrate_planner` lists their errors)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +90,11 @@ class StepModel:
         shape = facts.model.attention_shape
         self._coefficients: tuple[float, ...] = dataclasses.astuple(coefficients)
         self._read = gpu.read
-        self._weights = facts.read_bytes / gpu.read
+        self._facts = facts
+        self._weights_read = facts.read_bytes / gpu.read
+        self._experts_read = facts.expert_bytes / gpu.read
         self._layers = float(facts.layers)
+        self._row_bytes = facts.model.config.hidden_size * facts.model.config.dtype.itemsize
         self._token_products = 2 * facts.parameters / gpu.matmul
         self._token_kv = KV_READ * facts.layout.token_bytes / gpu.read
         self._attention = ATTENTION * 4 * facts.layers * shape.num_heads * shape.head_dim / gpu.matmul
@@ -86,14 +103,31 @@ class StepModel:
 
     def fixed(self, load: StepLoad) -> float:
         """The seconds that no coefficient is fitted for."""
-        return self._weights + self._token_kv * load.context + self._attention * load.prompt_context
+        rows = load.decodes + load.prompt_tokens
+        layers = ROUTING * self._facts.expert_layers + self._sums(rows)
+        return self._weights(rows) + self._token_kv * load.context + self._attention * load.prompt_context + layers
+
+    def _weights(self, rows: int) -> float:
+        """Reading them: all, but of the experts only those that some row takes."""
+        return self._weights_read - self._experts_read * (1 - self._facts.experts_taken(rows))
+
+    def _sums(self, rows: int) -> float:
+        """Sums over ranks of all layers and of the embedding: a ring moves 2 · (n - 1) / n of the bytes."""
+        ranks = self._facts.tp_size
+        if ranks == 1:
+            return 0.0
+        few = rows <= MOST_ROWS.get(ranks, 0)
+        start, speed = (SUM_START, SUM_BYTES) if few else (SUM_START_NCCL, SUM_BYTES_NCCL)
+        moved = 2 * (ranks - 1) / ranks * rows * self._row_bytes
+        layers = self._facts.layers
+        return (2 * layers + 1) * (start + moved / speed) + layers * SHARED_LAYER
 
     def terms(self, load: StepLoad) -> tuple[float, ...]:
         """The quantities of `TERMS`, in its order."""
         rows = load.decodes + load.prompt_tokens
         return (
             self._layers,
-            self._weights if rows > 1 else 0.0,
+            self._weights(rows) if rows > 1 else 0.0,
             self._token_products * rows,
             self._layers if load.adapted_tokens else 0.0,
             load.adapter_bytes / self._read,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fakes.models import make_adapter, make_tiny_model
 
+from bench.gpu.sizes import SIZES, write_model
 from multilora.adapter_tools.inspect import inspect
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.models.load import make_model
@@ -49,7 +50,36 @@ def test_refusals(path, tmp_path):
         model_facts(str(path / "model"), targets=("c_attn",))
     with pytest.raises(ConfigError, match="no such directory"):
         model_facts("/nowhere")
-    from bench.gpu.sizes import SIZES, write_model
+    moe = write_model(tmp_path / "moe", SIZES["tiny-moe"][0])
+    with pytest.raises(ModelUnsupported, match="adapters on experts"):
+        model_facts(moe, targets=("gate_up_proj",))
+    with pytest.raises(ConfigError, match="--tp-size 4"):
+        model_facts(moe, tp_size=4)
 
-    with pytest.raises(ModelUnsupported, match="mixture of experts"):
-        model_facts(write_model(tmp_path / "moe", SIZES["tiny-moe"][0]))
+
+def test_of_experts_a_token_reads_and_computes_those_that_it_takes(tmp_path):
+    dims = SIZES["tiny-moe"][0]
+    facts = model_facts(write_model(tmp_path / "moe", dims))
+    assert facts.expert_layers == dims.layers and facts.top_k == 2
+    assert facts.expert_bytes == 2 * dims.experts * dims.expert_parameters
+    taken = dims.parameters - (dims.experts - 2) * dims.expert_parameters
+    assert facts.parameters == taken + dims.hidden * dims.vocab
+    assert facts.experts_taken(1) == pytest.approx(2 / 6) and facts.experts_taken(64) == pytest.approx(1)
+    routers = 8 * dims.layers * (dims.hidden + dims.experts) * 2
+    assert facts.adapter_bytes(8) == dims.adapter_bytes(8) + routers  # and no experts
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
+def test_ranks_hold_their_parts(tmp_path, name):
+    dims = SIZES[name][0]
+    path = write_model(tmp_path / "model", dims)
+    whole, half = model_facts(path), model_facts(path, tp_size=2)
+    assert half.tp_size == 2 and half.layout.token_bytes == whole.layout.token_bytes // 2
+    assert 0.5 <= half.weight_bytes / whole.weight_bytes < 0.55  # norms and routers are whole
+    assert 0.5 <= half.parameters / whole.parameters < 0.55
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert model_facts(path, tp_size=2, targets=attention).adapter_bytes(8) == sum(
+        2 * dims.layers * 8 * (a / 2 + b if module.endswith("o_proj") else a + b / 2)
+        for module, (a, b) in dims.modules.items()
+        if module.startswith("self_attn")
+    )

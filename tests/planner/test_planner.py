@@ -53,6 +53,16 @@ def test_a_slower_gpu_breaks_earlier():
     assert slow.most_rps < fast.most_rps and slow.breaks_at < fast.breaks_at and not slow.measured
 
 
+def test_two_gpus(monkeypatch):
+    monkeypatch.setattr(planning, "model_facts", lambda *_, tp_size, **__: llama("llama-8b", tp_size))
+    one, two = plan(QUICK), plan(replace(QUICK, tp_size=2, rps=10_000))
+    assert two.measured and two.most_rps > one.most_rps
+    assert two.weights_bytes < 0.51 * one.weights_bytes
+    assert two.host_bytes_needed == 2 * 32 * two.adapter_bytes
+    assert "the 2 GPUs'" in two.advice[0].why
+    assert not plan(replace(QUICK, tp_size=4)).measured
+
+
 def test_too_many_requests():
     found = plan(replace(QUICK, rps=10_000))
     assert "take" in found.advice[0].why and found.advice[0].flag == ""
@@ -92,6 +102,7 @@ def test_without_adapters():
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
+        ("tp_size", 0, "--tp-size"),
         ("rank", 0, "--rank"),
         ("prompt", 0, "--prompt"),
         ("adapters", -1, "--adapters"),

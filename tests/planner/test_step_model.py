@@ -54,6 +54,15 @@ def test_more_work_takes_longer():
     assert slower.seconds(base) > 3 * model.seconds(base)
 
 
+def test_experts_and_ranks():
+    few, many = (StepLoad(rows, 0, 0) for rows in (2, 64))
+    experts = StepModel(llama("qwen3-30b-a3b"), H200, NOTHING)
+    assert experts.seconds(many) > 4 * experts.seconds(few)  # of 128 experts 98 % are read instead of 12 %
+    one, two = (StepModel(llama("llama-8b", ranks), H200) for ranks in (1, 2))
+    assert one.seconds(many) / 2 < two.seconds(many) < one.seconds(many)
+    assert two.seconds(StepLoad(0, 256, 0)) < two.seconds(StepLoad(0, 257, 0)) - 3e-4  # NCCL's from there on
+
+
 def test_the_calibrated_coefficients_are_physical():
     """None is negative, and nothing is faster than the hardware allows."""
     assert min(vars(CALIBRATED).values()) >= 0

@@ -34,6 +34,7 @@ def add_commands(commands: Any, make_parser: dict[str, Any]) -> None:
     )
     plan.add_argument("--model-path", "--model", metavar="PATH", required=True, help="local directory or hub id")
     plan.add_argument("--gpu", metavar="NAME", help="h200 (measured), h100, a100-80g, l40s, … (default: h200)")
+    plan.add_argument("--tp-size", type=int, metavar="N", help="so many of them share the model (default: 1)")
     plan.add_argument("--adapters", type=int, metavar="N", help="how many there are, 0: none (default: 64)")
     plan.add_argument("--rank", type=int, metavar="N", help="of each (default: 16)")
     plan.add_argument(

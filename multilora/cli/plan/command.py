@@ -36,13 +36,15 @@ def run(args: PlanArgs) -> int:
 def _text(plan: ServingPlan) -> str:
     w = plan.workload
     on_host = "" if plan.host_adapters is None else f", {plan.host_adapters:,} fit the host memory given"
-    measured = "" if plan.measured else " (from its data sheet: nobody has measured it; ±30 %)"
+    gpus = f"one {w.gpu}" if w.tp_size == 1 else f"{w.tp_size} × {w.gpu}"
+    measured = "" if plan.measured else " (nobody has measured it: from the data sheet; ±30 %)"
+    each = "" if w.tp_size == 1 else " on each"
     lines = [
-        f"{w.model_path} on one {w.gpu}{measured}",
+        f"{w.model_path} on {gpus}{measured}",
         f"{w.adapters} adapters of rank {w.rank}, {w.prompt} tokens in, {w.answer} out",
         "",
-        f"  weights        {format_bytes(plan.weights_bytes)}",
-        f"  arena          {format_bytes(plan.arena_bytes)}: {plan.kv_tokens:,} tokens of KV without adapters",
+        f"  weights        {format_bytes(plan.weights_bytes)}{each}",
+        f"  arena          {format_bytes(plan.arena_bytes)}: {plan.kv_tokens:,} tokens of KV without adapters{each}",
         f"  one adapter    {format_bytes(plan.adapter_bytes)}, copied to the GPU in {plan.copy_seconds * 1e3:.2g} ms",
         f"  on the device  {min(plan.device_adapters, w.adapters):,} of {w.adapters:,} adapters beside "
         f"{w.max_running_requests} running requests ({plan.device_adapters:,} would fit)",

@@ -10,6 +10,7 @@ from multilora.planner.planner import Workload
 
 GIVEN = {
     "gpu": "h100",
+    "tp_size": 2,
     "adapters": 500,
     "rank": 32,
     "target_modules": ("q_proj", "v_proj"),

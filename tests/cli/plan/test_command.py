@@ -29,6 +29,13 @@ def test_text(capsys):
     assert next(line for line in out.splitlines() if line.startswith("→ ")).split()[1] == "1"
 
 
+def test_gpus_that_share_the_model(capsys, monkeypatch):
+    monkeypatch.setattr(planning, "model_facts", lambda *_, tp_size, **__: llama("llama-8b", tp_size))
+    assert main([*ARGV, "--tp-size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("8b on 2 × h200\n") and "without adapters on each" in out
+
+
 def test_json_and_a_rate_that_is_too_high(capsys):
     assert main([*ARGV, "--rps", "100000", "--json"]) == 1
     plan = json.loads(capsys.readouterr().out)
