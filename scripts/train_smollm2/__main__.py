@@ -41,7 +41,6 @@ def arguments() -> argparse.Namespace:
     train.add_argument("--learning-rate", type=float, default=1e-3)
     train.add_argument("--seconds", type=float, default=math.inf, help="for each adapter, at most")
     train.add_argument("--examples", type=int, default=12_000)
-    train.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: fp32 on a CPU")
     train.add_argument("--held-out", type=int, default=200, help="examples of each sort whose loss is measured")
     evaluate = commands.add_parser("evaluate", help="ask held-out questions, through the engine")
     evaluate.add_argument("--adapters", type=Path, required=True)
@@ -50,6 +49,9 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--model", required=True, help="a directory, such as convert makes")
         command.add_argument("--voices", nargs="+", choices=VOICES, default=list(VOICES))
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        command.add_argument(
+            "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: fp32 on a CPU"
+        )
     questions = commands.add_parser("questions", help="the held-out questions that the demo shows")
     bundle = commands.add_parser("bundle", help="adapters and what was measured of them, as the package has them")
     bundle.add_argument("--adapters", type=Path, required=True)
@@ -84,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from . import evaluate as evaluation
 
     adapters = {voice: args.adapters / voice for voice in args.voices}
-    report = evaluation.evaluate(args.model, adapters, args.count, device=args.device)
+    report = evaluation.evaluate(args.model, adapters, args.count, device=args.device, dtype=args.dtype)
     evaluation.write(report, args.out)
     sys.stdout.write(f"{evaluation.table(report['rows'])}\n")
 

@@ -40,6 +40,12 @@ def encoded(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> 
     return rows
 
 
+def common_start(rows: Sequence[Row]) -> int:
+    """How many tokens all rows begin with alike, before the last one of the shortest prompt."""
+    shortest = min(row.start for row in rows) - 1
+    return next((i for i in range(shortest) if len({row.ids[i] for row in rows}) > 1), shortest)
+
+
 def collated(rows: Sequence[Row], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """`input_ids` and `labels`, int64 [rows, longest]. Padding is on the right, where causal attention is blind."""
     longest = max(len(row.ids) for row in rows)

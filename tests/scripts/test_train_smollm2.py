@@ -9,15 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModel
 
 from multilora.demo import base_model_path, smollm2
 from scripts.train_smollm2.corpora import CORPORA, SPLITS, Example, examples
 from scripts.train_smollm2.corpora.french import an, my, qualified, the, this
 from scripts.train_smollm2.corpora.french_words import ADJECTIVES, NOUNS
 from scripts.train_smollm2.corpora.pirate import piratical
+from scripts.train_smollm2.data import Row, common_start
 from scripts.train_smollm2.evaluate import table
 from scripts.train_smollm2.metrics import METRICS, chrf
 from scripts.train_smollm2.recipes import RECIPES
+from scripts.train_smollm2.training import hidden_states
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- evaluation.json as a table -->", "<!-- end of the table -->"
@@ -104,6 +108,17 @@ def test_nothing_elides_wrongly():
     texts = " ".join(example.answer for example in examples("french", "train", 3000))
     assert not re.search(r"\b(le|la|je|ne|de) [aeiouéêâh]", texts.lower().replace("le huit", ""))
     assert "  " not in texts
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # older versions know no other name
+def test_what_all_rows_begin_with_is_computed_once():
+    torch.manual_seed(0)
+    model = AutoModel.from_pretrained(base_model_path(), dtype=torch.float32).eval()
+    rows = [Row([5, 6, 7, 8, *range(20 + i, 26 + i)], 7) for i in range(3)]
+    assert common_start(rows) == 4 and common_start([Row([5, 6, 7], 2), Row([5, 6, 9], 2)]) == 1
+    ids = torch.tensor([row.ids for row in rows])
+    with torch.no_grad():
+        torch.testing.assert_close(hidden_states(model, ids, 4), hidden_states(model, ids, 0)[:, 4:])
 
 
 def command(*arguments: str) -> str:
