@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data" / "architectures.json"
 DOCS = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- architectures: written by scripts/architecture_table.py -->", "<!-- end of the architectures -->"
-HEAD = ["| architecture | model_type | served |", "|---|---|---|"]
+HEAD = ["| architecture | model_type | served | ranks share |", "|---|---|---|---|"]
 WAYS = {"native": "natively", "transformers": "through transformers"}
 
 Data = dict[str, dict[str, str]]
@@ -28,7 +28,13 @@ Data = dict[str, dict[str, str]]
 def table(data: Data) -> list[str]:
     """Lines of the table, those that are served first."""
     order = sorted(data, key=lambda name: ([*WAYS, "refused"].index(data[name]["way"]), name.lower()))
-    return [*HEAD, *(f"| {name} | {data[name]['model_type']} | {outcome(data[name])} |" for name in order)]
+    return [
+        *HEAD,
+        *(
+            f"| {name} | {data[name]['model_type']} | {outcome(data[name])} | {data[name]['ranks']} |"
+            for name in order
+        ),
+    ]
 
 
 def outcome(entry: dict[str, str]) -> str:
@@ -51,7 +57,7 @@ def walk(name: str, model_type: str) -> dict[str, str]:
     code = (
         "import json, sys, pathlib, walk\n"
         "v = walk.examine(sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]))\n"
-        "print(json.dumps({'way': v.way, 'reason': v.reason}))"
+        "print(json.dumps({'way': v.way, 'reason': v.reason, 'ranks': v.ranks}))"
     )
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", "-c", code, name, model_type, folder]

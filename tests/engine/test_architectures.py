@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import architectures, tiny_config, tiny_model
 from fakes.engine_driver import EngineDriver
-from walk import examine, make_adapter
+from walk import compare_on_ranks, examine, make_adapter
 
 from multilora.errors import AdapterError, ConfigError
 
@@ -26,6 +26,11 @@ OFTEN = (
     "GptOssForCausalLM",  # sinks, experts in one parameter
     "Phi3ForCausalLM",  # fused qkv and gate_up
     "Cohere2ForCausalLM",  # layers without rotation, scaled logits
+)
+ON_RANKS = [name for name, entry in DATA.items() if entry["way"] == "transformers" and entry["ranks"][:3] == "all"]
+OFTEN_ON_RANKS = (
+    "Gemma3ForCausalLM",  # as above, on four ranks with each KV head on two
+    "Olmo2ForCausalLM",  # norms over all heads: attention is whole on every rank
 )
 EXPECTED = (
     "Apertus",
@@ -68,7 +73,14 @@ def one_thread() -> object:
 def test_walk(name: str, tmp_path: Path) -> None:
     """If it is served otherwise than written: python scripts/architecture_table.py NAME"""
     found = examine(name, ALL[name], tmp_path)
-    assert (found.way, found.reason) == (DATA[name]["way"], DATA[name]["reason"])
+    assert (found.way, found.reason, found.ranks) == tuple(DATA[name][key] for key in ("way", "reason", "ranks"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN_ON_RANKS else pytest.mark.slow) for name in ON_RANKS]
+)
+def test_walk_on_ranks(name: str, tmp_path: Path) -> None:
+    compare_on_ranks(name, ALL[name], tmp_path, 4 if name == "Gemma3ForCausalLM" else 2)
 
 
 @pytest.mark.slow

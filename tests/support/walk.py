@@ -33,11 +33,12 @@ PROMPTS = 40  # tried for two whose every choice is clear
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an architecture is served: "native" or "transformers", with the largest difference of a logprob, or
-    "refused", with the reason."""
+    """How an architecture is served: "native" or "transformers", with the largest difference of a logprob and what
+    ranks share of it, or "refused", with the reason."""
 
     way: str
     reason: str = ""
+    ranks: str = ""
     worst: float = 0.0
 
 
@@ -55,7 +56,27 @@ def examine(architecture: str, model_type: str, root: Path, impl: str = "auto") 
         )
     tiny_model(architecture, config).save_pretrained(root / "model")
     way = "transformers" if isinstance(model, TransformersCausalLM) else "native"
-    return Verdict(way, worst=compare(root, adapter_configs(model, names_of_experts(model_type)), impl))
+    worst = compare(root, adapter_configs(model, names_of_experts(model_type)), impl)
+    return Verdict(way, ranks=shared(model), worst=worst)
+
+
+def shared(model: CausalLM) -> str:
+    """What ranks share of the model: "all", "all but attention", or "nothing: " and why."""
+    if not isinstance(model, TransformersCausalLM):
+        return "all"
+    division = model.config.division
+    if division.obstacle:
+        return f"nothing: {division.obstacle}"
+    return "all" if division.heads else "all but attention"
+
+
+def compare_on_ranks(architecture: str, model_type: str, root: Path, ranks: int) -> None:
+    """Serve a tiny model by ranks that share it, through transformers. Raises AssertionError where its answers are
+    not PEFT's."""
+    config = tiny_config(model_type, architecture)
+    tiny_model(architecture, config).save_pretrained(root / "model")
+    model = make_model(str(root / "model"), device=torch.device("meta"), model_impl="transformers")
+    compare(root, adapter_configs(model, names_of_experts(model_type)), "transformers", ranks)
 
 
 def targeted(parent: str, leaf: str) -> str:
@@ -86,14 +107,15 @@ def adapter_configs(model: CausalLM, of_experts: set[str]) -> dict[str, dict[str
     }
 
 
-def compare(root: Path, configs: dict[str, dict[str, Any]], impl: str) -> float:
+def compare(root: Path, configs: dict[str, dict[str, Any]], impl: str, ranks: int = 1) -> float:
     """The largest difference of a logprob in a batch that mixes the adapters and the base model."""
     references: dict[str | None, Any] = {None: load(root / "model")}
     for seed, (name, config) in enumerate(configs.items()):
         references[name] = make_adapter(root / name, root / "model", seed, config)
     jobs = [(name, *clear) for name, model in references.items() for clear in clear_answers(model)]
     adapters = {name: root / name for name in configs}
-    driver = EngineDriver(root / "model", adapters, page_size=4, chunked_prefill_size=16, model_impl=impl)
+    options: dict[str, Any] = {"page_size": 4, "chunked_prefill_size": 16, "model_impl": impl, "tp_size": ranks}
+    driver = EngineDriver(root / "model", adapters, **options)
     try:
         order = jobs[::2] + jobs[1::2]
         vocab = order[0][3].shape[1]

@@ -4,6 +4,7 @@ Replaced are the linear layers that read tokens, the embedding and the head; att
 embeddings, activations, routers and experts stay transformers' own. Adapters attach by the names that PEFT has.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,10 +50,10 @@ class TransformersCausalLM(CausalLM):
 
     def __init__(self, config: TreeConfig, device: torch.device, group: Group = SINGLE):
         super().__init__(config, device, group)
-        if group.size > 1:
+        if group.size > 1 and config.division.obstacle:
             raise ConfigError(
-                f"--tp-size {group.size}: {config.architecture} runs through transformers' modules, which ranks do "
-                "not divide; --tp-size 1 serves it"
+                f"--tp-size {group.size}: {config.architecture} runs through transformers' modules, and "
+                f"{config.division.obstacle}; --tp-size 1 serves it"
             )
         AttentionInterface.register(ATTENTION, attend)
         self._tree = tree = Tree(config.hf, config.architecture, config.dtype)
@@ -66,7 +67,7 @@ class TransformersCausalLM(CausalLM):
                 config.weights.check_experts(path)
         for path, site in self._sites.linears.items():
             formats = (config.weights.choose(path),)
-            linear = TreeLinear(site, self._step, device=device, dtype=config.dtype, formats=formats)
+            linear = TreeLinear(site, self._step, group=group, device=device, dtype=config.dtype, formats=formats)
             tree.lm.set_submodule(path, linear)
         self._replace_tables(device)
         materialize(tree.lm, device)
@@ -93,7 +94,14 @@ class TransformersCausalLM(CausalLM):
 
     @property
     def attention_shape(self) -> AttentionShape:
-        return self.config.attention
+        whole = self.config.attention
+        if not self.config.division.heads:
+            return whole
+        return replace(whole, num_heads=whole.num_heads // self.group.size, num_kv_heads=self._kv_heads)
+
+    @property
+    def _kv_heads(self) -> int:
+        return super()._kv_heads if self.config.division.heads else self.config.num_kv_heads
 
     def attention_path(self, layer: int) -> str:
         return self.config.examination.attentions[layer].path
@@ -132,6 +140,7 @@ class TransformersCausalLM(CausalLM):
         return declare(
             self.config.examination,
             self.declared,
+            self.config.division,
             embedding=(tree.embedding_path, *embedding.weight.shape),
             head=(tree.head_path, head.in_features, head.out_features, head.bias is not None),
             has_head=self.config.generates,
@@ -139,7 +148,7 @@ class TransformersCausalLM(CausalLM):
 
     def _replace_tables(self, device: torch.device) -> None:
         tree, sites = self._tree, self._sites
-        kind: dict[str, Any] = {"device": device, "dtype": self.config.dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": self.config.dtype, "group": self.group}
         own, own_head = (tree.lm.get_submodule(path) for path in (tree.embedding_path, tree.head_path))
         embedding = TreeEmbedding(sites.embedding, self._step, scale=embedding_scale(own, self.config.dtype), **kind)
         tree.lm.set_submodule(tree.embedding_path, embedding)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from multilora.attention.rotate import CosSin
+from multilora.distributed.group import SINGLE, Group
 from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import Embedding, LMHead
 from multilora.layers.linear import Linear
@@ -41,7 +42,7 @@ class TreeStep:
 
 
 class TreeLinear(Linear):
-    """Stands for an `nn.Linear` or a `Conv1D`."""
+    """Stands for an `nn.Linear` or a `Conv1D`. Shares of its outputs are summed here: no norm behind it would."""
 
     def __init__(
         self,
@@ -51,13 +52,16 @@ class TreeLinear(Linear):
         device: torch.device,
         dtype: torch.dtype,
         formats: Sequence[WeightFormat],
+        group: Group = SINGLE,
     ):
-        super().__init__(whole, device=device, dtype=dtype, formats=formats)
+        super().__init__(whole, device=device, dtype=dtype, formats=formats, group=group)
         self._step = step
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext | None = None) -> torch.Tensor:
         """x: [..., in_features]. Returns [..., out_features]."""
         y = super().forward(x.reshape(-1, x.shape[-1]).contiguous(), ctx or self._step.ctx)
+        if self.is_share:
+            y = self.group.all_reduce(y)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -65,9 +69,16 @@ class TreeEmbedding(Embedding):
     """Stands for an `nn.Embedding`. scale: what the model multiplies embedded rows with, adapters' included."""
 
     def __init__(
-        self, whole: LoraSite, step: TreeStep, *, scale: float | None, device: torch.device, dtype: torch.dtype
+        self,
+        whole: LoraSite,
+        step: TreeStep,
+        *,
+        scale: float | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group = SINGLE,
     ):
-        super().__init__(whole, device=device, dtype=dtype)
+        super().__init__(whole, device=device, dtype=dtype, group=group)
         self._step = step
         self.scale = scale
 
@@ -83,9 +94,16 @@ class TreeHead(LMHead):
     """Stands for the `nn.Linear` that gives logits."""
 
     def __init__(
-        self, whole: LoraSite, step: TreeStep, *, tied_to: Embedding | None, device: torch.device, dtype: torch.dtype
+        self,
+        whole: LoraSite,
+        step: TreeStep,
+        *,
+        tied_to: Embedding | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group = SINGLE,
     ):
-        super().__init__(whole, tied_to=tied_to, device=device, dtype=dtype)
+        super().__init__(whole, tied_to=tied_to, device=device, dtype=dtype, group=group)
         self._step = step
 
     def forward(self, hidden: torch.Tensor, ctx: ForwardContext | None = None) -> torch.Tensor:

@@ -6,6 +6,7 @@ elsewhere cannot be served from pages, and is refused here, by name. Called by `
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from multilora.models.transformers_backend.tree import Tree
 
 logger = logging.getLogger(__name__)
 
+ONE_AT_A_TIME = threading.Lock()
+"""transformers knows functions by names that the whole process shares."""
 TOKENS = 37
 """How many tokens the examination has: a number that is no other dimension of a real model."""
 
@@ -90,10 +93,11 @@ def examine(tree: Tree, architecture: str) -> Examination:
     if getattr(tree.lm, "_is_stateful", False):
         raise ModelUnsupported(f"{architecture} is not supported: it keeps a recurrent state beside or instead of KV")
     try:
-        windows = _Recorder(tree).run(masks=True)
-        if not windows.attentions:
-            raise ObstacleError("its attention does not go through transformers' attention interface")
-        found = _Recorder(tree).run(masks=False)
+        with ONE_AT_A_TIME:
+            windows = _Recorder(tree).run(masks=True)
+            if not windows.attentions:
+                raise ObstacleError("its attention does not go through transformers' attention interface")
+            found = _Recorder(tree).run(masks=False)
     except ObstacleError as e:
         raise ModelUnsupported(f"{architecture} is not supported: {e}") from None
     except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError, KeyError, IndexError) as e:

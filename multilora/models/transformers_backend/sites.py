@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, DeclaredModules, LoraSite, LoraSlice, NormModule, Shard
+from multilora.models.transformers_backend.division import Cut, Division
 from multilora.models.transformers_backend.probe import Examination, LinearFact, NormFact
 
 
@@ -47,6 +48,7 @@ def layers_path(examination: Examination) -> str:
 def declare(
     examination: Examination,
     declared: DeclaredModules,
+    division: Division,
     *,
     embedding: tuple[str, int, int],
     head: tuple[str, int, int, bool],
@@ -64,6 +66,7 @@ def declare(
     linears = {}
     for fact in facts:
         where, module = named[fact.path], names[fact.path]
+        cut = division.cuts.get(fact.path, Cut(Shard.REPLICATED))
         part = _target(
             where.inner,
             module,
@@ -71,6 +74,8 @@ def declare(
             before_kv=fact.attended < last,
             bias=fact.bias,
             transposed=fact.transposed,
+            shard=cut.shard,
+            unit=cut.unit,
         )
         linears[fact.path] = declared.site(where.layer, module, fact.in_features, part)
     head_site = None

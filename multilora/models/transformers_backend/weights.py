@@ -68,11 +68,6 @@ def load_tree(
     filled: set[str] = set()
     with tqdm(total=len(targets), unit=" tensors", desc="Loading weights") as bar:
         for name, tensor in _tensors(lm, plan, targets):
-            if name not in targets:
-                raise ModelUnsupported(f"the checkpoint gives {name}, which the model would not use")
-            expected = targets[name].shape
-            if expected is not None and tuple(tensor.shape) != expected:
-                raise ModelUnsupported(_misshapen(name, tuple(tensor.shape), expected))
             targets[name].load(tensor)
             filled.add(name)
             bar.update()
@@ -168,8 +163,16 @@ def _tensors(lm: Any, plan: _Plan, targets: dict[str, Destination]) -> Iterator[
                 merge.converter.add_tensor(first, name, pattern, tensors.get_tensor(name))
         converted = merge.converter.convert(first, model=lm, config=lm.config)
         for name, tensor in converted.items():
-            yield name, tensor[0] if isinstance(tensor, list) else tensor
+            yield name, _held(name, tensor[0] if isinstance(tensor, list) else tensor, targets)
 
 
-def _misshapen(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    return f"tensor {name} has shape {list(found)}, the config asks for {list(expected)}"
+def _held(name: str, tensor: torch.Tensor, targets: Mapping[str, Destination]) -> torch.Tensor:
+    """The part of a converted tensor that this rank holds. Raises ModelUnsupported if the model has no place for
+    it."""
+    if name not in targets:
+        raise ModelUnsupported(f"the checkpoint gives {name}, which the model would not use")
+    expected, part = targets[name].shape, targets[name].part
+    if expected is not None and tuple(tensor.shape) != expected:
+        shape = list(tensor.shape)
+        raise ModelUnsupported(f"tensor {name} has shape {shape}, the config asks for {list(expected)}")
+    return tensor[tuple(slice(p.start, p.stop) for p in part)]

@@ -2,6 +2,7 @@
 
 from multilora.adapters.peft.base_model import BaseModel, Place
 from multilora.lora.sites import MODEL_LEVEL, DeclaredModules
+from multilora.models.transformers_backend.division import Division
 from multilora.models.transformers_backend.probe import AttentionFact, Examination, LinearFact, NormFact
 from multilora.models.transformers_backend.sites import declare
 
@@ -35,7 +36,7 @@ FOUND = Examination(
 
 def test_names_tell_modules_apart_and_paths_are_the_tree_s() -> None:
     declared = DeclaredModules()
-    sites = declare(FOUND, declared, embedding=("t.wte", 101, 4), head=("out", 4, 101, False))
+    sites = declare(FOUND, declared, Division(), embedding=("t.wte", 101, 4), head=("out", 4, 101, False))
     assert sites.layers == "t.h"
     base = BaseModel(tuple(declared.sites), tuple(declared.norms), 101, 4, False, None, sites.layers)
     assert base.places == {
@@ -56,7 +57,7 @@ def test_names_tell_modules_apart_and_paths_are_the_tree_s() -> None:
 
 def test_what_acts_before_the_last_keys_and_values() -> None:
     declared = DeclaredModules()
-    declare(FOUND, declared, embedding=("t.wte", 101, 4), head=("out", 4, 101, False))
+    declare(FOUND, declared, Division(), embedding=("t.wte", 101, 4), head=("out", 4, 101, False))
     behind = {(site.layer, s.module) for site in declared.sites for s in site.slices if not s.before_kv}
     assert behind == {
         (1, "attn.proj"),
