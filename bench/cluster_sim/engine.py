@@ -94,7 +94,9 @@ def bytes_of(adapter: int) -> float:
 
 
 class SimulatedEngine:
-    """ideal: every adapter is on the device at any time. at: schedules a call. first, ended: are told of jobs."""
+    """ideal: every adapter is on the device at any time. at: schedules a call. first, ended: are told of jobs.
+    pace: how many times as long a step takes that begins now, where engines share a machine's cores; None: they do
+    not."""
 
     def __init__(
         self,
@@ -105,8 +107,10 @@ class SimulatedEngine:
         first: Callable[[Job, float], None],
         ended: Callable[[Job, float], None],
         ideal: bool = False,
+        pace: Callable[[], float] | None = None,
     ):
         self.name = name
+        self._pace = pace
         self._sizes, self._calibration, self._at = sizes, calibration, at
         self._first, self._ended, self._ideal = first, ended, ideal
         self._policy = POLICIES[sizes.policy](lambda _request: 0)
@@ -126,12 +130,14 @@ class SimulatedEngine:
         self._prompts: list[tuple[Job, int]] = []  # of the present step
         self._order = 0
         self.dead = False
+        self.load = 0  # requests that are not ended
         self.fetched = 0.0  # bytes that were read from files
         self.unread = 0  # prompt tokens of requests without a first token
 
     @property
-    def load(self) -> int:
-        return len(self._jobs)
+    def busy(self) -> bool:
+        """Whether it computes a step."""
+        return self._run is not None
 
     @property
     def jobs(self) -> list[Job]:
@@ -148,6 +154,7 @@ class SimulatedEngine:
         )  # fmt: skip
         job = Job(arrival, sent, Request.of(spec), self.name, left=arrival.prompt, owner=owner)
         self._jobs[job.request] = job
+        self.load += 1
         self.unread += arrival.prompt
         self._waiting.append(job.request)
         self._policy.enqueue(job.request)
@@ -195,6 +202,8 @@ class SimulatedEngine:
         tokens = self._sizes.chunk - budget
         seconds = self._calibration.step(decodes, tokens, len(self._users), self._ranks)
         steps = 1 if prompts else max(1, self._decoding[0][0] - self._steps)
+        if self._pace is not None:
+            seconds, steps = seconds * self._pace(), 1
         self._runs += 1
         run = self._runs
         self._run = now, seconds, steps, run
@@ -239,6 +248,7 @@ class SimulatedEngine:
     def _finish(self, job: Job, now: float) -> None:
         self._policy.forget(job.request)
         del self._jobs[job.request]
+        self.load -= 1
         adapter = job.arrival.adapter
         self._users[adapter] -= 1
         if not self._users[adapter]:

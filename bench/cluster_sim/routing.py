@@ -73,12 +73,9 @@ class LeastLoaded(_Blind):
     def choose(self, arrival: Arrival) -> tuple[str, object]:
         del arrival
         start = self._random.randrange(len(self._names))
-        names = self._names
         loads = [engine.load for engine in self._engines.values()]
-        least = min(loads)
-        return next(
-            names[i - len(names)] for i in range(start, start + len(names)) if loads[i - len(names)] == least
-        ), None
+        loads = loads[start:] + loads[:start]
+        return self._names[(start + loads.index(min(loads))) % len(loads)], None
 
 
 class PlainHash(_Blind):
@@ -113,6 +110,8 @@ class AdapterAware:
         self._routers = [AdapterRouter(settings or RouterSettings(seed=seed + i)) for i in range(routers)]
         self._random = random.Random(seed)
         self._engines: Mapping[str, SimulatedEngine] = {}
+        self._names: dict[int, str] = {}  # of adapters
+        self._sizes: dict[str, int] = {}  # their bytes, by name
 
     def use(self, engines: Mapping[str, SimulatedEngine]) -> None:
         self._engines = engines
@@ -121,7 +120,8 @@ class AdapterAware:
 
     def choose(self, arrival: Arrival) -> tuple[str, object]:
         router = self._random.choice(self._routers)
-        need = AdapterNeed(f"adapter-{arrival.adapter}", 1, int(bytes_of(arrival.adapter)))
+        name = self._name(arrival.adapter)
+        need = AdapterNeed(name, 1, self._sizes[name])
         choice = router.choose(RouteRequest(need, prompt=arrival.prompt))
         assert choice is not None
         engine = self._engines[choice.replica]
@@ -147,14 +147,18 @@ class AdapterAware:
 
     def report(self) -> None:
         for name, engine in self._engines.items():
-            tiers = [{f"adapter-{i}": 1 for i in tier.items} for tier in (engine.device, engine.host)]
-            sizes = {
-                f"adapter-{i}": int(size) for tier in (engine.device, engine.host) for i, size in tier.items.items()
-            }
+            device, host = ({self._name(i): 1 for i in tier.items} for tier in (engine.device, engine.host))
             room = int(max(engine.device.most, engine.host.most))
-            report = ReplicaReport(float(engine.load), 1.0, tiers[0], tiers[1], room, engine.unread)
+            report = ReplicaReport(float(engine.load), 1.0, device, host, room, engine.unread)
             for router in self._routers:
-                router.report(name, report, sizes)
+                router.report(name, report, self._sizes)
+
+    def _name(self, adapter: int) -> str:
+        name = self._names.get(adapter)
+        if name is None:
+            name = self._names[adapter] = f"adapter-{adapter}"
+            self._sizes[name] = int(bytes_of(adapter))
+        return name
 
 
 ROUTINGS = {

@@ -12,14 +12,15 @@ from bench.cluster_sim.engine import Job, SimulatedEngine, Sizes
 from bench.cluster_sim.routing import Routing
 from bench.cluster_sim.trace import Arrival
 
-HISTORY_REPORT = 20_000  # requests of the history between two reports
+HISTORY_REPORT = 200  # requests of the history for each replica, between two reports
 
 
 @dataclass(frozen=True)
 class Scenario:
     """warm: seconds at the start that are not counted. failures: replicas that die, one after the other, after that.
     report_seconds: between two reports of a replica. history: adapters of requests that were served one at a time
-    before the clock starts, so that the tiers hold what they would after hours of this routing."""
+    before the clock starts, so that the tiers hold what they would after hours of this routing. shared_cores: how
+    many times as long a step takes while one, two … engines compute; empty: each has cores of its own."""
 
     replicas: int = 100
     warm: float = 30.0
@@ -29,6 +30,7 @@ class Scenario:
     ideal: bool = False
     seed: int = 0
     history: Sequence[int] = ()
+    shared_cores: Sequence[float] = ()
 
 
 @dataclass
@@ -98,8 +100,9 @@ class Simulation:
         return self._measured
 
     def _remember(self) -> None:
+        between = max(20_000, HISTORY_REPORT * self._scenario.replicas)
         for number, adapter in enumerate(self._scenario.history):
-            if number % HISTORY_REPORT == 0:
+            if number % between == 0:
                 self._routing.report()
             name, owner = self._routing.choose(Arrival(0.0, adapter, 0, 0))
             self._engines[name].remember(adapter)
@@ -116,9 +119,15 @@ class Simulation:
 
     def _engine(self, name: str) -> SimulatedEngine:
         scenario = self._scenario
+        pace = self._pace if scenario.shared_cores else None
         return SimulatedEngine(
-            name, scenario.sizes, self._calibration, self._at, self._first, self._ended, scenario.ideal
+            name, scenario.sizes, self._calibration, self._at, self._first, self._ended, scenario.ideal, pace
         )
+
+    def _pace(self) -> float:
+        """How many times as long a step takes that another engine begins now."""
+        others = sum(engine.busy for engine in self._engines.values())
+        return self._scenario.shared_cores[min(others, len(self._scenario.shared_cores) - 1)]
 
     def _arrive(self, number: int, now: float) -> None:
         self._send(self._arrivals[number], now, now)

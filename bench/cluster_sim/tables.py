@@ -58,8 +58,15 @@ def headline(_most: float) -> Iterator[Case]:
         yield replace(BASE, routing=routing)
 
 
+def seeds(_most: float) -> Iterator[Case]:
+    """The headline with other requests, and other draws of the routers."""
+    for seed in (1, 2):
+        for routing in THREE:
+            yield replace(BASE, routing=routing, seed=seed)
+
+
 def loads(_most: float) -> Iterator[Case]:
-    for load in (0.6, 0.7, 0.85, 0.9, 0.95):
+    for load in (0.5, 0.6, 0.7, 0.85, 0.9, 0.95):
         for routing in THREE:
             yield replace(BASE, routing=routing, load=load)
 
@@ -101,9 +108,15 @@ def failures(_most: float) -> Iterator[Case]:
 
 def cost(most: float) -> Iterator[Case]:
     """The traffic of 20 replicas at 80 %, on more and fewer of them."""
-    for routing in ALL:
-        for replicas in (18, 20, 22, 24, 28, 32, 40):
-            yield replace(BASE, routing=routing, replicas=replicas, adapters=2000, rate=0.8 * 20 * most)
+    base = replace(BASE, adapters=2000, rate=0.8 * 20 * most, history=25, warm=10.0, seconds=35.0)
+    for routing in (AWARE, "ideal"):
+        for replicas in (17, 18, 19, 20, 22):
+            yield replace(base, routing=routing, replicas=replicas)
+    for routing in ("round robin", "least loaded", "random"):
+        for replicas in (20, 24, 28, 32, 40, 60):
+            yield replace(base, routing=routing, replicas=replicas)
+    for replicas in (20, 40, 80):
+        yield replace(base, routing="plain hash", replicas=replicas)
 
 
 def crowd(_most: float) -> Iterator[Case]:
@@ -113,15 +126,14 @@ def crowd(_most: float) -> Iterator[Case]:
 
 
 def thousand(_most: float) -> Iterator[Case]:
-    for routing in (AWARE, "round robin", "random", "least loaded", "plain hash", "ideal"):
-        yield replace(
-            BASE, routing=routing, replicas=1000, adapters=100_000, history=10, warm=5.0, seconds=15.0, routers=4
-        )
+    base = replace(BASE, replicas=1000, adapters=100_000, history=20, warm=4.0, seconds=10.0)
+    for routing in (AWARE, "round robin", "ideal", "least loaded", "random", "plain hash"):
+        yield replace(base, routing=routing)
 
 
 EXPERIMENTS = {
     one.__name__: one
-    for one in (headline, loads, storages, ingresses, sizes, drift, diurnal, failures, cost, crowd, thousand)
+    for one in (headline, seeds, loads, storages, ingresses, sizes, drift, diurnal, failures, cost, crowd, thousand)
 }
 
 
