@@ -14,25 +14,43 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 POLL_SECONDS = 0.5
+RAY_STARTS = 3
 REQUEST_SECONDS = 120.0
 GENERATED = "sglang:generation_tokens_total"
 
 
 @contextlib.contextmanager
 def ray_here() -> Iterator[None]:
-    """Ray and Serve on this machine, until the end."""
+    """Ray and Serve on this machine, until the end. Ray gives its own processes 30 s to start, which a busy machine
+    may not keep: it is tried `RAY_STARTS` times."""
     import ray
     from ray import serve
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
+    for left in reversed(range(RAY_STARTS)):
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            ray.init(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
+            break
+        except Exception:  # Ray raises no narrower one
+            _end_children(before)
+            if not left:
+                raise
     try:
         yield
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _end_children(but: set[psutil.Process]) -> None:
+    """Processes that a start has left that failed: Ray does not end them."""
+    for process in set(psutil.Process().children(recursive=True)) - but:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @dataclass
@@ -90,14 +108,22 @@ class Timed:
 
 
 async def generate(
-    client: httpx.AsyncClient, prompt: list[int], adapter: str, tokens: int, *, stream: bool = False
+    client: httpx.AsyncClient,
+    prompt: list[int],
+    adapter: str,
+    tokens: int,
+    *,
+    stream: bool = False,
+    session: str = "",
 ) -> Timed:
-    """Ask for exactly so many tokens. Raises RuntimeError for whatever is no answer."""
+    """Ask for exactly so many tokens. session: its requests go to one replica. Raises RuntimeError for whatever is no
+    answer."""
     sampling = {"temperature": 0, "ignore_eos": True, "max_new_tokens": tokens}
     body = {"input_ids": prompt, "lora_path": adapter, "sampling_params": sampling, "stream": stream}
+    headers = {"X-Session-Id": session} if session else {}
     sent = time.monotonic()
     first = 0.0
-    async with client.stream("POST", "/generate", json=body) as answer:
+    async with client.stream("POST", "/generate", json=body, headers=headers) as answer:
         if answer.status_code != 200:
             raise RuntimeError(f"{answer.status_code} {(await answer.aread()).decode()[:300]}")
         async for piece in answer.aiter_bytes():

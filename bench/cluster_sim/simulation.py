@@ -35,7 +35,8 @@ class Scenario:
 
 @dataclass
 class Measured:
-    """Of the requests that came after the warm-up. first: seconds to the first token; hits: by tier."""
+    """Of the requests that came after the warm-up. first: seconds to the first token; hits: by tier;
+    busy: engines that computed when each came, where they share cores."""
 
     first: list[float] = field(default_factory=list)
     hits: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "": 0})
@@ -44,6 +45,7 @@ class Measured:
     broken: int = 0  # a stream that had begun
     fetched: float = 0.0  # bytes that were read from files
     unfinished: int = 0
+    busy: list[int] = field(default_factory=list)
 
     def row(self) -> dict[str, float]:
         """Quantiles in milliseconds, rates as parts of one."""
@@ -126,8 +128,11 @@ class Simulation:
 
     def _pace(self) -> float:
         """How many times as long a step takes that another engine begins now."""
-        others = sum(engine.busy for engine in self._engines.values())
-        return self._scenario.shared_cores[min(others, len(self._scenario.shared_cores) - 1)]
+        times = self._scenario.shared_cores
+        return times[min(self._computing(), len(times) - 1)]
+
+    def _computing(self) -> int:
+        return sum(engine.busy for engine in self._engines.values())
 
     def _arrive(self, number: int, now: float) -> None:
         self._send(self._arrivals[number], now, now)
@@ -139,6 +144,8 @@ class Simulation:
         job = self._engines[name].submit(arrival, sent, now, owner)
         if sent >= self._scenario.warm:
             self._measured.hits[job.hit] += 1
+            if self._scenario.shared_cores:
+                self._measured.busy.append(self._computing())
 
     def _first(self, job: Job, now: float) -> None:
         self._routing.prompt_read(job.replica, job.owner)

@@ -109,14 +109,19 @@ def failures(_most: float) -> Iterator[Case]:
 def cost(most: float) -> Iterator[Case]:
     """The traffic of 20 replicas at 80 %, on more and fewer of them."""
     base = replace(BASE, adapters=2000, rate=0.8 * 20 * most, history=25, warm=10.0, seconds=35.0)
-    for routing in (AWARE, "ideal"):
-        for replicas in (17, 18, 19, 20, 22):
+    tried = {AWARE: (17, 18, 19, 20), "ideal": (17, 18, 19, 20), "plain hash": (20, 80)}
+    for routing in ALL:
+        for replicas in tried.get(routing, (20, 24, 28, 32, 40)):
             yield replace(base, routing=routing, replicas=replicas)
-    for routing in ("round robin", "least loaded", "random"):
-        for replicas in (20, 24, 28, 32, 40, 60):
-            yield replace(base, routing=routing, replicas=replicas)
-    for replicas in (20, 40, 80):
-        yield replace(base, routing="plain hash", replicas=replicas)
+
+
+def small(_most: float) -> Iterator[Case]:
+    """Loads, on 20 replicas."""
+    for load in (0.5, 0.7, 0.8, 0.9, 0.95):
+        for routing in (AWARE, "round robin", "least loaded", "ideal"):
+            yield replace(
+                BASE, routing=routing, load=load, replicas=20, adapters=2000, history=25, warm=10.0, seconds=40.0
+            )
 
 
 def crowd(_most: float) -> Iterator[Case]:
@@ -126,14 +131,29 @@ def crowd(_most: float) -> Iterator[Case]:
 
 
 def thousand(_most: float) -> Iterator[Case]:
-    base = replace(BASE, replicas=1000, adapters=100_000, history=20, warm=4.0, seconds=10.0)
+    """As many requests are counted in five seconds as with 100 replicas in fifty."""
+    base = replace(BASE, replicas=1000, adapters=100_000, history=15, warm=3.0, seconds=8.0)
     for routing in (AWARE, "round robin", "ideal", "least loaded", "random", "plain hash"):
         yield replace(base, routing=routing)
 
 
 EXPERIMENTS = {
     one.__name__: one
-    for one in (headline, seeds, loads, storages, ingresses, sizes, drift, diurnal, failures, cost, crowd, thousand)
+    for one in (
+        headline,
+        seeds,
+        loads,
+        storages,
+        ingresses,
+        sizes,
+        drift,
+        diurnal,
+        failures,
+        cost,
+        small,
+        crowd,
+        thousand,
+    )
 }
 
 

@@ -273,7 +273,8 @@ def test_prefix_keys_agree_where_texts_do_and_only_there():
 
 
 def test_a_decision_takes_less_than_a_fifth_of_a_millisecond():
-    """With 1,000 replicas and 100,000 adapters, each held by one or two replicas."""
+    """With 1,000 replicas and 100,000 adapters, each held by one or two replicas; of this thread's CPU time, which
+    others that are busy on the machine do not take."""
     router = router_of(1000, settings=RouterSettings())
     for i in range(1000):
         device = {f"adapter-{i + 1000 * j}": 1 for j in range(100)}
@@ -289,7 +290,7 @@ def test_a_decision_takes_less_than_a_fifth_of_a_millisecond():
         for i in range(3000)
     ]  # fmt: skip
     router.choose(requests[0])  # the ring is put in order
-    start = time.perf_counter()
+    start = time.thread_time()
     for request in requests:
         router.choose(request)
-    assert (time.perf_counter() - start) / len(requests) < 0.2e-3
+    assert (time.thread_time() - start) / len(requests) < 0.2e-3

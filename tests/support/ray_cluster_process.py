@@ -12,9 +12,8 @@ from collections import Counter
 
 import httpx
 import psutil
-import ray
-from ray import serve
 
+from bench.cluster_client import ray_here
 from multilora.cluster import running
 from multilora.cluster.cluster_config import ClusterConfig
 from multilora.demo import adapter_paths
@@ -39,7 +38,7 @@ class Load:
     def __init__(self, clients=4):
         self.endings, self.wrong, self.hot = Counter(), [], []  # hot: (sent, text)
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask_on, args=(i,)) for i in range(clients)]
+        self._threads = [threading.Thread(target=self._ask_on, args=(i,), daemon=True) for i in range(clients)]
         for thread in self._threads:
             thread.start()
 
@@ -117,10 +116,13 @@ def load(name, path, **fields):
     assert answer.status_code == 200, answer.text
 
 
-def wait_for_replicas(count, seconds=240):
-    deadline = time.monotonic() + seconds
+def wait_for_replicas(count, seconds=600):
+    deadline, seen = time.monotonic() + seconds, set()
     while time.monotonic() < deadline:
-        text = httpx.get(f"{URL}/metrics", timeout=60).text
+        try:
+            text = httpx.get(f"{URL}/metrics", timeout=60).text
+        except httpx.TransportError:  # a machine that is busy may be late
+            continue
         seen = {line.partition('replica="')[2].partition('"')[0] for line in text.splitlines() if 'replica="' in line}
         if len(seen) == count and len(replica_processes()) == count:
             return
@@ -129,7 +131,6 @@ def wait_for_replicas(count, seconds=240):
 
 
 def main(state_dir):
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     report = {}
     started = time.monotonic()
     running.start(config(state_dir, 3))
@@ -159,10 +160,10 @@ def main(state_dir):
     report["before"] = sorted({text for sent, text in clients.hot if sent < swapped})
     report["adapters"] = len(httpx.get(f"{URL}/v1/models", timeout=60).json()["data"]) - 1
     report["seconds"] = round(time.monotonic() - started, 1)
-    serve.shutdown()
-    ray.shutdown()
-    print("REPORT " + json.dumps(report), flush=True)
+    return report
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with ray_here():
+        found = main(sys.argv[1])
+    print("REPORT " + json.dumps(found), flush=True)
