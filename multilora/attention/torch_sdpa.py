@@ -20,11 +20,16 @@ from multilora.batch import AttentionMeta
 
 @dataclass(frozen=True, slots=True)
 class _DecodePlan:
-    """B requests of one new token each, padded to the pages of the longest."""
+    """B requests of one new token each, padded to the pages of the longest.
 
-    rows: torch.Tensor  # int64 [B], their rows of q
+    gathered: room for the keys and the values of a layer, each [B · P, page_size, kv_heads, head_dim]. All layers
+    use the same: fresh memory costs a page fault for each 4 KiB.
+    """
+
+    rows: slice | torch.Tensor  # B rows of q; int64 [B] where they are not neighbours
     pages: dict[int, torch.Tensor]  # by column, int64 [B, P]: from the first visible one; padding repeats the last
     mask: torch.Tensor  # bool [B, 1, 1, P · page_size], true: visible
+    gathered: tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +105,7 @@ class TorchAttention:
     ) -> torch.Tensor:
         """See `AttentionBackend`."""
         assert self._meta is not None, "prepare() comes first"
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(torch.cat((q, k), dim=1), *rope).split((q.shape[1], k.shape[1]), dim=1)
         k_pages, v_pages = self.kv_views[layer]
         scales = k_scale, v_scale = self._scales[layer]
         column = self._columns[layer]
@@ -113,7 +118,8 @@ class TorchAttention:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         plan = self._plans[self.windows[layer]]
         for decodes in plan.decodes:
-            found = _tokens(k_pages, decodes.pages[column]), _tokens(v_pages, decodes.pages[column])
+            pages, (k_room, v_room) = decodes.pages[column], decodes.gathered
+            found = _tokens(k_pages, pages, k_room), _tokens(v_pages, pages, v_room)
             out[decodes.rows] = self._decode(q[decodes.rows], *found, decodes.mask, scales, sinks)
         for p in plan.prefills:
             if p.pages is None:
@@ -149,22 +155,22 @@ class TorchAttention:
         return -(-meta.kv_lens[r] // self.page_size) - self._first_page(meta, r, window)
 
     def _groups(self, meta: AttentionMeta, requests: list[int], window: int | None) -> Iterator[list[int]]:
-        """Groups of requests of similar length, so that padding at most doubles what a group reads."""
+        """Groups of requests of similar length, so that padding at most doubles what a group reads. Each ascends."""
         lengths = {r: self._num_pages(meta, r, window) for r in requests}
         group: list[int] = []
         for r in sorted(requests, key=lambda r: (-lengths[r], r)):
             if group and 2 * lengths[r] < lengths[group[0]]:
-                yield group
+                yield sorted(group)
                 group = []
             group.append(r)
         if group:
-            yield group
+            yield sorted(group)
 
     def _plan_decodes(
         self, meta: AttentionMeta, group: list[int], starts: list[int], window: int | None
     ) -> _DecodePlan:
         device = meta.page_table.device
-        width = self._num_pages(meta, group[0], window)  # the longest comes first
+        width = max(self._num_pages(meta, r, window) for r in group)
         table = torch.tensor(
             [(starts[r], r, self._first_page(meta, r, window), meta.kv_lens[r] - 1) for r in group], device=device
         )
@@ -174,7 +180,16 @@ class TorchAttention:
         pages = {c: meta.column(c).page_table[requests[:, None], blocks] for c in self._of_window[window]}
         key = first[:, None] * self.page_size + torch.arange(width * self.page_size, device=device)
         mask = _visible(query[:, None], key, window)
-        return _DecodePlan(rows, pages, mask[:, None, None, :])
+        first_row, behind = starts[group[0]], starts[group[-1]] + 1
+        neighbours = behind - first_row == len(group)
+        of_q = slice(first_row, behind) if neighbours else rows
+        return _DecodePlan(of_q, pages, mask[:, None, None, :], self._room(len(group) * width))
+
+    def _room(self, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `_DecodePlan.gathered`."""
+        like = in_bytes(self.kv_views[0][0])
+        shape = (pages, *like.shape[1:])
+        return like.new_empty(shape), like.new_empty(shape)
 
     def _plan_prefill(self, meta: AttentionMeta, r: int, start: int, window: int | None) -> _PrefillPlan:
         device = meta.page_table.device
@@ -263,7 +278,7 @@ def _visible(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torc
     return seen if window is None else seen & (key > query - window)
 
 
-def _tokens(pages: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """The tokens of these pages in order, [which.numel() · page_size, kv_heads, head_dim], copied."""
-    found = in_bytes(pages).index_select(0, which.flatten()).flatten(0, 1)
+def _tokens(pages: torch.Tensor, which: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The tokens of these pages in order, [which.numel() · page_size, kv_heads, head_dim], copied (to `out`)."""
+    found = torch.index_select(in_bytes(pages), 0, which.flatten(), out=out).flatten(0, 1)
     return found.view(pages.dtype)

@@ -209,6 +209,37 @@ def test_padding_stays_bounded() -> None:
     assert len(attention._plans[None].decodes) == 2
 
 
+def test_decodes_that_are_neighbours_are_read_in_place() -> None:
+    """Their rows of q are a slice, whatever their lengths; what a prefill or another group parts is gathered."""
+    for lens, neighbours in (
+        ([(1, 10), (1, 17), (1, 12)], [True]),
+        ([(3, 3), (1, 10), (1, 17)], [True]),
+        ([(1, 10), (2, 9), (1, 12)], [False]),
+        ([(1, 10), (1, 200), (1, 12)], [True, False]),
+    ):
+        case = make_case(lens, 4, 1, 8, torch.float32)
+        attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, None))
+        attention.prepare(case.meta)
+        assert [isinstance(d.rows, slice) for d in attention._plans[None].decodes] == neighbours
+
+
+def test_all_layers_gather_into_the_same_memory() -> None:
+    """Nothing of a decode step's keys and values is allocated layer by layer, nor left for the layer behind it."""
+    case = make_case([(1, 10), (1, 17)], 4, 1, 8, torch.float32)
+    attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, None))
+    attention.prepare(case.meta)
+    [plan] = attention._plans[None].decodes
+    outs = []
+    for layer in (0, 1, 0):
+        new = [h[layer, :, h.shape[2] - 1 :] for h in case.history]
+        k, v = torch.cat(new, dim=1)
+        outs.append(attention.forward(layer, torch.ones(2, 1, 8), k, v, unrotated(k)))
+        assert plan.gathered[0].shape == (2 * 5, 4, 1, 8)
+        assert torch.equal(plan.gathered[0].flatten(0, 1)[20:37, 0], case.history[1][layer, 0, :, 0])
+    assert torch.equal(outs[0], outs[2])
+    assert not torch.equal(outs[0], outs[1])
+
+
 def test_window_reads_no_page_before_it() -> None:
     case = make_case([(1, 400)], 4, 1, 8, torch.float32)
     attention = TorchAttention(case.views, AttentionShape(1, 1, 8, 1.0, 10))
