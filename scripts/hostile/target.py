@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
 
 DEADLINE = 30.0  # seconds that a hostile client waits for an answer
+START_SECONDS = 300  # of a machine that many share
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,26 @@ class Target:
         return total >> 20
 
 
-@contextlib.contextmanager
-def own_server(log: str, *flags: str) -> Iterator[Target]:
-    """A server over the demo model on a free port."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def own_server(
+    log: str, *flags: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()
+) -> Iterator[Target]:
+    """A server over the demo model on a free port. env: variables of its own; prefix: a command that starts it."""
+    port = free_port()
     with open(log, "ab") as file:
-        command = [sys.executable, "-m", "multilora", "serve", "--port", str(port), *flags]
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        command = [*prefix, sys.executable, "-m", "multilora", "serve", "--port", str(port), *flags]
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, start_new_session=True, env=os.environ | (env or {})
+        )
     target = Target("127.0.0.1", port, process.pid)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + START_SECONDS
         while not target.healthy():
             if process.poll() is not None or time.monotonic() > end:
                 raise SystemExit(f"the server did not start; see {log}")
