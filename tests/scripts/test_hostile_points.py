@@ -57,9 +57,10 @@ def test_a_point_about_processes_is_mended(number, log):
 
 
 @pytest.mark.slow
-def test_front_processes_answer_every_short_connection(log):
-    with own_server(log, "--device", "cpu", "--enable-lora", "--front-workers", "2") as target:
-        assert hammer(target, 12, 2)
+def test_front_processes_answer_every_short_connection(tmp_path):
+    log = tmp_path / "log"
+    with own_server(str(log), "--device", "cpu", "--enable-lora", "--front-workers", "2") as target:
+        assert hammer(target, 12, 2, log)
 
 
 def test_every_point_of_the_list_is_tried():

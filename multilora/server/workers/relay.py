@@ -10,6 +10,7 @@ would find no reader, and with this error the worker would lose an answer that i
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ HEAD_FIELDS = ("method", "path", "raw_path", "query_string", "headers", "client"
 LENGTH_BYTES = 4
 SKIPPED_BYTES = 1 << 16
 """At a time, of what comes after the answer."""
+BACKLOG = 4096
+"""Connections that wait for the supervisor to take them, where the system allows so many;"""
+FULL_SECONDS = 0.01
+"""where it does not, one that found no room tries again after so long,"""
+PATIENCE_SECONDS = 10.0
+"""for so long."""
 
 
 class Forwarder:
@@ -36,13 +43,14 @@ class Forwarder:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            reader, writer = await asyncio.open_unix_connection(self._path)
+            reader, writer = await asyncio.open_unix_connection(sock=await self._connect())
         except OSError:
             await _unreachable(scope, receive, send)
             return
         body: asyncio.Task[None] | None = None
         try:
-            await _write(writer, {name: scope.get(name) for name in HEAD_FIELDS})
+            with contextlib.suppress(ConnectionError):  # there is no answer then, which is said below
+                await _write(writer, {name: scope.get(name) for name in HEAD_FIELDS})
             body = asyncio.create_task(_send_body(receive, writer))
             if not await _copy_answer(reader, send):
                 await _unreachable(scope, receive, send)
@@ -53,6 +61,24 @@ class Forwarder:
                 body.cancel()
                 await asyncio.gather(body, return_exceptions=True)
             writer.close()
+
+    async def _connect(self) -> socket.socket:
+        """Event loops take a full backlog for a failure, or even for a connection. Raises OSError."""
+        end = asyncio.get_running_loop().time() + PATIENCE_SECONDS
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.setblocking(False)
+            while True:
+                try:
+                    connection.connect(self._path)  # at once, or not at all
+                    return connection
+                except BlockingIOError:
+                    if asyncio.get_running_loop().time() > end:
+                        raise
+                await asyncio.sleep(FULL_SECONDS)
+        except BaseException:
+            connection.close()
+            raise
 
 
 class RelayServer:
@@ -70,7 +96,7 @@ class RelayServer:
 
     async def start(self, path: Path) -> None:
         """Take requests on a socket at this path."""
-        self._server = await asyncio.start_unix_server(self._connected, path)
+        self._server = await asyncio.start_unix_server(self._connected, path, backlog=BACKLOG)
 
     async def close(self) -> None:
         """Take no further ones, and end those that are there."""

@@ -66,9 +66,9 @@ def stop_expressions(target: Target, record: Record) -> None:
     ):
         record.expect(f"stop_regex {one[:30]}", said(answer, "stop_regex"), "400")
     good = ["(x+x+)+y", "(.*)*(.*)*(.*)*q", "(?:.?){200}zz", "(a|a)*b"]
-    options: dict[str, object] = {"max_new_tokens": 400, "ignore_eos": True}
+    options: dict[str, object] = {"max_new_tokens": 200, "ignore_eos": True}
     answers = together([lambda e=e: generate(target, options | {"stop_regex": e}) for e in good])
-    record.count(f"{', '.join(good)} over 400 tokens", [a.status_code for a in answers], 200)
+    record.count(f"{', '.join(good)} over 200 tokens", [a.status_code for a in answers], 200)
 
 
 def _schemas() -> dict[str, object]:
@@ -90,9 +90,11 @@ def grammars(target: Target, record: Record) -> None:
     answers = together([lambda s=s: generate(target, {"json_schema": s}) for s in schemas.values()])
     for name, answer in zip(schemas, answers, strict=True):
         record.expect(f"schema, {name}", answer.status_code, 200, 400)
-    sources = [{"regex": "((a{1,500}){1,500}){1,500}"}, {"ebnf": 'root ::= root "a"'}, {"regex": r"[^\s\S]"}]
+    sources = [{"ebnf": 'root ::= root "a"'}, {"regex": r"[^\s\S]"}]
     for source in sources:
         record.expect(str(source), generate(target, source).status_code, 400)
+    repeated = {"regex": "((a{1,500}){1,500}){1,500}"}  # which a grammar can say in few words
+    record.expect(str(repeated), generate(target, repeated).status_code, 200, 400)
 
 
 @requests(3, "different schemas of 300 properties")
@@ -154,12 +156,12 @@ def bodies(target: Target, record: Record) -> None:
 
 @requests(5, "stop strings")
 def stop_strings(target: Target, record: Record) -> None:
-    options: dict[str, object] = {"max_new_tokens": 500, "ignore_eos": True}
+    options: dict[str, object] = {"max_new_tokens": 200, "ignore_eos": True}
     answer = generate(target, options | {"stop": [f"{i} never said" for i in range(10_000)]})
-    record.expect("10,000 × 500 tokens", said(answer, "stop"), "400")
+    record.expect("10,000 of them", said(answer, "stop"), "400")
     allowed = [f"{i:02d}" + "never" * 24 for i in range(64)]
     answers = together([lambda: generate(target, options | {"stop": allowed}) for _ in range(8)])
-    record.count("8 of 64 long ones × 500 tokens", [a.status_code for a in answers], 200)
+    record.count("8 × 64 long ones over 200 tokens", [a.status_code for a in answers], 200)
 
 
 KWARGS = ("add_generation_prompt", "tools", "messages", "self", "continue_final_message", "conversation", "tokenize")
@@ -192,7 +194,12 @@ def wrong_values(target: Target, record: Record) -> None:
         body = json.dumps({"text": "a", "sampling_params": {"max_new_tokens": 2}}).encode()
         inner = ", ".join(f"{json.dumps(k)}: {_digits(v)}" for k, v in ({"max_new_tokens": 2} | sampling).items())
         body = f'{{"text": "a", "sampling_params": {{{inner}}}}}'.encode()
-        answer = httpx.post(f"http://{target.host}:{target.port}/generate", content=body, timeout=60)
+        answer = httpx.post(
+            f"http://{target.host}:{target.port}/generate",
+            content=body,
+            headers={"Content-Type": "application/json"},
+            timeout=60,
+        )
         record.expect(
             f"{name} {str(next(iter(sampling.values())))[:24] if name != 'top_k' else '10^5000'}",
             said(answer, name),

@@ -85,7 +85,7 @@ def processes(number: int, name: str) -> Callable[[T], T]:
 
 
 def ask(
-    target: Target, method: str, path: str, body: object = None, key: str | None = None, timeout: float = 60
+    target: Target, method: str, path: str, body: object = None, key: str | None = None, timeout: float = 240
 ) -> httpx.Response:
     """One request on a connection of its own; what ended without an answer has status 0 and the reason."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}

@@ -1,9 +1,12 @@
 """A request handed on over a Unix socket: what its client gets, whatever comes first. Covers `workers/relay.py`."""
 
 import asyncio
+import socket
 
 import pytest
 
+from multilora.server.uvicorn_setup import event_loop
+from multilora.server.workers import relay
 from multilora.server.workers.relay import Forwarder, RelayServer
 
 PIECE = {"type": "http.request", "body": b"piece", "more_body": True}
@@ -125,4 +128,46 @@ def test_without_a_supervisor_the_answer_is_503(tmp_path):
         await Forwarder(str(tmp_path / "nobody"))(SCOPE, client.receive, client.send)
         assert client.status == 503 and b"EngineDead" in client.body
 
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, event_loop()], ids=["asyncio", "server's"])
+@pytest.mark.parametrize("backlog", [relay.BACKLOG, 20])
+def test_more_requests_than_the_supervisor_takes_at_once_are_all_answered(
+    tmp_path, monkeypatch, backlog, loop_factory
+):
+    """All of them connect before it takes the first."""
+
+    async def scene():
+        clients = [Client([LAST]) for _ in range(200)]
+        await asked(early, tmp_path / "s", *clients)
+        assert [client.status for client in clients] == [200] * 200
+
+    monkeypatch.setattr(relay, "BACKLOG", backlog)
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(scene())
+
+
+@pytest.mark.parametrize("waiting", [0, 5])
+def test_a_supervisor_that_takes_nothing_any_more_is_503(tmp_path, monkeypatch, waiting):
+    """It has ended a connection at once, or none is taken and no more can wait."""
+
+    async def scene():
+        client = Client([LAST])
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "s"))
+            listener.listen(0)
+            others = [socket.socket(socket.AF_UNIX) for _ in range(waiting)]
+            for one in others:
+                one.setblocking(False)
+                one.connect_ex(str(tmp_path / "s"))
+            forwarded = asyncio.create_task(Forwarder(str(tmp_path / "s"))(SCOPE, client.receive, client.send))
+            if not waiting:
+                await asyncio.to_thread(lambda: listener.accept()[0].close())
+            await forwarded
+            for one in others:
+                one.close()
+        assert client.status == 503 and b"EngineDead" in client.body
+
+    monkeypatch.setattr(relay, "PATIENCE_SECONDS", 0.1)
     asyncio.run(scene())
