@@ -24,6 +24,8 @@ from multilora.front.engine_link import EngineLink
 from multilora.front.quotas import UNLIMITED, Grant, Quotas
 from multilora.front.registry import AdapterRegistry
 
+MAX_RID = 256
+"""Characters of a rid, which each frame of an answer repeats."""
 STOPPING = "the server is being stopped; try again later, or elsewhere"
 
 
@@ -212,6 +214,8 @@ class LocalAdmission:
             return [uuid.uuid4().hex for _ in range(count)]
         if len(set(rids)) < count or any(not rid or (caller.tenant.name, rid) in self._open for rid in rids):
             raise BadRequest("rid: each must be unique, not empty and not in use", param="rid")
+        if max(map(len, rids)) > MAX_RID:
+            raise BadRequest(f"rid: {max(map(len, rids))} characters; at most {MAX_RID} are served", param="rid")
         return rids
 
     def _check_priorities(self, wanted: Sequence[Wanted]) -> None:

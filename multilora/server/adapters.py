@@ -19,7 +19,7 @@ from multilora.server.bodies import (
     V1LoadAdapterBody,
     V1UnloadAdapterBody,
 )
-from multilora.server.errors import StrictRoute, error_response
+from multilora.server.errors import StrictRoute, error_response, shortened
 from multilora.server.streaming import Json, while_connected
 from multilora.server.tensors import LoadTensorsBody, TensorsRoute
 
@@ -32,7 +32,7 @@ def native_result(registry: AdapterRegistry, error: str = "") -> dict[str, Any]:
         "rid": None,
         "http_worker_ipc": None,
         "success": not error,
-        "error_message": error,
+        "error_message": shortened(error),
         "loaded_adapters": seen_paths(registry),
     }
 

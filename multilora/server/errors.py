@@ -59,11 +59,16 @@ MAX_MESSAGE = 2000
 Shape = Callable[[MultiloraError], dict[str, Any]]
 
 
+def shortened(message: str) -> str:
+    """An error's message as a client gets it back."""
+    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…"
+
+
 def error_body(error: MultiloraError, status: int | None = None) -> dict[str, Any]:
     """The JSON body of an error, also used for an error frame inside a stream."""
     return {
         "error": {
-            "message": error.message if len(error.message) <= MAX_MESSAGE else error.message[:MAX_MESSAGE] + "…",
+            "message": shortened(error.message),
             "type": _TYPES.get(status or error.status, "server_error"),
             "param": error.param,
             "code": _CODES.get(error.kind, error.kind),

@@ -121,3 +121,27 @@ def test_our_own_bug_is_500_without_its_text_and_is_raised_for_the_log():
         assert b"secret" not in messages[1]["body"]
 
     run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/unload_lora_adapter", {"lora_name": "x" * 100_000}),
+        ("/v1/unload_lora_adapter", {"lora_name": "x" * 100_000}),
+        ("/v1/messages", {"model": "x" * 100_000, "max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/completions", {"model": "x" * 100_000, "prompt": "a"}),
+        ("/generate", {"input_ids": [5], "rid": "x" * 100_000}),
+        ("/inference/v1/generate", {"token_ids": [5], "request_id": "x" * 100_000}),
+    ],
+)
+def test_an_error_repeats_no_more_than_a_part_of_the_request(path, body):
+    answer = server().post(path, body)
+    assert answer.status in (400, 404)
+    assert len(answer.body) < 3000
+
+
+def test_a_rid_of_several_samples_counts_with_its_number():
+    body = {"input_ids": [5], "rid": "x" * 255, "sampling_params": {"n": 2, "max_new_tokens": 1}}
+    answer = server().post("/generate", body)
+    assert (answer.status, answer.error["param"]) == (400, "rid")
+    assert "257 characters; at most 256" in answer.error["message"]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from multilora.errors import MultiloraError
-from multilora.server.errors import Shape
+from multilora.server.errors import Shape, shortened
 
 _TYPES = {
     400: "invalid_request_error",
@@ -18,7 +18,8 @@ _TYPES = {
 
 def anthropic_error(error: MultiloraError) -> dict[str, Any]:
     """The JSON body of an error, also used for the `error` event of a stream."""
-    return {"type": "error", "error": {"type": _TYPES.get(error.status, "api_error"), "message": error.message}}
+    kind = _TYPES.get(error.status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": shortened(error.message)}}
 
 
 SHAPES: dict[str, Shape] = dict.fromkeys(("/v1/messages", "/v1/messages/count_tokens"), anthropic_error)

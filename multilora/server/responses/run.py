@@ -15,6 +15,7 @@ from multilora.front.generation import Sample
 from multilora.front.stream import Delta, FinishReason
 from multilora.front.tools.base import Content, Reasoning, SettledParts
 from multilora.server.chat_job import ChatJob, logprob_entries
+from multilora.server.errors import shortened
 from multilora.server.response_bytes import ResponseBudget
 from multilora.server.responses.event_log import EventLog, event_frame
 from multilora.server.responses.output import OutputItems
@@ -85,7 +86,9 @@ class ResponseRun:
         self._generation.close()
         self._fail(error)
         self._number -= 1
-        return self._numbered({"type": "error", "code": error.kind, "message": error.message, "param": error.param})
+        return self._numbered(
+            {"type": "error", "code": error.kind, "message": shortened(error.message), "param": error.param}
+        )
 
     def _numbered(self, event: StreamEvent) -> StreamEvent:
         self._number += 1
@@ -146,7 +149,7 @@ class ResponseRun:
     def _fail(self, error: MultiloraError) -> None:
         if self.running:
             self.error = error
-            self._end["error"] = {"code": "server_error", "message": error.message}
+            self._end["error"] = {"code": "server_error", "message": shortened(error.message)}
             self._settle("failed")
 
     def _settle(self, status: str) -> None:

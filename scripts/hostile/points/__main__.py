@@ -77,7 +77,7 @@ def main() -> int:
     arguments = parser.parse_args()
     flags = () if arguments.front_workers == 1 else ("--front-workers", str(arguments.front_workers))
     log = str(Path(tempfile.gettempdir()) / "multilora-points.log")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the servers
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the servers
     return 0 if all(measure_all(chosen(arguments.point), flags, log)) else 1
 
 

@@ -31,7 +31,7 @@ def hard_limit(record: Record) -> None:
                 _idle_connections(target, record, {200, 503}, Path(log.name))
         except SystemExit:
             said = Path(log.name).read_text().strip()
-            record.note("the start", said.splitlines()[-1][:150], "Traceback" not in said)
+            record.note("the start", said[-150:], "Traceback" not in said)
 
 
 def _idle_connections(target: Target, record: Record, wanted: set[int], log: Path | None = None) -> None:
