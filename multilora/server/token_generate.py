@@ -171,5 +171,7 @@ def _candidate(token: int, logprob: float | None, rank: int | None) -> dict[str,
 def _checked(request_id: str | None) -> str | None:
     """It comes back in every chunk. Raises BadRequest if it is too long for that."""
     if request_id is not None and len(request_id) > MAX_RID:
-        raise BadRequest(f"request_id: {len(request_id)} characters; at most {MAX_RID} are served", param="request_id")
+        raise BadRequest(
+            f"request_id: {len(request_id)} characters; at most {MAX_RID} are served", param="request_id"
+        )
     return request_id
