@@ -33,6 +33,8 @@ from multilora.server.workers.pool import FrontWorkers
 
 logger = logging.getLogger(__name__)
 
+BACKLOG = 2048
+"""Connections that wait to be taken; as uvicorn's."""
 HURRIED_WRITE_SECONDS = 0.5
 """For the endings of requests that are cut off by a second signal, until connections are closed."""
 ENGINE_SECONDS = 5
@@ -151,13 +153,15 @@ class _ServerProcess:
 
 @contextlib.contextmanager
 def bind(host: str, port: int) -> Iterator[socket.socket]:
-    """The address, taken but not listened to yet. Raises ConfigError."""
+    """The address, listened to at once: until then another process could take it, too, and two servers would load a
+    model for one port. Connections that come while ours is loaded wait for it. Raises ConfigError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         # asyncio sets TCP_NODELAY on connections of this protocol only, not of protocol 0
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen(BACKLOG)
         except OSError as e:
             raise ConfigError(f"--host {host} --port {port}: {os.strerror(e.errno or 0)}") from None
         yield listener

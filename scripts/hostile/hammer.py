@@ -147,8 +147,11 @@ def _kill_workers(target: Target, seconds: float, log: Path) -> None:
 def _load(target: Target) -> str:
     with contextlib.suppress(OSError, http.client.HTTPException):
         connection = http.client.HTTPConnection(target.host, target.port, timeout=DEADLINE)
-        connection.request("GET", "/load")
-        return connection.getresponse().read().decode()
+        try:
+            connection.request("GET", "/load")
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
     return "no answer"
 
 

@@ -270,6 +270,17 @@ def test_a_taken_port_is_known_before_the_engine_starts(monkeypatch, caplog):
     assert "in use" in caplog.text
 
 
+def test_the_port_is_taken_while_the_engine_starts():
+    """Of two servers that start together one gives up at once."""
+    with module.bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with (
+            pytest.raises(ConfigError, match=f"--port {port}: Address already in use"),
+            module.bind("127.0.0.1", port),
+        ):
+            pass
+
+
 def test_a_signal_while_the_engine_starts(monkeypatch):
     process = Process(monkeypatch)
     began = threading.Event()

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from multilora.engine.faults import NONE_ALLOWED, NOT_FINITE
 from multilora.engine.messages import Logprobs
 from multilora.engine.sampling import triton_sampling
 from multilora.engine.sampling.batch import Column, SamplingBatch, SlotTable
@@ -25,9 +26,6 @@ from multilora.engine.sampling.state import SamplingState
 from multilora.errors import BadRequest
 from multilora.params import SamplingParams
 from multilora.transfer import download, upload
-
-NOT_FINITE = "the model produced logits that are not finite"
-NONE_ALLOWED = "no token is allowed by the grammar, logit_bias and min_new_tokens together"
 
 Ints = npt.NDArray[np.int32]
 

@@ -8,6 +8,7 @@ Called by `scheduler.py`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from multilora.engine.faults import kind_of
 from multilora.engine.messages import Finished, Logprobs, Output
 from multilora.engine.plan import Chunk, PageUpdate, PooledChunk, PromptLogprobs, StepPlan
 from multilora.engine.sampling.state import SamplingState, needs_prompt
@@ -112,9 +113,10 @@ def adapter_order(run: tuple[Request, Chunk]) -> tuple[Composition, int]:
     return request.spec.adapters if acts else (), -chunk.pre_activation
 
 
-def failure(message: str) -> Finished:
+def failure(request: Request, fault: str) -> Finished:
     """The ending of a request whose step went wrong for it alone."""
-    return Finished(type="error", kind="MultiloraError", message=message)
+    kind = kind_of(fault, adapted=bool(request.spec.adapters))
+    return Finished(type="error", kind=kind, message=fault)
 
 
 def make_output(

@@ -83,7 +83,7 @@ class Commits:
         token, error = result.token_ids[index], result.errors[index]
         if error is not None:
             self._finish(request)
-            return make_output(request, self._clock(), [], failure(error))
+            return make_output(request, self._clock(), [], failure(request, error))
         finished = request.ending(token, len(request.progress.output_ids), self._eos_token_ids)
         request.progress.take_token(token)
         self.counts.generated += 1
@@ -130,7 +130,7 @@ class Commits:
         for i, expected in enumerate((*draft, None), index):
             token, error = result.token_ids[i], result.errors[i]
             if error is not None:
-                return tokens, failure(error)
+                return tokens, failure(request, error)
             finished = request.ending(token, known + len(tokens), self._eos_token_ids)
             tokens.append(token)
             if finished is not None or token != expected:

@@ -179,7 +179,6 @@ NUMBERS: list[tuple[str, dict[str, object]]] = [
     ("ebnf", {"ebnf": 'root ::= "a" root'}),
     ("min_p", {"min_p": 1e39}),
     ("top_k", {"top_k": 10**5000}),
-    ("max_new_tokens", {"max_new_tokens": 10**30}),
     ("frequency_penalty", {"frequency_penalty": -1e308}),
 ]
 

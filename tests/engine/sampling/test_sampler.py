@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_rows import Row, row, sample
 
+from multilora.engine.faults import NONE_ALLOWED, NOT_FINITE
 from multilora.engine.sampling import sampler as sampler_module
-from multilora.engine.sampling.sampler import NONE_ALLOWED, NOT_FINITE, Sampled, Sampler
+from multilora.engine.sampling.sampler import Sampled, Sampler
 from multilora.engine.sampling.state import SamplingState
 from multilora.errors import BadRequest
 from multilora.params import SamplingParams
