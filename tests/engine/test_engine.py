@@ -273,7 +273,7 @@ def test_an_adapter_that_overflows_harms_nobody_else(files: Path, tmp_path: Path
         rids = {name: driver.submit(PROMPT, name) for name in (None, "b")}
         bad = driver.submit(PROMPT, "huge")
         driver.run()
-        assert error_of(driver.answers[bad]) == "MultiloraError"
+        assert error_of(driver.answers[bad]) == "AdapterInvalid"
         assert "not finite" in driver.answers[bad].finished.message
         assert {name: driver.answers[rid].tokens for name, rid in rids.items()} == expected
 
