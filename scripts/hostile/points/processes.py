@@ -96,7 +96,7 @@ def one_port(record: Record) -> None:
             with log.open("wb") as file:
                 both.append(subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True))
         try:
-            took = until(lambda: any(one.poll() is not None for one in both), 60)
+            took = until(lambda: any(one.poll() is not None for one in both), 180)
             codes = [one.poll() for one in both]
             lost = codes.index(next((c for c in codes if c is not None), None)) if took is not None else 0
             said = logs[lost].read_text().strip()
@@ -110,7 +110,7 @@ def one_port(record: Record) -> None:
                 good,
             )
             target = Target("127.0.0.1", port, both[1 - lost].pid)
-            served = until(target.healthy, 60)
+            served = until(target.healthy, 180)
             record.note("the other one serves after", f"{served and round(served, 1)} s more", served is not None)
         finally:
             for one in both:
@@ -120,7 +120,7 @@ def one_port(record: Record) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         command[command.index("--port") + 1] = str(taken.getsockname()[1])
         start = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
         took = time.monotonic() - start
         line = done.stderr.strip().splitlines()[-1]
         good = done.returncode not in (0,) and "Traceback" not in done.stderr
