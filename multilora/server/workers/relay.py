@@ -116,8 +116,6 @@ class RelayServer:
             logger.debug("a worker has ended a forwarded request")
         except asyncio.CancelledError:
             logger.debug("a forwarded request is ended")
-        except Exception:  # the application has answered with 500
-            logger.exception("error inside a forwarded request")
         finally:
             self._requests.discard(task)
             writer.close()
@@ -144,7 +142,10 @@ class RelayServer:
                 await _write(writer, message)
 
         await self._before(scope["path"])
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except Exception:  # it has answered with 500
+            logger.exception("error inside a forwarded request")
         while await reader.read(SKIPPED_BYTES):  # until the worker has closed
             pass
 

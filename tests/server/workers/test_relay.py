@@ -96,6 +96,19 @@ def test_an_answer_that_is_there_before_the_body_is_not_lost(tmp_path, seconds):
     asyncio.run(scene())
 
 
+def test_the_answer_of_an_application_that_raises_is_not_lost_either(tmp_path):
+    async def raising(*call):
+        await early(*call)
+        raise RuntimeError("after its answer")
+
+    async def scene():
+        client = Client([PIECE, PIECE, LAST], 0.02)
+        await asked(raising, tmp_path / "s", client)
+        assert (client.status, client.body) == (200, b"well")
+
+    asyncio.run(scene())
+
+
 def test_a_body_arrives_whole(tmp_path):
     async def scene():
         client = Client([PIECE, PIECE, LAST])
