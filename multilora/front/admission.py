@@ -29,6 +29,12 @@ MAX_RID = 256
 STOPPING = "the server is being stopped; try again later, or elsewhere"
 
 
+def check_rid(rid: str, param: str) -> None:
+    """Raise BadRequest, naming the field `param`, for an id of a request that is too long to be repeated."""
+    if len(rid) > MAX_RID:
+        raise BadRequest(f"{param}: {len(rid)} characters; at most {MAX_RID} are served", param=param)
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What one job of a request wants: `n` samples of the same prompt, on these adapters (full names)."""
@@ -214,8 +220,7 @@ class LocalAdmission:
             return [uuid.uuid4().hex for _ in range(count)]
         if len(set(rids)) < count or any(not rid or (caller.tenant.name, rid) in self._open for rid in rids):
             raise BadRequest("rid: each must be unique, not empty and not in use", param="rid")
-        if max(map(len, rids)) > MAX_RID:
-            raise BadRequest(f"rid: {max(map(len, rids))} characters; at most {MAX_RID} are served", param="rid")
+        check_rid(max(rids, key=len), "rid")
         return rids
 
     def _check_priorities(self, wanted: Sequence[Wanted]) -> None:

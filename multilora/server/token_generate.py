@@ -16,7 +16,7 @@ from multilora.drivers.async_generation import AsyncGeneration
 from multilora.drivers.request_driver import RequestDriver
 from multilora.engine.messages import Logprobs
 from multilora.errors import BadRequest
-from multilora.front.admission import MAX_RID
+from multilora.front.admission import check_rid
 from multilora.front.generation import Job, Sample
 from multilora.front.request_front import RequestFront
 from multilora.front.stream import Delta, FinishReason, TextStream
@@ -100,7 +100,8 @@ class TokenRequest(OpenAIRequest):
             **common_fields(front, common),
         )
         super().__init__(common, [job], front.config.model_name)
-        self._id = _checked(body.request_id) or uuid.uuid4().hex
+        self._id = body.request_id or uuid.uuid4().hex
+        check_rid(self._id, "request_id")  # every chunk repeats it
 
     def whole(self, sample: Sample) -> Choice:
         unsaid = {"routed_experts": None, "sampling_mask": None}
@@ -166,12 +167,3 @@ def _content(token: int, logprobs: Logprobs, top: int) -> dict[str, Any]:
 def _candidate(token: int, logprob: float | None, rank: int | None) -> dict[str, Any]:
     finite = LOWEST if logprob is None else max(logprob, LOWEST)
     return {"token": f"token_id:{token}", "token_id": token, "logprob": finite, "rank": rank}
-
-
-def _checked(request_id: str | None) -> str | None:
-    """It comes back in every chunk. Raises BadRequest if it is too long for that."""
-    if request_id is not None and len(request_id) > MAX_RID:
-        raise BadRequest(
-            f"request_id: {len(request_id)} characters; at most {MAX_RID} are served", param="request_id"
-        )
-    return request_id

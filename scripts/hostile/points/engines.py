@@ -58,24 +58,25 @@ def running(target: Target, calls: list[Callable[[Target], str]]) -> tuple[list[
 SLOW = ("--max-running-requests", "64")
 
 
+def _cut_off(target: Target, record: Record, what: str, seconds: float, signals: int = 1) -> None:
+    """Stop the server beside 24 long requests, and see how each of them ends."""
+    found, threads = running(target, [stream_end] * 12 + [whole_answer] * 12)
+    stopped(target, record, f"{what} beside 24 long requests", seconds, signals=signals)
+    for thread in threads:
+        thread.join()
+    record.count("their ends", found, "ServerStopping, [DONE]", "503, Retry-After", "503")
+
+
 @processes(7, "a second SIGTERM")
 def second_signal(record: Record) -> None:
     with own_server(record.log, "--device", "cpu", *record.servers) as target:
-        found, threads = running(target, [stream_end] * 12 + [whole_answer] * 12)
-        stopped(target, record, "two SIGTERM beside 24 long requests", 8, signals=2)
-        for thread in threads:
-            thread.join()
-        record.count("their ends", found, "ServerStopping, [DONE]", "503, Retry-After", "503")
+        _cut_off(target, record, "two SIGTERM", 8, signals=2)
 
 
 @processes(8, "the end of the drain")
 def drained(record: Record) -> None:
     with own_server(record.log, "--device", "cpu", "--drain-seconds", "1", *record.servers) as target:
-        found, threads = running(target, [stream_end] * 12 + [whole_answer] * 12)
-        stopped(target, record, "SIGTERM with --drain-seconds 1 beside 24 long requests", 12)
-        for thread in threads:
-            thread.join()
-        record.count("their ends", found, "ServerStopping, [DONE]", "503, Retry-After", "503")
+        _cut_off(target, record, "SIGTERM with --drain-seconds 1", 12)
 
 
 @processes(12, "a stopped, a dead and a killed engine")
