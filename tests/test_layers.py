@@ -58,7 +58,8 @@ ROOMS = [
     {"lifecycle"},
     {"loading", "device", "composition"},
     {"peft", "packing", "host"},
-    {"__init__", "sources", "adapter", "thread_pool"},
+    {"__init__", "sources", "adapter"},
+    {"thread_pool"},
 ]
 FLOOR = {unit: len(ROOMS) - i for i, row in enumerate(ROOMS) for unit in row}
 

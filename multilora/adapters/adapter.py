@@ -94,7 +94,7 @@ class AdapterLimits:
 
 @dataclass(frozen=True)
 class Adapter:
-    """All blocks of one adapter. `fingerprint` changes when the files do (see `checkpoint.fingerprint`).
+    """All blocks of one adapter. `fingerprint` changes with what the files hold (see `sources/fingerprint`).
 
     invocation_tokens: with activated LoRA, the adapter acts from the last occurrence of this sequence in the prompt
     on; None: it always acts.

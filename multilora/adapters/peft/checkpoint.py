@@ -17,7 +17,8 @@ from multilora.adapters.peft import experts
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.config import PeftConfig, parse_config
 from multilora.adapters.peft.contents import open_tensors, sort_tensors
-from multilora.adapters.sources.files import find_files, fingerprint, read_json_object, show
+from multilora.adapters.sources.files import find_files, read_json_object, show
+from multilora.adapters.sources.fingerprint import fingerprint, identity
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from multilora.lora.sites import SCORE, TABLES
@@ -31,11 +32,13 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, reader
     Raises AdapterNotFound, AdapterInvalid, AdapterUnsupported or AdapterIncompatible; the message names the file and
     the field, tensor or module. AdapterError if the base model's own files are gone.
     """
-    mark = fingerprint(directory)
+    before = identity(directory)
     files = find_files(directory)
     config = parse_config(read_json_object(files.config), files.config)
     with contextlib.ExitStack() as stack:
-        contents = sort_tensors(open_tensors(files, stack, readers), config, base)
+        tensors = open_tensors(files, stack, readers)
+        digest = readers.start(lambda: fingerprint(directory, readers))
+        contents = sort_tensors(tensors, config, base)
         with_lora = lora.check(contents)
         of_experts = experts.check(contents)
         others = full_weights.plan(contents)
@@ -51,7 +54,8 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, reader
         blocks += full_weights.read(others, contents, deltas)
     _check_modules({block.module for block in blocks}, base, limits)
     _check_activated(blocks, config)
-    if fingerprint(directory) != mark:
+    mark = digest.result()
+    if identity(directory) != before:
         raise AdapterInvalid(f"{show(str(directory))}: the files changed while they were read; load it again")
     return Adapter(tuple(blocks), mark, config.invocation_tokens)
 

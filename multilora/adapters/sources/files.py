@@ -1,10 +1,9 @@
-"""The files of one adapter directory: which are read, whether they changed, and how a small JSON file is read safely.
+"""The files of one adapter directory: which are read, and how a small JSON file is read safely.
 
-It owns file names, sizes and identities, and knows nothing of PEFT's fields or of tensors.
+It owns file names and sizes, and knows nothing of PEFT's fields or of tensors.
 Called by `peft/` and `sources/`.
 """
 
-import hashlib
 import json
 import os
 import stat
@@ -76,21 +75,6 @@ def find_files(directory: Path) -> AdapterFiles:
     raise AdapterNotFound(f"{WEIGHTS_NAME} is missing in {show(str(directory))} (pickle files are not read)")
 
 
-def fingerprint(directory: Path) -> str:
-    """A digest that changes when a file of the adapter does: of name, size, mtime, inode and header of each.
-
-    Raises what `find_files` raises.
-    """
-    digest = hashlib.sha256()
-    for path in find_files(directory).all:
-        with open_regular(path) as file:
-            info = os.fstat(file.fileno())
-            digest.update(f"{path.name}\0{info.st_size}\0{info.st_mtime_ns}\0{info.st_ino}\0".encode())
-            is_json = path.suffix != ".safetensors"
-            digest.update(file.read(MAX_JSON_BYTES if is_json else _header_bytes(file, info.st_size)))
-    return digest.hexdigest()
-
-
 def open_regular(path: Path) -> BinaryIO:
     """Open for reading, unbuffered. Raises AdapterInvalid for anything but a regular file (pipe, device, directory),
     AdapterNotFound if there is none."""
@@ -149,9 +133,3 @@ def read_index(path: Path) -> dict[str, str]:
                 f"{path.name}: weight_map: {show(tensor)} names {show(name)}, not a .safetensors file beside it"
             )
     return weight_map
-
-
-def _header_bytes(file: BinaryIO, size: int) -> int:
-    """How many bytes of a safetensors file from its current position, 0, belong to the header (at most 16 MB)."""
-    length = int.from_bytes(file.read(8), "little")
-    return min(length, size, MAX_JSON_BYTES)

@@ -190,7 +190,7 @@ def _full_disk(target: Target, record: Record) -> None:
     process.rlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     answer = from_tensors(target, "t", Path(PATHS["json"]))
     process.rlimit(resource.RLIMIT_FSIZE, before)
-    record.expect("tensors that the disk does not take", said(answer, "StorageFailed"), "507")
+    record.expect("tensors that the disk does not take", said(answer, "could not be kept"), "507")
     record.expect("tensors once it does", from_tensors(target, "t", Path(PATHS["json"])).status_code, 200)
     record.expect("/generate with them", generate(target, lora_path="t").status_code, 200)
 

@@ -494,6 +494,6 @@ def test_layers_that_the_config_leaves_out(tmp_path: Path) -> None:
 def test_files_that_change_while_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, pair(Q0, 8, 8))
     marks = iter(["before", "after"])
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda _: next(marks))
+    monkeypatch.setattr(checkpoint, "identity", lambda _: next(marks))
     with pytest.raises(AdapterInvalid, match="changed while they were read"):
         read_adapter(tmp_path, BASE, AdapterLimits())
