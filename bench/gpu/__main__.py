@@ -72,6 +72,7 @@ def main() -> int:
     parser.add_argument("--dims", choices=SIZES, default="llama-8b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tp-size", type=int, default=1, help="devices that share the model")
+    parser.add_argument("--model-impl", choices=("auto", "native", "transformers"), default="auto")
     parser.add_argument("--quantization", choices=WEIGHT_BITS, help="hold the layers' weights in fewer bits")
     parser.add_argument("--kv-cache-dtype", choices=["auto", *KV_DTYPES], default="auto")
     parser.add_argument("--attention-backend", default="auto")
@@ -125,6 +126,7 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         "disable_radix_cache": True,
         "tp_size": args.tp_size,
         "quantization": args.quantization,
+        "model_impl": args.model_impl,
         "kv_cache_dtype": args.kv_cache_dtype,
         "attention_backend": args.attention_backend,
         "disable_cuda_graph": args.disable_cuda_graph,

@@ -22,7 +22,15 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_family(tmp_path_factory.mktemp(request.param), request.param, ADAPTERS)
 
 
-@pytest.mark.parametrize("options", [{}, {"disable_custom_all_reduce": True}, {"disable_cuda_graph": True}], ids=str)
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"disable_custom_all_reduce": True},
+    {"disable_cuda_graph": True},
+    {"model_impl": "transformers"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_no_less_exact_than_transformers_and_peft_in_bf16(family: Family, options: dict[str, Any]) -> None:
     driver = family.driver(tp_size=2, chunked_prefill_size=300, **options)
     for cached in (False, True):
@@ -33,12 +41,13 @@ def test_no_less_exact_than_transformers_and_peft_in_bf16(family: Family, option
     driver.close()
 
 
-def test_as_one_rank_token_for_token(family: Family) -> None:
-    """In fp32, with room for two adapters, so that they come and go on both ranks."""
+@pytest.mark.parametrize("impl", ["native", "transformers"])
+def test_as_one_rank_token_for_token(family: Family, impl: str) -> None:
+    """In fp32, with room for two adapters, so that they come and go on both ranks; one rank is always native."""
     alone = family.driver(**EXACT)
     expected = run(alone, family, family.jobs())
     alone.close()
-    driver = family.driver(tp_size=2, max_loras_per_batch=2, chunked_prefill_size=64, **EXACT)
+    driver = family.driver(tp_size=2, max_loras_per_batch=2, chunked_prefill_size=64, model_impl=impl, **EXACT)
     for job, answer in run(driver, family, family.jobs()).items():
         assert equal(answer, expected[job]), job
     assert driver.evictions >= len(ADAPTERS) - 2, "admission groups requests by adapter, so each may come once only"
