@@ -113,7 +113,7 @@ class Trainer:
 
     def _loss(self, model: peft.PeftModel, rows: Sequence[Row]) -> torch.Tensor:
         """Cross entropy of the answers' tokens; logits are computed for these only."""
-        ids, labels = collated(rows, self.tokenizer.pad_token_id, self.device)
+        ids, labels = collated(rows, self.tokenizer.eos_token_id, self.device)
         inner = model.get_base_model()
         shared = common_start(rows) if self._share else 0
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._narrow):

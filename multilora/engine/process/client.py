@@ -46,6 +46,7 @@ from multilora.engine.messages import (
     decode_from_engine,
     encode,
 )
+from multilora.engine.process.openmp import environment
 from multilora.engine.process.pulse import PULSE_SECONDS, PulseMonitor
 from multilora.errors import ConfigError, EngineDead, from_wire
 from multilora.private_directory import PrivateDirectory, remove_orphans
@@ -107,7 +108,11 @@ class EngineClient:
         command = [sys.executable, "-m", "multilora.engine.process.worker", address, str(os.getpid()), str(pulses)]
         try:
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, pass_fds=[pulses], start_new_session=True
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                env=environment(),
+                pass_fds=[pulses],
+                start_new_session=True,
             )
         finally:
             os.close(pulses)
