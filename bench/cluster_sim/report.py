@@ -81,6 +81,8 @@ def main() -> None:
         for most_ms in args.most_ms:
             say("\n".join(["", *costs(tables["cost"], most_ms)]))
     if args.bars:
+        if "headline" not in tables:
+            parser.error(f"--bars: {args.result} has no table `headline`")
         write_plot(args.bars, {row["case"]["routing"]: row for row in tables["headline"]})
     if args.lines:
         write_lines(args.lines, "first token, 99th percentile (ms), by load", lines(tables))

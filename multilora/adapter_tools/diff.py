@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from multilora.adapter_tools.pairs import LoraPair, PairedAdapter, read_pairs
 
@@ -44,16 +45,18 @@ class AdapterDiff:
         return not self.config and all(m.change == 0 for m in self.modules)
 
 
-def diff(old: str, new: str) -> AdapterDiff:
-    """Compare two adapters, directories or hub ids. Raises AdapterError."""
+def diff(old: str, new: str, *, progress: bool = False) -> AdapterDiff:
+    """Compare two adapters, directories or hub ids. progress: draw a bar on stderr. Raises AdapterError."""
     before, after = read_pairs(old), read_pairs(new)
-    modules = [_module(name, before, after) for name in sorted(before.pairs.keys() | after.pairs.keys())]
+    names = sorted(before.pairs.keys() | after.pairs.keys())
+    bar = tqdm(names, desc="diff", unit="module", disable=not progress)
+    modules = [_module(name, before, after) for name in bar]
     both = [m for m in modules if m.change is not None]
     change = math.sqrt(sum((m.change or 0.0) ** 2 * (m.old_norm or 0.0) ** 2 for m in both if m.old_norm))
     size = math.sqrt(sum((m.old_norm or 0.0) ** 2 for m in both))
     modules += [_tensor(name, before, after) for name in sorted(before.others.keys() | after.others.keys())]
-    names = sorted((before.raw.keys() | after.raw.keys()) - set(IGNORED))
-    config = {n: (before.raw.get(n), after.raw.get(n)) for n in names}
+    fields = sorted((before.raw.keys() | after.raw.keys()) - set(IGNORED))
+    config = {n: (before.raw.get(n), after.raw.get(n)) for n in fields}
     config = {n: pair for n, pair in config.items() if _plain(pair[0]) != _plain(pair[1])}
     return AdapterDiff(old, new, config, modules, change / size if size else 0.0)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from multilora.adapter_tools.reference import Reference, SpecialTokens
 from multilora.adapters.sources import resolve
@@ -85,9 +86,10 @@ def verify(
     dtype: str = "float32",
     device: str = "auto",
     tolerance: float | None = None,
+    progress: bool = False,
 ) -> Verdict:
     """Compare one adapter. prompts: texts, used besides random token ids; none: two built-in ones if the model has a
-    tokenizer.
+    tokenizer. progress: draw a bar on stderr while PEFT reads the answers.
 
     Raises AdapterError for what cannot be loaded, ConfigError for a bad model or when PEFT is not installed.
     """
@@ -105,13 +107,15 @@ def verify(
     reference = Reference(model_path, device)
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
     checks = []
-    for adapter in (False, True):
-        if adapter:
-            reference.put_on(directory, special)
-        for prompt, name, answer in zip(both, names, answers, strict=True):
-            if (name is not None) == adapter:
-                logprobs = reference.logprobs(prompt.ids, answer.token_ids)
-                checks.append(_compare(prompt, adapter, answer, logprobs, limit))
+    with tqdm(total=len(both), desc="verify", unit="prompt", disable=not progress) as bar:
+        for adapter in (False, True):
+            if adapter:
+                reference.put_on(directory, special)
+            for prompt, name, answer in zip(both, names, answers, strict=True):
+                if (name is not None) == adapter:
+                    logprobs = reference.logprobs(prompt.ids, answer.token_ids)
+                    checks.append(_compare(prompt, adapter, answer, logprobs, limit))
+                    bar.update()
     return Verdict(path, model_path, dtype, limit, reference.peft_version, checks)
 
 

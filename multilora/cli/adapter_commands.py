@@ -42,6 +42,7 @@ def _verify(args: AdapterArgs) -> int:
             dtype=args.dtype or "float32",
             device=args.device,
             tolerance=args.tolerance,
+            progress=sys.stderr.isatty(),
         )
     except AdapterError as e:
         error = {"kind": e.kind, "message": e.message}

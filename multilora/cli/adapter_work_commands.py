@@ -52,7 +52,7 @@ def _run(args: AdapterWorkArgs, *, progress: bool) -> tuple[Any, str]:
         converted = convert(args.paths[0], out, model_path=args.model_path, alpha=args.alpha, progress=progress)
         return converted, render_work.converted(converted)
     if args.command == "diff":
-        found = diff(*args.paths)
+        found = diff(*args.paths, progress=progress)
         return found, render_work.difference(found)
     cost = bench(
         args.paths[0],

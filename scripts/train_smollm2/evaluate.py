@@ -21,6 +21,7 @@ from .metrics import METRICS
 log = logging.getLogger("train_smollm2")
 
 TOKENS = 128
+AT_ONCE = 2048  # prompts of one call, which takes at most 4096
 INSTRUCTIONS = {
     "pirate": "Answer the user's question briefly, in the voice of a pirate.",
     "sql": "Answer the user's question with one SQLite query for this table, and with nothing else.",
@@ -63,10 +64,15 @@ def evaluate(model: str, adapters: dict[str, Path], count: int, **options: Any) 
     prompts = [prompt_ids(tokenizer, one.example.prompt, one.system) for one in asked]
     paths = {voice: str(path) for voice, path in adapters.items()}
     with LLM(model, lora_paths=paths, **options) as llm:
-        log.info("asking %d questions in one batch", len(asked))
+        log.info("asking %d questions, adapters and base model in one batch", len(asked))
         began = time.monotonic()
         params = {"temperature": 0, "max_new_tokens": TOKENS}
-        answers = llm.generate(prompts, params, [one.lora for one in asked])
+        loras = [one.lora for one in asked]
+        answers = [
+            answer
+            for start in range(0, len(asked), AT_ONCE)
+            for answer in llm.generate(prompts[start : start + AT_ONCE], params, loras[start : start + AT_ONCE])
+        ]
         seconds = time.monotonic() - began
     texts = [answer.text.strip() for answer in answers]
     return {

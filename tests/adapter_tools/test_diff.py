@@ -79,3 +79,11 @@ def test_from_nothing(path, tmp_path):
     found = diff(str(tmp_path), str(path / "old"))
     assert all(module.change == math.inf and module.cosine is None for module in found.modules)
     assert found.config == {"task_type": ("CAUSAL_LM", None)}
+
+
+def test_a_bar_is_drawn_only_when_asked_for(path, capsys):
+    diff(str(path / "old"), str(path / "new"))
+    assert not capsys.readouterr().err
+    diff(str(path / "old"), str(path / "new"), progress=True)
+    drawn = capsys.readouterr().err
+    assert "diff: 100%" in drawn and "module" in drawn
