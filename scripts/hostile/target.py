@@ -85,7 +85,10 @@ def free_port() -> int:
 def own_server(
     log: str, *flags: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()
 ) -> Iterator[Target]:
-    """A server over the demo model on a free port. env: variables of its own; prefix: a command that starts it."""
+    """A server over the demo model on a free port. env: variables of its own; prefix: a command that starts it.
+    It has a session of its own; SIGTERM to this process ends it, too."""
+    with contextlib.suppress(ValueError):  # only the main thread may say what a signal does
+        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
     port = free_port()
     with open(log, "ab") as file:
         command = [*prefix, sys.executable, "-m", "multilora", "serve", "--port", str(port), *flags]
