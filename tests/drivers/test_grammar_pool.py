@@ -6,6 +6,7 @@ Covers `grammar_process.py` too.
 import asyncio
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 
@@ -110,6 +111,10 @@ def test_what_takes_long_steps_back(loop):
         slow.cancel()
 
     loop.run(watch())
+
+
+def test_it_competes_with_the_front_as_a_session_of_its_own(loop):
+    assert os.getsid(loop.process.pid) == loop.process.pid != os.getsid(0)
 
 
 def test_what_nobody_waits_for_is_killed(loop):
