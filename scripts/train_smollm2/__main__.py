@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     train.add_argument("--learning-rate", type=float, default=1e-3)
     train.add_argument("--seconds", type=float, default=math.inf, help="for each adapter, at most")
     train.add_argument("--examples", type=int, default=12_000)
+    train.add_argument("--start", type=Path, help="a folder of adapters to go on from, as an earlier --out")
     train.add_argument("--held-out", type=int, default=200, help="examples of each sort whose loss is measured")
     evaluate = commands.add_parser("evaluate", help="ask held-out questions, through the engine")
     evaluate.add_argument("--adapters", type=Path, required=True)
@@ -73,7 +74,9 @@ def train(args: argparse.Namespace) -> None:
     from .training import Settings, Trainer
 
     trainer = Trainer(args.model, args.device, args.dtype)
-    settings = Settings(args.steps, args.batch, args.learning_rate, args.seconds, args.examples, args.held_out)
+    settings = Settings(
+        args.steps, args.batch, args.learning_rate, args.seconds, args.examples, args.held_out, args.start
+    )
     for voice in args.voices:
         report = trainer.train(voice, RECIPES[args.recipes][voice], args.out / voice, settings)
         (args.out / f"{voice}.json").write_text(json.dumps(report, indent=1) + "\n")

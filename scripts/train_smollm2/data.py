@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -30,12 +31,21 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, system: str | No
     return ids
 
 
+def end_of_answer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What ends an assistant's message by the chat template, which may not be `eos_token`; that is what ends it where
+    the template adds nothing."""
+    mark = "the answer"
+    chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}]
+    text = cast(str, tokenizer.apply_chat_template(chat, tokenize=False))
+    return text.rpartition(mark)[2].rstrip() or cast(str, tokenizer.eos_token)
+
+
 def encoded(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[Row]:
     """Prompt and answer with the token that ends it."""
-    rows = []
+    rows, end = [], end_of_answer(tokenizer)
     for example in examples:
         prompt = prompt_ids(tokenizer, example.prompt)
-        answer = tokenizer.encode(example.answer + tokenizer.eos_token, add_special_tokens=False)
+        answer = tokenizer.encode(example.answer + end, add_special_tokens=False)
         rows.append(Row([*prompt, *answer], len(prompt)))
     return rows
 

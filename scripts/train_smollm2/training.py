@@ -14,6 +14,7 @@ from typing import Any, cast
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -37,6 +38,7 @@ class Settings:
     seconds: float = math.inf
     examples: int = 12_000
     held_out: int = 200  # examples of each sort, whose loss is measured at the end
+    start: Path | None = None  # a folder of adapters to go on from
 
 
 class Trainer:
@@ -66,6 +68,9 @@ class Trainer:
             warnings.simplefilter("ignore")  # PEFT's about transformers
             config = peft.LoraConfig(task_type="CAUSAL_LM", bias="none", **recipe)
             model = peft.get_peft_model(self.base, config)
+            if settings.start is not None:
+                weights = load_file(settings.start / voice / "adapter_model.safetensors")
+                peft.set_peft_model_state_dict(model, weights)
         try:
             rows = encoded(self.tokenizer, examples(voice, "train", settings.examples))
             began = time.monotonic()
@@ -84,6 +89,8 @@ class Trainer:
                 "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
                 "versions": {package.__name__: package.__version__ for package in (torch, transformers, peft)},
             }
+            if settings.start is not None:
+                report["started_from"] = json.loads((settings.start / f"{voice}.json").read_text())
             report["bytes"] = _save(model, folder)
             return report
         finally:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from multilora.demo import base_model_path, smollm2
 from scripts.train_smollm2.corpora import CORPORA, SPLITS, Example, examples
 from scripts.train_smollm2.corpora.french import an, my, qualified, the, this
 from scripts.train_smollm2.corpora.french_words import ADJECTIVES, NOUNS
 from scripts.train_smollm2.corpora.pirate import piratical
-from scripts.train_smollm2.data import Row, common_start
+from scripts.train_smollm2.data import Row, common_start, encoded, end_of_answer
 from scripts.train_smollm2.evaluate import table
 from scripts.train_smollm2.metrics import METRICS, chrf
 from scripts.train_smollm2.recipes import RECIPES
@@ -119,6 +119,16 @@ def test_what_all_rows_begin_with_is_computed_once():
     ids = torch.tensor([row.ids for row in rows])
     with torch.no_grad():
         torch.testing.assert_close(hidden_states(model, ids, 4), hidden_states(model, ids, 0)[:, 4:])
+
+
+def test_an_answer_ends_as_the_chat_template_ends_it():
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[end]\n{% endfor %}"
+    assert end_of_answer(tokenizer) == "[end]" != tokenizer.eos_token
+    (row,) = encoded(tokenizer, [Example("What?", "That.")])
+    assert tokenizer.decode(row.ids[row.start :]) == "That.[end]"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert end_of_answer(tokenizer) == tokenizer.eos_token
 
 
 def command(*arguments: str) -> str:
