@@ -108,7 +108,8 @@ test-gpu: $(READY)
 	$(BIN)/pytest -q -m gpu $(ARGS)
 	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q -m 'not slow' tests/engine/test_peft_parity.py \
 		tests/engine/test_composition.py tests/engine/test_activation.py
-	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q -m 'not slow' tests/engine/test_parity.py -k 'llama3 or mistral'
+	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q tests/engine/test_parity.py \
+		-k '(llama3 or mistral) and not ranks and not drafts'
 
 dist: $(READY)
 	rm -rf dist

@@ -20,7 +20,8 @@ class Scenario:
     """warm: seconds at the start that are not counted. failures: replicas that die, one after the other, after that.
     report_seconds: between two reports of a replica. history: adapters of requests that were served one at a time
     before the clock starts, so that the tiers hold what they would after hours of this routing. shared_cores: how
-    many times as long a step takes while one, two … engines compute; empty: each has cores of its own."""
+    many times as long a step takes while one, two … engines compute; empty: each has cores of its own. way: seconds
+    for which a request on its way to an engine computes as well, on those cores."""
 
     replicas: int = 100
     warm: float = 30.0
@@ -31,6 +32,7 @@ class Scenario:
     seed: int = 0
     history: Sequence[int] = ()
     shared_cores: Sequence[float] = ()
+    way: float = 0.0
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Simulation:
         self._scenario, self._calibration, self._routing = scenario, calibration, routing
         self._arrivals = arrivals
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._on_the_way = 0  # requests that compute beside the engines
         self._serial = 0
         self._random = random.Random(scenario.seed)
         self._measured = Measured()
@@ -128,8 +131,9 @@ class Simulation:
 
     def _pace(self) -> float:
         """How many times as long a step takes that another engine begins now."""
-        times = self._scenario.shared_cores
-        return times[min(self._computing(), len(times) - 1)]
+        times, others = self._scenario.shared_cores, self._computing() + self._on_the_way
+        beyond = max(0, others - len(times) + 1)  # each more takes as much as the last that was measured
+        return times[min(others, len(times) - 1)] + beyond * (times[-1] - times[-2])
 
     def _computing(self) -> int:
         return sum(engine.busy for engine in self._engines.values())
@@ -146,6 +150,13 @@ class Simulation:
             self._measured.hits[job.hit] += 1
             if self._scenario.shared_cores:
                 self._measured.busy.append(self._computing())
+        if self._scenario.way:
+            self._on_the_way += 1
+            self._at(now + self._scenario.way, self._arrived)
+
+    def _arrived(self, now: float) -> None:
+        del now
+        self._on_the_way -= 1
 
     def _first(self, job: Job, now: float) -> None:
         self._routing.prompt_read(job.replica, job.owner)

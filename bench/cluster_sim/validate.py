@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import cycle
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ def simulated(traffic: Traffic, trace: Sequence[Arrival], known: Machine) -> dic
     """First tokens and whole requests, in milliseconds, by quantile."""
     scenario = Scenario(
         replicas=REPLICAS, warm=WARM * traffic.seconds, sizes=Sizes(slots=SLOTS), history=history(traffic, 5000),
-        shared_cores=known.shared,
+        shared_cores=known.shared, way=median(known.beside[0]),
     )  # fmt: skip
     measured = Simulation(scenario, known.calibration, AdapterAware(0, routers=1), trace).run()
     crowded = min(1.0, mean(measured.busy) / (REPLICAS - 1))
