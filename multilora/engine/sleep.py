@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from multilora.engine.memory import asking_for
+from multilora.engine.memory import asking_for, trim_heap
 from multilora.engine.messages import MemoryTag
 from multilora.errors import MultiloraError, OutOfMemory
 from multilora.memory.plan import format_bytes
@@ -143,6 +143,8 @@ class DeviceSleep:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            trim_heap()
         self._peers.agree(True)
         logger.info(
             "asleep: %s of %s released in %.2f s",
