@@ -15,6 +15,8 @@ import psutil
 import pytest
 from running_server import ANSWERS, GREEDY, PATHS, PROMPT, Server, serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
@@ -69,7 +71,6 @@ def test_dynamic_load_unload_and_replace_under_the_same_name(server):
     assert "does not exist" in server.unload("style").json()["error_message"]
 
 
-@pytest.mark.slow
 def test_swap_in_place_while_requests_run(server):
     """vLLM's route: a new version at once, requests in flight finish on the old one."""
     body = {"lora_name": "swap", "lora_path": PATHS["sql"]}
@@ -83,7 +84,6 @@ def test_swap_in_place_while_requests_run(server):
     assert server.http.post("/v1/unload_lora_adapter", json={"lora_name": "swap"}).status_code == 200
 
 
-@pytest.mark.slow
 def test_load_and_unload_while_requests_run(server):
     with ThreadPoolExecutor(6) as threads:
         running = [threads.submit(server.answer, "pirate") for _ in range(12)]
@@ -94,7 +94,6 @@ def test_load_and_unload_while_requests_run(server):
         assert {f.result() for f in running} == {ANSWERS["pirate"]}
 
 
-@pytest.mark.slow
 def test_three_adapters_with_room_for_two(narrow):
     names = ["pirate", "sql", "json", None] * 4
     response = narrow.generate([PROMPT] * len(names), names)
@@ -105,7 +104,6 @@ def test_three_adapters_with_room_for_two(narrow):
     assert narrow.metric("sglang:lora_pool_slots_used") <= 2
 
 
-@pytest.mark.slow
 def test_pinning(narrow):
     assert narrow.load("french", pinned=True).status_code == 200
     starving = narrow.load("second", PATHS["sql"], pinned=True)
@@ -155,7 +153,6 @@ def test_an_adapter_from_tensors(server):
     assert "adapter_config.json" in response.json()["error_message"]
 
 
-@pytest.mark.slow
 def test_streams_agree_with_the_whole_answer(server):
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
     stream = client.completions.create(model="pirate", prompt=PROMPT, temperature=0, max_tokens=64, stream=True)
@@ -210,7 +207,6 @@ def test_a_hang_up_aborts(server):
     assert server.metric("vllm:num_requests_running") == 0
 
 
-@pytest.mark.slow
 def test_sigterm_drains(tmp_path_factory):
     with serving(tmp_path_factory, "--lora-paths", f"sql={PATHS['sql']}") as server, ThreadPoolExecutor(1) as thread:
         running = thread.submit(server.generate, PROMPT, "sql")
@@ -220,7 +216,6 @@ def test_sigterm_drains(tmp_path_factory):
         assert server.process.wait(30) == 0
 
 
-@pytest.mark.slow
 def test_a_dead_engine_that_is_not_started_again_is_noticed_at_once(tmp_path_factory):
     server = Server("--max-engine-restarts", "0", log=tmp_path_factory.mktemp("server") / "log")
     try:
