@@ -17,6 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from multilora.errors import ConfigError, ModelUnsupported, MultiloraError
 from multilora.models.load import read_config
 
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+"""Our names of special tokens, and the format's."""
+
 
 def convert(file: Path, directory: Path, dtype: torch.dtype) -> None:
     """Raises ModelUnsupported before any weight is read, ConfigError for a file that cannot be read."""
@@ -27,17 +30,38 @@ def convert(file: Path, directory: Path, dtype: torch.dtype) -> None:
         if architecture is None:
             raise ModelUnsupported(f"{file}: {config.model_type} is not an architecture for causal language models")
         config.architectures, config.dtype = [architecture], dtype
+        special = special_tokens(file)
+        _name(config, special)
         config.save_pretrained(directory)
         read_config(str(directory))
-        AutoTokenizer.from_pretrained(**where).save_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        for name, token in special.items():
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
+        tokenizer.save_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(
             **where, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         )
+        _name(model.generation_config, special)
         model.save_pretrained(directory)
     except ImportError as e:
         raise ConfigError(f"{file}: {e} (pip install 'multilora[gguf]')") from e
     except (OSError, ValueError, KeyError, IndexError) as e:
         raise ConfigError(f"{file} cannot be read as GGUF: {e!r:.500}") from e
+
+
+def special_tokens(file: Path) -> dict[str, int]:
+    """The ids that the file itself gives. Some versions of transformers name others: 5.17 ends SmolLM2's texts with
+    the token that begins a message, and then no answer ends."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    fields = {name: reader.get_field(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
+    return {name: int(field.contents()) for name, field in fields.items() if field is not None}
+
+
+def _name(config: Any, special: dict[str, int]) -> None:
+    for name, token in special.items():
+        setattr(config, f"{name}_token_id", token)
 
 
 def main(file: str, directory: str, dtype: str) -> int:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from multilora import LLM
 from multilora.config import Config
 from multilora.errors import ConfigError, ModelUnsupported
-from multilora.models import gguf
+from multilora.models import gguf, gguf_convert
 from multilora.models.gguf_convert import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT
@@ -90,6 +90,25 @@ def test_a_file_that_has_changed_is_converted_again(here: None, tmp_path: Path) 
         wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
         for name, weight in wanted.state_dict().items():
             assert torch.equal(found.state_dict()[name], weight), name
+
+
+@pytest.mark.usefixtures("here")
+def test_special_tokens_are_the_files_whatever_transformers_makes_of_them(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = gguf_convert.AutoTokenizer.from_pretrained
+
+    def misread(*args: Any, **kwargs: Any) -> Any:
+        tokenizer = read(*args, **kwargs)
+        tokenizer.eos_token = tokenizer.bos_token
+        return tokenizer
+
+    monkeypatch.setattr(gguf_convert.AutoTokenizer, "from_pretrained", misread)
+    gguf_convert.convert(files / "tiny.gguf", tmp_path, torch.float32)
+    tokenizer = read(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / name).read_text())["eos_token_id"] == 2
 
 
 def test_other_models_are_left_alone() -> None:
