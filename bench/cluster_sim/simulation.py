@@ -133,7 +133,8 @@ class Simulation:
         """How many times as long a step takes that another engine begins now."""
         times, others = self._scenario.shared_cores, self._computing() + self._on_the_way
         beyond = max(0, others - len(times) + 1)  # each more takes as much as the last that was measured
-        return times[min(others, len(times) - 1)] + beyond * (times[-1] - times[-2])
+        more = times[-1] - times[-2] if len(times) > 1 else 0.0
+        return times[min(others, len(times) - 1)] + beyond * more
 
     def _computing(self) -> int:
         return sum(engine.busy for engine in self._engines.values())

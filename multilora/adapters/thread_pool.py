@@ -1,6 +1,6 @@
 """A few threads that share one list of work, for work that releases the GIL: reading, casting, copying.
 
-It owns its threads and nothing else. Called by `loading/`, `peft/` and `device/`.
+It owns its threads and nothing else. Called by `loading/`, `peft/`, `sources/` and `device/`.
 """
 
 import os

@@ -141,7 +141,7 @@ class LocalCopies:
         try:
             fetch = fetch_again(self._manager, dataclasses.replace(record, version=version))
             info = yield from as_its_tenant(registry, record, fetch)
-            if record.fingerprint and info.fingerprint != record.fingerprint:
+            if record.fingerprint and record.is_of_other_files(info.fingerprint):
                 self._manager.forget_tokens(version)
                 yield from EngineUnload(version)
                 raise AdapterUnavailable(f"adapter {record.name!r}: its files have changed since: load it again")

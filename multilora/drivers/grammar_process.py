@@ -26,9 +26,9 @@ from multilora.errors import BadRequest
 from multilora.front.grammars.compiler import GrammarCompiler, Setup
 
 NICENESS = 5
-"""Running requests come first,"""
+"""Running requests come first: the whole session has this weight beside the front's and the engine's."""
 PATIENCE = 10
-"""and by so much more before a grammar that takes long."""
+"""A grammar that takes long lets others go first, which are compiled in the same session, by so much more."""
 PATIENT_SECONDS = 0.5
 
 

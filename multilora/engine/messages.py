@@ -260,7 +260,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int | None = None  # of its own head; None: the base model's
     trains_tokens: bool = False  # it may have tokens that the base model's tokenizer does not know
     num_labels: int = 0  # of its own classification head; 0: it has none
-    fingerprint: str = ""  # of its files, changes when they do
+    fingerprint: str = ""  # of what its files hold
 
 
 class PauseState(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from multilora.front.adapter_ref import AdapterRef
 from multilora.front.adapter_spec import AdapterSpec
 
+OLD_MARK_LENGTH = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRecord:
@@ -26,6 +28,16 @@ class AdapterRecord:
     weight_version: str | None = None
     parts: AdapterSpec = ()
     fingerprint: str = ""
+
+    def is_of_other_files(self, fingerprint: str) -> bool:
+        """Whether this is not the fingerprint of the files that were recorded. Marks of before contents counted, by
+        times and inodes, cannot tell."""
+        return self.fingerprint != fingerprint and not self.has_old_mark
+
+    @property
+    def has_old_mark(self) -> bool:
+        """Whether the fingerprint is of times and inodes, a SHA-256, as it was before it was of contents."""
+        return len(self.fingerprint) == OLD_MARK_LENGTH
 
     @classmethod
     def of(cls, ref: AdapterRef, local: str = "", fingerprint: str = "") -> "AdapterRecord":

@@ -5,9 +5,11 @@ replaced or unloaded is not loaded from there. What is remembered and cannot be 
 stays remembered.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeVar
 
 from multilora.engine.messages import AdapterInfo
@@ -46,7 +48,7 @@ def load_at_start(
             wanted.append(entry)
     yield from manager.load_many(wanted, all_or_none=True, recorded=False)
     adapters = [record for record in saved.adapters if not record.parts]
-    yield from Gather([_restore(manager, registry, record) for record in adapters], MAX_LOADS)
+    yield from Gather([_restore(manager, registry, records, record) for record in adapters], MAX_LOADS)
     for record in saved.adapters:
         if record.parts:
             _compose(registry, record)
@@ -55,7 +57,9 @@ def load_at_start(
         logger.info("%d of the %d adapters of --state-dir are served again", served, len(known))
 
 
-def _restore(manager: AdapterManager, registry: AdapterRegistry, record: AdapterRecord) -> Steps[None]:
+def _restore(
+    manager: AdapterManager, registry: AdapterRegistry, records: Records, record: AdapterRecord
+) -> Steps[None]:
     """Load an adapter as the version that it was. If its files have changed since, it is another one."""
     try:
         version = registry.begin_load(
@@ -63,10 +67,13 @@ def _restore(manager: AdapterManager, registry: AdapterRegistry, record: Adapter
         )
         try:
             info = yield from as_its_tenant(registry, record, fetch_again(manager, record))
+            if record.has_old_mark:
+                marked = dataclasses.replace(record, fingerprint=info.fingerprint)
+                yield from RunBlocking(Lane.STATE, partial(records.save, marked))
         except BaseException:
             registry.fail_load(version)
             raise
-        if info.fingerprint == record.fingerprint:
+        if not record.is_of_other_files(info.fingerprint):
             registry.commit_load(version, info)
             return
         logger.warning("adapter %r has changed since it was loaded; it gets another version", record.name)

@@ -2,8 +2,8 @@
 
 transformers reads the file, in a process of its own (`gguf_convert.py`), whose memory is given back: the weights,
 which are dequantised, the config and the tokenizer. Directories are kept in the user's cache, under the file's path,
-size and time of change and the dtype. Called by `server/serve.py`, `llm/offline.py`, `llm/online.py` and
-`cli/adapter_commands.py`; `cli/doctor/host.py` asks where the cache is.
+size and time of change, the dtype and the converter's version. Called by `server/serve.py`, `llm/offline.py`,
+`llm/online.py` and `cli/adapter_commands.py`; `cli/doctor/host.py` asks where the cache is.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ from multilora.errors import ConfigError, from_wire
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
+CONVERTER = 2
+"""Counted up when what is made of a file changes, so that it is made again."""
 
 
 def with_directory(config: Config) -> Config:
@@ -45,7 +47,7 @@ def converted(path: str, dtype: str) -> Path:
         status = file.stat()
     except OSError as e:
         raise ConfigError(f"--model-path {path}: {e.strerror}") from None
-    key = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{dtype}"
+    key = f"{CONVERTER}|{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{dtype}"
     directory = cache_folder() / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not directory.is_dir():
         _convert(file, directory, dtype)

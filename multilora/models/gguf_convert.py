@@ -31,21 +31,23 @@ def convert(file: Path, directory: Path, dtype: torch.dtype) -> None:
             raise ModelUnsupported(f"{file}: {config.model_type} is not an architecture for causal language models")
         config.architectures, config.dtype = [architecture], dtype
         special = special_tokens(file)
-        _name(config, special)
+        set_token_ids(config, special)
         config.save_pretrained(directory)
         read_config(str(directory))
         tokenizer = AutoTokenizer.from_pretrained(**where)
         for name, token in special.items():
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
+            if 0 <= token < len(tokenizer):
+                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
         tokenizer.save_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(
             **where, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         )
-        _name(model.generation_config, special)
+        set_token_ids(model.config, special)
+        set_token_ids(model.generation_config, special)
         model.save_pretrained(directory)
     except ImportError as e:
         raise ConfigError(f"{file}: {e} (pip install 'multilora[gguf]')") from e
-    except (OSError, ValueError, KeyError, IndexError) as e:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as e:
         raise ConfigError(f"{file} cannot be read as GGUF: {e!r:.500}") from e
 
 
@@ -59,9 +61,11 @@ def special_tokens(file: Path) -> dict[str, int]:
     return {name: int(field.contents()) for name, field in fields.items() if field is not None}
 
 
-def _name(config: Any, special: dict[str, int]) -> None:
+def set_token_ids(config: Any, special: dict[str, int]) -> None:
+    """Put the ids into a configuration. One that transformers gives several ends keeps them."""
     for name, token in special.items():
-        setattr(config, f"{name}_token_id", token)
+        if not isinstance(getattr(config, f"{name}_token_id", None), list):
+            setattr(config, f"{name}_token_id", token)
 
 
 def main(file: str, directory: str, dtype: str) -> int:

@@ -4,6 +4,7 @@ Adds the meaning and the bounds of fields (`openapi_fields.py`), the answers wit
 who needs which key. Made on a thread when it is first asked for. Installed by `server/app.py`.
 """
 
+import threading
 from typing import Any
 
 import msgspec
@@ -136,13 +137,18 @@ KEYS = {
 def install(app: FastAPI) -> None:
     """Serve the completed document at /openapi.json, made on a thread: it takes a third of a second."""
 
-    def document() -> Node:
-        if not app.openapi_schema:
-            app.openapi_schema = complete(get_openapi(title=app.title, version=app.version, routes=app.routes))
-        return app.openapi_schema
+    making = threading.Lock()  # one request makes it, the others wait on their threads
 
-    def answer(_request: Request) -> Response:
-        return JSONResponse(document())
+    def document() -> Node:
+        with making:
+            if not app.openapi_schema:
+                made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+                app.openapi_schema = complete(made)
+            return app.openapi_schema
+
+    def answer(request: Request) -> Response:
+        found, root = document(), request.scope.get("root_path", "").rstrip("/")
+        return JSONResponse({**found, "servers": [{"url": root}]} if root else found)
 
     app.openapi = document  # type: ignore[method-assign]
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") != app.openapi_url]

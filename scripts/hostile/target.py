@@ -87,8 +87,9 @@ def own_server(
 ) -> Iterator[Target]:
     """A server over the demo model on a free port. env: variables of its own; prefix: a command that starts it.
     It has a session of its own; SIGTERM to this process ends it, too."""
+    before = None
     with contextlib.suppress(ValueError):  # only the main thread may say what a signal does
-        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
+        before = signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
     port = free_port()
     with open(log, "ab") as file:
         command = [*prefix, sys.executable, "-m", "multilora", "serve", "--port", str(port), *flags]
@@ -107,3 +108,5 @@ def own_server(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""Answers of the engine to held-out questions, base model and adapters in one batch, and what they are worth."""
+"""Answers of the engine to held-out questions, base model and adapters together, and what they are worth."""
 
 import json
 import logging
@@ -64,7 +64,7 @@ def evaluate(model: str, adapters: dict[str, Path], count: int, **options: Any) 
     prompts = [prompt_ids(tokenizer, one.example.prompt, one.system) for one in asked]
     paths = {voice: str(path) for voice, path in adapters.items()}
     with LLM(model, lora_paths=paths, **options) as llm:
-        log.info("asking %d questions, adapters and base model in one batch", len(asked))
+        log.info("asking %d questions, adapters and base model together", len(asked))
         began = time.monotonic()
         params = {"temperature": 0, "max_new_tokens": TOKENS}
         loras = [one.lora for one in asked]

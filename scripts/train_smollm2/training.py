@@ -68,9 +68,7 @@ class Trainer:
             warnings.simplefilter("ignore")  # PEFT's about transformers
             config = peft.LoraConfig(task_type="CAUSAL_LM", bias="none", **recipe)
             model = peft.get_peft_model(self.base, config)
-            if settings.start is not None:
-                weights = load_file(settings.start / voice / "adapter_model.safetensors")
-                peft.set_peft_model_state_dict(model, weights)
+            started_from = None if settings.start is None else _go_on_from(model, settings.start, voice)
         try:
             rows = encoded(self.tokenizer, examples(voice, "train", settings.examples))
             began = time.monotonic()
@@ -89,8 +87,8 @@ class Trainer:
                 "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
                 "versions": {package.__name__: package.__version__ for package in (torch, transformers, peft)},
             }
-            if settings.start is not None:
-                report["started_from"] = json.loads((settings.start / f"{voice}.json").read_text())
+            if started_from is not None:
+                report["started_from"] = started_from
             report["bytes"] = _save(model, folder)
             return report
         finally:
@@ -151,6 +149,18 @@ def hidden_states(model: nn.Module, ids: torch.Tensor, shared: int) -> torch.Ten
         layer.keys = layer.keys.expand(len(ids), -1, -1, -1)
         layer.values = layer.values.expand(len(ids), -1, -1, -1)
     return cast(torch.Tensor, model(input_ids=ids[:, shared:], past_key_values=cache).last_hidden_state)
+
+
+def _go_on_from(model: peft.PeftModel, folder: Path, voice: str) -> dict[str, Any]:
+    """Give the model the adapter in `folder`. Returns what is known about its training. Raises ValueError for an
+    adapter of another shape."""
+    known = folder / f"{voice}.json"
+    weights = load_file(folder / voice / "adapter_model.safetensors")
+    found = peft.set_peft_model_state_dict(model, weights)
+    missing = [name for name in found.missing_keys if "lora_" in name]
+    if found.unexpected_keys or missing:
+        raise ValueError(f"{folder / voice} has other modules: {[*found.unexpected_keys, *missing][:3]}")
+    return cast(dict[str, Any], json.loads(known.read_text())) if known.exists() else {"folder": str(folder)}
 
 
 def _parts(losses: Sequence[float]) -> list[Sequence[float]]:

@@ -157,7 +157,7 @@ SCENARIOS: dict[str, tuple[dict[str, Any], Callable[[Stats], bool]]] = {
 
 
 IN_EVERYTHING = ("llama3",)
-"""Families: rope that depends on the position."""
+"""The family that every test runs in the quick tier, with rope that depends on the position."""
 OTHERS = [name for name in FAMILIES if name not in IN_EVERYTHING]
 IN_EVERY_FAMILY: dict[str, tuple[str, list[Any]]] = {
     "everything_at_once": ("scenario", [*SCENARIOS]),

@@ -3,6 +3,7 @@
 Covers `records.py`, `restoring.py` too.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -165,6 +166,23 @@ def test_files_that_are_gone_are_remembered_and_files_that_changed_are_another_v
     adapter(tmp_path, "gone")
     p = again(p, state)
     assert set(p.registry.loaded()) == {"changed"}
+    p.close()
+
+
+def test_marks_of_times_and_inodes_are_replaced(root: Path, state: Path, tmp_path: Path) -> None:
+    """As versions wrote them for which a touched file was another one."""
+    p = RegistryProcess(state)
+    path = adapter(tmp_path, "a")
+    p.run(p.front.adapters.load("a", path, pinned=True))
+    (record,) = p.records.read().adapters
+    p.records.save(dataclasses.replace(record, fingerprint="0" * 64))
+    p = again(p, state)
+    (marked,) = p.records.read().adapters
+    assert marked == record, "the same version, with a mark that tells"
+    Path(path, "adapter_model.safetensors").write_text("other")
+    p = again(p, state)
+    (changed,) = p.records.read().adapters
+    assert changed.version > record.version
     p.close()
 
 

@@ -103,7 +103,15 @@ def test_special_tokens_are_the_files_whatever_transformers_makes_of_them(
         tokenizer.eos_token = tokenizer.bos_token
         return tokenizer
 
+    read_model = gguf_convert.AutoModelForCausalLM.from_pretrained
+
+    def misread_model(*args: Any, **kwargs: Any) -> Any:
+        model = read_model(*args, **kwargs)
+        model.config.eos_token_id = model.generation_config.eos_token_id = 1
+        return model
+
     monkeypatch.setattr(gguf_convert.AutoTokenizer, "from_pretrained", misread)
+    monkeypatch.setattr(gguf_convert.AutoModelForCausalLM, "from_pretrained", misread_model)
     gguf_convert.convert(files / "tiny.gguf", tmp_path, torch.float32)
     tokenizer = read(tmp_path)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)

@@ -3,13 +3,19 @@
 Covers `openapi_fields.py` too.
 """
 
+import inspect
+import threading
+import time
+
 import pytest
 from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer
 from fakes.tokenizers import byte_level_tokenizer
+from starlette.requests import Request
 
 from multilora.errors import BadRequest
 from multilora.params import SamplingParams
+from multilora.server import openapi
 from multilora.server.openapi_fields import SAMPLING
 
 
@@ -73,6 +79,28 @@ def test_answers_streams_and_errors(document, path):
     assert set(responses) == {"200", "400", "401", "403", "404", "413", "429", "503"}
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     assert responses["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/Error")
+
+
+def test_it_is_made_once_and_on_a_thread(monkeypatch):
+    s = LocalServer(FakeEngineClient(vocab_size=320), byte_level_tokenizer())
+    made = []
+
+    def complete(document):
+        time.sleep(0.05)
+        made.append(threading.current_thread())
+        return document
+
+    monkeypatch.setattr(openapi, "complete", complete)
+    routes = [route for route in s.app.router.routes if getattr(route, "path", "") == "/openapi.json"]
+    (route,) = routes
+    asked = [threading.Thread(target=route.endpoint, args=(Request({"type": "http"}),)) for _ in range(4)]
+    for thread in asked:
+        thread.start()
+    for thread in asked:
+        thread.join()
+    assert len(made) == 1
+    assert not inspect.iscoroutinefunction(route.endpoint), "Starlette calls what is no coroutine on a thread"
+    assert s.get("/openapi.json").json() == s.app.openapi()
 
 
 def test_answers_are_as_described():

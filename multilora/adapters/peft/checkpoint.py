@@ -8,6 +8,7 @@ Called by `loading/loader.py`.
 
 import contextlib
 from collections.abc import Iterable
+from concurrent.futures import wait
 from pathlib import Path
 
 from multilora.adapters.adapter import Adapter, AdapterLimits, Block, LowRank, Vector, VectorKind
@@ -36,9 +37,7 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, reader
     files = find_files(directory)
     config = parse_config(read_json_object(files.config), files.config)
     with contextlib.ExitStack() as stack:
-        tensors = open_tensors(files, stack, readers)
-        digest = readers.start(lambda: fingerprint(directory, readers))
-        contents = sort_tensors(tensors, config, base)
+        contents = sort_tensors(open_tensors(files, stack, readers), config, base)
         with_lora = lora.check(contents)
         of_experts = experts.check(contents)
         others = full_weights.plan(contents)
@@ -47,14 +46,16 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, reader
         targeted = {module.place.module for module in with_lora}
         targeted |= {base.expert_place(module.place).whole.module for module in of_experts}
         _check_modules(targeted | others.modules, base, limits)
+        digest = readers.start(lambda: fingerprint(directory, readers))
+        stack.callback(lambda: digest.cancel() or wait([digest]))
         merged = {m.place.module: m for m in with_lora if contents.resized and m.place.module in TABLES}
         blocks = [b for m in with_lora if m.place.module not in merged for b in lora.read(m, contents)]
         deltas = {table: lora.table_delta(module, contents) for table, module in merged.items()}
         blocks += experts.read(of_experts, contents)
         blocks += full_weights.read(others, contents, deltas)
+        mark = digest.result()
     _check_modules({block.module for block in blocks}, base, limits)
     _check_activated(blocks, config)
-    mark = digest.result()
     if identity(directory) != before:
         raise AdapterInvalid(f"{show(str(directory))}: the files changed while they were read; load it again")
     return Adapter(tuple(blocks), mark, config.invocation_tokens)

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
+from multilora.adapters.peft import checkpoint
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.checkpoint import fingerprint, read_adapter
+from multilora.adapters.thread_pool import ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid
 from multilora.lora.sites import LoraSite, LoraSlice
 
@@ -295,6 +297,28 @@ def test_limits(plain: Path) -> None:
         read_adapter(plain, BASE, AdapterLimits(max_rank=3))
     with pytest.raises(AdapterIncompatible, match=r"incompatible.*up_proj.*--lora-target-modules q_proj"):
         read_adapter(plain, BASE, AdapterLimits(target_modules=("q_proj",)))
+
+
+def test_reading_on_threads_finds_the_same(plain: Path) -> None:
+    alone, on_threads = (read_adapter(plain, BASE, NO_LIMITS, readers) for readers in (ReaderPool(1), ReaderPool(3)))
+    assert alone.fingerprint == on_threads.fingerprint
+    assert alone.rank == on_threads.rank and len(alone.blocks) == len(on_threads.blocks)
+
+
+def test_what_is_refused_by_its_headers_is_not_read(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda *_: pytest.fail("it is digested"))
+    with pytest.raises(AdapterIncompatible, match="rank"):
+        read_adapter(plain, BASE, AdapterLimits(max_rank=1))
+
+
+def test_an_error_of_the_digest_is_the_readers(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> str:
+        raise OSError("a broken disk")
+
+    monkeypatch.setattr(checkpoint, "fingerprint", broken)
+    for readers in (ReaderPool(1), ReaderPool(3)):
+        with pytest.raises(OSError, match="a broken disk"):
+            read_adapter(plain, BASE, NO_LIMITS, readers)
 
 
 def test_fingerprint_changes_with_the_files(plain: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fakes.models import make_adapter, make_tiny_model
 from multilora.config import Config
 from multilora.engine.messages import Finished, Output, Pause, PauseState, Resume, Sleep, StartProfile, Submit, WakeUp
 from multilora.engine.process.client import EngineClient
+from multilora.engine.process.openmp import SPINS
 from multilora.errors import (
     AdapterError,
     AdapterIncompatible,
@@ -137,6 +138,11 @@ def test_ready_says_what_the_door_must_know(front: EngineOnALoop) -> None:
     assert (ready.context_length, ready.vocab_size, ready.eos_token_ids) == (256, 101, [2])
     assert (ready.device, ready.dtype, ready.attention_backend) == ("cpu", "float32", "torch")
     assert ready.stats.total_pages > 0 and ready.stats.free_pages == ready.stats.total_pages
+
+
+def test_its_threads_that_wait_sleep_soon(front: EngineOnALoop) -> None:
+    found = front.engine().environ()
+    assert "OMP_WAIT_POLICY" in found or found["GOMP_SPINCOUNT"] == os.environ.get("GOMP_SPINCOUNT", str(SPINS))
 
 
 def test_tokens_stream_one_by_one(front: EngineOnALoop) -> None:
