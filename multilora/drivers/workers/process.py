@@ -140,8 +140,8 @@ class WorkerProcess:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
     def kill(self, why: str) -> None:
-        """End the process at once, with those that it has started; `ended` is done soon. Its compiler of grammars has a
-        session of its own, and ends when it finds its socket closed."""
+        """End the process at once, with those that it has started; `ended` is done soon. Its compiler of grammars,
+        which has a session of its own, ends when it finds its socket closed."""
         logger.error("%s is ended: %s", self.name, why)
         self._kill_group()
 
