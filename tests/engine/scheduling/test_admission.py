@@ -51,7 +51,7 @@ def split(count: int, copy: float, step: Callable[[int], float]) -> float:
 
 @pytest.mark.parametrize("fixed", [0.004, 0.020])
 @pytest.mark.parametrize("per_token", [0.0, 0.001])
-@pytest.mark.parametrize("copy", [0.001, 0.002, 0.005, 0.010, 0.030, 0.1])
+@pytest.mark.parametrize("copy", [0.001, 0.002, 0.005, 0.010, pytest.param(0.030, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
 def test_no_worse_than_the_better_of_batched_and_split(count, copy, per_token, fixed):
     def step(tokens: int) -> float:
