@@ -3,7 +3,6 @@
 Runs the largest step once over a few pages of its own. Called by `build_rank.py`, at start.
 """
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -102,11 +101,3 @@ def graph_bytes(sizes: Sequence[int], row_bytes: int, variants: int, pieces: int
     one). The graphs of a size share their input, each has its own result; row_bytes: of one row of those."""
     each = GRAPH_BYTES + pieces * PIECE_BYTES
     return sum(variants * each + (1 + variants) * row_bytes * size for size in sizes)
-
-
-def trim_heap() -> None:
-    """Return the free memory of this process' heap to the system, where the C library can (glibc): it may have taken
-    even an arena from a hole in its heap, and would keep that hole."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

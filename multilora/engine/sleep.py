@@ -12,6 +12,7 @@ captures a graph, as a capture runs collectives.
 Called by `pause_control.py` while no step is in flight; nothing may read arena or weights until they are restored.
 """
 
+import ctypes
 import gc
 import logging
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-from multilora.engine.memory import asking_for, trim_heap
+from multilora.engine.memory import asking_for
 from multilora.engine.messages import MemoryTag
 from multilora.errors import MultiloraError, OutOfMemory
 from multilora.memory.plan import format_bytes
@@ -196,3 +197,11 @@ class DeviceSleep:
     def _restore_arena(self) -> None:
         self._arena.allocate()
         self._arena.clear()
+
+
+def trim_heap() -> None:
+    """Return the free memory of this process' heap to the system, where the C library can (glibc): it may have taken
+    even an arena from a hole in its heap, and would keep that hole."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
