@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -197,14 +197,22 @@ def test_bad_adapters_change_nothing(server, tmp_path):
 
 
 def test_a_hang_up_aborts(server):
-    """A client that goes away takes its request along."""
-    body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True}, "stream": True}
+    """A client that goes away takes its request along: it ends before it has all of its tokens."""
+    wanted, before = 1500, server.metric("vllm:iteration_tokens_total_sum")  # what the engine has computed
+    body = {"text": PROMPT, "sampling_params": {"max_new_tokens": wanted, "ignore_eos": True}, "stream": True}
     with server.http.stream("POST", "/generate", json=body) as response:
-        next(response.iter_lines())
-    deadline = time.monotonic() + 10
-    while server.metric("vllm:num_requests_running") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert server.metric("vllm:num_requests_running") == 0
+        lines = response.iter_lines()  # kept: its end closes the connection
+        next(lines)
+        _wait_until(lambda: server.metric("vllm:num_requests_running") == 1)  # else a 0 could be that of before
+    _wait_until(lambda: server.metric("vllm:num_requests_running") == 0)
+    assert server.metric("vllm:iteration_tokens_total_sum") - before < wanted
+
+
+def _wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_sigterm_drains(tmp_path_factory):
