@@ -172,21 +172,22 @@ def test_scale_shift_pairs_follow_the_low_rank_part(backend, page_bytes):
         torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [2, 12])  # few ones go through fp32
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_the_reference(dtype):
+def test_half_precision_stays_near_the_reference(dtype, rows):
     torch.manual_seed(3)
     sites = make_sites(64, 64, 32, 128)
     adapters = [random_adapter(sites, dict.fromkeys(ALL, r), seed=r) for r in (4, 16, 64)]
     bench = Bench(sites, dtype, 8192, adapters)
-    segments = tuple(LoraSegment(2 * i, 2 * i + 2, (i,), (1.0,)) for i in range(3))
+    segments = tuple(LoraSegment(rows * i, rows * (i + 1), (i,), (0.5,)) for i in range(3))
     backend, reference = (
         make_lora_backend("torch", bench.table, sites=sites, dtype=bench.target.dtype),
         ReferenceLora(bench.table),
     )
     for lora in (backend, reference):
-        lora.prepare(segments, 6)
+        lora.prepare(segments, 3 * rows)
     for site in sites:
-        x, y = torch.randn(6, site.in_features).to(dtype), torch.randn(6, site.out_features).to(dtype)
+        x, y = (torch.randn(3 * rows, size).to(dtype) for size in (site.in_features, site.out_features))
         want = y.clone()
         backend.apply(y, x, site.index)
         reference.apply(want, x, site.index)
