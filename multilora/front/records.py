@@ -83,6 +83,10 @@ class Records:
         """From now on the name is this version, unless it is a later one already. Raises StorageFailed; nothing has
         changed then."""
 
+    def mark(self, name: str, version: int, fingerprint: str) -> None:
+        """The version, if the name is still that one, has this fingerprint. Raises StorageFailed; nothing has changed
+        then."""
+
     def remove(self, name: str) -> None:
         """From now on the name is nothing. Raises StorageFailed; nothing has changed then."""
 

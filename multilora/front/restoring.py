@@ -5,7 +5,6 @@ replaced or unloaded is not loaded from there. What is remembered and cannot be 
 stays remembered.
 """
 
-import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -68,8 +67,9 @@ def _restore(
         try:
             info = yield from as_its_tenant(registry, record, fetch_again(manager, record))
             if record.has_old_mark:
-                marked = dataclasses.replace(record, fingerprint=info.fingerprint)
-                yield from RunBlocking(Lane.STATE, partial(records.save, marked))
+                logger.warning("adapter %r: an old mark does not tell whether its files changed", record.name)
+                mark = partial(records.mark, record.name, record.version, info.fingerprint)
+                yield from RunBlocking(Lane.STATE, mark)
         except BaseException:
             registry.fail_load(version)
             raise

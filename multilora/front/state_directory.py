@@ -37,6 +37,7 @@ _SAVE = (
     f"ON CONFLICT (name) DO UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in _COLUMNS[1:])} "
     "WHERE excluded.version > adapters.version"
 )
+_MARK = "UPDATE adapters SET fingerprint = ? WHERE name = ? AND version = ?"
 _SET = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 
 
@@ -93,6 +94,11 @@ class StateDirectory(Records):
             next_version = max(record.version + 1, int(self._fact("next_version") or 1))
             self._db.execute(_SET, ["next_version", str(next_version)])
         self.names.add(record.name)
+
+    def mark(self, name: str, version: int, fingerprint: str) -> None:
+        """See `Records`."""
+        with self._change():
+            self._db.execute(_MARK, [fingerprint, name, version])
 
     def remove(self, name: str) -> None:
         """See `Records`."""

@@ -169,16 +169,22 @@ def test_files_that_are_gone_are_remembered_and_files_that_changed_are_another_v
     p.close()
 
 
-def test_marks_of_times_and_inodes_are_replaced(root: Path, state: Path, tmp_path: Path) -> None:
+def test_marks_of_times_and_inodes_are_replaced(
+    root: Path, state: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As versions wrote them for which a touched file was another one."""
     p = RegistryProcess(state)
     path = adapter(tmp_path, "a")
     p.run(p.front.adapters.load("a", path, pinned=True))
     (record,) = p.records.read().adapters
-    p.records.save(dataclasses.replace(record, fingerprint="0" * 64))
+    p.records.mark("a", record.version, "0" * 64)
+    p.records.mark("a", record.version + 1, "another version's")
+    (old,) = p.records.read().adapters
+    assert old == dataclasses.replace(record, fingerprint="0" * 64)
     p = again(p, state)
     (marked,) = p.records.read().adapters
     assert marked == record, "the same version, with a mark that tells"
+    assert "'a': an old mark does not tell whether its files changed" in caplog.text
     Path(path, "adapter_model.safetensors").write_text("other")
     p = again(p, state)
     (changed,) = p.records.read().adapters
