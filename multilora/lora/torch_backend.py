@@ -12,7 +12,7 @@ import torch
 from multilora.lora.segment_loop import SegmentLoop
 from multilora.lora.table import SiteWeights
 
-FEW_ROWS = 8
+FP32_ROWS = 8
 """Rows up to which 16-bit products go through fp32 on CPU: 2 to 3 times faster at 2, equal at 16 (docs/log.md)."""
 
 
@@ -47,17 +47,17 @@ def expand(y: torch.Tensor, h: torch.Tensor, weights: SiteWeights, weight: float
 
     y: [rows, out]; h: [rows, rank].
     """
-    narrow = _through_fp32(y)
-    h = h.to(torch.float32 if narrow else y.dtype)  # logits are fp32
+    dtype = torch.float32 if _through_fp32(y) else y.dtype  # that of logits is fp32
+    h = h.to(dtype)
     for part in weights.b:
         for piece in part.pieces:
             rows, columns = piece.weight.shape
             row, col = part.first + piece.row, part.offset + piece.col
-            target, factor, own = y[:, col : col + columns], h[:, row : row + rows], piece.weight.to(h.dtype)
-            if narrow:
-                target.add_(torch.mm(factor, own), alpha=weight)
+            target, own_h, own = y[:, col : col + columns], h[:, row : row + rows], piece.weight.to(dtype)
+            if dtype == y.dtype:
+                target.addmm_(own_h, own, alpha=weight)
             else:
-                target.addmm_(factor, own, alpha=weight)
+                target.add_(own_h @ own, alpha=weight)
         for piece in part.scale_shift:
             columns = piece.weight.shape[1]
             own = y[:, part.offset + piece.col : part.offset + piece.col + columns]
@@ -65,4 +65,4 @@ def expand(y: torch.Tensor, h: torch.Tensor, weights: SiteWeights, weight: float
 
 
 def _through_fp32(rows: torch.Tensor) -> bool:
-    return rows.device.type == "cpu" and rows.dtype.itemsize == 2 and rows.shape[0] <= FEW_ROWS
+    return rows.device.type == "cpu" and rows.dtype.itemsize == 2 and rows.shape[0] <= FP32_ROWS

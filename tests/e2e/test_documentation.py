@@ -203,14 +203,14 @@ def test_a_hang_up_aborts(server):
     with server.http.stream("POST", "/generate", json=body) as response:
         lines = response.iter_lines()  # kept: its end closes the connection
         next(lines)
-        _wait_until(lambda: server.metric("vllm:num_requests_running") == 1)  # else a 0 could be that of before
-    _wait_until(lambda: server.metric("vllm:num_requests_running") == 0)
+        until(lambda: server.metric("vllm:num_requests_running") == 1)  # else a 0 could be that of before
+    until(lambda: server.metric("vllm:num_requests_running") == 0)
     assert server.metric("vllm:iteration_tokens_total_sum") - before < wanted
 
 
-def _wait_until(true: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
