@@ -58,6 +58,9 @@ class WrongEndingError(Exception):
 
 CUT_SECONDS = 10.0
 """A connection may be cut for so long after its front process was killed or stopped."""
+UNDER_WAY = ("is being unloaded", "is being replaced")
+"""In the message that refuses a change while an earlier one of the same adapter goes on, as it does behind a
+connection that was cut. SGLang's format, in which it is said, has no code."""
 
 
 class Clients:
@@ -218,8 +221,7 @@ class Clients:
         async with adapter.changing:
             adapter.may_become(kind)
             body = {"lora_name": adapter.name, "lora_path": PATHS[kind], "upsert": True}
-            answer = await self._post("/load_lora_adapter", body)
-            if refusal := self._refusal(answer):
+            if refusal := await self._change("/load_lora_adapter", body):
                 return refusal
             adapter.kinds = {kind}
             return "swapped"
@@ -253,16 +255,25 @@ class Clients:
         """How the server refused, if it did."""
         began = time.monotonic()
         try:
-            return self._refusal(await self._post(path, body))
+            answer = await self._post(path, body)
         except httpx.HTTPError as e:
             if not (cut := self._cut(e, began)):
                 raise
             return cut
+        message = answer.json().get("error_message") or ""
+        if any(each in message for each in UNDER_WAY):
+            if not self._front_ended(began):
+                raise WrongEndingError(f"{path}: {message}")
+            return "under way"
+        return self._refusal(answer)
 
     def _cut(self, error: httpx.HTTPError, began: float) -> str:
         """That the request's front process has ended, if that explains the error."""
-        explained = isinstance(error, httpx.TransportError) and self.front_ended_at > began - CUT_SECONDS
+        explained = isinstance(error, httpx.TransportError) and self._front_ended(began)
         return "cut with its front process" if explained else ""
+
+    def _front_ended(self, began: float) -> bool:
+        return self.front_ended_at > began - CUT_SECONDS
 
     def _judge(self, text: str, prompt: str, kinds: set[Any]) -> str:
         if text in {self.expected[kind, prompt] for kind in kinds if kind != "gone"}:

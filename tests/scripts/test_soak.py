@@ -1,6 +1,7 @@
 """A soak of a real server: a short one with a killed loader, and a minute with killed engines."""
 
 import argparse
+import asyncio
 import time
 
 import httpx
@@ -46,3 +47,18 @@ def test_it_can_fail():
     clients.front_ended_at = time.monotonic()
     assert clients._cut(broken, time.monotonic()) and not clients._cut(httpx.DecodingError(""), time.monotonic())
     assert not clients._cut(broken, time.monotonic() + 60)
+
+
+def test_a_change_may_go_on_behind_a_cut_connection_and_at_no_other_time():
+    def being_unloaded(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(400, json={"success": False, "error_message": "adapter 'a2' is being unloaded"})
+
+    async def change() -> str:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(being_unloaded), base_url="http://soak") as http:
+            return await Clients(http, 4, 0)._change("/load_lora_adapter", {})
+
+    with pytest.raises(WrongEndingError, match="being unloaded"):
+        asyncio.run(change())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Clients, "front_ended_at", time.monotonic())
+        assert asyncio.run(change()) == "under way"
