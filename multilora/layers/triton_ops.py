@@ -18,8 +18,10 @@ MATVEC_ELEMENTS, MATVEC_COLUMNS = 4096, 2048  # of the weight, at a time in one 
 
 @triton.jit
 def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, eps, x_row, x_head, size,
-                  BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program per (row, head). total = x + residual if ADD, else x; out = total / rms(total) · weight."""
+                  BLOCK: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr, ONE_PLUS: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """One program per (row, head). total = x + residual if ADD, else x; out = total / rms(total) · weight, or
+    · (1 + weight) if ONE_PLUS. WIDE: rounded once, else before the weight too."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, BLOCK)
     mask = i < size
@@ -34,7 +36,11 @@ def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, eps, x_ro
         tl.store(total_ptr + at, rounded, mask=mask)
         total = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(total * total, axis=0) / size + eps)
-    normed = (total * scale).to(kind).to(tl.float32)
+    normed = total * scale
+    if not WIDE:
+        normed = normed.to(kind).to(tl.float32)
+    if ONE_PLUS:
+        weight += 1.0
     tl.store(out_ptr + at, (weight * normed).to(kind), mask=mask)
 
 
@@ -90,19 +96,20 @@ def _matvec(x_ptr, weight_ptr, bias_ptr, out_ptr, size: tl.constexpr, ROWS: tl.c
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty))
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x: [rows, size] or [rows, heads, size], the last dimension contiguous. Returns the same shape, contiguous."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, form: int = 0) -> torch.Tensor:
+    """x: [rows, size] or [rows, heads, size], the last dimension contiguous; form: see `NormForm`. Returns the same
+    shape, contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_norm(x, None, weight, eps, out, None)
+    _launch_norm(x, None, weight, eps, form, out, None)
     return out
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, form: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, residual: [rows, size], contiguous. Returns (norm(x + residual), x + residual)."""
     out, total = torch.empty_like(x), torch.empty_like(x)
-    _launch_norm(x, residual, weight, eps, out, total)
+    _launch_norm(x, residual, weight, eps, form, out, total)
     return out, total
 
 
@@ -111,6 +118,7 @@ def _launch_norm(
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
+    form: int,
     out: torch.Tensor,
     total: torch.Tensor | None,
 ) -> None:
@@ -119,7 +127,7 @@ def _launch_norm(
     block = triton.next_power_of_2(size)
     early = can_launch_early(x.device)
     args = (x, residual, weight, out, total, eps, x.stride(0), x.stride(1), size)
-    constants = {"BLOCK": block, "ADD": residual is not None, "PDL": early}
+    constants = {"BLOCK": block, "ADD": residual is not None, "WIDE": form > 0, "ONE_PLUS": form == 2, "PDL": early}
     launch(_add_rms_norm, (x.shape[0], heads), args, constants, early=early, num_warps=min(16, max(1, block // 512)))
 
 

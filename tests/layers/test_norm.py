@@ -3,17 +3,24 @@
 import pytest
 import torch
 from fakes.layer_context import BASE
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from multilora.layers.norm import RMSNorm
+from multilora.layers.norm import NormForm, RMSNorm
 from multilora.lora.sites import NormModule
 
 
+@pytest.mark.parametrize(
+    ("form", "family"),
+    [(NormForm.ROUNDED, LlamaRMSNorm), (NormForm.WIDE, Olmo2RMSNorm), (NormForm.ONE_PLUS, Gemma2RMSNorm)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_equals_transformers(dtype: torch.dtype) -> None:
+def test_equals_transformers(dtype: torch.dtype, form: NormForm, family: type[nn.Module]) -> None:
     generator = torch.Generator().manual_seed(0)
-    ours = RMSNorm(NormModule(0, "norm", "", 33, True), 1e-5, device=torch.device("cpu"), dtype=dtype)
-    theirs = LlamaRMSNorm(33, 1e-5).to(dtype)
+    ours = RMSNorm(NormModule(0, "norm", "", 33, True), 1e-5, device=torch.device("cpu"), dtype=dtype, form=form)
+    theirs = family(33, 1e-5).to(dtype)
     ours.weight.normal_(generator=generator)
     theirs.weight.data.copy_(ours.weight)
     x = torch.randn(5, 3, 33, generator=generator).to(dtype) * 30

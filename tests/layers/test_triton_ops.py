@@ -15,7 +15,7 @@ from multilora.layers import triton_ops as ops
 from multilora.layers.activation import SiluAndMul
 from multilora.layers.experts import combine
 from multilora.layers.matmul import linear, logits
-from multilora.layers.norm import RMSNorm
+from multilora.layers.norm import NormForm, RMSNorm
 from multilora.lora.sites import NormModule
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -27,8 +27,8 @@ if DEVICE.type == "cuda":  # the interpreter rounds bfloat16 towards zero
 ULP = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # sums run in another order
 
 
-def make_norm(size: int, dtype: torch.dtype) -> RMSNorm:
-    norm = RMSNorm(NormModule(0, "norm", "", size, True), 1e-5, device=CPU, dtype=dtype)
+def make_norm(size: int, dtype: torch.dtype, form: NormForm = NormForm.ROUNDED) -> RMSNorm:
+    norm = RMSNorm(NormModule(0, "norm", "", size, True), 1e-5, device=CPU, dtype=dtype, form=form)
     norm.weight.normal_(generator=torch.Generator().manual_seed(size))
     return norm
 
@@ -38,10 +38,11 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", NormForm)
 @pytest.mark.parametrize(("rows", "size"), [(1, 8), (5, 33), (3, 4096), (2, 5120)])
-def test_norm(rows: int, size: int, dtype: torch.dtype) -> None:
-    norm, x = make_norm(size, dtype), random(rows, size, dtype=dtype) * 30
-    got = ops.rms_norm(x.to(DEVICE), norm.weight.to(DEVICE), norm.eps)
+def test_norm(rows: int, size: int, form: NormForm, dtype: torch.dtype) -> None:
+    norm, x = make_norm(size, dtype, form), random(rows, size, dtype=dtype) * 30
+    got = ops.rms_norm(x.to(DEVICE), norm.weight.to(DEVICE), norm.eps, form)
     torch.testing.assert_close(got.cpu(), norm(x, BASE), atol=0, rtol=ULP[dtype])
 
 
@@ -55,11 +56,16 @@ def test_norm_of_heads_in_a_merged_tensor(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [NormForm.ROUNDED, NormForm.ONE_PLUS])
 @pytest.mark.parametrize(("rows", "size"), [(1, 8), (7, 100), (2, 4096)])
-def test_add_and_norm(rows: int, size: int, dtype: torch.dtype) -> None:
-    norm, x, residual = make_norm(size, dtype), random(rows, size, dtype=dtype), random(size, rows, dtype=dtype).T
+def test_add_and_norm(rows: int, size: int, form: NormForm, dtype: torch.dtype) -> None:
+    norm, x, residual = (
+        make_norm(size, dtype, form),
+        random(rows, size, dtype=dtype),
+        random(size, rows, dtype=dtype).T,
+    )
     residual = residual.contiguous()
-    got, total = ops.add_rms_norm(x.to(DEVICE), residual.to(DEVICE), norm.weight.to(DEVICE), norm.eps)
+    got, total = ops.add_rms_norm(x.to(DEVICE), residual.to(DEVICE), norm.weight.to(DEVICE), norm.eps, norm.form)
     want, want_total = norm.add(x, residual, BASE)
     assert torch.equal(total.cpu(), want_total)
     torch.testing.assert_close(got.cpu(), want, atol=0, rtol=ULP[dtype])

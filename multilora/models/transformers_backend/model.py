@@ -1,7 +1,8 @@
 """A causal LM of transformers behind the contract of a model: its own tree, with our modules where they matter.
 
-Replaced are the linear layers that read tokens, the embedding and the head; attention goes over pages. Norms, rotary
-embeddings, activations, routers and experts stay transformers' own. Adapters attach by the names that PEFT has.
+Replaced are the linear layers that read tokens, the embedding and the head; attention goes over pages. Norms, gated
+MLPs and rotations are ours where they compute the same (`common_parts.py`); the rest, routers and experts above all,
+stays transformers' own. Adapters attach by the names that PEFT has.
 """
 
 from dataclasses import replace
@@ -15,9 +16,11 @@ from multilora.attention.base import AttentionShape
 from multilora.distributed.group import SINGLE, Group
 from multilora.errors import ConfigError
 from multilora.layers.context import ForwardContext
+from multilora.layers.linear import Linear
 from multilora.lora.sites import SCORE, LoraSlice, NormModule, module_path
 from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig
+from multilora.models.transformers_backend.common_parts import gated_mlp, rms_norm_like, with_rotation
 from multilora.models.transformers_backend.config import TreeConfig, tree_config
 from multilora.models.transformers_backend.materialize import materialize
 from multilora.models.transformers_backend.modules import (
@@ -25,16 +28,24 @@ from multilora.models.transformers_backend.modules import (
     PagedAttention,
     ReplacedNorm,
     TreeEmbedding,
+    TreeGateUp,
     TreeHead,
     TreeLinear,
+    TreeNorm,
+    TreeSiblings,
+    TreeSlice,
     TreeStep,
     attend,
+    rotation_left_to,
 )
 from multilora.models.transformers_backend.rotary import hold_still
-from multilora.models.transformers_backend.sites import Sites, declare
+from multilora.models.transformers_backend.sites import JOINT, Sites, declare
 from multilora.models.transformers_backend.tree import Tree
 from multilora.models.transformers_backend.weights import load_tree
 from multilora.models.weights import fill_dummy
+
+NORM_SHAPES = frozenset({(0, 2), (1, 3), (1, 4), (2, 4)})
+"""What norms of ours take: which dimension counts the tokens, of how many."""
 
 
 def embedding_scale(embedding: Any, dtype: torch.dtype) -> float | None:
@@ -65,10 +76,9 @@ class TransformersCausalLM(CausalLM):
         for path, module in tree.lm.named_modules():
             if path.endswith(".experts") and next(module.parameters(recurse=False), None) is not None:
                 config.weights.check_experts(path)
-        for path, site in self._sites.linears.items():
-            formats = (config.weights.choose(path),)
-            linear = TreeLinear(site, self._step, group=group, device=device, dtype=config.dtype, formats=formats)
-            tree.lm.set_submodule(path, linear)
+        kind: dict[str, Any] = {"device": device, "dtype": config.dtype}
+        self._replace_linears(kind | {"group": group})
+        self._replace_norms(kind)
         self._replace_tables(device)
         materialize(tree.lm, device)
         for module in tree.lm.modules():
@@ -89,8 +99,9 @@ class TransformersCausalLM(CausalLM):
         modules: list[tuple[int, NormModule | LoraSlice]] = [(norm.layer, norm) for norm in self.norms()]
         modules += [(site.layer, s) for site in self.lora_sites() for s in site.slices]
         declared = {module_path(layer, m.parent, m.attribute or m.module, layers) for layer, m in modules}
+        ours = {path for path, m in self.lm.named_modules() if isinstance(m, Linear)}
         paths = (name.rpartition(".")[0] for name, _ in self.lm.named_parameters())
-        return tuple(dict.fromkeys(p for p in paths if not {p, p.removesuffix(".weight")} & declared))
+        return tuple(dict.fromkeys(p for p in paths if not {p, p.removesuffix(".weight")} & (declared | ours)))
 
     @property
     def attention_shape(self) -> AttentionShape:
@@ -115,10 +126,8 @@ class TransformersCausalLM(CausalLM):
         return x
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        step, tokens = self._step, len(x)
-        cos, sin = self._turn
-        step.context, step.attended = ctx, 0
-        step.rope = cos.expand(tokens, -1, -1).contiguous(), sin.expand(tokens, -1, -1).contiguous()
+        cos, sin = (part.expand(len(x), -1, -1).contiguous() for part in self._turn)
+        self._step.begin(ctx, (cos, sin))
         return self._tree.hidden(x, positions)
 
     def logits(self, hidden_rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
@@ -146,6 +155,49 @@ class TransformersCausalLM(CausalLM):
             has_head=self.config.generates,
         )
 
+    def _replace_linears(self, kind: dict[str, Any]) -> None:
+        """Put ours in the places of linear layers, several that read the same tensor as one."""
+        lm, step = self._tree.lm, self._step
+        mlps = self._gated_mlps()
+        for paths, site in self._sites.linears.items():
+            made = kind | {"formats": [self.config.weights.choose(path) for path in paths]}
+            if len(paths) == 1:
+                lm.set_submodule(paths[0], TreeLinear(site, step, **made))
+                continue
+            parent, names = paths[0].rpartition(".")[0], [path.rpartition(".")[2] for path in paths]
+            module = lm.get_submodule(parent)
+            gate, up, down = mlps.get(parent, ("", "", ""))
+            if names == [gate, up]:
+                gate_up = TreeGateUp(site, step, **made)
+                module.add_module(JOINT.join(names), gate_up)
+                module.forward = gate_up.mlp_forward(module, down)
+                for name in names:
+                    delattr(module, name)
+                continue
+            siblings = TreeSiblings(site, step, **made)
+            module.add_module(JOINT.join(names), siblings)
+            for number, name in enumerate(names):
+                setattr(module, name, TreeSlice(siblings, number))
+
+    def _gated_mlps(self) -> dict[str, tuple[str, str, str]]:
+        """The names of gate, up and down, by the path of their module, where it does nothing else."""
+        parents = {path.rpartition(".")[0] for paths in self._sites.linears if len(paths) == 2 for path in paths}
+        found = {parent: gated_mlp(self._tree.lm.get_submodule(parent)) for parent in parents}
+        return {parent: names for parent, names in found.items() if names is not None}
+
+    def _replace_norms(self, kind: dict[str, Any]) -> None:
+        """Put ours in the places of norms that compute the same, and let the others know of adapters' weights."""
+        for fact in self.config.examination.norms:
+            own, norm = self._tree.lm.get_submodule(fact.path), self._sites.norms[fact.path]
+            fits = (fact.token_dim, fact.dims) in NORM_SHAPES and own.weight.dtype == self.config.dtype
+            alike = rms_norm_like(own, self.config.dtype) if fits else None
+            if alike is not None:
+                eps, form = alike
+                ours = TreeNorm(norm, fact.token_dim, self._step, eps, form=form, **kind)
+                self._tree.lm.set_submodule(fact.path, ours)
+            else:
+                own.register_forward_hook(ReplacedNorm(norm, fact.token_dim, self._step))
+
     def _replace_tables(self, device: torch.device) -> None:
         tree, sites = self._tree, self._sites
         kind: dict[str, Any] = {"device": device, "dtype": self.config.dtype, "group": self.group}
@@ -167,11 +219,11 @@ class TransformersCausalLM(CausalLM):
                     module._parameters[name] = head.bias
 
     def _attach(self) -> None:
-        """Give attention layers and norms what they need of a step."""
-        found = self.config.examination
-        attention = PagedAttention(self._step, self.config.head_dim, self.config.attention.scale)
-        for path in {a.path for a in found.attentions}:
-            self._tree.lm.get_submodule(path).paged_attention = attention
-        for fact in found.norms:
-            hook = ReplacedNorm(self._sites.norms[fact.path], fact.token_dim, self._step)
-            self._tree.lm.get_submodule(fact.path).register_forward_hook(hook)
+        """Give attention layers what they need of a step."""
+        calls, width = self.config.examination.attentions, self.config.head_dim
+        attention = PagedAttention(self._step, width, self.config.attention.scale)
+        for path in {a.path for a in calls}:
+            layer = self._tree.lm.get_submodule(path)
+            layer.paged_attention = attention
+            if all(a.rotated for a in calls if a.path == path):
+                layer.forward = with_rotation(layer, rotation_left_to(self._step, width))

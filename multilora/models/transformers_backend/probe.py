@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from multilora.errors import ModelUnsupported
+from multilora.models.transformers_backend.common_parts import BROKEN, Rotation, takes_whole_heads, with_rotation
 from multilora.models.transformers_backend.masks import MarkedMask, MaskMeaning, marked_mask
 from multilora.models.transformers_backend.tree import Tree
 
@@ -36,7 +37,8 @@ HARMLESS = frozenset({"position_ids", "cache_position", "attention_mask", "posit
 
 @dataclass(frozen=True)
 class LinearFact:
-    """A linear layer that reads every token's row. attended: how many attention layers have computed before it."""
+    """A linear layer that reads every token's row. attended: how many attention layers have computed before it;
+    source: the number of the tensor that it reads, the same for layers that read the same one."""
 
     path: str
     in_features: int
@@ -44,21 +46,25 @@ class LinearFact:
     bias: bool
     transposed: bool
     attended: int
+    source: int = -1
 
 
 @dataclass(frozen=True)
 class NormFact:
-    """A norm with a weight and nothing else. token_dim: which dimension of its input counts the tokens."""
+    """A norm with a weight and nothing else. token_dim: which dimension of its input, of so many, counts the
+    tokens."""
 
     path: str
     size: int
     token_dim: int
     attended: int
+    dims: int = 3
 
 
 @dataclass(frozen=True)
 class AttentionFact:
-    """One call of the attention interface; window: see `MaskMeaning`."""
+    """One call of the attention interface; window: see `MaskMeaning`. rotated: queries and keys are what the function
+    that rotates has returned."""
 
     path: str
     heads: int
@@ -69,6 +75,7 @@ class AttentionFact:
     window: int | None
     softcap: float | None
     sinks: bool
+    rotated: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,15 +107,29 @@ def examine(tree: Tree, architecture: str) -> Examination:
             found = _Recorder(tree).run(masks=False)
     except ObstacleError as e:
         raise ModelUnsupported(f"{architecture} is not supported: {e}") from None
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError, KeyError, IndexError) as e:
+    except BROKEN as e:
         logger.debug("%s cannot be examined", architecture, exc_info=True)
         line = (str(e).splitlines() or [type(e).__name__])[0]
         why = "its forward pass depends on data" if "meta" in line else f"transformers cannot run it so: {line}"
         raise ModelUnsupported(f"{architecture} is not supported: {why}") from None
     if [a.path for a in windows.attentions] != [a.path for a in found.attentions]:
         raise ModelUnsupported(f"{architecture} is not supported: what it computes depends on its mask")
-    attentions = tuple(replace(a, window=w.window) for a, w in zip(found.attentions, windows.attentions, strict=True))
-    return replace(found, attentions=attentions)
+    pairs = zip(_rotated(tree, found), windows.attentions, strict=True)
+    return replace(found, attentions=tuple(replace(a, window=w.window) for a, w in pairs))
+
+
+def _rotated(tree: Tree, found: Examination) -> tuple[AttentionFact, ...]:
+    """The same calls of attention, with those marked whose layer can leave its rotation to us."""
+    layers = [tree.lm.get_submodule(path) for path in {a.path for a in found.attentions}]
+    recorder = _Recorder(tree)
+    try:
+        with ONE_AT_A_TIME, recorder.noting_rotations(layers):
+            again = recorder.run(masks=False)
+    except (ObstacleError, *BROKEN):
+        logger.debug("rotations stay where they are", exc_info=True)
+        return found.attentions
+    same = replace(again, attentions=tuple(replace(a, rotated=False) for a in again.attentions)) == found
+    return again.attentions if same else found.attentions
 
 
 class _Recorder:
@@ -122,6 +143,8 @@ class _Recorder:
         self._attentions: list[AttentionFact] = []
         self._head_attended = 0
         self._looked_up: set[str] = set()
+        self._sources: list[torch.Tensor] = []
+        self._rotated: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def run(self, *, masks: bool) -> Examination:
         """masks: ask the model for its masks, else let it go without, as it is served."""
@@ -172,6 +195,29 @@ class _Recorder:
                 yield module
 
     @contextmanager
+    def noting_rotations(self, layers: list[nn.Module]) -> Iterator[None]:
+        """Note what these attention layers rotate."""
+
+        def noted(rotation: Rotation) -> Rotation:
+            def rotate(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+                q, k = rotation(*args, **kwargs)
+                self._rotated = (q, k) if takes_whole_heads(args, kwargs, q.shape[-1]) else None
+                return q, k
+
+            return rotate
+
+        patched: list[Any] = []
+        try:
+            for layer in layers:
+                if (forward := with_rotation(layer, noted)) is not None:
+                    layer.forward = forward
+                    patched.append(layer)
+            yield
+        finally:
+            for layer in patched:
+                del layer.forward
+
+    @contextmanager
     def _hooks(self) -> Iterator[None]:
         handles = []
         for module in self._tree.lm.modules():
@@ -209,13 +255,22 @@ class _Recorder:
         width = x.shape[-1]
         transposed = isinstance(module, Conv1D)
         out_features = module.nf if isinstance(module, Conv1D) else module.out_features
-        fact = LinearFact(path, width, out_features, module.bias is not None, transposed, len(self._attentions))
+        attended, source = len(self._attentions), self._source(x)
+        fact = LinearFact(path, width, out_features, module.bias is not None, transposed, attended, source)
         self._linears.setdefault(path, fact)
+
+    def _source(self, x: torch.Tensor) -> int:
+        """The number of a tensor. They are kept, so that none takes the place of another."""
+        for number, seen in enumerate(self._sources):
+            if seen is x:
+                return number
+        self._sources.append(x)
+        return len(self._sources) - 1
 
     def _note_norm(self, module: Any, args: tuple[Any, ...]) -> None:
         path, dims = self._paths[id(module)], [i for i, n in enumerate(args[0].shape) if n == TOKENS]
         if len(dims) == 1:
-            fact = NormFact(path, module.weight.shape[0], dims[0], len(self._attentions))
+            fact = NormFact(path, module.weight.shape[0], dims[0], len(self._attentions), args[0].dim())
             self._norms.setdefault(path, fact)
 
     def _attend(
@@ -240,7 +295,9 @@ class _Recorder:
             window=meaning.window,
             softcap=float(softcap) if softcap is not None else None,
             sinks=sinks is not None,
+            rotated=self._rotated is not None and self._rotated[0] is query and self._rotated[1] is key,
         )
+        self._rotated = None
         self._attentions.append(fact)
         return query.new_empty(1, TOKENS, fact.heads, fact.value_dim), None
 

@@ -5,7 +5,7 @@ that name have one place in their layers and one shape ("q_proj"); else by its p
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,19 @@ from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, DeclaredModules, Lora
 from multilora.models.transformers_backend.division import Cut, Division
 from multilora.models.transformers_backend.probe import Examination, LinearFact, NormFact
 
+JOINT = "+"
+"""Between the names of linear layers that are one: "q_proj+k_proj+v_proj"."""
+
 
 @dataclass(frozen=True)
 class Sites:
-    """Declarations by the path of the module in the tree. layers: the path of the list of decoder layers."""
+    """Declarations by the path of the module in the tree; linear layers that are one site by the paths of all of
+    them, in the order of its slices. layers: the path of the list of decoder layers."""
 
     layers: str
     embedding: LoraSite
     head: LoraSite | None
-    linears: dict[str, LoraSite]
+    linears: dict[tuple[str, ...], LoraSite]
     norms: dict[str, NormModule]
 
 
@@ -64,20 +68,25 @@ def declare(
     path, rows, columns = embedding
     embed = declared.site(MODEL_LEVEL, EMBED, rows, _target(path, EMBED, columns, before_kv=True, shard=Shard.VOCAB))
     linears = {}
-    for fact in facts:
-        where, module = named[fact.path], names[fact.path]
-        cut = division.cuts.get(fact.path, Cut(Shard.REPLICATED))
-        part = _target(
-            where.inner,
-            module,
-            fact.out_features,
-            before_kv=fact.attended < last,
-            bias=fact.bias,
-            transposed=fact.transposed,
-            shard=cut.shard,
-            unit=cut.unit,
-        )
-        linears[fact.path] = declared.site(where.layer, module, fact.in_features, part)
+    for siblings in siblings_of(facts, division):
+        parts = []
+        for fact in siblings:
+            cut = division.cuts.get(fact.path, Cut(Shard.REPLICATED))
+            part = _target(
+                named[fact.path].inner,
+                names[fact.path],
+                fact.out_features,
+                before_kv=fact.attended < last,
+                bias=fact.bias,
+                transposed=fact.transposed,
+                shard=cut.shard,
+                unit=cut.unit,
+            )
+            parts.append(part)
+        first = siblings[0]
+        name = JOINT.join(part.module for part in parts)
+        paths = tuple(fact.path for fact in siblings)
+        linears[paths] = declared.site(named[first.path].layer, name, first.in_features, *parts)
     head_site = None
     if has_head:
         head_part = _target(head[0], HEAD, head[2], before_kv=False, shard=Shard.VOCAB, bias=head[3])
@@ -91,6 +100,20 @@ def declare(
         )
         declared.norms.append(norms[norm.path])
     return Sites(layers, embed, head_site, linears, norms)
+
+
+def siblings_of(facts: Iterable[LinearFact], division: Division) -> list[list[LinearFact]]:
+    """Linear layers of one module that read the same tensor, in the order in which they do, so that one product can
+    compute them; the others alone."""
+    found: dict[Hashable, list[LinearFact]] = {}
+    for fact in facts:
+        parent = fact.path.rpartition(".")[0]
+        cut = division.cuts.get(fact.path, Cut(Shard.REPLICATED)).shard
+        joins = parent and fact.source >= 0 and not fact.transposed and cut is not Shard.ROW
+        divided = cut is not Shard.REPLICATED
+        key: Hashable = (parent, fact.source, fact.attended, divided) if joins else fact.path
+        found.setdefault(key, []).append(fact)
+    return list(found.values())
 
 
 def module_names(modules: Iterable[_Named]) -> dict[str, str]:

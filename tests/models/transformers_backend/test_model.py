@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_config, tiny_model
+from fakes.layer_context import BASE
 from paged_driver import Driver, Sequence
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -21,6 +22,7 @@ from multilora.models.base import CausalLM
 from multilora.models.llama import LlamaForCausalLM
 from multilora.models.load import make_model
 from multilora.models.transformers_backend.model import TransformersCausalLM
+from multilora.models.transformers_backend.modules import TreeGateUp, TreeLinear, TreeNorm, TreeSiblings
 
 CPU = torch.device("cpu")
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -102,6 +104,41 @@ def test_every_linear_layer_is_a_site_under_its_own_name(tmp_path: Path) -> None
     assert model.config.tie_word_embeddings
     assert sum(isinstance(m, Linear) for m in model.modules()) == 8
     assert model.weight_bytes == sum(p.nbytes for p in reference.parameters())
+
+
+def modules_of(model: CausalLM, kind: type[torch.nn.Module]) -> list[torch.nn.Module]:
+    return [m for m in model.modules() if type(m) is kind]
+
+
+def test_common_parts_are_ours(tmp_path: Path) -> None:
+    make(tmp_path / "llama", "LlamaForCausalLM", "llama")
+    llama = served(tmp_path / "llama")
+    names = [site.name for site in llama.lora_sites() if site.layer == 0]
+    assert names == ["q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj"]
+    assert [len(modules_of(llama, kind)) for kind in (TreeSiblings, TreeGateUp, TreeLinear, TreeNorm)] == [2, 2, 4, 5]
+    assert not llama.without_adapters()
+    make(tmp_path / "gemma", "Gemma2ForCausalLM", "gemma2")
+    gemma = served(tmp_path / "gemma")
+    assert [len(modules_of(gemma, kind)) for kind in (TreeSiblings, TreeGateUp, TreeLinear, TreeNorm)] == [4, 0, 4, 9]
+
+
+def test_siblings_multiply_once_for_all_and_again_for_another_tensor(tmp_path: Path) -> None:
+    make(tmp_path, "LlamaForCausalLM", "llama")
+    model = served(tmp_path)
+    layer: Any = model.get_submodule("lm.model.layers.0.self_attn")
+    siblings, step = layer.get_submodule("q_proj+k_proj+v_proj"), layer.paged_attention._step
+    step.context = BASE
+    weight, inputs = siblings.weight.data, torch.randn(2, 1, 3, 64)
+    products = []
+    siblings.register_forward_hook(lambda *_: products.append(1))
+    for x in inputs:
+        wanted = (x @ weight.T).split([64, 32, 32], dim=-1)
+        for module, want in zip((layer.q_proj, layer.k_proj, layer.v_proj), wanted, strict=True):
+            torch.testing.assert_close(module(x), want)
+    assert len(products) == 2
+    torch.testing.assert_close(layer.k_proj(inputs[0]), (inputs[0] @ weight.T)[..., 64:96])
+    torch.testing.assert_close(layer.k_proj(inputs[1]), (inputs[1] @ weight.T)[..., 64:96])
+    assert layer.q_proj.weight is siblings.weight
 
 
 def test_ranks_do_not_divide_what_transformers_has_no_plan_for(tmp_path: Path) -> None:

@@ -40,6 +40,35 @@ def test_gpt_oss_has_sinks_and_qwen_3_norms_of_heads() -> None:
     assert norms["model.layers.1.self_attn.k_norm"].size == 16
 
 
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "rotated"),
+    [
+        ("LlamaForCausalLM", "llama", [True, True]),
+        ("Qwen3ForCausalLM", "qwen3", [True, True]),  # norms of heads come before
+        ("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", [False, False]),  # and here behind
+        ("DiffLlamaForCausalLM", "diffllama", [True, False] * 2),  # attends twice to what it has rotated once
+        ("PhiForCausalLM", "phi", [False, False]),  # rotates a part of each head
+        ("GPT2LMHeadModel", "gpt2", [False, False]),
+    ],
+)
+def test_which_layers_leave_their_rotation_to_attention(
+    architecture: str, model_type: str, rotated: list[bool]
+) -> None:
+    assert [a.rotated for a in configured(architecture, model_type).examination.attentions] == rotated
+
+
+def test_layers_that_read_the_same_tensor_have_one_source() -> None:
+    found = {
+        f.path.removeprefix("model.layers."): f.source
+        for f in configured("LlamaForCausalLM", "llama").examination.linears
+    }
+    for layer in "01":
+        q, k, v, o = (found[f"{layer}.self_attn.{name}_proj"] for name in "qkvo")
+        gate, up, down = (found[f"{layer}.mlp.{name}_proj"] for name in ("gate", "up", "down"))
+        assert q == k == v and gate == up and len({q, o, gate, down}) == 4
+    assert len(set(found.values())) == 9  # and the head
+
+
 def test_the_examination_leaves_nothing_behind() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 

@@ -1,10 +1,12 @@
 """How the modules of a tree are called, and where adapters act."""
 
+from dataclasses import replace
+
 from multilora.adapters.peft.base_model import BaseModel, Place
-from multilora.lora.sites import MODEL_LEVEL, DeclaredModules
-from multilora.models.transformers_backend.division import Division
+from multilora.lora.sites import MODEL_LEVEL, DeclaredModules, Shard
+from multilora.models.transformers_backend.division import Cut, Division
 from multilora.models.transformers_backend.probe import AttentionFact, Examination, LinearFact, NormFact
-from multilora.models.transformers_backend.sites import declare
+from multilora.models.transformers_backend.sites import declare, siblings_of
 
 
 def linear(path: str, attended: int, out: int = 8) -> LinearFact:
@@ -53,6 +55,26 @@ def test_names_tell_modules_apart_and_paths_are_the_tree_s() -> None:
     }
     assert base.place_of("h.1.attn.qkv") == Place(1, "qkv")
     assert base.is_table("wte") and not base.is_table("t.last")
+
+
+def test_layers_of_one_module_that_read_one_tensor_are_one_site() -> None:
+    def reads(path: str, source: int, **changes: object) -> LinearFact:
+        return replace(linear(f"t.h.0.{path}", 0), source=source, **changes)  # type: ignore[arg-type]
+
+    q, k, o = reads("attn.q", 0), reads("attn.k", 0, out_features=4), reads("attn.o", 1)
+    gate, conv, conv2 = reads("mlp.gate", 0), reads("c.a", 2, transposed=True), reads("c.b", 2, transposed=True)
+    unknown, unknown2 = reads("u.a", -1), reads("u.b", -1)
+    facts = [q, gate, k, o, conv, conv2, unknown, unknown2]
+    assert siblings_of(facts, Division()) == [[q, k], [gate], [o], [conv], [conv2], [unknown], [unknown2]]
+    cut = {q.path: Cut(Shard.COLUMN), k.path: Cut(Shard.KV)}
+    assert siblings_of([q, k], Division(cut)) == [[q, k]]
+    assert siblings_of([q, k], Division({q.path: Cut(Shard.COLUMN)})) == [[q], [k]]
+    assert siblings_of([q, k], Division({q.path: Cut(Shard.ROW), k.path: Cut(Shard.ROW)})) == [[q], [k]]
+    found = replace(FOUND, linears=(q, k, o), attentions=(attention("t.h.0.attn"),))
+    sites = declare(found, DeclaredModules(), Division(), embedding=("t.e", 9, 4), head=("out", 4, 9, False))
+    joined = sites.linears[q.path, k.path]
+    assert (joined.name, joined.out_features) == ("q+k", 12)
+    assert [(s.module, s.offset, s.out_features) for s in joined.slices] == [("q", 0, 8), ("k", 8, 4)]
 
 
 def test_what_acts_before_the_last_keys_and_values() -> None:
