@@ -5,7 +5,7 @@ that name have one place in their layers and one shape ("q_proj"); else by its p
 """
 
 import re
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,26 +67,10 @@ def declare(
     names = module_names(named.values())
     path, rows, columns = embedding
     embed = declared.site(MODEL_LEVEL, EMBED, rows, _target(path, EMBED, columns, before_kv=True, shard=Shard.VOCAB))
-    linears = {}
-    for siblings in siblings_of(facts, division):
-        parts = []
-        for fact in siblings:
-            cut = division.cuts.get(fact.path, Cut(Shard.REPLICATED))
-            part = _target(
-                named[fact.path].inner,
-                names[fact.path],
-                fact.out_features,
-                before_kv=fact.attended < last,
-                bias=fact.bias,
-                transposed=fact.transposed,
-                shard=cut.shard,
-                unit=cut.unit,
-            )
-            parts.append(part)
-        first = siblings[0]
-        name = JOINT.join(part.module for part in parts)
-        paths = tuple(fact.path for fact in siblings)
-        linears[paths] = declared.site(named[first.path].layer, name, first.in_features, *parts)
+    linears = {
+        tuple(fact.path for fact in siblings): _joined(siblings, declared, division, named, names, last)
+        for siblings in siblings_of(facts, division)
+    }
     head_site = None
     if has_head:
         head_part = _target(head[0], HEAD, head[2], before_kv=False, shard=Shard.VOCAB, bias=head[3])
@@ -100,6 +84,34 @@ def declare(
         )
         declared.norms.append(norms[norm.path])
     return Sites(layers, embed, head_site, linears, norms)
+
+
+def _joined(
+    siblings: Sequence[LinearFact],
+    declared: DeclaredModules,
+    division: Division,
+    named: Mapping[str, _Named],
+    names: Mapping[str, str],
+    last: int,
+) -> LoraSite:
+    """The site of these layers. last: how many attention layers there are."""
+    parts = []
+    for fact in siblings:
+        cut = division.cuts.get(fact.path, Cut(Shard.REPLICATED))
+        part = _target(
+            named[fact.path].inner,
+            names[fact.path],
+            fact.out_features,
+            before_kv=fact.attended < last,
+            bias=fact.bias,
+            transposed=fact.transposed,
+            shard=cut.shard,
+            unit=cut.unit,
+        )
+        parts.append(part)
+    first = siblings[0]
+    name = JOINT.join(part.module for part in parts)
+    return declared.site(named[first.path].layer, name, first.in_features, *parts)
 
 
 def siblings_of(facts: Iterable[LinearFact], division: Division) -> list[list[LinearFact]]:
