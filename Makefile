@@ -110,6 +110,8 @@ test-gpu: $(READY)
 		tests/engine/test_composition.py tests/engine/test_activation.py
 	MULTILORA_TEST_DEVICE=cuda $(BIN)/pytest -q tests/engine/test_parity.py \
 		-k '(llama3 or mistral) and not ranks and not drafts'
+	MULTILORA_TEST_DEVICE=cuda MULTILORA_TEST_ATTENTION=triton $(BIN)/pytest -q -m 'not slow' \
+		tests/engine/test_sliding_windows.py tests/engine/test_architectures.py
 
 dist: $(READY)
 	rm -rf dist

@@ -25,6 +25,12 @@ def _flashinfer(kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtyp
     return FlashInferAttention(kv_views, shape, dtype)
 
 
+def _triton(kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None") -> "AttentionBackend":
+    from multilora.attention.triton_attention import TritonAttention
+
+    return TritonAttention(kv_views, shape, dtype)
+
+
 def _torch(
     kv_views: "KVViews",
     shape: "AttentionShape",
@@ -37,6 +43,7 @@ def _torch(
 
 BACKENDS: "dict[str, Callable[[KVViews, AttentionShape, torch.dtype | None], AttentionBackend]]" = {
     "flashinfer": _flashinfer,
+    "triton": _triton,
     "torch": _torch,
 }
 
@@ -57,12 +64,32 @@ def choose_attention(
     """
     if name not in ("auto", *BACKENDS):
         raise ConfigError(f"--attention-backend must be one of auto, {', '.join(BACKENDS)}, is {name!r}")
-    obstacle = None if name == "torch" else flashinfer_obstacle(device, dtype, kv_dtype, shape)
-    if name == "flashinfer" and obstacle:
-        raise ConfigError(f"--attention-backend flashinfer: {obstacle}")
-    chosen = "torch" if name == "torch" or obstacle else "flashinfer"
+    of = {"auto": flashinfer_obstacle, "flashinfer": flashinfer_obstacle, "triton": triton_obstacle}
+    obstacle = of[name](device, dtype, kv_dtype, shape) if name in of else None
+    if obstacle and name != "auto":
+        raise ConfigError(f"--attention-backend {name}: {obstacle}")
+    chosen = name if name != "auto" else "torch" if obstacle else "flashinfer"
     logger.info("attention backend: %s%s", chosen, f" (not flashinfer: {obstacle})" if obstacle else "")
     return chosen
+
+
+def triton_obstacle(
+    device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype", shape: "AttentionShape"
+) -> str | None:
+    """The first thing that keeps our own kernels from serving a model; None: nothing does."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, the model is on {device.type}"
+    if str(dtype) not in ("torch.float16", "torch.bfloat16", "torch.float32"):
+        return f"it takes float16, bfloat16 and float32, the model is {dtype}"
+    if kv_dtype != dtype and largest(kv_dtype) is None:
+        return f"it takes a KV cache of the model's dtype, {dtype}, or of fp8; the KV cache is {kv_dtype}"
+    if kv_dtype != dtype and not _has_fp8(device):
+        return "a KV cache of fp8 needs a GPU of compute capability 8.9 or later"
+    if shape.head_dim > 256 or shape.head_dim % 8:
+        return f"it takes a head_dim of up to 256 that 8 divides, the model has {shape.head_dim}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
 
 
 def flashinfer_obstacle(

@@ -77,12 +77,18 @@ class StepAttention(LayerAttention, Protocol):
         """Take this step's page tables and lengths; plan whatever is shared by all layers."""
 
 
+class GraphAttention(StepAttention, Protocol):
+    """What CUDA graphs hold. columns: of the page tables that its layers read."""
+
+    columns: int
+
+
 class AttentionBackend(StepAttention, Protocol):
     """A backend over the KV pages of one arena."""
 
     name: str
 
-    def for_graph(self, batch_size: int) -> StepAttention | None:
+    def for_graph(self, batch_size: int) -> GraphAttention | None:
         """A twin over the same pages whose `forward` can be captured; None if this backend has none.
 
         The twin takes decode steps of 1 … `batch_size` requests with one new token each; its `forward` always gets
@@ -109,8 +115,17 @@ class PieceAttention(Protocol):
     def prepare(self, meta: AttentionMeta) -> None:
         """Take a step's page tables and lengths, before its graphs are replayed. Not needed for a capture."""
 
-    def rotate(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin) -> None:
-        """Rotate q and k, write k and v to their pages. All of them have `rows` rows; padding writes nothing."""
+    def rotate(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: CosSin,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        """Rotate q and k, write k and v to their pages. All of them have `rows` rows; padding writes nothing. sinks
+        stay where they are for `attend`."""
 
     def attend(self, layer: int) -> None:
         """Compute the attention of the step's tokens from what `rotate` left."""

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from multilora.attention.base import AttentionShape, KVViews, PieceAttention, StepAttention
+from multilora.attention.base import AttentionShape, GraphAttention, KVViews, PieceAttention
 from multilora.attention.kv_dtypes import as_stored, in_bytes
 from multilora.attention.rotate import CosSin, rotate
 from multilora.batch import AttentionMeta
@@ -86,7 +86,7 @@ class TorchAttention:
             prefills = [self._plan_prefill(meta, r, starts[r], window) for r, n in enumerate(meta.q_lens) if n > 1]
             self._plans[window] = _StepPlan(decodes, prefills)
 
-    def for_graph(self, batch_size: int) -> StepAttention | None:  # noqa: ARG002 (the contract's)
+    def for_graph(self, batch_size: int) -> GraphAttention | None:  # noqa: ARG002 (the contract's)
         """See `AttentionBackend`. There is none: masks and gathers follow the lengths here."""
         return None
 

@@ -2,8 +2,7 @@
 
 It knows page lists, not page tables. The longest requests are cut into pieces (flash decoding), so that few long ones
 fill the GPU as well as many short ones, wherever that saves more than merging the pieces costs. Grids have a fixed
-size, as a CUDA graph needs, with idle programs at their end. Called by `flashinfer.py`, after rotation and page
-write.
+size, as a CUDA graph needs, with idle programs at their end. Called by `paged.py`, after rotation and page write.
 
     pieces   int32 [budget, 5]     row, first entry in the page list, tokens, tokens before a window, slot
                                    slot -1: the piece is an entire request and writes the output itself
@@ -19,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from multilora.attention.triton_scores import LOG2E, block_tokens, capped
 from multilora.kernels.integers import power_of_two
 from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 
@@ -35,34 +35,38 @@ MAX_SPLIT = 16
 PROGRAMS = 264
 """Programs that fill a GPU: two for each of Hopper's multiprocessors."""
 
-BLOCK, WARPS, STAGES = 64, 4, 2
-"""Tokens of one iteration, warps of a program, and iterations in flight: see docs/log.md."""
+WARPS, STAGES = 4, 2
+"""Warps of a program, and iterations in flight: see docs/log.md."""
 
 MERGE_ELEMENTS = 4096
 """Elements of partial results that a program of the merge holds at a time."""
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
-def _attend(q_ptr, k_pages, v_pages, indices, pieces, out_ptr, partial_ptr, lse_ptr, page_stride, slot_stride,
-            head_stride, group, scale, v_scale, PAGE: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
-            BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _attend(q_ptr, k_pages, v_pages, indices, pieces, sinks_ptr, out_ptr, partial_ptr, lse_ptr, page_stride,
+            slot_stride, head_stride, group, scale, v_scale, softcap, PAGE: tl.constexpr, DIM: tl.constexpr,
+            WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
     """Online softmax over the tokens of one piece. q, out: [rows, heads, DIM]; partial: fp32 [slots, heads, DIM];
-    lse: fp32 [slots, heads], base 2."""
+    lse: fp32 [slots, heads], base 2. WIDTH: DIM rounded up to a power of 2. A sink is a score without a value; that
+    of a split request is counted by `_merge`."""
     piece, kv_head = pieces + tl.program_id(0) * 5, tl.program_id(1)
     row, start, tokens = tl.load(piece).to(tl.int64), tl.load(piece + 1), tl.load(piece + 2)
     skip, slot = tl.load(piece + 3), tl.load(piece + 4)
     wait_for_previous(PDL)
     if tokens > 0:
-        member, d = tl.arange(0, GROUP), tl.arange(0, DIM)
+        member, d = tl.arange(0, GROUP), tl.arange(0, WIDTH)
         head = kv_head * group + member
         heads = tl.num_programs(1) * group
-        mask = (member < group)[:, None]
+        mask = (member < group)[:, None] & (d < DIM)[None, :]
         q = tl.load(q_ptr + (row * heads + head)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
         best = tl.full([GROUP], float("-inf"), tl.float32)
         norm = tl.zeros([GROUP], tl.float32)
-        total = tl.zeros([GROUP, DIM], tl.float32)
+        if SINKS:
+            sink = tl.load(sinks_ptr + head, mask=member < group, other=0.0).to(tl.float32) * LOG2E
+            best = tl.where(slot < 0, sink, best)
+            norm = tl.where(slot < 0, 1.0, norm)
+        total = tl.zeros([GROUP, WIDTH], tl.float32)
         k_pages += kv_head * head_stride
         v_pages += kv_head * head_stride
         t = skip // BLOCK * BLOCK + tl.arange(0, BLOCK)
@@ -72,12 +76,13 @@ def _attend(q_ptr, k_pages, v_pages, indices, pieces, out_ptr, partial_ptr, lse_
             at = (page.to(tl.int64) * page_stride + (t % PAGE) * slot_stride)[:, None] + d[None, :]
             t += BLOCK
             page = tl.load(indices + start + t // PAGE, mask=t < tokens, other=0)
-            k = tl.load(k_pages + at, mask=inside[:, None], other=0.0).to(q.dtype)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
+            held = inside[:, None] & (d < DIM)[None, :]
+            k = tl.load(k_pages + at, mask=held, other=0.0).to(q.dtype)
+            score = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAP) * LOG2E
             score = tl.where(inside[None, :], score, float("-inf"))
             new = tl.maximum(best, tl.max(score, 1))
             p, fade = tl.exp2(score - new[:, None]), tl.exp2(best - new)
-            v = tl.load(v_pages + at, mask=inside[:, None], other=0.0).to(q.dtype)
+            v = tl.load(v_pages + at, mask=held, other=0.0).to(q.dtype)
             total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
             norm = norm * fade + tl.sum(p, 1)
             best = new
@@ -92,28 +97,34 @@ def _attend(q_ptr, k_pages, v_pages, indices, pieces, out_ptr, partial_ptr, lse_
 
 
 @triton.jit
-def _merge(partial_ptr, lse_ptr, spans, out_ptr, DIM: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr):
+def _merge(partial_ptr, lse_ptr, spans, sinks_ptr, out_ptr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+           SLOTS: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per (span, head) merges a split request's pieces, SLOTS at a time, in their order."""
     span, head = spans + tl.program_id(0) * 3, tl.program_id(1)
     row, slot, count = tl.load(span).to(tl.int64), tl.load(span + 1).to(tl.int64), tl.load(span + 2)
     heads = tl.num_programs(1)
     wait_for_previous(PDL)
     if count > 0:
-        s, d = tl.arange(0, SLOTS), tl.arange(0, DIM)
+        s, d = tl.arange(0, SLOTS), tl.arange(0, WIDTH)
         best = tl.full([], float("-inf"), tl.float32)
         norm = tl.zeros([], tl.float32)
-        total = tl.zeros([DIM], tl.float32)
+        if SINKS:
+            best = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+            norm += 1.0
+        total = tl.zeros([WIDTH], tl.float32)
         for i in range(0, count, SLOTS):
             at = (slot + i + s) * heads + head
             inside = i + s < count
             lse = tl.load(lse_ptr + at, mask=inside, other=float("-inf"))
-            part = tl.load(partial_ptr + at[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0)
+            held = inside[:, None] & (d < DIM)[None, :]
+            part = tl.load(partial_ptr + at[:, None] * DIM + d[None, :], mask=held, other=0.0)
             new = tl.maximum(best, tl.max(lse, 0))
             fade, weight = tl.exp2(best - new), tl.exp2(lse - new)
             total = total * fade + tl.sum(part * weight[:, None], 0)
             norm = norm * fade + tl.sum(weight, 0)
             best = new
-        tl.store(out_ptr + (row * heads + head) * DIM + d, (total / norm).to(out_ptr.dtype.element_ty))
+        to = out_ptr + (row * heads + head) * DIM + d
+        tl.store(to, (total / norm).to(out_ptr.dtype.element_ty), mask=d < DIM)
 
 
 @dataclass(frozen=True)
@@ -187,25 +198,35 @@ def decode(
     out: torch.Tensor,
     scale: float,
     v_scale: float = 1.0,
+    *,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attention of one new token per row, into `out`.
 
     q, out: [rows, heads, head_dim], contiguous; kv: k and v pages, [num_pages, page_size, kv_heads, head_dim] of
     equal strides, the last dimension contiguous; indices: int32, the page lists; pieces, spans: see `cut`, on the
     device; partial: fp32 [budget, heads, head_dim], lse: fp32 [budget, heads], scratch. scale: of the scores, that of
-    stored keys included; v_scale: of stored values.
+    stored keys included; v_scale: of stored values. softcap, sinks: see `AttentionShape`; sinks [heads].
     """
     k_pages, v_pages = kv
     heads, dim = q.shape[1:]
-    kv_heads = k_pages.shape[2]
+    kv_heads, width = k_pages.shape[2], max(16, power_of_two(dim))
     group, early = heads // kv_heads, can_launch_early(q.device)
     args = (
-        q, k_pages, v_pages, indices, pieces, out, partial, lse,
-        k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), group, scale, v_scale,
+        q, k_pages, v_pages, indices, pieces, sinks, out, partial, lse, k_pages.stride(0), k_pages.stride(1),
+        k_pages.stride(2), group, scale, v_scale, softcap or 0.0,
     )  # fmt: skip
-    constants = {"PAGE": k_pages.shape[1], "DIM": dim, "GROUP": max(16, power_of_two(group))}
+    constants = {"PAGE": k_pages.shape[1], "DIM": dim, "WIDTH": width, "GROUP": max(16, power_of_two(group))}
+    kinds = {"CAP": softcap is not None, "SINKS": sinks is not None, "PDL": early}
+    constants |= {"BLOCK": block_tokens(q.dtype, width)} | kinds
     options = {"num_warps": WARPS, "num_stages": STAGES}
-    blocks = constants | {"BLOCK": BLOCK, "PDL": early}
-    launch(_attend, (pieces.shape[0], kv_heads), args, blocks, early=early, **options)
-    constants = {"DIM": dim, "SLOTS": MERGE_ELEMENTS // dim, "PDL": early}
-    launch(_merge, (spans.shape[0], heads), (partial, lse, spans, out), constants, early=early, num_warps=4)
+    launch(_attend, (pieces.shape[0], kv_heads), args, constants, early=early, **options)
+    constants = {
+        "DIM": dim,
+        "WIDTH": width,
+        "SLOTS": MERGE_ELEMENTS // width,
+        "SINKS": sinks is not None,
+        "PDL": early,
+    }
+    launch(_merge, (spans.shape[0], heads), (partial, lse, spans, sinks, out), constants, early=early, num_warps=4)

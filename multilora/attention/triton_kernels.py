@@ -1,6 +1,6 @@
-"""Two small kernels around FlashInfer's attention: rotation and page write in every layer, the page list of a step.
+"""Two small kernels around paged attention: rotation and page write in every layer, the page list of a step.
 
-Called by `flashinfer.py`; the tests also run them in Triton's interpreter, against plain torch.
+Called by `paged.py`; the tests also run them in Triton's interpreter, against plain torch.
 """
 
 import torch
@@ -18,17 +18,20 @@ PAGE_BLOCK = 256  # pages that one iteration of `_list_pages` copies
 def _rotate_and_write(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, out_row_ptr, k_pages, v_pages,
                       token_page, token_slot, q_token, q_head, k_token, k_head, v_token, v_head,
                       page_stride, slot_stride, head_stride, group, k_scale, v_scale, HALF: tl.constexpr,
-                      GROUP: tl.constexpr, MOVE_ROWS: tl.constexpr, MOST: tl.constexpr,
+                      WIDTH: tl.constexpr, GROUP: tl.constexpr, MOVE_ROWS: tl.constexpr, MOST: tl.constexpr,
                       PDL: tl.constexpr):  # fmt: skip
-    """One program per (token, KV head): its query heads, its k, its v. GROUP: `group` rounded up to a power of 2."""
+    """One program per (token, KV head): its query heads, its k, its v. GROUP, WIDTH: `group` and HALF rounded up to
+    powers of 2."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    i = tl.arange(0, HALF)
-    cos, sin = tl.load(cos_ptr + token * HALF + i), tl.load(sin_ptr + token * HALF + i)
+    i = tl.arange(0, WIDTH)
+    here = i < HALF
+    cos = tl.load(cos_ptr + token * HALF + i, mask=here, other=0.0)
+    sin = tl.load(sin_ptr + token * HALF + i, mask=here, other=0.0)
 
     member = tl.arange(0, GROUP)[:, None]
-    mask = member < group
+    mask = (member < group) & here[None, :]
     at = q_ptr + token * q_token + (kv_head * group + member) * q_head + i[None, :]
     first, second = tl.load(at, mask=mask).to(tl.float32), tl.load(at + HALF, mask=mask).to(tl.float32)
     row = tl.load(out_row_ptr + token) if MOVE_ROWS else token
@@ -42,21 +45,21 @@ def _rotate_and_write(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, out_row_pt
         k_at = k_ptr + token * k_token + kv_head * k_head + i
         v_at = v_ptr + token * v_token + kv_head * v_head + i
         offset = page * page_stride + tl.load(token_slot + token) * slot_stride + kv_head * head_stride + i
-        k_first, k_second = tl.load(k_at).to(tl.float32), tl.load(k_at + HALF).to(tl.float32)
-        _store(k_pages + offset, (k_first * cos - k_second * sin).to(kind), k_scale, MOST)
-        _store(k_pages + offset + HALF, (k_second * cos + k_first * sin).to(kind), k_scale, MOST)
-        _store(v_pages + offset, tl.load(v_at), v_scale, MOST)
-        _store(v_pages + offset + HALF, tl.load(v_at + HALF), v_scale, MOST)
+        k_first, k_second = tl.load(k_at, mask=here).to(tl.float32), tl.load(k_at + HALF, mask=here).to(tl.float32)
+        _store(k_pages + offset, (k_first * cos - k_second * sin).to(kind), here, k_scale, MOST)
+        _store(k_pages + offset + HALF, (k_second * cos + k_first * sin).to(kind), here, k_scale, MOST)
+        _store(v_pages + offset, tl.load(v_at, mask=here), here, v_scale, MOST)
+        _store(v_pages + offset + HALF, tl.load(v_at + HALF, mask=here), here, v_scale, MOST)
 
 
 @triton.jit
-def _store(at, x, scale, MOST: tl.constexpr):
+def _store(at, x, mask, scale, MOST: tl.constexpr):
     """As it is, or in a page of 8-bit floats, of which MOST is the largest: see `kv_dtypes.py`."""
     if MOST > 0:
         divided = tl.div_rn(x.to(tl.float32), tl.zeros(x.shape, tl.float32) + scale)
-        tl.store(at, tl.clamp(divided, -MOST, MOST).to(at.dtype.element_ty))
+        tl.store(at, tl.clamp(divided, -MOST, MOST).to(at.dtype.element_ty), mask=mask)
     else:
-        tl.store(at, x)
+        tl.store(at, x, mask=mask)
 
 
 @triton.jit
@@ -100,7 +103,7 @@ def rotate_and_write(
     """Write rotated k, and v, to their pages; return rotated q, contiguous, its row t at out_row[t] (None: at t), in
     `out` if that is given.
 
-    q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim]; head_dim a power of 2. rope: see `rotate.CosSin`.
+    q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim]; head_dim is even. rope: see `rotate.CosSin`.
     k_pages, v_pages: [num_pages, page_size, kv_heads, head_dim] of equal strides. token_page, token_slot, out_row:
     int64 [T]; a token of page -1 writes nothing. scales: of stored keys and values, where pages are of 8-bit floats.
     """
@@ -117,6 +120,7 @@ def rotate_and_write(
     )  # fmt: skip
     constants = {
         "HALF": head_dim // 2,
+        "WIDTH": power_of_two(head_dim // 2),
         "GROUP": power_of_two(heads // kv_heads),
         "MOVE_ROWS": out_row is not None,
         "MOST": largest(k_pages.dtype) or 0.0,

@@ -58,8 +58,31 @@ def test_auto_takes_flashinfer_where_it_is_installed(installed, monkeypatch, cap
             choose_attention("flashinfer", CUDA, BF16, BF16, shape(128))
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "kv_dtype", "head_dim", "missing"),
+    [
+        (CPU, BF16, BF16, 64, "CUDA device"),
+        (CUDA, torch.float64, torch.float64, 64, "torch.float64"),
+        (CUDA, BF16, torch.float16, 64, "the KV cache is torch.float16"),
+        (CUDA, BF16, torch.float8_e5m2, 64, "compute capability 8.9"),
+        (CUDA, BF16, BF16, 512, "head_dim"),
+        (CUDA, BF16, BF16, 36, "head_dim"),
+    ],
+)
+def test_triton_by_name_says_what_is_missing(device, dtype, kv_dtype, head_dim, missing, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match=f"--attention-backend triton: .*{missing}"):
+        choose_attention("triton", device, dtype, kv_dtype, shape(head_dim))
+
+
+def test_triton_takes_what_flashinfer_does_not() -> None:
+    odd = shape(96, layer_windows=(None, 8), softcap=30.0, sinks=True)
+    assert flashinfer_obstacle(CUDA, FP32, FP32, odd)
+    assert choose_attention("triton", CUDA, FP32, FP32, odd) == "triton"
+
+
 def test_unknown_name() -> None:
-    with pytest.raises(ConfigError, match="auto, flashinfer, torch"):
+    with pytest.raises(ConfigError, match="auto, flashinfer, triton, torch"):
         choose_attention("flash", CPU, FP32, FP32, shape(64))
 
 
@@ -78,7 +101,7 @@ def test_the_backend_over_an_arena() -> None:
     layout = KVLayout(1, 4, 2, 64, torch.float32)
     views = layout.views(torch.zeros(3, layout.page_bytes, dtype=torch.uint8))
     assert make_attention("torch", views, shape(64)).name == "torch"
-    assert list(BACKENDS) == ["flashinfer", "torch"]
+    assert list(BACKENDS) == ["flashinfer", "triton", "torch"]
 
 
 @pytest.mark.parametrize(

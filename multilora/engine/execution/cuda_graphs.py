@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from multilora.attention.base import LayerAttention, PieceAttention, StepAttention
+from multilora.attention.base import GraphAttention, LayerAttention, PieceAttention
 from multilora.attention.rotate import CosSin
-from multilora.batch import AttentionMeta, ForwardBatch, LoraSegment
+from multilora.batch import AttentionMeta, ColumnPages, ForwardBatch, LoraSegment
 from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
 from multilora.models.base import CausalLM
@@ -98,8 +98,7 @@ class _Cut:
     def forward(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: CosSin, sinks: Tensor | None = None
     ) -> Tensor:
-        assert sinks is None, "no backend with pieces has sinks"
-        self._attention.rotate(layer, q, k, v, rope)
+        self._attention.rotate(layer, q, k, v, rope, sinks)
         self._cut()
         return self._attention.out
 
@@ -107,14 +106,15 @@ class _Cut:
 class _Decodes:
     """How decodes of one size are captured and attend: all of it is in the graph."""
 
-    def __init__(self, twin: StepAttention, device: torch.device):
+    def __init__(self, twin: GraphAttention, device: torch.device):
         self._twin = twin
         self._device = device
 
     def prepare_capture(self) -> None:
         """For one request with one token, in page 0. Outside of the capture: it copies from the host."""
         zero = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._twin.prepare(AttentionMeta((1,), (1,), zero[None], zero, zero))
+        further = (ColumnPages(zero[None], zero),) * (self._twin.columns - 1)
+        self._twin.prepare(AttentionMeta((1,), (1,), zero[None], zero, zero, further))
 
     def layers(self, cut: Callable[[], None]) -> LayerAttention:
         del cut  # in one piece
@@ -248,7 +248,7 @@ class CudaGraphs:
     def __init__(
         self,
         model: CausalLM,
-        decodes: Mapping[int, StepAttention],
+        decodes: Mapping[int, GraphAttention],
         pieces: Mapping[int, PieceAttention],
         lora: LoraBackend | None,
         device: torch.device,

@@ -62,9 +62,9 @@ def expected(reference: Any, tokens: list[int]) -> torch.Tensor:
     return logits
 
 
-def check_equal(reference: Any, model: CausalLM) -> None:
+def check_equal(reference: Any, model: CausalLM, attention: str = "torch") -> None:
     texts = [[3 + (7 * i + i * i) % 90 for i in range(length)] for length in (41, 20)]
-    driver, seqs = Driver(model), [Sequence(text) for text in texts]
+    driver, seqs = Driver(model, attention), [Sequence(text) for text in texts]
     parts: list[list[torch.Tensor]] = [[], []]
     for counts in ((7, 0), (1, 9), (1, 1), (20, 1), (12, 9)):
         work = [(i, n) for i, n in enumerate(counts) if n]
@@ -82,6 +82,17 @@ def test_equal_to_transformers(case: str, tmp_path: Path) -> None:
     model = served(tmp_path)
     assert isinstance(model, TransformersCausalLM)
     check_equal(reference, model)
+
+
+@pytest.mark.parametrize(
+    "case", ["windows by layer and softcap", "sinks and experts", "keys and values of different widths"]
+)
+def test_the_triton_backend_serves_what_flashinfer_does_not(case: str, tmp_path: Path) -> None:
+    """In Triton's interpreter here; tests/engine/test_triton_attention.py has a GPU's."""
+    pytest.importorskip("triton")
+    architecture, model_type, fields = CASES[case]
+    reference = make(tmp_path, architecture, model_type, **fields)
+    check_equal(reference, served(tmp_path), "triton")
 
 
 def test_auto_takes_native_where_it_serves_and_transformers_where_it_does_not(tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ class Answer:
 
 DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
 """Where tests of the engine run: `make test-gpu` runs those that compare with PEFT on the GPU too, in fp32."""
+ATTENTION = os.environ.get("MULTILORA_TEST_ATTENTION", "auto")
+"""The attention backend that they take; on a GPU `auto` is `torch` in fp32."""
 
 
 class CountingClock:
@@ -139,6 +141,7 @@ class EngineDriver(Stepper):
         **options: Any,
     ):
         defaults: dict[str, Any] = {"model_path": str(model_path), "device": DEVICE, "enable_lora": True}
+        defaults["attention_backend"] = ATTENTION
         self._on_gpu = choose_device(options.get("device", DEVICE)).type == "cuda"
         if self._on_gpu and "max_total_tokens" not in options:
             defaults["arena_bytes"] = 1 << 28  # several engines share the device
