@@ -115,7 +115,10 @@ def test_flashinfer_backend_is_auto_with_a_warning(caplog):
         ({"fair_tenant_weight": ("a",)}, "--fair-tenant-weight: 'a': expected NAME=WEIGHT"),
         ({"fair_tenant_weight": ("a=nan",)}, "--fair-tenant-weight a must be between 0.001 and 1000, is nan"),
         ({"schedule_policy": "sjf"}, "--schedule-policy must be one of fair, fcfs, lpm, priority, is 'sjf'"),
-        ({"attention_backend": "fa3"}, "--attention-backend must be one of auto, flashinfer, torch, is 'fa3'"),
+        (
+            {"attention_backend": "fa3"},
+            "--attention-backend must be one of auto, flashinfer, triton, torch, is 'fa3'",
+        ),
         ({"dtype": "float8"}, "--dtype must be one of auto, float32, bfloat16, float16, is 'float8'"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda, is 'tpu'"),
         ({"log_level": "loud"}, "--log-level must be one of debug, info, warning, error, is 'loud'"),

@@ -14,7 +14,7 @@ from flashinfer.jit import env as jit_env
 from flashinfer.jit import get_batch_prefill_uri
 
 from multilora.attention.base import AttentionShape, KVViews
-from multilora.attention.paged import KV, PagedAttention, PagedShape, View, pinned
+from multilora.attention.paged import KV, PagedBackend, PagedShape, View, pinned
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class _FlashInferPrefill:
         self.plan([2], requests, torch.zeros(int(requests[3, 0]), dtype=torch.int32, device=s.device))
 
 
-class FlashInferAttention(PagedAttention):
+class FlashInferAttention(PagedBackend):
     """The `flashinfer` backend: fp16 or bf16, head_dim 64, 128 or 256, layers alike (see `flashinfer_obstacle`)."""
 
     name = "flashinfer"

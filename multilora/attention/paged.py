@@ -139,7 +139,7 @@ class _DecodeStep:
     scratch: tuple[torch.Tensor, torch.Tensor]
 
 
-class PagedAttention:
+class PagedBackend:
     """A backend over the arena's per-layer views, each [num_pages, page_size, kv_heads, head_dim]."""
 
     name: str
@@ -317,7 +317,7 @@ class _GraphAttention:
 class _PieceAttention:
     """Requests of both kinds, between the graphs of a step: what `for_pieces` returns."""
 
-    def __init__(self, attention: PagedAttention, kv_views: KVViews, q: torch.Tensor, out: torch.Tensor):
+    def __init__(self, attention: PagedBackend, kv_views: KVViews, q: torch.Tensor, out: torch.Tensor):
         """q, out: [rows, heads, head_dim]."""
         rows, device = len(q), q.device
         self.out = out

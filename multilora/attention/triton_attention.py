@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from multilora.attention.base import AttentionShape, KVViews
-from multilora.attention.paged import KV, PagedAttention, PagedShape, View, pinned
+from multilora.attention.paged import KV, PagedBackend, PagedShape, View, pinned
 from multilora.attention.triton_prefill import blocks_of, prefill
 
 
@@ -36,7 +36,7 @@ class _TritonPrefill:
         )
 
 
-class TritonAttention(PagedAttention):
+class TritonAttention(PagedBackend):
     """The `triton` backend: see `triton_obstacle` for what it takes."""
 
     name = "triton"

@@ -64,8 +64,7 @@ def _attend(q_ptr, k_pages, v_pages, indices, pieces, sinks_ptr, out_ptr, partia
         norm = tl.zeros([GROUP], tl.float32)
         if SINKS:
             sink = tl.load(sinks_ptr + head, mask=member < group, other=0.0).to(tl.float32) * LOG2E
-            best = tl.where(slot < 0, sink, best)
-            norm = tl.where(slot < 0, 1.0, norm)
+            best, norm = tl.where(slot < 0, sink, best), tl.where(slot < 0, 1.0, norm)
         total = tl.zeros([GROUP, WIDTH], tl.float32)
         k_pages += kv_head * head_stride
         v_pages += kv_head * head_stride

@@ -49,8 +49,7 @@ def _attend(q_ptr, k_pages, v_pages, indices, blocks, sinks_ptr, out_ptr, page_s
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     k_pages += (head // group) * head_stride
     v_pages += (head // group) * head_stride
-    own = position + m
-    end = position + count
+    own, end = position + m, position + count
     first = 0
     if WINDOW:
         first = tl.maximum(position - window + 1, 0) // BLOCK * BLOCK
