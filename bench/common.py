@@ -59,9 +59,12 @@ def _best_of_5(device: torch.device, run: Callable[[], Any]) -> float:
     return best
 
 
+LESS_IS_BETTER = ("ms", "us", "ratio")
+
+
 @dataclass(frozen=True)
 class Row:
-    """One line of a benchmark, before it is measured. For milliseconds and ratios less is better, else more."""
+    """One line of a benchmark, before it is measured."""
 
     name: str
     unit: str
@@ -70,7 +73,7 @@ class Row:
 
     def show(self, value: float, limit: float | None = None, **more: Any) -> dict[str, Any]:
         """Print the row beside its limit, target and best peer; returns it for the JSON."""
-        less = self.unit in ("ms", "ratio")
+        less = self.unit in LESS_IS_BETTER
         row: dict[str, Any] = {"row": self.name, "value": round(value, 4), "unit": self.unit}
         text = f"{self.name:<58}{value:9.2f} {self.unit:<9}"
         if limit:

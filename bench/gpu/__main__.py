@@ -6,8 +6,9 @@ Llama-3.1-8B's dimensions, random weights, bf16; adapters on all seven projectio
 one engine for all rows (`base_only` starts a second one beside it, without LoRA). A row's limit comes from bandwidths
 and rates measured in the same run. Peers: the better of vLLM 0.26.0 and SGLang 0.5.17 on the same kind of machine.
 With `--quantization` or `--kv-cache-dtype` limits count the bytes held; there are no targets, which are of 16 bit.
-`--dims qwen3-30b-a3b --only experts` measures a mixture of experts. The last line is JSON. `--dims tiny --device cpu`
-runs the same rows in seconds, to check that they run.
+`--dims qwen3-30b-a3b --only experts` measures a mixture of experts, `--max-running-requests 256 --only large` batches
+of 128 and 256. `--compare OLD.json` says at the end what is better or worse than in an earlier result. The last line
+is JSON. `--dims tiny --device cpu` runs the same rows in seconds, to check that they run.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from typing import Any
 import torch
 
 from bench.common import environment, finish, say
+from bench.compare import compare
 from bench.gpu.arrivals import cold_rows, streams_rows
+from bench.gpu.contexts import contexts_rows, large_rows, low_ranks_rows, prompts_rows
 from bench.gpu.decode import base_only_rows, decode_rows
 from bench.gpu.experts import experts_rows
 from bench.gpu.hardware import copies_rows, kernels_rows, measure, touch_host_memory
@@ -34,7 +37,7 @@ from bench.gpu.sampling import sampling_rows
 from bench.gpu.setup import Bench, scratch_parent
 from bench.gpu.sizes import SIZES, Adapters, MoeDims, write_model
 from bench.gpu.swaps import fresh_rows, swap_rows
-from bench.gpu.throughput import few_places_rows, many_rows, throughput_rows
+from bench.gpu.throughput import few_places_rows, many_rows, slora_rows, throughput_rows
 from multilora import LLM
 from multilora.attention.kv_dtypes import KV_DTYPES
 from multilora.config import Config
@@ -46,6 +49,10 @@ PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "decode": decode_rows,
     "experts": experts_rows,
     "base_only": base_only_rows,
+    "low_ranks": low_ranks_rows,
+    "prompts": prompts_rows,
+    "contexts": contexts_rows,
+    "large": large_rows,
     "sampling": sampling_rows,
     "throughput": throughput_rows,
     "few_places": few_places_rows,
@@ -55,12 +62,14 @@ PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "kernels": kernels_rows,
     "copies": copies_rows,
     "many": many_rows,
+    "slora": slora_rows,
     "swap": swap_rows,
     "fresh": fresh_rows,
 }
 WEIGHT_BITS = {"fp8": 8.0, "bitsandbytes": 4 + 8 / 64}
 """Bits of one number, with its share of scales where they count, by --quantization."""
 
+LARGE = ("large",)  # with --max-running-requests of the largest batch
 NEED_CUDA = ("idle", "kernels", "copies")
 ONE_DEVICE = ("kernels",)  # what they measure is a whole model's
 OF_EXPERTS = ("experts",)  # of a mixture's dimensions
@@ -79,27 +88,38 @@ def main() -> int:
     parser.add_argument("--lora-backend", default="auto")
     parser.add_argument("--disable-cuda-graph", action="store_true")
     parser.add_argument("--chunked-prefill-size", type=int, default=2048, help="most prompt tokens in a step")
+    parser.add_argument("--max-running-requests", type=int, help="rows of `large` need more than the others")
     parser.add_argument("--schedule-policy", choices=sorted(POLICIES), default=Config().schedule_policy)
     parser.add_argument("--out", help="also write the result to this file")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what is better or worse than there")
     args = parser.parse_args()
+    old = json.loads(args.compare.read_text()) if args.compare else None
+    args.max_running_requests = args.max_running_requests or SIZES[args.dims][1].batch
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     if args.tp_size > 1 and set(args.only or ()) & set(ONE_DEVICE):
         parser.error(f"with --tp-size {args.tp_size} there are no rows {', '.join(ONE_DEVICE)}")
     if set(args.only or ()) & set(OF_EXPERTS) and not isinstance(SIZES[args.dims][0], MoeDims):
         parser.error(f"--dims {args.dims} has no experts, which rows {', '.join(OF_EXPERTS)} are about")
+    if set(args.only or ()) & set(LARGE) and not _measurable(LARGE[0], args):
+        most = SIZES[args.dims][1].large_batches[-1]
+        parser.error(f"rows {', '.join(LARGE)} need --max-running-requests {most}")
     parts = args.only or [part for part in PARTS if _measurable(part, args)]
     directory = Path(tempfile.mkdtemp(prefix="multilora-bench-", dir=scratch_parent()))
     try:
         result = run(directory, args, parts)
     finally:
         shutil.rmtree(directory)
+    if old is not None:
+        say("\n".join(compare(old, result)))
     finish(result, args.out)
     return 1 if result["failed"] else 0
 
 
 def _measurable(part: str, args: argparse.Namespace) -> bool:
     if part in OF_EXPERTS and not isinstance(SIZES[args.dims][0], MoeDims):
+        return False
+    if part in LARGE and args.max_running_requests < SIZES[args.dims][1].large_batches[-1]:
         return False
     return (args.device == "cuda" or part not in NEED_CUDA) and (args.tp_size == 1 or part not in ONE_DEVICE)
 
@@ -122,7 +142,7 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         "device": args.device,
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "max_running_requests": work.batch,
+        "max_running_requests": args.max_running_requests,
         "disable_radix_cache": True,
         "tp_size": args.tp_size,
         "quantization": args.quantization,
@@ -134,7 +154,7 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         "schedule_policy": args.schedule_policy,
         "random_seed": 0,
     }
-    model = write_model(directory / "model", dims)
+    model = write_model(directory / "model", dims, work.longest)
     result |= {"rows": [], "seconds": {}, "failed": {}}
 
     def start_without() -> LLM:

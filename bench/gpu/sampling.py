@@ -67,28 +67,35 @@ def _row(
     grammar: str | None,
 ) -> dict[str, Any]:
     greedy, mix = float("inf"), float("inf")
-    _step_ms(bench, versions, params, top_logprobs, grammar)
+    length = bench.work.decode_prompt
+    steady_step_ms(bench, versions, length, params, top_logprobs, grammar)
     for _ in range(bench.work.repeats):
-        greedy = min(greedy, _step_ms(bench, versions, [GREEDY], -1, None))
-        mix = min(mix, _step_ms(bench, versions, params, top_logprobs, grammar))
+        greedy = min(greedy, steady_step_ms(bench, versions, length))
+        mix = min(mix, steady_step_ms(bench, versions, length, params, top_logprobs, grammar))
     row = bench.row(f"decode, batch {len(versions)}, {name}", "ms", greedy * (1 + most))
     return row.show(mix, greedy_ms=greedy, over_greedy_percent=(mix / greedy - 1) * 100)
 
 
-def _step_ms(
-    bench: Bench, versions: Sequence[int], params: list[dict[str, Any]], top_logprobs: int, grammar: str | None
+def steady_step_ms(
+    bench: Bench,
+    versions: Sequence[int | None],
+    length: int,
+    params: Sequence[dict[str, Any]] = (GREEDY,),
+    top_logprobs: int = -1,
+    grammar: str | None = None,
 ) -> float:
-    """Milliseconds of a decode step: one request per adapter, timed when all of them have `WARM` tokens."""
+    """Milliseconds of a decode step: one request per adapter (None: the base model) with a prompt of `length` tokens,
+    timed when all of them have `WARM` tokens."""
     engine, work = bench.llm.engine, bench.work
-    length = WARM + work.decode_steps + 8
-    for i, (ids, version) in enumerate(zip(bench.prompts(len(versions), work.decode_prompt), versions, strict=True)):
-        some = {"ignore_eos": True, "max_new_tokens": length, "sampling_seed": i} | params[i % len(params)]
+    answer = WARM + work.decode_steps + 8
+    for i, (ids, version) in enumerate(zip(bench.prompts(len(versions), length), versions, strict=True)):
+        some = {"ignore_eos": True, "max_new_tokens": answer, "sampling_seed": i} | params[i % len(params)]
         engine.handle(
             Submit(
                 rid=f"{i}",
                 input_ids=ids,
                 sampling=SamplingParams(**some),
-                adapters=((version, 1.0),),
+                adapters=() if version is None else ((version, 1.0),),
                 return_logprob=top_logprobs >= 0,
                 top_logprobs_num=max(top_logprobs, 0),
                 grammar=grammar,

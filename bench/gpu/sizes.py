@@ -151,6 +151,18 @@ class Work:
     fresh: int = 1000
     fresh_seconds: float = 150.0
     fresh_ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
+    long_prompts: tuple[int, ...] = (2048, 32768)
+    contexts: tuple[tuple[int, int], ...] = ((16, 8192), (4, 32768))  # requests, tokens of each
+    large_batches: tuple[int, ...] = (128, 256)
+    slora: tuple[int, int] = (5, 2000)  # adapters, few and many
+    slora_requests: int = 512
+    slora_lengths: tuple[int, int] = (8, 512)  # of prompts and of answers
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request of any row."""
+        longest = max(*self.long_prompts, *(length for _, length in self.contexts))
+        return longest + 2 * self.decode_steps
 
     @property
     def batch(self) -> int:
@@ -189,6 +201,12 @@ TINY = Work(
     fresh=20,
     fresh_seconds=10.0,
     fresh_ranks=(8, 16),
+    long_prompts=(32, 200),
+    contexts=((2, 100), (1, 300)),
+    large_batches=(8, 12),
+    slora=(3, 12),
+    slora_requests=16,
+    slora_lengths=(4, 12),
 )
 """What a test can run on a CPU."""
 
@@ -203,8 +221,8 @@ SIZES: dict[str, tuple[Dims, Work]] = {
 run on a CPU."""
 
 
-def write_model(path: Path, dims: Dims) -> str:
-    """A configuration without weights."""
+def write_model(path: Path, dims: Dims, longest: int = 0) -> str:
+    """A configuration without weights. longest: tokens of a request, where it is more than the dimensions have."""
     path.mkdir()
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -216,7 +234,7 @@ def write_model(path: Path, dims: Dims) -> str:
         "num_key_value_heads": dims.kv_heads,
         "head_dim": dims.head_dim,
         "vocab_size": dims.vocab,
-        "max_position_embeddings": dims.context,
+        "max_position_embeddings": max(dims.context, longest),
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "hidden_act": "silu",
@@ -270,7 +288,7 @@ class Adapters:
             "task_type": "CAUSAL_LM",
             "r": rank,
             "lora_alpha": rank,
-            "target_modules": [module.partition(".")[2] for module in self._dims.modules],
+            "target_modules": [module.partition(".")[2] for module in self._modules],
             "bias": "none",
         }
 
@@ -291,9 +309,14 @@ class Adapters:
         return {
             f"base_model.model.model.layers.{layer}.{module}.{half}.weight": shape
             for layer in range(self._dims.layers)
-            for module, (width, out) in self._dims.modules.items()
+            for module, (width, out) in self._modules.items()
             for half, shape in (("lora_A", (rank, width)), ("lora_B", (out, rank)))
         }
+
+    @property
+    def _modules(self) -> dict[str, tuple[int, int]]:
+        """Name → (in, out), for the modules that these adapters act on."""
+        return self._dims.modules
 
     def _header(self, rank: int) -> bytes:
         """The header of a safetensors file that holds one tensor after the other."""
@@ -304,6 +327,14 @@ class Adapters:
             offset = end
         text = json.dumps(tensors).encode()
         return text + b" " * (-len(text) % 8)
+
+
+class AttentionAdapters(Adapters):
+    """The same on the projections of attention alone, as S-LoRA's are."""
+
+    @property
+    def _modules(self) -> dict[str, tuple[int, int]]:
+        return {name: size for name, size in super()._modules.items() if name.startswith("self_attn.")}
 
 
 class ExpertAdapters(Adapters):

@@ -22,11 +22,15 @@ ROWS = {  # part → rows
     "decode": 8,
     "sampling": 9,
     "base_only": 2,
+    "low_ranks": 1,
+    "prompts": 4,
+    "contexts": 4,
     "throughput": 4,
     "few_places": 1,
     "cold": 2,
     "streams": 1,
     "many": 1,
+    "slora": 3,
     "swap": 2,
     "fresh": 1,
 }
@@ -101,6 +105,22 @@ def test_the_rows_of_a_mixture_of_experts() -> None:
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [row["unit"] for row in rows] == ["ratio"] * 3
     assert all(math.isfinite(row["value"]) and "target" not in row for row in rows)
+
+
+@pytest.mark.slow
+def test_large_batches_need_an_engine_that_takes_them(tmp_path: Path) -> None:
+    refused = run("--device", "cpu", "--only", "large")
+    assert refused.returncode == 2
+    assert "rows large need --max-running-requests 12" in refused.stderr
+    out = tmp_path / "old.json"
+    options = ("--device", "cpu", "--only", "large", "--max-running-requests", "12")
+    done = run(*options, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["unit"] for row in rows] == ["ms"] * 4 + ["tokens/s"] * 2
+    again = run(*options, "--compare", str(out))
+    assert again.returncode == 0, again.stderr
+    assert "decode, batch 12, 8 distinct rank-16" in again.stderr and " worse\n" in again.stderr
 
 
 @pytest.mark.slow
