@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import psutil
 
+from multilora.cluster.running import PROXY_SECONDS
+
 POLL_SECONDS = 0.5
 RAY_STARTS = 3
 REQUEST_SECONDS = 120.0
@@ -26,6 +28,7 @@ GENERATED = "sglang:generation_tokens_total"
 def ray_here() -> Iterator[None]:
     """Ray and Serve on this machine, until the end. Ray gives its own processes 30 s to start, which a busy machine
     may not keep: it is tried `RAY_STARTS` times."""
+    os.environ.setdefault(*PROXY_SECONDS)
     import ray
     from ray import serve
 

@@ -15,9 +15,14 @@ from multilora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+PROXY_SECONDS = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60"
+"""How long Ray Serve waits for its HTTP proxy, three times, before it kills it and fails to start. Its own 5 s are
+too few where the proxy's imports meet a busy machine. It counts where Ray is started from here, unless it is set."""
+
 
 def application_of(config: ClusterConfig) -> Any:
-    """See `build_app`."""
+    """See `build_app`. Comes before anything else that imports Ray Serve, which reads its settings once."""
+    os.environ.setdefault(*PROXY_SECONDS)
     try:
         from multilora.cluster.ray_app import application
     except ImportError as e:

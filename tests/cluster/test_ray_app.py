@@ -101,6 +101,21 @@ print(json.dumps(found))
 """
 
 
+PATIENCE = """
+from multilora.cluster.running import PROXY_SECONDS, application_of
+from multilora.cluster.cluster_config import ClusterConfig
+application_of(ClusterConfig.make({"state_dir": "/s"}))
+from ray.serve._private.constants import PROXY_READY_CHECK_TIMEOUT_S
+print(PROXY_READY_CHECK_TIMEOUT_S)
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_ray_waits_longer_for_its_proxy_on_a_busy_machine():
+    assert float(python(PATIENCE).splitlines()[-1]) == 60
+
+
 @needs_ray
 @pytest.mark.slow
 def test_the_router_hears_what_answers_say():
