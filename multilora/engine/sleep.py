@@ -24,6 +24,7 @@ import torch
 from multilora.engine.memory import asking_for
 from multilora.engine.messages import MemoryTag
 from multilora.errors import MultiloraError, OutOfMemory
+from multilora.layers.weights.base import Weight
 from multilora.memory.plan import format_bytes
 from multilora.models.base import CausalLM
 
@@ -37,7 +38,7 @@ class _Tensors:
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
         self._tensors = [tensor.detach() for tensor in tensors]
-        self._sizes = [tensor.untyped_storage().nbytes() for tensor in self._tensors]
+        self._sizes = [max(t.untyped_storage().nbytes(), t.numel() * t.element_size()) for t in self._tensors]
         self._copies: list[torch.Tensor] = []  # in host memory, of as many of the first tensors
 
     @property
@@ -110,6 +111,7 @@ class DeviceSleep:
         self._device = arena.device
         self._reload = reload
         self._weights = _Tensors(model.parameters())
+        self._matrices = [module for module in model.modules() if isinstance(module, Weight)]
         self._arena = _Tensors([arena])
         self._discarded = False  # the weights have to be read again
 
@@ -138,6 +140,8 @@ class DeviceSleep:
             if level == 1:
                 self._weights.keep()
             self._discarded = level > 1
+            for matrix in self._matrices if self._discarded else ():
+                matrix.drop()
             self._weights.release()
             freed += self._weights.nbytes
         self.released |= fresh

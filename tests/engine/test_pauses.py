@@ -26,6 +26,7 @@ from multilora.engine.messages import (
     Sleep,
     WakeUp,
 )
+from multilora.layers.weights.onednn import OneDnnWeight
 
 BOTH: list[MemoryTag] = ["weights", "kv_cache"]
 PROMPTS = [[5 + (7 * i + j) % 90 for j in range(3 + 5 * i)] for i in range(6)]
@@ -368,6 +369,23 @@ def test_a_pause_before_the_sleep_outlasts_it(files: Path) -> None:
     driver.settle()
     driver.wake_up()
     assert driver.settle().pause == PauseState(mode="keep")
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_weights_in_an_order_of_their_own_sleep_too(files: Path, level: int) -> None:
+    """bf16 on a CPU: see `layers/weights/onednn.py`."""
+    driver = PausedDriver(files, dtype="bfloat16")
+    before = driver.complete(PROMPTS[4], "a", max_new_tokens=5, ignore_eos=True)
+    held = [m for m in driver.engine.runner._model.modules() if isinstance(m, OneDnnWeight)]
+    assert all(m._packed is not None for m in held)
+    driver.sleep(level)
+    driver.settle()
+    assert all((m._packed is None) == (level == 2) and nbytes(m.data) == 0 for m in held)
+    driver.wake_up()
+    driver.settle()
+    after = driver.complete(PROMPTS[4], "a", max_new_tokens=5, ignore_eos=True)
+    assert after.tokens == before.tokens
+    driver.close()
 
 
 def test_level_0_frees_nothing_and_lets_requests_wait(files: Path) -> None:

@@ -73,6 +73,9 @@ class Weight(nn.Module, ABC):
     def randomise(self, generator: torch.Generator) -> None:
         """Fill W with small noise."""
 
+    def drop(self) -> None:
+        """Free what is derived from W, which is undefined afterwards: it will be filled anew."""
+
     def check_filled(self) -> None:
         """Raise ModelUnsupported if what has been loaded is not enough to multiply with."""
 

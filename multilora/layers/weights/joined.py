@@ -61,6 +61,10 @@ class JoinedWeight(Weight):
         for weight in self._parts:
             weight.randomise(generator)
 
+    def drop(self) -> None:
+        for weight in self._parts:
+            weight.drop()
+
     def check_filled(self) -> None:
         for weight in self._parts:
             weight.check_filled()

@@ -55,7 +55,10 @@ class PlainFormat(WeightFormat):
         return "plain"
 
     def make(self, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype) -> Weight:
-        return PlainWeight(out_features, in_features, device=device, dtype=dtype)
+        from multilora.layers.weights.onednn import OneDnnWeight, reorders
+
+        kind = OneDnnWeight if reorders(device, dtype) else PlainWeight
+        return kind(out_features, in_features, device=device, dtype=dtype)
 
 
 PLAIN = PlainFormat()
