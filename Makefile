@@ -8,7 +8,7 @@
 #   make test        the tests (CPU, minutes), and beside all of them a soak of a minute;  ARGS="-k scheduler"
 #   make test-slow   whole processes, their deaths, restarts and waits, and longer tables (CPU)
 #   make soak        a server under load, swaps and killed processes for ten minutes; ARGS="--seconds 60"
-#   make fuzz        many more bodies made from /openapi.json and adapter files than the tests (CPU, an hour)
+#   make fuzz        many more bodies made from /openapi.json and adapter files than the tests (CPU, half an hour)
 #   make coverage    both, with the share of lines that they run
 #   make test-clients  other people's clients, each in an environment of its own (minutes); ARGS="openai litellm"
 #   make test-models   real weights, which packages ship, against transformers and PEFT (CPU, minutes)
