@@ -94,6 +94,8 @@ def main() -> int:
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what is better or worse than there")
     args = parser.parse_args()
     old = json.loads(args.compare.read_text()) if args.compare else None
+    if old is not None and "rows" not in old:
+        parser.error(f"--compare {args.compare} has no rows")
     args.max_running_requests = args.max_running_requests or SIZES[args.dims][1].batch
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("needs a CUDA device")
@@ -111,7 +113,10 @@ def main() -> int:
     finally:
         shutil.rmtree(directory)
     if old is not None:
-        say("\n".join(compare(old, result)))
+        try:
+            say("\n".join(compare(old, result)))
+        except ValueError as e:  # what has been measured is not lost for it
+            say(f"not compared with {args.compare}: {e}")
     finish(result, args.out)
     return 1 if result["failed"] else 0
 

@@ -47,6 +47,7 @@ SCHEMA = {
 }
 GRAMMAR_MOST = 0.35
 WARM = 4  # tokens of every answer before the clock starts
+SHORTEST_CHUNK = 512  # prompt tokens of a step, at least
 
 
 def sampling_rows(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -85,9 +86,10 @@ def steady_step_ms(
     grammar: str | None = None,
 ) -> float:
     """Milliseconds of a decode step: one request per adapter (None: the base model) with a prompt of `length` tokens,
-    timed when all of them have `WARM` tokens."""
+    timed while all of them run, from when all have `WARM` tokens. Raises RuntimeError if one ends before."""
     engine, work = bench.llm.engine, bench.work
-    answer = WARM + work.decode_steps + 8
+    first = len(versions) * length // SHORTEST_CHUNK + len(versions)  # tokens of the first before the last has any
+    answer = WARM + work.decode_steps + 8 + first
     for i, (ids, version) in enumerate(zip(bench.prompts(len(versions), length), versions, strict=True)):
         some = {"ignore_eos": True, "max_new_tokens": answer, "sampling_seed": i} | params[i % len(params)]
         engine.handle(
@@ -102,6 +104,7 @@ def steady_step_ms(
             )
         )
     tokens = dict.fromkeys(map(str, range(len(versions))), 0)
+    ended: list[str] = []
 
     def step() -> None:
         for message in engine.step():
@@ -110,6 +113,8 @@ def steady_step_ms(
                     tokens[output.rid] += len(output.token_ids)
                     if output.finished is not None and output.finished.type == "error":
                         raise RuntimeError(output.finished.message)
+                    if output.finished is not None and output.finished.type == "length":
+                        ended.append(output.rid)
 
     while min(tokens.values()) < WARM:
         step()
@@ -118,6 +123,8 @@ def steady_step_ms(
     while min(tokens.values()) < WARM + work.decode_steps:
         step()
     seconds = time.perf_counter() - start
+    if ended:
+        raise RuntimeError(f"{len(ended)} of {len(versions)} requests ended while they were timed")
     steps = (sum(tokens.values()) - begun) / len(versions)
     while engine.busy:
         step()

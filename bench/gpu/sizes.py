@@ -162,7 +162,7 @@ class Work:
     def longest(self) -> int:
         """Tokens of the longest request of any row."""
         longest = max(*self.long_prompts, *(length for _, length in self.contexts))
-        return longest + 2 * self.decode_steps
+        return longest + 1024
 
     @property
     def batch(self) -> int:

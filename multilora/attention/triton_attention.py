@@ -11,7 +11,7 @@ import torch
 
 from multilora.attention.base import AttentionShape, KVViews
 from multilora.attention.paged import KV, PagedBackend, PagedShape, View, pinned
-from multilora.attention.triton_prefill import blocks_of, prefill
+from multilora.attention.triton_prefill import blocks_of, prefill, rows_of
 
 
 class _TritonPrefill:
@@ -23,8 +23,9 @@ class _TritonPrefill:
 
     def plan(self, q_lens: Sequence[int], requests: np.ndarray, indices: torch.Tensor) -> None:
         """See `Prefill`."""
-        blocks = pinned(blocks_of(q_lens, requests, self._shape.page_size))
-        self._blocks, self._indices = blocks.to(self._shape.device, non_blocking=True), indices
+        shape = self._shape
+        blocks = pinned(blocks_of(q_lens, requests, shape.page_size, rows_of(shape.dtype)))
+        self._blocks, self._indices = blocks.to(shape.device, non_blocking=True), indices
 
     def run(self, q: torch.Tensor, kv: KV, out: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> None:
         """See `Prefill`."""

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora.attention.triton_scores import LOG2E, block_tokens, capped
+from multilora.attention.triton_scores import LOG2E, block_tokens, capped, shared_memory
 from multilora.kernels.integers import power_of_two
 from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 
@@ -218,7 +218,7 @@ def decode(
     )  # fmt: skip
     constants = {"PAGE": k_pages.shape[1], "DIM": dim, "WIDTH": width, "GROUP": max(16, power_of_two(group))}
     kinds = {"CAP": softcap is not None, "SINKS": sinks is not None, "PDL": early}
-    constants |= {"BLOCK": block_tokens(q.dtype, width)} | kinds
+    constants |= {"BLOCK": block_tokens(q.dtype, width, shared_memory(q.device))} | kinds
     options = {"num_warps": WARPS, "num_stages": STAGES}
     launch(_attend, (pieces.shape[0], kv_heads), args, constants, early=early, **options)
     constants = {

@@ -4,7 +4,7 @@ The online softmax is FlashAttention's (Dao 2023, arXiv:2307.08691). Windows, so
 every floating-point dtype are served, which FlashInfer's kernels are not; its speed is in docs/log.md. Called by
 `triton_attention.py`, after rotation and page write.
 
-    blocks   int32 [n, 4]   first row of q, rows (at most ROWS), position of the first row, start in the page lists
+    blocks   int32 [n, 4]   first row of q, rows (see `rows_of`), position of the first row, start in the page lists
     program  (block, head)  its rows against all tokens that they see
 
 Positions count from the first page that is listed.
@@ -17,12 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora.attention.triton_scores import LOG2E, block_tokens, capped
+from multilora.attention.triton_scores import LOG2E, block_tokens, capped, shared_memory
 from multilora.kernels.integers import power_of_two
 from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 
-ROWS = 64
-"""Rows of one program."""
+ROWS, WIDE_ROWS = 64, 16
+"""Rows of one program, and in fp32, whose products are made of single multiplications."""
 STAGES = 2
 
 
@@ -79,15 +79,21 @@ def _attend(q_ptr, k_pages, v_pages, indices, blocks, sinks_ptr, out_ptr, page_s
     tl.store(out_ptr + at_q, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def blocks_of(q_lens: Sequence[int], requests: np.ndarray, page_size: int) -> np.ndarray:
-    """int32 [n, 4], see the head of this file: those that see most come first. requests: see `requests_of`."""
+def rows_of(dtype: torch.dtype) -> int:
+    """Rows of one program."""
+    return WIDE_ROWS if dtype.itemsize > 2 else ROWS
+
+
+def blocks_of(q_lens: Sequence[int], requests: np.ndarray, page_size: int, rows: int) -> np.ndarray:
+    """int32 [n, 4], see the head of this file, of at most `rows` rows each: those that see most come first. requests:
+    see `requests_of`."""
     found = []
     row = 0
     for q_len, start, pages, last in zip(q_lens, requests[2], requests[3], requests[4], strict=True):
         tokens = (pages - 1) * page_size + last + 1  # listed ones, the new ones at their end
-        done = np.arange(0, q_len, ROWS)
+        done = np.arange(0, q_len, rows)
         block = np.empty((len(done), 4), np.int32)
-        block[:, 0], block[:, 1] = row + done, np.minimum(ROWS, q_len - done)
+        block[:, 0], block[:, 1] = row + done, np.minimum(rows, q_len - done)
         block[:, 2], block[:, 3] = tokens - q_len + done, start
         found.append(block)
         row += q_len
@@ -124,8 +130,8 @@ def prefill(
         "PAGE": k_pages.shape[1],
         "DIM": dim,
         "WIDTH": width,
-        "ROWS": ROWS,
-        "BLOCK": block_tokens(q.dtype, width),
+        "ROWS": rows_of(q.dtype),
+        "BLOCK": block_tokens(q.dtype, width, shared_memory(q.device)),
         "CAP": softcap is not None,
         "SINKS": sinks is not None,
         "WINDOW": window is not None,

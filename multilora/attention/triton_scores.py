@@ -1,14 +1,13 @@
 """What the attention kernels share: the scores' units and cap, and how many tokens fit in an iteration."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 """Scores are multiplied with it, so that exp2 serves, which is what GPUs have."""
-
-BLOCK_BYTES = 32768
-"""Keys of one iteration: twice that, keys and values, are in shared memory for each iteration in flight."""
 
 
 @triton.jit
@@ -19,6 +18,23 @@ def capped(score, softcap, CAP: tl.constexpr):
     return score
 
 
-def block_tokens(dtype: torch.dtype, width: int) -> int:
-    """Tokens of one iteration, for heads of `width` numbers."""
-    return max(16, min(64, BLOCK_BYTES // (width * dtype.itemsize)))
+ROOMY = 160 << 10
+"""Shared memory of a program, from which on keys of `WIDE_BYTES` are taken at a time: A100, H100 and what came after
+them have it; other GPUs have 99 KiB."""
+WIDE_BYTES, NARROW_BYTES = 32768, 16384
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have on the device; where Triton interprets, as many as it likes."""
+    if device.type != "cuda":
+        return ROOMY
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def block_tokens(dtype: torch.dtype, width: int, memory: int) -> int:
+    """Tokens of one iteration, for heads of `width` numbers and so much shared memory: keys and values of as many are
+    there for each iteration in flight."""
+    most = WIDE_BYTES if memory >= ROOMY else NARROW_BYTES
+    return max(16, min(64, most // (width * dtype.itemsize)))

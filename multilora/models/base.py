@@ -123,6 +123,11 @@ class CausalLM(nn.Module, ABC):
         """Whether CUDA graphs can hold its layers: no forward pass waits for the device."""
         return True
 
+    @property
+    def attends_one_by_one(self) -> bool:
+        """Whether what attention returns has been used when it is called the next time."""
+        return True
+
     @cached_property
     def kv_scales(self) -> KVScales:
         """What stored keys and values are multiplied with, where the KV cache is of 8-bit floats."""

@@ -19,7 +19,7 @@ from multilora.attention.base import AttentionShape, KVViews
 from multilora.attention.torch_sdpa import TorchAttention
 from multilora.attention.triton_attention import TritonAttention
 from multilora.attention.triton_prefill import blocks_of
-from multilora.attention.triton_scores import block_tokens
+from multilora.attention.triton_scores import block_tokens, shared_memory
 from multilora.batch import AttentionMeta, ColumnPages
 from multilora.memory.kv_layout import KVLayout
 
@@ -30,7 +30,7 @@ if DEVICE.type == "cuda":  # the interpreter rounds bfloat16 towards zero
     DTYPES.append(torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 PAGE = 4
-ROWS = 16 if DEVICE.type == "cpu" else triton_prefill.ROWS  # of a program; fewer take the interpreter less time
+ROWS = triton_prefill.WIDE_ROWS  # of a program in fp32
 BATCHES = {  # new tokens, tokens in all
     "decodes": [(1, 5), (1, 33), (1, 1), (1, 16), (1, 70)],
     "fresh prompts": [(13, 13), (2, 2), (ROWS + 3, ROWS + 3)],
@@ -125,11 +125,6 @@ def check(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
             assert (row - wanted).norm() / wanted.norm() < TOLERANCE[g.dtype]
 
 
-@pytest.fixture(autouse=True)
-def rows_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_prefill, "ROWS", ROWS)
-
-
 @pytest.fixture
 def eager_to_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut long decodes into pieces as if it cost nothing."""
@@ -207,13 +202,16 @@ def test_blocks() -> None:
     pages = [-(-n // PAGE) for n in tokens]
     starts = [0, *accumulate(pages)][:2]
     requests = np.array([[0, 1], [0, 0], starts, pages, [(n - 1) % PAGE for n in tokens]], np.int32)
-    assert blocks_of(q_lens, requests, PAGE).tolist() == [
+    assert blocks_of(q_lens, requests, PAGE, ROWS).tolist() == [
         [ROWS + 5, 3, 200, 25],
         [ROWS, 5, 100 - 5, 0],
         [0, ROWS, 100 - 5 - ROWS, 0],
     ]
 
 
-def test_an_iteration_fits_in_shared_memory() -> None:
-    assert [block_tokens(torch.bfloat16, width) for width in (64, 128, 256)] == [64, 64, 64]
-    assert [block_tokens(torch.float32, width) for width in (64, 128, 256)] == [64, 64, 32]
+@pytest.mark.parametrize(("memory", "tokens"), [(227 << 10, [64, 64, 64, 64, 32]), (99 << 10, [64, 64, 32, 32, 16])])
+def test_an_iteration_fits_in_shared_memory(memory: int, tokens: list[int]) -> None:
+    half, full = torch.bfloat16, torch.float32
+    sizes = [(half, 64), (half, 128), (half, 256), (full, 128), (full, 256)]
+    assert [block_tokens(dtype, width, memory) for dtype, width in sizes] == tokens
+    assert shared_memory(torch.device("cpu")) >= 160 << 10

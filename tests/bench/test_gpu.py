@@ -69,7 +69,7 @@ def test_every_row_is_measured(result: dict[str, Any]) -> None:
     rates = [row["value"] for row in result["rows"] if row["unit"].endswith("/s")]
     assert rates and min(rates) > 0
     for row in result["rows"]:
-        assert row["unit"] in ("ms", "ratio", "tokens/s", "swaps/s", "adapters/s")
+        assert row["unit"] in ("ms", "ratio", "tokens/s", "swaps/s", "adapters/s", "of 1")
         assert "target" not in row, "targets are those of another model"
 
 
@@ -120,7 +120,8 @@ def test_large_batches_need_an_engine_that_takes_them(tmp_path: Path) -> None:
     assert [row["unit"] for row in rows] == ["ms"] * 4 + ["tokens/s"] * 2
     again = run(*options, "--compare", str(out))
     assert again.returncode == 0, again.stderr
-    assert "decode, batch 12, 8 distinct rank-16" in again.stderr and " worse\n" in again.stderr
+    assert "decode, batch 12, 8 distinct rank-16" in again.stdout and " worse\n" in again.stdout
+    assert len(json.loads(again.stdout.splitlines()[-1])["rows"]) == 6
 
 
 @pytest.mark.slow

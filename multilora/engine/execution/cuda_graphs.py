@@ -91,16 +91,18 @@ class _Recorder:
 class _Cut:
     """Stands where a layer's attention stands, during a capture in pieces."""
 
-    def __init__(self, attention: PieceAttention, cut: Callable[[], None]):
+    def __init__(self, attention: PieceAttention, cut: Callable[[], None], copies: bool):
+        """copies: the next call of attention may come before the result of this one is used."""
         self._attention = attention
         self._cut = cut
+        self._copies = copies
 
     def forward(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: CosSin, sinks: Tensor | None = None
     ) -> Tensor:
         self._attention.rotate(layer, q, k, v, rope, sinks)
         self._cut()
-        return self._attention.out
+        return self._attention.out.clone() if self._copies else self._attention.out
 
 
 class _Decodes:
@@ -130,8 +132,10 @@ class _Decodes:
 class _Pieces:
     """How steps of one size are captured and attend when they are cut at each layer's attention."""
 
-    def __init__(self, attention: PieceAttention):
+    def __init__(self, attention: PieceAttention, copies: bool):
+        """copies: see `_Cut`."""
         self._attention = attention
+        self._copies = copies
         self.prepare = attention.prepare
         self.attend = attention.attend
 
@@ -139,7 +143,7 @@ class _Pieces:
         """Nothing: what is captured does not depend on lengths and pages."""
 
     def layers(self, cut: Callable[[], None]) -> LayerAttention:
-        return _Cut(self._attention, cut)
+        return _Cut(self._attention, cut, self._copies)
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ class CudaGraphs:
         device: torch.device,
     ):
         twins = {size: _Decodes(twin, device) for size, twin in decodes.items()}
-        halves = {size: _Pieces(half) for size, half in pieces.items()}
+        halves = {size: _Pieces(half, copies=not model.attends_one_by_one) for size, half in pieces.items()}
         self._decodes = _GraphSet("decodes", model, twins, lora, device)
         self._pieces = _GraphSet("small steps with prompts", model, halves, lora, device)
 

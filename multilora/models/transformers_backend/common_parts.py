@@ -22,8 +22,9 @@ ROTATION = "apply_rotary_pos_emb"
 """What modelling files of transformers call their function that rotates queries and keys."""
 BROKEN = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """How a module ends on stand-ins that it was not made for."""
-SCALES = (1.0, 1e-3)
-"""Sizes of the numbers that a norm is tried on; beside the squares of the last, what is added to them counts."""
+SCALES = (1.0, 1e-3, 1e3)
+"""Sizes of the numbers that a part is tried on: beside the squares of small ones counts what a norm adds to them, and
+large ones show a limit."""
 
 
 @torch.inference_mode()
@@ -63,17 +64,21 @@ class _StandIn(nn.Module):
 
 
 @torch.inference_mode()
-def gated_mlp(module: nn.Module) -> tuple[str, str, str] | None:
-    """The names of gate, up and down if all that the module does is down(silu(gate(x)) · up(x))."""
+def gated_mlp(module: nn.Module, dtype: torch.dtype) -> tuple[str, str, str] | None:
+    """The names of gate, up and down if all that the module does in this dtype is down(silu(gate(x)) · up(x))."""
     linears = [name for name, child in module.named_children() if type(child) is nn.Linear]
     if len(linears) != 3 or len(inspect.signature(type(module).forward).parameters) != 2:
         return None
     random = torch.Generator().manual_seed(0)
     children: dict[str, nn.Linear] = {name: module.get_submodule(name) for name in linears}  # type: ignore[misc]
-    stand_ins = {n: _StandIn(torch.randn(1, 3, c.out_features, generator=random)) for n, c in children.items()}
+
+    def rows(width: int) -> torch.Tensor:
+        return (torch.randn(1, len(SCALES), width, generator=random) * torch.tensor(SCALES)[:, None]).to(dtype)
+
+    stand_ins = {name: _StandIn(rows(child.out_features)) for name, child in children.items()}
     twin: Any = copy.copy(module)
     twin._modules = {**module._modules, **stand_ins}
-    x = torch.randn(1, 3, next(iter(children.values())).in_features, generator=random)
+    x = rows(next(iter(children.values())).in_features)
     try:
         found = type(module).forward(twin, x)
     except BROKEN:

@@ -121,6 +121,11 @@ class TransformersCausalLM(CausalLM):
     def layers_path(self) -> str:
         return self._sites.layers
 
+    @property
+    def attends_one_by_one(self) -> bool:
+        paths = [a.path for a in self.config.examination.attentions]
+        return len(set(paths)) == len(paths)
+
     def embed(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         x: torch.Tensor = self.lm.get_submodule(self._tree.embedding_path)(ids, ctx)
         return x
@@ -182,7 +187,7 @@ class TransformersCausalLM(CausalLM):
     def _gated_mlps(self) -> dict[str, tuple[str, str, str]]:
         """The names of gate, up and down, by the path of their module, where it does nothing else."""
         parents = {path.rpartition(".")[0] for paths in self._sites.linears if len(paths) == 2 for path in paths}
-        found = {parent: gated_mlp(self._tree.lm.get_submodule(parent)) for parent in parents}
+        found = {p: gated_mlp(self._tree.lm.get_submodule(p), self.config.dtype) for p in parents}
         return {parent: names for parent, names in found.items() if names is not None}
 
     def _replace_norms(self, kind: dict[str, Any]) -> None:

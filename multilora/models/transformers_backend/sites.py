@@ -116,14 +116,15 @@ def _joined(
 
 def siblings_of(facts: Iterable[LinearFact], division: Division) -> list[list[LinearFact]]:
     """Linear layers of one module that read the same tensor, in the order in which they do, so that one product can
-    compute them; the others alone."""
+    compute them; the others alone. All or none of them have a bias. (What has a number for a name is in a list, which
+    has no place for another module.)"""
     found: dict[Hashable, list[LinearFact]] = {}
     for fact in facts:
-        parent = fact.path.rpartition(".")[0]
+        parent, _, leaf = fact.path.rpartition(".")
         cut = division.cuts.get(fact.path, Cut(Shard.REPLICATED)).shard
-        joins = parent and fact.source >= 0 and not fact.transposed and cut is not Shard.ROW
+        joins = parent and not leaf.isdigit() and fact.source >= 0 and not fact.transposed and cut is not Shard.ROW
         divided = cut is not Shard.REPLICATED
-        key: Hashable = (parent, fact.source, fact.attended, divided) if joins else fact.path
+        key: Hashable = (parent, fact.source, fact.attended, fact.bias, divided) if joins else fact.path
         found.setdefault(key, []).append(fact)
     return list(found.values())
 

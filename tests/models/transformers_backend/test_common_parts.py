@@ -28,7 +28,7 @@ class Clamped(LlamaRMSNorm):
     """Differs from its parent in large numbers only."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states).clamp(max=1.0)
+        return super().forward(hidden_states.clamp(-100, 100))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,18 @@ class Chosen(LlamaMLP):
         return scale * super().forward(x)
 
 
+class Limited(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x).clamp(max=7.0), self.up_proj(x).clamp(-7.0, 7.0)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class Wide(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj((self.act_fn(gate.float()) * up.float()).to(x.dtype))
+
+
 @pytest.mark.parametrize(
     ("mlp", "found"),
     [
@@ -79,13 +91,21 @@ class Chosen(LlamaMLP):
         (Swapped(LLAMA), ("up_proj", "gate_proj", "down_proj")),
         (Residual(LLAMA), None),
         (Chosen(LLAMA), None),
+        (Limited(LLAMA), None),
         (Gemma2MLP(Gemma2Config(hidden_size=16, intermediate_size=24)), None),  # gelu
         (PhiMLP(PhiConfig(hidden_size=16, intermediate_size=24)), None),
         (LlamaAttention(LLAMA, 0), None),
     ],
 )
 def test_gated_mlps(mlp: nn.Module, found: tuple[str, str, str] | None) -> None:
-    assert gated_mlp(mlp.to("meta")) == found
+    for dtype in (torch.float32, HALF):
+        assert gated_mlp(mlp.to("meta"), dtype) == found
+
+
+def test_a_gated_mlp_that_rounds_elsewhere_is_ours_in_fp32_only() -> None:
+    mlp = Wide(LLAMA)
+    assert gated_mlp(mlp, torch.float32) == ("gate_proj", "up_proj", "down_proj")
+    assert gated_mlp(mlp, HALF) is None
 
 
 def test_a_rotation_is_replaced_in_one_layer_and_nowhere_else() -> None:

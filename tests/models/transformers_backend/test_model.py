@@ -34,6 +34,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "keys and values of different widths": ("DeepseekV2ForCausalLM", "deepseek_v2", {}),
     "a head with a bias": ("PhiForCausalLM", "phi", {}),
     "an inner decoder": ("OPTForCausalLM", "opt", {}),
+    "biases on some of the siblings": (
+        "DeepseekV2ForCausalLM",
+        "deepseek_v2",
+        {"q_lora_rank": None, "attention_bias": True},
+    ),
     "a layer that attends twice": ("DiffLlamaForCausalLM", "diffllama", {}),
 }
 
@@ -131,6 +136,12 @@ def test_common_parts_are_ours(tmp_path: Path) -> None:
     make(tmp_path / "gemma", "Gemma2ForCausalLM", "gemma2")
     gemma = served(tmp_path / "gemma")
     assert [len(modules_of(gemma, kind)) for kind in (TreeSiblings, TreeGateUp, TreeLinear, TreeNorm)] == [4, 0, 4, 9]
+
+
+def test_a_layer_that_attends_twice_says_so(tmp_path: Path) -> None:
+    make(tmp_path / "diff", "DiffLlamaForCausalLM", "diffllama")
+    make(tmp_path / "llama", "LlamaForCausalLM", "llama")
+    assert not served(tmp_path / "diff").attends_one_by_one and served(tmp_path / "llama").attends_one_by_one
 
 
 def test_siblings_multiply_once_for_all_and_again_for_another_tensor(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def test_layers_of_one_module_that_read_one_tensor_are_one_site() -> None:
     assert siblings_of([q, k], Division(cut)) == [[q, k]]
     assert siblings_of([q, k], Division({q.path: Cut(Shard.COLUMN)})) == [[q], [k]]
     assert siblings_of([q, k], Division({q.path: Cut(Shard.ROW), k.path: Cut(Shard.ROW)})) == [[q], [k]]
+    biased, listed, listed2 = reads("attn.k", 0, bias=True), reads("list.0", 3), reads("list.1", 3)
+    assert siblings_of([q, biased, listed, listed2], Division()) == [[q], [biased], [listed], [listed2]]
     found = replace(FOUND, linears=(q, k, o), attentions=(attention("t.h.0.attn"),))
     sites = declare(found, DeclaredModules(), Division(), embedding=("t.e", 9, 4), head=("out", 4, 9, False))
     joined = sites.linears[q.path, k.path]
