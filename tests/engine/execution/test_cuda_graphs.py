@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multilora.batch import AttentionMeta, ForwardBatch, LoraSegment
-from multilora.engine.execution.cuda_graphs import CudaGraphs, _Captured, decode_sizes
+from multilora.engine.execution.cuda_graphs import CudaGraphs, _Captured, _Cut, decode_sizes
 
 WIDTH = 3
 
@@ -55,7 +55,9 @@ class Graphs:
     def __init__(self, lora: FakeLora | None):
         self.twins = {size: FakeAttention() for size in (1, 2, 4)}
         self.halves = {size: FakeAttention() for size in (8, 16)}
-        model: Any = SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32))
+        model: Any = SimpleNamespace(
+            attends_one_by_one=True, config=SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32)
+        )
         parts: tuple[Any, ...] = (self.twins, self.halves, lora)
         self.graphs = CudaGraphs(model, *parts, torch.device("cpu"))
         for kind, count in ((self.graphs._decodes, 1), (self.graphs._pieces, 3)):
@@ -119,3 +121,24 @@ def test_adapters_that_do_not_fit_are_not_replayed(lora: FakeLora | None) -> Non
 )
 def test_decode_sizes(largest: int, sizes: list[int]) -> None:
     assert decode_sizes(largest) == sizes
+
+
+class Pieces:
+    """A piece attention whose result is the number of the layer, always in the same memory."""
+
+    def __init__(self) -> None:
+        self.out = torch.zeros(3)
+        self.rotated: list[int] = []
+
+    def rotate(self, layer: int, *_: object) -> None:
+        self.rotated.append(layer)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_result_outlives_the_next_call_of_attention_only_as_a_copy(copies: bool) -> None:
+    pieces, x = Pieces(), torch.zeros(1)
+    cut = _Cut(pieces, lambda: pieces.out.fill_(pieces.rotated[-1]), copies)  # type: ignore[arg-type]
+    first = cut.forward(1, x, x, x, (x, x))
+    second = cut.forward(2, x, x, x, (x, x))
+    assert second.tolist() == [2.0] * 3
+    assert first.tolist() == ([1.0] * 3 if copies else [2.0] * 3)
