@@ -84,6 +84,11 @@ def rows_of(dtype: torch.dtype) -> int:
     return WIDE_ROWS if dtype.itemsize > 2 else ROWS
 
 
+def warps_of(width: int) -> int:
+    """Warps of one program, for heads of `width` numbers."""
+    return 4 if width <= 128 else 8
+
+
 def blocks_of(q_lens: Sequence[int], requests: np.ndarray, page_size: int, rows: int) -> np.ndarray:
     """int32 [n, 4], see the head of this file, of at most `rows` rows each: those that see most come first. requests:
     see `requests_of`."""
@@ -137,5 +142,5 @@ def prefill(
         "WINDOW": window is not None,
         "PDL": early,
     }
-    options = {"num_warps": 4 if width <= 128 else 8, "num_stages": STAGES}
+    options = {"num_warps": warps_of(width), "num_stages": STAGES}
     launch(_attend, (len(blocks), heads), args, constants, early=early, **options)

@@ -3,9 +3,14 @@
 Covers `paged.py`, `triton_prefill.py`, `triton_scores.py` too.
 """
 
+import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +34,7 @@ DTYPES = [torch.float32, torch.float16]
 if DEVICE.type == "cuda":  # the interpreter rounds bfloat16 towards zero
     DTYPES.append(torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+ROOT = Path(__file__).parents[2]
 PAGE = 4
 ROWS = triton_prefill.WIDE_ROWS  # of a program in fp32
 BATCHES = {  # new tokens, tokens in all
@@ -215,3 +221,29 @@ def test_an_iteration_fits_in_shared_memory(memory: int, tokens: list[int]) -> N
     sizes = [(half, 64), (half, 128), (half, 256), (full, 128), (full, 256)]
     assert [block_tokens(dtype, width, memory) for dtype, width in sizes] == tokens
     assert shared_memory(torch.device("cpu")) >= 160 << 10
+
+
+CASES = [
+    f"{kernel} {dtype} {pages} {dim} {capability}"
+    for capability in (80, 89, 90, 120)
+    for kernel in ("prefill", "decode")
+    for dtype, pages, dim in (("bf16", "bf16", 96), ("bf16", "bf16", 256), ("fp32", "fp32", 256))
+]
+CASES += ["prefill fp16 fp16 128 90", "prefill bf16 fp8e4nv 64 90", "decode bf16 fp8e4nv 128 90"]
+CASES += [f"{kernel} bf16 bf16 {dim} {capability}" for kernel in ("rotate", "merge") for dim in (96, 128)
+          for capability in (80, 90)] + ["rotate bf16 fp8e4nv 128 90"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_gpus_and_fit_in_them() -> None:
+    """The interpreter takes much that the compiler does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(ROOT / "tests" / "support" / "compile_attention.py")]
+    done = subprocess.run(
+        command, input="\n".join(CASES), env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [" ".join(one["case"]) for one in found] == CASES
+    assert [one for one in found if not 0 <= one["shared"] <= one["most"]] == []
