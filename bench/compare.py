@@ -2,7 +2,7 @@
 
     python -m bench.compare OLD.json NEW.json
 
-Rows are told apart by their names. For milliseconds and ratios less is better, else more (`Row`).
+Rows are told apart by their names; for which units less is better, `LESS_IS_BETTER` says.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def gain(old: dict[str, Any], new: dict[str, Any]) -> float:
 
 
 def verdict(factor: float, least: float) -> str:
-    """In a word."""
+    """What such a factor is called."""
     if abs(factor - 1) < least:
         return "same"
     return "better" if factor > 1 else "WORSE"

@@ -81,10 +81,8 @@ def triton_obstacle(
         return f"it needs a CUDA device, the model is on {device.type}"
     if str(dtype) not in ("torch.float16", "torch.bfloat16", "torch.float32"):
         return f"it takes float16, bfloat16 and float32, the model is {dtype}"
-    if kv_dtype != dtype and largest(kv_dtype) is None:
-        return f"it takes a KV cache of the model's dtype, {dtype}, or of fp8; the KV cache is {kv_dtype}"
-    if kv_dtype != dtype and not _has_fp8(device):
-        return "a KV cache of fp8 needs a GPU of compute capability 8.9 or later"
+    if (obstacle := _kv_obstacle(device, dtype, kv_dtype)) is not None:
+        return obstacle
     if shape.head_dim > 256 or shape.head_dim % 8:
         return f"it takes a head_dim of up to 256 that 8 divides, the model has {shape.head_dim}"
     if importlib.util.find_spec("triton") is None:
@@ -100,10 +98,8 @@ def flashinfer_obstacle(
         return f"it needs a CUDA device, the model is on {device.type}"
     if str(dtype) not in ("torch.float16", "torch.bfloat16"):
         return f"it takes float16 and bfloat16, the model is {dtype}"
-    if kv_dtype != dtype and largest(kv_dtype) is None:
-        return f"it takes a KV cache of the model's dtype, {dtype}, or of fp8; the KV cache is {kv_dtype}"
-    if kv_dtype != dtype and not _has_fp8(device):
-        return "a KV cache of fp8 needs a GPU of compute capability 8.9 or later"
+    if (obstacle := _kv_obstacle(device, dtype, kv_dtype)) is not None:
+        return obstacle
     if shape.head_dim not in (64, 128, 256):
         return f"it takes head_dim 64, 128 and 256, the model has {shape.head_dim}"
     if shape.layer_windows or shape.softcap is not None or shape.sinks:
@@ -112,6 +108,15 @@ def flashinfer_obstacle(
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer-python is not installed"
     return None
+
+
+def _kv_obstacle(device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype") -> str | None:
+    """What keeps kernels on a GPU from a KV cache of this dtype."""
+    if kv_dtype == dtype:
+        return None
+    if largest(kv_dtype) is None:
+        return f"it takes a KV cache of the model's dtype, {dtype}, or of fp8; the KV cache is {kv_dtype}"
+    return None if _has_fp8(device) else "a KV cache of fp8 needs a GPU of compute capability 8.9 or later"
 
 
 def _has_fp8(device: "torch.device") -> bool:

@@ -39,11 +39,11 @@ class _FlashInferPrefill:
     def plan(self, q_lens: Sequence[int], requests: np.ndarray, indices: torch.Tensor) -> None:
         """See `Prefill`."""
         s = self._shape
-        q_indptr = pinned(np.cumsum([0, *q_lens], dtype=np.int32))
-        indptr = pinned(np.cumsum([0, *requests[3]], dtype=np.int32))
+        q_indptr = pinned(np.cumsum([0, *q_lens], dtype=np.int32), s.device)
+        indptr = pinned(np.cumsum([0, *requests[3]], dtype=np.int32), s.device)
         self._planned.synchronize()  # the last plan has left the wrapper's one pinned buffer
         self._wrapper.plan(
-            q_indptr, indptr, indices, pinned(requests[4] + 1), s.num_heads, s.num_kv_heads, s.head_dim,
+            q_indptr, indptr, indices, pinned(requests[4] + 1, s.device), s.num_heads, s.num_kv_heads, s.head_dim,
             s.page_size, causal=True, **self._options,
         )  # fmt: skip
         self._planned.record()

@@ -73,10 +73,11 @@ def requests_of(
     return requests
 
 
-def pinned(values: np.ndarray) -> torch.Tensor:
-    """A copy in pinned memory where there is a GPU, which PyTorch reuses only after the copies out of it have run."""
+def pinned(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the host, pinned where the device is a GPU: PyTorch reuses such memory only after the copies out of
+    it have run."""
     copied = torch.from_numpy(values)
-    return copied.pin_memory() if torch.cuda.is_available() else copied.clone()
+    return copied.pin_memory() if device.type == "cuda" else copied.clone()
 
 
 class _Decode:
@@ -180,13 +181,13 @@ class PagedBackend:
         for view, prefill in zip(self.views, self._prefills, strict=True):
             if len(several):
                 requests = requests_of(self.shape, view.window, meta, several)
-                on_device = pinned(requests).to(self.shape.device, non_blocking=True)
+                on_device = pinned(requests, self.shape.device).to(self.shape.device, non_blocking=True)
                 indices = self._list_pages(meta, view, on_device, int(requests[3].sum()))
                 prefill.plan(q_lens[several].tolist(), requests, indices)
         self.rows = None
         if len(single) and len(several):
             order = np.argsort(np.repeat(q_lens > 1, q_lens), kind="stable")  # rows, decodes first
-            self.rows = pinned(np.argsort(order)).to(self.shape.device, non_blocking=True)
+            self.rows = pinned(np.argsort(order), self.shape.device).to(self.shape.device, non_blocking=True)
         self._meta, self._decodes = meta, len(single)
 
     def forward(
@@ -248,7 +249,7 @@ class PagedBackend:
     def _decode_step(self, meta: AttentionMeta, rows: np.ndarray, view: View) -> _DecodeStep:
         step = _Decode(self.shape, view, len(rows))
         words, num_pages = step.words(meta, rows)
-        on_device = pinned(words).to(self.shape.device, non_blocking=True)
+        on_device = pinned(words, self.shape.device).to(self.shape.device, non_blocking=True)
         indices = self._list_pages(meta, view, step.requests(on_device), num_pages)
         return _DecodeStep(step, on_device, indices, step.scratch())
 
@@ -270,7 +271,7 @@ class _GraphView:
 
     def prepare(self, meta: AttentionMeta) -> None:
         words, _ = self.decode.words(meta, np.arange(len(meta.q_lens)))
-        self.words.copy_(pinned(words), non_blocking=True)
+        self.words.copy_(pinned(words, self.words.device), non_blocking=True)
         requests = self.decode.requests(self.words)
         page_table = meta.column(self.decode.view.column).page_table
         list_pages(page_table, requests, self.indices, (self.token_page, self.token_slot))

@@ -24,7 +24,7 @@ class _TritonPrefill:
     def plan(self, q_lens: Sequence[int], requests: np.ndarray, indices: torch.Tensor) -> None:
         """See `Prefill`."""
         shape = self._shape
-        blocks = pinned(blocks_of(q_lens, requests, shape.page_size, rows_of(shape.dtype)))
+        blocks = pinned(blocks_of(q_lens, requests, shape.page_size, rows_of(shape.dtype)), shape.device)
         self._blocks, self._indices = blocks.to(shape.device, non_blocking=True), indices
 
     def run(self, q: torch.Tensor, kv: KV, out: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> None:

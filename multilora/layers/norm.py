@@ -3,7 +3,7 @@
 Ranks of a group hand their shares of a half layer's output to the norm behind it, which sums them.
 """
 
-from enum import IntEnum
+from enum import Enum
 
 import torch
 from torch import nn
@@ -14,12 +14,12 @@ from multilora.layers.ops import fused_ops
 from multilora.lora.sites import NormModule
 
 
-class NormForm(IntEnum):
+class NormForm(Enum):
     """Where a family of models rounds to 16 bit, and what its weight is."""
 
-    ROUNDED = 0  # weight · round(x / rms(x)): Llama, Qwen
-    WIDE = 1  # round(weight · x / rms(x)): OLMo 2, gpt-oss
-    ONE_PLUS = 2  # round((1 + weight) · x / rms(x)): Gemma
+    ROUNDED = "rounded"  # weight · round(x / rms(x)): Llama, Qwen
+    WIDE = "wide"  # round(weight · x / rms(x)): OLMo 2, gpt-oss
+    ONE_PLUS = "one plus"  # round((1 + weight) · x / rms(x)): Gemma
 
 
 class RMSNorm(nn.Module):

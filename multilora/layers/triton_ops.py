@@ -10,6 +10,7 @@ import triton.language as tl
 
 from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
 from multilora.kernels.triton_math import fast_silu, silu_times
+from multilora.layers.norm import NormForm
 
 SILU_BLOCK = 1024  # columns of one program
 COMBINE_BLOCK = 512
@@ -96,7 +97,7 @@ def _matvec(x_ptr, weight_ptr, bias_ptr, out_ptr, size: tl.constexpr, ROWS: tl.c
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty))
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, form: int = 0) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, form: NormForm) -> torch.Tensor:
     """x: [rows, size] or [rows, heads, size], the last dimension contiguous; form: see `NormForm`. Returns the same
     shape, contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -105,7 +106,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, form: int = 0) -
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, form: int = 0
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, form: NormForm
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, residual: [rows, size], contiguous. Returns (norm(x + residual), x + residual)."""
     out, total = torch.empty_like(x), torch.empty_like(x)
@@ -118,7 +119,7 @@ def _launch_norm(
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
-    form: int,
+    form: NormForm,
     out: torch.Tensor,
     total: torch.Tensor | None,
 ) -> None:
@@ -127,7 +128,8 @@ def _launch_norm(
     block = triton.next_power_of_2(size)
     early = can_launch_early(x.device)
     args = (x, residual, weight, out, total, eps, x.stride(0), x.stride(1), size)
-    constants = {"BLOCK": block, "ADD": residual is not None, "WIDE": form > 0, "ONE_PLUS": form == 2, "PDL": early}
+    wide, one_plus = form is not NormForm.ROUNDED, form is NormForm.ONE_PLUS
+    constants = {"BLOCK": block, "ADD": residual is not None, "WIDE": wide, "ONE_PLUS": one_plus, "PDL": early}
     launch(_add_rms_norm, (x.shape[0], heads), args, constants, early=early, num_warps=min(16, max(1, block // 512)))
 
 

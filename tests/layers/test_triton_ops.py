@@ -52,7 +52,7 @@ def test_norm(rows: int, size: int, form: NormForm, dtype: torch.dtype) -> None:
 def test_norm_of_heads_in_a_merged_tensor(dtype: torch.dtype) -> None:
     norm, qkv = make_norm(64, dtype), random(5, 8, 64, dtype=dtype)
     k = qkv[:, 3:6]
-    got = ops.rms_norm(qkv.to(DEVICE)[:, 3:6], norm.weight.to(DEVICE), norm.eps)
+    got = ops.rms_norm(qkv.to(DEVICE)[:, 3:6], norm.weight.to(DEVICE), norm.eps, norm.form)
     assert got.is_contiguous()
     torch.testing.assert_close(got.cpu(), norm(k, BASE), atol=0, rtol=ULP[dtype])
 
