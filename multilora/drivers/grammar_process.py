@@ -8,7 +8,6 @@ times as long on the clock; cannot allocate more than BYTES; and is ended by the
 closed the connection. It ends with its parent, as their sockets are closed then.
 """
 
-import contextlib
 import fcntl
 import gc
 import os
@@ -22,11 +21,10 @@ import time
 
 import msgspec
 
+from multilora.drivers.background import stand_aside
 from multilora.errors import BadRequest
 from multilora.front.grammars.compiler import GrammarCompiler, Setup
 
-NICENESS = 5
-"""Running requests come first: the whole session has this weight beside the front's and the engine's."""
 PATIENCE = 10
 """A grammar that takes long lets others go first, which are compiled in the same session, by so much more."""
 PATIENT_SECONDS = 0.5
@@ -44,7 +42,7 @@ def main(control: socket.socket, seconds: float, nbytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may reach us before we leave the group; the server decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
-    _stand_aside()
+    stand_aside()
     compiler = Setup.decode(sys.stdin.buffer.read())
     compiler.compile("regex", "a")  # imports what is left
     info = compiler.tokenizer_info.encode()
@@ -60,15 +58,6 @@ def main(control: socket.socket, seconds: float, nbytes: int) -> None:
                 control.close()
                 _child(compiler, descriptor, seconds, nbytes)
             os.close(descriptor)
-
-
-def _stand_aside() -> None:
-    """Take a session of its own: Linux shares out cores among sessions first (autogroup), and in the front's session
-    what compiling takes would count as the front's."""
-    os.setsid()
-    os.nice(NICENESS)
-    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w", encoding="ascii") as file:
-        file.write(str(NICENESS))
 
 
 def _child(compiler: GrammarCompiler, descriptor: int, seconds: float, nbytes: int) -> None:

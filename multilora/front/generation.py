@@ -5,6 +5,7 @@ Made by `RequestFront.submit`. The driver hands the engine's outputs to `Generat
 """
 
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -56,7 +57,7 @@ class Job:
     @property
     def param(self) -> str:
         """The client's field that the prompt came in."""
-        return self.ids_param if isinstance(self.prompt, list) else self.prompt.param
+        return self.ids_param if isinstance(self.prompt, list | array) else self.prompt.param
 
 
 @dataclass(eq=False)

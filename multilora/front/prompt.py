@@ -7,17 +7,22 @@ import itertools
 import json
 import reprlib
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
 from multilora.errors import BadRequest, PromptTooLong
-from multilora.front.tokenizer import Tokenizer
 from multilora.front.tools.messages import prepare_messages
-from multilora.front.vocabulary import Vocabulary
 from multilora.params import GRAMMAR_FIELDS, SamplingParams
+
+if TYPE_CHECKING:  # transformers and torch, which what reads bodies does without
+    from multilora.front.tokenizer import Tokenizer
+    from multilora.front.vocabulary import Vocabulary
+
+Ids = TypeVar("Ids", list[int], "array[int]")
 
 MAX_SALT = 1024  # characters
 MAX_TIMEOUT = 7 * 24 * 3600  # seconds
@@ -39,7 +44,7 @@ class Truncation:
     tokens: int
     side: Literal["left", "right"] | None = None
 
-    def cut(self, ids: list[int], default: str = "right") -> list[int]:
+    def cut(self, ids: Ids, default: str = "right") -> Ids:
         """default: the side, where there is none."""
         return ids[-self.tokens :] if (self.side or default) == "left" else ids[: self.tokens]
 
@@ -59,7 +64,7 @@ class TextPrompt:
         """In characters."""
         return len(self.text)
 
-    def encode(self, vocabulary: Vocabulary, context_length: int) -> list[int]:
+    def encode(self, vocabulary: "Vocabulary", context_length: int) -> list[int]:
         """Raises PromptTooLong, if that is certain, before the text is tokenized."""
         tokenizer, special = vocabulary.writer("text", self.param), self.add_special_tokens
         if self.truncation is None:
@@ -82,7 +87,7 @@ class ChatPrompt:
     param: str = "messages"
     truncation: Truncation | None = None
 
-    def encode(self, vocabulary: Vocabulary, context_length: int) -> list[int]:
+    def encode(self, vocabulary: "Vocabulary", context_length: int) -> list[int]:
         """As `TextPrompt.encode`; the template is rendered in any case."""
         tokenizer = vocabulary.writer("chat", self.param)
         knows_developer = "developer" in tokenizer.chat_template
@@ -110,7 +115,7 @@ class PairPrompt:
         """In characters."""
         return len(self.text) + len(self.second)
 
-    def encode(self, vocabulary: Vocabulary, context_length: int) -> list[int]:
+    def encode(self, vocabulary: "Vocabulary", context_length: int) -> list[int]:
         """As `TextPrompt.encode`. Truncation takes tokens of the longer text first, as transformers does."""
         tokenizer = vocabulary.writer("text", self.param)
         if self.truncation is None:
@@ -123,19 +128,33 @@ class PairPrompt:
         return self.truncation.cut(tokenizer.encode_pair(self.text, self.second))
 
 
-Prompt = TextPrompt | ChatPrompt | PairPrompt | list[int]
+Prompt: TypeAlias = "TextPrompt | ChatPrompt | PairPrompt | list[int] | array[int]"
+"""An array has many token ids, in 64 bits each: a list is only made of those that fit the context."""
+
+
+def encode(prompt: Prompt, vocabulary: "Vocabulary", context_length: int, param: str, *, answered: bool) -> list[int]:
+    """The token ids of a prompt. Raises PromptTooLong where that is certain before they are made; the other arguments
+    are those of `check_prompt`."""
+    if isinstance(prompt, array):
+        check_length(len(prompt), context_length, param, answered=answered)
+        return prompt.tolist()
+    return prompt if isinstance(prompt, list) else prompt.encode(vocabulary, context_length)
 
 
 def truncated(prompt: Prompt, truncation: Truncation | None) -> Prompt:
     """The same prompt, to be cut if it is too long."""
     if truncation is None:
         return prompt
-    return truncation.cut(prompt) if isinstance(prompt, list) else replace(prompt, truncation=truncation)
+    if isinstance(prompt, list):
+        return truncation.cut(prompt)
+    if isinstance(prompt, array):
+        return truncation.cut(prompt)
+    return replace(prompt, truncation=truncation)
 
 
 def read_prompts(given: Any, param: str) -> tuple[list[Prompt], bool]:
     """One prompt (text or token ids) or several of them, and whether several were asked for."""
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(given, str | array) or not isinstance(given, Iterable):
         return [read_prompt(given, param)], False
     items = list(given)
     if not items:
@@ -144,7 +163,7 @@ def read_prompts(given: Any, param: str) -> tuple[list[Prompt], bool]:
         raise BadRequest(
             f"{param}: {len(items)} prompts in one request, at most {MAX_PROMPTS} are taken", param=param
         )
-    if not isinstance(items[0], str | list | tuple):
+    if not isinstance(items[0], str | list | tuple | array):
         return [read_prompt(items, param)], False
     return [read_prompt(item, param) for item in items], True
 
@@ -153,6 +172,8 @@ def read_prompt(given: Any, param: str) -> Prompt:
     """Text, or a list of token ids; bools and numpy's numbers are no token ids."""
     if isinstance(given, str):
         return TextPrompt(given, param)
+    if isinstance(given, array) and given.typecode == "q":
+        return given
     if not isinstance(given, list | tuple) or not set(map(type, given)) <= {int}:
         raise _no_prompt(given, param)
     return list(given)
@@ -178,14 +199,7 @@ def check_prompt(
     context, if it is to be answered."""
     if not ids:
         raise BadRequest("the prompt is empty: it needs at least one token", param=param)
-    if len(ids) > context_length and not answered:
-        raise PromptTooLong(
-            f"This model's maximum context length is {context_length} tokens. However, you requested {len(ids)} "
-            "tokens in the input. Please shorten it.",
-            param=param,
-        )
-    if len(ids) >= context_length and answered:
-        raise _too_long(context_length, f"{len(ids) + 1}", f"{len(ids)}", param)
+    check_length(len(ids), context_length, param, answered=answered)
     outside = [i for i in (min(ids), max(ids)) if not 0 <= i < vocab_size]
     if outside:
         raise BadRequest(
@@ -193,7 +207,20 @@ def check_prompt(
         )
 
 
-def _check_fits(tokenizer: Tokenizer, text: str, context_length: int, param: str) -> None:
+def check_length(tokens: int, context_length: int, param: str, *, answered: bool) -> None:
+    """Raise PromptTooLong for a prompt of so many tokens, unless it fits the context, with one new one if it is to
+    be answered."""
+    if tokens > context_length and not answered:
+        raise PromptTooLong(
+            f"This model's maximum context length is {context_length} tokens. However, you requested {tokens} "
+            "tokens in the input. Please shorten it.",
+            param=param,
+        )
+    if tokens >= context_length and answered:
+        raise _too_long(context_length, f"{tokens + 1}", f"{tokens}", param)
+
+
+def _check_fits(tokenizer: "Tokenizer", text: str, context_length: int, param: str) -> None:
     """Raise PromptTooLong for a text that has more tokens than the context, whatever they are."""
     longest = tokenizer.most_bytes_per_token
     least = 0 if longest is None else len(text.encode(errors="replace")) // longest

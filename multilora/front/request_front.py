@@ -32,6 +32,7 @@ from multilora.front.prompt import (
     check_prompt,
     check_stops,
     deadline,
+    encode,
     engine_params,
     tenant_salt,
 )
@@ -237,5 +238,7 @@ def _ending(sample: Sample, context_length: int) -> Ending:
 
 
 def _encode(samples: Sequence[Sample], context_length: int) -> list[list[int]]:
-    prompts = [(sample.job.prompt, sample.vocabulary) for sample in samples]
-    return [p if isinstance(p, list) else p.encode(vocabulary, context_length) for p, vocabulary in prompts]
+    return [
+        encode(job.prompt, vocabulary, context_length, job.param, answered=job.pooling is None)
+        for job, vocabulary in ((sample.job, sample.vocabulary) for sample in samples)
+    ]

@@ -9,16 +9,18 @@ import json
 import os
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from tokenizers.decoders import ByteLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from multilora.config import Config
 from multilora.demo import base_model_path
 from multilora.errors import BadRequest, ConfigError
 from multilora.front.tokenizer_length import shrinking
+
+if TYPE_CHECKING:  # imported where used, as it takes seconds and brings torch: what reads bodies does without
+    from transformers import PreTrainedTokenizerFast
 
 _ENCODERS = ("encode", "_encode_plus")  # methods of transformers' tokenizers
 
@@ -44,7 +46,9 @@ class Tokenizer:
     special_ids: what `skip_special_tokens` leaves out; steps: what detokenizers have learnt, without and with spaces
     between special tokens; context_free: a token that is whole characters has the same text behind any other."""
 
-    def __init__(self, hf: PreTrainedTokenizerFast):
+    def __init__(self, hf: "PreTrainedTokenizerFast"):
+        from transformers import PreTrainedTokenizerFast
+
         self.hf = hf
         self.eos_token_id: int | None = hf.eos_token_id
         self.vocab_size: int = len(hf)
@@ -82,6 +86,8 @@ class Tokenizer:
         chat_template: str | None = None,
     ) -> "Tokenizer":
         """From a directory or a hub id; `chat_template`: a file, or the template itself. Raises ConfigError."""
+        from transformers import AutoTokenizer
+
         try:
             hf = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as e:

@@ -19,8 +19,9 @@ from multilora.server.bodies import (
     V1LoadAdapterBody,
     V1UnloadAdapterBody,
 )
-from multilora.server.errors import StrictRoute, error_response, shortened
+from multilora.server.errors import error_response, shortened
 from multilora.server.streaming import Json, while_connected
+from multilora.server.strict_route import StrictRoute
 from multilora.server.tensors import LoadTensorsBody, TensorsRoute
 
 NATIVE_PATHS = ("/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter")

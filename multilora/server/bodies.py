@@ -35,6 +35,8 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
     where: ClassVar[str]
+    prompt_fields: ClassVar[tuple[str, ...]] = ()
+    """Those that may be token ids, many of them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +58,7 @@ class GenerateBody(Body):
     """`POST /generate`. A list in `text` or `input_ids` is a batch; per-item fields may then be lists too."""
 
     where = "/generate"
+    prompt_fields = ("input_ids",)
     text: str | Texts | None = None
     input_ids: TokenIds | Prompts | None = None
     model: str | None = None

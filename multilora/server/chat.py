@@ -14,10 +14,10 @@ from multilora.server.chat_answer import MessageStream, finish_reason, whole_mes
 from multilora.server.chat_job import ChatJob, logprob_entries
 from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of
-from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest
 from multilora.server.openai_bodies import ChatBody
 from multilora.server.resolving import resolved
+from multilora.server.strict_route import StrictRoute
 
 
 def router(driver: RequestDriver, sampling_defaults: dict[str, Any]) -> APIRouter:

@@ -15,11 +15,11 @@ from multilora.front.request_front import RequestFront
 from multilora.front.stream import Delta, TextStream
 from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of
-from multilora.server.errors import StrictRoute
 from multilora.server.foreign_fields import REASONS
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs, common_fields
 from multilora.server.openai_bodies import CompletionBody
 from multilora.server.resolving import resolved
+from multilora.server.strict_route import StrictRoute
 
 DEFAULT_MAX_TOKENS = 16
 

@@ -1,4 +1,4 @@
-"""Errors as HTTP responses: one error body for every route, and the strict reading of JSON bodies.
+"""Errors as HTTP responses: one error body for every route.
 
 Body: `{"error": {"message", "type", "param", "code"}}`, which is OpenAI's and contains SGLang's native one: `type` is
 OpenAI's word for the status, `code` the name of the typed error. SGLang's two adapter routes answer a failure in
@@ -7,13 +7,12 @@ the shape of their success; `install` is told so. Called by `server/app.py`; the
 
 import logging
 import reprlib
-from collections.abc import Callable, Coroutine
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -27,8 +26,6 @@ from multilora.errors import (
     RateLimited,
     ServerStopping,
 )
-from multilora.server import strict_json
-from multilora.server.request_body import INLINE_BYTES, Bodies
 
 logger = logging.getLogger(__name__)
 
@@ -155,54 +152,3 @@ def install(app: FastAPI, shapes: dict[str, Shape]) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, unexpected)
-
-
-class StrictRequest(Request):
-    """Its JSON is decoded by `strict_json.py`."""
-
-    raw: bytes | None = None  # the body, if it has been read
-    decoded: Any = None  # what is in it, if that has been decoded
-
-    async def body(self) -> bytes:
-        return await super().body() if self.raw is None else self.raw
-
-    async def json(self) -> Any:
-        return strict_json.decode(await self.body()) if self.decoded is None else self.decoded
-
-
-class StrictRoute(APIRoute):
-    """A route whose body is read by `StrictRequest`, within the bounds of `request_body.py`."""
-
-    max_body_bytes: ClassVar[int | None] = None
-    """Where a route has its own limit."""
-    advice: ClassVar[str] = " (--max-body-bytes)"
-    """What to do about a longer body."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def strict(request: Request) -> Response:
-            own = StrictRequest(request.scope, request.receive, request._send)  # noqa: SLF001 - starlette has no other name for it
-            if self.body_field is not None:
-                bodies: Bodies = request.app.state.bodies
-                own.raw = await bodies.read(own, self.max_body_bytes, self.advice)  # here its errors keep their types
-                if len(own.raw) > INLINE_BYTES and "json" in own.headers.get("content-type", ""):
-                    own.decoded = await bodies.decode(own.raw, self._validated, self.max_body_bytes)
-                    own.raw = b"{}"  # not kept while the request runs
-            try:
-                return await handler(own)
-            except HTTPException as e:
-                if isinstance(e.__cause__, MultiloraError):  # of reading the body, which FastAPI has wrapped
-                    raise e.__cause__ from None
-                raise
-
-        return strict
-
-    def _validated(self, body: bytes) -> Any:
-        """What the route's function takes, which FastAPI then leaves as it is. Raises BadRequest,
-        RequestValidationError."""
-        assert self.body_field is not None
-        value, errors = self.body_field.validate(strict_json.decode(body), loc=("body",))
-        if errors:
-            raise RequestValidationError(errors[:1])
-        return value

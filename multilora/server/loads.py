@@ -13,10 +13,10 @@ from fastapi import APIRouter, Response
 import multilora
 from multilora.errors import BadRequest
 from multilora.front.front import Front
-from multilora.server.errors import StrictRoute
 from multilora.server.metrics.collector import CONTENT_TYPE
 from multilora.server.metrics.totals import Totals
 from multilora.server.streaming import Json
+from multilora.server.strict_route import StrictRoute
 
 Section = dict[str, Any]
 

@@ -20,11 +20,11 @@ from multilora.front.tokenizer import Tokenizer
 from multilora.front.vocabulary import Vocabularies
 from multilora.params import SamplingParams, parse_logprobs_mode
 from multilora.server.bodies import GenerateBody
-from multilora.server.errors import StrictRoute
 from multilora.server.foreign_fields import sort_out
 from multilora.server.resolving import resolved
 from multilora.server.response_bytes import ResponseBudget
 from multilora.server.streaming import EventStream, Json, close, frame, while_connected
+from multilora.server.strict_route import StrictRoute
 from multilora.server.weight_versions import changed_weights, weight_metadata, weight_version_spans
 
 LARGE_FRAME = 64 << 10

@@ -29,11 +29,11 @@ from multilora.front.stream import Delta, TextStream
 from multilora.front.versions import VersionLabel
 from multilora.params import parse_logprobs_mode
 from multilora.server.chunk_writer import ChunkWriter
-from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import OpenAIBody
 from multilora.server.prompt_logprobs import prompt_logprobs
 from multilora.server.response_bytes import ResponseBudget
 from multilora.server.streaming import EventStream, Json, close, while_connected
+from multilora.server.strict_route import StrictRoute
 from multilora.server.weight_versions import changed_weights, weight_metadata, weight_version_spans
 
 Choice = dict[str, Any]

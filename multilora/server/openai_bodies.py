@@ -107,6 +107,7 @@ class CompletionBody(OpenAIBody):
     """`POST /v1/completions`. `max_tokens` defaults to 16, as OpenAI's."""
 
     where = "/v1/completions"
+    prompt_fields = ("prompt",)
     prompt: str | Texts | TokenIds | Prompts
     logprobs: bool | Integer | None = None
     best_of: Integer | None = None

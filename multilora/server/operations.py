@@ -15,10 +15,10 @@ from multilora.front.generation import Job
 from multilora.params import SamplingParams
 from multilora.server.bodies import AbortBody
 from multilora.server.console.routes import page_response
-from multilora.server.errors import StrictRoute
 from multilora.server.metrics.collector import CONTENT_TYPE, Metrics
 from multilora.server.server_info import model_names, server_facts
 from multilora.server.streaming import Json, while_connected
+from multilora.server.strict_route import StrictRoute
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from multilora.drivers.async_driver import AsyncDriver
 from multilora.errors import BadRequest
 from multilora.front.front import Front
 from multilora.server.bodies import AbortRequestsBody, ContinueBody, MemoryBody, PauseBody, ResetCacheBody
-from multilora.server.errors import StrictRoute
 from multilora.server.streaming import Json
+from multilora.server.strict_route import StrictRoute
 
 NO_LIMIT_RANK, NO_LIMIT_COUNT = 512, 1 << 20
 """What a client reads where no limit is set: it compares integers."""

@@ -17,7 +17,7 @@ from multilora.drivers.async_driver import AsyncDriver
 from multilora.engine.messages import StartProfile
 from multilora.errors import BadRequest
 from multilora.server.bodies import Body, Integer
-from multilora.server.errors import StrictRoute
+from multilora.server.strict_route import StrictRoute
 
 _PART_OF_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 

@@ -14,7 +14,7 @@ from typing import Any
 from multilora.adapters.sources.shared_memory import SharedTensor, write_shared
 from multilora.errors import BadRequest
 from multilora.server.bodies import Body, Integer, LoadBody, Texts
-from multilora.server.errors import StrictRoute
+from multilora.server.strict_route import StrictRoute
 
 MAX_BODY_BYTES = 1 << 30
 GPU_FORMATS = ("cuda_ipc", "ipc", "nccl")

@@ -23,10 +23,10 @@ from multilora.front.stream import Delta, FinishReason, TextStream
 from multilora.server.bodies import Body, Integer, TokenIds
 from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of
-from multilora.server.errors import StrictRoute
 from multilora.server.openai import Choice, OpenAIRequest, adapters_of, check_top_logprobs, common_fields
 from multilora.server.openai_bodies import SAMPLING_WORDS, OpenAIBody, StreamOptions
 from multilora.server.resolving import resolved
+from multilora.server.strict_route import StrictRoute
 from multilora.server.weight_versions import weight_version_spans
 
 LOWEST = -1e30
@@ -45,6 +45,7 @@ class TokenGenerateBody(Body):
 
     where = "/inference/v1/generate"
     handed_on: ClassVar = ("model", "stream", "stream_options", "return_token_ids", "cache_salt", "priority")
+    prompt_fields = ("token_ids",)
     token_ids: TokenIds = Field(min_length=1)
     sampling_params: TokenSampling | None = None
     request_id: str | None = None

@@ -17,10 +17,10 @@ from multilora.front.tools.request import offered_tools
 from multilora.front.vocabulary import Vocabulary
 from multilora.server.bodies import Body, Prompts, Texts, TokenIds
 from multilora.server.chat_job import chat_prompt
-from multilora.server.errors import StrictRoute
 from multilora.server.openai_bodies import Conversation
 from multilora.server.resolving import resolved
 from multilora.server.streaming import Json
+from multilora.server.strict_route import StrictRoute
 
 MAX_CHARACTERS = 1 << 20
 UNBOUNDED = 4 << 20  # tokens of a conversation: its answer is no prompt

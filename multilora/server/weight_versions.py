@@ -11,8 +11,8 @@ from fastapi import APIRouter, Response
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.front.generation import Sample
 from multilora.server.bodies import Body
-from multilora.server.errors import StrictRoute
 from multilora.server.streaming import Json
+from multilora.server.strict_route import StrictRoute
 
 
 class WeightVersionBody(Body):

@@ -11,10 +11,12 @@ from fakes.models import FakeEngineClient
 from fakes.server_app import LocalServer, run
 from fakes.tokenizers import byte_level_tokenizer
 from starlette.requests import Request
+from waiting import wait_for
 
-from multilora.errors import BadRequest, PayloadTooLarge, QueueFull, RequestTimeout
+from multilora.errors import PayloadTooLarge, QueueFull, RequestTimeout
 from multilora.server import request_body
-from multilora.server.request_body import BODIES_AT_ONCE, INLINE_BYTES, Bodies, check_values
+from multilora.server.body_values import body_values
+from multilora.server.request_body import BODIES_AT_ONCE, INLINE_BYTES, Bodies
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
 BODIES = {
@@ -117,53 +119,11 @@ def test_bodies_together_are_bounded_and_make_room_again():
     run(scenario())
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b"[" + b"[1]," * 200_000 + b"1]", b'{"a":[' + b"{}," * 150_000 + b"1]}", b"[" + b"1," * 2_500_000 + b"1]"],
-)
-def test_too_many_values(body):
-    with pytest.raises(BadRequest, match="the body has over"):
-        check_values(body)
-
-
-def test_what_is_in_texts_does_not_count():
-    check_values(json.dumps({"text": '[{,"\\' * 1_000_000, "more": ["a,[b"] * 1000}).encode())
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 3, 7, 1000])
-def test_pieces_are_counted_as_the_whole_is(monkeypatch, at_once):
-    """Whatever stands where one ends: an escape, a text, a quote in one."""
-    monkeypatch.setattr(request_body, "_SORTED_AT_ONCE", at_once)
-    values = ["a", '"', "\\", '\\"', '[,{"', "\\\\", ""]
-    for number in range(200):
-        chosen = [values[(number * 7**i >> 2) % len(values)] for i in range(number % 9)]
-        body = json.dumps({"a": chosen, "b": {}}).encode()
-        assert b"".join(request_body._pieces(body)) == body
-        for limit, real in (("MAX_CONTAINERS", 3), ("MAX_TEXTS", len(chosen) + 2), ("MAX_VALUES", body.count(b", "))):
-            with monkeypatch.context() as limits:
-                for name in ("MAX_CONTAINERS", "MAX_TEXTS", "MAX_VALUES"):
-                    limits.setattr(request_body, name, 1 << 20)
-                limits.setattr(request_body, limit, real)
-                check_values(body)
-                limits.setattr(request_body, limit, real - 1)
-                with pytest.raises(BadRequest, match="the body has over"):
-                    check_values(body)
-
-
-def test_texts_are_counted_without_quotes_in_them():
-    check_values(json.dumps(["a"] * 400_000 + ['"' * 2_000_000]).encode())
-    with pytest.raises(BadRequest, match="500000 texts"):
-        check_values(json.dumps({"a": dict.fromkeys(map(str, range(500_001)), 1)}).encode())
-
-
-def test_a_body_of_quotes_is_not_taken_apart():
-    with pytest.raises(BadRequest, match="texts"):
-        check_values(b"[" + b'"",' * 2_500_000 + b'""]')
-
-
-@pytest.mark.parametrize("size", [10, 2 * INLINE_BYTES])
-def test_large_and_small_bodies_are_read_alike(tokenizer, size):
-    server = server_of(tokenizer)
+@pytest.mark.parametrize("where", ["inline", "thread", "process"])
+def test_large_and_small_bodies_are_read_alike(tokenizer, where):
+    server, size = server_of(tokenizer), 10 if where == "inline" else 2 * INLINE_BYTES
+    if where == "process":
+        wait_for(server.app.state.bodies.process.is_ready)
     padding = {"user": "x" * size}
     assert server.post("/v1/chat/completions", CHAT | padding).status == 200
     for change, said in (
@@ -183,14 +143,20 @@ def test_large_and_small_bodies_are_read_alike(tokenizer, size):
     assert server.post("/v1/chat/completions", text.encode(), **{"content-type": "text/plain"}).status == 400
 
 
-def test_a_large_body_is_decoded_on_another_thread(tokenizer, monkeypatch):
+def test_a_large_body_is_decoded_on_another_thread_and_then_in_another_process(tokenizer, monkeypatch):
     server, threads = server_of(tokenizer), set()
-    check = check_values
     monkeypatch.setattr(
-        request_body, "check_values", lambda body: threads.add(threading.current_thread()) or check(body)
+        request_body,
+        "body_values",
+        lambda body, kind: threads.add(threading.current_thread()) or body_values(body, kind),
     )
-    server.post("/generate", BODIES["/generate"] | {"rid": "x" * 2 * INLINE_BYTES})
+    large = CHAT | {"user": "x" * 2 * INLINE_BYTES}
+    assert server.post("/v1/chat/completions", large).status == 200
     assert threads and threading.main_thread() not in threads
+    wait_for(server.app.state.bodies.process.is_ready)
+    threads.clear()
+    assert server.post("/v1/chat/completions", large).status == 200
+    assert not threads
 
 
 def test_a_long_list_of_wrong_entries_costs_no_more_than_its_first(tokenizer):

@@ -16,10 +16,10 @@ from multilora.server.anthropic.errors import anthropic_error
 from multilora.server.chat_job import ChatJob
 from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of
-from multilora.server.errors import StrictRoute
 from multilora.server.resolving import resolved
 from multilora.server.response_bytes import ResponseBudget
 from multilora.server.streaming import EventStream, Json, close, named_frame, while_connected
+from multilora.server.strict_route import StrictRoute
 from multilora.server.tokenization import UNBOUNDED
 
 

@@ -8,9 +8,9 @@ from fastapi.responses import HTMLResponse
 from multilora import logs
 from multilora.drivers.async_driver import AsyncDriver
 from multilora.server.console.state import console_state
-from multilora.server.errors import StrictRoute
 from multilora.server.metrics.totals import Totals
 from multilora.server.streaming import Json
+from multilora.server.strict_route import StrictRoute
 
 PAGE = Path(__file__).resolve().parent / "page"
 PARTS = {"console.css": "text/css", "console.js": "text/javascript", "charts.js": "text/javascript"}

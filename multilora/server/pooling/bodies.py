@@ -3,7 +3,7 @@
 Knows which field means what; nothing of engines or of answers.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -72,6 +72,7 @@ class ReadBody(Body):
 class InputBody(ReadBody):
     """Exactly one of `input` (text, token ids, or a list of either) and `messages` (a conversation), as vLLM."""
 
+    prompt_fields: ClassVar[tuple[str, ...]] = ("input",)
     input: str | Texts | TokenIds | Prompts | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
@@ -121,6 +122,7 @@ class EmbeddingsBody(InputBody):
 class NativeReadBody(ReadBody):
     """Exactly one of `text` and `input_ids`; a list is a batch, as in SGLang's native routes."""
 
+    prompt_fields: ClassVar[tuple[str, ...]] = ("input_ids",)
     text: str | Texts | None = None
     input_ids: TokenIds | Prompts | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any] | None] | None = None  # SGLang's has it, without effect
@@ -147,6 +149,7 @@ class ClassifyBody(NativeReadBody, InputBody):
     """`POST /classify` and `POST /v1/classify`: vLLM's body, or that of SGLang's native route."""
 
     where = "/classify"
+    prompt_fields = ("input", "input_ids")
 
     @property
     def is_native(self) -> bool:

@@ -12,10 +12,10 @@ from multilora.drivers.async_generation import AsyncGeneration
 from multilora.drivers.request_driver import RequestDriver
 from multilora.errors import BadRequest
 from multilora.front.classification import CLASSIFY, classification_of
-from multilora.server.errors import StrictRoute
 from multilora.server.pooling.bodies import ClassifyBody
 from multilora.server.pooling.reading import listing, meta_info, read_jobs, respond
 from multilora.server.resolving import resolved
+from multilora.server.strict_route import StrictRoute
 
 LABELS = 16
 """About how many numbers there are for a text."""

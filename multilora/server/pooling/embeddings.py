@@ -9,10 +9,10 @@ from multilora.drivers.async_generation import AsyncGeneration
 from multilora.drivers.request_driver import RequestDriver
 from multilora.front.embedding import check_dimensions, vector_of
 from multilora.params import PoolingParams
-from multilora.server.errors import StrictRoute
 from multilora.server.pooling.bodies import EmbeddingsBody, EncodeBody
 from multilora.server.pooling.reading import listing, meta_info, read_jobs, respond
 from multilora.server.resolving import resolved
+from multilora.server.strict_route import StrictRoute
 
 
 def router(driver: RequestDriver) -> APIRouter:

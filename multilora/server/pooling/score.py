@@ -17,10 +17,10 @@ from multilora.front.generation import Job
 from multilora.front.prompt import check_priority, check_timeout
 from multilora.front.request_front import RequestFront
 from multilora.front.scoring import Scoring, TextPairs, ranking, scoring_of
-from multilora.server.errors import StrictRoute
 from multilora.server.pooling.bodies import PairsBody, RerankBody, ScoreBody
 from multilora.server.pooling.reading import listing, respond, usage
 from multilora.server.resolving import resolved
+from multilora.server.strict_route import StrictRoute
 from multilora.server.weight_versions import weight_metadata
 
 

@@ -17,7 +17,6 @@ from multilora.params import SamplingParams
 from multilora.server.chat_job import ChatJob
 from multilora.server.constraints import in_the_clients_field
 from multilora.server.dialects import in_words_of, refused
-from multilora.server.errors import StrictRoute
 from multilora.server.resolving import resolved
 from multilora.server.response_bytes import ResponseBudget
 from multilora.server.responses.body import WORDS, ResponsesBody
@@ -28,6 +27,7 @@ from multilora.server.responses.output import new_id
 from multilora.server.responses.run import ResponseRun
 from multilora.server.responses.store import ResponseStore, StoredResponse, json_bytes, own_key
 from multilora.server.streaming import EventStream, Json, while_connected
+from multilora.server.strict_route import StrictRoute
 
 NOTHING = StoredResponse(None, [], 0)
 """What stands before a conversation's first response."""
