@@ -119,7 +119,7 @@ def _end(process: "subprocess.Popen[bytes]", ours: socket.socket) -> None:
     process.wait()
 
 
-def _ask(ours: socket.socket, name: str, body: bytes) -> tuple[int, bytes]:
+def _ask(ours: socket.socket, name: str, body: bytes) -> tuple[int, bytearray]:
     """Raises OSError, EOFError."""
     ours.sendall(_HEAD.pack(len(name), len(body)) + name.encode())
     ours.sendall(body)
@@ -127,7 +127,7 @@ def _ask(ours: socket.socket, name: str, body: bytes) -> tuple[int, bytes]:
     return answer, _received(ours, size)
 
 
-def _received(source: socket.socket, size: int) -> bytes:
+def _received(source: socket.socket, size: int) -> bytearray:
     """Exactly `size` bytes. Raises EOFError."""
     found = bytearray(size)
     view, have = memoryview(found), 0
@@ -136,7 +136,7 @@ def _received(source: socket.socket, size: int) -> bytes:
         if not count:
             raise EOFError("the socket is closed")
         have += count
-    return bytes(found)
+    return found
 
 
 def main(theirs: socket.socket) -> None:
@@ -151,7 +151,7 @@ def main(theirs: socket.socket) -> None:
         while True:
             name_size, size = _HEAD.unpack(_received(theirs, _HEAD.size))
             name = _received(theirs, name_size).decode()
-            answer, data = _answer(name, _received(theirs, size))
+            answer, data = _answer(name, bytes(_received(theirs, size)))
             theirs.sendall(_HEAD.pack(answer, len(data)))
             theirs.sendall(data)
 

@@ -2,7 +2,7 @@
 
 Decodes to Python's objects: no NaN, no infinities, no lone surrogates. What is wrong with a number is said with the
 field that it is in; for that, and only after decoding has failed, the body is read once more, in time linear in its
-length. Called by `errors.py`.
+length. Called by `body_values.py` and `strict_route.py`.
 """
 
 import math
