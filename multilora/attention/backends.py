@@ -64,13 +64,36 @@ def choose_attention(
     """
     if name not in ("auto", *BACKENDS):
         raise ConfigError(f"--attention-backend must be one of auto, {', '.join(BACKENDS)}, is {name!r}")
-    of = {"auto": flashinfer_obstacle, "flashinfer": flashinfer_obstacle, "triton": triton_obstacle}
-    obstacle = of[name](device, dtype, kv_dtype, shape) if name in of else None
-    if obstacle and name != "auto":
+    if name == "auto":
+        name, passed = auto_attention(device, dtype, kv_dtype, shape)
+        logger.info("attention backend: %s%s", name, f" ({why_not(passed)})" if passed else "")
+        return name
+    obstacle = OBSTACLES[name](device, dtype, kv_dtype, shape) if name in OBSTACLES else None
+    if obstacle:
         raise ConfigError(f"--attention-backend {name}: {obstacle}")
-    chosen = name if name != "auto" else "torch" if obstacle else "flashinfer"
-    logger.info("attention backend: %s%s", chosen, f" (not flashinfer: {obstacle})" if obstacle else "")
-    return chosen
+    logger.info("attention backend: %s", name)
+    return name
+
+
+def auto_attention(
+    device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype", shape: "AttentionShape"
+) -> tuple[str, dict[str, str]]:
+    """The first backend of the table that serves a model, and what keeps each of those before it from that."""
+    passed: dict[str, str] = {}
+    for name in BACKENDS:
+        obstacle = OBSTACLES[name](device, dtype, kv_dtype, shape) if name in OBSTACLES else None
+        if obstacle is None:
+            return name, passed
+        passed[name] = obstacle
+    raise AssertionError("torch takes everything")
+
+
+def why_not(passed: dict[str, str]) -> str:
+    """What `auto_attention` found in the way, as a log line has it."""
+    by_obstacle: dict[str, list[str]] = {}
+    for name, obstacle in passed.items():
+        by_obstacle.setdefault(obstacle, []).append(name)
+    return "; ".join(f"not {' or '.join(names)}: {obstacle}" for obstacle, names in by_obstacle.items())
 
 
 def triton_obstacle(
@@ -121,5 +144,9 @@ def _kv_obstacle(device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.
 
 def _has_fp8(device: "torch.device") -> bool:
     import torch
+OBSTACLES = {"flashinfer": flashinfer_obstacle, "triton": triton_obstacle}
+"""What keeps a backend from a model; one that is not here serves every model."""
+
+
 
     return torch.cuda.get_device_capability(device) >= (8, 9)
