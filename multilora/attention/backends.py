@@ -19,13 +19,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def _flashinfer(kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None") -> "AttentionBackend":
+MakeBackend = Callable[["KVViews", "AttentionShape", "torch.dtype | None", bool], "AttentionBackend"]
+
+
+def _flashinfer(
+    kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None", wait: bool
+) -> "AttentionBackend":
     from multilora.attention.flashinfer import FlashInferAttention
 
-    return FlashInferAttention(kv_views, shape, dtype)
+    return FlashInferAttention(kv_views, shape, dtype, wait=wait)
 
 
-def _triton(kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None") -> "AttentionBackend":
+def _triton(
+    kv_views: "KVViews",
+    shape: "AttentionShape",
+    dtype: "torch.dtype | None",
+    wait: bool,  # noqa: ARG001 - Triton compiles for seconds
+) -> "AttentionBackend":
     from multilora.attention.triton_attention import TritonAttention
 
     return TritonAttention(kv_views, shape, dtype)
@@ -35,24 +45,32 @@ def _torch(
     kv_views: "KVViews",
     shape: "AttentionShape",
     dtype: "torch.dtype | None",  # noqa: ARG001 - it takes any
+    wait: bool,  # noqa: ARG001 - it compiles nothing
 ) -> "AttentionBackend":
     from multilora.attention.torch_sdpa import TorchAttention
 
     return TorchAttention(kv_views, shape)
 
 
-BACKENDS: "dict[str, Callable[[KVViews, AttentionShape, torch.dtype | None], AttentionBackend]]" = {
+BACKENDS: dict[str, MakeBackend] = {
     "flashinfer": _flashinfer,
     "triton": _triton,
     "torch": _torch,
 }
+"""By name, in the order in which `auto` tries them."""
 
 
 def make_attention(
-    name: str, kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None" = None
+    name: str,
+    kv_views: "KVViews",
+    shape: "AttentionShape",
+    dtype: "torch.dtype | None" = None,
+    *,
+    wait: bool = True,
 ) -> "AttentionBackend":
-    """The backend `name` of the table over `KVLayout.views(arena)`. dtype: of the queries; None: the cache's."""
-    return BACKENDS[name](kv_views, shape, dtype)
+    """The backend `name` of the table over `KVLayout.views(arena)`. dtype: of the queries; None: the cache's.
+    wait: for kernels that take minutes to compile; else others serve until they are there."""
+    return BACKENDS[name](kv_views, shape, dtype, wait)
 
 
 def choose_attention(
@@ -133,6 +151,10 @@ def flashinfer_obstacle(
     return None
 
 
+OBSTACLES = {"flashinfer": flashinfer_obstacle, "triton": triton_obstacle}
+"""What keeps a backend from a model; one that is not here serves every model."""
+
+
 def _kv_obstacle(device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype") -> str | None:
     """What keeps kernels on a GPU from a KV cache of this dtype."""
     if kv_dtype == dtype:
@@ -144,9 +166,5 @@ def _kv_obstacle(device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.
 
 def _has_fp8(device: "torch.device") -> bool:
     import torch
-OBSTACLES = {"flashinfer": flashinfer_obstacle, "triton": triton_obstacle}
-"""What keeps a backend from a model; one that is not here serves every model."""
-
-
 
     return torch.cuda.get_device_capability(device) >= (8, 9)

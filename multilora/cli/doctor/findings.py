@@ -127,14 +127,14 @@ def _kernels(devices: Devices, choices: AutoChoices, host: HostFacts) -> Iterato
     if host.nvcc is None and choices.attention == "flashinfer":
         yield Finding(
             False,
-            "no nvcc: FlashInfer can only use kernels that are compiled already",
+            "no nvcc: unless FlashInfer's kernels are compiled already, prompts stay with Triton's",
             "install the CUDA toolkit, or the package flashinfer-cubin with flashinfer-jit-cache",
         )
     for cache in host.caches:
         if cache.kept.startswith("kernels") and not cache.used:
             yield Finding(
                 False,
-                f"{cache.path} is empty: the first start compiles the {cache.kept}, one to three minutes",
+                f"{cache.path} is empty: the first start compiles the {cache.kept}, which takes a minute or more",
                 "start once; in a container, keep this folder on a volume",
             )
 
