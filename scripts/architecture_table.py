@@ -4,8 +4,9 @@
     python scripts/architecture_table.py NAME …     these only; the others keep what is written
     python scripts/architecture_table.py --table    the table of docs/models.md from the data file, without a walk
 
-The data file is tests/data/architectures.json. Run it after transformers was updated or the backend changed; tests
-hold the data file against the mapping and the table against the data file.
+The data file is tests/data/architectures.json, with the version of transformers whose mapping it is. Run it after
+transformers was updated or the backend changed; tests hold the data file against that version's mapping and the table
+against the data file.
 """
 
 import argparse
@@ -71,16 +72,20 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--table", action="store_true", help="write the table only")
     arguments = parser.parse_args()
-    data: Data = json.loads(DATA.read_text()) if DATA.exists() else {}
+    recorded = json.loads(DATA.read_text()) if DATA.exists() else {"transformers": "", "architectures": {}}
+    data: Data = recorded["architectures"]
     if not arguments.table:
         sys.path.insert(0, str(ROOT / "tests" / "support"))
+        import transformers
         from architectures import architectures
 
+        of_all = recorded["transformers"] if arguments.names else transformers.__version__
         for name, model_type in architectures():
             if not arguments.names or name in arguments.names:
                 data[name] = walk(name, model_type)
                 print(name, outcome(data[name]), flush=True)
-        DATA.write_text(json.dumps(dict(sorted(data.items())), indent=1) + "\n")
+        recorded = {"transformers": of_all, "architectures": dict(sorted(data.items()))}
+        DATA.write_text(json.dumps(recorded, indent=1) + "\n")
     write_table(data)
 
 

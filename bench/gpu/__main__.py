@@ -35,10 +35,12 @@ from bench.gpu.hardware import copies_rows, kernels_rows, measure, touch_host_me
 from bench.gpu.idle import idle_rows
 from bench.gpu.sampling import sampling_rows
 from bench.gpu.setup import Bench, scratch_parent
-from bench.gpu.sizes import SIZES, Adapters, MoeDims, write_model
+from bench.gpu.sizes import SIZES, Adapters, Dims, MoeDims, write_model
 from bench.gpu.swaps import fresh_rows, swap_rows
 from bench.gpu.throughput import few_places_rows, many_rows, slora_rows, throughput_rows
 from multilora import LLM
+from multilora.attention.backends import auto_attention
+from multilora.attention.base import AttentionShape
 from multilora.attention.kv_dtypes import KV_DTYPES
 from multilora.config import Config
 from multilora.engine.scheduling.policy import POLICIES
@@ -153,7 +155,7 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         "quantization": args.quantization,
         "model_impl": args.model_impl,
         "kv_cache_dtype": args.kv_cache_dtype,
-        "attention_backend": args.attention_backend,
+        "attention_backend": attention_backend(args, dims),
         "disable_cuda_graph": args.disable_cuda_graph,
         "chunked_prefill_size": args.chunked_prefill_size,
         "schedule_policy": args.schedule_policy,
@@ -179,6 +181,16 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
     result["seconds"]["all"] = round(time.perf_counter() - started, 1)
     say(json.dumps(result["seconds"]))
     return result
+
+
+def attention_backend(args: argparse.Namespace, dims: Dims) -> str:
+    """By name what `auto` means, so that the start waits for kernels that are not compiled yet and none stand in for
+    them."""
+    if args.attention_backend != "auto":
+        return str(args.attention_backend)
+    shape = AttentionShape(dims.heads, dims.kv_heads, dims.head_dim, dims.head_dim**-0.5, None)
+    kv_dtype = getattr(torch, KV_DTYPES.get(args.kv_cache_dtype, "bfloat16"))
+    return auto_attention(torch.device(args.device), torch.bfloat16, kv_dtype, shape)[0]
 
 
 def measure_part(bench: Bench, part: str, result: dict[str, Any]) -> None:

@@ -19,13 +19,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def _flashinfer(kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None") -> "AttentionBackend":
+MakeBackend = Callable[["KVViews", "AttentionShape", "torch.dtype | None", bool], "AttentionBackend"]
+
+
+def _flashinfer(
+    kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None", wait: bool
+) -> "AttentionBackend":
     from multilora.attention.flashinfer import FlashInferAttention
 
-    return FlashInferAttention(kv_views, shape, dtype)
+    return FlashInferAttention(kv_views, shape, dtype, wait=wait)
 
 
-def _triton(kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None") -> "AttentionBackend":
+def _triton(
+    kv_views: "KVViews",
+    shape: "AttentionShape",
+    dtype: "torch.dtype | None",
+    wait: bool,  # noqa: ARG001 - Triton compiles for seconds
+) -> "AttentionBackend":
     from multilora.attention.triton_attention import TritonAttention
 
     return TritonAttention(kv_views, shape, dtype)
@@ -35,24 +45,32 @@ def _torch(
     kv_views: "KVViews",
     shape: "AttentionShape",
     dtype: "torch.dtype | None",  # noqa: ARG001 - it takes any
+    wait: bool,  # noqa: ARG001 - it compiles nothing
 ) -> "AttentionBackend":
     from multilora.attention.torch_sdpa import TorchAttention
 
     return TorchAttention(kv_views, shape)
 
 
-BACKENDS: "dict[str, Callable[[KVViews, AttentionShape, torch.dtype | None], AttentionBackend]]" = {
+BACKENDS: dict[str, MakeBackend] = {
     "flashinfer": _flashinfer,
     "triton": _triton,
     "torch": _torch,
 }
+"""By name, in the order in which `auto` tries them."""
 
 
 def make_attention(
-    name: str, kv_views: "KVViews", shape: "AttentionShape", dtype: "torch.dtype | None" = None
+    name: str,
+    kv_views: "KVViews",
+    shape: "AttentionShape",
+    dtype: "torch.dtype | None" = None,
+    *,
+    wait: bool = True,
 ) -> "AttentionBackend":
-    """The backend `name` of the table over `KVLayout.views(arena)`. dtype: of the queries; None: the cache's."""
-    return BACKENDS[name](kv_views, shape, dtype)
+    """The backend `name` of the table over `KVLayout.views(arena)`. dtype: of the queries; None: the cache's.
+    wait: for kernels that take minutes to compile; else others serve until they are there."""
+    return BACKENDS[name](kv_views, shape, dtype, wait)
 
 
 def choose_attention(
@@ -64,13 +82,36 @@ def choose_attention(
     """
     if name not in ("auto", *BACKENDS):
         raise ConfigError(f"--attention-backend must be one of auto, {', '.join(BACKENDS)}, is {name!r}")
-    of = {"auto": flashinfer_obstacle, "flashinfer": flashinfer_obstacle, "triton": triton_obstacle}
-    obstacle = of[name](device, dtype, kv_dtype, shape) if name in of else None
-    if obstacle and name != "auto":
+    if name == "auto":
+        name, passed = auto_attention(device, dtype, kv_dtype, shape)
+        logger.info("attention backend: %s%s", name, f" ({why_not(passed)})" if passed else "")
+        return name
+    obstacle = OBSTACLES[name](device, dtype, kv_dtype, shape) if name in OBSTACLES else None
+    if obstacle:
         raise ConfigError(f"--attention-backend {name}: {obstacle}")
-    chosen = name if name != "auto" else "torch" if obstacle else "flashinfer"
-    logger.info("attention backend: %s%s", chosen, f" (not flashinfer: {obstacle})" if obstacle else "")
-    return chosen
+    logger.info("attention backend: %s", name)
+    return name
+
+
+def auto_attention(
+    device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype", shape: "AttentionShape"
+) -> tuple[str, dict[str, str]]:
+    """The first backend of the table that serves a model, and what keeps each of those before it from that."""
+    passed: dict[str, str] = {}
+    for name in BACKENDS:
+        obstacle = OBSTACLES[name](device, dtype, kv_dtype, shape) if name in OBSTACLES else None
+        if obstacle is None:
+            return name, passed
+        passed[name] = obstacle
+    raise AssertionError("torch takes everything")
+
+
+def why_not(passed: dict[str, str]) -> str:
+    """What `auto_attention` found in the way, as a log line has it."""
+    by_obstacle: dict[str, list[str]] = {}
+    for name, obstacle in passed.items():
+        by_obstacle.setdefault(obstacle, []).append(name)
+    return "; ".join(f"not {' or '.join(names)}: {obstacle}" for obstacle, names in by_obstacle.items())
 
 
 def triton_obstacle(
@@ -108,6 +149,10 @@ def flashinfer_obstacle(
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer-python is not installed"
     return None
+
+
+OBSTACLES = {"flashinfer": flashinfer_obstacle, "triton": triton_obstacle}
+"""What keeps a backend from a model; one that is not here serves every model."""
 
 
 def _kv_obstacle(device: "torch.device", dtype: "torch.dtype", kv_dtype: "torch.dtype") -> str | None:

@@ -1,8 +1,10 @@
 """Attention for CUDA: FlashInfer's paged prefill, and our own paged decode (`paged.py`).
 
-It owns FlashInfer's wrapper and workspace. One plan per step serves all layers.
+It owns FlashInfer's wrapper and workspace. One plan per step serves all layers. FlashInfer's kernels are compiled
+once on a machine, which takes minutes: a start waits for that, or lets Triton's serve meanwhile (`fallback.py`).
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +14,13 @@ import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.jit import env as jit_env
 from flashinfer.jit import get_batch_prefill_uri
+from flashinfer.prefill import get_batch_prefill_module
+from flashinfer.utils import determine_attention_backend
 
 from multilora.attention.base import AttentionShape, KVViews
-from multilora.attention.paged import KV, PagedBackend, PagedShape, View, pinned
+from multilora.attention.fallback import BackgroundBuild, FallbackPrefill
+from multilora.attention.paged import KV, PagedBackend, PagedShape, Prefill, View, pinned
+from multilora.attention.triton_attention import TritonPrefill
 
 logger = logging.getLogger(__name__)
 
@@ -67,24 +73,47 @@ class _FlashInferPrefill:
 class FlashInferAttention(PagedBackend):
     """The `flashinfer` backend: fp16 or bf16, head_dim 64, 128 or 256, layers alike (see `flashinfer_obstacle`)."""
 
-    name = "flashinfer"
+    def __init__(
+        self, kv_views: KVViews, shape: AttentionShape, dtype: torch.dtype | None = None, *, wait: bool = True
+    ):
+        """dtype: of the queries; None: that of the pages. wait: for kernels that this machine has not compiled yet;
+        else prompts go through Triton's until they are."""
+        super().__init__(kv_views, shape, dtype, functools.partial(_make_prefill, wait=wait))
+        falls_back = any(isinstance(prefill, FallbackPrefill) for prefill in self._prefills)
+        self.name = "flashinfer" + " (triton until its kernels are compiled)" * falls_back
 
-    def __init__(self, kv_views: KVViews, shape: AttentionShape, dtype: torch.dtype | None = None):
-        """dtype: of the queries; None: that of the pages."""
-        super().__init__(kv_views, shape, dtype, _FlashInferPrefill)
-        if not _is_compiled(self.shape):
-            logger.info("compiling attention kernels, once (one to three minutes)")
-        for prefill in self._prefills:
-            assert isinstance(prefill, _FlashInferPrefill)
-            prefill.compile()
+
+def _make_prefill(shape: PagedShape, view: View, *, wait: bool) -> Prefill:
+    prefill = _FlashInferPrefill(shape, view)
+    compiled = _is_compiled(shape)
+    if not (compiled or wait):
+        return FallbackPrefill(prefill, TritonPrefill(shape, view), _build(shape.device, *_kernels(shape)))
+    if not compiled:
+        logger.info("compiling attention kernels, once (one to three minutes)")
+    prefill.compile()
+    return prefill
+
+
+@functools.cache
+def _build(device: torch.device, *kernels: Any) -> BackgroundBuild:
+    """Build the kernels that `plan` will ask for, once in this process. FlashInfer keeps them, and locks their files:
+    of several processes one compiles."""
+
+    def build() -> None:
+        dtype, kv_dtype = kernels[:2]
+        backend = determine_attention_backend(device, 0, False, False, dtype, kv_dtype)
+        get_batch_prefill_module(backend, *kernels)
+
+    return BackgroundBuild("FlashInfer's kernels", build)
+
+
+def _kernels(shape: PagedShape) -> tuple[Any, ...]:
+    """By what FlashInfer knows the kernels of a plan: dtypes of queries, pages, results and indices, sizes of heads,
+    no rotation, whether there is a window, no softcap, sums in fp32."""
+    kind, dim = shape.dtype, shape.head_dim
+    return (kind, shape.kv_dtype, kind, torch.int32, dim, dim, 0, shape.sliding_window is not None, False, False)
 
 
 def _is_compiled(shape: PagedShape) -> bool:
-    kind, kv_kind, dim = shape.dtype, shape.kv_dtype, shape.head_dim
-    names = [
-        get_batch_prefill_uri(
-            backend, kind, kv_kind, kind, torch.int32, dim, dim, 0, shape.sliding_window is not None, False, False
-        )
-        for backend in ("fa2", "fa3")
-    ]
+    names = [get_batch_prefill_uri(backend, *_kernels(shape)) for backend in ("fa2", "fa3")]
     return any(any(jit_env.FLASHINFER_JIT_DIR.glob(f"{name}*/*.so")) for name in names)

@@ -14,7 +14,7 @@ from multilora.attention.paged import KV, PagedBackend, PagedShape, View, pinned
 from multilora.attention.triton_prefill import blocks_of, prefill, rows_of
 
 
-class _TritonPrefill:
+class TritonPrefill:
     """The requests of several new tokens in one view, by `triton_prefill.py`."""
 
     def __init__(self, shape: PagedShape, view: View):
@@ -44,4 +44,4 @@ class TritonAttention(PagedBackend):
 
     def __init__(self, kv_views: KVViews, shape: AttentionShape, dtype: torch.dtype | None = None):
         """dtype: of the queries; None: that of the pages."""
-        super().__init__(kv_views, shape, dtype, _TritonPrefill)
+        super().__init__(kv_views, shape, dtype, TritonPrefill)

@@ -183,7 +183,8 @@ def _attention_maker(config: Config, model: CausalLM, layout: KVLayout) -> MakeA
     if largest(model.config.kv_dtype) is not None:
         shape = replace(shape, kv_scales=model.kv_scales.by_layer)
         logger.info("KV cache: %s, %s", model.config.kv_dtype, model.kv_scales)
-    return lambda kv_views: make_attention(name, kv_views, shape, model.config.dtype)
+    wait = config.attention_backend != "auto"  # asked for by name, it is what computes from the first prompt on
+    return lambda kv_views: make_attention(name, kv_views, shape, model.config.dtype, wait=wait)
 
 
 def _plan(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAttention) -> MemoryPlan:

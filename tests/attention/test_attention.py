@@ -28,7 +28,7 @@ def test_torch_is_chosen_and_logged(name: str, caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO, "multilora.attention"):
         assert choose_attention(name, CPU, FP32, FP32, shape(64)) == "torch"
     assert "attention backend: torch" in caplog.text
-    assert ("not flashinfer: it needs a CUDA device" in caplog.text) == (name == "auto")
+    assert ("not flashinfer or triton: it needs a CUDA device" in caplog.text) == (name == "auto")
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,47 @@ def test_flashinfer_by_name_says_what_is_missing(device, dtype, kv_dtype, head_d
         choose_attention("flashinfer", device, dtype, kv_dtype, shape(head_dim))
 
 
-@pytest.mark.parametrize("installed", [False, True])
-def test_auto_takes_flashinfer_where_it_is_installed(installed, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+@pytest.mark.parametrize(
+    ("packages", "chosen"),
+    [
+        (("flashinfer", "triton"), "flashinfer"),
+        (("flashinfer",), "flashinfer"),
+        (("triton",), "triton"),
+        ((), "torch"),
+    ],
+)
+def test_auto_takes_the_first_that_is_installed(packages, chosen, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in packages else None)
     with caplog.at_level(logging.INFO, "multilora.attention"):
-        assert choose_attention("auto", CUDA, BF16, BF16, shape(128)) == ("flashinfer" if installed else "torch")
-    assert ("flashinfer-python is not installed" in caplog.text) == (not installed)
-    if not installed:
+        assert choose_attention("auto", CUDA, BF16, BF16, shape(128)) == chosen
+    passed = list(BACKENDS)[: list(BACKENDS).index(chosen)]
+    missing = {"flashinfer": "flashinfer-python", "triton": "triton"}
+    said = "; ".join(f"not {name}: the package {missing[name]} is not installed" for name in passed)
+    assert caplog.messages == [f"attention backend: {chosen}" + f" ({said})" * bool(said)]
+    if "flashinfer" not in packages:
         with pytest.raises(ConfigError, match="flashinfer-python is not installed"):
             choose_attention("flashinfer", CUDA, BF16, BF16, shape(128))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "found", "chosen", "why"),
+    [
+        (BF16, shape(96), "triton", "the model has 96"),
+        (BF16, shape(8), "triton", "the model has 8"),
+        (FP32, shape(128), "triton", "the model is torch.float32"),
+        (BF16, shape(128, layer_windows=(None, 8)), "triton", "windows that differ"),
+        (BF16, shape(128, softcap=30.0), "triton", "a softcap"),
+        (BF16, shape(64, sinks=True), "triton", "sinks"),
+        (BF16, shape(512), "torch", "not triton: it takes a head_dim of up to 256 that 8 divides, the model has 512"),
+        (BF16, shape(36), "torch", "not triton: it takes a head_dim of up to 256 that 8 divides, the model has 36"),
+        (torch.float64, shape(128), "torch", "not triton: it takes float16, bfloat16 and float32"),
+    ],
+)
+def test_auto_takes_triton_where_flashinfer_cannot(dtype, found, chosen, why, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with caplog.at_level(logging.INFO, "multilora.attention"):
+        assert choose_attention("auto", CUDA, dtype, dtype, found) == chosen
+    assert f"attention backend: {chosen} (not flashinfer: " in caplog.text and why in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -387,3 +387,21 @@ def test_the_first_compilation_is_announced(
         with caplog.at_level(logging.INFO, "multilora.attention"):
             flashinfer(case, None)
         assert ("compiling attention kernels, once" in caplog.text) != compiled
+
+
+def test_triton_serves_until_the_kernels_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    from multilora.attention import flashinfer as module
+
+    monkeypatch.setattr(module, "_is_compiled", lambda shape: False)
+    case = make_case(BATCHES["mixed"], LLAMA)
+    want = expected(case, None)
+    heads, kv_heads, dim = LLAMA
+    attention = module.FlashInferAttention(case.views(), AttentionShape(heads, kv_heads, dim, 0.09, None), wait=False)
+    [prefill] = attention._prefills
+    prefill._build.join(300)
+    assert prefill._build.ready
+    for ready in (False, True):
+        prefill._build.ready = ready
+        attention.prepare(case.meta)
+        assert (prefill._active is prefill._preferred) == ready
+        check(forward(attention, case), want)

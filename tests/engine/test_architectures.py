@@ -8,18 +8,24 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import architectures, tiny_config, tiny_model
-from fakes.engine_driver import EngineDriver
+from fakes.engine_driver import DEVICE, EngineDriver
 from walk import compare_on_ranks, examine, make_adapter
 
 from multilora.errors import AdapterError, ConfigError
 
 ROOT = Path(__file__).parents[2]
-DATA: dict[str, dict[str, str]] = json.loads((ROOT / "tests" / "data" / "architectures.json").read_text())
+RECORDED: dict[str, Any] = json.loads((ROOT / "tests" / "data" / "architectures.json").read_text())
+DATA: dict[str, dict[str, str]] = RECORDED["architectures"]
 ALL = dict(architectures())
+KNOWN = [name for name in ALL if name in DATA]
+OTHER_VERSION = transformers.__version__ != RECORDED["transformers"]
+"""transformers is not the one that the results are of: it knows other architectures and has other plans for ranks."""
 OFTEN = (
     "Gemma3ForCausalLM",  # windows by layer, a scaled embedding, norms of heads
     "GPT2LMHeadModel",  # Conv1D, names that two modules of a layer share, learned positions
@@ -27,7 +33,7 @@ OFTEN = (
     "Phi3ForCausalLM",  # fused qkv and gate_up
     "Cohere2ForCausalLM",  # layers without rotation, scaled logits
 )
-ON_RANKS = [name for name, entry in DATA.items() if entry["way"] == "transformers" and entry["ranks"][:3] == "all"]
+ON_RANKS = [name for name in KNOWN if DATA[name]["way"] == "transformers" and DATA[name]["ranks"][:3] == "all"]
 OFTEN_ON_RANKS = (
     "Gemma3ForCausalLM",  # as above, on four ranks with each KV head on two
     "Olmo2ForCausalLM",  # norms over all heads: attention is whole on every rank
@@ -68,23 +74,27 @@ def one_thread() -> object:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in ALL]
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in KNOWN]
 )
 def test_walk(name: str, tmp_path: Path) -> None:
     """If it is served otherwise than written: python scripts/architecture_table.py NAME"""
     found = examine(name, ALL[name], tmp_path)
-    assert (found.way, found.reason, found.ranks) == tuple(DATA[name][key] for key in ("way", "reason", "ranks"))
+    assert (found.way, found.reason) == (DATA[name]["way"], DATA[name]["reason"])
+    assert OTHER_VERSION or found.ranks == DATA[name]["ranks"]
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in OFTEN_ON_RANKS else pytest.mark.slow) for name in ON_RANKS]
 )
 def test_walk_on_ranks(name: str, tmp_path: Path) -> None:
-    compare_on_ranks(name, ALL[name], tmp_path, 4 if name == "Gemma3ForCausalLM" else 2)
+    ranks = 4 if name == "Gemma3ForCausalLM" else 2
+    if DEVICE == "cuda" and (count := torch.cuda.device_count()) < ranks:
+        pytest.skip(f"needs {ranks} GPUs, here are {count}")
+    compare_on_ranks(name, ALL[name], tmp_path, ranks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, entry in DATA.items() if entry["way"] == "native"])
+@pytest.mark.parametrize("name", [name for name in KNOWN if DATA[name]["way"] == "native"])
 def test_what_is_native_is_served_through_transformers_too(name: str, tmp_path: Path) -> None:
     assert examine(name, ALL[name], tmp_path, "transformers").way == "transformers"
 
@@ -106,6 +116,8 @@ def test_limits_know_modules_that_share_a_name_by_it(tmp_path: Path) -> None:
 
 def test_the_results_are_those_of_the_mapping() -> None:
     """If not: python scripts/architecture_table.py"""
+    if OTHER_VERSION:
+        pytest.skip(f"the results are of transformers {RECORDED['transformers']}, here is {transformers.__version__}")
     assert {name: entry["model_type"] for name, entry in DATA.items()} == ALL
     assert {entry["way"] for entry in DATA.values()} == {"native", "transformers", "refused"}
     assert all(bool(entry["reason"]) == (entry["way"] == "refused") for entry in DATA.values())

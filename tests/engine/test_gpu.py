@@ -2,8 +2,8 @@
 
 In bf16 nobody promises equal tokens across batch sizes, so logprobs are judged: against transformers + PEFT in fp32
 they may be off by no more than transformers + PEFT in bf16 (`tests/support/exactness.py`). Where two runs of the
-engine are held against each other, token for token, both are in fp32: without FlashInfer and graphs, but with the
-same LoRA kernels, copies and schedules. MULTILORA_TEST_DEVICE=cpu tries most of it out without a GPU.
+engine are held against each other, token for token, both are in fp32: without FlashInfer, but with the same decodes,
+LoRA kernels, graphs, copies and schedules. MULTILORA_TEST_DEVICE=cpu tries most of it out without a GPU.
 """
 
 import random

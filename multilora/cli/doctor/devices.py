@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from multilora.attention.backends import flashinfer_obstacle
+from multilora.attention.backends import auto_attention, why_not
 from multilora.attention.base import AttentionShape
 from multilora.lora.backends import auto_backend
 from multilora.models.load import make_model
@@ -49,7 +49,7 @@ class Devices:
 @dataclass(frozen=True)
 class AutoChoices:
     """What `auto` means here for one model. model: its path, or words for the one that is assumed; obstacle: what
-    keeps FlashInfer away."""
+    keeps faster attention away, as the log of a start says it; None: nothing does."""
 
     model: str
     device: str
@@ -83,15 +83,15 @@ def auto_choices(model_path: str | None, gpu: Gpu | None) -> AutoChoices:
         name, shape, capturable = model_path, model.attention_shape, model.capturable
         dtype, kv_dtype = model.config.dtype, model.config.kv_dtype
         adapter_dtype = model.config.adapter_dtype
-    obstacle = flashinfer_obstacle(device, dtype, kv_dtype, shape)
+    attention, passed = auto_attention(device, dtype, kv_dtype, shape)
     return AutoChoices(
         model=name,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
-        attention="torch" if obstacle else "flashinfer",
+        attention=attention,
         lora=auto_backend(device.type, adapter_dtype, dtype),
-        cuda_graphs=gpu is not None and obstacle is None and capturable,
-        obstacle=obstacle,
+        cuda_graphs=gpu is not None and attention != "torch" and capturable,
+        obstacle=why_not(passed) or None,
     )
 
 

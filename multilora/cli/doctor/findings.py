@@ -43,7 +43,7 @@ def _packages(packages: InstalledPackages, devices: Devices) -> Iterator[Finding
     if devices.gpus and missing:
         yield Finding(
             False,
-            f"{', '.join(missing)} is not installed: attention is PyTorch's, much slower, without CUDA graphs",
+            f"{', '.join(missing)} is not installed: prompts go through Triton kernels of ours, not FlashInfer's",
             "pip install 'multilora[gpu]'",
         )
 
@@ -104,11 +104,17 @@ def _gpus(devices: Devices) -> Iterator[Finding]:
 def _kernels(devices: Devices, choices: AutoChoices, host: HostFacts) -> Iterator[Finding]:
     if not devices.gpus:
         return
-    if choices.obstacle and "not installed" not in choices.obstacle:
+    if choices.attention == "torch":
         yield Finding(
             False,
-            f"attention of {choices.model} is PyTorch's, several times slower: FlashInfer cannot: {choices.obstacle}",
+            f"attention of {choices.model} is PyTorch's, several times slower: {choices.obstacle}",
             "--dtype bfloat16 if that is the reason; else it cannot be changed",
+        )
+    elif choices.obstacle and "not installed" not in choices.obstacle:
+        yield Finding(
+            False,
+            f"prompts of {choices.model} go through Triton kernels of ours: {choices.obstacle}",
+            "--dtype bfloat16 if that is the reason; else nothing: decodes take the same kernels with both",
         )
     if choices.lora != "csgmv":
         yield Finding(
@@ -121,14 +127,14 @@ def _kernels(devices: Devices, choices: AutoChoices, host: HostFacts) -> Iterato
     if host.nvcc is None and choices.attention == "flashinfer":
         yield Finding(
             False,
-            "no nvcc: FlashInfer can only use kernels that are compiled already",
+            "no nvcc: unless FlashInfer's kernels are compiled already, prompts stay with Triton's",
             "install the CUDA toolkit, or the package flashinfer-cubin with flashinfer-jit-cache",
         )
     for cache in host.caches:
         if cache.kept.startswith("kernels") and not cache.used:
             yield Finding(
                 False,
-                f"{cache.path} is empty: the first start compiles the {cache.kept}, one to three minutes",
+                f"{cache.path} is empty: the first start compiles the {cache.kept}, which takes a minute or more",
                 "start once; in a container, keep this folder on a volume",
             )
 

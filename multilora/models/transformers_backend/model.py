@@ -16,6 +16,7 @@ from multilora.attention.base import AttentionShape
 from multilora.distributed.group import SINGLE, Group
 from multilora.errors import ConfigError
 from multilora.layers.context import ForwardContext
+from multilora.layers.experts import has_grouped_product
 from multilora.layers.linear import Linear
 from multilora.lora.sites import SCORE, LoraSlice, NormModule, module_path
 from multilora.models.base import CausalLM
@@ -38,6 +39,7 @@ from multilora.models.transformers_backend.modules import (
     attend,
     rotation_left_to,
 )
+from multilora.models.transformers_backend.probe import is_mixture
 from multilora.models.transformers_backend.rotary import hold_still
 from multilora.models.transformers_backend.sites import JOINT, Sites, declare
 from multilora.models.transformers_backend.tree import Tree
@@ -120,6 +122,17 @@ class TransformersCausalLM(CausalLM):
     @property
     def layers_path(self) -> str:
         return self._sites.layers
+
+    @property
+    def capturable(self) -> bool:
+        """See `CausalLM`. transformers multiplies experts by torch's grouped product, where that is chosen."""
+        for mixture in filter(is_mixture, self.lm.modules()):
+            config: Any = mixture.config
+            widths = [n for p in mixture.parameters(recurse=False) if p.dim() == 3 for n in p.shape[1:]]
+            grouped = has_grouped_product(self.device, self.config.dtype, *widths)
+            if not grouped or config._experts_implementation != "grouped_mm":
+                return False
+        return True
 
     @property
     def attends_one_by_one(self) -> bool:

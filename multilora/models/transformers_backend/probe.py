@@ -176,7 +176,8 @@ class _Recorder:
         if masks:
             AttentionMaskInterface.register(PROBE, marked_mask)
         ALL_EXPERTS_FUNCTIONS.register(PROBE, _experts)
-        before = [(m.config, m.config._experts_implementation) for m in self._with_experts()]
+        mixtures: list[Any] = [module for module in self._tree.lm.modules() if is_mixture(module)]
+        before = [(m.config, m.config._experts_implementation) for m in mixtures]
         self._tree.attend_by(PROBE)
         for config, _ in before:
             config._experts_implementation = PROBE
@@ -188,11 +189,6 @@ class _Recorder:
             AttentionInterface._global_mapping.pop(PROBE)
             AttentionMaskInterface._global_mapping.pop(PROBE, None)
             ALL_EXPERTS_FUNCTIONS._global_mapping.pop(PROBE)
-
-    def _with_experts(self) -> Iterator[Any]:
-        for module in self._tree.lm.modules():
-            if hasattr(module, "_is_expert_parallel") and hasattr(module, "config"):
-                yield module
 
     @contextmanager
     def noting_rotations(self, layers: list[nn.Module]) -> Iterator[None]:
@@ -314,6 +310,11 @@ def is_norm(module: nn.Module) -> bool:
     """Whether it is a norm whose one parameter is a weight per feature."""
     params = dict(module.named_parameters())
     return "Norm" in type(module).__name__ and list(params) == ["weight"] and params["weight"].dim() == 1
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether its experts go through transformers' interface, by what that has given such modules since 5.10."""
+    return all(hasattr(module, name) for name in ("config", "has_gate", "has_bias", "is_transposed"))
 
 
 def _meaning(module: Any, mask: Any, kwargs: dict[str, Any]) -> MaskMeaning:

@@ -1,5 +1,6 @@
 """What PyTorch says of the GPUs, and what `auto` means there: the backends' own rules, not a second list."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -66,8 +67,7 @@ def test_auto_on_a_cpu():
 
 
 def test_auto_on_a_gpu(monkeypatch):
-    real = devices.flashinfer_obstacle.__globals__["importlib"].util.find_spec
-    there = SimpleNamespace()
+    real, there = importlib.util.find_spec, SimpleNamespace()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: there if name == "flashinfer" else real(name))
     found = auto_choices(None, H200)
     assert (found.dtype, found.attention, found.lora) == ("bfloat16", "flashinfer", "csgmv")
@@ -78,7 +78,7 @@ def test_auto_on_a_gpu(monkeypatch):
 def test_auto_for_a_model(tmp_path):
     make_tiny_model(tmp_path)
     found = auto_choices(str(tmp_path), H200)
-    assert found.model == str(tmp_path) and found.attention == "torch" and not found.cuda_graphs
-    assert "float32" in found.obstacle
+    assert found.model == str(tmp_path) and found.attention == "triton" and found.cuda_graphs
+    assert found.obstacle.startswith("not flashinfer: ") and "float32" in found.obstacle
     with pytest.raises(ConfigError, match="no such directory"):
         auto_choices("/nowhere", None)

@@ -79,8 +79,13 @@ def test_packages_and_choices():
     assert not problem and "flashinfer-python is not installed" in what
     [(problem, what)] = said(packages=replace(PACKAGES, listed=False))
     assert not problem and "from its source" in what
-    slow = replace(CHOICES, attention="torch", obstacle="it takes head_dim 64, 128 and 256, the model has 80")
-    assert said(choices=slow)[0][1].endswith("the model has 80")
+    odd = "not flashinfer: it takes head_dim 64, 128 and 256, the model has 80"
+    assert said(choices=replace(CHOICES, attention="triton", obstacle=odd))[0][1].endswith(
+        f"Triton kernels of ours: {odd}"
+    )
+    assert said(choices=replace(CHOICES, attention="triton", obstacle="not flashinfer: it is not installed")) == []
+    slow = f"{odd}; not triton: the package triton is not installed"
+    assert said(choices=replace(CHOICES, attention="torch", obstacle=slow))[0][1].endswith(f"slower: {slow}")
     [(problem, what)] = said(choices=replace(CHOICES, lora="torch"))
     assert not problem and "plain PyTorch" in what
     stale = replace(PACKAGES, extras={"gguf": [InstalledPackage("gguf", ">=0.17", "0.1")]})

@@ -14,6 +14,7 @@ from fakes.layer_context import BASE
 from paged_driver import Driver, Sequence
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from multilora.distributed.group import SINGLE
 from multilora.errors import ConfigError, ModelUnsupported
@@ -23,6 +24,7 @@ from multilora.models.llama import LlamaForCausalLM
 from multilora.models.load import make_model
 from multilora.models.transformers_backend.model import TransformersCausalLM
 from multilora.models.transformers_backend.modules import TreeGateUp, TreeLinear, TreeNorm, TreeSiblings
+from multilora.models.transformers_backend.probe import is_mixture
 
 CPU = torch.device("cpu")
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -214,3 +216,27 @@ def test_dummy_weights(tmp_path: Path) -> None:
     model = make_model(str(tmp_path), device=CPU)
     model.load(str(tmp_path), load_format="dummy", revision=None, seed=1)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_mixtures_are_examined_and_captured_whatever_torch_multiplies(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device torch's grouped product takes bfloat16 alone. Modules are those of transformers 5.17, which
+    lack a mark that later ones have."""
+    made = GptOssExperts.__init__
+
+    def made_earlier(self: Any, *arguments: Any) -> None:
+        made(self, *arguments)
+        vars(self).pop("_is_expert_parallel", None)
+
+    monkeypatch.setattr(GptOssExperts, "__init__", made_earlier)
+    tiny_config("gpt_oss", "GptOssForCausalLM").save_pretrained(tmp_path)
+    model = make_model(str(tmp_path), device=torch.device("meta"), dtype=dtype)
+    assert isinstance(model, TransformersCausalLM) and not model.capturable
+    model.device = torch.device("cuda")
+    for capability, fast in (((9, 0), dtype == "bfloat16"), ((8, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert model.capturable == fast
+    next(filter(is_mixture, model.lm.modules())).config._experts_implementation = "eager"
+    assert not model.capturable

@@ -74,7 +74,7 @@ class Answer:
 DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
 """Where tests of the engine run: `make test-gpu` runs those that compare with PEFT on the GPU too, in fp32."""
 ATTENTION = os.environ.get("MULTILORA_TEST_ATTENTION", "auto")
-"""The attention backend that they take; on a GPU `auto` is `torch` in fp32."""
+"""The attention backend that they take; on a GPU `auto` is `triton` in fp32."""
 
 
 class CountingClock:
