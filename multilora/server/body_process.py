@@ -42,7 +42,7 @@ _ENDED = "the process that reads large bodies has ended; try again"
 
 
 class BodyProcess:
-    """The server's side, for one thread at a time; the process is started when it is first asked for."""
+    """The server's side, for one thread at a time; the process is started where it is first asked for."""
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
@@ -50,11 +50,29 @@ class BodyProcess:
         self._ready = False
         self._started = float("-inf")
 
+    def start(self) -> None:
+        """Start the process, without waiting for it. If that cannot be, a warning says so."""
+        self._started = time.monotonic()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                )
+            except OSError as e:
+                ours.close()
+                logger.warning("the process that reads large bodies does not start: %s", e)
+                return
+        self._socket, self._ready = ours, False
+        self._end = weakref.finalize(self, _end, process, ours)
+
     def is_ready(self) -> bool:
         """Whether `read` answers now. Starts the process where there is none, which takes a second."""
         if self._socket is None:
             if time.monotonic() - self._started > RESTART_SECONDS:
-                self._start()
+                self.start()
             return False
         if not self._ready:
             self._ready = self._has_begun(self._socket)
@@ -82,23 +100,6 @@ class BodyProcess:
         if self._end is not None:
             self._end()
         self._socket, self._end, self._ready = None, None, False
-
-    def _start(self) -> None:
-        self._started = time.monotonic()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                )
-            except OSError as e:
-                ours.close()
-                logger.warning("the process that reads large bodies does not start: %s", e)
-                return
-        self._socket, self._ready = ours, False
-        self._end = weakref.finalize(self, _end, process, ours)
 
     def _has_begun(self, ours: socket.socket) -> bool:
         ours.setblocking(False)

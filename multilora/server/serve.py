@@ -120,6 +120,7 @@ class _ServerProcess:
     def _face_of(self, app: Any, listener: socket.socket, driver: AsyncDriver) -> HttpFace:
         config, most = self._config, self._max_connections()
         if config.front_workers == 1:
+            app.state.bodies.process.start()  # ahead of the first large body
             return OneProcess(app, listener, config, self._tls, most)
         return FrontWorkers(self._spool.admit(config), app, listener, driver, app.state.metrics, most)
 

@@ -28,12 +28,14 @@ def create_worker_app(
     link: SupervisorLink,
     relay: str,
     traces: SpanExporter | None,
+    bodies: Bodies,
 ) -> ASGIApp:
-    """`relay`: the path of the supervisor's socket; the other arguments are those of `create_app`."""
+    """`relay`: the path of the supervisor's socket; bodies: its `state.bodies`; the other arguments are those of
+    `create_app`."""
     front, config = driver.front, driver.front.config
     app = FastAPI(title="multilora", version=multilora.__version__, openapi_url=None)
     app.state.driver = driver
-    app.state.bodies = Bodies(config.max_body_bytes)
+    app.state.bodies = bodies
     errors.install(app, dict(anthropic_errors.SHAPES))
     include_request_routes(app, driver, sampling_defaults if config.sampling_defaults == "model" else {})
 

@@ -24,6 +24,7 @@ from multilora.front.workers.remote import WorkerFront
 from multilora.private_directory import close_all, remove_orphans
 from multilora.server.connections import connections_within, raise_descriptor_limit
 from multilora.server.key_ring import KeyRing
+from multilora.server.request_body import Bodies
 from multilora.server.text import load_text
 from multilora.server.tracing.exporter import SpanExporter
 from multilora.server.uvicorn_setup import (
@@ -80,7 +81,11 @@ class FrontProcess:
         for row in front.unread(welcome.names):
             await asyncio.to_thread(front.read_tokens, row)
         front.apply(welcome.names)
-        app = create_worker_app(driver, defaults, self._events, self._keys, self._link, welcome.relay, self._traces)
+        bodies = Bodies(config.max_body_bytes)
+        bodies.process.start()  # ahead of the first large body
+        app = create_worker_app(
+            driver, defaults, self._events, self._keys, self._link, welcome.relay, self._traces, bodies
+        )
         descriptors = raise_descriptor_limit()
         most = config.max_connections or connections_within(descriptors)
         settings = uvicorn_config(app, most, config.drain_seconds + WRITE_SECONDS, tls_settings(config))
