@@ -1,5 +1,5 @@
 """Connections within bounds: how many there are, how long one may be silent, how many bytes of headers it may send,
-and how long it may take nothing.
+how fast it may send a body that nobody wants, and how long it may take nothing.
 
 Owns the limit of file descriptors and uvicorn's protocol with timers. Knows nothing of requests but whether one is
 under way; the time for a body is `request_body.py`'s. Used by `serve.py`.
@@ -21,6 +21,9 @@ STALL_SECONDS = 60.0
 HEAD_BYTES = 64 << 10
 """How long a request line with its headers may be, or what stands between the pieces of a body and after it. The
 parser keeps them, and has no limit of its own; h11, which is used where httptools is missing, has."""
+UNWANTED_BYTES, UNWANTED_SECONDS = 4 << 20, 0.25
+"""Once its request has been answered, so much of a body is read in that time: clients come to read the answer when
+they have sent all, and whoever sends without end takes little of everybody's time until HEAD_SECONDS are over."""
 MOST_DESCRIPTORS = 65_536
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
@@ -64,6 +67,8 @@ class BoundedProtocol(_Protocol):
         self._head: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._head_bytes = 0  # read since the parser had a whole head, or a piece of a body
+        self._unwanted = 0  # bytes of a body whose request has been answered, since the last pause
+        self._pause: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -76,14 +81,21 @@ class BoundedProtocol(_Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting_for_head()
         self._stop_waiting_for_reader()
+        if self._pause is not None:
+            self._pause.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self._head_bytes > HEAD_BYTES and _COUNTS_HEADS:
-            self._refuse_head()
-        elif self._between_requests:
+        for start in range(0, len(data), HEAD_BYTES):  # more than that of a head is not parsed
+            piece = data[start : start + HEAD_BYTES] if len(data) > HEAD_BYTES else data
+            self._head_bytes += len(piece)
+            super().data_received(piece)
+            if self._head_bytes > HEAD_BYTES and _COUNTS_HEADS:
+                self._refuse_head()
+                return
+            if self.transport.is_closing():
+                return
+        if self._between_requests:
             self._wait_for_head()
         else:
             self._stop_waiting_for_head()
@@ -96,10 +108,20 @@ class BoundedProtocol(_Protocol):
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
         super().on_body(body)  # type: ignore[misc]
+        if self._between_requests:
+            self._unwanted += len(body)
+            if self._unwanted >= UNWANTED_BYTES and self._pause is None and not self.transport.is_closing():
+                self.transport.pause_reading()
+                self._pause = asyncio.get_running_loop().call_later(UNWANTED_SECONDS, self._read_on)
 
     def on_message_complete(self) -> None:
         self._head_bytes = 0
         super().on_message_complete()  # type: ignore[misc]
+
+    def _read_on(self) -> None:
+        self._pause, self._unwanted = None, 0
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def _refuse_head(self) -> None:
         self._stop_waiting_for_head()

@@ -229,3 +229,83 @@ def test_a_long_body_is_no_head():
             writer.close()
 
     run(scenario)
+
+
+class Refusing:
+    """Answers without reading a body."""
+
+    async def __call__(self, scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def test_what_nobody_wants_is_read_slowly_and_the_answer_found_behind_it(monkeypatch):
+    monkeypatch.setattr(connections, "UNWANTED_BYTES", 1 << 20)
+    monkeypatch.setattr(connections, "UNWANTED_SECONDS", 0.1)
+
+    async def scenario() -> None:
+        async with serving(Refusing()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.transport.set_write_buffer_limits(1 << 16)
+            start = asyncio.get_running_loop().time()
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (16 << 20))
+            for _ in range(16):
+                writer.write(b"x" * (1 << 20))
+                await writer.drain()
+            taken = asyncio.get_running_loop().time() - start
+            assert 0.5 < taken < 20  # 1 MB a tenth of a second, but for what buffers hold
+            assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+            while (await reader.readline()).strip():
+                pass
+            writer.write(GET)  # the connection goes on
+            assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+            writer.close()
+
+    run(scenario)
+
+
+def test_a_body_without_end_is_cut_off(monkeypatch):
+    monkeypatch.setattr(connections, "UNWANTED_BYTES", 1 << 20)
+    monkeypatch.setattr(connections, "UNWANTED_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+
+    async def scenario() -> None:
+        async with serving(Refusing()) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+
+            async def send_on() -> None:
+                while True:
+                    writer.write(b"10000\r\n" + b"x" * (1 << 16) + b"\r\n")
+                    await writer.drain()
+
+            with pytest.raises(ConnectionError):
+                await send_on()
+            writer.close()
+
+    run(scenario)
+
+
+def test_a_body_that_is_wanted_is_read_at_once(monkeypatch):
+    monkeypatch.setattr(connections, "UNWANTED_BYTES", 1 << 16)
+    monkeypatch.setattr(connections, "UNWANTED_SECONDS", 5.0)
+
+    class Reading:
+        async def __call__(self, scope, receive, send) -> None:
+            more = True
+            while more:
+                more = (await receive())["more_body"]
+            await Refusing()(scope, receive, send)
+
+    async def scenario() -> None:
+        async with serving(Reading()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            start = asyncio.get_running_loop().time()
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (16 << 20))
+            writer.write(b"x" * (16 << 20))
+            await writer.drain()
+            assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+            assert asyncio.get_running_loop().time() - start < 5
+            writer.close()
+
+    run(scenario)
