@@ -82,13 +82,15 @@ def pinned(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 class _Decode:
     """`size` requests of one new token each, in one view. Their tables are views of one int32 tensor of
-    `num_words`."""
+    `num_words`, each at a multiple of 16 bytes: kernels are compiled anew for addresses that are none."""
 
     def __init__(self, shape: PagedShape, view: View, size: int):
         self.shape, self.view, self._size = shape, view, size
         self._pieces = budget(size, shape.num_kv_heads)
-        self._sizes = REQUEST_WORDS * size, SPAN_WORDS * split_budget(size), PIECE_WORDS * self._pieces
-        self.num_words = sum(self._sizes)
+        sizes = REQUEST_WORDS * size, SPAN_WORDS * split_budget(size), PIECE_WORDS * self._pieces
+        starts = np.cumsum([0, *(-(-words // 4) * 4 for words in sizes)]).tolist()
+        self.num_words: int = starts[-1]
+        self._tables = [slice(start, start + words) for start, words in zip(starts, sizes, strict=False)]
 
     def words(self, meta: AttentionMeta, rows: np.ndarray) -> tuple[np.ndarray, int]:
         """The tables of a step on the host (requests, spans, pieces: see `triton_decode`), and how many pages."""
@@ -98,7 +100,10 @@ class _Decode:
         tokens = np.where(pages > 0, (pages - 1) * shape.page_size + requests[4] + 1, 0)
         skip = np.zeros_like(tokens) if window is None else np.maximum(tokens - window, 0)
         plan = cut(pages, tokens, skip, shape.page_size, self._pieces)
-        return np.concatenate((requests.ravel(), plan.spans.ravel(), plan.pieces.ravel())), int(pages.sum())
+        words = np.zeros(self.num_words, dtype=np.int32)
+        for at, table in zip(self._tables, (requests, plan.spans, plan.pieces), strict=True):
+            words[at] = table.ravel()
+        return words, int(pages.sum())
 
     def scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for the partial results of requests that are split: see `decode`."""
@@ -107,7 +112,7 @@ class _Decode:
         return partial, torch.empty(shape, dtype=torch.float32, device=self.shape.device)
 
     def requests(self, words: torch.Tensor) -> torch.Tensor:
-        return words[: self._sizes[0]].view(REQUEST_WORDS, self._size)
+        return words[self._tables[0]].view(REQUEST_WORDS, self._size)
 
     def run(
         self,
@@ -121,7 +126,7 @@ class _Decode:
         sinks: torch.Tensor | None,
     ) -> None:
         """q, out: [size, heads, head_dim]; kv: the layer's."""
-        _, spans, pieces = words.split(self._sizes)
+        _, spans, pieces = (words[at] for at in self._tables)
         tables = pieces.view(-1, PIECE_WORDS), spans.view(-1, SPAN_WORDS)
         shape = self.shape
         k_scale, v_scale = shape.scales_of(layer)

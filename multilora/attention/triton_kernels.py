@@ -62,7 +62,7 @@ def _store(at, x, mask, scale, MOST: tl.constexpr):
         tl.store(at, x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "num_requests"])
 def _list_pages(page_table, requests, out, token_page, token_slot, width, num_requests, BLOCK: tl.constexpr,
                 LAST_TOKEN: tl.constexpr):  # fmt: skip
     """One program per request r: page_table[row, first : first + count] → out[start : start + count].

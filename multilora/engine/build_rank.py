@@ -24,6 +24,7 @@ from multilora.engine.execution.cuda_graphs import PIECE_SIZES, CudaGraphs, deco
 from multilora.engine.execution.inputs import PageTables
 from multilora.engine.execution.runner import Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
+from multilora.engine.sampling.rehearsal import rehearse
 from multilora.engine.sleep import DeviceSleep, Peers
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
@@ -201,10 +202,12 @@ def _plan(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAtt
 
 
 def _device_memory(config: Config, model: CausalLM, layout: KVLayout, over_arena: MakeAttention) -> DeviceMemory:
-    """Measured by running the largest step."""
+    """Measured by running the largest step, and all that sampling may need."""
     tokens, requests = config.chunked_prefill_size, config.max_running_requests
     with asking_for(f"a step of {tokens} tokens", "lower --chunked-prefill-size or --max-running-requests"):
         step = measure_step(model, layout, over_arena, tokens, requests)
+    if model.config.generates:
+        rehearse(model.config.vocab_size, model.device)
     row_bytes = model.config.hidden_size * model.config.dtype.itemsize
     sizes, variants = _graph_sizes(config, model.device), 1 + config.enable_lora
     graphs = graph_bytes(sizes, row_bytes, variants)

@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from multilora.attention import triton_decode, triton_prefill
+from multilora.attention import paged, triton_decode, triton_prefill
 from multilora.attention.base import AttentionShape, KVViews
 from multilora.attention.torch_sdpa import TorchAttention
 from multilora.attention.triton_attention import TritonAttention
@@ -253,3 +253,15 @@ def test_the_kernels_compile_for_gpus_and_fit_in_them() -> None:
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [" ".join(one["case"]) for one in found] == CASES
     assert [one for one in found if not 0 <= one["shared"] <= one["most"]] == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 33])
+def test_tables_of_decodes_lie_at_multiples_of_16_bytes(size):
+    """Kernels are compiled anew for addresses that are none."""
+    shape = paged.PagedShape(
+        num_heads=4, num_kv_heads=2, head_dim=16, scale=1.0, sliding_window=None, page_size=16, num_pages=64,
+        dtype=torch.float32, kv_dtype=torch.float32, device=torch.device("cpu"),
+    )  # fmt: skip
+    decode = paged._Decode(shape, paged.View(None, 0), size)
+    assert all(at.start % 4 == 0 for at in decode._tables)
+    assert decode.num_words >= decode._tables[-1].stop

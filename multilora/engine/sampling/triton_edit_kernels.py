@@ -20,7 +20,7 @@ BIASED = tl.constexpr(int(Column.BIASED))
 MASK = tl.constexpr(int(Column.MASK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "counts_width", "words"])
 def edit(logits_ptr, out_ptr, numbers_ptr, counts_ptr, masks_ptr,
          rows, vocab, stride, counts_width, words, mask_vocab,
          BLOCK: tl.constexpr, MASKS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -47,7 +47,7 @@ def edit(logits_ptr, out_ptr, numbers_ptr, counts_ptr, masks_ptr,
     tl.store(out_ptr + row * vocab + i, x, mask=i < vocab)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width"])
 def bias(logits_ptr, numbers_ptr, ids_ptr, values_ptr, rows, vocab, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per row: add the values to the logits in place. A token may have two of them, the second −inf."""
     wait_for_previous(PDL)

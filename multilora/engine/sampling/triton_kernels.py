@@ -124,7 +124,7 @@ def _pivots(lo, hi, best, FIRST: tl.constexpr, BUCKETS: tl.constexpr):
     return tl.where(j == 0, lo, tl.minimum(tl.maximum(between, lo), hi))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def narrow(logits_ptr, best_ptr, numbers_ptr, before_ptr, state_ptr, first_ptr, rows, vocab, stride,
            BLOCK: tl.constexpr, BUCKETS: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per (row, block): counts and weights from each pivot on, added into `state`, which is zero before.
@@ -160,7 +160,7 @@ def narrow(logits_ptr, best_ptr, numbers_ptr, before_ptr, state_ptr, first_ptr, 
                 tl.atomic_add(at + 2 * BUCKETS + bucket, found & (COUNT - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def collect(logits_ptr, numbers_ptr, state_ptr, first_ptr, candidates_ptr, rows, vocab, stride,
             BLOCK: tl.constexpr, BUCKETS: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per (row, block): copy the logits that the passes left undecided to `candidates`, in any order."""
@@ -211,7 +211,7 @@ def _bisect(x_ptr, size, best, scale, lo, hi, above, above_mass, count, mass, BL
     return lo, above, above_mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def select(logits_ptr, best_ptr, numbers_ptr, state_ptr, first_ptr, candidates_ptr, cut_ptr, rows, vocab, stride,
            BLOCK: tl.constexpr, BUCKETS: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per row: bisect the candidates, or all logits if there are more than CAPACITY. Writes the cut,
@@ -252,7 +252,7 @@ def _cut(cut_ptr, numbers_ptr, best, row, rows):
     return pivot.to(tl.int32), quota
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def weigh(logits_ptr, best_ptr, numbers_ptr, cut_ptr, masses_ptr, equals_ptr, rows, vocab, stride,
           BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per (row, block of tokens): the weight of its tokens above the pivot, int64 [rows, blocks], and how
@@ -270,7 +270,7 @@ def weigh(logits_ptr, best_ptr, numbers_ptr, cut_ptr, masses_ptr, equals_ptr, ro
     tl.store(equals_ptr + at, tl.sum(((key == pivot) & (i < vocab)).to(tl.int32), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "counts_width"])
 def choose(logits_ptr, best_ptr, numbers_ptr, cut_ptr, masses_ptr, equals_ptr, counts_ptr, tokens_ptr,
            rows, vocab, stride, blocks, counts_width,
            BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -312,7 +312,7 @@ def choose(logits_ptr, best_ptr, numbers_ptr, cut_ptr, masses_ptr, equals_ptr, c
         tl.atomic_add(counts_ptr + counts_row * counts_width + tl.minimum(token, counts_width - 1), 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def process(raw_ptr, logits_ptr, best_ptr, numbers_ptr, cut_ptr, equals_ptr, out_ptr,
             rows, vocab, raw_stride, stride, blocks,
             BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -341,7 +341,7 @@ def process(raw_ptr, logits_ptr, best_ptr, numbers_ptr, cut_ptr, equals_ptr, out
     tl.store(out_ptr + row * vocab + i, x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def emit(logits_ptr, cut_ptr, ids_ptr, vocab, stride, k, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per row: the ids of the kept tokens, ascending, int64 [rows, k]."""
     wait_for_previous(PDL)

@@ -1,0 +1,34 @@
+"""Every stage of sampling on a GPU once, before anybody waits for it: each is a kernel that is compiled at its first
+use, which takes up to half a second, in which nobody gets a token. Called by `engine/build_rank.py`."""
+
+import numpy as np
+import torch
+
+from multilora.engine.sampling import triton_sampling
+from multilora.engine.sampling.batch import Column
+from multilora.engine.sampling.edits import EditTables
+from multilora.engine.sampling.sampler import Sampler
+from multilora.engine.sampling.state import SamplingState
+from multilora.params import SamplingParams
+
+MOST_LIKELY = 3  # alternatives to a token
+
+
+def rehearse(vocab_size: int, device: torch.device) -> None:
+    """device: a GPU. Numbers of rows, biases and alternatives make no kernels of their own."""
+    logits = torch.zeros(2, vocab_size, device=device)
+    sampler = Sampler(vocab_size, device)
+    drawn = SamplingParams(top_p=0.9, top_k=5, min_p=0.1, presence_penalty=0.1, logit_bias={"1": 1.0})
+    for slot, params in enumerate((drawn, SamplingParams(temperature=0.0))):
+        sampler.install(
+            SamplingState(
+                slot=slot, params=params, seed=0, vocab_size=vocab_size, top_logprobs=MOST_LIKELY, ranks=True,
+                processed=True,
+            )
+        )  # fmt: skip
+    with torch.inference_mode():
+        sampler.sample(logits, [0, 1], [0, 0])
+        masks = torch.full((2, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
+        numbers = torch.zeros(len(Column), 2, dtype=torch.float64, device=device)
+        numbers[Column.MASK] = torch.from_numpy(np.arange(2.0)).to(device)
+        triton_sampling.edited(logits, numbers, EditTables(device), masks, vocab_size, biases=False)
