@@ -206,8 +206,9 @@ def _device_memory(config: Config, model: CausalLM, layout: KVLayout, over_arena
     tokens, requests = config.chunked_prefill_size, config.max_running_requests
     with asking_for(f"a step of {tokens} tokens", "lower --chunked-prefill-size or --max-running-requests"):
         step = measure_step(model, layout, over_arena, tokens, requests)
-    if model.config.generates:
-        rehearse(model.config.vocab_size, model.device)
+        if model.config.generates:
+            rehearse(model.config.vocab_size, model.device)
+            torch.cuda.empty_cache()
     row_bytes = model.config.hidden_size * model.config.dtype.itemsize
     sizes, variants = _graph_sizes(config, model.device), 1 + config.enable_lora
     graphs = graph_bytes(sizes, row_bytes, variants)

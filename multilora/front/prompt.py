@@ -132,11 +132,14 @@ Prompt: TypeAlias = "TextPrompt | ChatPrompt | PairPrompt | list[int] | array[in
 """An array has many token ids, in 64 bits each: a list is only made of those that fit the context."""
 
 
-def encode(prompt: Prompt, vocabulary: "Vocabulary", context_length: int, param: str, *, answered: bool) -> list[int]:
+def encode(
+    prompt: Prompt, vocabulary: "Vocabulary", context_length: int, param: str, *, answered: bool, padded: bool = False
+) -> list[int]:
     """The token ids of a prompt. Raises PromptTooLong where that is certain before they are made; the other arguments
-    are those of `check_prompt`."""
+    are those of `check_prompt`. padded: padding may still be taken from it."""
     if isinstance(prompt, array):
-        check_length(len(prompt), context_length, param, answered=answered)
+        if not padded:
+            check_length(len(prompt), context_length, param, answered=answered)
         return prompt.tolist()
     return prompt if isinstance(prompt, list) else prompt.encode(vocabulary, context_length)
 
@@ -154,6 +157,8 @@ def truncated(prompt: Prompt, truncation: Truncation | None) -> Prompt:
 
 def read_prompts(given: Any, param: str) -> tuple[list[Prompt], bool]:
     """One prompt (text or token ids) or several of them, and whether several were asked for."""
+    if isinstance(given, array) and given.typecode != "q":
+        given = given.tolist()
     if isinstance(given, str | array) or not isinstance(given, Iterable):
         return [read_prompt(given, param)], False
     items = list(given)
@@ -172,8 +177,8 @@ def read_prompt(given: Any, param: str) -> Prompt:
     """Text, or a list of token ids; bools and numpy's numbers are no token ids."""
     if isinstance(given, str):
         return TextPrompt(given, param)
-    if isinstance(given, array) and given.typecode == "q":
-        return given
+    if isinstance(given, array):
+        return given if given.typecode == "q" else read_prompt(given.tolist(), param)
     if not isinstance(given, list | tuple) or not set(map(type, given)) <= {int}:
         raise _no_prompt(given, param)
     return list(given)

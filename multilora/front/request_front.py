@@ -239,6 +239,13 @@ def _ending(sample: Sample, context_length: int) -> Ending:
 
 def _encode(samples: Sequence[Sample], context_length: int) -> list[list[int]]:
     return [
-        encode(job.prompt, vocabulary, context_length, job.param, answered=job.pooling is None)
+        encode(
+            job.prompt,
+            vocabulary,
+            context_length,
+            job.param,
+            answered=job.pooling is None,
+            padded=job.pooling is not None and job.pooling.scores,
+        )
         for job, vocabulary in ((sample.job, sample.vocabulary) for sample in samples)
     ]

@@ -32,8 +32,10 @@ from multilora.server.body_values import body_values, pack_ids
 
 logger = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 20.0
 """For one body, which takes far less than a second. A process that takes longer is killed."""
+PICKLE_DEPTH = 8_000
+"""Calls within calls while a value is pickled: what JSON's decoder lets through is nested a thousand deep."""
 RESTART_SECONDS = 5.0
 """Between two starts of the process."""
 _HEAD = struct.Struct("<QQ")
@@ -162,12 +164,21 @@ def _answer(name: str, body: bytes) -> tuple[int, bytes]:
     try:
         value = body_values(body, getattr(importlib.import_module(module), qualified))
         pack_ids(value)
-        return _VALUE, pickle.dumps(value, 5)
+        return _VALUE, _pickled(value)
     except BadRequest as e:
         return _REFUSED, pickle.dumps((e.message, e.param), 5)
     except Exception as e:  # as in the server: one request's end, not everybody's
         logger.exception("a body of %s could not be read", name)
         return _FAILED, pickle.dumps((f"internal error: {type(e).__name__}", None), 5)
+
+
+def _pickled(value: Any) -> bytes:
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(PICKLE_DEPTH)  # not for decoding: some Pythons would have it go as deep
+    try:
+        return pickle.dumps(value, 5)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ STALL_SECONDS = 60.0
 HEAD_BYTES = 64 << 10
 """How long a request line with its headers may be, or what stands between the pieces of a body and after it. The
 parser keeps them, and has no limit of its own; h11, which is used where httptools is missing, has."""
-UNWANTED_BYTES, UNWANTED_SECONDS = 4 << 20, 0.25
+UNWANTED_BYTES, UNWANTED_SECONDS = 4 << 20, 1 / 16
 """Once its request has been answered, so much of a body is read in that time: clients come to read the answer when
 they have sent all, and whoever sends without end takes little of everybody's time until HEAD_SECONDS are over."""
 MOST_DESCRIPTORS = 65_536
@@ -61,6 +61,7 @@ class BoundedProtocol(_Protocol):
     transport: asyncio.Transport
     connections: set[Any]  # of the server
     cycle: Any  # uvicorn's object of a request; None before the first
+    flow: Any  # uvicorn's word about pauses
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -102,7 +103,7 @@ class BoundedProtocol(_Protocol):
 
     def on_headers_complete(self) -> None:
         """Called by the parser, as the next two."""
-        self._head_bytes = 0
+        self._head_bytes = self._unwanted = 0
         super().on_headers_complete()  # type: ignore[misc]
 
     def on_body(self, body: bytes) -> None:
@@ -120,7 +121,7 @@ class BoundedProtocol(_Protocol):
 
     def _read_on(self) -> None:
         self._pause, self._unwanted = None, 0
-        if not self.transport.is_closing():
+        if not (self.transport.is_closing() or self.flow.read_paused):  # uvicorn, too, may have paused it meanwhile
             self.transport.resume_reading()
 
     def _refuse_head(self) -> None:

@@ -115,7 +115,10 @@ class _ServerProcess:
         scheme = "https" if self._tls else "http"
         url = f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}"
         freeze_objects()
-        await face.serve(lambda: logger.info("ready: %s:%d", url, port))
+        try:
+            await face.serve(lambda: logger.info("ready: %s:%d", url, port))
+        finally:
+            app.state.bodies.process.close()
 
     def _face_of(self, app: Any, listener: socket.socket, driver: AsyncDriver) -> HttpFace:
         config, most = self._config, self._max_connections()

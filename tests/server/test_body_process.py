@@ -12,7 +12,8 @@ from fakes.server_app import LocalServer
 from fakes.tokenizers import byte_level_tokenizer
 from waiting import wait_for
 
-from multilora.errors import BadRequest, MultiloraError, QueueFull
+from multilora.errors import BadRequest, MultiloraError, PromptTooLong, QueueFull
+from multilora.front.prompt import encode, read_prompts
 from multilora.server import body_process
 from multilora.server.bodies import GenerateBody, LoadAdapterBody, LoadBody
 from multilora.server.body_process import BodyProcess
@@ -23,6 +24,15 @@ from multilora.server.token_generate import TokenGenerateBody
 from multilora.server.tokenization import TokenizeBody
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "a"}]}
+
+
+def nested(depth: int) -> list:
+    found: list = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 CASES = [
     (GenerateBody, {"input_ids": list(range(40_000)), "sampling_params": {"stop": ["a"] * 1000}}),
     (GenerateBody, {"input_ids": [[5] * 1000, [7]], "rid": ["a", "b"]}),
@@ -42,6 +52,8 @@ CASES = [
     (TokenizeBody, {"prompt": "a" * 100_000}),
     (LoadAdapterBody, {"lora_name": "a", "lora_path": "/b", "pinned": True}),
     (LoadAdapterBody, [1, 2]),
+    (GenerateBody, {"text": "a", "lora_path": nested(900)}),
+    (ChatBody, CHAT | {"tools": [nested(900)]}),
 ]
 RAW = [b'{"text": NaN}', b"[" * 100_000, b'{"a": ' + b"[1]," * 200_000, b'{"text": "\xff"}', b""]
 
@@ -186,7 +198,14 @@ def test_prompts_of_many_ids_are_served_and_refused_alike(where):
 
 
 def test_an_array_of_another_type_is_no_prompt():
-    from multilora.front.prompt import read_prompts
-
     with pytest.raises(BadRequest, match="a prompt is text or a list of token ids"):
         read_prompts([array("f", [1.0])], "input_ids")
+    assert read_prompts(array("i", [1, 2]), "input_ids") == ([[1, 2]], False)
+    assert read_prompts([array("I", [1, 2]), array("q", [3])], "input_ids") == ([[1, 2], array("q", [3])], True)
+
+
+def test_padding_is_taken_from_an_array_before_its_length_counts():
+    ids = array("q", [7] * 100)
+    assert encode(ids, None, 50, "input_ids", answered=False, padded=True) == [7] * 100
+    with pytest.raises(PromptTooLong):
+        encode(ids, None, 50, "input_ids", answered=False)

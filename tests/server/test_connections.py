@@ -309,3 +309,35 @@ def test_a_body_that_is_wanted_is_read_at_once(monkeypatch):
             writer.close()
 
     run(scenario)
+
+
+def test_a_request_behind_an_unwanted_body_is_read_no_faster_than_its_turn(monkeypatch):
+    """uvicorn stops reading for it; the end of our pause must not begin that again."""
+    monkeypatch.setattr(connections, "UNWANTED_BYTES", 1 << 20)
+    monkeypatch.setattr(connections, "UNWANTED_SECONDS", 0.1)
+    body = b"x" * (2 << 20)
+
+    class Slow(Refusing):
+        async def __call__(self, scope, receive, send) -> None:
+            if scope["path"] == "/slow":
+                await asyncio.sleep(1.0)
+            await super().__call__(scope, receive, send)
+
+    async def scenario() -> None:
+        async with serving(Slow()) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.transport.set_write_buffer_limits(1 << 16)
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+            writer.write(b"POST /next HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (1 << 30))
+            sent, end = 0, asyncio.get_running_loop().time() + 0.8
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(end):
+                    while True:
+                        writer.write(b"x" * (1 << 20))
+                        await writer.drain()
+                        sent += 1 << 20
+            assert sent < 32 << 20  # what the buffers of both sockets hold
+            writer.transport.abort()
+
+    run(scenario)

@@ -106,6 +106,7 @@ class FrontProcess:
                 task.cancel()
             self._link.send(self._events.take())
             await driver.close()
+            bodies.process.close()
             if self._traces is not None:
                 self._traces.close()
 
