@@ -43,6 +43,7 @@ LAYERS = [
         "errors",
         "logs",
         "lora_path",
+        "module_command",
         "options",
         "params",
         "private_directory",

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import socket
 import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from multilora.errors import BadRequest, MultiloraError, QueueFull
 from multilora.front.effects import CompiledText
 from multilora.front.grammars.compiler import Setup
 from multilora.front.grammars.source import unusable
+from multilora.module_command import module_command
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class GrammarPool:
         with theirs:
             arguments = [str(theirs.fileno()), str(self._seconds), str(self._nbytes)]
             process = subprocess.Popen(
-                [sys.executable, "-m", "multilora.drivers.grammar_process", *arguments],
+                module_command("multilora.drivers.grammar_process", *arguments),
                 stdin=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
             )

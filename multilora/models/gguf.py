@@ -13,12 +13,12 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from multilora.config import Config
 from multilora.errors import ConfigError, from_wire
+from multilora.module_command import module_command
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def _convert(file: Path, directory: Path, dtype: str) -> None:
     work = tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent)
     try:
         logger.info("%s: converting to %s, into %s", file, dtype, directory)
-        command = [sys.executable, "-m", "multilora.models.gguf_convert", str(file), work, dtype]
+        command = module_command("multilora.models.gguf_convert", str(file), work, dtype)
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
             raise _failure(file, done)

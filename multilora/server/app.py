@@ -76,7 +76,7 @@ def create_app(
     app = FastAPI(title="multilora", version=multilora.__version__)
     app.state.driver = driver
     app.state.metrics = metrics
-    app.state.bodies = Bodies(config.max_body_bytes)
+    app.state.bodies = Bodies(config.max_body_bytes, (config.log_level, config.log_format))
     shapes: dict[str, errors.Shape] = dict.fromkeys(
         adapters.NATIVE_PATHS, lambda e: adapters.native_result(front.registry, e.message)
     )

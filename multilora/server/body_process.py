@@ -5,10 +5,11 @@ time, in which no other thread serves anybody. Here another interpreter does it,
 at once, lists of token ids as arrays, an error as its message. It has a session of its own, so that it takes no core
 from the front's process, and ends with it, as their socket is closed then.
 
-`python -m multilora.server.body_process SOCKET` is the process: it says that it is ready with an empty answer, then
-answers one request after another. A request is the length and the name of the body's class, the length and the bytes
-of the body; an answer is a number (`_VALUE` and so on), the length, and a pickled value, or the error's message and
-field. Both are of the same program and the same user; nothing that a client has written is unpickled.
+`python -m multilora.server.body_process SOCKET LEVEL FORMAT` is the process, LEVEL and FORMAT those of its log. It says
+that it is ready with an empty answer, then answers one request after another. A request is the length and the name of
+the body's class, the length and the bytes of the body; an answer is a number (`_VALUE` and so on), the length, and a
+pickled value, or the error's message and field. Both are of the same program and the same user; nothing that a client
+has written is unpickled.
 """
 
 import contextlib
@@ -26,11 +27,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from multilora import logs
 from multilora.drivers.background import stand_aside
 from multilora.errors import BadRequest, MultiloraError, QueueFull
+from multilora.module_command import module_command
 from multilora.server.body_values import body_values, pack_ids
 
-logger = logging.getLogger(__name__)
+MODULE = "multilora.server.body_process"
+logger = logging.getLogger(MODULE)  # as __name__ is "__main__" where it is run
 
 ANSWER_SECONDS = 20.0
 """For one body, which takes far less than a second. A process that takes longer is killed."""
@@ -46,7 +50,9 @@ _ENDED = "the process that reads large bodies has ended; try again"
 class BodyProcess:
     """The server's side, for one thread at a time; the process is started where it is first asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: tuple[str, str] = ("info", "text")):
+        """log: --log-level and --log-format."""
+        self._log = log
         self._socket: socket.socket | None = None
         self._end: Callable[[], object] | None = None  # ends the process, here or when this object is gone
         self._ready = False
@@ -59,7 +65,7 @@ class BodyProcess:
         with theirs:
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, str(theirs.fileno())],
+                    module_command(MODULE, str(theirs.fileno()), *self._log),
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                 )
@@ -142,8 +148,9 @@ def _received(source: socket.socket, size: int) -> bytearray:
     return found
 
 
-def main(theirs: socket.socket) -> None:
+def main(theirs: socket.socket, level: str, form: str) -> None:
     """Serve until the other end is closed."""
+    logs.setup(level, role="bodies", form=form)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stand_aside()
@@ -182,4 +189,4 @@ def _pickled(value: Any) -> bytes:
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])))
+    main(socket.socket(fileno=int(sys.argv[1])), *sys.argv[2:])

@@ -31,12 +31,12 @@ class Bodies:
     """The bodies of all requests of one server. max_bytes: of one body, where a route has no other limit.
     `process`: the one that decodes most of the large ones."""
 
-    def __init__(self, max_bytes: int):
+    def __init__(self, max_bytes: int, log: tuple[str, str] = ("info", "text")):
         self.max_bytes = max_bytes
         self._held: Counter[int] = Counter()  # limit of the route → bytes of bodies there
         self._pool = ThreadPoolExecutor(_THREADS, "body")
         self._asking = ThreadPoolExecutor(1, "body process")
-        self.process = BodyProcess()
+        self.process = BodyProcess(log)
 
     async def read(self, request: Request, max_bytes: int | None = None, advice: str = "") -> bytes:
         """The body. Raises PayloadTooLarge as soon as it is known to be too long, RequestTimeout, QueueFull."""

@@ -145,6 +145,18 @@ def test_one_that_hangs_is_killed(monkeypatch):
     assert not child.is_running()
 
 
+def test_it_logs_as_the_server_does(capfd):
+    process = BodyProcess(("info", "json"))
+    wait_for(process.is_ready)
+    process.read(b'{"model": "a", "messages": [{"role": "user", "content": "a"}], "user": "b"}', ChatBody)
+    with pytest.raises(MultiloraError):
+        process.read(b"{}", LoadBody)
+    process.close()
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "could not be read" in line]
+    assert len(lines) == 1
+    assert "AttributeError" in json.dumps(lines[0])
+
+
 def test_it_ends_with_its_socket():
     process = BodyProcess()
     child = _its_process(process)

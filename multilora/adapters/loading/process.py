@@ -35,6 +35,7 @@ from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.adapters.packing.pack_jobs import PackJob
 from multilora.adapters.thread_pool import ReaderPool, spare_cores
+from multilora.module_command import module_command
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class ProcessLoader:
         )
 
     def _spawn(self, connection: int) -> ChildProcess:
-        command = [sys.executable, "-m", "multilora.adapters.loading.process", str(connection)]
+        command = module_command("multilora.adapters.loading.process", str(connection))
         fds = [connection] + ([self._staging.fd] if self._staging is not None else [])
         return ChildProcess(command, fds, REUSE_MEMORY | os.environ)
 

@@ -9,7 +9,6 @@ import contextlib
 import os
 import resource
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from multilora.adapters.sources.files import show
 from multilora.adapters.sources.hub import HUB_SCHEME, HubSource
 from multilora.adapters.sources.remote import fetch_url, is_url
 from multilora.errors import AdapterUnavailable, MultiloraError, from_wire
+from multilora.module_command import module_command
 
 
 class _Order(msgspec.Struct):
@@ -117,7 +117,7 @@ class Downloads:
         with self._lock:
             if self._closed:
                 raise AdapterUnavailable("no download begins any more: the server stops")
-            command = [sys.executable, "-m", "multilora.adapters.sources.download"]
+            command = module_command("multilora.adapters.sources.download")
             try:
                 process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             except OSError as e:

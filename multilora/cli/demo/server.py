@@ -2,7 +2,6 @@
 
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import httpx
 
 from multilora.cli.demo.examples import DemoError, expect
 from multilora.demo import adapter_paths
+from multilora.module_command import module_command
 
 START_SECONDS = 600
 STOP_SECONDS = 30
@@ -30,7 +30,7 @@ def server(log: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes
     """URL and process of a running `multilora serve` with every bundled adapter and `flags`; ended in any case."""
     port = free_port()
     paths = [f"{name}={path}" for name, path in adapter_paths().items()]
-    command = [sys.executable, "-m", "multilora", "serve", "--port", str(port), *flags, "--lora-paths", *paths]
+    command = module_command("multilora", "serve", "--port", str(port), *flags, "--lora-paths", *paths)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
@@ -33,6 +32,7 @@ from multilora.front.workers.messages import (
     decode_from_worker,
     encode,
 )
+from multilora.module_command import module_command
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class WorkerProcess:
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.set(zmq.LINGER, 0)
         socket.bind(f"ipc://{path}")
-        command = [sys.executable, "-m", module, name, f"ipc://{path}", str(os.getpid()), str(listener)]
+        command = module_command(module, name, f"ipc://{path}", str(os.getpid()), str(listener))
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
@@ -49,6 +48,7 @@ from multilora.engine.messages import (
 from multilora.engine.process.openmp import environment
 from multilora.engine.process.pulse import PULSE_SECONDS, PulseMonitor
 from multilora.errors import ConfigError, EngineDead, from_wire
+from multilora.module_command import module_command
 from multilora.private_directory import PrivateDirectory, remove_orphans
 from multilora.tracing import SpanRecord, current_traceparent
 
@@ -105,7 +105,7 @@ class EngineClient:
         socket.set(zmq.LINGER, 0)
         socket.bind(address)
         monitor, pulses = _open_pulse(config)
-        command = [sys.executable, "-m", "multilora.engine.process.worker", address, str(os.getpid()), str(pulses)]
+        command = module_command("multilora.engine.process.worker", address, str(os.getpid()), str(pulses))
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ from multilora.engine.ranks.messages import (
 )
 from multilora.engine.ranks.page_relay import PageRelay
 from multilora.errors import EngineDead, MultiloraError, from_wire
+from multilora.module_command import module_command
 from multilora.private_directory import PrivateDirectory
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ StartRank = Callable[[str, int], RankProcess]
 
 def start_process(directory: str, rank: int) -> RankProcess:
     """A rank in a process of its own."""
-    command = [sys.executable, "-m", "multilora.engine.ranks.process", directory, str(rank), str(os.getpid())]
+    command = module_command("multilora.engine.ranks.process", directory, str(rank), str(os.getpid()))
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
 

@@ -81,7 +81,7 @@ class FrontProcess:
         for row in front.unread(welcome.names):
             await asyncio.to_thread(front.read_tokens, row)
         front.apply(welcome.names)
-        bodies = Bodies(config.max_body_bytes)
+        bodies = Bodies(config.max_body_bytes, (config.log_level, config.log_format))
         bodies.process.start()  # ahead of the first large body
         app = create_worker_app(
             driver, defaults, self._events, self._keys, self._link, welcome.relay, self._traces, bodies
