@@ -5,11 +5,11 @@ time, in which no other thread serves anybody. Here another interpreter does it,
 at once, lists of token ids as arrays, an error as its message. It has a session of its own, so that it takes no core
 from the front's process, and ends with it, as their socket is closed then.
 
-`python -m multilora.server.body_process SOCKET LEVEL FORMAT` is the process, LEVEL and FORMAT those of its log. It says
-that it is ready with an empty answer, then answers one request after another. A request is the length and the name of
-the body's class, the length and the bytes of the body; an answer is a number (`_VALUE` and so on), the length, and a
-pickled value, or the error's message and field. Both are of the same program and the same user; nothing that a client
-has written is unpickled.
+`python -m multilora.server.body_process SOCKET LEVEL FORMAT` is the process, LEVEL and FORMAT those of its log. It
+says that it is ready with an empty answer, then answers one request after another. A request is the length and the
+name of the body's class, the length and the bytes of the body; an answer is a number (`_VALUE` and so on), the
+length, and a pickled value, or the error's message and field. Both are of the same program and the same user;
+nothing that a client has written is unpickled.
 """
 
 import contextlib
