@@ -1,5 +1,6 @@
 """Trains one adapter with PEFT and says what it cost and what it brought. Knows no metric but the loss."""
 
+import inspect
 import json
 import logging
 import math
@@ -148,7 +149,10 @@ def hidden_states(model: nn.Module, ids: torch.Tensor, shared: int) -> torch.Ten
     for layer in cache.layers:  # [1, heads, shared, head] → [rows, …]
         layer.keys = layer.keys.expand(len(ids), -1, -1, -1)
         layer.values = layer.values.expand(len(ids), -1, -1, -1)
-    return cast(torch.Tensor, model(input_ids=ids[:, shared:], past_key_values=cache).last_hidden_state)
+    name = (
+        "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    )  # transformers' old
+    return cast(torch.Tensor, model(input_ids=ids[:, shared:], **{name: cache}).last_hidden_state)
 
 
 def _go_on_from(model: peft.PeftModel, folder: Path, voice: str) -> dict[str, Any]:
