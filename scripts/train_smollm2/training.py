@@ -149,9 +149,8 @@ def hidden_states(model: nn.Module, ids: torch.Tensor, shared: int) -> torch.Ten
     for layer in cache.layers:  # [1, heads, shared, head] → [rows, …]
         layer.keys = layer.keys.expand(len(ids), -1, -1, -1)
         layer.values = layer.values.expand(len(ids), -1, -1, -1)
-    name = (
-        "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    )  # transformers' old
+    takes = inspect.signature(model.forward).parameters  # transformers before 5.24 has the other name
+    name = "cache" if "cache" in takes else "past_key_values"
     return cast(torch.Tensor, model(input_ids=ids[:, shared:], **{name: cache}).last_hidden_state)
 
 
