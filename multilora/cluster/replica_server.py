@@ -85,10 +85,12 @@ class ReplicaServer:
         loading = asyncio.create_task(asyncio.to_thread(load_text, config))
         engine = await EngineSupervisor.start(kept.admit(config))
         try:
-            return await cls.join(name, config, calls, engine, *await loading, kept)
+            replica = await cls.join(name, config, calls, engine, *await loading, kept)
         except BaseException:
             await engine.shutdown(0)
             raise
+        replica._app.state.bodies.process.start()  # ahead of the first large body
+        return replica
 
     @classmethod
     async def join(

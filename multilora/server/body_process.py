@@ -48,7 +48,7 @@ _ENDED = "the process that reads large bodies has ended; try again"
 
 
 class BodyProcess:
-    """The server's side, for one thread at a time; the process is started where it is first asked for."""
+    """The server's side, for one thread at a time. Once started, the process is started again when it has ended."""
 
     def __init__(self, log: tuple[str, str] = ("info", "text")):
         """log: --log-level and --log-format."""
@@ -56,7 +56,7 @@ class BodyProcess:
         self._socket: socket.socket | None = None
         self._end: Callable[[], object] | None = None  # ends the process, here or when this object is gone
         self._ready = False
-        self._started = float("-inf")
+        self._started: float | None = None  # when, the last time
 
     def start(self) -> None:
         """Start the process, without waiting for it. If that cannot be, a warning says so."""
@@ -77,9 +77,9 @@ class BodyProcess:
         self._end = weakref.finalize(self, _end, process, ours)
 
     def is_ready(self) -> bool:
-        """Whether `read` answers now. Starts the process where there is none, which takes a second."""
+        """Whether `read` answers now: a second after `start`."""
         if self._socket is None:
-            if time.monotonic() - self._started > RESTART_SECONDS:
+            if self._started is not None and time.monotonic() - self._started > RESTART_SECONDS:
                 self.start()
             return False
         if not self._ready:

@@ -29,7 +29,7 @@ _THREADS = 2
 
 class Bodies:
     """The bodies of all requests of one server. max_bytes: of one body, where a route has no other limit.
-    `process`: the one that decodes most of the large ones."""
+    `process`: the one that decodes most of the large ones, once a server has started it."""
 
     def __init__(self, max_bytes: int, log: tuple[str, str] = ("info", "text")):
         self.max_bytes = max_bytes
@@ -64,8 +64,8 @@ class Bodies:
             self._held[limit] -= size
 
     async def decode(self, body: bytes, kind: Any, max_bytes: int | None = None) -> Any:
-        """`body_values(body, kind)`, in a process beside this one where it has been started and the route takes no
-        larger bodies than others, which are few texts; else on a thread. Raises BadRequest if the body has too many
+        """`body_values(body, kind)`, in the process beside this one where that is ready and the route takes no larger
+        bodies than others, which are few texts; else on a thread. Raises BadRequest if the body has too many
         values or is none of its kind, QueueFull.
 
         max_bytes: as it was read with.

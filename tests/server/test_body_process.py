@@ -61,6 +61,7 @@ RAW = [b'{"text": NaN}', b"[" * 100_000, b'{"a": ' + b"[1]," * 200_000, b'{"text
 @pytest.fixture(scope="module")
 def process():
     found = BodyProcess()
+    found.start()
     wait_for(found.is_ready)
     yield found
     found.close()
@@ -113,9 +114,17 @@ def test_it_leaves_the_server_the_cores_and_the_signals(process):
 
 def _its_process(of):
     before = {one.pid for one in psutil.Process().children()}
-    assert not of.is_ready()
+    of.start()
     (found,) = [one for one in psutil.Process().children() if one.pid not in before]
     return found
+
+
+def test_none_is_started_unasked():
+    process = BodyProcess()
+    assert not process.is_ready()
+    with pytest.raises(QueueFull):
+        process.read(b"{}", GenerateBody)
+    assert process._socket is None
 
 
 def test_one_that_is_killed_is_missed_once_and_started_again(monkeypatch, caplog):
@@ -147,6 +156,7 @@ def test_one_that_hangs_is_killed(monkeypatch):
 
 def test_it_logs_as_the_server_does(capfd):
     process = BodyProcess(("info", "json"))
+    process.start()
     wait_for(process.is_ready)
     process.read(b'{"model": "a", "messages": [{"role": "user", "content": "a"}], "user": "b"}', ChatBody)
     with pytest.raises(MultiloraError):
@@ -170,6 +180,7 @@ def test_where_it_does_not_start_that_is_said_and_bodies_are_read_here(monkeypat
     tokenizer = byte_level_tokenizer()
     server = LocalServer(FakeEngineClient(vocab_size=tokenizer.vocab_size), tokenizer)
     monkeypatch.setattr(body_process.sys, "executable", executable)
+    server.app.state.bodies.process.start()
     large = CHAT | {"model": "base", "user": "x" * 100_000, "max_tokens": 1}
     assert server.post("/v1/chat/completions", large).status == 200
     wait_for(lambda: server.app.state.bodies.process.is_ready() or "does not start" in caplog.text)
@@ -181,6 +192,7 @@ def test_prompts_of_many_ids_are_served_and_refused_alike(where):
     tokenizer = byte_level_tokenizer()
     server = LocalServer(FakeEngineClient(vocab_size=tokenizer.vocab_size, context_length=50_000), tokenizer)
     if where == "process":
+        server.app.state.bodies.process.start()
         wait_for(server.app.state.bodies.process.is_ready)
     ids = [5 + i % 60 for i in range(40_000)]
     sampling = {"max_new_tokens": 1}

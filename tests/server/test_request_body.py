@@ -123,6 +123,7 @@ def test_bodies_together_are_bounded_and_make_room_again():
 def test_large_and_small_bodies_are_read_alike(tokenizer, where):
     server, size = server_of(tokenizer), 10 if where == "inline" else 2 * INLINE_BYTES
     if where == "process":
+        server.app.state.bodies.process.start()
         wait_for(server.app.state.bodies.process.is_ready)
     padding = {"user": "x" * size}
     assert server.post("/v1/chat/completions", CHAT | padding).status == 200
@@ -153,6 +154,7 @@ def test_a_large_body_is_decoded_on_another_thread_and_then_in_another_process(t
     large = CHAT | {"user": "x" * 2 * INLINE_BYTES}
     assert server.post("/v1/chat/completions", large).status == 200
     assert threads and threading.main_thread() not in threads
+    server.app.state.bodies.process.start()
     wait_for(server.app.state.bodies.process.is_ready)
     threads.clear()
     assert server.post("/v1/chat/completions", large).status == 200
