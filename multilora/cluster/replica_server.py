@@ -29,6 +29,7 @@ from multilora.engine.messages import ShareService
 from multilora.errors import EngineDead, MultiloraError
 from multilora.front.tokenizer import Tokenizer
 from multilora.server.app import create_app
+from multilora.server.request_body import Bodies
 from multilora.server.text import load_text
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class ReplicaServer:
         self.name = name
         self._config, self._calls, self._engine, self._spool = config, calls, engine, spool
         self._app: ASGIApp = app
+        self.bodies: Bodies = app.state.bodies
         self._driver: AsyncDriver = app.state.driver
         assert isinstance(self._driver.front, ReplicaFront)
         self._front: ReplicaFront = self._driver.front
@@ -89,7 +91,7 @@ class ReplicaServer:
         except BaseException:
             await engine.shutdown(0)
             raise
-        replica._app.state.bodies.process.start()  # ahead of the first large body
+        replica.bodies.process.start()  # ahead of the first large body
         return replica
 
     @classmethod
