@@ -152,6 +152,7 @@ def test_it_builds_when_nothing_else_wants_the_cores() -> None:
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
+@pytest.mark.slow
 def test_the_end_of_the_process_does_not_wait_for_it() -> None:
     """What is built writes to a pipe and ends with it, as ninja does."""
     code = """

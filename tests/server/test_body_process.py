@@ -127,6 +127,7 @@ def test_none_is_started_unasked():
     assert process._socket is None
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_is_missed_once_and_started_again(monkeypatch, caplog):
     process = BodyProcess()
     child = _its_process(process)
@@ -143,6 +144,7 @@ def test_one_that_is_killed_is_missed_once_and_started_again(monkeypatch, caplog
     process.close()
 
 
+@pytest.mark.slow
 def test_one_that_hangs_is_killed(monkeypatch):
     process = BodyProcess()
     child = _its_process(process)
@@ -154,6 +156,7 @@ def test_one_that_hangs_is_killed(monkeypatch):
     assert not child.is_running()
 
 
+@pytest.mark.slow
 def test_it_logs_as_the_server_does(capfd):
     process = BodyProcess(("info", "json"))
     process.start()

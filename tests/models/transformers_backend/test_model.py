@@ -91,13 +91,9 @@ def test_equal_to_transformers(case: str, tmp_path: Path) -> None:
     check_equal(reference, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
-    [
-        "windows by layer and softcap",
-        pytest.param("sinks and experts", marks=pytest.mark.slow),
-        pytest.param("keys and values of different widths", marks=pytest.mark.slow),
-    ],
+    "case", ["windows by layer and softcap", "sinks and experts", "keys and values of different widths"]
 )
 def test_the_triton_backend_serves_what_flashinfer_does_not(case: str, tmp_path: Path) -> None:
     """In Triton's interpreter here; tests/engine/test_triton_attention.py has a GPU's."""
