@@ -11,7 +11,7 @@ import sys
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """`python -m module arguments…`, by this interpreter."""
+    """Return the command `python -m module arguments…` of this interpreter."""
     here = {""}
     with contextlib.suppress(OSError):  # it has been deleted
         here.add(os.getcwd())

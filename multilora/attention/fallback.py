@@ -84,6 +84,6 @@ class FallbackPrefill:
 
 
 def reason(error: Exception) -> str:
-    """One line of what a build has to say: the first that tells of an error, or the first of all."""
+    """Return one line of what a build has to say: the first that tells of an error, or the first of all."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if TELLING.search(line)), lines[0])[:MOST_CHARACTERS]

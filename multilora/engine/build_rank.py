@@ -24,7 +24,7 @@ from multilora.engine.execution.cuda_graphs import PIECE_SIZES, CudaGraphs, deco
 from multilora.engine.execution.inputs import PageTables
 from multilora.engine.execution.runner import Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
-from multilora.engine.sampling.rehearsal import rehearse
+from multilora.engine.sampling.warmup import warm_up
 from multilora.engine.sleep import DeviceSleep, Peers
 from multilora.errors import ConfigError
 from multilora.lora.backends import make_lora_backend
@@ -207,7 +207,7 @@ def _device_memory(config: Config, model: CausalLM, layout: KVLayout, over_arena
     with asking_for(f"a step of {tokens} tokens", "lower --chunked-prefill-size or --max-running-requests"):
         step = measure_step(model, layout, over_arena, tokens, requests)
         if model.config.generates:
-            rehearse(model.config.vocab_size, model.device)
+            warm_up(model.config.vocab_size, model.device)
             torch.cuda.empty_cache()
     row_bytes = model.config.hidden_size * model.config.dtype.itemsize
     sizes, variants = _graph_sizes(config, model.device), 1 + config.enable_lora

@@ -135,8 +135,8 @@ Prompt: TypeAlias = "TextPrompt | ChatPrompt | PairPrompt | list[int] | array[in
 def encode(
     prompt: Prompt, vocabulary: "Vocabulary", context_length: int, param: str, *, answered: bool, padded: bool = False
 ) -> list[int]:
-    """The token ids of a prompt. Raises PromptTooLong where that is certain before they are made; the other arguments
-    are those of `check_prompt`. padded: padding may still be taken from it."""
+    """Return the token ids of a prompt. Raises PromptTooLong where that is certain before they are made; the other
+    arguments are those of `check_prompt`. padded: padding may still be taken from it."""
     if isinstance(prompt, array):
         if not padded:
             check_length(len(prompt), context_length, param, answered=answered)

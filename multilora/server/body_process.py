@@ -77,7 +77,7 @@ class BodyProcess:
         self._end = weakref.finalize(self, _end, process, ours)
 
     def is_ready(self) -> bool:
-        """Whether `read` answers now: a second after `start`."""
+        """Return whether `read` answers now, as it does a second after `start`."""
         if self._socket is None:
             if self._started is not None and time.monotonic() - self._started > RESTART_SECONDS:
                 self.start()
@@ -87,21 +87,21 @@ class BodyProcess:
         return self._ready
 
     def read(self, body: bytes, kind: type) -> Any:
-        """`body_values(body, kind)` with long lists of token ids packed. Raises BadRequest; QueueFull if the process
-        ends meanwhile, as it does where memory ends: the body is not tried here then."""
+        """Return `body_values(body, kind)` with long lists of token ids packed. Raises BadRequest; QueueFull if the
+        process ends meanwhile, as it does where memory ends: the body is not tried here then."""
         try:
             if self._socket is None:
                 raise EOFError("it was not started")
-            kept, data = _ask(self._socket, f"{kind.__module__}:{kind.__qualname__}", body)
+            answer, data = _ask(self._socket, f"{kind.__module__}:{kind.__qualname__}", body)
         except (OSError, EOFError) as e:  # a TimeoutError is an OSError
             logger.warning("the process that reads large bodies has ended: %s", e)
             self.close()
             raise QueueFull(_ENDED) from None
         value = pickle.loads(data)
-        if kept == _VALUE:
+        if answer == _VALUE:
             return value
         message, param = value
-        raise BadRequest(message, param=param) if kept == _REFUSED else MultiloraError(message)
+        raise BadRequest(message, param=param) if answer == _REFUSED else MultiloraError(message)
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -137,7 +137,7 @@ def _ask(ours: socket.socket, name: str, body: bytes) -> tuple[int, bytearray]:
 
 
 def _received(source: socket.socket, size: int) -> bytearray:
-    """Exactly `size` bytes. Raises EOFError."""
+    """Return exactly `size` bytes. Raises EOFError."""
     found = bytearray(size)
     view, have = memoryview(found), 0
     while have < size:

@@ -31,7 +31,8 @@ _PACKED_IDS = 256
 
 
 def body_values(body: bytes, kind: Any) -> Any:
-    """What is in `body` as a value of the type `kind`: a class of bodies, perhaps `| None`. Raises BadRequest."""
+    """Return what `body` holds as a value of the type `kind`: a class of bodies, or that or None. Raises
+    BadRequest."""
     check_values(body)
     data = strict_json.decode(body)
     try:

@@ -1,5 +1,5 @@
 """Connections within bounds: how many there are, how long one may be silent, how many bytes of headers it may send,
-how fast it may send a body that nobody wants, and how long it may take nothing.
+how fast it may send a body that is discarded, and how long it may take nothing.
 
 Owns the limit of file descriptors and uvicorn's protocol with timers. Knows nothing of requests but whether one is
 under way; the time for a body is `request_body.py`'s. Used by `serve.py`.
@@ -21,9 +21,10 @@ STALL_SECONDS = 60.0
 HEAD_BYTES = 64 << 10
 """How long a request line with its headers may be, or what stands between the pieces of a body and after it. The
 parser keeps them, and has no limit of its own; h11, which is used where httptools is missing, has."""
-UNWANTED_BYTES, UNWANTED_SECONDS = 4 << 20, 1 / 16
-"""Once its request has been answered, so much of a body is read in that time: clients come to read the answer when
-they have sent all, and whoever sends without end takes little of everybody's time until HEAD_SECONDS are over."""
+DISCARD_BYTES, DISCARD_SECONDS = 4 << 20, 1 / 16
+"""A body whose request has been answered is discarded, and so much of it read in that time: clients come to read the
+answer when they have sent all, and whoever sends without end takes little of everybody's time until HEAD_SECONDS are
+over."""
 MOST_DESCRIPTORS = 65_536
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
@@ -68,7 +69,7 @@ class BoundedProtocol(_Protocol):
         self._head: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._head_bytes = 0  # read since the parser had a whole head, or a piece of a body
-        self._unwanted = 0  # bytes of a body whose request has been answered, since the last pause
+        self._discarded = 0  # bytes of a body whose request has been answered, since the last pause
         self._pause: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -103,24 +104,24 @@ class BoundedProtocol(_Protocol):
 
     def on_headers_complete(self) -> None:
         """Called by the parser, as the next two."""
-        self._head_bytes = self._unwanted = 0
+        self._head_bytes = self._discarded = 0
         super().on_headers_complete()  # type: ignore[misc]
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
         super().on_body(body)  # type: ignore[misc]
         if self._between_requests:
-            self._unwanted += len(body)
-            if self._unwanted >= UNWANTED_BYTES and self._pause is None and not self.transport.is_closing():
+            self._discarded += len(body)
+            if self._discarded >= DISCARD_BYTES and self._pause is None and not self.transport.is_closing():
                 self.transport.pause_reading()
-                self._pause = asyncio.get_running_loop().call_later(UNWANTED_SECONDS, self._read_on)
+                self._pause = asyncio.get_running_loop().call_later(DISCARD_SECONDS, self._read_on)
 
     def on_message_complete(self) -> None:
         self._head_bytes = 0
         super().on_message_complete()  # type: ignore[misc]
 
     def _read_on(self) -> None:
-        self._pause, self._unwanted = None, 0
+        self._pause, self._discarded = None, 0
         if not (self.transport.is_closing() or self.flow.read_paused):  # uvicorn, too, may have paused it meanwhile
             self.transport.resume_reading()
 

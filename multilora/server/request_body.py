@@ -64,9 +64,9 @@ class Bodies:
             self._held[limit] -= size
 
     async def decode(self, body: bytes, kind: Any, max_bytes: int | None = None) -> Any:
-        """`body_values(body, kind)`, in the process beside this one where that is ready and the route takes no larger
-        bodies than others, which are few texts; else on a thread. Raises BadRequest if the body has too many
-        values or is none of its kind, QueueFull.
+        """Return `body_values(body, kind)`, made in the process beside this one where that is ready and the route
+        takes no larger bodies than others, which are few texts; else on a thread. Raises BadRequest if the body has
+        too many values or is none of its kind, QueueFull.
 
         max_bytes: as it was read with.
         """

@@ -186,7 +186,8 @@ def test_where_it_does_not_start_that_is_said_and_bodies_are_read_here(monkeypat
     server.app.state.bodies.process.start()
     large = CHAT | {"model": "base", "user": "x" * 100_000, "max_tokens": 1}
     assert server.post("/v1/chat/completions", large).status == 200
-    wait_for(lambda: server.app.state.bodies.process.is_ready() or "does not start" in caplog.text)
+    process = server.app.state.bodies.process
+    wait_for(lambda: not process.is_ready() and "does not start" in caplog.text)
     assert server.post("/v1/chat/completions", large).status == 200
 
 

@@ -239,9 +239,9 @@ class Refusing:
         await send({"type": "http.response.body", "body": b""})
 
 
-def test_what_nobody_wants_is_read_slowly_and_the_answer_found_behind_it(monkeypatch):
-    monkeypatch.setattr(connections, "UNWANTED_BYTES", 1 << 20)
-    monkeypatch.setattr(connections, "UNWANTED_SECONDS", 0.1)
+def test_a_discarded_body_is_read_slowly_and_the_answer_found_behind_it(monkeypatch):
+    monkeypatch.setattr(connections, "DISCARD_BYTES", 1 << 20)
+    monkeypatch.setattr(connections, "DISCARD_SECONDS", 0.1)
 
     async def scenario() -> None:
         async with serving(Refusing()) as port:
@@ -265,8 +265,8 @@ def test_what_nobody_wants_is_read_slowly_and_the_answer_found_behind_it(monkeyp
 
 
 def test_a_body_without_end_is_cut_off(monkeypatch):
-    monkeypatch.setattr(connections, "UNWANTED_BYTES", 1 << 20)
-    monkeypatch.setattr(connections, "UNWANTED_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "DISCARD_BYTES", 1 << 20)
+    monkeypatch.setattr(connections, "DISCARD_SECONDS", 0.05)
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
 
     async def scenario() -> None:
@@ -286,9 +286,9 @@ def test_a_body_without_end_is_cut_off(monkeypatch):
     run(scenario)
 
 
-def test_a_body_that_is_wanted_is_read_at_once(monkeypatch):
-    monkeypatch.setattr(connections, "UNWANTED_BYTES", 1 << 16)
-    monkeypatch.setattr(connections, "UNWANTED_SECONDS", 5.0)
+def test_a_body_that_is_not_discarded_is_read_at_once(monkeypatch):
+    monkeypatch.setattr(connections, "DISCARD_BYTES", 1 << 16)
+    monkeypatch.setattr(connections, "DISCARD_SECONDS", 5.0)
 
     class Reading:
         async def __call__(self, scope, receive, send) -> None:
@@ -311,10 +311,10 @@ def test_a_body_that_is_wanted_is_read_at_once(monkeypatch):
     run(scenario)
 
 
-def test_a_request_behind_an_unwanted_body_is_read_no_faster_than_its_turn(monkeypatch):
+def test_a_request_behind_a_discarded_body_is_read_no_faster_than_its_turn(monkeypatch):
     """uvicorn stops reading for it; the end of our pause must not begin that again."""
-    monkeypatch.setattr(connections, "UNWANTED_BYTES", 1 << 20)
-    monkeypatch.setattr(connections, "UNWANTED_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "DISCARD_BYTES", 1 << 20)
+    monkeypatch.setattr(connections, "DISCARD_SECONDS", 0.1)
     body = b"x" * (2 << 20)
 
     class Slow(Refusing):

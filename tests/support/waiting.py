@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 def wait_for(happened: Callable[[], object], seconds: float = 60.0) -> None:
-    """Until `happened()` is true. Raises TimeoutError after so many seconds."""
+    """Wait until `happened()` is true. Raises TimeoutError after so many seconds."""
     end = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > end:

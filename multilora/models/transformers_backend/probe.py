@@ -313,7 +313,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_mixture(module: nn.Module) -> bool:
-    """Whether its experts go through transformers' interface, by what that has given such modules since 5.10."""
+    """Return whether a module's experts go through transformers' interface, by what that gives them since 5.10."""
     return all(hasattr(module, name) for name in ("config", "has_gate", "has_bias", "is_transposed"))
 
 

@@ -1,5 +1,5 @@
-"""Every stage of sampling on a GPU once, before anybody waits for it: each is a kernel that is compiled at its first
-use, which takes up to half a second, in which nobody gets a token. Called by `engine/build_rank.py`."""
+"""A warmup of sampling on a GPU: every stage runs once before anybody waits for it, as its kernels are compiled at
+their first use, which takes long enough for all streams to stall. Called by `engine/build_rank.py`."""
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from multilora.params import SamplingParams
 MOST_LIKELY = 3  # alternatives to a token
 
 
-def rehearse(vocab_size: int, device: torch.device) -> None:
-    """device: a GPU. Numbers of rows, biases and alternatives make no kernels of their own."""
+def warm_up(vocab_size: int, device: torch.device) -> None:
+    """Compile all kernels of sampling for `device`, a GPU; other numbers of rows, biases or alternatives need none of
+    their own."""
     logits = torch.zeros(2, vocab_size, device=device)
     sampler = Sampler(vocab_size, device)
     drawn = SamplingParams(top_p=0.9, top_k=5, min_p=0.1, presence_penalty=0.1, logit_bias={"1": 1.0})

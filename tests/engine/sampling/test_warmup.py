@@ -1,11 +1,11 @@
-"""After the rehearsal no request makes a compiler run."""
+"""After the warmup no request makes a compiler run."""
 
 import pytest
 import torch
 
-from multilora.engine.sampling.rehearsal import rehearse
 from multilora.engine.sampling.sampler import Sampler
 from multilora.engine.sampling.state import SamplingState
+from multilora.engine.sampling.warmup import warm_up
 from multilora.params import SamplingParams
 
 KINDS = [
@@ -22,7 +22,7 @@ def test_nothing_is_compiled_for_other_numbers_of_rows_biases_and_alternatives()
     from triton import knobs
 
     vocab, device, found = 32_003, torch.device("cuda"), []
-    rehearse(vocab, device)
+    warm_up(vocab, device)
     before, knobs.compilation.listener = knobs.compilation.listener, lambda **fact: found.append(fact)
     try:
         for rows in (1, 2, 3, 16, 33, 64):
