@@ -53,9 +53,6 @@ H_BYTES = 64 << 20
 MAX_TILE_ROWS = 32
 """Tiles of 64 rows need more registers than there are: 8 to 50 % slower on an H200."""
 
-MAX_PARTS = 8
-"""The most programs that share a tile of several rows, where the grid has room for them."""
-
 FURTHER = 256
 """Entries of the fixed tables: the second and further adapters of composed rows."""
 
@@ -117,7 +114,7 @@ class TritonLora:
         small = num_rows <= self._graph_rows
         self._step = self._small_step(segments, num_rows) if small else self._large_step(segments, num_rows)
         if self._experts is not None:
-            phase = self.tuning.small if small else self.tuning.large
+            phase = self.tuning.of(num_rows) if small else self.tuning.large
             fixed = self._experts.prepare(segments, num_rows, phase)
             self.replayable = self.replayable and fixed
 
@@ -132,10 +129,11 @@ class TritonLora:
 
     def _small_step(self, segments: Segments, num_rows: int) -> Step:
         """The step of a fixed grid: the launches are the same for every step of as many rows."""
+        blocks = self.tuning.of(num_rows)
         if self._vector:
-            segments = in_single_rows(segments)
-        found = make_tiles(segments, MIN_TILE, self._table.stacked_rank, MAX_PARTS)
-        need = self._h_need(found, self.tuning.small)
+            segments = in_single_rows(segments, blocks.few_rows)
+        found = make_tiles(segments, MIN_TILE, self._table.stacked_rank, blocks.parts)
+        need = self._h_need(found, blocks)
         self.replayable = need <= len(self._fixed_h) and len(found.entries) <= FURTHER
         further = FURTHER if self.replayable else cdiv(len(found.entries), 2) * 2  # tiles stay 16-byte aligned
         words = np.zeros((further * ENTRY_WORDS + num_rows * TILE_WORDS,), np.int32)
@@ -145,7 +143,7 @@ class TritonLora:
         on_device = self._on_device(words, self._fixed if self.replayable else None)
         use = self._use(segments)
         beside = self._side is not None and use is None and num_rows >= BESIDE_ROWS
-        h, blocks = self._room(need), self.tuning.small
+        h = self._room(need)
         group = LaunchGroup(on_device[at:], num_rows, h, use, blocks, self._vector, MIN_TILE, any_rank=True)
         return Step((group,), on_device[:at], 0, self.overlap and not beside, beside)
 

@@ -213,9 +213,10 @@ def tile_after(before, hs, hs_next, b, weight, rows, h, h_stride, h_split, split
 
 @triton.jit
 def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries, further,
-                site, sites, index, n0, n_end, width, cut, RECORD: tl.constexpr, UNCUT: tl.constexpr,
+                site, sites, index, n0, n_end, n_step, width, cut, RECORD: tl.constexpr, UNCUT: tl.constexpr,
                 ALIGN: tl.constexpr, TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_N: tl.constexpr):  # fmt: skip
-    """expand_rows() for one adapter and columns [n0, n_end): the first columns of h are summed only once."""
+    """expand_rows() for one adapter and, of columns [n0, n_end), TILE_N at every n_step: the first columns of h are
+    summed only once."""
     m, r = tl.arange(0, TILE_M), tl.arange(0, TILE_R)
     kind: tl.constexpr = weights.dtype.element_ty
     slot, weight = load_entry(tile, entries, further, 0)
@@ -223,7 +224,7 @@ def expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addres
     h += first
     if rank + scale_shift > 0:
         hs, hs_next = first_h(h, h_stride, h_split, splits, weight, rank, rows, kind, TILE_M, TILE_R)
-        for n in range(n0, n_end, TILE_N):
+        for n in range(n0, n_end, n_step):
             col = n + tl.arange(0, TILE_N)
             to = y + m[:, None] * y_stride + col[None, :]
             inside = (m < rows)[:, None] & (col < width)[None, :]
@@ -307,10 +308,10 @@ def expand_kernel(y, site, h, weights, addresses, records, tiles, entries, block
             _, _, rank, _, start = load_slice(records + (slot * sites + site) * RECORD, index)
             prefetch_rows(weights, addresses, start, rank, n1, width, TILE_N)
         wait_for_inputs(PDL)
-        if (not PDL) and count == 1 and parts == 1:
+        if (not PDL) and count == 1:
             expand_tile(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile, entries,
-                        further, site, sites, index, n1, tl.minimum(n0 + BLOCK_N, width), width, cut, RECORD, UNCUT,
-                        ALIGN, TILE_M, TILE_R, TILE_N)  # fmt: skip
+                        further, site, sites, index, n1, tl.minimum(n0 + BLOCK_N, width), parts * TILE_N, width, cut,
+                        RECORD, UNCUT, ALIGN, TILE_M, TILE_R, TILE_N)  # fmt: skip
         elif count > 0:
             for n in range(n1, tl.minimum(n0 + BLOCK_N, width), parts * TILE_N):
                 expand_rows(y, y_stride, rows, h, h_stride, h_split, splits, weights, addresses, records, tile,

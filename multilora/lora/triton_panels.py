@@ -69,7 +69,8 @@ def load_scale_shift(weights, addresses, start, rank, col, width, cut, UNCUT: tl
 @triton.jit
 def prefetch_rows(weights, addresses, start, rank, col0, width, COLUMNS: tl.constexpr):
     """Prefetch COLUMNS columns of `rank` rank rows (uncut panels) into the L2 cache, without waiting for them."""
-    line = col0 + tl.arange(0, COLUMNS // _LINE) * _LINE
+    LINES: tl.constexpr = (COLUMNS + _LINE - 1) // _LINE
+    line = col0 + tl.arange(0, LINES) * _LINE
     r = tl.arange(0, _GRANULE)
     for row in range(0, rank, _GRANULE):
         at = tl.load(addresses + start + row // _GRANULE)

@@ -20,7 +20,7 @@ from multilora.batch import LoraSegment
 from multilora.kernels.integers import cdiv, power_of_two
 from multilora.kernels.triton_launch import Repeated
 from multilora.lora.sites import LoraSite
-from multilora.lora.tuning import FEW_ROWS, Phase
+from multilora.lora.tuning import Phase
 
 Segments = tuple[LoraSegment, ...]
 
@@ -77,12 +77,12 @@ def make_tiles(
     return StepTiles(tiles, np.array(entries, np.int32).reshape(-1, 2), int(ends[-1]) if len(ends) else 0)
 
 
-def in_single_rows(segments: Segments) -> Segments:
-    """Split segments of few rows and one adapter into segments of one row each: reading the weights again, from the
-    L2 cache, costs less than a tile that is nearly empty."""
+def in_single_rows(segments: Segments, few_rows: int) -> Segments:
+    """Split segments of up to `few_rows` rows and one adapter into segments of one row each: reading the weights
+    again, from the L2 cache, costs less than a tile that is nearly empty."""
     found: list[LoraSegment] = []
     for s in segments:
-        few = 1 < s.end - s.start <= FEW_ROWS and len(s.slots) == 1
+        few = 1 < s.end - s.start <= few_rows and len(s.slots) == 1
         found += [replace(s, start=row, end=row + 1) for row in range(s.start, s.end)] if few else [s]
     return tuple(found)
 

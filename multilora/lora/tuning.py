@@ -10,8 +10,8 @@ BESIDE_ROWS = 8
 """Captured steps of this many rows or more shrink beside the layer's own product, on a stream of their own. In
 smaller steps it is faster to start early (programmatic dependent launch)."""
 
-FEW_ROWS = 4
-"""In small steps, up to this many rows of one adapter are computed one by one, as single rows are."""
+MEDIUM_ROWS = 65
+"""From how many rows on steps of up to GRAPH_ROWS take the block sizes of `medium` instead of `small`."""
 
 WIDE = 8192
 """Columns from which on the wide block sizes are taken."""
@@ -51,14 +51,20 @@ def options_of(blocks: ShrinkBlocks | ExpandBlocks) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Phase:
-    """Block sizes by the width of what is read (shrink) or written (expand). gated: for gate and up expanded inside
-    their activation, by columns of its result; None: they are expanded like every other site."""
+    """Block sizes by the width of what is read (shrink) or written (expand).
+
+    gated: for gate and up expanded inside their activation, by columns of its result; None: they are expanded like
+    every other site. In steps of up to GRAPH_ROWS, few_rows: so many rows of one adapter are still computed one by
+    one, as single rows are; parts: the most programs that share a tile of several rows.
+    """
 
     narrow_shrink: ShrinkBlocks
     wide_shrink: ShrinkBlocks
     narrow_expand: ExpandBlocks
     wide_expand: ExpandBlocks
     gated: ExpandBlocks | None = None
+    few_rows: int = 4
+    parts: int = 8
 
     def shrink(self, in_features: int) -> ShrinkBlocks:
         return self.wide_shrink if in_features >= WIDE else self.narrow_shrink
@@ -69,12 +75,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Tuning:
-    """small: steps of up to GRAPH_ROWS rows; large: the others. singles_apart: in large steps, single rows are
-    launched apart, with the block sizes of small steps."""
+    """small: steps of fewer than MEDIUM_ROWS rows; medium: of up to GRAPH_ROWS; large: the others. singles_apart: in
+    large steps, single rows are launched apart, with the block sizes of small steps."""
 
     small: Phase
+    medium: Phase
     large: Phase
     singles_apart: bool = False
+
+    def of(self, num_rows: int) -> Phase:
+        """The block sizes of a step of so many rows, GRAPH_ROWS at most."""
+        return self.small if num_rows < MEDIUM_ROWS else self.medium
 
 
 LARGE = Phase(
@@ -83,22 +94,22 @@ LARGE = Phase(
     narrow_expand=ExpandBlocks(n=1024, warps=4, tile_r=32, registers=128),
     wide_expand=ExpandBlocks(n=1024, warps=4, tile_r=32, registers=128),
 )
+SMALL = Phase(
+    narrow_shrink=ShrinkBlocks(k=256, warps=4, registers=64, parts=2),
+    wide_shrink=ShrinkBlocks(k=512, warps=4),
+    narrow_expand=ExpandBlocks(n=1024, warps=4, registers=128),
+    wide_expand=ExpandBlocks(n=1024, warps=4, registers=128),
+)
+TILES = Phase(
+    narrow_shrink=ShrinkBlocks(k=512, warps=4),
+    wide_shrink=ShrinkBlocks(k=512, warps=4),
+    narrow_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
+    wide_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
+)
 CSGMV = Tuning(
-    small=Phase(
-        narrow_shrink=ShrinkBlocks(k=256, warps=4, registers=64, parts=2),
-        wide_shrink=ShrinkBlocks(k=512, warps=4),
-        narrow_expand=ExpandBlocks(n=1024, warps=4, registers=128),
-        wide_expand=ExpandBlocks(n=1024, warps=4, registers=128),
-    ),
+    small=SMALL,
+    medium=replace(SMALL, narrow_shrink=ShrinkBlocks(k=512, warps=4, tile_r=32), few_rows=2),
     large=replace(LARGE, gated=ExpandBlocks(n=512, warps=4, tile_n=64, tile_r=32, registers=128)),
     singles_apart=True,
 )
-TRITON = Tuning(
-    small=Phase(
-        narrow_shrink=ShrinkBlocks(k=512, warps=4),
-        wide_shrink=ShrinkBlocks(k=512, warps=4),
-        narrow_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
-        wide_expand=ExpandBlocks(n=256, warps=4, tile_n=256),
-    ),
-    large=LARGE,
-)
+TRITON = Tuning(small=TILES, medium=TILES, large=LARGE)

@@ -3,12 +3,14 @@
 Covers `triton_kernels.py`, `triton_panels.py`, `device_table.py`, `tuning.py` too.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from lora_world import DEVICE, GPU_ONLY, INTERPRETED_SLOW, TOLERANCE, World, same_rank, segments_of
+from lora_world import BLOCKS, DEVICE, GPU_ONLY, INTERPRETED_SLOW, TOLERANCE, World, same_rank, segments_of
 
 from multilora.batch import LoraSegment
 from multilora.errors import ConfigError
@@ -19,6 +21,7 @@ from multilora.lora.sites import MODEL_LEVEL, LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
 from multilora.lora.triton_backend import TritonLora
 from multilora.lora.triton_kernels import expand_kernel, shrink_kernel
+from multilora.lora.tuning import MEDIUM_ROWS
 
 RANKS = (1, 4, 8, 16, 64, 256)
 LARGE = 91 * 10**9  # bytes of an arena
@@ -94,6 +97,26 @@ def test_segments_longer_than_a_tile_and_large_steps():
     world.check(backend, segments_of((0, 1, 1), (1, 4, 0)), 16)
     assert backend.replayable
     world.check(world.backend("csgmv", graph_rows=16, chunk_rows=32), segments_of((0, 1, 1), (1, 36, 0)), 40)
+
+
+@pytest.mark.parametrize("page_bytes", [512, pytest.param(65536, marks=INTERPRETED_SLOW)])
+def test_one_to_five_rows_of_an_adapter_in_a_medium_step(page_bytes):
+    """Up to `few_rows` of them take tiles of their own, more share one, whose columns several programs divide."""
+    sites = make_sites(*ROUND)
+    ranks = [same_rank(sites, 8), same_rank(sites, 40), ((4, 0, 20), (0,)), same_rank(sites, 16)]
+    pairs = [(), (), (), ((PAIR, 0, PAIR), (PAIR,))]
+    world = World(sites, ranks, scale_shift=pairs, page_bytes=page_bytes)
+    for slot in range(4):
+        world.install(slot)
+    lengths = (1, 2, 3, 4, 5, 1, 2, 4, 3)
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    segments = segments_of(*((end - n, end, i % 4) for i, (n, end) in enumerate(zip(lengths, ends, strict=True))))
+    composed = LoraSegment(ends[-1], ends[-1] + 2, (0, 1), (0.5, -1.0))
+    backend = world.backend("csgmv")
+    for few_rows, parts in ((1, 8), (2, 1), (4, 3)):
+        backend.tuning = replace(BLOCKS, medium=replace(BLOCKS.medium, few_rows=few_rows, parts=parts))
+        world.check(backend, (*segments, composed), MEDIUM_ROWS)
+        assert backend.replayable
 
 
 PAIR = int(ScaleShift.DORA | ScaleShift.BIAS)

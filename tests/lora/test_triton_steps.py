@@ -4,7 +4,8 @@ import numpy as np
 
 from multilora.batch import LoraSegment
 from multilora.lora.triton_steps import base_tiles, in_single_rows, make_tiles, split_singles
-from multilora.lora.tuning import FEW_ROWS
+
+FEW_ROWS = 4
 
 SEGMENTS = (
     LoraSegment(0, 1, (0,), (1.0,)),
@@ -28,7 +29,7 @@ def test_few_rows_of_one_adapter_are_single_rows() -> None:
     few = LoraSegment(3, 3 + FEW_ROWS, (4,), (0.5,))
     composed = LoraSegment(20, 22, (1, 2), (1.0, 1.0))
     many = LoraSegment(30, 31 + FEW_ROWS, (4,), (1.0,))
-    found = in_single_rows((few, composed, many))
+    found = in_single_rows((few, composed, many), FEW_ROWS)
     assert found == (*(LoraSegment(3 + i, 4 + i, (4,), (0.5,)) for i in range(FEW_ROWS)), composed, many)
 
 

@@ -9,32 +9,14 @@ import sys
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compile_ahead import SHARED, compiled
 
 from multilora.attention import triton_decode, triton_kernels, triton_prefill
 from multilora.attention.triton_scores import block_tokens
 from multilora.kernels.integers import power_of_two
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
-"""Bytes that one program can have, by compute capability."""
 STRIDES = ("page_stride", "slot_stride", "head_stride")
-
-
-def compiled(kernel: Any, given: dict[str, str], constants: dict[str, Any], capability: int, **options: int) -> Any:
-    """given: Triton's type of each argument that is no constant. Addresses and strides are multiples of 16."""
-    signature = {name: given.get(name, "constexpr") for name in kernel.arg_names}
-    places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-    aligned = [name for name, kind in given.items() if kind.startswith("*") or name in STRIDES]
-    source = ASTSource(
-        kernel,
-        signature,
-        {places[name]: value for name, value in constants.items()},
-        {places[name]: [["tt.divisibility", 16]] for name in aligned},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def shared_bytes(kernel: str, dtype: str, pages: str, dim: int, capability: int) -> int:
@@ -52,12 +34,12 @@ def shared_bytes(kernel: str, dtype: str, pages: str, dim: int, capability: int)
         given |= {"pieces": "*i32", "partial_ptr": "*fp32", "lse_ptr": "*fp32"}
         constants["GROUP"] = 16
         launch |= {"num_warps": triton_decode.WARPS, "num_stages": triton_decode.STAGES}
-        found = compiled(triton_decode._attend, given, constants, capability, **launch)
+        found = compiled(triton_decode._attend, given, constants, capability, aligned=STRIDES, **launch)
     else:
         given |= {"blocks": "*i32", "window": "i32"}
         constants |= {"ROWS": triton_prefill.rows_of(DTYPES[dtype]), "WINDOW": True}
         launch |= {"num_warps": triton_prefill.warps_of(width), "num_stages": triton_prefill.STAGES}
-        found = compiled(triton_prefill._attend, given, constants, capability, **launch)
+        found = compiled(triton_prefill._attend, given, constants, capability, aligned=STRIDES, **launch)
     return int(found.metadata.shared)
 
 
@@ -72,7 +54,9 @@ def _small(kernel: str, dtype: str, pages: str, dim: int, capability: int) -> in
         constants: dict[str, Any] = {"DIM": dim, "WIDTH": width, "SLOTS": triton_decode.MERGE_ELEMENTS // width}
         constants |= {"SINKS": True, "PDL": early}
         return int(
-            compiled(triton_decode._merge, given, constants, capability, num_warps=4, **launch).metadata.shared
+            compiled(
+                triton_decode._merge, given, constants, capability, aligned=STRIDES, num_warps=4, **launch
+            ).metadata.shared
         )
     strides = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", *STRIDES, "group")
     given = dict.fromkeys(strides, "i32") | dict.fromkeys(("k_scale", "v_scale"), "fp32")
@@ -83,7 +67,7 @@ def _small(kernel: str, dtype: str, pages: str, dim: int, capability: int) -> in
     constants["MOST"] = 448.0 if pages.startswith("fp8") else 0.0
     return int(
         compiled(
-            triton_kernels._rotate_and_write, given, constants, capability, num_warps=1, **launch
+            triton_kernels._rotate_and_write, given, constants, capability, aligned=STRIDES, num_warps=1, **launch
         ).metadata.shared
     )
 

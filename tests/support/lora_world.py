@@ -28,7 +28,8 @@ SMALL = Phase(
     wide_expand=ExpandBlocks(n=32, warps=4, tile_n=16),
 )
 LARGE = replace(SMALL, gated=ExpandBlocks(n=32, warps=4, tile_n=16))
-BLOCKS = Tuning(SMALL, LARGE, singles_apart=True)  # small, so that small sites have several splits and blocks
+BLOCKS = Tuning(SMALL, replace(SMALL, few_rows=1), LARGE, singles_apart=True)
+"""They are small, so that small sites have several splits and blocks."""
 
 
 class World:
