@@ -1,7 +1,8 @@
-"""Sums of decode size on CUDA without NCCL: ranks write into each other's memory (`triton_exchange.py`).
+"""Sums and logits of decode size on CUDA without NCCL: ranks write into each other's memory (`triton_exchange.py`,
+`triton_gather.py`).
 
-A step of a few rows has two sums a layer, each of a few hundred KiB at most, which take longer to start than to move.
-Larger ones are NCCL's. Knows no models.
+A step of a few rows has two sums a layer, each of a few hundred KiB at most, which take longer to start than to move,
+and its logits, which are to lie side by side. What is larger is NCCL's. Knows no models.
 """
 
 from typing import Protocol
@@ -18,6 +19,9 @@ MOST_ROWS = {2: 256, 4: 128, 8: 64}
 """Rows that are summed here at most, by the number of ranks, each of which gets a row from every other."""
 
 
+GATHER_BYTES = 128 << 20
+"""Each rank's memory for logits: that is twice those of 130 rows of 128,256 tokens."""
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -31,7 +35,8 @@ class Exchange:
     """What kernels that sum over ranks need, and which tensors are for them.
 
     buffers: int64 [ranks], addresses of each rank's memory; counts: int32 [SLOTS], the rows of each slot so far;
-    stop: int32 [1], not zero when nobody is to wait any longer.
+    stop: int32 [1], not zero when nobody is to wait any longer. What gathering needs lies behind what sums do, in
+    the same memory.
     """
 
     def __init__(self, memory: Buffers, rank: int, size: int, device: torch.device):
@@ -43,6 +48,9 @@ class Exchange:
         self.buffers = torch.tensor(memory.addresses, dtype=torch.int64, device=device)
         self.counts = torch.zeros(SLOTS, dtype=torch.int32, device=device)
         self.stop = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.gather_buffers = self.buffers + sums_bytes(size)
+        self.gather_counts = torch.zeros(SLOTS, dtype=torch.int32, device=device)
+        self._gathered = GATHER_BYTES // (2 * size * 4)  # numbers of one rank at a time
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether x, [rows, size], is summed here. The same on all ranks, as it follows from shape and dtype."""
@@ -57,6 +65,18 @@ class Exchange:
 
         return triton_exchange.all_reduce(x, self.buffers, self.counts, self.stop, self.rank, self.width)
 
+    def fits_gathering(self, x: torch.Tensor) -> bool:
+        """Whether x, [rows, part], is gathered here. The same on all ranks."""
+        return x.dtype == torch.float32 and x.is_contiguous() and x.numel() <= self._gathered
+
+    def gather_columns(self, x: torch.Tensor, columns: int) -> torch.Tensor:
+        """See `Group.gather_columns`."""
+        from multilora.distributed import triton_gather
+
+        return triton_gather.gather_columns(
+            x, columns, self.gather_buffers, self.gather_counts, self.stop, self.rank, self._gathered
+        )
+
     def close(self) -> None:
         """Have kernels that wait for another rank come to an end; their results are of no use. Any thread."""
         self.stop.fill_(1)
@@ -64,7 +84,14 @@ class Exchange:
 
 def make_exchange(store: c10d.Store, rank: int, size: int, device: torch.device) -> Exchange:
     """Wait for all ranks; `device` is the current one. Raises ConfigError where they cannot reach each other."""
+    from multilora.distributed.triton_gather import FLAG_BYTES
+
+    memory = PeerMemory(store, rank, size, sums_bytes(size) + size * FLAG_BYTES + GATHER_BYTES)
+    return Exchange(memory, rank, size, device)
+
+
+def sums_bytes(size: int) -> int:
+    """How much of a rank's memory sums take."""
     from multilora.distributed.triton_exchange import SLOTS
 
-    memory = PeerMemory(store, rank, size, 2 * size * SLOTS * WIDTH * 8)
-    return Exchange(memory, rank, size, device)
+    return 2 * size * SLOTS * WIDTH * 8

@@ -16,6 +16,7 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from multilora.distributed.exchange import MOST_ROWS, Exchange, make_exchange
+from multilora.distributed.partition import padded_part
 from multilora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ class Group(Protocol):
         """The x of every rank, by rank."""
         ...
 
+    def gather_columns(self, x: torch.Tensor, columns: int) -> torch.Tensor:
+        """The ranks' x, [rows, part], side by side as `padded_part` cut them: [rows, columns], contiguous."""
+        ...
+
     def minimum(self, value: int) -> int:
         """The least of the ranks' values. Waits for the device."""
         ...
@@ -71,6 +76,10 @@ class SingleRank:
 
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [x]
+
+    def gather_columns(self, x: torch.Tensor, columns: int) -> torch.Tensor:
+        assert x.shape[1] == columns, (x.shape, columns)
+        return x
 
     def minimum(self, value: int) -> int:
         return value
@@ -104,6 +113,12 @@ class ProcessGroup:
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         self._backend._allgather_base(out, x.contiguous()).wait()  # noqa: SLF001 - the backends' own, without a copy
         return list(out.chunk(self.size))
+
+    def gather_columns(self, x: torch.Tensor, columns: int) -> torch.Tensor:
+        if self.exchange is not None and self.exchange.fits_gathering(x):
+            return self.exchange.gather_columns(x, columns)
+        parts = (part[:, : len(padded_part(columns, i, self.size))] for i, part in enumerate(self.all_gather(x)))
+        return torch.cat(list(parts), dim=1)
 
     def minimum(self, value: int) -> int:
         found = torch.tensor([value], device=self._device)

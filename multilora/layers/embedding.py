@@ -13,6 +13,7 @@ from multilora.distributed.group import SINGLE, Group
 from multilora.distributed.partition import padded_part, padded_size
 from multilora.layers.context import ForwardContext
 from multilora.layers.matmul import logits
+from multilora.layers.ops import fused_ops
 from multilora.lora.full_weights import FullWeightModules, product
 from multilora.lora.sharding import local_site
 from multilora.lora.sites import LoraSite, LoraSlice
@@ -50,9 +51,13 @@ class Embedding(nn.Module):
 
     def _share(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """The rows of the tokens that this rank holds, zeros for the others."""
-        local = ids - self.held.start
-        inside = (local >= 0) & (local < len(self.held))
-        y = F.embedding(torch.where(inside, local, 0), self.weight).masked_fill_(~inside[:, None], 0)
+        ops = fused_ops(ids.device)
+        if ops is not None:
+            y: torch.Tensor = ops.embed_part(ids, self.weight, self.held)
+        else:
+            local = ids - self.held.start
+            inside = (local >= 0) & (local < len(self.held))
+            y = F.embedding(torch.where(inside, local, 0), self.weight).masked_fill_(~inside[:, None], 0)
         if ctx.full_weights is not None:
             ctx.full_weights.embed(
                 y, ids, self.site.layer, self.site.name, first=self.held.start, replaces=self.group.rank == 0
@@ -113,8 +118,7 @@ class LMHead(nn.Module):
     def _replace(self, y: torch.Tensor, hidden: torch.Tensor, full_weights: FullWeightModules) -> torch.Tensor:
         """y with the logits of adapters that bring their own head, or rows of it, in place of the base model's."""
         found = list(full_weights.find(self.site.layer, self.site.name))
-        width = _widest(y.shape[1], found)
-        y = F.pad(y, (0, width - y.shape[1]), value=-torch.inf)
+        y = _widened(y, found)
         for rows, weights in found:
             if weights.token_ids is None:
                 y[rows, weights.rows :] = -torch.inf
@@ -133,18 +137,15 @@ class LMHead(nn.Module):
         LoRA comes before the gathering, and what replaces logits after it, since every rank holds all of that: the
         base model's own are zero there.
         """
-        vocab, size = self.whole.out_features, self.group.size
-        found = []
+        vocab, found = self.whole.out_features, []
         if ctx.full_weights is not None:
             found = list(ctx.full_weights.find(self.site.layer, self.site.name))
-            first = self.group.rank * padded_size(vocab, size)
+            first = self.group.rank * padded_size(vocab, self.group.size)
             for rows, weights in found:
                 _clear(y[rows], weights, first)
         if ctx.lora is not None:
             ctx.lora.apply(y, hidden, self.site.index)
-        parts = self.group.all_gather(y)
-        y = torch.cat([part[:, : len(padded_part(vocab, rank, size))] for rank, part in enumerate(parts)], dim=1)
-        y = F.pad(y, (0, _widest(vocab, found) - vocab), value=-torch.inf)
+        y = _widened(self.group.gather_columns(y, vocab), found)
         for rows, weights in found:
             own = product(hidden[rows], weights).to(y.dtype)
             if weights.token_ids is None:
@@ -156,8 +157,10 @@ class LMHead(nn.Module):
         return y
 
 
-def _widest(vocab: int, found: list[tuple[slice, FullWeight]]) -> int:
-    return max([vocab, *(w.rows for _, w in found if w.token_ids is None)])
+def _widened(y: torch.Tensor, found: list[tuple[slice, FullWeight]]) -> torch.Tensor:
+    """y with as many columns as the largest of these vocabularies has, new ones −inf; y itself if it has them."""
+    more = max((w.rows for _, w in found if w.token_ids is None), default=0) - y.shape[1]
+    return F.pad(y, (0, more), value=-torch.inf) if more > 0 else y
 
 
 def _clear(y: torch.Tensor, weights: FullWeight, first: int) -> None:

@@ -76,6 +76,17 @@ def _combine_experts(y_ptr, places_ptr, weights_ptr, out_ptr, size, COUNT: tl.co
 
 
 @triton.jit
+def _embed_part(ids_ptr, weight_ptr, out_ptr, first, held, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One program per token: its row of the table, zeros where the table does not hold it."""
+    wait_for_previous(PDL)
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    local = tl.load(ids_ptr + row) - first
+    end = tl.where((local >= 0) & (local < held), size, 0)
+    x = tl.load(weight_ptr + local * size + i, mask=i < end, other=0.0)
+    tl.store(out_ptr + row * size + i, x, mask=i < size)
+
+
+@triton.jit
 def _matvec(x_ptr, weight_ptr, bias_ptr, out_ptr, size: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
             BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per ROWS rows of the weight. The next block is under way while this one is multiplied; the first
@@ -141,6 +152,18 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     grid = tokens, triton.cdiv(width, SILU_BLOCK)
     constants = {"BLOCK": SILU_BLOCK, "FAST": fast_silu(gate_up), "PDL": early}
     launch(_silu_and_mul, grid, (gate_up, out, width), constants, early=early)
+    return out
+
+
+def embed_part(ids: torch.Tensor, weight: torch.Tensor, held: range) -> torch.Tensor:
+    """ids: int64 [tokens]; weight: [≥ len(held), size], contiguous, the rows of the tokens `held`. Returns [tokens,
+    size], zeros for tokens that are not."""
+    tokens, size = len(ids), weight.shape[1]
+    out = torch.empty(tokens, size, dtype=weight.dtype, device=weight.device)
+    early, block = can_launch_early(weight.device), triton.next_power_of_2(size)
+    args = (ids, weight, out, held.start, len(held), size)
+    constants = {"BLOCK": block, "PDL": early}
+    launch(_embed_part, (tokens,), args, constants, early=early, num_warps=min(16, max(1, block // 512)))
     return out
 
 

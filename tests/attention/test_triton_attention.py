@@ -4,10 +4,7 @@ Covers `paged.py`, `triton_prefill.py`, `triton_scores.py` too.
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +15,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from compilers import compile_elsewhere
 
 from multilora.attention import paged, triton_decode, triton_prefill
 from multilora.attention.base import AttentionShape, KVViews
@@ -242,15 +241,8 @@ CASES += [f"{kernel} bf16 bf16 {dim} {capability}" for kernel in ("rotate", "mer
 
 @pytest.mark.slow
 def test_the_kernels_compile_for_gpus_and_fit_in_them() -> None:
-    """The interpreter takes much that the compiler does not."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "tests" / "support" / "compile_attention.py")]
-    done = subprocess.run(
-        command, input="\n".join(CASES), env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = compile_elsewhere("compile_attention.py", lines="\n".join(CASES))
+    found = [json.loads(line) for line in lines if line.startswith("{")]
     assert [" ".join(one["case"]) for one in found] == CASES
     assert [one for one in found if not 0 <= one["shared"] <= one["most"]] == []
 

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from compilers import compile_elsewhere
 from fakes.layer_context import BASE
 
 from multilora.batch import ExpertRows
@@ -141,3 +142,16 @@ def test_the_weighted_sum_of_experts(tokens: int, count: int, size: int, dtype: 
     expected = combine(y, ExpertRows(places, places, places, places), weights)
     got = ops.combine_experts(y.to(DEVICE), places.to(DEVICE), weights.to(DEVICE))
     torch.testing.assert_close(got.cpu(), expected, atol=ULP[dtype], rtol=ULP[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rows_of_a_table_that_a_rank_holds(dtype: torch.dtype) -> None:
+    table = random(40, 24, dtype=dtype)
+    held, ids = range(32, 70), torch.tensor([32, 0, 69, 70, 31, 50])  # 40 rows, of which two are padding
+    expected = torch.stack([table[i - 32] if i in held else torch.zeros(24, dtype=dtype) for i in ids.tolist()])
+    assert torch.equal(ops.embed_part(ids.to(DEVICE), table.to(DEVICE), held).cpu(), expected)
+
+
+@pytest.mark.slow
+def test_embedding_compiles_for_gpus() -> None:
+    assert len(compile_elsewhere("compile_small.py", "embed_part")) == 2

@@ -21,6 +21,7 @@ MARKS = [
 SIZES = [2] if ON_GPU else [2, pytest.param(4, marks=pytest.mark.slow)]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]  # the interpreter has no bf16
 WIDTH = 64  # words of the widest row
+GATHERED = 40_000  # numbers of one rank
 
 
 @dataclass
@@ -30,11 +31,13 @@ class Memory:
 
 def make_ranks(size: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exchange]]:
     """A group of so many ranks."""
-    from multilora.distributed.triton_exchange import SLOTS
+    from multilora.distributed.triton_gather import FLAG_BYTES
 
     monkeypatch.setattr(module, "WIDTH", WIDTH)
+    monkeypatch.setattr(module, "GATHER_BYTES", 2 * size * 4 * GATHERED)
     devices = [torch.device("cuda", rank) if ON_GPU else torch.device("cpu") for rank in range(size)]
-    memory = [torch.zeros(2 * size * SLOTS * WIDTH, dtype=torch.int64, device=device) for device in devices]
+    nbytes = module.sums_bytes(size) + size * FLAG_BYTES + module.GATHER_BYTES
+    memory = [torch.zeros(nbytes // 8, dtype=torch.int64, device=device) for device in devices]
     if not ON_GPU:
         memory = [m.share_memory_() for m in memory]
     if ON_GPU:
@@ -42,7 +45,9 @@ def make_ranks(size: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exch
         memory[1][:1].copy_(memory[0][:1])
     found = [Exchange(Memory([m.data_ptr() for m in memory]), i, size, device) for i, device in enumerate(devices)]
     for rank in found:
-        rank.counts, rank.stop = (t if ON_GPU else t.share_memory_() for t in (rank.counts, rank.stop))
+        if not ON_GPU:
+            for shared in (rank.counts, rank.gather_counts, rank.stop):
+                shared.share_memory_()
     yield found
     memory.clear()
 

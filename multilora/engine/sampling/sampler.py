@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multilora.engine.faults import NONE_ALLOWED, NOT_FINITE
 from multilora.engine.messages import Logprobs
-from multilora.engine.sampling import triton_sampling
+from multilora.engine.sampling import triton_greatest, triton_sampling
 from multilora.engine.sampling.batch import Column, SamplingBatch, SlotTable
 from multilora.engine.sampling.draw import argmax, draw, processed
 from multilora.engine.sampling.edits import EditTables, check_bias, count, edited
@@ -71,6 +71,15 @@ class _SlotState:
     counts_row: int
     bias_row: int
     grammar: GrammarState | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Greatest:
+    """What is the greatest in each row of logits."""
+
+    values: Tensor  # fp32 [rows], NaN if any of the row is
+    finite: Tensor  # bool [rows]
+    tokens: Tensor | None  # int64 [rows]; None: on CPU, where `argmax` finds them if they are asked for
 
 
 class Sampler:
@@ -151,21 +160,21 @@ class Sampler:
         assert len(logits) == len(slots) == len(positions), (logits.shape, len(slots), len(positions))
         assert logits.dtype == torch.float32 and logits.shape[1] >= self.vocab_size, (logits.dtype, logits.shape)
         batch = self._table.batch(slots, positions)
-        finite = logits.amax(-1)  # NaN anywhere makes the maximum NaN
+        found = chosen = self._greatest(logits)
         partly_asked = 0 < len(batch.asked) < len(logits)
         on_device = logits.new_empty(0)
         if batch.edits or not batch.all_greedy or partly_asked or batch.processes:
             on_device = upload(torch.from_numpy(batch.numbers), self.device)
         masks, grammars = self._masks(batch, slots, positions)
-        chosen_from, allowed = logits, finite
+        chosen_from = logits
         if batch.edits:
             chosen_from = self._edit(logits, batch, on_device, masks)
-            allowed = chosen_from.amax(-1)
-        tokens, judged = self._choose(logits, chosen_from, allowed, batch, on_device)
+            chosen = self._greatest(chosen_from)
+        tokens, judged = self._choose(logits, chosen_from, chosen, batch, on_device)
         return DeviceSampled(
             token_ids=tokens,
-            finite=finite.isfinite(),
-            allowed=allowed.isfinite() if batch.edits else None,
+            finite=found.finite,
+            allowed=chosen.finite if batch.edits else None,
             logprobs=_logprobs(judged, tokens, batch, on_device),
             asked=batch.asked,
             top_logprobs=batch.top_logprobs,
@@ -213,17 +222,25 @@ class Sampler:
             return edited(logits, batch.numbers, self._edits, masks, self.vocab_size)
         return triton_sampling.edited(logits, on_device, self._edits, masks, self.vocab_size, biases=batch.biases)
 
+    def _greatest(self, logits: Tensor) -> _Greatest:
+        if self.device.type == "cpu":
+            best = logits.amax(-1)
+            return _Greatest(best, best.isfinite(), None)
+        return _Greatest(*triton_greatest.greatest(logits))
+
     def _choose(
-        self, raw: Tensor, logits: Tensor, best: Tensor, batch: SamplingBatch, on_device: Tensor
+        self, raw: Tensor, logits: Tensor, greatest: _Greatest, batch: SamplingBatch, on_device: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """From the edited `logits`, whose rows have the maxima `best`, fp32 [rows]: the tokens, int64 [rows], counted
-        where there are penalties, and the logits that their logprobs are taken from: `raw` ones in most steps."""
+        """From the edited `logits`: the tokens, int64 [rows], counted where there are penalties, and the logits that
+        their logprobs are taken from: `raw` ones in most steps. greatest: of the edited ones."""
         if self.device.type == "cpu":
             tokens = argmax(logits) if batch.all_greedy else draw(logits, batch.numbers)
             count(tokens, batch.numbers, self._edits)
             return tokens, processed(raw, logits, batch.numbers) if batch.processes else raw
         if batch.all_greedy and not batch.penalises and not batch.processes:
-            return argmax(logits), raw
+            assert greatest.tokens is not None
+            return greatest.tokens, raw
+        best = greatest.values
         kept = triton_sampling.keep(logits, best, on_device, truncates=batch.truncates)
         tokens = triton_sampling.draw(logits, best, on_device, self._edits.counts, kept)
         if not batch.processes:
