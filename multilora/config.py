@@ -196,7 +196,7 @@ class Config:
     tp_size: int = _memory(
         1, "GPUs that share the model, or processes on CPU", aliases=("--tp", "--tensor-parallel-size")
     )
-    disable_custom_all_reduce: bool = _memory(False, "leave every sum over GPUs to NCCL")
+    disable_custom_all_reduce: bool = _memory(False, "leave sums and logits of GPUs to NCCL")
     watchdog_timeout: int = _memory(300, "seconds after which a step that hangs ends the engine")
     engine_heartbeat_timeout: int = _memory(
         4, "seconds without a sign of life after which the engine, or a front process, is ended; 0: never", low=0
