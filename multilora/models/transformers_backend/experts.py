@@ -14,7 +14,7 @@ from torch import nn
 
 from multilora.distributed.group import Group
 from multilora.errors import ConfigError
-from multilora.models.transformers_backend.common_parts import BROKEN
+from multilora.models.transformers_backend.common_parts import BROKEN, SCALES
 from multilora.models.transformers_backend.parameters import ParameterCut
 from multilora.models.transformers_backend.probe import ObstacleError, is_mixture
 from multilora.models.weights import take
@@ -77,15 +77,14 @@ def shares_add_up(experts: nn.Module, cuts: Mapping[str, ParameterCut]) -> bool:
         shape = [EXPERTS, WIDTH, WIDTH]
         shape[cut.dim] *= 2 * cut.blocks
         params[name] = torch.randn(shape, generator=random)
-    x = torch.randn(TOKENS, WIDTH, generator=random)
+    inputs = [scale * torch.randn(TOKENS, WIDTH, generator=random) for scale in SCALES]
     chosen = torch.rand(TOKENS, EXPERTS, generator=random).topk(TOP_K)
 
-    def computed(held: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def computed(held: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         twin: Any = copy.copy(experts)
         twin._parameters = {name: nn.Parameter(p.contiguous(), requires_grad=False) for name, p in held.items()}
         twin.num_experts = EXPERTS
-        y: torch.Tensor = type(experts).forward(twin, x, chosen.indices, chosen.values)
-        return y
+        return [type(experts).forward(twin, x, chosen.indices, chosen.values) for x in inputs]
 
     try:
         whole = computed(params)
@@ -95,7 +94,10 @@ def shares_add_up(experts: nn.Module, cuts: Mapping[str, ParameterCut]) -> bool:
         ]
     except BROKEN:
         return False
-    return torch.allclose(shares[0] + shares[1], whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+    return all(
+        torch.allclose(first + second, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+        for y, first, second in zip(whole, *shares, strict=True)
+    )
 
 
 def sum_over_ranks(experts: nn.Module, path: str, group: Group, device: torch.device) -> None:
