@@ -122,11 +122,12 @@ def _divides_heads(path: str, cuts: Iterable[str]) -> bool:
 
 
 def _of_heads(lm: Any, fact: AttentionFact, style: Callable[[str], str]) -> dict[str, ParameterCut]:
-    """Parameters of an attention layer itself that have as many numbers for each of its heads."""
+    """Parameters of an attention layer itself that have a number, or a row of its width, for each of its heads."""
+    units = {fact.heads * unit: unit for unit in (1, fact.key_dim, fact.value_dim)}
     return {
-        f"{fact.path}.{name}": ParameterCut(-1, unit=len(param) // fact.heads)
+        f"{fact.path}.{name}": ParameterCut(-1, unit=units[len(param)])
         for name, param in lm.get_submodule(fact.path).named_parameters(recurse=False)
-        if style(f"{fact.path}.{name}") == "colwise" and param.dim() == 1 and len(param) % fact.heads == 0
+        if style(f"{fact.path}.{name}") == "colwise" and param.dim() == 1 and len(param) in units
     }
 
 

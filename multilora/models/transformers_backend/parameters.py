@@ -1,8 +1,7 @@
 """Parameters of a tree that ranks divide and that belong to no linear layer: experts', and those of attention heads.
 
 A parameter is cut along one dimension. Where several blocks of columns lie behind each other in it, as gate and up
-do, every rank holds the same part of each. Called by `division.py`, `experts.py`,
-`model.py` and `weights.py`.
+do, every rank holds the same part of each. Called by `division.py`, `experts.py`, `model.py` and `weights.py`.
 """
 
 from collections.abc import Mapping
