@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ INNER = "model."
 """What the names of a decoder's tensors begin with inside a causal LM."""
 NONE = range(0), range(0)
 """The part of a matrix of which a rank holds nothing."""
+Part = tuple[range | tuple[range, ...], ...]
+"""Which part of a tensor, by its dimensions; several ranges of one come to lie behind each other."""
 SUPERFLUOUS = re.compile(r"\.rotary_emb\.inv_freq$")  # written by old exporters, derived from the config
 
 
@@ -73,13 +75,18 @@ def load_weights(
 
 
 @torch.no_grad()
-def fill_dummy(model: nn.Module, seed: int = 0, rank: int = 0) -> None:
+def fill_dummy(
+    model: nn.Module, seed: int = 0, rank: int = 0, divided: Collection[nn.Parameter] = frozenset()
+) -> None:
     """Small seeded noise, made on the device: for benchmarks without a checkpoint. What all ranks hold whole is the
-    same on all of them."""
+    same on all of them. divided: parameters that they do not, beside those of our modules."""
     params = list(model.parameters())
     of_rank, of_all = (torch.Generator(params[0].device).manual_seed(seed + n) for n in (1 + rank, 0))
     own: set[nn.Parameter] = set()
+    parts = set(divided)
     for module in model.modules():
+        if isinstance(module, Embedding | LMHead | Experts):
+            parts.update(module.parameters())
         if isinstance(module, Linear):
             whole = all(part.shard is Shard.REPLICATED for part in module.site.slices)
             module.weight.randomise(of_all if whole else of_rank)
@@ -90,7 +97,7 @@ def fill_dummy(model: nn.Module, seed: int = 0, rank: int = 0) -> None:
         if param.dim() == 1:
             param.fill_(1.0)  # norms; a bias of one does no harm
         else:
-            param.normal_(std=NOISE, generator=of_rank)
+            param.normal_(std=NOISE, generator=of_rank if param in parts else of_all)
     logger.info("weights: random (load format dummy)")
 
 
@@ -104,19 +111,33 @@ class Destination:
 
     shape: tuple[int, ...] | None
     load: Callable[[torch.Tensor], object]
-    part: tuple[range, ...] = ()
+    part: Part = ()
     dtypes: tuple[str, ...] = FLOATS
     optional: bool = False
     instead_of: tuple[str, ...] = ()
 
+    @property
+    def held_shape(self) -> tuple[int, ...] | None:
+        """The shape of the part."""
+        if not self.part:
+            return self.shape
+        return tuple(len(p) if isinstance(p, range) else sum(map(len, p)) for p in self.part)
+
     def read(self, tensors: Any, name: str) -> torch.Tensor:
         """The part that this rank holds; no other byte is read. tensors: an open safetensors file."""
-        held = tuple(len(part) for part in self.part)
-        if not held or held == self.shape:
+        if self.held_shape == self.shape:
             tensor: torch.Tensor = tensors.get_tensor(name)
             return tensor
-        found: torch.Tensor = tensors.get_slice(name)[tuple(slice(p.start, p.stop) for p in self.part)]
-        return found
+        return take(tensors.get_slice(name), self.part)
+
+
+def take(tensor: Any, part: Part) -> torch.Tensor:
+    """A part of a tensor, or of a slice that safetensors opens without reading it. Empty: all of it."""
+    for dim, ranges in enumerate(part):
+        if isinstance(ranges, tuple):
+            return torch.cat([take(tensor, (*part[:dim], one, *part[dim + 1 :])) for one in ranges], dim)
+    found: torch.Tensor = tensor[tuple(slice(p.start, p.stop) for p in part if isinstance(p, range))]
+    return found
 
 
 def destinations(model: nn.Module) -> dict[str, Destination]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from counted_file import Counted
 from fakes.models import FAMILIES, make_tiny_model
 from quantised import write_quantised
 from safetensors import safe_open
@@ -69,42 +70,6 @@ def test_the_same_logits(tmp_path: Path, family: str, tied: bool) -> None:
         first, *others = on_ranks(tmp_path, size, logits)
         torch.testing.assert_close(first, expected, atol=2e-5, rtol=1e-5)
         assert all(torch.equal(other, first) for other in others), "not a bit may differ: each rank samples"
-
-
-class Counted:
-    """An open safetensors file that counts the bytes it gives out, by tensor."""
-
-    def __init__(self, file: Any, read: dict[str, int]):
-        self._file = file
-        self._read = read
-
-    def __enter__(self) -> "Counted":
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.__exit__(*exc)
-
-    def keys(self) -> Any:
-        return self._file.keys()
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self._noted(name, self._file.get_tensor(name))
-
-    def get_slice(self, name: str) -> Any:
-        inner, noted = self._file.get_slice(name), self._noted
-
-        class Slice:
-            get_shape, get_dtype = inner.get_shape, inner.get_dtype
-
-            def __getitem__(self, key: Any) -> torch.Tensor:
-                return noted(name, inner[key])
-
-        return Slice()
-
-    def _noted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        self._read[name] = self._read.get(name, 0) + tensor.nbytes
-        return tensor
 
 
 @pytest.mark.parametrize("size", [2, 4])

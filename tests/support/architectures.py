@@ -107,6 +107,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "n_layers": 2,
         "max_seq_len": 256,
     },
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
+    "flint": {"mlp_only_layers": [0]},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "qwen2_moe": {"decoder_sparse_step": 1},
 }

@@ -2,15 +2,18 @@
 
 A plan says of linear layers "colwise" or "rowwise", by names in which * stands for the number of a layer. Layers that
 it cuts only to put their outputs together again (a merged q, k and v; a norm over all heads) are whole on every rank
-here, which gives the same numbers without an exchange. Attention is divided in all layers or in none.
+here, which gives the same numbers without an exchange. Attention is divided in all layers or in none. Experts are
+divided by the inner width of each, where the plan says so of all their parameters (`experts.py`).
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from multilora.lora.sites import Shard
+from multilora.models.transformers_backend.experts import PARAMETERS, SUMMED, expert_cuts, mixtures
+from multilora.models.transformers_backend.parameters import ParameterCut
 from multilora.models.transformers_backend.probe import AttentionFact, Examination, LinearFact, ObstacleError
 
 CUTS = {"colwise": Shard.COLUMN, "rowwise": Shard.ROW}
@@ -18,6 +21,8 @@ WHOLE = (
     *("colwise_gather_output", "rowwise_split_input"),  # transformers 5.20 and later
     *("colwise_rep", "rowwise_rep"),  # their names before
     *("replicated_with_grad_allreduce", "embedding_rowwise"),
+    "mla_kv_a_proj",  # another gradient
+    "local_params",  # of modules some of whose parameters are divided
 )
 """Styles of modules that every rank has whole, or that are no linear layers."""
 
@@ -32,10 +37,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Division:
-    """cuts: by the path of a linear layer; those that are missing are whole on every rank. heads: whether attention
-    is divided. obstacle: why ranks cannot share the model; "": they can."""
+    """cuts: by the path of a linear layer; those that are missing are whole on every rank. parameters: of experts and
+    of attention heads, by their paths, in the same way. heads: whether attention is divided. obstacle: why ranks
+    cannot share the model; "": they can."""
 
     cuts: Mapping[str, Cut] = field(default_factory=dict)
+    parameters: Mapping[str, ParameterCut] = field(default_factory=dict)
     heads: bool = False
     obstacle: str = ""
 
@@ -51,18 +58,21 @@ def divide(lm: Any, plan: Mapping[str, str], prefix: str, examination: Examinati
 def _divide(lm: Any, plan: Mapping[str, str], prefix: str, examination: Examination) -> Division:
     if not plan:
         raise ObstacleError("transformers has no plan that divides it")
-    for name, style in plan.items():
-        if style not in CUTS and style not in WHOLE:
-            raise ObstacleError(f"transformers' plan has {style!r} for {name}")
+
+    def style(path: str) -> str:
+        return plan.get(_pattern(path, prefix), "")
+
+    _check_styles(lm, plan, prefix)
     by_path = {a.path: a for a in examination.attentions}
     cuts = {}
     for linear in examination.linears:
-        shard = CUTS.get(plan.get(_pattern(linear.path, prefix), ""))
+        shard = CUTS.get(style(linear.path))
         if shard is Shard.COLUMN:
             cuts[linear.path] = _columns(linear, by_path.get(linear.path.rpartition(".")[0]))
         elif shard is not None:
             cuts[linear.path] = Cut(shard)
-    if not cuts:
+    parameters = expert_cuts(lm, style)
+    if not cuts and not parameters:
         raise ObstacleError("transformers' plan divides none of its layers")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise ObstacleError("its head has a bias")
@@ -72,8 +82,23 @@ def _divide(lm: Any, plan: Mapping[str, str], prefix: str, examination: Examinat
     divided = heads.pop()
     if divided:
         for fact in by_path.values():
-            _check_heads(lm, fact, examination, cuts)
-    return Division(cuts, divided)
+            parameters |= _of_heads(lm, fact, style)
+            _check_heads(lm, fact, examination, {**cuts, **parameters}, style)
+    return Division(cuts, parameters, divided)
+
+
+def _check_styles(lm: Any, plan: Mapping[str, str], prefix: str) -> None:
+    """Raise ObstacleError naming what the plan asks for and ranks do not do. Of what the tree lacks it may ask
+    anything."""
+    known = {_pattern(path, prefix) for path, _ in (*lm.named_modules(), *lm.named_parameters())}
+    of_experts = {}
+    for path, module in mixtures(lm):
+        of_experts[_pattern(path, prefix)] = {SUMMED}
+        of_experts |= {_pattern(f"{path}.{name}", prefix): {*PARAMETERS} for name, _ in module.named_parameters()}
+    for name, style in plan.items():
+        done = style in CUTS or style in WHOLE or style in of_experts.get(name, ())
+        if name in known and not done:
+            raise ObstacleError(f"transformers' plan has {style!r} for {name}")
 
 
 def _pattern(path: str, prefix: str) -> str:
@@ -96,10 +121,30 @@ def _divides_heads(path: str, cuts: Iterable[str]) -> bool:
     return any(cut.startswith(f"{path}.") for cut in cuts)
 
 
-def _check_heads(lm: Any, fact: AttentionFact, examination: Examination, cuts: Mapping[str, Cut]) -> None:
-    """Raise ObstacleError if an attention layer, called with some of its heads, needs something of all of them."""
-    norms = {norm.path: norm.size for norm in examination.norms}
+def _of_heads(lm: Any, fact: AttentionFact, style: Callable[[str], str]) -> dict[str, ParameterCut]:
+    """Parameters of an attention layer itself that have a number, or a row of its width, for each of its heads."""
+    units = {fact.heads * unit: unit for unit in (1, fact.key_dim, fact.value_dim)}
+    return {
+        f"{fact.path}.{name}": ParameterCut(-1, unit=units[len(param)])
+        for name, param in lm.get_submodule(fact.path).named_parameters(recurse=False)
+        if style(f"{fact.path}.{name}") == "colwise" and param.dim() == 1 and len(param) in units
+    }
+
+
+def _check_heads(
+    lm: Any, fact: AttentionFact, examination: Examination, cuts: Iterable[str], style: Callable[[str], str]
+) -> None:
+    """Raise ObstacleError if an attention layer, called with some of its heads, needs something of all of them.
+
+    cuts: the paths of all linear layers and parameters that are divided.
+    """
+    linears = [linear for linear in examination.linears if linear.path.startswith(f"{fact.path}.")]
+    # Latent rows are computed from the layer's and read by its divided layers: they know no heads.
+    latent = {n.in_features for n in linears if style(n.path) == "colwise" and n.source != linears[0].source}
+    whole = {norm.path for norm in examination.norms if norm.size in {fact.key_dim, fact.value_dim, *latent}}
+    whole |= {n.path for n in linears if n.out_features in latent or style(n.path) == "mla_kv_a_proj"}
     for name, _ in lm.get_submodule(fact.path).named_parameters():
-        owner = f"{fact.path}.{name}".rpartition(".")[0]
-        if owner not in cuts and norms.get(owner) not in (fact.key_dim, fact.value_dim):
+        path = f"{fact.path}.{name}"
+        owner = path.rpartition(".")[0]
+        if not {path, owner} & {*cuts, *whole}:
             raise ObstacleError(f"its attention has {name} of all heads, which transformers' plan divides")

@@ -23,6 +23,7 @@ from multilora.models.base import CausalLM
 from multilora.models.config import ModelConfig
 from multilora.models.transformers_backend.common_parts import gated_mlp, rms_norm_like, with_rotation
 from multilora.models.transformers_backend.config import TreeConfig, tree_config
+from multilora.models.transformers_backend.experts import mixtures, sum_over_ranks
 from multilora.models.transformers_backend.materialize import materialize
 from multilora.models.transformers_backend.modules import (
     ATTENTION,
@@ -39,12 +40,12 @@ from multilora.models.transformers_backend.modules import (
     attend,
     rotation_left_to,
 )
-from multilora.models.transformers_backend.probe import is_mixture
+from multilora.models.transformers_backend.parameters import cut_parameters
 from multilora.models.transformers_backend.rotary import hold_still
 from multilora.models.transformers_backend.sites import JOINT, Sites, declare
 from multilora.models.transformers_backend.tree import Tree
 from multilora.models.transformers_backend.weights import load_tree
-from multilora.models.weights import fill_dummy
+from multilora.models.weights import Destination, fill_dummy
 
 NORM_SHAPES = frozenset({(0, 2), (1, 3), (1, 4), (2, 4)})
 """What norms of ours take: which dimension counts the tokens, of how many."""
@@ -82,6 +83,10 @@ class TransformersCausalLM(CausalLM):
         self._replace_linears(kind | {"group": group})
         self._replace_norms(kind)
         self._replace_tables(device)
+        self._held = cut_parameters(tree.lm, config.division.parameters, group)
+        for path, experts in mixtures(tree.lm):
+            if any(held.startswith(f"{path}.") for held in self._held):
+                sum_over_ranks(experts, path, group, device)
         materialize(tree.lm, device)
         for module in tree.lm.modules():
             hold_still(module, config.context_length)
@@ -126,7 +131,7 @@ class TransformersCausalLM(CausalLM):
     @property
     def capturable(self) -> bool:
         """See `CausalLM`. transformers multiplies experts by torch's grouped product, where that is chosen."""
-        for mixture in filter(is_mixture, self.lm.modules()):
+        for _, mixture in mixtures(self.lm):
             config: Any = mixture.config
             widths = [n for p in mixture.parameters(recurse=False) if p.dim() == 3 for n in p.shape[1:]]
             grouped = has_grouped_product(self.device, self.config.dtype, *widths)
@@ -157,9 +162,12 @@ class TransformersCausalLM(CausalLM):
 
     def load(self, model_path: str, *, load_format: str, revision: str | None, seed: int) -> None:
         if load_format == "dummy":
-            fill_dummy(self, seed, self.group.rank)
-        else:
-            load_tree(self._tree.lm, model_path, revision, self.kv_scales.destinations())
+            fill_dummy(self, seed, self.group.rank, {self.lm.get_parameter(path) for path in self._held})
+            return
+        held = {
+            path: Destination(p.shape, self.lm.get_parameter(path).copy_, p.part) for path, p in self._held.items()
+        }
+        load_tree(self._tree.lm, model_path, revision, held | self.kv_scales.destinations())
 
     def _declare(self) -> Sites:
         tree = self._tree

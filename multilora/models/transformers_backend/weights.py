@@ -2,7 +2,7 @@
 
 transformers knows how the names of a family's checkpoints differ from its modules', and which tensors become one
 (the experts of a layer) or several. Those rules are its own and are asked here; reading, checking and copying are
-ours, one tensor at a time.
+ours, one tensor at a time, and of each the part that this rank holds.
 """
 
 import copy
@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from tqdm import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -25,6 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from multilora.errors import ModelUnsupported
+from multilora.models.transformers_backend.parameters import HeldParameter
 from multilora.models.weights import (
     SUPERFLUOUS,
     Destination,
@@ -34,6 +38,7 @@ from multilora.models.weights import (
     destinations,
     open_file,
     some,
+    take,
 )
 
 logger = logging.getLogger(__name__)
@@ -158,21 +163,56 @@ def _tensors(lm: Any, plan: _Plan, targets: dict[str, Destination]) -> Iterator[
             for name, renamed in names:
                 yield renamed, targets[renamed].read(tensors, name)
     for first, merge in plan.merges.items():
+        sources = _sources(merge.converter, targets.get(first))
         for pattern, file, name in merge.tensors:
+            add = partial(merge.converter.add_tensor, first, name, pattern)
+            held = sources.get(pattern)
+            source = Destination(held.shape, add, held.part) if held else Destination(None, add)
             with open_file(file) as tensors:
-                merge.converter.add_tensor(first, name, pattern, tensors.get_tensor(name))
+                if held:
+                    check_tensor(name, tensors.get_slice(name), source)
+                source.load(source.read(tensors, name))
         converted = merge.converter.convert(first, model=lm, config=lm.config)
-        for name, tensor in converted.items():
-            yield name, _held(name, tensor[0] if isinstance(tensor, list) else tensor, targets)
+        for name, found in converted.items():
+            yield name, _held(name, found[0] if isinstance(found, list) else found, targets, whole=not sources)
 
 
-def _held(name: str, tensor: torch.Tensor, targets: Mapping[str, Destination]) -> torch.Tensor:
-    """The part of a converted tensor that this rank holds. Raises ModelUnsupported if the model has no place for
-    it."""
+def _sources(converter: WeightConverter, target: Destination | None) -> dict[str, HeldParameter]:
+    """What to read of the tensors of every pattern so that this rank's part of the target comes out of them.
+
+    Empty: they are read whole. So they are unless what is done to them is known: matrices of all experts are stacked,
+    then perhaps gate and up concatenated.
+    """
+    steps, patterns = list(converter.operations), list(converter.source_patterns)
+    stacks = [type(step) for step in steps] in ([MergeModulelist], [MergeModulelist, Concatenate])
+    if target is None or target.shape is None or not target.part or not stacks or steps[0].dim != 0:
+        return {}
+    shape, part = target.shape[1:], target.part[1:]
+    if len(patterns) == 1:
+        return {patterns[0]: HeldParameter(shape, part)}
+    dim = steps[-1].dim - 1
+    ranges, width = part[dim], shape[dim] // len(patterns)
+    if isinstance(ranges, range) or len(ranges) != len(patterns):
+        return {}
+    found = {}
+    for number, (pattern, held) in enumerate(zip(patterns, ranges, strict=True)):
+        own = range(held.start - number * width, held.stop - number * width)
+        parts = (*part[:dim], own, *part[dim + 1 :])
+        found[pattern] = HeldParameter((*shape[:dim], width, *shape[dim + 1 :]), parts)
+    return found
+
+
+def _held(name: str, tensor: torch.Tensor, targets: Mapping[str, Destination], *, whole: bool) -> torch.Tensor:
+    """The part of a converted tensor that this rank holds. whole: it is not that already.
+
+    Raises ModelUnsupported if the model has no place for it.
+    """
     if name not in targets:
         raise ModelUnsupported(f"the checkpoint gives {name}, which the model would not use")
     expected, part = targets[name].shape, targets[name].part
+    if not whole:
+        expected, part = targets[name].held_shape, ()
     if expected is not None and tuple(tensor.shape) != expected:
         shape = list(tensor.shape)
         raise ModelUnsupported(f"tensor {name} has shape {shape}, the config asks for {list(expected)}")
-    return tensor[tuple(slice(p.start, p.stop) for p in part)]
+    return take(tensor, part)
