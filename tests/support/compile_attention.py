@@ -23,11 +23,18 @@ SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 STRIDES = ("page_stride", "slot_stride", "head_stride")
 
 
-def compiled(kernel: Any, given: dict[str, str], constants: dict[str, Any], capability: int, **options: int) -> Any:
-    """given: Triton's type of each argument that is no constant. Addresses and strides are multiples of 16."""
+def compiled(
+    kernel: Any,
+    given: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    sizes: tuple[str, ...] = STRIDES,
+    **options: int,
+) -> Any:
+    """given: Triton's type of each argument that is no constant. Addresses and `sizes` are multiples of 16."""
     signature = {name: given.get(name, "constexpr") for name in kernel.arg_names}
     places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-    aligned = [name for name, kind in given.items() if kind.startswith("*") or name in STRIDES]
+    aligned = [name for name, kind in given.items() if kind.startswith("*") or name in sizes]
     source = ASTSource(
         kernel,
         signature,
