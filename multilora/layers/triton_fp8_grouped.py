@@ -54,26 +54,33 @@ SHARED_BYTES = 96 << 10
 
 
 @triton.jit
+def _rows_of_tile(ends_ptr, tile, experts, BM: tl.constexpr, EXPERTS: tl.constexpr):
+    """Returns the expert of a tile (`experts`: there is no such tile), its first row, and the row after the last of
+    the expert."""
+    e = tl.arange(0, EXPERTS)
+    ends = tl.load(ends_ptr + e, mask=e < experts, other=0)
+    firsts = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < experts), other=0)
+    tiles = (ends - firsts + (BM - 1)) // BM  # none of experts that there are not
+    expert = tl.minimum(tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0), experts)
+    before = tl.sum(tl.where(e < expert, tiles, 0), axis=0)
+    first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends_ptr + expert, mask=expert < experts, other=0)
+    return expert, first + (tile - before) * BM, end
+
+
+@triton.jit
 def _grouped_product(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, ends_ptr, out_ptr, outs, width, experts, groups, high,
                      BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EXPERTS: tl.constexpr,
                      BLOCKED: tl.constexpr, SWAPPED: tl.constexpr, EVEN: tl.constexpr,
                      PDL: tl.constexpr):  # fmt: skip
-    """One program per (BN outputs, tile of BM rows). BLOCKED: rows have a scale for each BK columns, and `high` rows of
-    the weight share such scales; else every row has one, and `groups` is 1. EVEN: the width is a multiple of BK."""
+    """One program per (BN outputs, tile of BM rows). BLOCKED: rows have a scale for each BK columns, of the weight
+    `high` rows share them; else every row has one, and `groups` is 1. EVEN: the width is a multiple of BK."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    tile = tl.program_id(1)
     k = tl.arange(0, BK)
-    e = tl.arange(0, EXPERTS)
     wait_for_previous(PDL)
-    ends = tl.load(ends_ptr + e, mask=e < experts, other=0)
-    firsts = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < experts), other=0)
-    tiles = (ends - firsts + (BM - 1)) // BM  # of the experts that there are; of others none
-    expert = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
+    expert, start, end = _rows_of_tile(ends_ptr, tl.program_id(1), experts, BM, EXPERTS)
     if expert < experts:
-        first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(ends_ptr + expert)
-        before = tl.sum(tl.where(e < expert, tiles, 0), axis=0)
-        m = first + (tile - before) * BM + tl.arange(0, BM)
+        m = start + tl.arange(0, BM)
         n_in = tl.minimum(n, outs - 1)
         m_in = tl.minimum(m, end - 1).to(tl.int64)
         weight_at = weight_ptr + (expert.to(tl.int64) * outs + n_in)[:, None] * width + k[None, :]

@@ -1,12 +1,12 @@
-"""The order in which experts take rows, the grouped product and the weighted sum, against plain loops."""
+"""The order in which experts take rows, what they compute and the weighted sum, against plain loops."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fakes.layer_context import BASE
 
-from multilora.layers import experts
-from multilora.layers.experts import Experts, combine, grouped_product, has_grouped_product, sort_by_expert
+from multilora.layers.experts import Experts, combine, sort_by_expert
+from multilora.layers.grouped_matmul import has_grouped_product
 from multilora.lora.sites import LoraSite, LoraSlice
 
 CPU = torch.device("cpu")
@@ -55,16 +55,6 @@ def test_within_an_expert_rows_are_sorted_by_segment() -> None:
     assert all(rows.experts[rows.places[t, k]] == numbers[t, k] for t in range(20) for k in range(3))
 
 
-def test_every_row_is_multiplied_by_its_expert() -> None:
-    weight, x = torch.randn(6, 5, 4), torch.randn(9, 4)
-    experts = taken(3, 3, 6)
-    rows = sort_by_expert(experts, 6)
-    y = grouped_product(x[rows.tokens], weight, rows)
-    for token in range(3):
-        for k in range(3):
-            torch.testing.assert_close(y[rows.places[token, k]], weight[experts[token, k]] @ x[token])
-
-
 def test_experts_against_their_formula() -> None:
     module = make_experts(5, 16, 12)
     for param in module.parameters():
@@ -75,28 +65,12 @@ def test_experts_against_their_formula() -> None:
     for token in range(7):
         expected = torch.zeros(16)
         for k in range(2):
-            gate, up = (module.gate_up_proj[experts[token, k]] @ x[token]).chunk(2)
-            expected += weights[token, k] * (module.down_proj[experts[token, k]] @ (F.silu(gate) * up))
+            first, second = (
+                w.dequantised(w.rows_of(int(experts[token, k]))) for w in (module.gate_up_proj, module.down_proj)
+            )
+            gate, up = (first @ x[token]).chunk(2)
+            expected += weights[token, k] * (second @ (F.silu(gate) * up))
         torch.testing.assert_close(got[token], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_the_grouped_product_and_the_loop_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch has the product on the CPU too, where the loop is taken."""
-    weight, x = torch.randn(6, 16, 24, dtype=torch.bfloat16), torch.randn(30, 24, dtype=torch.bfloat16)
-    rows = sort_by_expert(taken(10, 3, 6), 6)
-    looped = grouped_product(x, weight, rows)
-    monkeypatch.setattr(experts, "has_grouped_product", lambda *_: True)
-    torch.testing.assert_close(grouped_product(x, weight, rows), looped, atol=1e-2, rtol=1e-2)
-
-
-def test_only_bf16_on_some_devices_has_a_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
-    assert not has_grouped_product(CPU, torch.bfloat16)
-    assert not has_grouped_product(cuda, torch.float16)
-    for capability, expected in (((8, 0), False), ((9, 0), True), ((12, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert has_grouped_product(cuda, torch.bfloat16, 64, 24) == expected
-        assert not has_grouped_product(cuda, torch.bfloat16, 64, 20)
 
 
 @pytest.mark.gpu
