@@ -5,15 +5,23 @@ and share a batch with the base model, on one rank and where two divide the expe
 """
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from exactness import ask_for_all, told
+from expert_layouts import QWEN, as_stacks, by_expert, rewrite
+from fakes.engine_driver import EngineDriver
 from fakes.models import make_tiny_model
+from fakes.tokenizers import byte_level_tokenizer
 from fp8_definitions import FLOATS, FP8, TOKENS, by_row, compressed, from_blocks, from_tensor, in_blocks, rounded
 from quantised import (
+    NEW_TOKENS,
+    VOCAB,
     Tensors,
     decoder_linears,
     held_against_peft,
@@ -26,6 +34,10 @@ from quantised import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from multilora import LLM
+from multilora.engine.messages import MemoryTag, Sleep, WakeUp
+from multilora.layers.weights.base import ExpertsWeight
+
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
@@ -37,6 +49,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "target_parameters": ["mlp.gate.weight", BOTH[1]],
     },
 }
+PROMPT = list(range(5, 24))
+TAGS: list[MemoryTag] = ["weights", "kv_cache"]
 SIZES = {"hidden_size": 256, "num_attention_heads": 4}
 CLOSE, TYPICAL = 0.2, 1e-4
 """How far logprobs may be from PEFT's: where a number falls on the other side of a rounding, and elsewhere."""
@@ -128,3 +142,64 @@ def test_experts_alone_are_quantised_while_they_are_loaded(tmp_path: Path, fused
     names = load_file(tmp_path / "base" / "model.safetensors")
     assert any(name.endswith("experts.gate_up_proj") for name in names) == fused
     compare(tmp_path, lambda: rounding(tmp_path / "plain", all_linears=False))
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A mixture in 32 bit and an adapter on its experts."""
+    make_tiny_model(tmp_path / "base", "qwen3_moe")
+    base = partial(AutoModelForCausalLM.from_pretrained, tmp_path / "base", dtype=torch.float32)
+    with_adapter(tmp_path / "wrappers", base, 0, **ADAPTERS["experts"])
+    return tmp_path
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_layout_of_an_adapter_says_the_same_over_them(mixture: Path, ranks: int) -> None:
+    layouts: dict[str, tuple[Any, list[str]]] = {
+        "by expert": (partial(by_expert, names=QWEN), ["o_proj", "gate_proj", "up_proj", "down_proj"]),
+        "stacks": (as_stacks, ["o_proj", "gate_up_proj", "down_proj"]),
+    }
+    for name, (change, modules) in layouts.items():
+        shutil.copytree(mixture / "wrappers", mixture / name)
+        rewrite(mixture / name, change, target_parameters=None, target_modules=modules)
+    names = ("wrappers", *layouts)
+    options = {"page_size": 4, "quantization": "fp8", "tp_size": ranks}
+    driver = EngineDriver(mixture / "base", {name: mixture / name for name in names}, **options)
+    try:
+        said = {}
+        for name in (None, *names):
+            rid = ask_for_all(driver, PROMPT, name, vocab=VOCAB, max_new_tokens=NEW_TOKENS)
+            driver.run()
+            said[name] = told(driver.answers[rid], VOCAB)
+        for name in layouts:
+            errors = (said[name] - said["wrappers"]).abs().amax(-1)
+            assert errors.max() < CLOSE and errors.median() < TYPICAL, name
+        assert not torch.allclose(said["wrappers"], said[None], atol=0.1)
+    finally:
+        driver.close()
+
+
+def test_they_wake_up_as_they_were(mixture: Path) -> None:
+    """Discarded and read again."""
+    driver = EngineDriver(mixture / "base", {"a": mixture / "wrappers"}, quantization="fp8")
+    try:
+        before = driver.complete(PROMPT, "a", max_new_tokens=NEW_TOKENS).tokens
+        held = [module for module in driver.engine.runner._model.modules() if isinstance(module, ExpertsWeight)]
+        driver.call(Sleep(call=0, level=2, mode="keep", tags=TAGS))
+        assert [weight.data.untyped_storage().nbytes() for weight in held] == [0] * 4
+        driver.call(WakeUp(0, TAGS))
+        assert driver.complete(PROMPT, "a", max_new_tokens=NEW_TOKENS).tokens == before
+    finally:
+        driver.close()
+
+
+def test_offline(mixture: Path) -> None:
+    """`LLM` and the engine alone say the same."""
+    driver = EngineDriver(mixture / "base", {"a": mixture / "wrappers"}, quantization="fp8")
+    expected = driver.complete(PROMPT, "a", max_new_tokens=NEW_TOKENS).tokens
+    driver.close()
+    byte_level_tokenizer().hf.save_pretrained(mixture / "base")
+    options = {"device": "cpu", "max_total_tokens": 1024, "quantization": "fp8"}
+    with LLM(str(mixture / "base"), lora_paths={"a": str(mixture / "wrappers")}, **options) as llm:
+        greedy = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS}
+        assert llm.generate(PROMPT, greedy, lora_path="a").token_ids == expected
