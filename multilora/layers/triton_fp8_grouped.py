@@ -42,9 +42,10 @@ class Fp8GroupedBlocks:
 
 
 FEW = Fp8GroupedBlocks(16, 64, 128, swapped=True, stages=6)
-SOME = Fp8GroupedBlocks(64, 128, 128, swapped=False, stages=4)
-MANY = Fp8GroupedBlocks(128, 128, 128, swapped=False, warps=8, stages=3)
-"""Block sizes by the rows that an expert has on the average: guesses after `triton_fp8_rows.py`, measured nowhere."""
+SOME = Fp8GroupedBlocks(64, 128, 128, swapped=False, warps=8, stages=4)
+MANY = Fp8GroupedBlocks(128, 64, 128, swapped=False, warps=8, stages=3)
+"""Block sizes by the rows that an expert has on the average: guesses after `triton_fp8_rows.py`, measured nowhere.
+Larger ones have no registers left for the sums of `EXACT` columns."""
 
 FEW_ROWS, SOME_ROWS = 12, 96
 """Rows of an expert, on the average, up to which FEW and SOME are taken."""
