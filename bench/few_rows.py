@@ -1,17 +1,18 @@
 """Products of a few rows with quantised weights and with experts', bound by reading them: torch's and ours.
 
-    python -m bench.few_rows [--only fp8 experts] [--sweep] [--out bench/results/few_rows.json]
+    python -m bench.few_rows [--only fp8 experts fp8_experts] [--sweep] [--out bench/results/few_rows.json]
 
 FP8 with a scale for each row, Llama-3.1-8B's four shapes; the experts of Qwen3-30B-A3B, each row on 8 random ones of
-128. All in bf16, in CUDA graphs over weights enough to miss the L2 cache. --sweep tries other block sizes, from which
-the committed ones were taken. The limit is the bytes of the weights read over the read bandwidth measured in the same
-run. Last line: JSON.
+128, in 16 bit and in FP8 by rows and by blocks of 128 x 128. All in bf16, in CUDA graphs over weights enough to miss
+the L2 cache. --sweep tries other block sizes, from which the committed ones were taken, but for those of FP8 experts.
+The limit is the bytes of the weights read over the read bandwidth measured in the same run. Last line: JSON.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,6 +24,7 @@ from bench.common import environment, finish, read_bandwidth, say
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 EXPERTS, TOP_K, SITES = 128, 8, {"gate_up": (1536, 2048), "down": (2048, 768)}
 ROWS = {"fp8": (1, 2, 8, 16, 32, 64, 128), "experts": (1, 8, 32, 64, 128, 256, 512)}
+ROWS["fp8_experts"] = (*ROWS["experts"], 2048, 8192)
 COLD_BYTES = 256 << 20
 DEVICE = torch.device("cuda")
 
@@ -41,7 +43,7 @@ def main() -> int:
     result["read_bandwidth_tb_s"] = bandwidth / 1e12
     result["rows"] = []
     for part in args.only:
-        for name, rows, nbytes, ways in {"fp8": fp8, "experts": experts}[part](args.rows or ROWS[part], args.sweep):
+        for name, rows, nbytes, ways in PARTS[part](args.rows or ROWS[part], args.sweep):
             limit = nbytes / bandwidth * 1e6
             times = {how: microseconds(run, nbytes) for how, run in ways()}
             best = min(times, key=lambda how: times[how])
@@ -111,6 +113,68 @@ def experts(counts: list[int], sweep: bool) -> Iterator[Case]:
 
             yield name, tokens, len(taken.unique()) * outs * width * 2, ways
 
+
+def fp8_experts(counts: list[int], sweep: bool) -> Iterator[Case]:
+    """Beside the product in 16 bit. What is multiplied is rounded in both."""
+    from multilora.layers import triton_fp8_grouped as grouped
+    from multilora.layers import triton_grouped
+    from multilora.layers.experts import sort_by_expert
+    from multilora.layers.weights.fp8_arithmetic import quantise
+
+    for name, (outs, width) in SITES.items():
+        wide = torch.randn(EXPERTS, outs, width, device=DEVICE, dtype=torch.bfloat16)
+        flat, by_row = quantise(wide.flatten(0, 1))
+        weight, by_row = flat.view(EXPERTS, outs, width), by_row.view(EXPERTS, outs, 1)
+        by_block = torch.ones(EXPERTS, -(-outs // 128), -(-width // 128), device=DEVICE)
+        for tokens in counts:
+            g = torch.Generator().manual_seed(tokens)
+            taken = torch.rand(tokens, EXPERTS, generator=g).topk(TOP_K).indices.to(DEVICE)
+            rows = sort_by_expert(taken, EXPERTS)
+            x = torch.randn(tokens * TOP_K, width, device=DEVICE, dtype=torch.bfloat16)
+
+            def product(
+                x: torch.Tensor,
+                ends: torch.Tensor,
+                weight: torch.Tensor,
+                scale: torch.Tensor,
+                block: tuple[int, int] | None,
+                blocks: Any = None,
+            ) -> torch.Tensor:
+                q, x_scale = quantise(x, block and block[1])
+                return grouped.grouped_product(q, x_scale, weight, scale, ends, block, x.dtype, blocks)
+
+            def ways(
+                x: torch.Tensor = x,
+                ends: torch.Tensor = rows.ends,
+                wide: torch.Tensor = wide,
+                weight: torch.Tensor = weight,
+                by_row: torch.Tensor = by_row,
+                by_block: torch.Tensor = by_block,
+                product: Callable[..., torch.Tensor] = product,
+            ) -> Iterator[tuple[str, Run]]:
+                yield "bf16, torch", lambda _: F.grouped_mm(x, wide.transpose(1, 2), offs=ends)
+                yield "bf16, few rows", lambda _: triton_grouped.grouped_product(x, wide, ends)
+                for how, scale, block in (("by rows", by_row, None), ("in blocks", by_block, (128, 128))):
+                    run = partial(product, x, ends, weight, scale, block)
+                    yield how, lambda _, run=run: run()
+                    for blocks in _swept_experts(grouped, block is not None) if sweep else ():
+                        yield f"{how}, {blocks}", lambda _, run=run, b=blocks: run(b)
+
+            yield name, tokens, len(taken.unique()) * outs * width, ways
+
+
+def _swept_experts(grouped: Any, in_blocks: bool) -> Iterator[Any]:
+    """Those chosen, and with other outputs, columns, warps and stages."""
+    for chosen in (grouped.FEW, grouped.SOME, grouped.MANY):
+        for outs in (32, 64, 128, 256):
+            for columns in (128,) if in_blocks else (64, 128, 256):
+                for warps in (4, 8):
+                    one = replace(chosen, outs=outs, columns=columns, warps=warps)
+                    if not (chosen.swapped and outs < 64) and one.stage_bytes * 2 <= 200 << 10:
+                        yield replace(one, stages=min(6, (200 << 10) // one.stage_bytes))
+
+
+PARTS = {"fp8": fp8, "experts": experts, "fp8_experts": fp8_experts}
 
 SWEPT = {  # rows: (outs, columns in bytes, stages, warps, swapped)
     16: (

@@ -65,7 +65,8 @@ class Config:
     dtype: str = _model("auto", "auto: the model's own, float32 on CPU", choices=("auto", *DTYPES))
     quantization: str | None = _model(
         None,
-        "hold linear layers in 8 or 4 bit; for a checkpoint that is quantised: what by, which is found anyway",
+        "hold linear layers in 8 or 4 bit, native experts in 8 by fp8; for a checkpoint that is quantised: what by, "
+        "which is found anyway",
         choices=(KeysOf("multilora.layers.weights.methods:METHODS"),),
     )
     kv_cache_dtype: str = _model(

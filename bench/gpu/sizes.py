@@ -114,9 +114,9 @@ class MoeDims(Dims):
         kv_bits: int = 16,
     ) -> float:
         """Experts that no row takes are not read; rows take theirs as random weights have it, all equally often.
-        Experts have 16 bits whatever the others have."""
+        Experts have 8 bits where the others do, else 16."""
         taken = self.experts * (1 - (1 - self.top_k / self.experts) ** batch)
-        of_experts = taken * 2 - self.experts * weight_bits / 8
+        of_experts = taken * (1 if weight_bits == 8 else 2) - self.experts * weight_bits / 8
         rest = super().step_bytes(batch, context, adapters, ranks, weight_bits=weight_bits, kv_bits=kv_bits)
         return rest + of_experts * self.expert_parameters / ranks
 

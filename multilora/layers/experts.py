@@ -8,23 +8,22 @@ Ranks of a group divide the experts: rows of those that others hold come last an
 what a rank combines is its share.
 """
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from multilora.batch import ExpertRows
 from multilora.distributed.group import SINGLE, Group
 from multilora.layers.activation import SiluAndMul
 from multilora.layers.context import ForwardContext
-from multilora.layers.matmul import linear
 from multilora.layers.ops import fused_ops
+from multilora.layers.weights.base import ExpertsFormat, ExpertsWeight, Share, Stored
+from multilora.layers.weights.plain import EXPERT_MODULES, PLAIN
 from multilora.lora.sharding import experts_of, local_site
 from multilora.lora.sites import LoraSite
 
 MOST_TAKEN, MOST_EXPERTS = 32, 1024  # which the routing kernel holds at a time
-
-GROUPED_CAPABILITIES = ((9, 0), (10, 0))
-"""Devices whose grouped product is one kernel; on others torch falls back to a loop that waits for the device."""
 
 
 def route(
@@ -75,40 +74,6 @@ def sort_by_expert(
     return ExpertRows(order // top_k, taken, ends.int(), places, found)
 
 
-def has_grouped_product(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
-    """Whether torch multiplies groups of rows with weights of these widths in one kernel there, without the host."""
-    if device.type != "cuda" or dtype != torch.bfloat16 or any(width % 8 for width in widths):
-        return False
-    return torch.cuda.get_device_capability(device) in GROUPED_CAPABILITIES
-
-
-def grouped_product(x: torch.Tensor, weight: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
-    """x: [rows, in], in the order of `rows`; weight: [experts, out, in]. Returns [rows, out], of which those that
-    belong to no expert are of no use."""
-    if _few_rows(x, weight):
-        from multilora.layers import triton_grouped
-
-        return triton_grouped.grouped_product(x, weight, rows.ends)
-    if has_grouped_product(x.device, x.dtype, *weight.shape[1:]):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.ends)
-    y = x.new_empty(len(x), weight.shape[1])
-    start = 0
-    for expert, end in enumerate(rows.ends.tolist()):
-        if end > start:
-            y[start:end] = linear(x[start:end], weight[expert])
-        start = end
-    return y
-
-
-def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether an expert has so few rows, on the average, that reading its weights is all that takes time."""
-    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    from multilora.layers import triton_grouped
-
-    return len(x) <= triton_grouped.MOST_ROWS * len(weight)
-
-
 def combine(y: torch.Tensor, rows: ExpertRows, weights: torch.Tensor) -> torch.Tensor:
     """Each token's sum of its rows of y, [rows, hidden], by `weights` [tokens, top_k]; a row whose weight is 0 is not
     looked at. Returns [tokens, hidden]."""
@@ -122,10 +87,11 @@ def combine(y: torch.Tensor, rows: ExpertRows, weights: torch.Tensor) -> torch.T
 
 
 class Experts(nn.Module):
-    """down(silu(gate(x)) · up(x)) of every expert, as transformers stacks their weights, with the step's adapters.
+    """down(silu(gate(x)) · up(x)) of every expert, with the step's adapters.
 
     gate_up, down: the sites, whose outputs and inputs these are, with the experts that this rank holds; `held`: which
-    of all `count` experts of the layer those are.
+    of all `count` experts of the layer those are. gate_up_proj, down_proj: the weights, gate above up. places: by the
+    modules that checkpoints have, in which weight they lie, and which rows of an expert's matrix they are.
     """
 
     def __init__(
@@ -136,14 +102,23 @@ class Experts(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         group: Group = SINGLE,
+        weight_format: ExpertsFormat = PLAIN,
     ):
-        """gate_up, down: as declared."""
+        """gate_up, down: as declared. weight_format: of all matrices. Raises ModelUnsupported if it cannot be."""
         super().__init__()
         self.count, whole = down.experts, down
         self.gate_up, self.down = gate_up, down = local_site(gate_up, group.size), local_site(down, group.size)
         self.held = experts_of(whole, group.rank, group.size)
-        self.gate_up_proj = _stacked(gate_up, device, dtype)
-        self.down_proj = _stacked(down, device, dtype)
+        count, inner, hidden = len(self.held), down.in_features, down.out_features
+        make = partial(weight_format.make_experts, count, device=device, dtype=dtype)
+        self.gate_up_proj: ExpertsWeight = make((inner, inner), hidden)
+        self.down_proj: ExpertsWeight = make((hidden,), inner)
+        gate, up, own = EXPERT_MODULES
+        self.places: dict[str, tuple[ExpertsWeight, slice]] = {
+            gate: (self.gate_up_proj, slice(0, inner)),
+            up: (self.gate_up_proj, slice(inner, 2 * inner)),
+            own: (self.down_proj, slice(0, hidden)),
+        }
         self._silu_and_mul = SiluAndMul(device)
 
     def forward(self, x: torch.Tensor, rows: ExpertRows, ctx: ForwardContext) -> torch.Tensor:
@@ -152,14 +127,27 @@ class Experts(nn.Module):
         return self._product(self.down, self.down_proj, self._silu_and_mul(gate_up), rows, ctx)
 
     def _product(
-        self, site: LoraSite, weight: torch.Tensor, x: torch.Tensor, rows: ExpertRows, ctx: ForwardContext
+        self, site: LoraSite, weight: ExpertsWeight, x: torch.Tensor, rows: ExpertRows, ctx: ForwardContext
     ) -> torch.Tensor:
-        y = grouped_product(x, weight, rows)
+        y = weight.grouped_matmul(x, rows)
         if ctx.lora is not None and rows.segments is not None:
             ctx.lora.apply_experts(y, x, site.index, rows)
         return y
 
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can hold it: nothing waits for the device."""
+        return self.gate_up_proj.capturable and self.down_proj.capturable
 
-def _stacked(site: LoraSite, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    data = torch.empty(site.experts, site.out_features, site.in_features, device=device, dtype=dtype)
-    return nn.Parameter(data, requires_grad=False)
+    def tensors(self, module: str) -> dict[str, Stored]:
+        """Which tensors of a checkpoint fill one of an expert's modules, by their names there; a rank reads all or
+        none of an expert."""
+        weight, part = self.places[module]
+        outs, width = part.stop - part.start, weight.width
+        return weight.tensors(part, Share(outs, width, range(outs), range(width)))
+
+    def load(self, expert: int, module: str, name: str, tensor: torch.Tensor) -> None:
+        """Fill a module of an expert, which is held, from one of its `tensors`. expert: of all `count`."""
+        weight, part = self.places[module]
+        start = weight.rows_of(expert - self.held.start).start
+        weight.load(slice(start + part.start, start + part.stop), name, tensor)

@@ -16,7 +16,7 @@ from multilora.distributed.group import SINGLE, Group
 from multilora.layers.attention import SelfAttention
 from multilora.layers.context import ForwardContext
 from multilora.layers.embedding import Embedding, LMHead
-from multilora.layers.experts import has_grouped_product
+from multilora.layers.experts import Experts
 from multilora.layers.linear import Linear
 from multilora.layers.norm import RMSNorm
 from multilora.layers.rotary import Rotary
@@ -151,10 +151,7 @@ class LlamaForCausalLM(CausalLM):
 
     @property
     def capturable(self) -> bool:
-        c = self.config
-        if c.moe is None:
-            return True
-        return has_grouped_product(self.device, c.dtype, c.hidden_size, c.moe.intermediate_size)
+        return all(module.capturable for module in self.modules() if isinstance(module, Experts))
 
     @property
     def attention_shape(self) -> AttentionShape:

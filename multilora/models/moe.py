@@ -1,7 +1,7 @@
 """A mixture of experts in place of an MLP: a router, and the experts that it sends each token to.
 
 Qwen3-MoE, Mixtral and Qwen2-MoE (their files say what differs). Numbers of rows depend on the number of tokens only
-and the host is never asked, so that a CUDA graph can hold all of it where `layers/experts.py` has a grouped product.
+and the host is never asked, so that a CUDA graph can hold all of it where experts have a grouped product.
 Ranks divide the experts; every one of them routes all tokens, by the same numbers.
 """
 
@@ -37,11 +37,15 @@ class SparseMoe(nn.Module):
         **kind: Any,
     ):
         super().__init__()
-        weights.check_experts(module_path(layer, "mlp", "experts"))
         self._moe = config
         gate = target("mlp.gate", config.num_experts, before_kv=False, shard=Shard.REPLICATED)
         self.gate = Linear(declared.site(layer, "gate", hidden, gate), group=group, **kind)
-        self.experts = Experts(*_sites(config, hidden, layer, declared), group=group, **kind)
+        path = module_path(layer, "mlp", "experts")
+        held = weights.of_experts(path, config.num_experts)
+        try:
+            self.experts = Experts(*_sites(config, hidden, layer, declared), group=group, weight_format=held, **kind)
+        except ModelUnsupported as e:
+            raise ModelUnsupported(f"{path}: {e.message}") from None
         self._held = self.experts.held if group.size > 1 else None
         self.shared_expert: MLP | None = None
         if config.shared_size:

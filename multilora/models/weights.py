@@ -28,7 +28,7 @@ from multilora.errors import ConfigError, ModelUnsupported
 from multilora.layers.embedding import Embedding, LMHead
 from multilora.layers.experts import Experts
 from multilora.layers.linear import Linear
-from multilora.layers.weights.base import FLOATS, Weight
+from multilora.layers.weights.base import FLOATS, ExpertsWeight, Stored, Weight
 from multilora.layers.weights.plain import NOISE
 from multilora.lora.sites import HEAD, Shard
 
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INNER = "model."
 """What the names of a decoder's tensors begin with inside a causal LM."""
-NONE = range(0), range(0)
-"""The part of a matrix of which a rank holds nothing."""
+NOTHING = (range(0),)
+"""The part of a tensor of which a rank holds nothing."""
 Part = tuple[range | tuple[range, ...], ...]
 """Which part of a tensor, by its dimensions; several ranges of one come to lie behind each other."""
 SUPERFLUOUS = re.compile(r"\.rotary_emb\.inv_freq$")  # written by old exporters, derived from the config
@@ -91,6 +91,9 @@ def fill_dummy(
             whole = all(part.shard is Shard.REPLICATED for part in module.site.slices)
             module.weight.randomise(of_all if whole else of_rank)
             own.update(module.weight.parameters())
+        elif isinstance(module, ExpertsWeight):
+            module.randomise(of_rank)
+            own.update(module.parameters())
     for param in params:
         if param in own:
             continue
@@ -125,6 +128,8 @@ class Destination:
 
     def read(self, tensors: Any, name: str) -> torch.Tensor:
         """The part that this rank holds; no other byte is read. tensors: an open safetensors file."""
+        if self.part == NOTHING:
+            return torch.empty(0)
         if self.held_shape == self.shape:
             tensor: torch.Tensor = tensors.get_tensor(name)
             return tensor
@@ -172,27 +177,37 @@ def _of_linear(path: str, linear: Linear) -> dict[str, Destination]:
 
 
 def _of_experts(path: str, experts: Experts) -> dict[str, Destination]:
-    """Checkpoints have three matrices for each expert, or two tensors for all of them."""
-    hidden, inner = experts.gate_up.in_features, experts.down.in_features
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    """Checkpoints have three matrices for each expert, or two tensors for all of them, in 16 or 32 bit."""
     found: dict[str, Destination] = {}
-    halves = {"gate_proj": slice(inner), "up_proj": slice(inner, 2 * inner)}
-    for number in range(experts.count):
-        at, own = f"{path}.{number}", number - experts.held.start
-        if number not in experts.held:
-            shapes = {**dict.fromkeys(halves, (inner, hidden)), "down_proj": (hidden, inner)}
-            found |= {f"{at}.{module}.weight": Destination(shape, _leave, NONE) for module, shape in shapes.items()}
-            continue
-        for module, rows in halves.items():
-            found[f"{at}.{module}.weight"] = Destination((inner, hidden), gate_up[own, rows].copy_)
-        found[f"{at}.down_proj.weight"] = Destination((hidden, inner), down[own].copy_)
-    single = tuple(found)
-    for name, param in (("gate_up_proj", gate_up), ("down_proj", down)):
-        parts = tuple(s for s in single if (s.endswith(".down_proj.weight")) == (name == "down_proj"))
-        part = (experts.held, *(range(size) for size in param.shape[1:]))
-        shape = (experts.count, *param.shape[1:])
-        found[f"{path}.{name}"] = Destination(shape, param.copy_, part, instead_of=parts)
+    for name, weight in (("gate_up_proj", experts.gate_up_proj), ("down_proj", experts.down_proj)):
+        modules = {m: experts.tensors(m) for m, (place, _) in experts.places.items() if place is weight}
+        single = {
+            f"{path}.{number}.{module}.{leaf}": _of_expert(experts, number, module, leaf, stored)
+            for number in range(experts.count)
+            for module, tensors in modules.items()
+            for leaf, stored in tensors.items()
+        }
+        found |= single
+        if all(one.dtypes == FLOATS and at.endswith(".weight") for at, one in single.items()):
+            size = weight.height, weight.width
+            part = (experts.held, *map(range, size))
+            load = partial(_load_stack, weight)
+            found[f"{path}.{name}"] = Destination((experts.count, *size), load, part, instead_of=tuple(single))
     return found
+
+
+def _of_expert(experts: Experts, number: int, module: str, leaf: str, stored: Stored) -> Destination:
+    """Where one tensor of one expert goes: nowhere, if another rank holds the expert."""
+    if number not in experts.held:
+        return Destination(stored.shape, _leave, NOTHING, stored.dtypes, stored.optional)
+    load = partial(experts.load, number, module, leaf)
+    return Destination(stored.shape, load, stored.part, stored.dtypes, stored.optional)
+
+
+def _load_stack(weight: ExpertsWeight, stack: torch.Tensor) -> None:
+    """Fill the weight from [experts, out, in]."""
+    for expert, matrix in enumerate(stack):
+        weight.load(weight.rows_of(expert), "weight", matrix)
 
 
 def _leave(tensor: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from multilora.adapters.packing.blocks import PackTarget
 from multilora.distributed.group import SINGLE, SingleRank
 from multilora.errors import ConfigError, ModelUnsupported
+from multilora.layers.weights.base import ExpertsWeight
 from multilora.lora.device_table import table_bytes_per_page
 from multilora.lora.panels import AdapterShape
 from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, LoraSite
@@ -81,9 +82,9 @@ class ModelFacts:
 
     @cached_property
     def expert_bytes(self) -> int:
-        """Bytes of all experts that a GPU holds."""
-        numbers = sum(s.experts * s.in_features * s.out_features for s in self.sites)
-        return numbers * self.model.config.dtype.itemsize
+        """Bytes of all experts that a GPU holds, as they are held: in 16 bit, or in 8 with their scales."""
+        weights = (module for module in self.model.modules() if isinstance(module, ExpertsWeight))
+        return sum(param.nbytes for weight in weights for param in weight.parameters())
 
     def experts_taken(self, rows: int) -> float:
         """The share of the experts that `rows` tokens take, if all are taken equally often."""

@@ -151,3 +151,10 @@ def test_limits_count_the_bytes_that_are_held() -> None:
     assert plain - held == dims.parameters
     with_kv = dims.step_bytes(4, 100, [], kv_bits=8) - plain
     assert with_kv == 4 * 100 * dims.kv_bytes() / 2
+    moe, _ = SIZES["qwen3-30b-a3b"]
+    assert isinstance(moe, MoeDims)
+    of_experts = moe.experts * (1 - (1 - moe.top_k / moe.experts) ** 4) * moe.expert_parameters
+    others = moe.parameters - moe.experts * moe.expert_parameters
+    plain, eight, four = (moe.step_bytes(4, 0, [], weight_bits=bits) for bits in (16, 8, 4))
+    assert plain - eight == pytest.approx(of_experts + others)
+    assert plain - four == pytest.approx(1.5 * others), "bitsandbytes leaves experts"

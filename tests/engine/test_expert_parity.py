@@ -4,9 +4,8 @@ One batch mixes them with each other and the base model, in chunks, with pages o
 In fp32 greedy answers are PEFT's token for token, and so are the logprobs of every position to 2e-5 of the largest.
 """
 
-import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,18 +15,15 @@ import pytest
 import torch
 from clear_answers import clear_answer
 from exactness import ask_for_all, told
+from expert_layouts import EXPERTS, MIXTRAL, QWEN, as_stacks, by_expert, rewrite
 from fakes.engine_driver import EngineDriver
 from fakes.models import make_tiny_model
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from walk import NEW_TOKENS, load, make_adapter, prompts
 
 from multilora.errors import AdapterUnsupported
 
-Tensors = dict[str, torch.Tensor]
-
 CLOSE = 2e-5
-EXPERTS = 6
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -125,56 +121,6 @@ def test_adapters_of_a_mixture_of_experts(case: str, tmp_path: Path) -> None:
             driver.close()
 
 
-def by_expert(tensors: Tensors, names: dict[str, str]) -> Tensors:
-    """PEFT's own layout with two wrappers as a module per expert, under these names of gate, up and down."""
-    found = {}
-    for name, tensor in tensors.items():
-        at, wrapped, end = name.partition(".experts.")
-        if not wrapped:
-            found[name] = tensor
-            continue
-        inner, part = end.startswith("base_layer."), end.split(".")[-2]
-        stack = stacked(tensor, part)
-        for expert, own in enumerate(stack):
-            halves = own.chunk(2) if inner and part == "lora_B" else (own, own)
-            for module, half in zip(("gate", "up") if inner else ("down",), halves, strict=False):
-                path = f"{at}.experts.{expert}.{names[module]}".replace(".mlp.", names["parent"])
-                found[f"{path}.{part}.weight"] = half.clone()
-    return found
-
-
-def stacked(tensor: torch.Tensor, part: str) -> torch.Tensor:
-    """PEFT's lora_A [experts · rank, in] or lora_B [out, rank · experts] as [experts, …]."""
-    if part == "lora_A":
-        return tensor.view(EXPERTS, -1, tensor.shape[1])
-    return tensor.view(tensor.shape[0], -1, EXPERTS).permute(2, 0, 1)
-
-
-def as_stacks(tensors: Tensors, shared: bool = False) -> Tensors:
-    """PEFT's own layout with two wrappers as two tensors for each parameter; shared: what all experts have in common
-    once."""
-    found = {}
-    for name, tensor in tensors.items():
-        at, wrapped, end = name.partition(".experts.")
-        if wrapped:
-            inner, part = end.startswith("base_layer."), end.split(".")[-2]
-            module, once = ("gate_up_proj", "lora_A") if inner else ("down_proj", "lora_B")
-            tensor = stacked(tensor, part)
-            name = f"{at}.experts.{module}.{part}.weight"
-            if shared and part == once:
-                assert torch.equal(tensor, tensor[:1].expand_as(tensor))
-                tensor = tensor[:1]
-        found[name] = tensor.contiguous()
-    return found
-
-
-def rewrite(path: Path, change: Callable[[Tensors], Tensors], **fields: Any) -> None:
-    """Write the adapter's files anew."""
-    save_file(change(load_file(path / "adapter_model.safetensors")), path / "adapter_model.safetensors")
-    config = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(json.dumps(config | fields))
-
-
 def share_outer(model: Any) -> None:
     """Give all experts the A of gate and up, and the B of down, in common."""
     for name, weight in model.named_parameters():
@@ -182,10 +128,6 @@ def share_outer(model: Any) -> None:
             weight.data.copy_(weight.data[: weight.shape[0] // EXPERTS].repeat(EXPERTS, 1))
         elif ".experts.lora_B" in name:
             weight.data.copy_(weight.data[:, ::EXPERTS].repeat_interleave(EXPERTS, 1))
-
-
-QWEN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "parent": ".mlp."}
-MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2", "parent": ".block_sparse_moe."}
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,13 @@ VOCAB = 512
 SIZES = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "head_dim": 128}
 PROMPT = torch.randint(3, VOCAB, (70,), generator=torch.Generator().manual_seed(0)).tolist()
 ADAPTER = {"r": 8, "lora_alpha": 2, "target_modules": ["q_proj", "up_proj", "down_proj"]}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SHARE = 0.35  # of what the adapter changes: so little may rounding to bf16 change, which these models magnify
 KINDS: dict[str, dict[str, Any]] = {
     "fp8": {"quantization": "fp8"},
     "fp8 in blocks": {},
+    "fp8 experts": {"quantization": "fp8"},
+    "fp8 experts in blocks": {},
     "bitsandbytes": {"quantization": "bitsandbytes"},
     "fp8 KV cache": {"kv_cache_dtype": "fp8"},
     "fp8_e5m2 KV cache": {"kv_cache_dtype": "fp8_e5m2"},
@@ -54,12 +57,16 @@ def logprobs(path: Path, device: str, dtype: str, **options: Any) -> torch.Tenso
 def test_a_gpu_says_what_the_cpu_says(tmp_path: Path, kind: str) -> None:
     if kind == "bitsandbytes":
         pytest.importorskip("bitsandbytes")
-    base = tmp_path / "base"
-    make_tiny_model(base, "llama", **SIZES)
-    make_adapter(tmp_path / "a", base, **ADAPTER)
-    if kind == "fp8 in blocks":
+    base, model = tmp_path / "base", {"family": "llama"} | SIZES
+    adapter = ADAPTER
+    if "experts" in kind:
+        model |= {"family": "qwen3_moe", "moe_intermediate_size": 256, "num_key_value_heads": 2}
+        adapter = ADAPTER | {"target_modules": ["q_proj"], "target_parameters": EXPERTS}
+    make_tiny_model(base, **model)
+    make_adapter(tmp_path / "a", base, **adapter)
+    if kind.endswith("in blocks"):
         config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-        write_quantised(base, config, in_blocks, family="llama", **SIZES)
+        write_quantised(base, config, in_blocks, **model)
     found = logprobs(tmp_path, DEVICE, "bfloat16", **KINDS[kind])
     exact = logprobs(tmp_path, "cpu", "float32", **KINDS[kind])
     changed = (exact[0] - exact[1]).abs().mean()

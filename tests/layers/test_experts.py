@@ -1,23 +1,30 @@
-"""The order in which experts take rows, the grouped product and the weighted sum, against plain loops."""
+"""The order in which experts take rows, what they compute and the weighted sum, against plain loops."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fakes.layer_context import BASE
 
-from multilora.layers import experts
-from multilora.layers.experts import Experts, combine, grouped_product, has_grouped_product, sort_by_expert
+from multilora.layers.experts import Experts, combine, sort_by_expert
+from multilora.layers.weights.base import ExpertsFormat
+from multilora.layers.weights.fp8 import Fp8Blocks, Fp8Rows
+from multilora.layers.weights.plain import PLAIN
 from multilora.lora.sites import LoraSite, LoraSlice
 
 CPU = torch.device("cpu")
 
 
 def make_experts(
-    count: int, hidden: int, inner: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    count: int,
+    hidden: int,
+    inner: int,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    weight_format: ExpertsFormat = PLAIN,
 ) -> Experts:
     gate_up = LoraSite(0, 0, "gate_up", hidden, (LoraSlice("gate_up", 0, 2 * inner),), count)
     down = LoraSite(1, 0, "down", inner, (LoraSlice("down", 0, hidden),), count)
-    return Experts(gate_up, down, device=device, dtype=dtype)
+    return Experts(gate_up, down, device=device, dtype=dtype, weight_format=weight_format)
 
 
 def taken(tokens: int, top_k: int, num_experts: int, seed: int = 0) -> torch.Tensor:
@@ -55,16 +62,6 @@ def test_within_an_expert_rows_are_sorted_by_segment() -> None:
     assert all(rows.experts[rows.places[t, k]] == numbers[t, k] for t in range(20) for k in range(3))
 
 
-def test_every_row_is_multiplied_by_its_expert() -> None:
-    weight, x = torch.randn(6, 5, 4), torch.randn(9, 4)
-    experts = taken(3, 3, 6)
-    rows = sort_by_expert(experts, 6)
-    y = grouped_product(x[rows.tokens], weight, rows)
-    for token in range(3):
-        for k in range(3):
-            torch.testing.assert_close(y[rows.places[token, k]], weight[experts[token, k]] @ x[token])
-
-
 def test_experts_against_their_formula() -> None:
     module = make_experts(5, 16, 12)
     for param in module.parameters():
@@ -75,40 +72,33 @@ def test_experts_against_their_formula() -> None:
     for token in range(7):
         expected = torch.zeros(16)
         for k in range(2):
-            gate, up = (module.gate_up_proj[experts[token, k]] @ x[token]).chunk(2)
-            expected += weights[token, k] * (module.down_proj[experts[token, k]] @ (F.silu(gate) * up))
+            first, second = (
+                w.dequantised(w.rows_of(int(experts[token, k]))) for w in (module.gate_up_proj, module.down_proj)
+            )
+            gate, up = (first @ x[token]).chunk(2)
+            expected += weights[token, k] * (second @ (F.silu(gate) * up))
         torch.testing.assert_close(got[token], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_grouped_product_and_the_loop_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch has the product on the CPU too, where the loop is taken."""
-    weight, x = torch.randn(6, 16, 24, dtype=torch.bfloat16), torch.randn(30, 24, dtype=torch.bfloat16)
-    rows = sort_by_expert(taken(10, 3, 6), 6)
-    looped = grouped_product(x, weight, rows)
-    monkeypatch.setattr(experts, "has_grouped_product", lambda *_: True)
-    torch.testing.assert_close(grouped_product(x, weight, rows), looped, atol=1e-2, rtol=1e-2)
-
-
-def test_only_bf16_on_some_devices_has_a_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
-    assert not has_grouped_product(CPU, torch.bfloat16)
-    assert not has_grouped_product(cuda, torch.float16)
-    for capability, expected in (((8, 0), False), ((9, 0), True), ((12, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert has_grouped_product(cuda, torch.bfloat16, 64, 24) == expected
-        assert not has_grouped_product(cuda, torch.bfloat16, 64, 20)
+FORMATS = {"plain": PLAIN, "fp8 by rows": Fp8Rows(), "fp8 in blocks": Fp8Blocks("scale", (32, 32))}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_experts_in_a_graph_on_a_gpu() -> None:
+@pytest.mark.parametrize("kind", FORMATS)
+def test_experts_in_a_graph_on_a_gpu(kind: str) -> None:
     """One graph serves whatever experts the rows take."""
     device = torch.device("cuda")
-    module = make_experts(16, 64, 32, device, torch.bfloat16)
-    for param in module.parameters():
-        param.normal_(std=0.2)
-    if not has_grouped_product(device, torch.bfloat16):
+    module = make_experts(16, 64, 32, device, torch.bfloat16, FORMATS[kind])
+    if not module.capturable:
         pytest.skip("no grouped product here")
+    wide = make_experts(16, 64, 32, weight_format=FORMATS[kind])
+    for mine, theirs in ((wide.gate_up_proj, module.gate_up_proj), (wide.down_proj, module.down_proj)):
+        mine.randomise(torch.Generator().manual_seed(0))
+        for name, param in mine.named_parameters():
+            scale = 10.0 if name != "data" or kind == "plain" else 1.0
+            param.copy_(param.float() * scale)
+            theirs.get_parameter(name).copy_(param)
     x = torch.randn(24, 64, device=device, dtype=torch.bfloat16)
     experts, weights = taken(24, 4, 16).to(device), torch.rand(24, 4, device=device)
 
@@ -120,15 +110,15 @@ def test_experts_in_a_graph_on_a_gpu() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run()
-    wide = make_experts(16, 64, 32)
-    for mine, theirs in zip(wide.parameters(), module.parameters(), strict=True):
-        mine.copy_(theirs)
     for seed in range(3):
         experts.copy_(taken(24, 4, 16, seed))
         graph.replay()
         rows = sort_by_expert(experts.cpu(), 16)
         expected = combine(wide(x.cpu().float(), rows, BASE), rows, weights.cpu())
-        torch.testing.assert_close(out.cpu().float(), expected, atol=0.05, rtol=0.02)
+        error = (out.cpu().float() - expected).norm() / expected.norm()
+        assert error < (0.01 if kind == "plain" else 0.03), (
+            "what is rounded to bf16 may be rounded to 8 bit differently"
+        )
 
 
 def test_the_shares_of_ranks_add_up_to_the_whole() -> None:

@@ -5,6 +5,7 @@ import torch
 from fakes.models import make_tiny_model
 
 from multilora.errors import ConfigError
+from multilora.layers.weights.base import ExpertsWeight
 from multilora.models.load import make_model, read_config
 
 
@@ -38,3 +39,15 @@ def test_noise_for_a_quantised_model(tmp_path: Path) -> None:
     weight, bias = model.base_weight(1, "q_proj")
     assert 0.01 < weight.std() < 0.03
     assert bias is not None and bias.tolist() == [1.0] * 64
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_noise_for_experts(tmp_path: Path, quantization: str | None) -> None:
+    make_tiny_model(tmp_path, "qwen3_moe")
+    model = make_model(str(tmp_path), device=torch.device("cpu"), quantization=quantization)
+    model.load(str(tmp_path), load_format="dummy", revision=None, seed=0)
+    found = [module for module in model.modules() if isinstance(module, ExpertsWeight)]
+    assert len(found) == 4
+    for weight in found:
+        weight.check_filled()
+        assert 0.01 < weight.dequantised(weight.rows_of(weight.experts - 1)).std() < 0.03

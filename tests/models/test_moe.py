@@ -10,6 +10,7 @@ import torch
 import transformers
 from fakes.models import EXPERT_FAMILIES, TINY_SIZES, make_tiny_model
 from loaded_model import loaded_model
+from quantised import write_quantised
 from safetensors.torch import load_file, save_file
 
 from multilora.distributed.group import ProcessGroup
@@ -46,7 +47,7 @@ def test_transformers_stacks_them_alike(tmp_path: Path) -> None:
     ours = dict(loaded_model(tmp_path).named_parameters())
     names = [name for name in reference if ".experts." in name]
     assert len(names) == 4
-    assert all(torch.equal(ours[name], reference[name]) for name in names)
+    assert all(torch.equal(ours[f"{name}.data"], reference[name].flatten(0, 1)) for name in names)
 
 
 def drop(tensors: dict[str, torch.Tensor]) -> None:
@@ -127,17 +128,117 @@ def test_graphs_need_a_grouped_product(tmp_path: Path) -> None:
     assert (moe.capturable, dense.capturable) == (False, True)
 
 
-def test_experts_stay_in_16_bit(tmp_path: Path) -> None:
-    """Of a base model that is quantised while it is loaded; a checkpoint with quantised ones is refused by name."""
-    make_tiny_model(tmp_path, "qwen3_moe")
-    model = make_model(str(tmp_path), device=torch.device("meta"), quantization="fp8")
-    held = {name: param.dtype for name, param in model.named_parameters() if "layers.0." in name}
-    wide = [name for name, dtype in held.items() if "proj" in name and dtype.itemsize > 1 and "scale" not in name]
-    assert [name for name in wide if "experts" not in name] == []
-    assert held["model.layers.0.mlp.gate.weight.data"] == torch.float32
-    file = tmp_path / "config.json"
-    config = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_experts_are_held_in_8_bit_and_routers_are_not(family: str, tmp_path: Path) -> None:
+    """Of a base model that is quantised while it is loaded, by the modules that transformers has."""
+    make_tiny_model(tmp_path, family)
+    held = {}
     for impl in ("native", "transformers"):
-        with pytest.raises(ModelUnsupported, match=r"mlp\.experts: experts in fp8 in blocks .* are not supported"):
-            make_model(str(tmp_path), device=torch.device("meta"), model_impl=impl)
+        model = make_model(str(tmp_path), device=META, quantization="fp8", model_impl=impl)
+        held[impl] = {name: param.dtype for name, param in model.named_parameters() if "layers.0." in name}
+    wide = [name for name, dtype in held["native"].items() if dtype.itemsize > 1 and "scale" not in name]
+    assert [name for name in wide if "proj" in name and not name.endswith(".bias")] == []
+    assert held["native"]["model.layers.0.mlp.gate.weight.data"] == torch.float32
+    assert held["native"].get("model.layers.0.mlp.shared_expert_gate.weight.data", torch.float32) == torch.float32
+    theirs = {name: dtype for name, dtype in held["transformers"].items() if ".experts." in name}
+    assert len(theirs) == 2 and set(theirs.values()) == {torch.float32}, (
+        "through transformers they stay what they are"
+    )
+
+
+INTEGERS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+ROWS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+TOKENS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+
+
+def compressed(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": scheme}}
+
+
+FLOATS = compressed("float-quantized", ROWS, TOKENS)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 32},
+        "experts in awq .* are not supported; in 16 bit and fp8",
+    ),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "experts in gptq .*; in 16 bit and fp8 they are"),
+    "bitsandbytes": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "experts in bitsandbytes .*; in 16 bit and fp8 they are",
+    ),
+    "packed integers": (
+        compressed("pack-quantized", INTEGERS, None),
+        "experts in compressed-tensors in 4 bit are not",
+    ),
+    "static": (
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        "experts in fp8 by tensors, activations static are not supported; with activations dynamic they are",
+    ),
+    "inputs in 16 bit": (
+        compressed("float-quantized", ROWS, None),
+        "experts in fp8 by rows, activations none are not supported; with activations dynamic they are",
+    ),
+    "blocks": (
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "experts of 48 and 48 outputs in fp8 in blocks of 128 x 128, .*; of a multiple of 128 they are",
+    ),
+    "some": (
+        {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.0.mlp.experts.3.up_proj"]},
+        "some experts in fp8 by tensors, activations dynamic and plain are not supported; all in the same format are",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_experts_in_other_formats_are_named_before_weights_are_read(name: str, tmp_path: Path) -> None:
+    config, said = REFUSED[name]
+    make_tiny_model(tmp_path, "qwen3_moe")
+    (tmp_path / "model.safetensors").unlink()
+    rewrite(tmp_path, config)
+    with pytest.raises(ModelUnsupported, match=rf"model\.layers\.0\.mlp\.experts: {said}") as raised:
+        make_model(str(tmp_path), device=META)
+    assert "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize("config", [FLOATS, {"quant_method": "fp8", "weight_block_size": [16, 16]}])
+def test_quantised_experts_of_transformers_are_named(config: dict[str, Any], tmp_path: Path) -> None:
+    make_tiny_model(tmp_path, "qwen3_moe")
+    rewrite(tmp_path, config)
+    said = r"mlp\.experts: experts in fp8 .* are not supported through transformers' modules; in 16 bit they are"
+    with pytest.raises(ModelUnsupported, match=said):
+        make_model(str(tmp_path), device=META, model_impl="transformers")
+
+
+def rewrite(path: Path, config: dict[str, Any]) -> None:
+    """Say that the checkpoint is quantised so."""
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
+
+
+@pytest.mark.parametrize(
+    ("left", "edit", "message"),
+    [
+        (
+            "experts.2.up_proj.weight_scale",
+            None,
+            r"experts\.gate_up_proj: the checkpoint has no scale for its fp8 weight",
+        ),
+        ("experts.2.up_proj.weight", None, r"lacks model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight"),
+        ("experts.2.up_proj.weight", torch.zeros(48, 64), r"up_proj\.weight is F32, the config asks for F8_E4M3"),
+    ],
+)
+def test_quantised_experts_that_lack_something_are_named(
+    left: str, edit: torch.Tensor | None, message: str, tmp_path: Path
+) -> None:
+    def by_tensor(path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"weight": weight.to(torch.float8_e4m3fn), "weight_scale": torch.tensor(1.0)}
+
+    write_quantised(tmp_path, {"quant_method": "fp8"}, by_tensor, family="qwen3_moe")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[f"model.layers.1.mlp.{left}"]
+    if edit is not None:
+        tensors[f"model.layers.1.mlp.{left}"] = edit
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelUnsupported, match=message):
+        loaded_model(tmp_path)

@@ -17,6 +17,7 @@ from multilora.batch import AttentionMeta
 from multilora.distributed.group import SINGLE, Group, join
 from multilora.errors import ConfigError
 from multilora.layers.context import ForwardContext
+from multilora.layers.experts import Experts
 from multilora.models import weights
 from multilora.models.base import CausalLM
 from multilora.models.load import make_model
@@ -132,3 +133,35 @@ def test_ranks_divide_fp8(tmp_path: Path) -> None:
     held = on_ranks(tmp_path, 2, parts)
     for name, dim in (("q_proj", 0), ("up_proj", 0), ("down_proj", 1), ("o_proj", 1)):
         assert torch.equal(torch.cat([part[name] for part in held], dim=dim), whole[name]), name
+
+
+def test_ranks_read_and_hold_their_experts_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole ones, with their scales, and nothing of those of others."""
+
+    def in_blocks(path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scales = torch.rand(-(-weight.shape[0] // 16), -(-weight.shape[1] // 16)) + 0.5
+        return {"weight": weight.to(torch.float8_e4m3fn), "weight_scale_inv": scales}
+
+    config = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    write_quantised(tmp_path, config, in_blocks, family="qwen3_moe")
+    reads: dict[int, dict[str, int]] = {}
+
+    def opened(file: Path) -> Counted:
+        read = reads.setdefault(threading.get_ident(), {})
+        return Counted(safe_open(file, framework="pt", device="cpu"), read)
+
+    def parts(model: CausalLM) -> tuple[int, list[torch.Tensor]]:
+        experts = [module for module in model.modules() if isinstance(module, Experts)][1]
+        weights = (experts.gate_up_proj, experts.down_proj)
+        found = [torch.stack([w.dequantised(w.rows_of(e)) for e in range(w.experts)]) for w in weights]
+        return threading.get_ident(), found
+
+    _, whole = parts(loaded(tmp_path, SINGLE))
+    monkeypatch.setattr(weights, "open_file", opened)
+    held = on_ranks(tmp_path, 2, parts)
+    for i, expected in enumerate(whole):
+        assert torch.equal(torch.cat([found[i] for _, found in held]), expected)
+    for rank, (ident, _) in enumerate(held):
+        read = {name for name in reads[ident] if ".experts." in name}
+        own = {f".experts.{number}." for number in range(3 * rank, 3 * rank + 3)}
+        assert len(read) == 2 * 3 * 3 * 2 and all(any(at in name for at in own) for name in read)

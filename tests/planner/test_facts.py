@@ -69,6 +69,21 @@ def test_of_experts_a_token_reads_and_computes_those_that_it_takes(tmp_path):
     assert facts.adapter_bytes(8) == dims.adapter_bytes(8) + routers  # and no experts
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_in_8_bit_are_counted_with_their_scales(tmp_path, ranks):
+    """A step reads half as much of them, and four bytes for each row."""
+    dims = SIZES["tiny-moe"][0]
+    path = write_model(tmp_path / "moe", dims)
+    plain, held = (model_facts(path, tp_size=ranks, quantization=kind) for kind in (None, "fp8"))
+    scales = 4 * dims.layers * sum(out for _, out in dims.expert_modules.values())
+    assert held.expert_bytes * ranks == dims.experts * (dims.expert_parameters + scales)
+    assert plain.expert_bytes * ranks == 2 * dims.experts * dims.expert_parameters
+    model = make_model(path, dtype="bfloat16", device=torch.device("cpu"), quantization="fp8")
+    assert ranks > 1 or held.weight_bytes == model.weight_bytes
+    assert plain.weight_bytes - held.weight_bytes > plain.expert_bytes - held.expert_bytes > 0
+    assert ranks > 1 or model_facts(path, quantization="bitsandbytes").expert_bytes == plain.expert_bytes
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
 def test_ranks_hold_their_parts(tmp_path, name):
     dims = SIZES[name][0]

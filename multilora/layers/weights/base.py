@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from multilora.batch import ExpertRows
+
 FLOATS = ("F64", "F32", "BF16", "F16")
 """What safetensors calls the dtypes of weights that are not quantised."""
 
@@ -85,6 +87,31 @@ class Weight(nn.Module, ABC):
         """The dtype of the arithmetic, which x has too."""
 
 
+class ExpertsWeight(Weight):
+    """The matrices of `experts` experts of a mixture, [height, width] each, below each other in one W.
+
+    Ranks divide experts, not their matrices.
+    """
+
+    experts: int
+    height: int
+    width: int
+
+    @abstractmethod
+    def grouped_matmul(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        """x: [rows, in], in the order of `rows`. Returns the product of each row and the matrix of its expert,
+        [rows, height], in the dtype of x; what belongs to no expert is of no use."""
+
+    @property
+    @abstractmethod
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can hold `grouped_matmul`: it never waits for the device."""
+
+    def rows_of(self, expert: int) -> slice:
+        """The rows of W that are the matrix of an expert."""
+        return slice(expert * self.height, (expert + 1) * self.height)
+
+
 class WeightFormat(ABC):
     """How matrices are held: makes weights."""
 
@@ -106,3 +133,17 @@ class WeightFormat(ABC):
     def merges(self, widths: Sequence[int]) -> bool:  # noqa: ARG002 - the contract's
         """Whether matrices with so many outputs each can lie in one weight, below each other."""
         return True
+
+
+class ExpertsFormat(WeightFormat):
+    """A format that the experts of a mixture can have, too."""
+
+    @abstractmethod
+    def make_experts(
+        self, experts: int, parts: Sequence[int], in_features: int, *, device: torch.device, dtype: torch.dtype
+    ) -> ExpertsWeight:
+        """A weight for so many experts, its memory undefined. parts: how many outputs each of the matrices has that
+        lie below each other in the one of an expert: gate and up, or down alone.
+
+        Raises ModelUnsupported for sizes, and for scales of what is multiplied, that experts cannot have.
+        """

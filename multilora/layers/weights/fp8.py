@@ -5,7 +5,7 @@ each row and block of columns; it is a LoRA's business only after that, which se
 part of the inputs scales its part of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from multilora.errors import ConfigError, ModelUnsupported
-from multilora.layers.weights.base import Share, Stored, Weight, WeightFormat
+from multilora.layers.weights.base import ExpertsFormat, ExpertsWeight, Share, Stored, Weight, WeightFormat
 from multilora.layers.weights.fp8_arithmetic import (
     E4M3,
     blocks_product,
@@ -40,7 +40,7 @@ class Activations(StrEnum):
 
 
 @dataclass(frozen=True)
-class Fp8Rows(WeightFormat):
+class Fp8Rows(ExpertsFormat):
     """One scale for each row, or for all of a matrix.
 
     scale_names: what a checkpoint may call it, if it is quantised already; empty: it is quantised while it is loaded.
@@ -66,6 +66,13 @@ class Fp8Rows(WeightFormat):
         """Given scales of what is multiplied are those of one matrix."""
         return self.activations is not Activations.STATIC
 
+    def make_experts(
+        self, experts: int, parts: Sequence[int], in_features: int, *, device: torch.device, dtype: torch.dtype
+    ) -> ExpertsWeight:
+        from multilora.layers.weights.fp8_experts import Fp8RowsExperts
+
+        return Fp8RowsExperts(self, experts, parts, in_features, device=device, dtype=dtype)
+
 
 class _Fp8Weight(Weight):
     """What the weights of this file have in common: e4m3 numbers and scales, which are NaN until they are loaded."""
@@ -85,8 +92,12 @@ class _Fp8Weight(Weight):
         if self.scale.isnan().any():
             raise ModelUnsupported("the checkpoint has no scale for its fp8 weight, or one that is no number")
 
-    def _noise(self, generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(self.data.shape, generator=generator, device=self.data.device).mul_(NOISE)
+    def _noise(self, generator: torch.Generator, rows: slice) -> torch.Tensor:
+        return torch.randn(self.data[rows].shape, generator=generator, device=self.data.device).mul_(NOISE)
+
+    def _pieces(self) -> Iterable[slice]:
+        """Rows that are filled with noise at a time, which takes memory of four times as many bytes, and more."""
+        return (slice(len(self.data)),)
 
 
 class Fp8RowsWeight(_Fp8Weight):
@@ -141,9 +152,8 @@ class Fp8RowsWeight(_Fp8Weight):
             self.data[rows], self.scale[rows] = quantise(tensor.to(self.data.device))
 
     def randomise(self, generator: torch.Generator) -> None:
-        q, scale = quantise(self._noise(generator))
-        self.data.copy_(q)
-        self.scale.copy_(scale)
+        for rows in self._pieces():
+            self.data[rows], self.scale[rows] = quantise(self._noise(generator, rows))
         if self._kind.activations is Activations.STATIC:
             self.input_scale.fill_(1 / 64)
 
@@ -156,7 +166,7 @@ class Fp8RowsWeight(_Fp8Weight):
 
 
 @dataclass(frozen=True)
-class Fp8Blocks(WeightFormat):
+class Fp8Blocks(ExpertsFormat):
     """One scale for each block of rows and columns; what is multiplied has one for each row and such columns."""
 
     scale_name: str
@@ -175,6 +185,13 @@ class Fp8Blocks(WeightFormat):
     def merges(self, widths: Sequence[int]) -> bool:
         """If no block is in two of them."""
         return all(width % self.block[0] == 0 for width in widths[:-1])
+
+    def make_experts(
+        self, experts: int, parts: Sequence[int], in_features: int, *, device: torch.device, dtype: torch.dtype
+    ) -> ExpertsWeight:
+        from multilora.layers.weights.fp8_experts import Fp8BlocksExperts
+
+        return Fp8BlocksExperts(self, experts, parts, in_features, device=device, dtype=dtype)
 
 
 class Fp8BlocksWeight(_Fp8Weight):
@@ -218,7 +235,8 @@ class Fp8BlocksWeight(_Fp8Weight):
 
     def randomise(self, generator: torch.Generator) -> None:
         self.scale.fill_(NOISE / 64)
-        self.data.copy_(saturated(self._noise(generator) * (64 / NOISE)))
+        for rows in self._pieces():
+            self.data[rows] = saturated(self._noise(generator, rows) * (64 / NOISE))
 
     def _blocks(self, rows: slice) -> slice:
         """The rows of the scales of these rows, which begin with a block."""
@@ -249,7 +267,7 @@ class Fp8:
         served(config, "fmt", ("e4m3", "float8_e4m3fn"))
         skipped = skips(config.get("modules_to_not_convert") or config.get("ignored_layers"))
         if config.get("is_checkpoint_fp8_serialized") is False:
-            return _formats(Fp8Rows(), lambda path: skipped(path) or is_of_experts(path))
+            return _made(Fp8Rows(), skipped)
         scheme = Activations(served(config, "activation_scheme", ("dynamic", "static")))
         block = config.get("weight_block_size")
         if block is None:
@@ -262,11 +280,17 @@ class Fp8:
         return _formats(Fp8Blocks("weight_scale_inv", (block[0], block[1])), skipped)
 
     def quantise(self) -> WeightFormats:
-        return _formats(Fp8Rows(), is_of_experts)
+        return _made(Fp8Rows(), lambda _path: False)
 
 
-def _formats(kind: WeightFormat, skipped: Any) -> WeightFormats:
+def _formats(kind: WeightFormat, skipped: Callable[[str], bool]) -> WeightFormats:
     return WeightFormats(kind.name, lambda path: PLAIN if skipped(path) else kind)
+
+
+def _made(kind: WeightFormat, skipped: Callable[[str], bool]) -> WeightFormats:
+    """The formats of what is quantised while it is loaded: of experts, those of native mixtures; no router."""
+    others = _formats(kind, lambda path: skipped(path) or is_of_experts(path))
+    return WeightFormats(kind.name, others.choose, _formats(kind, skipped).choose)
 
 
 METHOD = Fp8()

@@ -20,6 +20,8 @@ LEAST = 1e-10
 """What the largest number of a row counts as at least: rows of zeros need a scale, too."""
 ALIGNED = 16
 """What both sizes of a matrix must be a multiple of for `torch._scaled_mm`."""
+KERNEL_COLUMNS = (32, 64, 128, 256)
+"""Columns that share a scale, of which there are kernels."""
 
 
 def quantise(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,8 +123,58 @@ def blocks_obstacle(device: torch.device, block: tuple[int, int]) -> str | None:
         return f"on {device.type} the definition is computed"
     if not has_fp8(device):
         found = "the GPU has no fp8 products"
-    elif block[1] not in (32, 64, 128, 256):
+    elif block[1] not in KERNEL_COLUMNS:
         found = f"blocks of {block[0]} x {block[1]} have no kernel"
     if found is not None:
         logger.warning("fp8: %s: weights are dequantised for every product, which is slower", found)
+    return found
+
+
+def grouped_product(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    ends: torch.Tensor,
+    block: tuple[int, int] | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`rows_product` (block None) or `blocks_product` of the rows of each expert with its own matrix.
+
+    x: e4m3 [rows, in], sorted by expert, x_scale: [rows, 1] or [rows, in / block]; weight: e4m3 [experts, out, in],
+    scale: [experts, out, 1], or [experts, …] with one for each block; ends: int32 [experts], the row after each
+    expert's last. Returns `dtype` [rows, out], in which rows from the last end on are of no use.
+    """
+    if grouped_obstacle(x.device, block) is None:
+        from multilora.layers.triton_fp8_grouped import grouped_product as fused
+
+        return fused(x, x_scale, weight, scale, ends, block, dtype)
+    y = torch.empty(len(x), weight.shape[1], dtype=dtype, device=x.device)
+    spans = (1, block[1]) if block else (1, x.shape[1])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            wide = dequantise(x[start:end], x_scale[start:end], spans).to(dtype)
+            matrix = dequantise(weight[expert], scale[expert], block or spans).to(dtype)
+            y[start:end] = F.linear(wide, matrix)
+        start = end
+    return y
+
+
+@functools.cache
+def grouped_obstacle(device: torch.device, block: tuple[int, int] | None) -> str | None:
+    """What keeps experts from the fused product; None: nothing does, and the host is not asked. Logged, once for each
+    case."""
+    found = None
+    if device.type != "cuda":
+        return f"on {device.type} the definition is computed"
+    if not has_fp8(device):
+        found = "the GPU has no fp8 products"
+    elif block is not None and block[1] not in KERNEL_COLUMNS:
+        found = f"blocks of {block[0]} x {block[1]} have no kernel"
+    if found is not None:
+        logger.warning(
+            "fp8: %s: experts are dequantised one by one for every product, which is slower and no CUDA graph's",
+            found,
+        )
     return found

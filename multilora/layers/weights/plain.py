@@ -1,14 +1,16 @@
 """Weights in the model's own dtype, and which format each linear layer of a base model has: this one, unless said."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from multilora.batch import ExpertRows
 from multilora.errors import ModelUnsupported
+from multilora.layers.grouped_matmul import grouped_product, has_grouped_product
 from multilora.layers.matmul import linear
-from multilora.layers.weights.base import Share, Stored, Weight, WeightFormat
+from multilora.layers.weights.base import ExpertsFormat, ExpertsWeight, Share, Stored, Weight, WeightFormat
 from multilora.lora.sites import LoraSite, module_path
 
 NOISE = 0.02
@@ -45,7 +47,22 @@ class PlainWeight(Weight):
         self.data.normal_(std=NOISE, generator=generator)
 
 
-class PlainFormat(WeightFormat):
+class PlainExperts(PlainWeight, ExpertsWeight):
+    """See `ExpertsWeight`."""
+
+    def __init__(self, experts: int, height: int, in_features: int, *, device: torch.device, dtype: torch.dtype):
+        super().__init__(experts * height, in_features, device=device, dtype=dtype)
+        self.experts, self.height, self.width = experts, height, in_features
+
+    def grouped_matmul(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        return grouped_product(x, self.data.unflatten(0, (self.experts, self.height)), rows)
+
+    @property
+    def capturable(self) -> bool:
+        return has_grouped_product(self.data.device, self.dtype, self.height, self.width)
+
+
+class PlainFormat(ExpertsFormat):
     """Weights in the model's dtype."""
 
     shards = True
@@ -60,29 +77,56 @@ class PlainFormat(WeightFormat):
         kind = OneDnnWeight if reorders(device, dtype) else PlainWeight
         return kind(out_features, in_features, device=device, dtype=dtype)
 
+    def make_experts(
+        self, experts: int, parts: Sequence[int], in_features: int, *, device: torch.device, dtype: torch.dtype
+    ) -> ExpertsWeight:
+        return PlainExperts(experts, sum(parts), in_features, device=device, dtype=dtype)
+
 
 PLAIN = PlainFormat()
+
+
+EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
+"""The modules of an expert, as most checkpoints name them."""
 
 
 @dataclass(frozen=True)
 class WeightFormats:
     """In which format every linear layer of a base model is held.
 
-    name: as logs say it. choose: from the path of a module, as checkpoints name it.
+    name: as logs say it. choose: from the path of a module, as checkpoints name it. choose_expert: the same of the
+    modules of experts in native mixtures, if `choose` does not say it.
     """
 
     name: str = PLAIN.name
     choose: Callable[[str], WeightFormat] = lambda _path: PLAIN
+    choose_expert: Callable[[str], WeightFormat] | None = None
 
     def of_site(self, site: LoraSite) -> tuple[WeightFormat, ...]:
         """The formats of the slices of a site of a family that has its modules where `LAYERS` says."""
         return tuple(self.choose(module_path(site.layer, s.parent, s.attribute or s.module)) for s in site.slices)
 
+    def of_experts(self, path: str, count: int) -> ExpertsFormat:
+        """The format of the `count` experts at this path of a native mixture. Raises ModelUnsupported if they have
+        several, or one that experts cannot have."""
+        choose = self.choose_expert or self.choose
+        found = {choose(f"{path}.{number}.{module}"): None for number in range(count) for module in EXPERT_MODULES}
+        if len(found) > 1:
+            names = " and ".join(dict.fromkeys(kind.name for kind in found))
+            raise ModelUnsupported(f"{path}: some experts in {names} are not supported; all in the same format are")
+        (kind,) = found
+        if not isinstance(kind, ExpertsFormat):
+            raise ModelUnsupported(f"{path}: experts in {kind.name} are not supported; in 16 bit and fp8 they are")
+        return kind
+
     def check_experts(self, path: str) -> None:
-        """Raise ModelUnsupported if a checkpoint holds the experts at this path in another format than plain."""
+        """Raise ModelUnsupported if a checkpoint holds the experts at this path, which are transformers' own modules,
+        in another format than plain."""
         found = self.choose(f"{path}.0.up_proj")
         if found is not PLAIN:
-            raise ModelUnsupported(f"{path}: experts in {found.name} are not supported; in 16 bit they are")
+            raise ModelUnsupported(
+                f"{path}: experts in {found.name} are not supported through transformers' modules; in 16 bit they are"
+            )
 
 
 PLAIN_FORMATS = WeightFormats()

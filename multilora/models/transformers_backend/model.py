@@ -16,7 +16,7 @@ from multilora.attention.base import AttentionShape
 from multilora.distributed.group import SINGLE, Group
 from multilora.errors import ConfigError
 from multilora.layers.context import ForwardContext
-from multilora.layers.experts import has_grouped_product
+from multilora.layers.grouped_matmul import has_grouped_product
 from multilora.layers.linear import Linear
 from multilora.lora.sites import SCORE, LoraSlice, NormModule, module_path
 from multilora.models.base import CausalLM
