@@ -107,15 +107,20 @@ def adapter_configs(model: CausalLM, of_experts: set[str]) -> dict[str, dict[str
     }
 
 
-def compare(root: Path, configs: dict[str, dict[str, Any]], impl: str, ranks: int = 1) -> float:
-    """The largest difference of a logprob in a batch that mixes the adapters and the base model."""
+def compare(
+    root: Path, configs: dict[str, dict[str, Any]], impl: str, ranks: int = 1, served: str = "model"
+) -> float:
+    """The largest difference of a logprob in a batch that mixes the adapters and the base model.
+
+    served: the directory in root of what is served, if that is another form of the reference's weights.
+    """
     references: dict[str | None, Any] = {None: load(root / "model")}
     for seed, (name, config) in enumerate(configs.items()):
         references[name] = make_adapter(root / name, root / "model", seed, config)
     jobs = [(name, *clear) for name, model in references.items() for clear in clear_answers(model)]
     adapters = {name: root / name for name in configs}
     options: dict[str, Any] = {"page_size": 4, "chunked_prefill_size": 16, "model_impl": impl, "tp_size": ranks}
-    driver = EngineDriver(root / "model", adapters, **options)
+    driver = EngineDriver(root / served, adapters, **options)
     try:
         order = jobs[::2] + jobs[1::2]
         vocab = order[0][3].shape[1]

@@ -32,6 +32,7 @@ METHODS = {
     "awq": "multilora.layers.weights.awq",
     "gptq": "multilora.layers.weights.gptq",
     "bitsandbytes": "multilora.layers.weights.bitsandbytes",
+    "mxfp4": "multilora.layers.weights.mxfp4",
 }
 """The module of each; its `METHOD` is one."""
 

@@ -5,6 +5,7 @@ transformers knows how the names of a family's checkpoints differ from its modul
 ours, one tensor at a time, and of each the part that this rank holds.
 """
 
+import contextlib
 import copy
 import logging
 import re
@@ -28,6 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from multilora.errors import ModelUnsupported
+from multilora.layers.weights.mxfp4 import check_blocks, dequantised
 from multilora.models.transformers_backend.parameters import HeldParameter
 from multilora.models.weights import (
     SUPERFLUOUS,
@@ -43,6 +45,9 @@ from multilora.models.weights import (
 
 logger = logging.getLogger(__name__)
 
+IN_BLOCKS = re.compile(r"(.+)_(blocks|scales)")
+"""The names of what holds a parameter in 4 bits."""
+
 
 @dataclass
 class _Merge:
@@ -56,6 +61,7 @@ class _Merge:
 class _Plan:
     direct: dict[Path, list[tuple[str, str]]]  # the tensor's name there, and in the tree
     merges: dict[str, _Merge]  # by the first name that they get
+    blocks: dict[str, dict[str, tuple[Path, str]]]  # by the name in the tree: file and name of "blocks" and "scales"
 
 
 def load_tree(
@@ -99,7 +105,7 @@ def _plan(lm: Any, files: list[Path], targets: dict[str, Destination]) -> _Plan:
     converters = [r for r in rules if isinstance(r, WeightConverter)]
     of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     known: dict[str, Any] = {**dict.fromkeys(targets, True), **dict.fromkeys(_aliases(lm), True)}
-    plan, extra = _Plan({}, {}), []
+    plan, extra = _Plan({}, {}, {}), []
     for name, file in sorted(_names(files), key=lambda found: dot_natural_key(found[0])):
         renamed, pattern = rename_source_key(name, renamings, converters, lm.base_model_prefix, known)
         if renamed not in known and name in known:
@@ -109,13 +115,16 @@ def _plan(lm: Any, files: list[Path], targets: dict[str, Destination]) -> _Plan:
             merge.tensors.append((pattern, file, name))
         elif renamed in targets:
             plan.direct.setdefault(file, []).append((name, renamed))
+        elif (found := IN_BLOCKS.fullmatch(renamed)) and _is_stack(targets.get(found[1])):
+            plan.blocks.setdefault(found[1], {})[found[2]] = file, name
         elif not _superfluous(lm, renamed, known):
             extra.append(name)
     if extra:
         raise ModelUnsupported(f"the checkpoint holds {some(extra)}, which the model would not use")
-    if not plan.merges and (left := set(targets) - _direct(plan) - _optional(lm, targets)):
+    if not plan.merges and (left := set(targets) - _direct(plan) - set(plan.blocks) - _optional(lm, targets)):
         raise ModelUnsupported(f"the checkpoint lacks {some(left)}")
     _check_direct(plan, targets)
+    _check_blocks(plan, targets)
     return plan
 
 
@@ -128,6 +137,25 @@ def _check_direct(plan: _Plan, targets: dict[str, Destination]) -> None:
         with open_file(file) as tensors:
             for name, renamed in names:
                 check_tensor(name, tensors.get_slice(name), targets[renamed])
+
+
+def _is_stack(target: Destination | None) -> bool:
+    """Whether it is a tensor of all experts."""
+    return target is not None and target.shape is not None and len(target.shape) == 3
+
+
+def _check_blocks(plan: _Plan, targets: dict[str, Destination]) -> None:
+    for name, found in plan.blocks.items():
+        if lacking := {"blocks", "scales"} - set(found):
+            raise ModelUnsupported(f"the checkpoint lacks {name}_{lacking.pop()}")
+        shape = targets[name].shape
+        assert shape is not None
+        with contextlib.ExitStack() as stack:
+            blocks, scales = (
+                stack.enter_context(open_file(file)).get_slice(stored)
+                for file, stored in (found["blocks"], found["scales"])
+            )
+            check_blocks(name, blocks, scales, shape)
 
 
 def _names(files: list[Path]) -> Iterator[tuple[str, Path]]:
@@ -162,6 +190,8 @@ def _tensors(lm: Any, plan: _Plan, targets: dict[str, Destination]) -> Iterator[
         with open_file(file) as tensors:
             for name, renamed in names:
                 yield renamed, targets[renamed].read(tensors, name)
+    for name, found in plan.blocks.items():
+        yield name, take(_dequantised(name, found, next(lm.parameters()).device), targets[name].part)
     for first, merge in plan.merges.items():
         sources = _sources(merge.converter, targets.get(first))
         for pattern, file, name in merge.tensors:
@@ -175,6 +205,18 @@ def _tensors(lm: Any, plan: _Plan, targets: dict[str, Destination]) -> Iterator[
         converted = merge.converter.convert(first, model=lm, config=lm.config)
         for name, found in converted.items():
             yield name, _held(name, found[0] if isinstance(found, list) else found, targets, whole=not sources)
+
+
+def _dequantised(name: str, stored: dict[str, tuple[Path, str]], device: torch.device) -> torch.Tensor:
+    """The parameter [experts, in, out] that is stored in blocks, in bf16, computed where the model is."""
+    read = []
+    for file, tensor_name in (stored["blocks"], stored["scales"]):
+        with open_file(file) as tensors:
+            read.append(tensors.get_tensor(tensor_name).to(device))
+    found = dequantised(*read)
+    if not found.isfinite().all():
+        raise ModelUnsupported(f"{name} has numbers that are not finite in bfloat16: check its scales")
+    return found.transpose(1, 2)
 
 
 def _sources(converter: WeightConverter, target: Destination | None) -> dict[str, HeldParameter]:
