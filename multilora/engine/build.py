@@ -216,7 +216,10 @@ def _adapters(
     def complete(loader: Loader, target: PackTarget) -> Loader:
         return DoraBiasLoader(loader, target, facts, lambda: sleep.has_weights)
 
-    return _store(config, parts, parts.target, device, reclaimer, make_loader, complete), reclaimer
+    staging = _staging(parts.device) if make_loader is None else None
+    if staging is not None and config.enable_lora_overlap_loading:
+        ranks.use_staging(staging)
+    return _store(config, parts, parts.target, device, reclaimer, make_loader, staging, complete), reclaimer
 
 
 def _store(
@@ -226,12 +229,12 @@ def _store(
     device: DeviceTier,
     reclaimer: Reclaimer,
     make_loader: MakeLoader | None,
+    staging: Staging | None,
     complete: Callable[[Loader, PackTarget], Loader],
 ) -> AdapterStore:
     model, layout = parts.model, parts.layout
     base = BaseModel.of(model, _weights_dir(config))
     context = FetchContext(base, target, adapter_limits(config, model), config.lora_root)
-    staging = _staging(parts.device) if make_loader is None else None
     loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
     return AdapterStore(
         complete(loader, target),

@@ -52,14 +52,22 @@ class Staging:
 
     def pin(self) -> bool:
         """Pin the memory for CUDA. False: that failed, as the log says, and the region is of no use."""
-        error: object = "too little memory"
-        if prefault_write(self._memory, 0, self.nbytes):
-            error = torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, 0)
-            self._pinned = error == 0
-        if not self._pinned:
+        filled = prefault_write(self._memory, 0, self.nbytes)
+        error = register(self._address, self.nbytes) if filled else "too little memory"
+        self._pinned = error is None
+        if error is not None:
             logger.warning("adapters load slower: their staging memory cannot be pinned: %s", error)
-            _forget_cuda_error()
         return self._pinned
+
+    @property
+    def path(self) -> str:
+        """Where another process of the same user opens the region, while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+    def offset_of(self, memory: torch.Tensor) -> int | None:
+        """At which byte of the region this memory begins; None: it lies elsewhere."""
+        offset = memory.data_ptr() - self._address
+        return offset if 0 <= offset < self.nbytes else None
 
     def view(self, start: int, nbytes: int, release: Callable[[int], None]) -> torch.Tensor:
         """uint8 [nbytes] from byte `start` on. `release(start)` is called, on any thread, once no view of that memory
@@ -78,7 +86,7 @@ class Staging:
 
     def settle(self, entry: HostEntry) -> None:
         """Have `entry.buffer` moved out of the region, soon, if it lies there. Readers keep the old one alive."""
-        if 0 <= entry.buffer.data_ptr() - self._address < self.nbytes:
+        if self.offset_of(entry.buffer) is not None:
             self._to_settle.put(weakref.ref(entry))
 
     def close(self) -> None:
@@ -103,7 +111,7 @@ class Staging:
 
     def _unpin(self) -> None:
         if self._pinned and self._closed and not self._views:
-            torch.cuda.cudart().cudaHostUnregister(self._address)
+            unregister(self._address)
             self._pinned = False
 
     def _settle_all(self) -> None:
@@ -122,6 +130,20 @@ class Staging:
         except queue.Empty:
             return []
         return None if found is None else [found]
+
+
+def register(address: int, nbytes: int) -> object:
+    """Pin memory of this process for CUDA, on the current device. Returns what kept CUDA from it, or None."""
+    error = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)
+    if error == 0:
+        return None
+    _forget_cuda_error()
+    return error
+
+
+def unregister(address: int) -> None:
+    """The opposite of `register`."""
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _forget_cuda_error() -> None:

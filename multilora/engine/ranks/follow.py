@@ -128,7 +128,7 @@ class _Follower:
         self._progress = RankProgress(start.directory, config.tp_size)
         self._rank = start.rank
         self._receiver = PageReceiver(
-            context, start.directory, start.rank, self._page_bytes, self._copier, self._progress
+            context, start.directory, start.rank, self._page_bytes, self._copier, self._progress, device
         )
         report(Up(start.rank))
 

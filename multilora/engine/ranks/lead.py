@@ -24,6 +24,7 @@ import torch
 import zmq
 
 from multilora.adapters.device.copier import Copier, Copy, DirectCopier
+from multilora.adapters.host.staging import Staging
 from multilora.adapters.loading.dora_bias import BaseModule, Delta, Facts, facts_of_one, module_facts
 from multilora.config import Config
 from multilora.distributed.group import SINGLE, Group
@@ -90,6 +91,8 @@ class NoRanks:
 
     def copying(self, copier: Copier) -> Copier:
         return copier
+
+    def use_staging(self, staging: Staging) -> None: ...
 
     def facts(self, base: BaseModule) -> Facts:
         return facts_of_one(base)
@@ -179,6 +182,10 @@ class Ranks:
     def copying(self, copier: Copier) -> Copier:
         """A copier of packed adapters that sends every rank its part and gives rank 0's to `copier`."""
         return _RankCopier(self, copier)
+
+    def use_staging(self, staging: Staging) -> None:
+        """Where copies run beside steps, they copy from this memory themselves what lies there."""
+        self._relay.use_staging(staging)
 
     def facts(self, base: BaseModule) -> Facts:
         """Each rank's facts of its part of the base model; `base`: of rank 0's."""

@@ -1,13 +1,17 @@
-"""The way of packed adapters to the other ranks where copies run beside steps: through shared memory, in pieces, by
-threads of their own, so that no step waits behind an adapter's bytes.
+"""The way of packed adapters to the other ranks where copies run beside steps: through shared memory, by threads of
+their own, so that no step waits behind an adapter's bytes.
 
-    rank 0   copies a rank's part, piece by piece, into that rank's slots as they are free, and says so
-    rank r   has each piece copied to its pages, then counts its slot as free; with the last one the adapter is there
+    in staging memory   every rank has mapped and pinned it: rank 0 says where a rank's part lies, rank r has it
+                        copied to its pages
+    elsewhere           rank 0 copies a rank's part, piece by piece, into that rank's slots as they are free, and says
+                        so; rank r has each piece copied to its pages, then counts its slot as free
 
-The memory has no name: it is opened through rank 0's descriptor, and is as large as what was ever under way, a few
-slots a rank. Knows neither adapters nor steps. Called by `lead.py` and `follow.py`.
+With the last piece the adapter is there. What is copied from lives until then (`lead.py`). The slots have no name:
+they are opened through rank 0's descriptor, as the staging memory is, and are a few for each rank. Knows neither
+adapters nor steps. Called by `lead.py` and `follow.py`.
 """
 
+import logging
 import mmap
 import os
 import queue
@@ -22,8 +26,11 @@ import zmq
 from multilora.adapters.device.copier import Copier, Copy
 from multilora.adapters.host.mapping import prefault_read
 from multilora.adapters.host.shared_buffers import anonymous_file
+from multilora.adapters.host.staging import Staging, register, unregister
 from multilora.adapters.thread_pool import spare_cores
 from multilora.engine.ranks.messages import RankProgress, pages_address
+
+logger = logging.getLogger(__name__)
 
 SLOTS = 3  # of each rank: one is filled while another is copied
 SLOT_BYTES = 16 << 20  # or one page, if that is larger
@@ -33,19 +40,24 @@ IDLE_MS = 200
 CLOSE_SECONDS = 10
 
 
-class PagePiece(msgspec.Struct, frozen=True):
-    """Some pages of a rank's part of an adapter lie in slot `slot` of the memory at path `memory`, one after the
+class MapMemory(msgspec.Struct, tag=True, frozen=True):
+    """Map the memory at this path and pin it, before anything in it is to be copied."""
+
+    memory: str
+
+
+class PagePiece(msgspec.Struct, tag=True, frozen=True):
+    """Some pages of a rank's part of an adapter lie at byte `start` of the memory at path `memory`, one after the
     other; they go to arena pages `pages`. last: the adapter ends with them."""
 
     memory: str
-    slot: int
-    slot_bytes: int
+    start: int
     pages: list[int]
     last: bool
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(PagePiece)
+_decoder = msgspec.msgpack.Decoder(MapMemory | PagePiece)
 
 
 class PageRelay:
@@ -59,17 +71,27 @@ class PageRelay:
             socket.set(zmq.SNDHWM, 0)
             socket.connect(pages_address(directory, rank))
         self._sent = [0] * self._size
+        self._staging: Staging | None = None
         self._slots: torch.Tensor | None = None  # uint8 [ranks, SLOTS, pages of a slot, page_bytes]
         self._fd: int | None = None
         self._jobs: queue.SimpleQueue[tuple[list[int], Sequence[torch.Tensor]] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def use_staging(self, staging: Staging) -> None:
+        """Parts that lie there need no slot. Called before anything is sent."""
+        assert self._thread is None
+        self._staging = staging
+        for socket in self._sockets:
+            socket.send(_encoder.encode(MapMemory(staging.path)))
+
     def send(self, pages: list[int], parts: Sequence[torch.Tensor]) -> None:
         """Have rank r copy parts[r - 1], uint8 [pages, page_bytes], to these pages. The parts are kept until they
-        have been sent. Raises OSError if there is no memory for the slots."""
-        if self._thread is None:
+        have been sent; what lies in staging memory must stay there until it has been copied. Raises OSError if there
+        is no memory for the slots."""
+        if self._slots is None and self._staged(parts[0]) is None:
             self._slots = self._make_slots(parts[0].shape[1])
+        if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="rank-pages", daemon=True)
             self._thread.start()
         self._jobs.put((pages, parts))
@@ -100,9 +122,25 @@ class PageRelay:
                 self._send_all(*job)
                 del job
 
+    def _staged(self, part: torch.Tensor) -> int | None:
+        """At which byte of the staging memory it lies; None: elsewhere. All parts of an adapter lie together."""
+        return self._staging.offset_of(part) if self._staging is not None else None
+
     def _send_all(self, pages: list[int], parts: Sequence[torch.Tensor]) -> None:
+        starts = [self._staged(part) for part in parts]
+        if None in starts:
+            self._send_pieces(pages, parts)
+            return
+        assert self._staging is not None
+        for rank, start in enumerate(starts, 1):
+            assert start is not None
+            if self._wait_for_slot(rank):
+                self._say(rank, PagePiece(self._staging.path, start, pages, last=True))
+
+    def _send_pieces(self, pages: list[int], parts: Sequence[torch.Tensor]) -> None:
         """The ranks take turns, so that all of them copy at a time."""
         assert self._slots is not None
+        memory, slot_bytes = f"/proc/{os.getpid()}/fd/{self._fd}", self._slots[0, 0].numel()
         each = self._slots.shape[2]
         for first in range(0, len(pages), each):
             for rank, part in enumerate(parts, 1):
@@ -112,7 +150,8 @@ class PageRelay:
                 prefault_read(piece)
                 slot = self._sent[rank] % SLOTS
                 self._slots[rank - 1, slot, : len(piece)].copy_(piece)
-                self._say(rank, slot, pages[first : first + each], first + each >= len(pages))
+                start, last = ((rank - 1) * SLOTS + slot) * slot_bytes, first + each >= len(pages)
+                self._say(rank, PagePiece(memory, start, pages[first : first + each], last))
 
     def _wait_for_slot(self, rank: int) -> bool:
         """False: nothing is to be sent any more."""
@@ -121,17 +160,14 @@ class PageRelay:
                 return False
         return True
 
-    def _say(self, rank: int, slot: int, pages: list[int], last: bool) -> None:
-        assert self._slots is not None
-        memory = f"/proc/{os.getpid()}/fd/{self._fd}"
-        slot_bytes = self._slots[0, 0].numel()
+    def _say(self, rank: int, piece: PagePiece) -> None:
         self._sent[rank] += 1
-        number = (rank - 1) * SLOTS + slot
-        self._sockets[rank - 1].send(_encoder.encode(PagePiece(memory, number, slot_bytes, pages, last)))
+        self._sockets[rank - 1].send(_encoder.encode(piece))
 
 
 class PageReceiver:
-    """Another rank's end: a thread that gives what comes to `copier`, which is its own, until `close`."""
+    """Another rank's end: a thread that gives what comes to `copier`, which is its own, until `close`. device: where
+    the pages are."""
 
     def __init__(
         self,
@@ -141,11 +177,14 @@ class PageReceiver:
         page_bytes: int,
         copier: Copier,
         progress: RankProgress,
+        device: torch.device,
     ):
+        self._device = device
         self._rank, self._page_bytes, self._copier, self._progress = rank, page_bytes, copier, progress
         self._socket = context.socket(zmq.PULL)
         self._socket.bind(pages_address(directory, rank))
-        self._memory: torch.Tensor | None = None
+        self._memory: dict[str, torch.Tensor] = {}  # by path, uint8
+        self._pinned: list[torch.Tensor] = []
         self._copies: deque[tuple[Copy, bool]] = deque()  # in flight, and whether an adapter ends with it
         self._error: Exception | None = None
         self._closing = threading.Event()
@@ -161,23 +200,41 @@ class PageReceiver:
         """Copy nothing more."""
         self._closing.set()
         self._thread.join(CLOSE_SECONDS)
+        while self._pinned and not self._copies:  # what is still copied from stays pinned
+            unregister(self._pinned.pop().data_ptr())
 
     def _work(self) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # of this thread
             while not self._closing.is_set():
                 self._note_copies()
                 if self._socket.poll(1 if self._copies else IDLE_MS):
-                    self._take(_decoder.decode(self._socket.recv()))
+                    match _decoder.decode(self._socket.recv()):
+                        case MapMemory(memory):
+                            self._map(memory)
+                        case PagePiece() as piece:
+                            self._take(piece)
         except Exception as e:  # noqa: BLE001 - `check` raises it
             self._error = e
         finally:
             self._socket.close(linger=0)
 
+    def _map(self, path: str) -> None:
+        """If it cannot be pinned, copies from it take the copier's way for ordinary memory."""
+        self._memory[path] = memory = _opened(path)
+        if self._device.type == "cuda":
+            error = register(memory.data_ptr(), memory.nbytes)
+            if error is None:
+                self._pinned.append(memory)
+            else:
+                logger.warning("rank %d: adapters load slower, staging memory is not pinned: %s", self._rank, error)
+
     def _take(self, piece: PagePiece) -> None:
-        if self._memory is None:
-            self._memory = _opened(piece.memory)
-        start, nbytes = piece.slot * piece.slot_bytes, len(piece.pages) * self._page_bytes
-        pages = self._memory[start : start + nbytes].view(-1, self._page_bytes)
+        if piece.memory not in self._memory:
+            self._memory[piece.memory] = _opened(piece.memory)
+        end = piece.start + len(piece.pages) * self._page_bytes
+        pages = self._memory[piece.memory][piece.start : end].view(-1, self._page_bytes)
         self._copies.append((self._copier.start_copy(pages, piece.pages), piece.last))
 
     def _note_copies(self) -> None:

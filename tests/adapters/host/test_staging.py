@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -50,6 +52,15 @@ def test_a_view_is_shared_and_given_back_once(staging: Staging) -> None:
     del part
     gc.collect()
     assert given_back == [PAGE]
+
+
+def test_another_process_finds_a_part_by_path_and_offset(staging: Staging) -> None:
+    view = staging.view(4096, 64, lambda _: None)
+    view.fill_(7)
+    assert staging.offset_of(view) == 4096 and staging.offset_of(view.view(4, 16)[2]) == 4096 + 32
+    assert staging.offset_of(torch.zeros(64, dtype=torch.uint8)) is None
+    code = f"import sys; f = open({staging.path!r}, 'rb'); f.seek(4096); sys.exit(f.read(64) != bytes([7] * 64))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_it_is_unused_when_all_have_said_so(staging: Staging) -> None:

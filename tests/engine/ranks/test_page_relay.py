@@ -13,6 +13,7 @@ from fakes.engine_driver import EngineDriver
 from fakes.models import make_adapter, make_tiny_model
 
 from multilora.adapters.device.copier import Copier, Copy, DirectCopier
+from multilora.adapters.host.staging import Staging
 from multilora.engine.ranks import page_relay
 from multilora.engine.ranks.messages import RankProgress
 from multilora.engine.ranks.page_relay import PageReceiver, PageRelay
@@ -67,7 +68,13 @@ class Ends:
         self.arenas = [torch.zeros(256, PAGE, dtype=torch.uint8) for _ in range(1, ranks)]
         self.receivers = [
             PageReceiver(
-                self.context, str(directory), rank, PAGE, make_copier(arena), RankProgress(str(directory), ranks)
+                self.context,
+                str(directory),
+                rank,
+                PAGE,
+                make_copier(arena),
+                RankProgress(str(directory), ranks),
+                arena.device,
             )
             for rank, arena in enumerate(self.arenas, 1)
         ]
@@ -115,6 +122,30 @@ def test_a_rank_that_copies_slowly_holds_up_its_slots_only(tmp_path: Path) -> No
     wait_until(lambda: ends.progress.copies[1] == 1)
     assert torch.equal(ends.arenas[0][:40], part)
     ends.close()
+
+
+def test_what_lies_in_staging_memory_is_copied_from_there(tmp_path: Path) -> None:
+    """By two ranks, between adapters that lie elsewhere; nothing of it goes through slots."""
+    ends, staging = Ends(tmp_path, 3), Staging(1 << 16)
+    ends.relay.use_staging(staging)
+    count = 9
+    view = staging.view(4096, 2 * count * PAGE, lambda _: None).view(2, count, PAGE)
+    view.copy_(torch.randint(1, 255, view.shape, dtype=torch.uint8))
+    pages = torch.randperm(256, generator=torch.Generator().manual_seed(1)).tolist()
+    ends.relay.send(pages[:count], list(view))
+    wait_until(lambda: (ends.progress.copies[1:] == 1).all())
+    assert ends.relay._slots is None and ends.progress.pieces[1:].tolist() == [1, 1]
+    others = [torch.randint(1, 255, (6, PAGE), dtype=torch.uint8) for _ in ends.arenas]
+    ends.relay.send(pages[20:26], others)
+    ends.relay.send(pages[40 : 40 + count], list(view.flip(1)))  # a copy of its own, not in staging memory
+    ends.relay.send(pages[60 : 60 + count], list(view))
+    wait_until(lambda: (ends.progress.copies[1:] == 4).all())
+    for arena, own, other in zip(ends.arenas, view, others, strict=True):
+        assert torch.equal(arena[pages[:count]], own) and torch.equal(arena[pages[60 : 60 + count]], own)
+        assert torch.equal(arena[pages[20:26]], other) and torch.equal(arena[pages[40 : 40 + count]], own.flip(0))
+    ends.close()
+    del view
+    staging.close()
 
 
 def test_both_ends_close_while_something_is_on_its_way(tmp_path: Path) -> None:
