@@ -1,7 +1,8 @@
 """Compiles the 4-bit product of experts for GPUs that are not here, as `compile_experts.py` does the one in FP8.
 
-Reads lines of arguments, `blocks group capability`: the name of block sizes in `triton_int4_grouped.py`, and the inputs
-that share a scale. Says, too, whether loads are asynchronous copies, and how many bytes of registers are spilled.
+Reads lines of arguments, `blocks group capability`: the name of block sizes in `triton_int4_grouped.py`, and the
+inputs that share a scale. Says, too, whether loads are asynchronous copies, and how many bytes of registers are
+spilled.
 """
 
 import json
@@ -21,8 +22,6 @@ EACH = {"FEW": 1, "SOME": grouped.SOME_ROWS, "MANY": grouped.SOME_ROWS + 1}
 """Rows of an expert for which these block sizes are taken."""
 GIVEN = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scales_ptr": "*i32", "ends_ptr": "*i32", "out_ptr": "*bf16"}
 GIVEN |= dict.fromkeys(("outs", "width", "half", "group", "experts"), "i32")
-SUFFIX = {90: "a"}
-"""Of what ptxas calls the architecture."""
 
 
 def spilled(ptx: str, capability: int) -> int:
@@ -30,7 +29,8 @@ def spilled(ptx: str, capability: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}{SUFFIX.get(capability, '')}", path]
+        (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", path]
         done = subprocess.run([*command, "-o", path.with_suffix(".o")], capture_output=True, text=True, check=True)
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
 

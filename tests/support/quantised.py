@@ -79,6 +79,8 @@ def plain_twin(path: Path, weights: Callable[[str], tuple[torch.Tensor, Callable
         else:
             round_at(model.get_submodule(name), round_inputs)
     for path, round_inputs in experts.items():
+        if isinstance(round_inputs, nn.Identity):
+            continue
         round_experts(model.get_submodule(path), round_inputs)
     return model
 

@@ -22,7 +22,7 @@ class Int4Experts(ExpertsWeight):
     """
 
     def __init__(self, layout: IntegerLayout, experts: int, height: int, in_features: int, *, device: torch.device):
-        """layout: in which the inputs of a group are neighbours; `int4_grouped.obstacle` says what else it must be."""
+        """layout: in which the inputs of a group are neighbours; see `int4_grouped.obstacle`, too."""
         super().__init__()
         self._layout = layout
         self.experts, self.height, self.width = experts, height, in_features

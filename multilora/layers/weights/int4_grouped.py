@@ -1,7 +1,7 @@
 """Products of rows with the matrices of their experts, whose integers of 4 bits stay packed.
 
-W[o, i] = (q - zero) · scale, rounded to bf16, where zero and scale belong to the output and the group of inputs. A byte
-has two numbers: of every 32 inputs, byte j has number j in its low half and number 16 + j in its high one, so that a
+W[o, i] = (q - zero) · scale, rounded to bf16, where zero and scale belong to the output and the group of inputs. A
+byte has two numbers: of every 32 inputs, byte j has number j in its low half and number 16 + j in its high one, so that a
 kernel reads the inputs of either half side by side. Scales and zeros of an expert's outputs lie beside each other,
 for one group after the other. Called by `int4_experts.py` and `integer_format.py`.
 """
@@ -41,10 +41,11 @@ def numbers_of(packed: torch.Tensor) -> torch.Tensor:
 
 
 def dequantise(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """packed: uint8 [outs, width / 2]; scales: bf16 [groups, outs, 2], scale and zero. Returns W, bf16 [outs, width]."""
+    """packed: uint8 [outs, width / 2]; scales: bf16 [groups, outs, 2], scale and zero. Returns W, [outs, width]."""
     scale, zero = scales.float().transpose(0, 1)[..., None].unbind(2)  # [outs, groups, 1]
     q = numbers_of(packed).float().unflatten(1, (len(scales), -1))
-    return ((q - zero) * scale).to(scales.dtype).flatten(1)
+    wide: torch.Tensor = (q - zero) * scale
+    return wide.to(scales.dtype).flatten(1)
 
 
 def grouped_product(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
