@@ -1,9 +1,9 @@
 """The product of rows with the weights of their experts in 4 bits, whatever the number of rows an expert has.
 
 `weights/int4_grouped.py` is the specification, and calls this. Programs find their expert and tile of rows as those
-of `triton_fp8_grouped.py` do. Packed numbers are unpacked and dequantised in registers, where they are the first operand
-of `tl.dot`: what a tensor core's instruction can take from there; rows, the second, come from shared memory. So an
-expert's packed weights are read once for each tile of its rows, and no dequantised one is ever written.
+of `triton_fp8_grouped.py` do. Packed numbers are unpacked and dequantised in registers, where they are the first
+operand of `tl.dot`: what a tensor core's instruction can take from there; rows, the second, come from shared memory.
+So an expert's packed weights are read once for each tile of its rows, and no dequantised one is ever written.
 """
 
 from dataclasses import dataclass, replace

@@ -1,7 +1,8 @@
-"""Mixtures whose experts are packed integers, under adapters in 16 bit: the answers are those of transformers and PEFT.
+"""Mixtures whose experts are packed integers, under adapters in 16 bit: answers are those of transformers and PEFT.
 
 Their model has the dequantised experts. What is held dequantised is held against them in fp32, token for token; what
-stays packed in bf16, where errors may be twice those of theirs in bf16. Adapters act on attention, the router and
+stays packed in bf16, where errors may be twice those of theirs in bf16, and bit for bit against the same engine over
+dequantised experts. Adapters act on attention, the router and
 experts, on one rank and where two divide the experts.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 import packed_integers
 import pytest
 import torch
-from exactness import judge
+from exactness import ask_for_all, judge, told
 from fakes.engine_driver import EngineDriver
 from fp8_definitions import compressed
 from integer_definitions import (
@@ -27,7 +28,7 @@ from integer_definitions import (
     packed,
     packed_in_any_order,
 )
-from quantised import Tensors, clear_prompt, held_against_peft, plain_twin, with_adapter, write_quantised
+from quantised import VOCAB, Tensors, clear_prompt, held_against_peft, plain_twin, with_adapter, write_quantised
 from safetensors.torch import load_file
 
 from multilora.engine.messages import MemoryTag, Sleep, WakeUp
@@ -172,6 +173,26 @@ def test_what_stays_packed_errs_as_bf16_does(tmp_path: Path, name: str, ranks: i
     answers = {n: [(prompts[n] + one.tokens, torch.tensor(one.logprobs))] for n, one in said.items()}
     found = judge(models, answers, "cpu", torch.bfloat16)
     assert found.error < 2 * found.theirs
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_stays_packed_says_what_dequantised_experts_say(tmp_path: Path, name: str) -> None:
+    base = written(tmp_path, PACKED[name], rounded=True)
+    for i, (adapter, config) in enumerate(ADAPTERS.items()):
+        with_adapter(tmp_path / adapter, base, i, **config)
+    said = {}
+    for path in ("base", "base-plain"):
+        adapters = {adapter: tmp_path / adapter for adapter in ADAPTERS}
+        driver = EngineDriver(tmp_path / path, adapters, page_size=4, dtype="bfloat16")
+        try:
+            assert all(isinstance(w, Int4Experts) == (path == "base") for w in experts_of(driver))
+            prompt = list(range(5, 24))
+            rids = [ask_for_all(driver, prompt, a, vocab=VOCAB, max_new_tokens=TOKENS) for a in (None, *ADAPTERS)]
+            driver.run()
+            said[path] = torch.cat([told(driver.answers[rid], VOCAB) for rid in rids])
+        finally:
+            driver.close()
+    assert torch.equal(said["base"], said["base-plain"])
 
 
 @pytest.mark.parametrize(

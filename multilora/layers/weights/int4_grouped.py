@@ -1,9 +1,9 @@
 """Products of rows with the matrices of their experts, whose integers of 4 bits stay packed.
 
 W[o, i] = (q - zero) · scale, rounded to bf16, where zero and scale belong to the output and the group of inputs. A
-byte has two numbers: of every 32 inputs, byte j has number j in its low half and number 16 + j in its high one, so that a
-kernel reads the inputs of either half side by side. Scales and zeros of an expert's outputs lie beside each other,
-for one group after the other. Called by `int4_experts.py` and `integer_format.py`.
+byte has two numbers: of every 32 inputs, byte j has number j in its low half and number 16 + j in its high one, so
+that a kernel reads the inputs of either half side by side. Scales and zeros of an expert's outputs lie beside each
+other, for one group after the other. Called by `int4_experts.py` and `integer_format.py`.
 """
 
 import torch
