@@ -1,10 +1,11 @@
 """Products of a few rows with quantised weights and with experts', bound by reading them: torch's and ours.
 
-    python -m bench.few_rows [--only fp8 experts fp8_experts] [--sweep] [--out bench/results/few_rows.json]
+    python -m bench.few_rows [--only fp8 experts fp8_experts int4_experts] [--sweep] [--out FILE]
 
 FP8 with a scale for each row, Llama-3.1-8B's four shapes; the experts of Qwen3-30B-A3B, each row on 8 random ones of
-128, in 16 bit and in FP8 by rows and by blocks of 128 x 128. All in bf16, in CUDA graphs over weights enough to miss
-the L2 cache. --sweep tries other block sizes, from which the committed ones were taken, but for those of FP8 experts.
+128, in 16 bit, in FP8 by rows and by blocks of 128 x 128, and in 4 bit in groups of 128 inputs. All in bf16, in CUDA
+graphs over weights enough to miss the L2 cache. --sweep tries other block sizes, from which the committed ones were
+taken, but for those of experts in 8 and 4 bit.
 The limit is the bytes of the weights read over the read bandwidth measured in the same run. Last line: JSON.
 """
 
@@ -24,7 +25,7 @@ from bench.common import environment, finish, read_bandwidth, say
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 EXPERTS, TOP_K, SITES = 128, 8, {"gate_up": (1536, 2048), "down": (2048, 768)}
 ROWS = {"fp8": (1, 2, 8, 16, 32, 64, 128), "experts": (1, 8, 32, 64, 128, 256, 512)}
-ROWS["fp8_experts"] = (*ROWS["experts"], 2048, 8192)
+ROWS["fp8_experts"] = ROWS["int4_experts"] = (*ROWS["experts"], 2048, 8192)
 COLD_BYTES = 256 << 20
 DEVICE = torch.device("cuda")
 
@@ -174,7 +175,50 @@ def _swept_experts(grouped: Any, in_blocks: bool) -> Iterator[Any]:
                         yield replace(one, stages=min(6, (200 << 10) // one.stage_bytes))
 
 
-PARTS = {"fp8": fp8, "experts": experts, "fp8_experts": fp8_experts}
+def int4_experts(counts: list[int], sweep: bool) -> Iterator[Case]:
+    """Beside the product in 16 bit."""
+    from multilora.layers import triton_grouped
+    from multilora.layers import triton_int4_grouped as grouped
+    from multilora.layers.experts import sort_by_expert
+
+    group = 128
+    for name, (outs, width) in SITES.items():
+        wide = torch.randn(EXPERTS, outs, width, device=DEVICE, dtype=torch.bfloat16)
+        packed = torch.randint(0, 256, (EXPERTS, outs, width // 2), device=DEVICE, dtype=torch.uint8)
+        scales = torch.full((EXPERTS, width // group, outs, 2), 8.0, device=DEVICE, dtype=torch.bfloat16)
+        for tokens in counts:
+            g = torch.Generator().manual_seed(tokens)
+            taken = torch.rand(tokens, EXPERTS, generator=g).topk(TOP_K).indices.to(DEVICE)
+            rows = sort_by_expert(taken, EXPERTS)
+            x = torch.randn(tokens * TOP_K, width, device=DEVICE, dtype=torch.bfloat16)
+
+            def ways(
+                x: torch.Tensor = x,
+                ends: torch.Tensor = rows.ends,
+                wide: torch.Tensor = wide,
+                packed: torch.Tensor = packed,
+                scales: torch.Tensor = scales,
+            ) -> Iterator[tuple[str, Run]]:
+                yield "bf16, torch", lambda _: F.grouped_mm(x, wide.transpose(1, 2), offs=ends)
+                yield "bf16, few rows", lambda _: triton_grouped.grouped_product(x, wide, ends)
+                yield "4 bit", lambda _: grouped.grouped_product(x, packed, scales, ends)
+                for blocks in _swept_int4(grouped) if sweep else ():
+                    yield str(blocks), lambda _, b=blocks: grouped.grouped_product(x, packed, scales, ends, b)
+
+            yield name, tokens, len(taken.unique()) * outs * (width // 2 + 4 * width // group), ways
+
+
+def _swept_int4(grouped: Any) -> Iterator[Any]:
+    """Those chosen, and with other outputs, columns, warps and stages."""
+    for chosen in (grouped.FEW, grouped.SOME, grouped.MANY):
+        for outs in (64, 128, 256):
+            for columns in (64, 128):
+                for warps in (4, 8):
+                    for stages in (3, 5):
+                        yield replace(chosen, outs=outs, columns=columns, warps=warps, stages=stages)
+
+
+PARTS = {"fp8": fp8, "experts": experts, "fp8_experts": fp8_experts, "int4_experts": int4_experts}
 
 SWEPT = {  # rows: (outs, columns in bytes, stages, warps, swapped)
     16: (

@@ -1,6 +1,6 @@
 """x Wᵀ + b, the way that is fastest on the device for that many rows.
 
-Called by `weights/plain.py`, `grouped_matmul.py` and `embedding.py`.
+Called by `weights/`, `grouped_matmul.py` and `embedding.py`.
 """
 
 import torch

@@ -55,7 +55,7 @@ SHARED_BYTES = 96 << 10
 
 
 @triton.jit
-def _rows_of_tile(ends_ptr, tile, experts, BM: tl.constexpr, EXPERTS: tl.constexpr):
+def rows_of_tile(ends_ptr, tile, experts, BM: tl.constexpr, EXPERTS: tl.constexpr):
     """Returns the expert of a tile (`experts`: there is no such tile), its first row, and the row after the last of
     the expert."""
     e = tl.arange(0, EXPERTS)
@@ -79,7 +79,7 @@ def _grouped_product(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, ends_ptr, out_pt
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     wait_for_previous(PDL)
-    expert, start, end = _rows_of_tile(ends_ptr, tl.program_id(1), experts, BM, EXPERTS)
+    expert, start, end = rows_of_tile(ends_ptr, tl.program_id(1), experts, BM, EXPERTS)
     if expert < experts:
         m = start + tl.arange(0, BM)
         n_in = tl.minimum(n, outs - 1)

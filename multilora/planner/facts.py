@@ -82,7 +82,7 @@ class ModelFacts:
 
     @cached_property
     def expert_bytes(self) -> int:
-        """Bytes of all experts that a GPU holds, as they are held: in 16 bit, or in 8 with their scales."""
+        """Bytes of all experts that a GPU holds, as they are held: in 16 bit, or in 8 or 4 with their scales."""
         weights = (module for module in self.model.modules() if isinstance(module, ExpertsWeight))
         return sum(param.nbytes for weight in weights for param in weight.parameters())
 

@@ -12,6 +12,7 @@ import torch
 from exactness import ask_for_all, told
 from fakes.engine_driver import EngineDriver
 from fakes.models import make_adapter, make_tiny_model
+from integer_definitions import awq
 from quantised import write_quantised
 
 DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cuda")
@@ -29,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp8 in blocks": {},
     "fp8 experts": {"quantization": "fp8"},
     "fp8 experts in blocks": {},
+    "awq experts": {},
     "bitsandbytes": {"quantization": "bitsandbytes"},
     "fp8 KV cache": {"kv_cache_dtype": "fp8"},
     "fp8_e5m2 KV cache": {"kv_cache_dtype": "fp8_e5m2"},
@@ -67,6 +69,9 @@ def test_a_gpu_says_what_the_cpu_says(tmp_path: Path, kind: str) -> None:
     if kind.endswith("in blocks"):
         config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         write_quantised(base, config, in_blocks, **model)
+    if kind.startswith("awq"):
+        config = {"quant_method": "awq", "bits": 4, "group_size": 32}
+        write_quantised(base, config, awq, **model)
     found = logprobs(tmp_path, DEVICE, "bfloat16", **KINDS[kind])
     exact = logprobs(tmp_path, "cpu", "float32", **KINDS[kind])
     changed = (exact[0] - exact[1]).abs().mean()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fakes.layer_context import BASE
 
 from multilora.layers.experts import Experts, combine, sort_by_expert
+from multilora.layers.weights.awq import Awq
 from multilora.layers.weights.base import ExpertsFormat
 from multilora.layers.weights.fp8 import Fp8Blocks, Fp8Rows
 from multilora.layers.weights.plain import PLAIN
@@ -80,7 +81,12 @@ def test_experts_against_their_formula() -> None:
         torch.testing.assert_close(got[token], expected, atol=1e-4, rtol=1e-4)
 
 
-FORMATS = {"plain": PLAIN, "fp8 by rows": Fp8Rows(), "fp8 in blocks": Fp8Blocks("scale", (32, 32))}
+FORMATS = {
+    "plain": PLAIN,
+    "fp8 by rows": Fp8Rows(),
+    "fp8 in blocks": Fp8Blocks("scale", (32, 32)),
+    "4 bit": Awq(32),
+}
 
 
 @pytest.mark.gpu
@@ -92,11 +98,14 @@ def test_experts_in_a_graph_on_a_gpu(kind: str) -> None:
     module = make_experts(16, 64, 32, device, torch.bfloat16, FORMATS[kind])
     if not module.capturable:
         pytest.skip("no grouped product here")
-    wide = make_experts(16, 64, 32, weight_format=FORMATS[kind])
+    dtype = torch.bfloat16 if kind == "4 bit" else torch.float32  # in fp32 they are held dequantised
+    wide = make_experts(16, 64, 32, dtype=dtype, weight_format=FORMATS[kind])
     for mine, theirs in ((wide.gate_up_proj, module.gate_up_proj), (wide.down_proj, module.down_proj)):
         mine.randomise(torch.Generator().manual_seed(0))
         for name, param in mine.named_parameters():
             scale = 10.0 if name != "data" or kind == "plain" else 1.0
+            if kind == "4 bit":
+                scale = torch.tensor([10.0, 1.0]) if name == "scales" else 1.0  # no zeros
             param.copy_(param.float() * scale)
             theirs.get_parameter(name).copy_(param)
     x = torch.randn(24, 64, device=device, dtype=torch.bfloat16)
@@ -114,7 +123,7 @@ def test_experts_in_a_graph_on_a_gpu(kind: str) -> None:
         experts.copy_(taken(24, 4, 16, seed))
         graph.replay()
         rows = sort_by_expert(experts.cpu(), 16)
-        expected = combine(wide(x.cpu().float(), rows, BASE), rows, weights.cpu())
+        expected = combine(wide(x.cpu().to(dtype), rows, BASE), rows, weights.cpu())
         error = (out.cpu().float() - expected).norm() / expected.norm()
         assert error < (0.01 if kind == "plain" else 0.03), (
             "what is rounded to bf16 may be rounded to 8 bit differently"

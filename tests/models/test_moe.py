@@ -10,6 +10,7 @@ import torch
 import transformers
 from fakes.models import EXPERT_FAMILIES, TINY_SIZES, make_tiny_model
 from loaded_model import loaded_model
+from packed_integers import pack_gptq, rounded
 from quantised import write_quantised
 from safetensors.torch import load_file, save_file
 
@@ -158,18 +159,18 @@ def compressed(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | No
 
 FLOATS = compressed("float-quantized", ROWS, TOKENS)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "awq": (
-        {"quant_method": "awq", "bits": 4, "group_size": 32},
-        "experts in awq .* are not supported; in 16 bit and fp8",
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 40}, "awq inputs of 64: expected a multiple of 40"),
+    "packed integers": (
+        compressed("pack-quantized", INTEGERS | {"group_size": 40}, None),
+        "packed inputs of 64: expected a multiple of 40",
     ),
-    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "experts in gptq .*; in 16 bit and fp8 they are"),
+    "some integers": (
+        {"quant_method": "awq", "bits": 4, "group_size": 16, "modules_to_not_convert": ["experts.3.up_proj"]},
+        "some experts in awq in 4 bit and plain are not supported; all in the same format are",
+    ),
     "bitsandbytes": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        "experts in bitsandbytes .*; in 16 bit and fp8 they are",
-    ),
-    "packed integers": (
-        compressed("pack-quantized", INTEGERS, None),
-        "experts in compressed-tensors in 4 bit are not",
+        "experts in bitsandbytes .*; in 16 bit, fp8 and packed integers of 4 or 8 bit they are",
     ),
     "static": (
         {"quant_method": "fp8", "activation_scheme": "static"},
@@ -201,13 +202,62 @@ def test_experts_in_other_formats_are_named_before_weights_are_read(name: str, t
     assert "\n" not in raised.value.message
 
 
-@pytest.mark.parametrize("config", [FLOATS, {"quant_method": "fp8", "weight_block_size": [16, 16]}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        FLOATS,
+        {"quant_method": "fp8", "weight_block_size": [16, 16]},
+        {"quant_method": "awq", "bits": 4, "group_size": 32},
+        {"quant_method": "gptq", "bits": 4, "group_size": 32},
+    ],
+)
 def test_quantised_experts_of_transformers_are_named(config: dict[str, Any], tmp_path: Path) -> None:
     make_tiny_model(tmp_path, "qwen3_moe")
     rewrite(tmp_path, config)
-    said = r"mlp\.experts: experts in fp8 .* are not supported through transformers' modules; in 16 bit they are"
+    said = r"experts in (fp8|awq|gptq) .* are not supported through transformers' modules; in 16 bit they are"
     with pytest.raises(ModelUnsupported, match=said):
         make_model(str(tmp_path), device=META, model_impl="transformers")
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("2.up_proj.qzeros", None, r"lacks model\.layers\.1\.mlp\.experts\.2\.up_proj\.qzeros"),
+        ("2.up_proj.qweight", torch.zeros(8, 48), r"up_proj\.qweight is F32, the config asks for I32"),
+        (
+            "2.up_proj.scales",
+            torch.zeros(3, 48),
+            r"up_proj\.scales has shape \[3, 48\], the config asks for \[2, 48\]",
+        ),
+        ("2.up_proj.bias", torch.ones(48), "bias is not zero, and the model has none"),
+        (
+            "6.up_proj.qweight",
+            torch.zeros(8, 48, dtype=torch.int32),
+            "6.up_proj.qweight, which the model would not use",
+        ),
+        (
+            "2.up_proj.g_idx",
+            torch.arange(64).flip(0).int() // 32,
+            "g_idx: groups of different sizes, or in another order",
+        ),
+    ],
+)
+def test_packed_experts_that_lack_something_are_named(
+    name: str, edit: torch.Tensor | None, message: str, tmp_path: Path
+) -> None:
+    def gptq(path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return pack_gptq(rounded(weight, 4, 32, symmetric=True), 4)
+
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    write_quantised(tmp_path, config, gptq, family="qwen3_moe", moe_intermediate_size=96 if "idx" in name else 48)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if edit is None:
+        del tensors[f"model.layers.1.mlp.experts.{name}"]
+    else:
+        tensors[f"model.layers.1.mlp.experts.{name}"] = edit
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelUnsupported, match=message):
+        loaded_model(tmp_path, dtype="bfloat16")
 
 
 def rewrite(path: Path, config: dict[str, Any]) -> None:

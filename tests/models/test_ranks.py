@@ -9,6 +9,7 @@ import pytest
 import torch
 from counted_file import Counted
 from fakes.models import FAMILIES, make_tiny_model
+from packed_integers import pack_gptq, rounded
 from quantised import write_quantised
 from safetensors import safe_open
 
@@ -26,13 +27,13 @@ CPU = torch.device("cpu")
 TOKENS = 20
 
 
-def on_ranks(path: Path, size: int, function: Callable[[CausalLM], Any]) -> list[Any]:
+def on_ranks(path: Path, size: int, function: Callable[[CausalLM], Any], dtype: str = "auto") -> list[Any]:
     """What the function says of each rank's model."""
     found: list[Any] = [None] * size
 
     def run(rank: int) -> None:
         group = join(str(path / f"meeting {size}"), rank, size, CPU, 30.0)
-        found[rank] = function(loaded(path, group))
+        found[rank] = function(loaded(path, group, dtype))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -42,8 +43,8 @@ def on_ranks(path: Path, size: int, function: Callable[[CausalLM], Any]) -> list
     return found
 
 
-def loaded(path: Path, group: Group) -> CausalLM:
-    model = make_model(str(path), device=CPU, group=group)
+def loaded(path: Path, group: Group, dtype: str = "auto") -> CausalLM:
+    model = make_model(str(path), device=CPU, group=group, dtype=dtype)
     model.load(str(path), load_format="auto", revision=None, seed=0)
     return model
 
@@ -135,15 +136,28 @@ def test_ranks_divide_fp8(tmp_path: Path) -> None:
         assert torch.equal(torch.cat([part[name] for part in held], dim=dim), whole[name]), name
 
 
-def test_ranks_read_and_hold_their_experts_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "gptq"])
+def test_ranks_read_and_hold_their_experts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Whole ones, with their scales, and nothing of those of others."""
 
     def in_blocks(path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         scales = torch.rand(-(-weight.shape[0] // 16), -(-weight.shape[1] // 16)) + 0.5
         return {"weight": weight.to(torch.float8_e4m3fn), "weight_scale_inv": scales}
 
-    config = {"quant_method": "fp8", "weight_block_size": [16, 16]}
-    write_quantised(tmp_path, config, in_blocks, family="qwen3_moe")
+    def gptq(path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return pack_gptq(rounded(weight, 4, 32, symmetric=False), 4)
+
+    experts = ["gate_proj", "up_proj", "down_proj"]
+    config, quantise, each = {
+        "fp8": ({"quant_method": "fp8", "weight_block_size": [16, 16]}, in_blocks, 2),
+        "gptq": (
+            {"quant_method": "gptq", "bits": 4, "group_size": 32, "modules_in_block_to_quantize": experts},
+            gptq,
+            4,
+        ),
+    }[kind]
+    skipped = ("self_attn.",) if kind == "gptq" else ()
+    write_quantised(tmp_path, config, quantise, skipped, family="qwen3_moe", moe_intermediate_size=64)
     reads: dict[int, dict[str, int]] = {}
 
     def opened(file: Path) -> Counted:
@@ -156,12 +170,13 @@ def test_ranks_read_and_hold_their_experts_in_fp8(tmp_path: Path, monkeypatch: p
         found = [torch.stack([w.dequantised(w.rows_of(e)) for e in range(w.experts)]) for w in weights]
         return threading.get_ident(), found
 
-    _, whole = parts(loaded(tmp_path, SINGLE))
+    dtype = "bfloat16" if kind == "gptq" else "auto"
+    _, whole = parts(loaded(tmp_path, SINGLE, dtype))
     monkeypatch.setattr(weights, "open_file", opened)
-    held = on_ranks(tmp_path, 2, parts)
+    held = on_ranks(tmp_path, 2, parts, dtype)
     for i, expected in enumerate(whole):
         assert torch.equal(torch.cat([found[i] for _, found in held]), expected)
     for rank, (ident, _) in enumerate(held):
         read = {name for name in reads[ident] if ".experts." in name}
         own = {f".experts.{number}." for number in range(3 * rank, 3 * rank + 3)}
-        assert len(read) == 2 * 3 * 3 * 2 and all(any(at in name for at in own) for name in read)
+        assert len(read) == 2 * 3 * 3 * each and all(any(at in name for at in own) for name in read)

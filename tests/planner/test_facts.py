@@ -1,5 +1,6 @@
 """A model's sizes: those of the engine and of its packer."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,27 @@ def test_experts_in_8_bit_are_counted_with_their_scales(tmp_path, ranks):
     assert ranks > 1 or held.weight_bytes == model.weight_bytes
     assert plain.weight_bytes - held.weight_bytes > plain.expert_bytes - held.expert_bytes > 0
     assert ranks > 1 or model_facts(path, quantization="bitsandbytes").expert_bytes == plain.expert_bytes
+
+
+@pytest.mark.parametrize(("method", "ranks"), [("gptq", 1), ("gptq", 2), ("awq", 1)])
+def test_experts_in_4_bit_are_counted_with_their_scales(tmp_path, method, ranks):
+    """Four bytes for each row and group of inputs. Where ranks share them, all else is in 16 bit."""
+    dims = SIZES["tiny-moe"][0]
+    path = Path(write_model(tmp_path / "moe", dims))
+    whole = {} if ranks == 1 else {"modules_in_block_to_quantize": ["gate_proj", "up_proj", "down_proj"]}
+    config = {"quant_method": method, "bits": 4, "group_size": 32} | whole
+    plain = model_facts(str(path), tp_size=ranks)
+    written = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(written | {"quantization_config": config}))
+    held = model_facts(str(path), tp_size=ranks)
+    assert held.expert_bytes * ranks == dims.experts * dims.expert_parameters * (1 / 2 + 4 / 32)
+    assert plain.expert_bytes * ranks == 2 * dims.experts * dims.expert_parameters
+    if ranks == 1:
+        model = make_model(str(path), dtype="bfloat16", device=torch.device("cpu"))
+        assert sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name) == held.expert_bytes
+        assert plain.weight_bytes - held.weight_bytes > plain.expert_bytes - held.expert_bytes
+    other = model_facts(str(path), tp_size=ranks, dtype="float16")
+    assert other.expert_bytes == plain.expert_bytes
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])

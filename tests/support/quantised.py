@@ -67,7 +67,7 @@ def plain_twin(path: Path, weights: Callable[[str], tuple[torch.Tensor, Callable
     for name in {name.rpartition(".")[0] for name in tensors if name.endswith(held)}:
         if f"{name}.weight" not in kept:
             kept[f"{name}.weight"], rounds[name] = weights(name)
-    names = {f"{name}.{leaf}" for name in rounds for leaf in ("weight", "bias")}
+    names = {f"{name}.weight" for name in rounds} | {f"{n}.bias" for n in rounds if ".experts." not in n}
     kept = {n: t for n, t in kept.items() if n.rpartition(".")[0] not in rounds or n in names}
     save_file({n: t.contiguous() for n, t in kept.items()}, plain / "model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
@@ -79,6 +79,8 @@ def plain_twin(path: Path, weights: Callable[[str], tuple[torch.Tensor, Callable
         else:
             round_at(model.get_submodule(name), round_inputs)
     for path, round_inputs in experts.items():
+        if isinstance(round_inputs, nn.Identity):
+            continue
         round_experts(model.get_submodule(path), round_inputs)
     return model
 

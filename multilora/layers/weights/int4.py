@@ -4,10 +4,11 @@
 time; what cannot stay packed is held dequantised (`unpacked.py`).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
-from multilora.errors import ModelUnsupported
 from multilora.layers.weights import int4_arithmetic as arithmetic
 from multilora.layers.weights.base import Share, Stored, Weight
 from multilora.layers.weights.integers import GroupedIntegers, IncompleteMatrices, IntegerLayout
@@ -65,14 +66,12 @@ class Int4Weight(Weight):
         self.scales[..., 0], self.scales[..., 1] = NOISE / 4.6, NOISE / 9.2  # of 0 … 15, less 7.5
 
     def _fill(self, start: int, stop: int, found: GroupedIntegers) -> None:
-        numbers, group = found.numbers, found.group
         if self.order is not None:
-            order = group.argsort(stable=True)
-            numbers, group = numbers[:, order], group[order]
+            order = found.group.argsort(stable=True)
+            found = replace(found, numbers=found.numbers[:, order], group=found.group[order])
             self.order.copy_(order)
-        if not torch.equal(group, torch.arange(len(group), device=group.device) // self._group):
-            raise ModelUnsupported("g_idx: groups of different sizes, or in another order than desc_act says")
-        packed = arithmetic.pack(numbers.int().contiguous())
+        found.check_neighbours(self._group)
+        packed = arithmetic.pack(found.numbers.int().contiguous())
         first = start * len(self.packed) // self._shape[0]
         self.packed[first : first + len(packed)].copy_(packed)
         self.scales[:, start:stop, 0].copy_(found.scales.T)

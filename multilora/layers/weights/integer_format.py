@@ -7,16 +7,18 @@ from collections.abc import Sequence
 
 import torch
 
-from multilora.layers.weights.base import Weight, WeightFormat
+from multilora.layers.weights import int4_grouped
+from multilora.layers.weights.base import ExpertsFormat, ExpertsWeight, Weight
 from multilora.layers.weights.int4 import Int4Weight
 from multilora.layers.weights.int4_arithmetic import OUTS, obstacle
+from multilora.layers.weights.int4_experts import Int4Experts
 from multilora.layers.weights.integers import IntegerLayout
-from multilora.layers.weights.unpacked import UnpackedWeight
+from multilora.layers.weights.unpacked import UnpackedExperts, UnpackedWeight
 
 logger = logging.getLogger(__name__)
 
 
-class IntegerFormat(IntegerLayout, WeightFormat):
+class IntegerFormat(IntegerLayout, ExpertsFormat):
     """Makes weights from what `IntegerLayout` reads."""
 
     def make(self, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype) -> Weight:
@@ -30,6 +32,26 @@ class IntegerFormat(IntegerLayout, WeightFormat):
             reason = found
         _say(f"{self.name}: held dequantised, with the memory of 16 bit: {reason}")
         return UnpackedWeight(self, out_features, in_features, device=device, dtype=dtype)
+
+    def make_experts(
+        self, experts: int, parts: Sequence[int], in_features: int, *, device: torch.device, dtype: torch.dtype
+    ) -> ExpertsWeight:
+        for outs in parts:
+            self.stored(outs, in_features)  # raises for sizes that it has no words for
+        height, reason = sum(parts), self._obstacle_of_experts(in_features, device, dtype)
+        if reason is None:
+            _say(f"experts in {self.name}: held packed")
+            return Int4Experts(self, experts, height, in_features, device=device)
+        _say(f"experts in {self.name}: held dequantised, with the memory of 16 bit: {reason}")
+        return UnpackedExperts(self, experts, height, in_features, device=device, dtype=dtype)
+
+    def _obstacle_of_experts(self, width: int, device: torch.device, dtype: torch.dtype) -> str | None:
+        """What keeps them from staying packed; None: nothing does."""
+        if self.bits != 4:
+            return f"{self.bits} bits do not stay packed"
+        if self.any_order:
+            return "the inputs of a group need not be neighbours (desc_act), and each expert has an order of its own"
+        return int4_grouped.obstacle(device, dtype, width, self.group or width)
 
     def merges(self, widths: Sequence[int]) -> bool:
         """Matrices below each other are packed one by one, and read the same inputs in the same order."""

@@ -30,6 +30,11 @@ class GroupedIntegers:
     scales: torch.Tensor
     group: torch.Tensor
 
+    def check_neighbours(self, size: int) -> None:
+        """Raise ModelUnsupported unless groups are of `size` inputs beside each other, one after the other."""
+        if not torch.equal(self.group, torch.arange(len(self.group), device=self.group.device) // size):
+            raise ModelUnsupported("g_idx: groups of different sizes, or in another order than desc_act says")
+
     def dequantised(self) -> torch.Tensor:
         """W, fp32 [out, in]."""
         return (self.numbers - self.zeros[:, self.group]).float() * self.scales[:, self.group]

@@ -86,6 +86,8 @@ class PlainFormat(ExpertsFormat):
 PLAIN = PlainFormat()
 
 
+SERVED = "in 16 bit, fp8 and packed integers of 4 or 8 bit"
+"""What experts of native mixtures can be in."""
 EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
 """The modules of an expert, as most checkpoints name them."""
 
@@ -116,7 +118,7 @@ class WeightFormats:
             raise ModelUnsupported(f"{path}: some experts in {names} are not supported; all in the same format are")
         (kind,) = found
         if not isinstance(kind, ExpertsFormat):
-            raise ModelUnsupported(f"{path}: experts in {kind.name} are not supported; in 16 bit and fp8 they are")
+            raise ModelUnsupported(f"{path}: experts in {kind.name} are not supported; {SERVED} they are")
         return kind
 
     def check_experts(self, path: str) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "score"})
 """Last names of small layers that choose between experts: never quantised while a checkpoint is loaded."""
 
+OLDER = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""The matrices of a Mixtral's experts."""
+
 
 def skips(patterns: Sequence[str] | None) -> Callable[[str], bool]:
     """Whether a path is excluded by transformers' rule: a pattern is the beginning of the path, or a regular
@@ -15,9 +18,19 @@ def skips(patterns: Sequence[str] | None) -> Callable[[str], bool]:
 
 
 def ends_with(names: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a path ends with one of these names, which may have several components: "self_attn.q_proj"."""
-    found = tuple(f".{name}" for name in names)
+    """Whether a path ends with one of these names, which may have several components: "self_attn.q_proj"; those of a
+    Mixtral's experts may be older ones, "block_sparse_moe.experts.0.w1"."""
+    found = tuple(_present(f".{name}") for name in names)
     return lambda path: f".{path}".endswith(found)
+
+
+def _present(name: str) -> str:
+    """The name that is in use now of what had another one in Mixtral."""
+    parent, is_expert, own = name.partition(".block_sparse_moe.experts.")
+    if not is_expert:
+        return name
+    number, _, matrix = own.partition(".")
+    return f"{parent}.mlp.experts.{number}.{OLDER.get(matrix, matrix)}"
 
 
 def _expression(pattern: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from multilora.layers.weights.skipped import skips
+from multilora.layers.weights.skipped import ends_with, skips
 
 PATHS = [
     f"model.layers.{layer}.{module}"
@@ -23,3 +23,11 @@ def test_as_transformers(pattern: str) -> None:
 def test_none() -> None:
     assert not any(skips(None)(path) for path in PATHS)
     assert skips(["*mlp["])("model.*mlp[")
+
+
+def test_ends_and_the_older_names_of_mixtral() -> None:
+    inside = ends_with(["self_attn.q_proj", "block_sparse_moe.experts.3.w3", "block_sparse_moe.gate"])
+    assert [path for path in PATHS if inside(path)] == [PATHS[0], PATHS[3], PATHS[4], PATHS[7]]
+    first = ends_with(["block_sparse_moe.experts.1.w1"])
+    assert first("model.layers.0.mlp.experts.1.gate_proj")
+    assert not first("model.layers.0.mlp.experts.11.gate_proj") and not first("model.layers.0.mlp.experts.1.up_proj")
