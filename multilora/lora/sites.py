@@ -42,7 +42,8 @@ class LoraSlice:
     before_kv: its output is part of what the keys or values of its own decoder layer are computed from, so that
     changing it changes them (at model level: those of the first layer). True is the safe answer.
     bias: the base model has one. unit: so many outputs belong together, such as those of a head: ranks divide whole
-    units. parts: at a site of experts, the modules that each expert has in its place, their outputs side by side.
+    units. parts: at a site of experts, the modules that each expert has in its place, their outputs side by side;
+    empty: they may be interleaved.
     transposed: checkpoints and PEFT's modules_to_save hold the weight as [in, out] (transformers' Conv1D).
     """
 

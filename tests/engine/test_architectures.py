@@ -29,7 +29,8 @@ OTHER_VERSION = transformers.__version__ != RECORDED["transformers"]
 OFTEN = (
     "Gemma3ForCausalLM",  # windows by layer, a scaled embedding, norms of heads
     "GPT2LMHeadModel",  # Conv1D, names that two modules of a layer share, learned positions
-    "GptOssForCausalLM",  # sinks, experts in one parameter
+    "GptOssForCausalLM",  # sinks, experts with biases
+    "MiniMaxM3VLForCausalLM",  # experts with a limit, beside a shared one whose modules have their names
     "Phi3ForCausalLM",  # fused qkv and gate_up
     "Cohere2ForCausalLM",  # layers without rotation, scaled logits
 )

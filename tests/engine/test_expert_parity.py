@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_config, tiny_model
 from clear_answers import clear_answer
 from exactness import ask_for_all, told
 from expert_layouts import EXPERTS, MIXTRAL, QWEN, as_stacks, by_expert, rewrite
@@ -25,7 +26,8 @@ from multilora.errors import AdapterUnsupported
 
 CLOSE = 2e-5
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+WEIGHTS = ("gate_up_proj", "down_proj")
+BOTH = [f"mlp.experts.{name}" for name in WEIGHTS]
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 8, "lora_alpha": 12, "target_modules": ATTENTION},
     "dora": {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "use_dora": True},
@@ -131,9 +133,14 @@ def share_outer(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "names"), [pytest.param("qwen3_moe", QWEN, marks=pytest.mark.slow), ("mixtral", MIXTRAL)]
+    ("family", "names", "impl"),
+    [
+        pytest.param("qwen3_moe", QWEN, "native", marks=pytest.mark.slow),
+        ("mixtral", MIXTRAL, "native"),
+        ("qwen3_moe", QWEN, "transformers"),
+    ],
 )
-def test_every_layout_of_adapters_on_experts(family: str, names: dict[str, str], tmp_path: Path) -> None:
+def test_every_layout_of_adapters_on_experts(family: str, names: dict[str, str], impl: str, tmp_path: Path) -> None:
     path = tmp_path / "model"
     make_tiny_model(path, family, num_experts=EXPERTS)
     jobs = jobs_of(None, load(path))
@@ -156,8 +163,9 @@ def test_every_layout_of_adapters_on_experts(family: str, names: dict[str, str],
         converted = PeftModel.from_pretrained(load(path), str(tmp_path / "by expert")).eval()
     jobs += jobs_of("by expert", converted)
     adapters = {name: tmp_path / name for name in ("wrappers", "stacks", "shared", "by expert")}
-    for ranks in (1, 2):
-        driver = EngineDriver(path, adapters, page_size=4, chunked_prefill_size=16, tp_size=ranks)
+    for ranks in (1, 2) if impl == "native" else (1,):
+        options: dict[str, Any] = {"page_size": 4, "chunked_prefill_size": 16, "model_impl": impl, "tp_size": ranks}
+        driver = EngineDriver(path, adapters, **options)
         try:
             compare(driver, jobs)
             assert {name: info.rank for name, info in driver.infos.items()} == {
@@ -170,17 +178,80 @@ def test_every_layout_of_adapters_on_experts(family: str, names: dict[str, str],
             driver.close()
 
 
-def test_experts_of_transformers_take_no_adapters_and_say_so(tmp_path: Path) -> None:
-    path = tmp_path / "model"
-    make_tiny_model(path, "qwen3_moe")
-    make_adapter(tmp_path / "attention", path, 0, ADAPTERS["attention"])
-    make_adapter(tmp_path / "router", path, 1, ADAPTERS["router"])
-    make_adapter(tmp_path / "experts", path, 2, ADAPTERS["experts"])
-    driver = EngineDriver(path, {"attention": tmp_path / "attention"}, model_impl="transformers")
+GPT_OSS: dict[str, dict[str, Any]] = {
+    "two layers' experts": {
+        "r": 8,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "target_parameters": [f"{layer}.mlp.experts.{name}" for layer in (1, 2) for name in WEIGHTS],
+    },
+    "all experts, rsLoRA": {
+        "r": 3,
+        "lora_alpha": 4,
+        "use_rslora": True,
+        "target_modules": ["q_proj"],
+        "target_parameters": BOTH,
+        "rank_pattern": {"experts.gate_up_proj": 6},
+    },
+    "gate and up": {"r": 2, "lora_alpha": 6, "target_parameters": BOTH[:1]},
+    "down": {"r": 5, "lora_alpha": 6, "target_parameters": ["3.mlp.experts.down_proj"]},
+    "attention": {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "use_dora": True},
+}
+
+
+def make_tree_model(path: Path, architecture: str, model_type: str, **fields: Any) -> None:
+    config = tiny_config(model_type, architecture)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    tiny_model(architecture, config).save_pretrained(path)
+
+
+def test_adapters_on_experts_of_gpt_oss(tmp_path: Path) -> None:
+    """Windows and sinks, biases, a limit that is reached, weights as [experts, in, out], gate and up interleaved."""
+    path, layers = tmp_path / "model", ["sliding_attention", "full_attention"] * 2
+    fields = {"num_hidden_layers": 4, "layer_types": layers, "num_local_experts": EXPERTS, "swiglu_limit": 1.5}
+    make_tree_model(path, "GptOssForCausalLM", "gpt_oss", **fields)
+    jobs = jobs_of(None, load(path))
+    for seed, (name, config) in enumerate(GPT_OSS.items()):
+        jobs += jobs_of(name, make_adapter(tmp_path / name, path, seed, config))
+    driver = EngineDriver(path, {n: tmp_path / n for n in GPT_OSS}, page_size=4, chunked_prefill_size=16)
     try:
-        for name, module in (("router", "gate"), ("experts", "experts")):
-            with pytest.raises(AdapterUnsupported, match=rf"adapters on '\S+\.mlp\.{module}\S*' are not supported"):
-                driver.load(name, tmp_path / name)
-        assert driver.complete([5, 6, 7], "attention").tokens
+        compare(driver, jobs)
+        info = driver.infos["two layers' experts"]
+        projections = ["k_proj", "o_proj", "q_proj", "v_proj"]
+        assert info.target_modules == ["experts.down_proj", "experts.gate_up_proj", *projections]
     finally:
         driver.close()
+
+
+def test_stacked_tensors_for_interleaved_gates_are_refused(tmp_path: Path) -> None:
+    make_tree_model(tmp_path / "model", "GptOssForCausalLM", "gpt_oss", num_local_experts=EXPERTS)
+    make_adapter(tmp_path / "stacks", tmp_path / "model", 0, {"r": 4, "target_parameters": BOTH})
+    rewrite(tmp_path / "stacks", as_stacks, target_parameters=None, target_modules=[*WEIGHTS])
+    driver = EngineDriver(tmp_path / "model")
+    try:
+        with pytest.raises(
+            AdapterUnsupported, match=r"experts\.gate_up_proj': stacked tensors are not supported here"
+        ):
+            driver.load("stacks", tmp_path / "stacks")
+    finally:
+        driver.close()
+
+
+def test_routers_of_transformers_take_no_adapters_and_say_so(tmp_path: Path) -> None:
+    """Nor do experts that ranks divide."""
+    path, experts = tmp_path / "model", {**ADAPTERS["experts"], "target_modules": ["q_proj"]}
+    make_tree_model(path, "OlmoeForCausalLM", "olmoe")
+    make_adapter(tmp_path / "attention", path, 0, {"r": 2, "target_modules": ["q_proj"]})
+    make_adapter(tmp_path / "router", path, 1, ADAPTERS["router"])
+    make_adapter(tmp_path / "experts", path, 2, experts)
+    for ranks, refused in ((1, {"router": "gate"}), (2, {"router": "gate", "experts": "experts"})):
+        driver = EngineDriver(path, {"attention": tmp_path / "attention"}, model_impl="transformers", tp_size=ranks)
+        try:
+            for name, module in refused.items():
+                wanted = rf"adapters on '\S+\.mlp\.{module}\S*' are not supported"
+                with pytest.raises(AdapterUnsupported, match=wanted):
+                    driver.load(name, tmp_path / name)
+            assert driver.complete([5, 6, 7], "attention").tokens
+        finally:
+            driver.close()

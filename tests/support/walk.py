@@ -1,9 +1,9 @@
 """One architecture of transformers' causal-LM mapping, served with adapters and held against transformers + PEFT.
 
-A tiny random model, four adapters that PEFT saved and the base model in one batch, in fp32 on the CPU. Greedy answers
-must be PEFT's token for token and every logprob of every position PEFT's to 2e-5 of the largest, or the model must be
-refused by name before any weight is read. What came out is a `Verdict`; those of all architectures are in
-`tests/data/architectures.json`.
+A tiny random model, four adapters that PEFT saved, a fifth on experts where they take any, and the base model in one
+batch, in fp32 on the CPU. Greedy answers must be PEFT's token for token and every logprob of every position PEFT's to
+2e-5 of the largest, or the model must be refused by name before any weight is read. What came out is a `Verdict`;
+those of all architectures are in `tests/data/architectures.json`.
 """
 
 import warnings
@@ -76,7 +76,9 @@ def compare_on_ranks(architecture: str, model_type: str, root: Path, ranks: int)
     config = tiny_config(model_type, architecture)
     tiny_model(architecture, config).save_pretrained(root / "model")
     model = make_model(str(root / "model"), device=torch.device("meta"), model_impl="transformers")
-    compare(root, adapter_configs(model, names_of_experts(model_type)), "transformers", ranks)
+    configs = adapter_configs(model, names_of_experts(model_type))
+    configs.pop("experts", None)  # those that ranks divide take none
+    compare(root, configs, "transformers", ranks)
 
 
 def targeted(parent: str, leaf: str) -> str:
@@ -99,11 +101,15 @@ def adapter_configs(model: CausalLM, of_experts: set[str]) -> dict[str, dict[str
     names = [name for name in leaves if name not in of_experts]
     norms = {norm.attribute or norm.module for norm in model.norms()}
     replaced = [names[-1], *sorted(norms)[:1]]
+    of_sites = [s for site in model.lora_sites() if site.experts for s in site.slices]
+    parameters = list(dict.fromkeys(f"{s.parent}.{s.attribute}" for s in of_sites))
+    experts = {"r": 3, "lora_alpha": 2, "target_modules": names[:1], "target_parameters": parameters}
     return {
         "all": {"r": 8, "lora_alpha": 12, "target_modules": names},
         "some": {"r": 3, "lora_alpha": 6, "target_modules": names[:2], "use_rslora": True},
         "dora": {"r": 4, "lora_alpha": 8, "target_modules": names[-2:], "use_dora": True},
         "saved": {"r": 2, "lora_alpha": 4, "target_modules": names[:1], "modules_to_save": replaced},
+        **({"experts": experts} if parameters else {}),
     }
 
 

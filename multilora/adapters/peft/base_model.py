@@ -42,7 +42,8 @@ class ExpertPlace:
     """What adapters may call a module of experts: a part of a site of experts.
 
     whole: that site's one module; expert: None: all of them; offset, width: which columns of its outputs; parts: the
-    modules that make up these columns in each expert, and starts: the first column of each.
+    modules that make up these columns in each expert, empty: it is not known which column is whose; starts: the first
+    column of each.
     """
 
     whole: Place
@@ -226,14 +227,15 @@ class BaseModel:
 def _modules_of_experts(site: LoraSite) -> dict[Place, tuple[str, str, ExpertPlace]]:
     """The site's own module, its parts stacked, and its parts of each expert."""
     [whole] = site.slices
-    width = whole.out_features // len(whole.parts)
-    starts = tuple(i * width for i in range(len(whole.parts)))
+    count = max(1, len(whole.parts))
+    width = whole.out_features // count
+    starts = tuple(i * width for i in range(count))
     place = Place(site.layer, whole.module)
     sizes = site.in_features, whole.out_features
     found = {}
     for expert in (None, *range(site.experts)):
         parent = whole.parent if expert is None else f"{whole.parent}.{expert}"
-        for start, part in zip(starts, whole.parts, strict=True):
+        for start, part in zip(starts, whole.parts, strict=False):
             name = "experts" if expert is None else f"experts.{expert}"
             own = ExpertPlace(place, site.experts, expert, *sizes, start, width, (part,), (start,))
             found[Place(site.layer, f"{name}.{part}")] = parent, part, own

@@ -132,7 +132,8 @@ def _check_saved(saved: set[Place], contents: Contents) -> None:
     inner = any(module.name not in base.places for module in contents.modules.values())
     for path, place in base.places.items():
         name = path.removeprefix(base.inner) if inner else path
-        if not config.saves(name, base) or (inner and place == HEAD_PLACE):
+        module = name.rpartition(".")[0] if base.is_of_experts(place) else name  # theirs are parameters to PEFT
+        if not config.saves(module, base) or (inner and place == HEAD_PLACE):
             continue
         if place == SCORE_PLACE and place not in contents.modules:
             continue  # PEFT writes the names of all heads that it knows

@@ -206,7 +206,7 @@ def _vocab_size(modules: dict[Place, Module], tensors: Tensors, base: BaseModel)
 
 def _no_place(module: str, where: str, config: PeftConfig, base: BaseModel) -> AdapterError:
     if base.takes_no_adapters(module):
-        what = "it runs as transformers has it; native mixtures of experts take them"
+        what = "it runs as transformers has it (docs/models.md, mixtures of experts)"
         return AdapterUnsupported(f"{where}: adapters on {show(module)} are not supported: {what}")
     if (message := _beyond_experts(module, base) or _no_wrapper(module, config, base)) is not None:
         return AdapterIncompatible(f"{where}: {message}")

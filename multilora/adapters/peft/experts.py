@@ -95,6 +95,12 @@ def _check_target(module: Module, contents: Contents) -> None:
 def _check_shapes(module: Module, contents: Contents) -> None:
     at = contents.base.expert_place(module.place)
     a, b = (contents.tensors.shape(module.tensors[part]) for part in PAIR)
+    if not at.parts and len(a) == 3:
+        what = (
+            f"{show(module.name)}: stacked tensors are not supported here, where gate and up may be interleaved; "
+            "PEFT's target_parameters are"
+        )
+        raise contents.error(AdapterUnsupported, module, Part.LORA_A, what)
     rank = contents.config.rank(module.name)
     count = 1 if at.expert is not None else at.experts
     flat = (count * rank, at.in_features), (at.width, count * rank)

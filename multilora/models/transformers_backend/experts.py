@@ -106,7 +106,7 @@ def sum_over_ranks(experts: nn.Module, path: str, group: Group, device: torch.de
     path: for messages. Raises ConfigError if the parts are too narrow for torch's product on this device.
     """
     for name, param in experts.named_parameters(recurse=False):
-        row = param.shape[-1] * param.element_size()
+        row = max(param.stride()[-2:]) * param.element_size()  # in memory, whichever dimension lies there
         if device.type == "cuda" and row % ALIGNED:
             raise ConfigError(
                 f"--tp-size {group.size}: {path}.{name}: torch does not multiply rows of {row} bytes, which are no "

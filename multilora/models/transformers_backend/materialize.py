@@ -18,7 +18,7 @@ def materialize(lm: Any, device: torch.device) -> None:
         for name, param in list(module._parameters.items()):
             if param is not None and param.is_meta:
                 if param not in moved:
-                    empty = torch.empty(param.shape, dtype=param.dtype, device=device)
+                    empty = torch.empty_like(param, device=device)  # in the order in memory that it has
                     moved[param] = nn.Parameter(empty, requires_grad=False)
                 module._parameters[name] = moved[param]
         for name, buffer in list(module._buffers.items()):

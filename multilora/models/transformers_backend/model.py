@@ -1,11 +1,12 @@
 """A causal LM of transformers behind the contract of a model: its own tree, with our modules where they matter.
 
 Replaced are the linear layers that read tokens, the embedding and the head; attention goes over pages. Norms, gated
-MLPs and rotations are ours where they compute the same (`common_parts.py`); the rest, routers and experts above all,
-stays transformers' own. Adapters attach by the names that PEFT has.
+MLPs and rotations are ours where they compute the same (`common_parts.py`), and so are the products of experts
+(`tree_experts.py`); the rest, routers above all, stays transformers' own. Adapters attach by the names that PEFT has.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from multilora.models.transformers_backend.parameters import cut_parameters
 from multilora.models.transformers_backend.rotary import hold_still
 from multilora.models.transformers_backend.sites import JOINT, Sites, declare
 from multilora.models.transformers_backend.tree import Tree
+from multilora.models.transformers_backend.tree_experts import TreeExperts, fill_laid_out, gate_of, lay_by_outputs
 from multilora.models.transformers_backend.weights import load_tree
 from multilora.models.weights import Destination, fill_dummy
 
@@ -84,6 +86,7 @@ class TransformersCausalLM(CausalLM):
         self._replace_norms(kind)
         self._replace_tables(device)
         self._held = cut_parameters(tree.lm, config.division.parameters, group)
+        self._replace_experts(device)
         for path, experts in mixtures(tree.lm):
             if any(held.startswith(f"{path}.") for held in self._held):
                 sum_over_ranks(experts, path, group, device)
@@ -101,12 +104,12 @@ class TransformersCausalLM(CausalLM):
         return tree_config(hf, generation=generation, context_length=context_length, dtype=dtype)
 
     def without_adapters(self) -> tuple[str, ...]:
-        """See `CausalLM`. Experts and routers, for the most part."""
+        """See `CausalLM`. Routers, for the most part, and experts that ranks divide."""
         layers = self._sites.layers
         modules: list[tuple[int, NormModule | LoraSlice]] = [(norm.layer, norm) for norm in self.norms()]
         modules += [(site.layer, s) for site in self.lora_sites() for s in site.slices]
         declared = {module_path(layer, m.parent, m.attribute or m.module, layers) for layer, m in modules}
-        ours = {path for path, m in self.lm.named_modules() if isinstance(m, Linear)}
+        ours = {path for path, m in self.lm.named_modules() if isinstance(m, Linear)} | set(self._sites.experts)
         paths = (name.rpartition(".")[0] for name, _ in self.lm.named_parameters())
         return tuple(dict.fromkeys(p for p in paths if not {p, p.removesuffix(".weight")} & (declared | ours)))
 
@@ -130,12 +133,13 @@ class TransformersCausalLM(CausalLM):
 
     @property
     def capturable(self) -> bool:
-        """See `CausalLM`. transformers multiplies experts by torch's grouped product, where that is chosen."""
-        for _, mixture in mixtures(self.lm):
+        """See `CausalLM`. Experts that are transformers' own go by torch's grouped product, where that is chosen."""
+        ours = {fact.path for fact in self.config.examination.experts}
+        for path, mixture in mixtures(self.lm):
             config: Any = mixture.config
             widths = [n for p in mixture.parameters(recurse=False) if p.dim() == 3 for n in p.shape[1:]]
             grouped = has_grouped_product(self.device, self.config.dtype, *widths)
-            if not grouped or config._experts_implementation != "grouped_mm":
+            if not grouped or (path not in ours and config._experts_implementation != "grouped_mm"):
                 return False
         return True
 
@@ -165,7 +169,8 @@ class TransformersCausalLM(CausalLM):
             fill_dummy(self, seed, self.group.rank, {self.lm.get_parameter(path) for path in self._held})
             return
         held = {
-            path: Destination(p.shape, self.lm.get_parameter(path).copy_, p.part) for path, p in self._held.items()
+            path: Destination(p.shape, partial(fill_laid_out, self.lm.get_parameter(path)), p.part)
+            for path, p in self._held.items()
         }
         load_tree(self._tree.lm, model_path, revision, held | self.kv_scales.destinations())
 
@@ -179,6 +184,7 @@ class TransformersCausalLM(CausalLM):
             embedding=(tree.embedding_path, *embedding.weight.shape),
             head=(tree.head_path, head.in_features, head.out_features, head.bias is not None),
             has_head=self.config.generates,
+            has_experts=self.group.size == 1,
         )
 
     def _replace_linears(self, kind: dict[str, Any]) -> None:
@@ -223,6 +229,14 @@ class TransformersCausalLM(CausalLM):
                 self._tree.lm.set_submodule(fact.path, ours)
             else:
                 own.register_forward_hook(ReplacedNorm(norm, fact.token_dim, self._step))
+
+    def _replace_experts(self, device: torch.device) -> None:
+        """Have experts that compute what ours do go by our products."""
+        for fact in self.config.examination.experts:
+            module: Any = self._tree.lm.get_submodule(fact.path)
+            lay_by_outputs(module)
+            gate, sites = gate_of(module, device, silu=fact.silu), self._sites.experts.get(fact.path, {})
+            module.forward = TreeExperts(module, sites, self._step, gate).forward
 
     def _replace_tables(self, device: torch.device) -> None:
         tree, sites = self._tree, self._sites

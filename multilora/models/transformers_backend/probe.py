@@ -22,6 +22,7 @@ from multilora.errors import ModelUnsupported
 from multilora.models.transformers_backend.common_parts import BROKEN, Rotation, takes_whole_heads, with_rotation
 from multilora.models.transformers_backend.masks import MarkedMask, MaskMeaning, marked_mask
 from multilora.models.transformers_backend.tree import Tree
+from multilora.models.transformers_backend.tree_experts import DOWN, adds_up_alike, gates_with_silu, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,19 @@ class AttentionFact:
 
 
 @dataclass(frozen=True)
+class ExpertsFact:
+    """The experts of a mixture that compute what `TreeExperts` does, for every token's row. silu: between their
+    products is silu(gate) · up, gate first; attended: see `LinearFact`."""
+
+    path: str
+    experts: int
+    hidden: int
+    inner: int
+    attended: int
+    silu: bool = False
+
+
+@dataclass(frozen=True)
 class Examination:
     """What serving a model takes, in the order in which its forward pass comes across it."""
 
@@ -86,6 +100,7 @@ class Examination:
     norms: tuple[NormFact, ...]
     attentions: tuple[AttentionFact, ...]
     head_attended: int
+    experts: tuple[ExpertsFact, ...] = ()
 
 
 class ObstacleError(Exception):
@@ -115,7 +130,19 @@ def examine(tree: Tree, architecture: str) -> Examination:
     if [a.path for a in windows.attentions] != [a.path for a in found.attentions]:
         raise ModelUnsupported(f"{architecture} is not supported: what it computes depends on its mask")
     pairs = zip(_rotated(tree, found), windows.attentions, strict=True)
-    return replace(found, attentions=tuple(replace(a, window=w.window) for a, w in pairs))
+    attentions = tuple(replace(a, window=w.window) for a, w in pairs)
+    return replace(found, attentions=attentions, experts=_computed_alike(tree, found))
+
+
+def _computed_alike(tree: Tree, found: Examination) -> tuple[ExpertsFact, ...]:
+    """Those mixtures that compute what ours do."""
+    alike = []
+    for fact in found.experts:
+        module = tree.lm.get_submodule(fact.path)
+        if adds_up_alike(module):
+            dtype = weight_of(module, DOWN).dtype
+            alike.append(replace(fact, silu=gates_with_silu(module, dtype)))
+    return tuple(alike)
 
 
 def _rotated(tree: Tree, found: Examination) -> tuple[AttentionFact, ...]:
@@ -141,6 +168,7 @@ class _Recorder:
         self._linears: dict[str, LinearFact] = {}
         self._norms: dict[str, NormFact] = {}
         self._attentions: list[AttentionFact] = []
+        self._experts: dict[str, ExpertsFact] = {}
         self._head_attended = 0
         self._looked_up: set[str] = set()
         self._sources: list[torch.Tensor] = []
@@ -168,14 +196,15 @@ class _Recorder:
         if hidden.shape[0] != TOKENS or logits.shape[0] != TOKENS or logits.shape[-1] != config.vocab_size:
             raise ObstacleError("it does not give every token one row of logits")
         linears, norms = tuple(self._linears.values()), tuple(self._norms.values())
-        return Examination(linears, norms, tuple(self._attentions), self._head_attended)
+        experts = tuple(self._experts.values())
+        return Examination(linears, norms, tuple(self._attentions), self._head_attended, experts)
 
     @contextmanager
     def _registered(self, masks: bool) -> Iterator[None]:
         AttentionInterface.register(PROBE, self._attend)
         if masks:
             AttentionMaskInterface.register(PROBE, marked_mask)
-        ALL_EXPERTS_FUNCTIONS.register(PROBE, _experts)
+        ALL_EXPERTS_FUNCTIONS.register(PROBE, self._note_experts)
         mixtures: list[Any] = [module for module in self._tree.lm.modules() if is_mixture(module)]
         before = [(m.config, m.config._experts_implementation) for m in mixtures]
         self._tree.attend_by(PROBE)
@@ -269,6 +298,16 @@ class _Recorder:
             fact = NormFact(path, module.weight.shape[0], dims[0], len(self._attentions), args[0].dim())
             self._norms.setdefault(path, fact)
 
+    def _note_experts(self, module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The experts interface of transformers, for an examination."""
+        path, given = self._paths[id(module)], (x, *args)
+        rows = len(given) == 3 and not kwargs and all(t.dim() == 2 and len(t) == TOKENS for t in given)
+        weight = getattr(module, DOWN, None)
+        if rows and weight is not None and weight.dim() == 3:
+            count, hidden, inner = weight_of(module, DOWN).shape
+            self._experts.setdefault(path, ExpertsFact(path, count, hidden, inner, len(self._attentions)))
+        return torch.empty_like(x)
+
     def _attend(
         self, module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
@@ -327,8 +366,3 @@ def _meaning(module: Any, mask: Any, kwargs: dict[str, Any]) -> MaskMeaning:
     if mask.meaning.obstacle:
         raise ObstacleError(mask.meaning.obstacle)
     return mask.meaning
-
-
-def _experts(_module: nn.Module, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-    """The experts interface of transformers, for an examination."""
-    return torch.empty_like(hidden_states)

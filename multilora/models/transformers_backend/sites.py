@@ -6,12 +6,23 @@ that name have one place in their layers and one shape ("q_proj"); else by its p
 
 import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, DeclaredModules, LoraSite, LoraSlice, NormModule, Shard
+from multilora.lora.sites import (
+    EMBED,
+    HEAD,
+    MODEL_LEVEL,
+    DeclaredModules,
+    LoraSite,
+    LoraSlice,
+    NormModule,
+    Shard,
+    target,
+)
 from multilora.models.transformers_backend.division import Cut, Division
-from multilora.models.transformers_backend.probe import Examination, LinearFact, NormFact
+from multilora.models.transformers_backend.probe import Examination, ExpertsFact, LinearFact, NormFact
+from multilora.models.transformers_backend.tree_experts import DOWN, GATE_UP
 
 JOINT = "+"
 """Between the names of linear layers that are one: "q_proj+k_proj+v_proj"."""
@@ -20,13 +31,15 @@ JOINT = "+"
 @dataclass(frozen=True)
 class Sites:
     """Declarations by the path of the module in the tree; linear layers that are one site by the paths of all of
-    them, in the order of its slices. layers: the path of the list of decoder layers."""
+    them, in the order of its slices; those of experts by the names of their weights. layers: the path of the list of
+    decoder layers."""
 
     layers: str
     embedding: LoraSite
     head: LoraSite | None
     linears: dict[tuple[str, ...], LoraSite]
     norms: dict[str, NormModule]
+    experts: dict[str, dict[str, LoraSite]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,9 +70,10 @@ def declare(
     embedding: tuple[str, int, int],
     head: tuple[str, int, int, bool],
     has_head: bool = True,
+    has_experts: bool = True,
 ) -> Sites:
     """embedding: path, rows, columns. head: path, inputs, outputs, whether it has a bias; has_head False: the tree
-    has one that the model does without."""
+    has one that the model does without. has_experts: adapters can act on experts."""
     layers, last = layers_path(examination), len(examination.attentions)
     facts = [f for f in examination.linears if f.path != head[0]]
     every: list[LinearFact | NormFact] = [*facts, *examination.norms]
@@ -71,6 +85,7 @@ def declare(
         tuple(fact.path for fact in siblings): _joined(siblings, declared, division, named, names, last)
         for siblings in siblings_of(facts, division)
     }
+    experts = _of_experts(examination, declared, layers, last) if has_experts else {}
     head_site = None
     if has_head:
         head_part = _target(head[0], HEAD, head[2], before_kv=False, shard=Shard.VOCAB, bias=head[3])
@@ -83,7 +98,44 @@ def declare(
             where.layer, module, parent, norm.size, norm.attended < last, _other(leaf, module)
         )
         declared.norms.append(norms[norm.path])
-    return Sites(layers, embed, head_site, linears, norms)
+    return Sites(layers, embed, head_site, linears, norms, experts)
+
+
+def _of_experts(
+    examination: Examination, declared: DeclaredModules, layers: str, last: int
+) -> dict[str, dict[str, LoraSite]]:
+    """The sites of experts by the path of the mixture and the name of the weight; none, if one layer has two
+    mixtures, some lie in no layer, or their sizes differ, so that names would mean several things.
+
+    Where an expert's columns of gate and of up are known, adapters may have modules for each, as others write them.
+    """
+    placed = [(_named(fact, layers), fact) for fact in examination.experts]
+    places = {named.layer for named, _ in placed}
+    if MODEL_LEVEL in places or len(places) < len(placed) or len({named.shape for named, _ in placed}) > 1:
+        return {}
+    found = {}
+    for named, fact in placed:
+        found[fact.path] = {
+            name: declared.site(
+                named.layer,
+                f"experts.{name}",
+                width,
+                target(
+                    f"{named.inner}.{name}",
+                    outs,
+                    before_kv=fact.attended < last,
+                    shard=Shard.EXPERT,
+                    prefix="experts",
+                    parts=parts,
+                ),
+                experts=fact.experts,
+            )
+            for name, width, outs, parts in (
+                (GATE_UP, fact.hidden, 2 * fact.inner, ("gate_proj", "up_proj") if fact.silu else ()),
+                (DOWN, fact.inner, fact.hidden, (DOWN,)),
+            )
+        }
+    return found
 
 
 def _joined(
@@ -148,10 +200,12 @@ def _one(*sets: Collection[object]) -> bool:
     return all(len(values) == 1 for values in sets)
 
 
-def _named(fact: LinearFact | NormFact, layers: str) -> _Named:
+def _named(fact: LinearFact | NormFact | ExpertsFact, layers: str) -> _Named:
     shape: tuple[object, ...]
     if isinstance(fact, LinearFact):
         shape = (fact.in_features, fact.out_features, fact.bias, fact.transposed)
+    elif isinstance(fact, ExpertsFact):
+        shape = (fact.experts, fact.hidden, fact.inner, fact.silu)
     else:
         shape = (fact.size,)
     found = re.fullmatch(rf"{re.escape(layers)}\.(\d+)\.(.+)", fact.path) if layers else None

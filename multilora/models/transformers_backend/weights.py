@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from transformers.core_model_loading import (
 from multilora.errors import ModelUnsupported
 from multilora.layers.weights.mxfp4 import check_blocks, dequantised
 from multilora.models.transformers_backend.parameters import HeldParameter
+from multilora.models.transformers_backend.tree_experts import fill_laid_out
 from multilora.models.weights import (
     SUPERFLUOUS,
     Destination,
@@ -91,6 +92,9 @@ def load_tree(
 def tree_destinations(lm: Any) -> dict[str, Destination]:
     """Name in the tree → where the tensor goes; see `destinations`."""
     found = destinations(lm)
+    for name, param in lm.named_parameters():
+        if not param.is_contiguous():
+            found[name] = replace(found[name], load=partial(fill_laid_out, param))
     for name, buffer in lm.named_buffers():
         owner, _, leaf = name.rpartition(".")
         if leaf not in lm.get_submodule(owner)._non_persistent_buffers_set:

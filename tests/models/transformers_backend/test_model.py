@@ -236,3 +236,16 @@ def test_mixtures_are_examined_and_captured_whatever_torch_multiplies(
         assert model.capturable == fast
     next(filter(is_mixture, model.lm.modules())).config._experts_implementation = "eager"
     assert not model.capturable
+
+
+def test_mixtures_that_are_ours_are_captured_whatever_transformers_would_multiply_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_config("gpt_oss", "GptOssForCausalLM").save_pretrained(tmp_path)
+    model = make_model(str(tmp_path), device=torch.device("meta"), dtype="bfloat16")
+    model.device = torch.device("cuda")
+    next(filter(is_mixture, model.modules())).config._experts_implementation = "eager"
+    for capability, fast in (((9, 0), True), ((8, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert model.capturable == fast
+    assert {path.rpartition(".")[2] for path in model.without_adapters()} == {"router", "self_attn"}  # its sinks

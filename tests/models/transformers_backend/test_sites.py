@@ -1,11 +1,18 @@
 """How the modules of a tree are called, and where adapters act."""
 
 from dataclasses import replace
+from typing import Any
 
 from multilora.adapters.peft.base_model import BaseModel, Place
 from multilora.lora.sites import MODEL_LEVEL, DeclaredModules, Shard
 from multilora.models.transformers_backend.division import Cut, Division
-from multilora.models.transformers_backend.probe import AttentionFact, Examination, LinearFact, NormFact
+from multilora.models.transformers_backend.probe import (
+    AttentionFact,
+    Examination,
+    ExpertsFact,
+    LinearFact,
+    NormFact,
+)
 from multilora.models.transformers_backend.sites import declare, siblings_of
 
 
@@ -91,3 +98,34 @@ def test_what_acts_before_the_last_keys_and_values() -> None:
         (MODEL_LEVEL, "lm_head"),
     }
     assert {norm.module for norm in declared.norms if not norm.before_kv} == {"t.ln"}
+
+
+def test_experts_are_sites_of_their_layers_and_know_modules_where_gate_and_up_are_known() -> None:
+    experts = ExpertsFact("t.h.0.mlp.experts", 3, 4, 5, attended=1, silu=True)
+    tables: dict[str, Any] = {"embedding": ("t.e", 9, 4), "head": ("out", 4, 9, False)}
+
+    def base_of(*facts: ExpertsFact, has_experts: bool = True) -> BaseModel:
+        declared = DeclaredModules()
+        found = replace(FOUND, experts=facts)
+        sites = declare(found, declared, Division(), **tables, has_experts=has_experts)
+        assert set(sites.experts) in ({f.path for f in facts}, set())
+        return BaseModel(tuple(declared.sites), tuple(declared.norms), 9, 4, False, None, sites.layers)
+
+    base = base_of(experts, replace(experts, path="t.h.1.mlp.experts", attended=2))
+    gate_up, down = (Place(0, f"experts.{name}") for name in ("gate_up_proj", "down_proj"))
+    assert base.places["t.h.0.mlp.experts.gate_up_proj"] == gate_up
+    assert base.expert_parameters["t.h.1.mlp.experts"] == ("gate_up_proj", "down_proj")
+    assert (base.shapes[gate_up.module], base.shapes[down.module]) == ((4, 10), (5, 4))
+    assert base.before_kv[gate_up] and not base.before_kv[Place(1, "experts.down_proj")]
+    up = base.place_of("h.1.mlp.experts.2.up_proj")
+    assert up is not None and (base.expert_place(up).offset, base.expert_place(up).width) == (5, 5)
+    interleaved = base_of(replace(experts, silu=False))
+    assert interleaved.expert_place(gate_up).width == 10 and interleaved.place_of("h.0.mlp.experts.2.up_proj") is None
+    assert interleaved.place_of("h.0.mlp.experts.2.down_proj") is not None
+    for facts in (
+        (experts, replace(experts, path="t.h.0.mlp2.experts")),
+        (experts, replace(experts, path="t.h.1.mlp.experts", inner=6)),
+        (replace(experts, path="t.experts"),),
+    ):
+        assert not base_of(*facts).expert_parameters
+    assert not base_of(experts, has_experts=False).expert_parameters
