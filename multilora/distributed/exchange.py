@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch._C import _distributed_c10d as c10d
 
-from multilora.distributed.peer_memory import PeerMemory
+from multilora.distributed.peer_memory import PeerMemory, have_atomics
 
 WIDTH = 4096
 """32-bit words of the widest row: 8,192 numbers of 16 bits."""
@@ -39,7 +39,7 @@ class Exchange:
     the same memory.
     """
 
-    def __init__(self, memory: Buffers, rank: int, size: int, device: torch.device):
+    def __init__(self, memory: Buffers, rank: int, size: int, device: torch.device, *, gathers: bool = True):
         from multilora.distributed.triton_exchange import SLOTS
 
         self.rank, self.size, self.width = rank, size, WIDTH
@@ -50,7 +50,7 @@ class Exchange:
         self.stop = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.gather_buffers = self.buffers + sums_bytes(size)
         self.gather_counts = torch.zeros(SLOTS, dtype=torch.int32, device=device)
-        self._gathered = GATHER_BYTES // (2 * size * 4)  # numbers of one rank at a time
+        self._gathered = GATHER_BYTES // (2 * size * 4) if gathers else 0  # numbers of one rank at a time
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether x, [rows, size], is summed here. The same on all ranks, as it follows from shape and dtype."""
@@ -67,7 +67,7 @@ class Exchange:
 
     def fits_gathering(self, x: torch.Tensor) -> bool:
         """Whether x, [rows, part], is gathered here. The same on all ranks."""
-        return x.dtype == torch.float32 and x.is_contiguous() and x.numel() <= self._gathered
+        return x.dtype == torch.float32 and x.is_contiguous() and 0 < x.numel() <= self._gathered
 
     def gather_columns(self, x: torch.Tensor, columns: int) -> torch.Tensor:
         """See `Group.gather_columns`."""
@@ -86,8 +86,9 @@ def make_exchange(store: c10d.Store, rank: int, size: int, device: torch.device)
     """Wait for all ranks; `device` is the current one. Raises ConfigError where they cannot reach each other."""
     from multilora.distributed.triton_gather import FLAG_BYTES
 
-    memory = PeerMemory(store, rank, size, sums_bytes(size) + size * FLAG_BYTES + GATHER_BYTES)
-    return Exchange(memory, rank, size, device)
+    gathers = have_atomics(store, rank, size)  # which raise its flags; sums do without
+    nbytes = size * FLAG_BYTES + GATHER_BYTES if gathers else 0
+    return Exchange(PeerMemory(store, rank, size, sums_bytes(size) + nbytes), rank, size, device, gathers=gathers)
 
 
 def sums_bytes(size: int) -> int:

@@ -114,7 +114,7 @@ class TritonLora:
         small = num_rows <= self._graph_rows
         self._step = self._small_step(segments, num_rows) if small else self._large_step(segments, num_rows)
         if self._experts is not None:
-            phase = self.tuning.of(num_rows) if small else self.tuning.large
+            phase = self.tuning.small if small else self.tuning.large  # `medium` was not measured on experts
             fixed = self._experts.prepare(segments, num_rows, phase)
             self.replayable = self.replayable and fixed
 

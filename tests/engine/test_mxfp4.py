@@ -78,9 +78,10 @@ def first(tensors: Tensors, suffix: str) -> str:
         (lambda t: t.pop(first(t, "_blocks")), "lacks .*_blocks"),
         (lambda t: t.update({first(t, "_blocks"): t[first(t, "_blocks")][:, :-1].contiguous()}), "mxfp4 of"),
         (lambda t: t.update({first(t, "_blocks"): t[first(t, "_blocks")].float()}), "is F32"),
-        (lambda t: t[first(t, "_scales")].fill_(255), "not finite"),
+        (lambda t: t[first(t, "_scales")].fill_(255), "not finite in float32"),
+        (lambda t: t.update({first(t, "_blocks").removesuffix("_blocks"): torch.ones(4, 32, 64)}), "twice"),
     ],
-    ids=["no scales", "no blocks", "shape", "dtype", "infinite"],
+    ids=["no scales", "no blocks", "shape", "dtype", "infinite", "twice"],
 )
 def test_broken_checkpoints_are_named(published: Path, change: Any, what: str) -> None:
     with pytest.raises(ModelUnsupported, match=what):

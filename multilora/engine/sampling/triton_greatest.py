@@ -25,7 +25,7 @@ def _greatest(x, places, mask):
     return tl.where(tl.max(is_nan.to(tl.int32), axis=0) > 0, float("nan"), top), place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab", "parts"])
 def _search(logits_ptr, values_ptr, places_ptr, vocab, row_stride, parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per (row, part of its columns)."""
     wait_for_previous(PDL)
@@ -38,7 +38,7 @@ def _search(logits_ptr, values_ptr, places_ptr, vocab, row_stride, parts, BLOCK:
     tl.store(places_ptr + row * parts + part, place)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _join(values_ptr, places_ptr, best_ptr, finite_ptr, tokens_ptr, parts, PARTS: tl.constexpr, PDL: tl.constexpr):
     """One program per row."""
     wait_for_previous(PDL)

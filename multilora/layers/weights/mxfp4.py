@@ -24,18 +24,22 @@ CHUNK_BYTES = 8 << 20
 """How many bytes are looked up at a time: a lookup takes several times their memory."""
 
 
-def dequantised(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """blocks: uint8 [..., groups, 16]; scales: uint8 [..., groups]. Returns bf16 [..., 32 · groups], with what is no
-    finite number in bf16 as infinity or NaN."""
+def dequantised(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """blocks: uint8 [..., groups, 16]; scales: uint8 [..., groups]. Returns [..., 32 · groups] as `dtype`.
+
+    Raises ValueError if a number is beyond what that holds.
+    """
     values = torch.tensor([*CODES, *(-v for v in CODES)], device=blocks.device)
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # [256, 2], by byte
     flat, exponents = blocks.reshape(-1, BLOCK // 2), scales.reshape(-1, 1)
-    out = torch.empty(len(flat), BLOCK, dtype=torch.bfloat16, device=blocks.device)
+    out = torch.empty(len(flat), BLOCK, dtype=dtype, device=blocks.device)
     each = CHUNK_BYTES // (BLOCK // 2)
     for start in range(0, len(flat), each):
         part = slice(start, start + each)
         found = pairs[flat[part].int()].view(-1, BLOCK)
         out[part] = torch.ldexp(found, exponents[part].int() - BIAS)
+        if not out[part].isfinite().all():
+            raise ValueError(f"it has numbers that are not finite in {str(dtype).removeprefix('torch.')}")
     return out.view(*scales.shape[:-1], -1)
 
 

@@ -13,8 +13,11 @@ OLDER = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 def skips(patterns: Sequence[str] | None) -> Callable[[str], bool]:
     """Whether a path is excluded by transformers' rule: a pattern is the beginning of the path, or a regular
     expression for one, up to the end of one of its names; or it is the end of the path."""
-    found = [(p, re.compile(rf"(?:{_expression(p)})(?:(?<=\.)|(?=\.|$))")) for p in patterns or ()]
-    return lambda path: any(path.endswith(p) or expression.match(path) is not None for p, expression in found)
+    ends = tuple(patterns or ())
+    if not ends:
+        return lambda _path: False
+    begins = re.compile(rf"(?:{'|'.join(f'(?:{_expression(p)})' for p in ends)})(?:(?<=\.)|(?=\.|$))")
+    return lambda path: path.endswith(ends) or begins.match(path) is not None
 
 
 def ends_with(names: Iterable[str]) -> Callable[[str], bool]:

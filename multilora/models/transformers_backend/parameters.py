@@ -30,7 +30,9 @@ class ParameterCut:
 
     def part(self, shape: tuple[int, ...], rank: int, size: int) -> Part:
         """What the rank holds of a parameter of this shape. Raises ValueError if the parts cannot be equal."""
-        width = shape[self.dim] // self.blocks
+        width, rest = divmod(shape[self.dim], self.blocks)
+        if rest or width % self.unit:
+            raise ValueError(f"{shape[self.dim]} is not {self.blocks} equal blocks of whole units of {self.unit}")
         units = even_part(width // self.unit, rank, size)
         held = range(units.start * self.unit, units.stop * self.unit)
         ranges = tuple(range(b * width + held.start, b * width + held.stop) for b in range(self.blocks))

@@ -149,9 +149,12 @@ def _is_stack(target: Destination | None) -> bool:
 
 
 def _check_blocks(plan: _Plan, targets: dict[str, Destination]) -> None:
+    direct = _direct(plan)
     for name, found in plan.blocks.items():
         if lacking := {"blocks", "scales"} - set(found):
             raise ModelUnsupported(f"the checkpoint lacks {name}_{lacking.pop()}")
+        if name in direct:
+            raise ModelUnsupported(f"the checkpoint holds {name} twice: as it is, and in blocks")
         shape = targets[name].shape
         assert shape is not None
         with contextlib.ExitStack() as stack:
@@ -195,7 +198,7 @@ def _tensors(lm: Any, plan: _Plan, targets: dict[str, Destination]) -> Iterator[
             for name, renamed in names:
                 yield renamed, targets[renamed].read(tensors, name)
     for name, found in plan.blocks.items():
-        yield name, take(_dequantised(name, found, next(lm.parameters()).device), targets[name].part)
+        yield name, take(_dequantised(name, found, lm.get_parameter(name)), targets[name].part)
     for first, merge in plan.merges.items():
         sources = _sources(merge.converter, targets.get(first))
         for pattern, file, name in merge.tensors:
@@ -211,16 +214,17 @@ def _tensors(lm: Any, plan: _Plan, targets: dict[str, Destination]) -> Iterator[
             yield name, _held(name, found[0] if isinstance(found, list) else found, targets, whole=not sources)
 
 
-def _dequantised(name: str, stored: dict[str, tuple[Path, str]], device: torch.device) -> torch.Tensor:
-    """The parameter [experts, in, out] that is stored in blocks, in bf16, computed where the model is."""
+def _dequantised(name: str, stored: dict[str, tuple[Path, str]], param: torch.Tensor) -> torch.Tensor:
+    """What the parameter [experts, in, out] is to hold, which is stored in blocks; computed where it is."""
     read = []
     for file, tensor_name in (stored["blocks"], stored["scales"]):
         with open_file(file) as tensors:
-            read.append(tensors.get_tensor(tensor_name).to(device))
-    found = dequantised(*read)
-    if not found.isfinite().all():
-        raise ModelUnsupported(f"{name} has numbers that are not finite in bfloat16: check its scales")
-    return found.transpose(1, 2)
+            read.append(tensors.get_tensor(tensor_name).to(param.device))
+    blocks, scales = read
+    try:
+        return dequantised(blocks, scales, param.dtype).transpose(1, 2)
+    except ValueError as e:
+        raise ModelUnsupported(f"{name}, stored in blocks: {e}") from None
 
 
 def _sources(converter: WeightConverter, target: Destination | None) -> dict[str, HeldParameter]:

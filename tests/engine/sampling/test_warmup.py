@@ -35,7 +35,8 @@ def test_nothing_is_compiled_for_other_numbers_of_rows_biases_and_alternatives()
                     processed=slot % 2 == 0,
                 )  # fmt: skip
                 sampler.install(state)
-            sampler.sample(torch.randn(rows, vocab, device=device), range(rows), [0] * rows)
+            for more in (0, 2, 29):  # tokens that an adapter adds
+                sampler.sample(torch.randn(rows, vocab + more, device=device), range(rows), [0] * rows)
     finally:
         knobs.compilation.listener = before
     assert not found

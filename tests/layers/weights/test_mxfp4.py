@@ -38,12 +38,18 @@ def test_as_transformers_has_it() -> None:
     assert torch.equal(mxfp4.dequantised(blocks, scales).transpose(1, 2), expected)
 
 
-def test_the_least_and_the_largest_exponents() -> None:
-    """bfloat16 has all products but those beyond its range, which become infinite, not wrong."""
-    blocks = torch.full((3, 1, 16), 0x17, dtype=torch.uint8)  # 6 and 0.5
-    found = mxfp4.dequantised(blocks, torch.tensor([[0], [254], [255]], dtype=torch.uint8))
-    assert found[0, :2].tolist() == [6 * 2.0**-127, 2.0**-128]
-    assert found[1, 0].isinf() and found[1, 1] == 2.0**126 and found[2, 0].isinf()
+@pytest.mark.parametrize(
+    ("dtype", "least", "largest"), [(torch.bfloat16, 0, 252), (torch.float32, 0, 252), (torch.float16, 104, 140)]
+)
+def test_the_least_and_the_largest_exponents(dtype: torch.dtype, least: int, largest: int) -> None:
+    """What is beyond the range of the dtype is refused, not infinite."""
+    blocks = torch.full((2, 1, 16), 0x17, dtype=torch.uint8)  # 6 and 0.5
+    found = mxfp4.dequantised(blocks, torch.tensor([[least], [largest]], dtype=torch.uint8), dtype)
+    assert found.dtype == dtype
+    assert found[:, :2].tolist() == [[v * 2.0 ** (e - 127) for v in (6, 0.5)] for e in (least, largest)]
+    for more in (largest + 1, 255):
+        with pytest.raises(ValueError, match=f"not finite in {str(dtype).removeprefix('torch.')}"):
+            mxfp4.dequantised(blocks, torch.tensor([[least], [more]], dtype=torch.uint8), dtype)
 
 
 def test_formats_and_refusals() -> None:

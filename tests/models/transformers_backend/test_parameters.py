@@ -66,6 +66,9 @@ def test_units_stay_together() -> None:
     assert ParameterCut(-1, unit=3).part((12,), 1, 2) == (range(6, 12),)
     with pytest.raises(ValueError, match="4 cannot be divided into 3"):
         ParameterCut(-1, unit=3).part((12,), 0, 3)
+    for cut in (ParameterCut(-1, unit=5), ParameterCut(-1, blocks=2)):
+        with pytest.raises(ValueError, match="33 is not"):
+            cut.part((33,), 0, 2)
 
 
 def test_parameters_are_replaced_by_their_parts() -> None:
