@@ -45,11 +45,13 @@ class PeerMemory:
 def have_atomics(store: c10d.Store, rank: int, size: int) -> bool:
     """Whether every rank's device has atomic operations on the memory of every other; the same on all of them. Rank r
     is on device r."""
-    runtime = _runtime()
-    kind = runtime.cudaDeviceP2PAttr.cudaDevP2PAttrNativeAtomicSupported
-    own = all(
-        _checked(runtime.cudaDeviceGetP2PAttribute(kind, rank, other)) for other in range(size) if other != rank
-    )
+    try:
+        runtime = _runtime()
+        kind = runtime.cudaDeviceP2PAttr.cudaDevP2PAttrNativeAtomicSupported
+        others = (other for other in range(size) if other != rank)
+        own = all(_checked(runtime.cudaDeviceGetP2PAttribute(kind, rank, other)) for other in others)
+    except (ImportError, RuntimeError):
+        own = False
     store.set(f"atomics-{rank}", "yes" if own else "no")
     return all(bytes(store.get(f"atomics-{other}")) == b"yes" for other in range(size))
 

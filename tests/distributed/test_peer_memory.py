@@ -11,7 +11,7 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from multilora.distributed import peer_memory
-from multilora.distributed.peer_memory import PeerMemory
+from multilora.distributed.peer_memory import PeerMemory, have_atomics
 from multilora.errors import ConfigError
 
 
@@ -67,6 +67,13 @@ class Runtime:
     def cudaFree(self, address: int) -> None:  # noqa: N802
         self.open.remove(address)
 
+    class cudaDeviceP2PAttr:  # noqa: N801
+        cudaDevP2PAttrNativeAtomicSupported = 2  # noqa: N815
+
+    def cudaDeviceGetP2PAttribute(self, kind: int, source: int, target: int) -> tuple[Any, ...]:  # noqa: N802
+        assert kind == 2 and source == int(threading.current_thread().name) != target
+        return self._result("ask", int(self._fails != "atomics" or source != 1))
+
 
 def meet(path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[PeerMemory | ConfigError]:
     """The memory of two ranks, or what they raise."""
@@ -87,6 +94,24 @@ def meet(path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[
     for thread in threads:
         thread.join(30.0)
     return [found[0], found[1]]
+
+
+@pytest.mark.parametrize(("fails", "expected"), [("", True), ("atomics", False), ("ask", False)])
+def test_ranks_agree_whether_they_have_atomics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, expected: bool
+) -> None:
+    runtime, found = Runtime(fails), {}
+    monkeypatch.setattr(peer_memory, "_runtime", lambda: runtime)
+
+    def run(rank: int) -> None:
+        found[rank] = have_atomics(c10d.FileStore(str(tmp_path / "meeting"), 2), rank, 2)
+
+    threads = [threading.Thread(target=run, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30.0)
+    assert found == {0: expected, 1: expected}
 
 
 def test_each_rank_sees_its_own_memory_and_that_of_the_others(
