@@ -6,6 +6,7 @@ those of one of them. Called by `planner.py`.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,8 +19,11 @@ from multilora.lora.panels import AdapterShape
 from multilora.lora.sites import EMBED, HEAD, MODEL_LEVEL, LoraSite
 from multilora.memory.kv_layout import KVLayout
 from multilora.models.base import CausalLM
-from multilora.models.config import MoeConfig, NativeConfig
+from multilora.models.config import NativeConfig
 from multilora.models.load import make_model
+
+if TYPE_CHECKING:
+    from multilora.models.transformers_backend.probe import ExpertsFact
 
 
 class PlannedRank(SingleRank):
@@ -64,31 +68,46 @@ class ModelFacts:
         """Numbers that each token is multiplied with: all linear layers, of experts those that it takes, the head."""
         body = sum(s.in_features * s.out_features for s in self.sites if s.layer != MODEL_LEVEL and not s.experts)
         expert = sum(s.in_features * s.out_features for s in self.sites if s.experts)
+        if self._tree_experts:  # ranks that divide these have no sites of them
+            expert = sum(3 * fact.hidden * fact.inner for fact in self._tree_experts)
         return body + (expert * self.top_k + self._table) // self.tp_size
 
     @property
     def top_k(self) -> int:
         """Experts that a token takes; 0 in a model without any."""
-        return self._moe.top_k if self._moe else 0
+        return self._taken[0]
+
+    @cached_property
+    def _taken(self) -> tuple[int, int]:
+        """How many experts a token takes in a layer, and of how many; (0, 1) in a model without any."""
+        config = self.model.config
+        if isinstance(config, NativeConfig):
+            return (config.moe.top_k, config.moe.num_experts) if config.moe else (0, 1)
+        first = next(iter(self._tree_experts), None)
+        return (first.top_k, first.experts) if first else (0, 1)
 
     @property
-    def _moe(self) -> MoeConfig | None:
-        config = self.model.config
-        return config.moe if isinstance(config, NativeConfig) else None
+    def _tree_experts(self) -> "tuple[ExpertsFact, ...]":
+        """The mixtures of a model that runs through transformers' modules."""
+        examination = getattr(self.model.config, "examination", None)  # transformers is not imported for natives
+        found: tuple[ExpertsFact, ...] = examination.experts if examination else ()
+        return found
 
     @cached_property
     def expert_layers(self) -> int:
-        return len({site.layer for site in self.sites if site.experts})
+        return len(self._tree_experts) or len({site.layer for site in self.sites if site.experts})
 
     @cached_property
     def expert_bytes(self) -> int:
         """Bytes of all experts that a GPU holds, as they are held: in 16 bit, or in 8 or 4 with their scales."""
-        weights = (module for module in self.model.modules() if isinstance(module, ExpertsWeight))
-        return sum(param.nbytes for weight in weights for param in weight.parameters())
+        native = (module for module in self.model.modules() if isinstance(module, ExpertsWeight))
+        tree = (self.model.get_submodule(f"lm.{fact.path}") for fact in self._tree_experts)
+        return sum(param.nbytes for experts in (*native, *tree) for param in experts.parameters())
 
     def experts_taken(self, rows: int) -> float:
         """The share of the experts that `rows` tokens take, if all are taken equally often."""
-        return 1 - (1 - self._moe.top_k / self._moe.num_experts) ** rows if self._moe else 0.0
+        taken, experts = self._taken
+        return 1 - (1 - taken / experts) ** rows
 
     @property
     def _table(self) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_config
 from fakes.models import make_adapter, make_tiny_model
 
 from bench.gpu.sizes import SIZES, write_model
@@ -68,6 +69,22 @@ def test_of_experts_a_token_reads_and_computes_those_that_it_takes(tmp_path):
     assert facts.experts_taken(1) == pytest.approx(2 / 6) and facts.experts_taken(64) == pytest.approx(1)
     routers = 8 * dims.layers * (dims.hidden + dims.experts) * 2
     assert facts.adapter_bytes(8) == dims.adapter_bytes(8) + routers  # and no experts
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_of_a_mixture_through_transformers_a_token_takes_as_many(tmp_path, ranks):
+    hf = tiny_config("olmoe", "OlmoeForCausalLM")
+    hf.save_pretrained(tmp_path)
+    facts = model_facts(str(tmp_path), dtype="bfloat16", tp_size=ranks)
+    layers, experts, taken = hf.num_hidden_layers, hf.num_experts, hf.num_experts_per_tok
+    assert (facts.expert_layers, facts.top_k) == (layers, taken) and 0 < taken < experts
+    each = layers * 3 * hf.hidden_size * hf.intermediate_size
+    assert facts.expert_bytes * ranks == 2 * experts * each
+    assert facts.experts_taken(1) == pytest.approx(taken / experts)
+    share = hf.num_key_value_heads / hf.num_attention_heads
+    attention = int(layers * hf.hidden_size**2 * 2 * (1 + share))  # which ranks do not divide
+    head = hf.vocab_size * hf.hidden_size
+    assert facts.parameters == attention + (taken * each + head) // ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -17,7 +17,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, sleep
 from typing import Protocol
 
 import torch
@@ -56,6 +56,7 @@ from multilora.private_directory import PrivateDirectory
 logger = logging.getLogger(__name__)
 
 CHECK_SECONDS = 0.25  # how often the thread looks
+READY_SECONDS = 0.005
 END_SECONDS = 3.0  # until a rank that is told to end is killed
 NOTICE_SECONDS = 5.0  # until a process that does not notice a failure ends
 
@@ -167,8 +168,11 @@ class Ranks:
         return self._groups.model
 
     def wait_until_up(self) -> None:
-        """Until all are ready for steps. Raises the error that one failed with."""
+        """Until all are ready for steps and copies. Raises the error that one failed with."""
         self._wait_for(self._up)
+        while not self._relay.ready:
+            self.check()
+            sleep(READY_SECONDS)
 
     def run_step(self, plan: StepPlan) -> None:
         """Have them execute the plan, which rank 0 does next."""

@@ -122,12 +122,14 @@ def pages_address(directory: str, rank: int) -> str:
 
 class RankProgress:
     """What each rank has finished, int64 [size], in shared memory. steps: the number of its last step; copies: how
-    many adapters it has copied to its pages by now; pieces: how many `PagePiece` of them."""
+    many adapters it has copied to its pages by now; pieces: how many `PagePiece` of them; mapped: how many
+    `MapMemory` it has seen to."""
 
     def __init__(self, directory: str, size: int, *, create: bool = False):
         path = Path(directory, "progress")
         if create:
-            path.write_bytes(bytes(3 * 8 * size))
+            path.write_bytes(bytes(4 * 8 * size))
         with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), 3 * 8 * size)
-        self.steps, self.copies, self.pieces = np.frombuffer(self._memory, np.int64).reshape(3, size)
+            self._memory = mmap.mmap(file.fileno(), 4 * 8 * size)
+        found = np.frombuffer(self._memory, np.int64).reshape(4, size)
+        self.steps, self.copies, self.pieces, self.mapped = found

@@ -85,6 +85,11 @@ class PageRelay:
         for socket in self._sockets:
             socket.send(_encoder.encode(MapMemory(staging.path)))
 
+    @property
+    def ready(self) -> bool:
+        """Whether all ranks have seen to the staging memory, which is not to be pinned beside steps."""
+        return self._staging is None or bool((self._progress.mapped[1:] > 0).all())
+
     def send(self, pages: list[int], parts: Sequence[torch.Tensor]) -> None:
         """Have rank r copy parts[r - 1], uint8 [pages, page_bytes], to these pages. The parts are kept until they
         have been sent; what lies in staging memory must stay there until it has been copied. Raises OSError if there
@@ -213,6 +218,7 @@ class PageReceiver:
                     match _decoder.decode(self._socket.recv()):
                         case MapMemory(memory):
                             self._map(memory)
+                            self._progress.mapped[self._rank] += 1
                         case PagePiece() as piece:
                             self._take(piece)
         except Exception as e:  # noqa: BLE001 - `check` raises it
@@ -222,7 +228,11 @@ class PageReceiver:
 
     def _map(self, path: str) -> None:
         """If it cannot be pinned, copies from it take the copier's way for ordinary memory."""
-        self._memory[path] = memory = _opened(path)
+        try:
+            self._memory[path] = memory = _opened(path)
+        except OSError as e:  # it is tried again when something in it is to be copied
+            logger.warning("rank %d: adapters load slower, staging memory cannot be opened: %s", self._rank, e)
+            return
         if self._device.type == "cuda":
             error = register(memory.data_ptr(), memory.nbytes)
             if error is None:

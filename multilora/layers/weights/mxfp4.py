@@ -2,8 +2,9 @@
 
 A matrix [out, in] of an expert is stored as `…_blocks`, uint8 [out, in / 32, 16], two 4-bit floats (e2m1) a byte, the
 lower half first, and `…_scales`, uint8 [out, in / 32], the exponent of two that 32 of them share, plus 127 (the OCP
-Microscaling specification, version 1.0). bfloat16 holds every such number exactly. Called by
-`models/transformers_backend/weights.py`; `methods.py` finds it by name.
+Microscaling specification, version 1.0). bfloat16 holds every such number exactly; in float16 those below its range
+become 0, as those of a checkpoint in bfloat16 do. Called by `models/transformers_backend/weights.py`; `methods.py`
+finds it by name.
 """
 
 from typing import Any

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+from multilora.errors import ModelUnsupported
+
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "score"})
 """Last names of small layers that choose between experts: never quantised while a checkpoint is loaded."""
 
@@ -16,8 +18,18 @@ def skips(patterns: Sequence[str] | None) -> Callable[[str], bool]:
     ends = tuple(patterns or ())
     if not ends:
         return lambda _path: False
-    begins = re.compile(rf"(?:{'|'.join(f'(?:{_expression(p)})' for p in ends)})(?:(?<=\.)|(?=\.|$))")
-    return lambda path: path.endswith(ends) or begins.match(path) is not None
+    plain: list[str] = []
+    own: list[str] = []  # a pattern with groups may name them by number, which those of others would change
+    for expression in map(_expression, ends):
+        (own if re.compile(expression).groups else plain).append(expression)
+    begins = [_beginning("|".join(f"(?:{expression})" for expression in plain))] if plain else []
+    begins += map(_beginning, own)
+    return lambda path: path.endswith(ends) or any(found.match(path) is not None for found in begins)
+
+
+def _beginning(expression: str) -> re.Pattern[str]:
+    """What matches a path that begins with the expression, up to the end of one of its names."""
+    return re.compile(rf"(?:{expression})(?:(?<=\.)|(?=\.|$))")
 
 
 def ends_with(names: Iterable[str]) -> Callable[[str], bool]:
@@ -41,6 +53,10 @@ def _expression(pattern: str) -> str:
         re.compile(pattern)
     except re.error:
         return re.escape(pattern)
+    try:
+        _beginning(pattern)
+    except re.error as e:  # flags for all of an expression, which is not all of it here
+        raise ModelUnsupported(f"quantization_config: the pattern {pattern!r:.200} is not supported: {e}") from None
     return pattern
 
 

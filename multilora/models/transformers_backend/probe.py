@@ -81,14 +81,15 @@ class AttentionFact:
 
 @dataclass(frozen=True)
 class ExpertsFact:
-    """The experts of a mixture that compute what `TreeExperts` does, for every token's row. silu: between their
-    products is silu(gate) · up, gate first; attended: see `LinearFact`."""
+    """The experts of a mixture that compute what `TreeExperts` does, for every token's row. top_k: of them a token
+    takes so many; silu: between their products is silu(gate) · up, gate first; attended: see `LinearFact`."""
 
     path: str
     experts: int
     hidden: int
     inner: int
     attended: int
+    top_k: int
     silu: bool = False
 
 
@@ -305,7 +306,8 @@ class _Recorder:
         weight = getattr(module, DOWN, None)
         if rows and weight is not None and weight.dim() == 3:
             count, hidden, inner = weight_of(module, DOWN).shape
-            self._experts.setdefault(path, ExpertsFact(path, count, hidden, inner, len(self._attentions)))
+            top_k = given[1].shape[1]
+            self._experts.setdefault(path, ExpertsFact(path, count, hidden, inner, len(self._attentions), top_k))
         return torch.empty_like(x)
 
     def _attend(

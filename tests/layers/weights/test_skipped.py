@@ -3,6 +3,7 @@
 import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from multilora.errors import ModelUnsupported
 from multilora.layers.weights.skipped import ends_with, skips
 
 PATHS = [
@@ -18,6 +19,26 @@ PATHS = [
 )
 def test_as_transformers(pattern: str) -> None:
     assert [skips([pattern])(path) for path in PATHS] == [not should_convert_module(p, [pattern]) for p in PATHS]
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["(lm_head)", r"model\.layers\.(\d)\1\..*"],
+        ["(lm_head)", r"(model\.)?(?(1)layers\.11\..*|nothing)"],
+        [r"model\.layers\.(?P<n>\d+)\.mlp\.gate", r"model\.layers\.(?P<n>1)\..*"],
+        ["gate", "model.layers.1", r"model\.layers\.\d\d\.self_attn", "lm_head|mlp"],
+    ],
+    ids=["a group by number", "a condition", "a name twice", "without groups"],
+)
+def test_several_as_transformers(patterns: list[str]) -> None:
+    skipped = skips(patterns)
+    assert [skipped(path) for path in PATHS] == [not should_convert_module(p, patterns) for p in PATHS]
+
+
+def test_flags_inside_a_pattern_are_refused() -> None:
+    with pytest.raises(ModelUnsupported, match=r"the pattern '\(\?i\)gate' is not supported"):
+        skips(["lm_head", "(?i)gate"])
 
 
 def test_none() -> None:

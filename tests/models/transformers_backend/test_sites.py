@@ -101,7 +101,7 @@ def test_what_acts_before_the_last_keys_and_values() -> None:
 
 
 def test_experts_are_sites_of_their_layers_and_know_modules_where_gate_and_up_are_known() -> None:
-    experts = ExpertsFact("t.h.0.mlp.experts", 3, 4, 5, attended=1, silu=True)
+    experts = ExpertsFact("t.h.0.mlp.experts", 3, 4, 5, attended=1, top_k=2, silu=True)
     tables: dict[str, Any] = {"embedding": ("t.e", 9, 4), "head": ("out", 4, 9, False)}
 
     def base_of(*facts: ExpertsFact, has_experts: bool = True) -> BaseModel:
