@@ -36,10 +36,8 @@ OFTEN = (
 )
 ON_RANKS = [name for name in KNOWN if DATA[name]["way"] == "transformers" and DATA[name]["ranks"][:3] == "all"]
 OFTEN_ON_RANKS = (
-    "Gemma3ForCausalLM",  # as above, on four ranks with each KV head on two
     "Olmo2ForCausalLM",  # norms over all heads: attention is whole on every rank
     "DeepseekV2ForCausalLM",  # experts from three matrices each, shared ones, heads behind latent rows
-    "AriaTextForCausalLM",  # experts that are held transposed
     "GraniteMoeSWAForCausalLM",  # experts, sinks
 )
 MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")

@@ -140,7 +140,15 @@ def experts_of(driver: EngineDriver) -> list[ExpertsWeight]:
     return [module for module in driver.engine.runner._model.modules() if isinstance(module, ExpertsWeight)]
 
 
-@pytest.mark.parametrize("name", [*UNPACKED, *PACKED])
+QUICK = ("mixtral, gptq", "qwen3_moe, awq")
+
+
+def quick_or_slow(name: str, *values: object) -> object:
+    """A row of a matrix of which two are tried in every run."""
+    return pytest.param(name, *values, marks=() if name in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [quick_or_slow(name) for name in (*UNPACKED, *PACKED)])
 def test_in_fp32_they_are_what_the_checkpoint_says(tmp_path: Path, name: str) -> None:
     base = written(tmp_path, (UNPACKED | PACKED)[name])
     models = {name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(ADAPTERS.items())}
@@ -149,7 +157,7 @@ def test_in_fp32_they_are_what_the_checkpoint_says(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [*((n, r) for n in PACKED for r in (1, 2)), *((n, 1) for n in ALL_LAYERS)]
+    ("name", "ranks"), [quick_or_slow(n, r) for n in (*PACKED, *ALL_LAYERS) for r in (1, 2) if r == 1 or n in PACKED]
 )
 def test_what_stays_packed_errs_as_bf16_does(tmp_path: Path, name: str, ranks: int) -> None:
     base = written(tmp_path, (PACKED | ALL_LAYERS)[name], rounded=True)
@@ -175,7 +183,7 @@ def test_what_stays_packed_errs_as_bf16_does(tmp_path: Path, name: str, ranks: i
     assert found.error < 2 * found.theirs
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [quick_or_slow(name) for name in PACKED])
 def test_what_stays_packed_says_what_dequantised_experts_say(tmp_path: Path, name: str) -> None:
     base = written(tmp_path, PACKED[name], rounded=True)
     for i, (adapter, config) in enumerate(ADAPTERS.items()):
@@ -196,7 +204,8 @@ def test_what_stays_packed_says_what_dequantised_experts_say(tmp_path: Path, nam
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("mixtral, gptq", Int4Experts), ("qwen3_moe, gptq, any order", UnpackedExperts)]
+    ("name", "kind"),
+    [quick_or_slow("mixtral, gptq", Int4Experts), quick_or_slow("qwen3_moe, gptq, any order", UnpackedExperts)],
 )
 def test_they_wake_up_as_they_were(tmp_path: Path, name: str, kind: type) -> None:
     """Discarded and read again."""

@@ -95,7 +95,9 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], Any, Callable[[Tensors], Any], dict
 }
 
 
-@pytest.mark.parametrize("row", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow if "qwen2" in row else ()) for row in CHECKPOINTS]
+)
 def test_a_checkpoint_with_quantised_experts(tmp_path: Path, row: str) -> None:
     config, quantise, dequantise, model = CHECKPOINTS[row]
     write_quantised(tmp_path / "base", config, quantise, ("self_attn.", "shared_expert"), **model)
@@ -124,14 +126,14 @@ def rounding(path: Path, *, all_linears: bool) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
 def test_experts_are_quantised_while_they_are_loaded(tmp_path: Path, family: str) -> None:
     """Routers stay what they are. Ranks would round their parts of other modules' inputs, each for itself."""
     make_tiny_model(tmp_path / "base", family)
     compare(tmp_path, lambda: rounding(tmp_path / "base", all_linears=True), (1,), quantization="fp8")
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_experts_alone_are_quantised_while_they_are_loaded(tmp_path: Path, fused: bool) -> None:
     """From three matrices for each expert, or two tensors for all."""
     model = make_tiny_model(tmp_path / "plain", "qwen3_moe", mlp_only_layers=[])

@@ -101,7 +101,9 @@ def test_segments_longer_than_a_tile_and_large_steps():
     world.check(world.backend("csgmv", graph_rows=16, chunk_rows=32), segments_of((0, 1, 1), (1, 36, 0)), 40)
 
 
-@pytest.mark.parametrize("page_bytes", [512, pytest.param(65536, marks=INTERPRETED_SLOW)])
+@pytest.mark.parametrize(
+    "page_bytes", [pytest.param(512, marks=INTERPRETED_SLOW), pytest.param(65536, marks=INTERPRETED_SLOW)]
+)
 def test_one_to_five_rows_of_an_adapter_in_a_medium_step(page_bytes):
     """Up to `few_rows` of them take tiles of their own, more share one, whose columns several programs divide."""
     sites = make_sites(*ROUND)
