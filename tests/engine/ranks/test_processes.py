@@ -7,8 +7,9 @@ Covers `ranks/process.py`, `process/local.py` too. MULTILORA_TEST_DEVICE=cuda ru
 import asyncio
 import contextlib
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,16 @@ def ranks_of(engine: psutil.Process) -> list[psutil.Process]:
     return [p for p in engine.children() if "multilora.engine.ranks.process" in p.cmdline()]
 
 
-def directories() -> set[Path]:
-    import tempfile
+@pytest.fixture
+def own_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where ranks of this test alone have theirs; its path is short, for the sake of sockets."""
+    with tempfile.TemporaryDirectory(prefix="ml-") as directory:
+        monkeypatch.setenv("TMPDIR", directory)
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
 
-    return set(Path(tempfile.gettempdir()).glob("multilora-ranks-*"))
 
-
-def test_the_answers_of_one_rank_and_a_clean_end(files: Path) -> None:
-    before = directories()
-
+def test_the_answers_of_one_rank_and_a_clean_end(files: Path, own_directory: Path) -> None:
     async def scenario() -> None:
         found = []
         for ranks in (1, 2):
@@ -105,7 +107,7 @@ def test_the_answers_of_one_rank_and_a_clean_end(files: Path) -> None:
         assert found[0][0][0] != found[0][1][0], "the adapter does nothing"
 
     run(scenario())
-    assert directories() <= before
+    assert not list(own_directory.glob("multilora-ranks-*"))
 
 
 ENDS: dict[str, Callable[[psutil.Process, psutil.Process], None]] = {
