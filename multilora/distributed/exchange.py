@@ -5,12 +5,15 @@ A step of a few rows has two sums a layer, each of a few hundred KiB at most, wh
 and its logits, which are to lie side by side. What is larger is NCCL's. Knows no models.
 """
 
+import logging
 from typing import Protocol
 
 import torch
 from torch._C import _distributed_c10d as c10d
 
 from multilora.distributed.peer_memory import PeerMemory, have_atomics
+
+logger = logging.getLogger(__name__)
 
 WIDTH = 4096
 """32-bit words of the widest row: 8,192 numbers of 16 bits."""
@@ -87,6 +90,8 @@ def make_exchange(store: c10d.Store, rank: int, size: int, device: torch.device)
     from multilora.distributed.triton_gather import FLAG_BYTES
 
     gathers = have_atomics(store, rank, size)  # which raise its flags; sums do without
+    if not gathers:
+        logger.info("logits of %d ranks: NCCL gathers them, the devices have no atomics on each other's memory", size)
     nbytes = size * FLAG_BYTES + GATHER_BYTES if gathers else 0
     return Exchange(PeerMemory(store, rank, size, sums_bytes(size) + nbytes), rank, size, device, gathers=gathers)
 

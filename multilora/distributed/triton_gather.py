@@ -1,4 +1,4 @@
-"""A Triton kernel that lays the columns of all ranks side by side on each of them, through each other's memory.
+"""An all-gather as one Triton kernel: the columns of all ranks side by side on each, through each other's memory.
 
     memory of a rank:   | flags, int32 [ranks, SLOTS] | two halves of [ranks, capacity] numbers of 32 bits |
 

@@ -1,7 +1,7 @@
 """x Wᵀ where every row has the W of its expert, the way that is fastest on the device for that many rows.
 
 Where there is one kernel for it, nothing is asked of the host; elsewhere one expert comes after the other. Called by
-`weights/plain.py`.
+`weights/plain.py` and `models/transformers_backend/tree_experts.py`.
 """
 
 import torch

@@ -28,7 +28,16 @@ from integer_definitions import (
     packed,
     packed_in_any_order,
 )
-from quantised import VOCAB, Tensors, clear_prompt, held_against_peft, plain_twin, with_adapter, write_quantised
+from quantised import (
+    EXPERT_ADAPTERS,
+    VOCAB,
+    Tensors,
+    clear_prompt,
+    held_against_peft,
+    plain_twin,
+    with_adapter,
+    write_quantised,
+)
 from safetensors.torch import load_file
 
 from multilora.engine.messages import MemoryTag, Sleep, WakeUp
@@ -36,12 +45,6 @@ from multilora.layers.weights.base import ExpertsWeight
 from multilora.layers.weights.int4_experts import Int4Experts
 from multilora.layers.weights.unpacked import UnpackedExperts
 
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
-    "experts": {"r": 4, "target_modules": ["o_proj"], "target_parameters": BOTH},
-    "router": {"r": 3, "target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight", BOTH[1]]},
-}
 TAGS: list[MemoryTag] = ["weights", "kv_cache"]
 TOKENS = 16
 OTHERS = ("self_attn.", "shared_expert")
@@ -151,7 +154,9 @@ def quick_or_slow(name: str, *values: object) -> object:
 @pytest.mark.parametrize("name", [quick_or_slow(name) for name in (*UNPACKED, *PACKED)])
 def test_in_fp32_they_are_what_the_checkpoint_says(tmp_path: Path, name: str) -> None:
     base = written(tmp_path, (UNPACKED | PACKED)[name])
-    models = {name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(ADAPTERS.items())}
+    models = {
+        name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(EXPERT_ADAPTERS.items())
+    }
     for size in (1, 2):
         held_against_peft(tmp_path, {None: base(), **models}, 1e-4, tp_size=size)
 
@@ -161,7 +166,9 @@ def test_in_fp32_they_are_what_the_checkpoint_says(tmp_path: Path, name: str) ->
 )
 def test_what_stays_packed_errs_as_bf16_does(tmp_path: Path, name: str, ranks: int) -> None:
     base = written(tmp_path, (PACKED | ALL_LAYERS)[name], rounded=True)
-    models = {name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(ADAPTERS.items())}
+    models = {
+        name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(EXPERT_ADAPTERS.items())
+    }
     models = {None: base(), **models}
     adapters = {name: tmp_path / name for name in models if name}
     driver = EngineDriver(tmp_path / "base", adapters, page_size=4, dtype="bfloat16", tp_size=ranks)
@@ -186,16 +193,18 @@ def test_what_stays_packed_errs_as_bf16_does(tmp_path: Path, name: str, ranks: i
 @pytest.mark.parametrize("name", [quick_or_slow(name) for name in PACKED])
 def test_what_stays_packed_says_what_dequantised_experts_say(tmp_path: Path, name: str) -> None:
     base = written(tmp_path, PACKED[name], rounded=True)
-    for i, (adapter, config) in enumerate(ADAPTERS.items()):
+    for i, (adapter, config) in enumerate(EXPERT_ADAPTERS.items()):
         with_adapter(tmp_path / adapter, base, i, **config)
     said = {}
     for path in ("base", "base-plain"):
-        adapters = {adapter: tmp_path / adapter for adapter in ADAPTERS}
+        adapters = {adapter: tmp_path / adapter for adapter in EXPERT_ADAPTERS}
         driver = EngineDriver(tmp_path / path, adapters, page_size=4, dtype="bfloat16")
         try:
             assert all(isinstance(w, Int4Experts) == (path == "base") for w in experts_of(driver))
             prompt = list(range(5, 24))
-            rids = [ask_for_all(driver, prompt, a, vocab=VOCAB, max_new_tokens=TOKENS) for a in (None, *ADAPTERS)]
+            rids = [
+                ask_for_all(driver, prompt, a, vocab=VOCAB, max_new_tokens=TOKENS) for a in (None, *EXPERT_ADAPTERS)
+            ]
             driver.run()
             said[path] = torch.cat([told(driver.answers[rid], VOCAB) for rid in rids])
         finally:
@@ -210,7 +219,7 @@ def test_what_stays_packed_says_what_dequantised_experts_say(tmp_path: Path, nam
 def test_they_wake_up_as_they_were(tmp_path: Path, name: str, kind: type) -> None:
     """Discarded and read again."""
     base = written(tmp_path, (PACKED | UNPACKED)[name])
-    with_adapter(tmp_path / "a", base, 0, **ADAPTERS["experts"])
+    with_adapter(tmp_path / "a", base, 0, **EXPERT_ADAPTERS["experts"])
     driver = EngineDriver(tmp_path / "base", {"a": tmp_path / "a"}, dtype="bfloat16")
     try:
         before = driver.complete(list(range(5, 24)), "a", max_new_tokens=6).tokens

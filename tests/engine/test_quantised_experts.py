@@ -20,6 +20,7 @@ from fakes.models import make_tiny_model
 from fakes.tokenizers import byte_level_tokenizer
 from fp8_definitions import FLOATS, FP8, TOKENS, by_row, compressed, from_blocks, from_tensor, in_blocks, rounded
 from quantised import (
+    EXPERT_ADAPTERS,
     NEW_TOKENS,
     VOCAB,
     Tensors,
@@ -38,17 +39,6 @@ from multilora import LLM
 from multilora.engine.messages import MemoryTag, Sleep, WakeUp
 from multilora.layers.weights.base import ExpertsWeight
 
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
-    "experts": {"r": 4, "target_modules": ["o_proj"], "target_parameters": BOTH},
-    "router": {
-        "r": 3,
-        "lora_alpha": 6,
-        "target_modules": ["q_proj"],
-        "target_parameters": ["mlp.gate.weight", BOTH[1]],
-    },
-}
 PROMPT = list(range(5, 24))
 TAGS: list[MemoryTag] = ["weights", "kv_cache"]
 SIZES = {"hidden_size": 256, "num_attention_heads": 4}
@@ -65,7 +55,7 @@ def one_thread():
 
 
 def compare(path: Path, base: Callable[[], Any], ranks: tuple[int, ...] = (1, 2), **options: Any) -> None:
-    models = {name: with_adapter(path / name, base, i, **c) for i, (name, c) in enumerate(ADAPTERS.items())}
+    models = {name: with_adapter(path / name, base, i, **c) for i, (name, c) in enumerate(EXPERT_ADAPTERS.items())}
     for size in ranks:
         held_against_peft(path, {None: base(), **models}, CLOSE, typical=TYPICAL, tp_size=size, **options)
 
@@ -151,7 +141,7 @@ def mixture(tmp_path: Path) -> Path:
     """A mixture in 32 bit and an adapter on its experts."""
     make_tiny_model(tmp_path / "base", "qwen3_moe")
     base = partial(AutoModelForCausalLM.from_pretrained, tmp_path / "base", dtype=torch.float32)
-    with_adapter(tmp_path / "wrappers", base, 0, **ADAPTERS["experts"])
+    with_adapter(tmp_path / "wrappers", base, 0, **EXPERT_ADAPTERS["experts"])
     return tmp_path
 
 

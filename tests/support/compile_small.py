@@ -11,7 +11,7 @@ from typing import Any
 from compile_ahead import compiled
 
 from multilora.distributed import triton_exchange, triton_gather
-from multilora.engine.sampling import triton_greatest
+from multilora.engine.sampling import triton_argmax
 from multilora.layers import triton_ops
 
 Case = tuple[Any, dict[str, str], dict[str, Any], tuple[str, ...]]
@@ -28,12 +28,12 @@ def gather() -> Case:
 def search() -> Case:
     given = {"logits_ptr": "*fp32", "values_ptr": "*fp32", "places_ptr": "*i32"}
     given |= dict.fromkeys(("vocab", "row_stride", "parts"), "i32")
-    return triton_greatest._search, given, {"BLOCK": triton_greatest.COLUMNS}, ("vocab", "row_stride")
+    return triton_argmax._search, given, {"BLOCK": triton_argmax.COLUMNS}, ("vocab", "row_stride")
 
 
 def join() -> Case:
     given = {"values_ptr": "*fp32", "places_ptr": "*i32", "best_ptr": "*fp32", "finite_ptr": "*u8"}
-    return triton_greatest._join, given | {"tokens_ptr": "*i64", "parts": "i32"}, {"PARTS": 32}, ("parts",)
+    return triton_argmax._join, given | {"tokens_ptr": "*i64", "parts": "i32"}, {"PARTS": 32}, ("parts",)
 
 
 def embed_part() -> Case:

@@ -21,6 +21,18 @@ from transformers import AutoModelForCausalLM
 MATRIX_OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 VOCAB = 101
 NEW_TOKENS = 6
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERT_ADAPTERS: dict[str, dict[str, Any]] = {
+    "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "experts": {"r": 4, "target_modules": ["o_proj"], "target_parameters": _EXPERTS},
+    "router": {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.gate.weight", _EXPERTS[1]],
+    },
+}
+"""Fields of PEFT's LoraConfig for a mixture."""
 Tensors = dict[str, torch.Tensor]
 Quantise = Callable[[str, torch.Tensor], Tensors]
 """What a checkpoint has for a linear layer: from its path and weight, tensors by their names in the module."""

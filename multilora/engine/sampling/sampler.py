@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multilora.engine.faults import NONE_ALLOWED, NOT_FINITE
 from multilora.engine.messages import Logprobs
-from multilora.engine.sampling import triton_greatest, triton_sampling
+from multilora.engine.sampling import triton_argmax, triton_sampling
 from multilora.engine.sampling.batch import Column, SamplingBatch, SlotTable
 from multilora.engine.sampling.draw import argmax, draw, processed
 from multilora.engine.sampling.edits import EditTables, check_bias, count, edited
@@ -226,7 +226,7 @@ class Sampler:
         if self.device.type == "cpu":
             best = logits.amax(-1)
             return _Greatest(best, best.isfinite(), None)
-        return _Greatest(*triton_greatest.greatest(logits))
+        return _Greatest(*triton_argmax.argmax(logits))
 
     def _choose(
         self, raw: Tensor, logits: Tensor, greatest: _Greatest, batch: SamplingBatch, on_device: Tensor

@@ -6,6 +6,7 @@ Every row is rounded and multiplied as there, with the matrix of its expert. Cal
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import nn
 
 from multilora.batch import ExpertRows
 from multilora.errors import ModelUnsupported
@@ -14,7 +15,27 @@ from multilora.layers.weights.fp8 import Activations, Fp8Blocks, Fp8BlocksWeight
 from multilora.layers.weights.fp8_arithmetic import grouped_obstacle, grouped_product, quantise
 
 
-class Fp8RowsExperts(Fp8RowsWeight, ExpertsWeight):
+class _Fp8Experts(ExpertsWeight):
+    """What both forms have in common. _block: rows and columns that share a scale; None: each row has one."""
+
+    data: nn.Parameter
+    scale: nn.Parameter
+    _block: tuple[int, int] | None = None
+
+    def grouped_matmul(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        q, scale = quantise(x, self._block and self._block[1])
+        data, scales = (t.unflatten(0, (self.experts, -1)) for t in (self.data, self.scale))
+        return grouped_product(q, scale, data, scales, rows.ends, self._block, x.dtype)
+
+    @property
+    def capturable(self) -> bool:
+        return grouped_obstacle(self.data.device, self._block) is None
+
+    def _pieces(self) -> Iterable[slice]:
+        return map(self.rows_of, range(self.experts))
+
+
+class Fp8RowsExperts(_Fp8Experts, Fp8RowsWeight):
     """A scale for each row of each expert; see `Fp8Rows`. parts: see `ExpertsFormat.make_experts`."""
 
     def __init__(
@@ -31,20 +52,8 @@ class Fp8RowsExperts(Fp8RowsWeight, ExpertsWeight):
         super().__init__(kind, experts * sum(parts), in_features, device=device, dtype=dtype)
         self.experts, self.height, self.width = experts, sum(parts), in_features
 
-    def grouped_matmul(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
-        q, scale = quantise(x)
-        data, scales = (t.unflatten(0, (self.experts, -1)) for t in (self.data, self.scale))
-        return grouped_product(q, scale, data, scales, rows.ends, None, x.dtype)
 
-    @property
-    def capturable(self) -> bool:
-        return grouped_obstacle(self.data.device, None) is None
-
-    def _pieces(self) -> Iterable[slice]:
-        return map(self.rows_of, range(self.experts))
-
-
-class Fp8BlocksExperts(Fp8BlocksWeight, ExpertsWeight):
+class Fp8BlocksExperts(_Fp8Experts, Fp8BlocksWeight):
     """A scale for each block of each expert; see `Fp8Blocks`. parts: see `ExpertsFormat.make_experts`."""
 
     def __init__(
@@ -66,19 +75,7 @@ class Fp8BlocksExperts(Fp8BlocksWeight, ExpertsWeight):
             )
         super().__init__(kind, experts * sum(parts), in_features, device=device, dtype=dtype)
         self.experts, self.height, self.width = experts, sum(parts), in_features
-
-    def grouped_matmul(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
-        block = self._kind.block
-        q, scale = quantise(x, block[1])
-        data, scales = (t.unflatten(0, (self.experts, -1)) for t in (self.data, self.scale))
-        return grouped_product(q, scale, data, scales, rows.ends, block, x.dtype)
-
-    @property
-    def capturable(self) -> bool:
-        return grouped_obstacle(self.data.device, self._kind.block) is None
-
-    def _pieces(self) -> Iterable[slice]:
-        return map(self.rows_of, range(self.experts))
+        self._block = kind.block
 
 
 def _check_rounding(kind: Fp8Rows | Fp8Blocks) -> None:

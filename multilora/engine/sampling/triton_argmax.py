@@ -1,4 +1,4 @@
-"""The greatest logit of each row on CUDA: its value, its place and whether the row is finite, read once.
+"""The argmax of each row of logits on CUDA, its value and whether the row is finite, in one reading.
 
 torch's `amax` and `argmax` each read all logits with one program a row, which is far from what the memory gives where
 rows are few. Here programs share a row's columns, and one more per row joins what they found. Called by `sampler.py`.
@@ -52,7 +52,7 @@ def _join(values_ptr, places_ptr, best_ptr, finite_ptr, tokens_ptr, parts, PARTS
     tl.store(tokens_ptr + row, token.to(tl.int64))
 
 
-def greatest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """logits: fp32 [rows, vocab], rows contiguous.
 
     Returns, for each row, its greatest logit, fp32, NaN if any is; whether that is finite, bool; and its token,
