@@ -5,7 +5,7 @@
 FP8 with a scale for each row, Llama-3.1-8B's four shapes; the experts of Qwen3-30B-A3B, each row on 8 random ones of
 128, in 16 bit, in FP8 by rows and by blocks of 128 x 128, and in 4 bit in groups of 128 inputs. All in bf16, in CUDA
 graphs over weights enough to miss the L2 cache. --sweep tries other block sizes, from which the committed ones were
-taken, but for those of experts in 8 and 4 bit.
+taken.
 The limit is the bytes of the weights read over the read bandwidth measured in the same run. Last line: JSON.
 """
 
@@ -166,7 +166,7 @@ def fp8_experts(counts: list[int], sweep: bool) -> Iterator[Case]:
 
 def _swept_experts(grouped: Any, in_blocks: bool) -> Iterator[Any]:
     """Those chosen, and with other outputs, columns, warps and stages."""
-    for chosen in (grouped.FEW, grouped.SOME, grouped.MANY):
+    for chosen in (grouped.FEW, grouped.MANY):
         for outs in (32, 64, 128, 256):
             for columns in (128,) if in_blocks else (64, 128, 256):
                 for warps in (4, 8):
@@ -210,7 +210,7 @@ def int4_experts(counts: list[int], sweep: bool) -> Iterator[Case]:
 
 def _swept_int4(grouped: Any) -> Iterator[Any]:
     """Those chosen, and with other outputs, columns, warps and stages."""
-    for chosen in (grouped.FEW, grouped.SOME, grouped.MANY):
+    for chosen in (grouped.FEW, grouped.MANY):
         for outs in (64, 128, 256):
             for columns in (64, 128):
                 for warps in (4, 8):

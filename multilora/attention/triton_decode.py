@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora.attention.triton_scores import LOG2E, block_tokens, capped, shared_memory
+from multilora.attention.triton_scores import LOG2E, block_tokens, capped
 from multilora.kernels.integers import power_of_two
-from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
+from multilora.kernels.triton_launch import can_launch_early, launch, shared_memory, wait_for_previous
 
 PIECE_WORDS, SPAN_WORDS = 5, 3
 MIN_PIECE = 64

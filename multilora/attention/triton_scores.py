@@ -1,7 +1,5 @@
 """What the attention kernels share: the scores' units and cap, and how many tokens fit in an iteration."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -22,15 +20,6 @@ ROOMY = 160 << 10
 """Shared memory of a program, from which on keys of `WIDE_BYTES` are taken at a time: A100, H100 and what came after
 them have it; other GPUs have 99 KiB."""
 WIDE_BYTES, NARROW_BYTES = 32768, 16384
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that one program can have on the device; where Triton interprets, as many as it likes."""
-    if device.type != "cuda":
-        return ROOMY
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def block_tokens(dtype: torch.dtype, width: int, memory: int) -> int:

@@ -35,6 +35,18 @@ def can_launch_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+UNLIMITED = 1 << 30
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have on the device; where Triton interprets, as many as it likes."""
+    if device.type != "cuda":
+        return UNLIMITED
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

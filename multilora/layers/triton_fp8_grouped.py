@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from multilora.kernels.integers import cdiv, power_of_two
-from multilora.kernels.triton_launch import can_launch_early, launch, wait_for_previous
+from multilora.kernels.triton_launch import can_launch_early, launch, shared_memory, wait_for_previous
 from multilora.layers.triton_fp8 import EXACT
 
 
@@ -41,17 +41,16 @@ class Fp8GroupedBlocks:
         return (self.rows + self.outs) * self.columns
 
 
-FEW = Fp8GroupedBlocks(16, 64, 128, swapped=True, stages=6)
-SOME = Fp8GroupedBlocks(64, 128, 128, swapped=False, warps=8, stages=4)
-MANY = Fp8GroupedBlocks(128, 64, 128, swapped=False, warps=8, stages=3)
-"""Block sizes by the rows that an expert has on the average: guesses after `triton_fp8_rows.py`, measured nowhere.
-Larger ones have no registers left for the sums of `EXACT` columns."""
+FEW = Fp8GroupedBlocks(16, 128, 128, swapped=True, stages=6)
+MANY = Fp8GroupedBlocks(64, 256, 128, swapped=False, warps=8, stages=5)
+"""Block sizes for few and for many rows of an expert: the best of 64 on an H200, `bench.few_rows --only fp8_experts
+--sweep`. They read Qwen3-30B-A3B's experts at 65 to 98 % of the bandwidth up to 4 rows each."""
 
-FEW_ROWS, SOME_ROWS = 12, 96
-"""Rows of an expert, on the average, up to which FEW and SOME are taken."""
+FEW_ROWS = 12
+"""Rows of an expert, on the average, up to which FEW is taken."""
 
-SHARED_BYTES = 96 << 10
-"""What a program may have of a multiprocessor's shared memory: that of compute capability 8.9, less some for sums."""
+SPARE_BYTES = 3 << 10
+"""Shared memory that a program needs beside the operands of its iterations."""
 
 
 @triton.jit
@@ -136,7 +135,7 @@ def grouped_product(
     out = torch.empty(rows, outs, dtype=dtype, device=x.device)
     if not rows:
         return out
-    blocks = blocks or blocks_of(rows, experts, None if block is None else block[1])
+    blocks = blocks or blocks_of(rows, experts, None if block is None else block[1], shared_memory(x.device))
     early = can_launch_early(x.device)
     args = (x, x_scale, weight, scale, ends, out, outs, width, experts, scale.shape[2], block[0] if block else 1)
     constants = {
@@ -159,13 +158,12 @@ def most_tiles(rows: int, experts: int, height: int) -> int:
     return min(rows, experts) + rows // height
 
 
-def blocks_of(rows: int, experts: int, columns: int | None) -> Fp8GroupedBlocks:
-    """The block sizes for so many rows. columns: which share a scale; None: all of a row do."""
-    each = rows / experts
-    found = FEW if each <= FEW_ROWS else SOME if each <= SOME_ROWS else MANY
-    if columns is None:
-        return found
-    if columns > MANY.columns and found is MANY:
-        found = SOME
-    found = replace(found, columns=columns)
-    return replace(found, stages=min(found.stages, SHARED_BYTES // found.stage_bytes))
+def blocks_of(rows: int, experts: int, columns: int | None, shared: int) -> Fp8GroupedBlocks:
+    """The block sizes for so many rows. columns: which share a scale; None: all of a row do; shared: bytes of shared
+    memory that a program can have."""
+    found = FEW if rows / experts <= FEW_ROWS else MANY
+    found = replace(found, columns=columns or found.columns)
+    room = shared - SPARE_BYTES
+    while found.stage_bytes * 2 > room:
+        found = replace(found, outs=found.outs // 2)
+    return replace(found, stages=min(found.stages, room // found.stage_bytes))

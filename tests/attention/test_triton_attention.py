@@ -23,7 +23,7 @@ from multilora.attention.base import AttentionShape, KVViews
 from multilora.attention.torch_sdpa import TorchAttention
 from multilora.attention.triton_attention import TritonAttention
 from multilora.attention.triton_prefill import blocks_of
-from multilora.attention.triton_scores import block_tokens, shared_memory
+from multilora.attention.triton_scores import block_tokens
 from multilora.batch import AttentionMeta, ColumnPages
 from multilora.memory.kv_layout import KVLayout
 
@@ -225,7 +225,6 @@ def test_an_iteration_fits_in_shared_memory(memory: int, tokens: list[int]) -> N
     half, full = torch.bfloat16, torch.float32
     sizes = [(half, 64), (half, 128), (half, 256), (full, 128), (full, 256)]
     assert [block_tokens(dtype, width, memory) for dtype, width in sizes] == tokens
-    assert shared_memory(torch.device("cpu")) >= 160 << 10
 
 
 CASES = [

@@ -80,19 +80,21 @@ def test_there_are_tiles_for_the_worst_case() -> None:
 
 
 def test_blocks_by_rows_and_columns() -> None:
-    assert fused.blocks_of(8, 128, None) == fused.FEW
-    assert fused.blocks_of(1664, 128, None) == fused.SOME
-    assert fused.blocks_of(1 << 16, 128, 128) == fused.MANY
-    assert fused.blocks_of(1 << 16, 128, 256) == replace(fused.SOME, columns=256, stages=2)
-    for rows in (8, 1664, 1 << 16):
-        for columns in (None, *defined.KERNEL_COLUMNS):
-            chosen = fused.blocks_of(rows, 128, columns)
-            assert 2 <= chosen.stages <= fused.SHARED_BYTES // chosen.stage_bytes
+    large, small = 227 << 10, 99 << 10
+    assert fused.blocks_of(8, 128, None, large) == fused.FEW
+    assert fused.blocks_of(1664, 128, None, large) == fused.blocks_of(1 << 16, 128, 128, large) == fused.MANY
+    assert fused.blocks_of(1 << 16, 128, 256, large) == replace(fused.MANY, columns=256, stages=2)
+    assert fused.blocks_of(1 << 16, 128, 256, small) == replace(fused.MANY, columns=256, outs=128, stages=2)
+    for shared in (large, small):
+        for rows in (8, 1664, 1 << 16):
+            for columns in (None, *defined.KERNEL_COLUMNS):
+                chosen = fused.blocks_of(rows, 128, columns, shared)
+                assert 2 <= chosen.stages <= shared // chosen.stage_bytes
 
 
-CASES = [f"{name} {columns} bf16 {capability}" for capability in (89, 90, 120) for name in ("FEW", "SOME", "MANY")
+CASES = [f"{name} {columns} bf16 {capability}" for capability in (89, 90, 120) for name in ("FEW", "MANY")
          for columns in (0, 128)]  # fmt: skip
-CASES += ["FEW 32 fp32 89", "SOME 64 fp16 90", "MANY 32 bf16 90", "FEW 256 bf16 90", "MANY 256 bf16 89"]
+CASES += ["FEW 32 fp32 89", "MANY 64 fp16 90", "MANY 32 bf16 90", "FEW 256 bf16 90", "MANY 256 bf16 89"]
 
 
 @pytest.mark.slow

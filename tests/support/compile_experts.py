@@ -12,7 +12,7 @@ from compile_ahead import SHARED, compiled
 
 from multilora.layers import triton_fp8_grouped as grouped
 
-EACH = {"FEW": 1, "SOME": grouped.SOME_ROWS, "MANY": grouped.SOME_ROWS + 1}
+EACH = {"FEW": 1, "MANY": grouped.FEW_ROWS + 1}
 """Rows of an expert for which these block sizes are taken."""
 POINTERS = {
     "x_ptr": "fp8e4nv",
@@ -27,7 +27,7 @@ SIZES = ("outs", "width")
 def shared_bytes(name: str, columns: int, dtype: str, capability: int) -> int:
     """The shared memory of a program of Qwen3-30B-A3B's sizes, and of odd ones, which is what is larger."""
     found, early = [], capability >= 90
-    blocks = grouped.blocks_of(8 * EACH[name], 8, columns or None)
+    blocks = grouped.blocks_of(8 * EACH[name], 8, columns or None, SHARED[capability])
     for even in (True, False):
         given = {key: f"*{kind}" for key, kind in POINTERS.items()} | {"out_ptr": f"*{dtype}"}
         given |= dict.fromkeys(("outs", "width", "experts", "groups", "high"), "i32")

@@ -18,7 +18,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from multilora.layers import triton_int4_grouped as grouped
 
-EACH = {"FEW": 1, "SOME": grouped.SOME_ROWS, "MANY": grouped.SOME_ROWS + 1}
+EACH = {"FEW": 1, "MANY": grouped.FEW_ROWS + 1}
 """Rows of an expert for which these block sizes are taken."""
 GIVEN = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scales_ptr": "*i32", "ends_ptr": "*i32", "out_ptr": "*bf16"}
 GIVEN |= dict.fromkeys(("outs", "width", "half", "group", "experts"), "i32")
