@@ -193,6 +193,11 @@ class Config:
         "auto", "kernels of the attention", choices=("auto", KeysOf("multilora.attention.backends:BACKENDS"))
     )
     cuda_graph_max_bs: int | None = _memory(None, "largest decode batch captured in a CUDA graph")
+    piecewise_cuda_graph_max_tokens: int | None = _memory(
+        None,
+        "most prompt tokens of a step that is captured, in pieces (default: 2048); 0: no step with prompts",
+        low=0,
+    )
     disable_cuda_graph: bool = _memory(False, "launch every kernel by itself")
     tp_size: int = _memory(
         1, "GPUs that share the model, or processes on CPU", aliases=("--tp", "--tensor-parallel-size")

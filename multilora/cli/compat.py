@@ -119,7 +119,7 @@ _ONE_VALUE = """
     num-continuous-decode-steps num-reserved-decode-tokens offload-group-size offload-mode offload-num-in-group
     offload-prefetch-step optimistic-prefill-attempts otlp-service-name
     paged-experts-num-resident pdlb-url pdmux-config-path piecewise-cuda-graph-compiler
-    piecewise-cuda-graph-max-tokens piecewise-cuda-graph-tokens pipeline-parallel-size ple-offload-backend
+    piecewise-cuda-graph-tokens pipeline-parallel-size ple-offload-backend
     ple-offload-dir pp pp-async-batch-depth pp-max-micro-batch-size pp-size preferred-sampling-params
     prefill-attention-backend prefill-cp-mode prefill-decode-interval prefill-decode-interval-min-bs
     prefill-delayer-max-delay-ms prefill-delayer-max-delay-passes prefill-delayer-queue-min-ratio

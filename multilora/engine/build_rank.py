@@ -20,10 +20,10 @@ from multilora.attention.base import AttentionBackend
 from multilora.attention.kv_dtypes import largest
 from multilora.config import Config
 from multilora.distributed.group import SINGLE, Group
-from multilora.engine.execution.cuda_graphs import PIECE_SIZES, CudaGraphs, decode_sizes
+from multilora.engine.execution.cuda_graphs import MOST_PIECE_ROWS, CudaGraphs, decode_sizes, piece_sizes
 from multilora.engine.execution.inputs import PageTables
 from multilora.engine.execution.runner import Runner, RunnerLora
-from multilora.engine.memory import MakeAttention, asking_for, graph_bytes, measure_step
+from multilora.engine.memory import MakeAttention, activation_bytes, asking_for, graph_bytes, measure_step
 from multilora.engine.sampling.warmup import warm_up
 from multilora.engine.sleep import DeviceSleep, Peers
 from multilora.errors import ConfigError
@@ -212,8 +212,9 @@ def _device_memory(config: Config, model: CausalLM, layout: KVLayout, over_arena
     row_bytes = model.config.hidden_size * model.config.dtype.itemsize
     sizes, variants = _graph_sizes(config, model.device), 1 + config.enable_lora
     graphs = graph_bytes(sizes, row_bytes, variants)
-    if sizes:
-        graphs += graph_bytes(PIECE_SIZES, row_bytes, variants, pieces=1 + model.config.num_layers)
+    if sizes and (pieces := _piece_sizes(config)):
+        widest = activation_bytes(model.lora_sites(), model.config.hidden_size, model.config.dtype.itemsize)
+        graphs += graph_bytes(pieces, row_bytes, variants, pieces=1 + model.config.num_layers) + widest * pieces[-1]
     tables = 0
     if config.enable_lora:
         target = _pack_target(model, layout)
@@ -246,8 +247,9 @@ def capture(config: Config, parts: RankParts) -> CudaGraphs | None:
         logger.info("CUDA graphs: none, the experts of this model wait for the device here")
         return None
     twins = {size: twin for size in sizes if (twin := attention.for_graph(size)) is not None}
-    halves = {size: half for size in reversed(PIECE_SIZES) if (half := attention.for_pieces(size)) is not None}
-    if not twins or not halves:
+    pieces = _piece_sizes(config)
+    halves = {size: half for size in reversed(pieces) if (half := attention.for_pieces(size)) is not None}
+    if not twins or (pieces and not halves):
         logger.info("CUDA graphs: none, the %s attention backend cannot be captured", attention.name)
         return None
     graphs = CudaGraphs(model, twins, halves, lora, model.device)
@@ -260,3 +262,10 @@ def _graph_sizes(config: Config, device: torch.device) -> list[int]:
     if device.type != "cuda" or config.disable_cuda_graph:
         return []
     return decode_sizes(min(config.cuda_graph_max_bs or 256, config.max_running_requests))
+
+
+def _piece_sizes(config: Config) -> list[int]:
+    """Steps with prompts that are captured."""
+    most = config.piecewise_cuda_graph_max_tokens
+    tokens = min(MOST_PIECE_ROWS if most is None else most, config.chunked_prefill_size)
+    return piece_sizes(tokens, config.max_running_requests)

@@ -14,6 +14,7 @@ from multilora.engine.sampling.sampler import Sampler
 from multilora.engine.sampling.state import SamplingState
 from multilora.errors import OutOfMemory
 from multilora.layers.context import ForwardContext
+from multilora.lora.sites import LoraSite
 from multilora.memory.kv_layout import KVLayout
 from multilora.memory.plan import format_bytes
 from multilora.models.base import CausalLM
@@ -94,6 +95,13 @@ def _fresh_prompts(lens: list[int], layout: KVLayout, device: torch.device) -> A
     parts = zip(table.to(device), torch.cat(token_pages, dim=1).to(device), strict=True)
     own, *further = [ColumnPages(*part) for part in parts]
     return AttentionMeta(tuple(lens), tuple(lens), own.page_table, own.token_page, slots, tuple(further))
+
+
+def activation_bytes(sites: Sequence[LoraSite], hidden_size: int, itemsize: int) -> int:
+    """Bytes that a row takes in a layer at its peak, about: what the widest matrix reads and writes, the activation
+    of that, and the residual."""
+    widest = max(site.out_features + site.in_features for site in sites if site.layer >= 0)
+    return 2 * itemsize * (widest + 2 * hidden_size)
 
 
 def graph_bytes(sizes: Sequence[int], row_bytes: int, variants: int, pieces: int = 0) -> int:

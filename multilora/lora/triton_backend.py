@@ -8,7 +8,9 @@ serves every later step of N rows: prepare(), then replay. Called by `backends.p
                          entries | tiles | base rows | single rows       larger steps
                                    `----- gated ----'
 
-In larger steps grids are exact and nothing starts early. With csgmv, single rows (decodes among prompts) are a group
+In larger steps nothing starts early, and grids are exact, but for those that are captured: there they have room for
+as many segments as CAPTURED_SEGMENTS and single rows as CAPTURED_SINGLES, and tables and intermediate are fixed, too.
+With csgmv, single rows (decodes among prompts) are a group
 of their own there, launched with the block sizes of small steps, and gate and up are expanded inside their
 activation. That kernel sees single rows as base rows: their adapters have been added to y before.
 """
@@ -56,6 +58,12 @@ MAX_TILE_ROWS = 32
 FURTHER = 256
 """Entries of the fixed tables: the second and further adapters of composed rows."""
 
+CAPTURED_SEGMENTS = 64
+"""Segments of several rows in a large step that is captured: their last tiles are not full."""
+
+CAPTURED_SINGLES = 64
+"""Single rows in such a step. Programs for those that there are not cost 2 µs a launch."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -99,6 +107,7 @@ class TritonLora:
         self._shape = [shapes.setdefault((s.in_features, s.slices), len(shapes)) for s in sites]
         words = FURTHER * ENTRY_WORDS + graph_rows * TILE_WORDS
         self._fixed = torch.zeros(words, dtype=torch.int32, device=self._device)
+        self._fixed_large = self._fixed[:0]  # the same of large steps, see `_captured_step`
         self._fixed_h = torch.zeros(H_BYTES // 4, dtype=torch.float32, device=self._device)
         self._step: Step | None = None
         self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -109,10 +118,15 @@ class TritonLora:
         self.replayable = False
         """See `LoraBackend`."""
 
-    def prepare(self, segments: Segments, num_rows: int) -> None:
+    def prepare(self, segments: Segments, num_rows: int, *, captured: bool = False) -> None:
         """See `LoraBackend`."""
         small = num_rows <= self._graph_rows
-        self._step = self._small_step(segments, num_rows) if small else self._large_step(segments, num_rows)
+        if small:
+            self._step = self._small_step(segments, num_rows)
+        else:
+            found = self._captured_step(segments, num_rows) if captured else None
+            self.replayable = found is not None
+            self._step = found or self._large_step(segments, num_rows)
         if self._experts is not None:
             phase = self.tuning.small if small else self.tuning.large  # `medium` was not measured on experts
             fixed = self._experts.prepare(segments, num_rows, phase)
@@ -147,9 +161,41 @@ class TritonLora:
         group = LaunchGroup(on_device[at:], num_rows, h, use, blocks, self._vector, MIN_TILE, any_rank=True)
         return Step((group,), on_device[:at], 0, self.overlap and not beside, beside)
 
+    def _captured_step(self, segments: Segments, num_rows: int) -> Step | None:
+        """The large step of a fixed grid. None: it has too many segments, single rows or adapters for that, or some
+        that act on experts."""
+        small, large, rows, half = self.tuning.small, self.tuning.large, self._chunk_rows, len(self._fixed_h) // 2
+        apart, gated = self._vector and self.tuning.singles_apart, large.gated is not None
+        many, single = split_singles(segments) if apart else (segments, ())
+        tiles, singles = (make_tiles(part, rows, self._table.stacked_rank) for part in (many, single))
+        base = base_tiles(many, num_rows, rows) if gated else tiles.tiles[:0]
+        room = num_rows // rows + CAPTURED_SEGMENTS
+        all_room = room + (CAPTURED_SEGMENTS + 1) * gated  # between as many segments lie one more gaps
+        if self._experts is not None or len(tiles.entries) > FURTHER or len(singles.tiles) > CAPTURED_SINGLES:
+            return None
+        if len(tiles.tiles) > room or max(self._h_need(tiles, large), self._h_need(singles, small)) > half:
+            return None
+        at = FURTHER * ENTRY_WORDS
+        singles_at = at + all_room * TILE_WORDS
+        words = np.zeros(singles_at + CAPTURED_SINGLES * apart * TILE_WORDS, np.int32)
+        for start, part in ((0, tiles.entries), (at, tiles.tiles), (at + tiles.tiles.size, base)):
+            words[start : start + part.size] = part.ravel()
+        words[singles_at : singles_at + singles.tiles.size] = singles.tiles.ravel()
+        if not len(self._fixed_large):
+            self._fixed_large = torch.zeros(len(words), dtype=torch.int32, device=self._device)
+        assert len(words) <= len(self._fixed_large), "the largest comes first"
+        on_device = self._on_device(words, self._fixed_large)
+        h, single_h = self._fixed_h[:half], self._fixed_h[half:]
+        groups = [LaunchGroup(on_device[at:], room, h, None, large, False, rows, any_rank=True)]
+        if apart:
+            on_device_singles = on_device[singles_at:]
+            groups.append(
+                LaunchGroup(on_device_singles, CAPTURED_SINGLES, single_h, None, small, True, MIN_TILE, any_rank=True)
+            )
+        return Step(tuple(groups), on_device[:at], all_room * gated, overlap=False, beside=False)
+
     def _large_step(self, segments: Segments, num_rows: int) -> Step:
         """The step of exact grids: what is launched follows from the segments."""
-        self.replayable = False
         small, large, rows = self.tuning.small, self.tuning.large, self._chunk_rows
         apart = self._vector and self.tuning.singles_apart
         many, single = split_singles(segments) if apart else (segments, ())

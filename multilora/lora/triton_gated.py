@@ -100,7 +100,8 @@ def gated_kernel(y, out, site, h, weights, addresses, records, tiles, entries, s
     out += row * width
     h += h_start
     if count == 0:
-        gated_base(y, out, rows, n0, n_end, width, TILE_M, TILE_N, FAST)
+        if rows > 0:  # else there is no such tile
+            gated_base(y, out, rows, n0, n_end, width, TILE_M, TILE_N, FAST)
     elif count == 1:
         slot, weight = load_entry(tile, entries, further, 0)
         record = records + (slot * sites + site) * RECORD

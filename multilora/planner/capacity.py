@@ -6,8 +6,8 @@ estimated here. Called by `planner.py`.
 
 from dataclasses import dataclass
 
-from multilora.engine.execution.cuda_graphs import PIECE_SIZES, decode_sizes
-from multilora.engine.memory import graph_bytes
+from multilora.engine.execution.cuda_graphs import MOST_PIECE_ROWS, decode_sizes, piece_sizes
+from multilora.engine.memory import activation_bytes, graph_bytes
 from multilora.memory.plan import DeviceMemory, MemoryPlan, plan_memory
 from multilora.planner.facts import ModelFacts
 from multilora.planner.gpus import GpuModel
@@ -51,7 +51,9 @@ def capacity(
 ) -> Capacity:
     """Raises OutOfMemory if the model does not fit the GPU."""
     free = gpu.memory - CONTEXT_BYTES - facts.weight_bytes
-    device = DeviceMemory(free, _step_bytes(facts, chunk_tokens), _graph_bytes(facts, running), facts.table_bytes)
+    device = DeviceMemory(
+        free, _step_bytes(facts, chunk_tokens), _graph_bytes(facts, running, chunk_tokens), facts.table_bytes
+    )
     memory = plan_memory(
         facts.layout,
         weight_bytes=facts.weight_bytes,
@@ -77,13 +79,17 @@ def capacity(
 
 def _step_bytes(facts: ModelFacts, chunk_tokens: int) -> int:
     """The largest step: logits of all its rows, and the widest activations of one layer."""
+    row = LOGIT_BYTES * facts.model.config.vocab_size + _activation_bytes(facts)
+    return chunk_tokens * row + WORKSPACE_BYTES
+
+
+def _activation_bytes(facts: ModelFacts) -> int:
     config = facts.model.config
-    widest = max(site.out_features + site.in_features for site in facts.sites if site.layer >= 0)
-    rows = LOGIT_BYTES * config.vocab_size + 2 * config.dtype.itemsize * (widest + 2 * config.hidden_size)
-    return chunk_tokens * rows + WORKSPACE_BYTES
+    return activation_bytes(facts.sites, config.hidden_size, config.dtype.itemsize)
 
 
-def _graph_bytes(facts: ModelFacts, running: int) -> int:
+def _graph_bytes(facts: ModelFacts, running: int, chunk_tokens: int) -> int:
     row = facts.model.config.hidden_size * facts.model.config.dtype.itemsize
     decode = graph_bytes(decode_sizes(min(LARGEST_GRAPH, running)), row, 2)
-    return decode + graph_bytes(PIECE_SIZES, row, 2, pieces=1 + facts.layers)
+    pieces = piece_sizes(min(MOST_PIECE_ROWS, chunk_tokens), running)
+    return decode + graph_bytes(pieces, row, 2, pieces=1 + facts.layers) + _activation_bytes(facts) * pieces[-1]

@@ -91,8 +91,8 @@ def test_no_less_exact_in_batches_of_any_size(llama: Family, eager: bool) -> Non
 
 
 @cuda
-def test_small_steps_with_prompts_are_replayed_and_give_what_launches_give(llama: Family) -> None:
-    """Sizes up and down, LoRA and base in turns, compositions, decodes among prompts."""
+def test_steps_with_prompts_are_replayed_and_give_what_launches_give(llama: Family) -> None:
+    """Sizes up and down, LoRA and base in turns, compositions, decodes among prompts, prompts of six at a time."""
     names = list(llama.models)[1:]
     mixes: list[list[Any]] = [[names[0]], [None], [names[3], None, names[1]], [{names[2]: 0.5, names[5]: -1.0}]]
     driver = llama.driver(names, disable_radix_cache=True)
@@ -127,8 +127,12 @@ def test_small_steps_with_prompts_are_replayed_and_give_what_launches_give(llama
                     driver.submit(llama.prompts[prompt], name, max_new_tokens=3, ignore_eos=True)
                 driver.step()  # the next ones come while these decode
         driver.run()
+        for mix in ([names[0]] * 6, [None] * 6, [None, *names[4:9]]):
+            for name in mix:
+                driver.submit(llama.prompts[4], name, max_new_tokens=3, ignore_eos=True)
+            driver.run()
     driver.close()
-    assert len(replayed) > 5 and max(replayed) > 128 and min(replayed) < 32
+    assert len(replayed) > 8 and max(replayed) > 512 and min(replayed) < 32
 
 
 # ---------------------------------------------------------------------- adapters that come and go

@@ -236,6 +236,87 @@ def test_the_same_bits_every_time():
         assert torch.equal(a, b)
 
 
+@pytest.fixture
+def room(monkeypatch):
+    """For three segments of several rows, three single rows: all programs are interpreted."""
+    for name in ("CAPTURED_SEGMENTS", "CAPTURED_SINGLES"):
+        monkeypatch.setattr(f"multilora.lora.triton_backend.{name}", 3)
+
+
+@pytest.mark.parametrize("name", ["csgmv", "triton"])
+def test_large_steps_that_are_captured(room, name):
+    """Single rows, tiles that are not full, rows of several adapters, base rows; then others by the same tables."""
+    sites = make_sites(*ROUND)
+    world = World(sites, [same_rank(sites, rank) for rank in (8, 20, 40)])
+    for slot in range(3):
+        world.install(slot)
+    backend = world.backend(name, graph_rows=4, chunk_rows=16)
+    backend.prepare((), 48, captured=True)
+    assert backend.replayable
+    composed = LoraSegment(30, 33, (2, 0), (0.5, 1.5))
+    for segments in (
+        (*segments_of((0, 1, 2), (1, 2, 0), (3, 23, 1)), composed),
+        segments_of((0, 40, 2)),
+        segments_of((47, 48, 1)),
+    ):
+        world.check(backend, segments, 48, captured=True)
+        assert backend.replayable
+    world.check(backend, segments_of((0, 17, 0)), 32, captured=True)
+    assert backend.replayable
+
+
+def test_what_is_launched_in_captured_steps_depends_on_no_segment(room, monkeypatch):
+    """Grids, addresses and constants, so that a graph captured before serves them all."""
+    sites = make_sites(*ROUND)
+    world = World(sites, [same_rank(sites, 8), same_rank(sites, 40), ((8, 0, 0), (0,))])
+    for slot in range(3):
+        world.install(slot)
+    backend, launched = world.backend(graph_rows=4), []
+
+    def note(kernel, grid, args, constants, **options):
+        addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+        launched.append((kernel, grid, addresses, constants, options))
+
+    monkeypatch.setattr("multilora.kernels.triton_launch.launch", note)
+    x, y = torch.zeros(40, 96), torch.zeros(40, 112)
+    site_x, site_y = x[:, :64].contiguous(), y[:, :64].contiguous()
+
+    def launches(segments):
+        launched.clear()
+        backend.prepare(segments, 40, captured=True)
+        assert backend.replayable
+        backend.apply(y, site_x, 0)
+        backend.apply(site_y, x, 1)
+        return list(launched)
+
+    captured = launches(())
+    assert [kernel for kernel, *_ in captured] == [shrink_kernel, shrink_kernel, expand_kernel, expand_kernel] * 2
+    for segments in (segments_of((0, 1, 0), (1, 40, 1)), segments_of((3, 5, 2)), segments_of((9, 10, 1))):
+        assert launches(segments) == captured
+
+
+@pytest.mark.parametrize(
+    ("segments", "why"),
+    [
+        (segments_of(*((i, i + 1, i % 2) for i in range(4))), "single rows"),
+        (segments_of(*((i, i + 2, i // 2 % 2) for i in range(0, 40, 2))), "segments"),
+        ((LoraSegment(0, 3, (0, 1, 0), (1.0, 1.0, 1.0)),), "adapters"),
+    ],
+)
+def test_what_does_not_fit_a_captured_step_is_launched_by_itself(room, monkeypatch, segments, why):
+    monkeypatch.setattr("multilora.lora.triton_backend.FURTHER", 1)
+    sites = make_sites(*ROUND)
+    world = World(sites, [same_rank(sites, 8), same_rank(sites, 16)])
+    for slot in range(2):
+        world.install(slot)
+    backend = world.backend(graph_rows=4, chunk_rows=16)
+    backend.prepare((), 40, captured=True)
+    world.check(backend, segments, 40, captured=True)
+    assert not backend.replayable, why
+    world.check(backend, segments_of((0, 30, 1)), 40, captured=True)
+    assert backend.replayable
+
+
 def test_without_a_gpu_the_backend_is_refused_by_name(monkeypatch):
     sites = make_sites(*ROUND)
     table = LoraTable(torch.zeros(1, 65536, dtype=torch.uint8), torch.float32, ((0, 48, 80), (0,)))
@@ -245,7 +326,7 @@ def test_without_a_gpu_the_backend_is_refused_by_name(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [7, 48], ids=["starting early", "beside the product"])
+@pytest.mark.parametrize("rows", [7, 48, 600], ids=["starting early", "beside the product", "large"])
 def test_a_graph_serves_other_adapters_and_other_ranks(rows):
     sites = make_sites(1024, 1024, 256, 4096)
     ranks = [same_rank(sites, rank) for rank in (8, 16, 64, 32)]
@@ -261,15 +342,16 @@ def test_a_graph_serves_other_adapters_and_other_ranks(rows):
             y[site.index].zero_()  # the layer's own product
             backend.apply(y[site.index], x[site.index], site.index)
 
-    backend.prepare((), rows)
+    backend.prepare((), rows, captured=True)
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
     for slot in (1, 2, 3):
         world.install(slot)
-    for segments in (segments_of((0, 1, 1), (1, 2, 2), (2, 7, 3)), segments_of((5, 6, 2))):
-        backend.prepare(segments, rows)
+    many = segments_of((0, 1, 1), (1, 2, 2), (2, 7, 3), *[(7, rows, 1)] * (rows > 7))
+    for segments in (many, segments_of((5, 6, 2))):
+        backend.prepare(segments, rows, captured=True)
         assert backend.replayable
         graph.replay()
         replayed = [t.clone() for t in y]

@@ -38,12 +38,14 @@ def rows_of(world: World, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randn(num_rows, site.out_features, generator=g).to(DEVICE, world.dtype)
 
 
-def check(world: World, segments: tuple[LoraSegment, ...], num_rows: int, **options: int) -> None:
+def check(
+    world: World, segments: tuple[LoraSegment, ...], num_rows: int, *, captured: bool = False, **options: int
+) -> None:
     """Against expand, then the activation; and against the reference."""
     backend = world.backend(graph_rows=4, **options)
     x, y = rows_of(world, num_rows)
     for lora in (backend, world.reference):
-        lora.prepare(segments, num_rows)
+        lora.prepare(segments, num_rows, captured=captured)
     apart, together, exact = y.clone(), y.clone(), y.float()
     backend.apply(apart, x, 0)
     assert not torch.equal(apart, y)
@@ -102,6 +104,18 @@ def test_composed_rows():
     check(world, segments, 12)
 
 
+def test_captured(monkeypatch):
+    """Tables with room for more tiles than there are; and no adapter of several rows at all."""
+    for name in ("CAPTURED_SEGMENTS", "CAPTURED_SINGLES"):
+        monkeypatch.setattr(f"multilora.lora.triton_backend.{name}", 3)
+    sites = make_sites(64, 48)
+    world = World(sites, [same_rank(sites, rank) for rank in (8, 20)])
+    for slot in range(2):
+        world.install(slot)
+    for segments in (segments_of((1, 2, 0), (5, 24, 1), (26, 28, 0)), segments_of((3, 4, 1))):
+        check(world, segments, 40, captured=True, chunk_rows=16)
+
+
 def test_one_adapter_on_all_rows():
     """No base row is left to list."""
     sites = make_sites(64, 48)
@@ -143,8 +157,9 @@ def test_what_is_launched(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("decodes", [0, 60])
-def test_as_the_engine_runs_it(decodes):
+def test_as_the_engine_runs_it(decodes, captured):
     """The committed block sizes, bf16, widths of a real model, prompts beside decodes."""
     sites = make_sites(1024, 3584)
     ranks = [same_rank(sites, (8, 16, 32, 64)[i % 4]) for i in range(60)]
@@ -156,7 +171,8 @@ def test_as_the_engine_runs_it(decodes):
     segments = segments_of(*((i, i + 1, i) for i in range(decodes)), *prompts)
     num_rows = decodes + 4 * 200
     x, y = rows_of(world, num_rows)
-    backend.prepare(segments, num_rows)
+    backend.prepare(segments, num_rows, captured=captured)
+    assert backend.replayable == captured
     apart = y.clone()
     backend.apply(apart, x, 0)
     got = backend.apply_gated(y.clone(), x, 0, refuse)

@@ -61,11 +61,11 @@ class World:
     def backend(self, name="csgmv", **options):
         return TritonLora(self.table, self.sites, name=name, tuning=BLOCKS, **options)
 
-    def check(self, backend, segments, num_rows, seed=0, y_dtype=None):
+    def check(self, backend, segments, num_rows, seed=0, y_dtype=None, *, captured=False):
         """Both from the same random rows; the answers of the backend."""
         g = torch.Generator().manual_seed(seed)
         for lora in (backend, self.reference):
-            lora.prepare(segments, num_rows)
+            lora.prepare(segments, num_rows, captured=captured)
         answers = []
         for site in self.sites:
             x = torch.randn(num_rows, site.in_features, generator=g).to(DEVICE, self.dtype)

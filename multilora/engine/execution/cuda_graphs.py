@@ -5,9 +5,9 @@ stay where they are: rows and positions here, page tables in the attention backe
 backend's tables. So no adapter, rank or mix ever needs a new capture. Embedding and head come before and after, as in
 any step: what an adapter does to them does not concern a graph.
 
-Decodes, where every request has one new token, are one graph. Small steps with prompts are cut where each layer
-attends: a prompt of a hundred tokens takes a GPU a few milliseconds and the host, launch by launch, three times as
-long. Attention depends on lengths and is launched as ever; what lies between two of them (the end of one layer, the
+Decodes, where every request has one new token, are one graph. Steps with prompts are cut where each layer attends: a
+prompt of a hundred tokens takes a GPU a few milliseconds and the host, launch by launch, three times as long.
+Attention depends on lengths and is launched as ever; what lies between two of them (the end of one layer, the
 beginning of the next) depends on nothing but the number of rows and is one graph each.
 
     graph 0                  | attend 0 | graph 1                               | attend 1 |  …  | graph L
@@ -30,15 +30,26 @@ from tqdm import tqdm
 from multilora.attention.base import GraphAttention, LayerAttention, PieceAttention
 from multilora.attention.rotate import CosSin
 from multilora.batch import AttentionMeta, ColumnPages, ForwardBatch, LoraSegment
+from multilora.kernels.integers import cdiv
 from multilora.layers.context import ForwardContext
 from multilora.lora.base import LoraBackend
 from multilora.models.base import CausalLM
 
 logger = logging.getLogger(__name__)
 
-PIECE_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
-"""Rows of steps with prompts. Larger ones take the GPU about as long as the host, and LoRA's grids follow their
-adapters."""
+MOST_PIECE_ROWS = 2048
+"""Prompt tokens of a step up to which steps with prompts are captured, unless --piecewise-cuda-graph-max-tokens says
+otherwise. A GPU takes longer for a larger one than the host takes to launch it."""
+
+
+def piece_sizes(tokens: int, decodes: int) -> list[int]:
+    """Rows of steps with prompts, of up to `tokens` prompt tokens, and of those beside `decodes` decodes: all
+    multiples of 32, from 256 on of 64, from 512 on of 128, from 1,024 on of 256, and those two; none without
+    tokens."""
+    if not tokens:
+        return []
+    sizes = (*range(32, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, tokens, 256))
+    return sorted({*(size for size in sizes if size < tokens), tokens, tokens + cdiv(decodes, 32) * 32})
 
 
 def decode_sizes(largest: int) -> list[int]:
@@ -239,7 +250,7 @@ class _GraphSet:
         """Put the segments where the graphs look for them. False if they cannot."""
         if self._lora is None:
             return False
-        self._lora.prepare(segments, size)
+        self._lora.prepare(segments, size, captured=True)
         return self._lora.replayable
 
 
@@ -260,7 +271,7 @@ class CudaGraphs:
         twins = {size: _Decodes(twin, device) for size, twin in decodes.items()}
         halves = {size: _Pieces(half, copies=not model.attends_one_by_one) for size, half in pieces.items()}
         self._decodes = _GraphSet("decodes", model, twins, lora, device)
-        self._pieces = _GraphSet("small steps with prompts", model, halves, lora, device)
+        self._pieces = _GraphSet("steps with prompts", model, halves, lora, device)
 
     def capture(self) -> None:
         """Nothing else may run, and page 0 is written."""

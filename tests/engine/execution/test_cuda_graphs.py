@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multilora.batch import AttentionMeta, ForwardBatch, LoraSegment
-from multilora.engine.execution.cuda_graphs import CudaGraphs, _Captured, _Cut, decode_sizes
+from multilora.engine.execution.cuda_graphs import CudaGraphs, _Captured, _Cut, decode_sizes, piece_sizes
 
 WIDTH = 3
 
@@ -33,7 +33,8 @@ class FakeLora:
     replayable: bool = True
     prepared: list[tuple[int, int]] = field(default_factory=list)  # segments, rows
 
-    def prepare(self, segments: tuple[LoraSegment, ...], rows: int) -> None:
+    def prepare(self, segments: tuple[LoraSegment, ...], rows: int, *, captured: bool) -> None:
+        assert captured
         self.prepared.append((len(segments), rows))
 
 
@@ -121,6 +122,15 @@ def test_adapters_that_do_not_fit_are_not_replayed(lora: FakeLora | None) -> Non
 )
 def test_decode_sizes(largest: int, sizes: list[int]) -> None:
     assert decode_sizes(largest) == sizes
+
+
+def test_piece_sizes() -> None:
+    assert piece_sizes(2048, 64) == [
+        *range(32, 256, 32), 256, 320, 384, 448, *range(512, 1024, 128), 1024, 1280, 1536, 1792, 2048, 2112
+    ]  # fmt: skip
+    assert piece_sizes(300, 10) == [*range(32, 257, 32), 300, 332]
+    assert piece_sizes(16, 4) == [16, 48]
+    assert piece_sizes(0, 64) == []
 
 
 class Pieces:
