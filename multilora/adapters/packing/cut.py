@@ -10,44 +10,71 @@ Where a module is cut by inputs, the ranks' outputs are summed: scale · (y₀ +
 whole on every rank. Called by `loading/loader.py`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from multilora.adapters.adapter import Adapter, Block, Full, LowRank, Rows, Vector, VectorKind
 from multilora.lora.sharding import experts_of, inputs_of, local_site, outputs_of, sums_over_ranks
-from multilora.lora.sites import TABLES, LoraSite, LoraSlice
+from multilora.lora.sites import TABLES, LoraSite
 
 Sites = tuple[LoraSite, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module lies. inputs, outputs: what each rank holds of it; in_features, width: those of every rank's own
+    module, in columns of A and of B."""
+
+    site: LoraSite
+    inputs: tuple[range, ...]
+    outputs: tuple[range, ...]
+    in_features: int
+    width: int
+
+
+Places = dict[tuple[int, str], _Place]
 
 
 def cut(adapter: Adapter, sites: Sites, rank: int, size: int) -> Adapter:
     """The adapter as rank number `rank` of `size` has it. sites: of the whole model."""
     if size == 1:
         return adapter
-    places = {(site.layer, part.module): (site, part) for site in sites for part in site.slices}
+    places = _places(sites, size)
     return replace(adapter, blocks=tuple(_cut(block, places, rank, size) for block in adapter.blocks))
 
 
-def _cut(block: Block, places: dict[tuple[int, str], tuple[LoraSite, LoraSlice]], rank: int, size: int) -> Block:
-    if isinstance(block, Rows) or (block.layer, block.module) not in places:
+@lru_cache(maxsize=16)
+def _places(sites: Sites, size: int) -> Places:
+    """By layer and module: of one model, asked for by every adapter."""
+    found: Places = {}
+    for site in sites:
+        local = local_site(site, size)
+        for part, own in zip(site.slices, local.slices, strict=True):
+            inputs = tuple(inputs_of(site, rank, size) for rank in range(size))
+            outputs = tuple(outputs_of(site, part, rank, size) for rank in range(size))
+            found[site.layer, part.module] = _Place(site, inputs, outputs, local.in_features, own.out_features)
+    return found
+
+
+def _cut(block: Block, places: Places, rank: int, size: int) -> Block:
+    place = None if isinstance(block, Rows) else places.get((block.layer, block.module))
+    if place is None:
         return block
-    site, part = places[block.layer, block.module]
-    inputs, outputs = inputs_of(site, rank, size), outputs_of(site, part, rank, size)
-    local = local_site(site, size)
-    width = local.slices[site.slices.index(part)].out_features
+    site, inputs, outputs = place.site, place.inputs[rank], place.outputs[rank]
     match block:
         case LowRank(a=a, b=b) if site.experts:
             held = experts_of(site, rank, size)
             a, b = (x if len(x) == 1 else x[held.start : held.stop] for x in (a, b))
             return replace(block, a=a, b=b)
         case LowRank(a=a, b=b):
-            return replace(block, a=_columns(a, inputs, local.in_features), b=_columns(b, outputs, width))
+            return replace(block, a=_columns(a, inputs, place.in_features), b=_columns(b, outputs, place.width))
         case Vector(value=value):
             if sums_over_ranks(site) and rank and block.kind is not VectorKind.MAGNITUDE:
                 return replace(block, value=torch.zeros_like(value))
-            return replace(block, value=_columns(value, outputs, width))
+            return replace(block, value=_columns(value, outputs, place.width))
         case Full(weight=weight) if block.module not in TABLES:
             return replace(block, weight=weight[outputs.start : outputs.stop, inputs.start : inputs.stop])
     return block
