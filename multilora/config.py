@@ -17,6 +17,7 @@ from multilora.config_checks import (
     check_match_windows,
     check_origins,
     check_resolver,
+    check_targets,
     check_traces_endpoint,
 )
 from multilora.errors import ConfigError
@@ -287,7 +288,7 @@ class Config:
             opt.check(getattr(self, opt.name))
         self._check_limits()
         self._check_lora_names()
-        self._check_targets()
+        check_targets(self.lora_target_modules)
         self._check_keys()
         check_origins(self.cors_origins)
         check_traces_endpoint(self.otlp_traces_endpoint)
@@ -386,16 +387,6 @@ class Config:
         for flag, value in named.items():
             if not 1e-3 <= value <= 1e3:  # which NaN is not either
                 raise ConfigError(f"{flag} must be between 0.001 and 1000, is {value}")
-
-    def _check_targets(self) -> None:
-        """Whether the model has such modules is checked once it is known, by `engine/build_rank.py`."""
-        targets = self.lora_target_modules
-        if targets is None:
-            return
-        if not targets:
-            raise ConfigError("--lora-target-modules: no module given")
-        if "all" in targets and len(targets) > 1:
-            raise ConfigError("--lora-target-modules: 'all' stands alone")
 
 
 def _named(flag: str, text: str) -> int:

@@ -47,3 +47,13 @@ def check_match_windows(smallest: int, largest: int) -> None:
             f"--speculative-ngram-min-match-window-size ({smallest}) must be at most "
             f"--speculative-ngram-max-match-window-size ({largest})"
         )
+
+
+def check_targets(targets: Sequence[str] | None) -> None:
+    """Modules that adapters may act on. Whether the model has them is checked by `engine/build_rank.py`."""
+    if targets is None:
+        return
+    if not targets:
+        raise ConfigError("--lora-target-modules: no module given")
+    if "all" in targets and len(targets) > 1:
+        raise ConfigError("--lora-target-modules: 'all' stands alone")

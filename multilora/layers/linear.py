@@ -147,3 +147,8 @@ def _check_formats(whole: LoraSite, formats: Sequence[WeightFormat], group: Grou
             raise ConfigError(
                 f"--tp-size {group.size}: ranks do not divide weights in {found.name}; --tp-size 1 serves the model"
             )
+        if group.size > 1 and sums_over_ranks(whole) and found.unshared_inputs:
+            raise ConfigError(
+                f"--tp-size {group.size}: ranks do not divide the inputs of {part.module} in {found.name}: "
+                f"{found.unshared_inputs}; --tp-size 1 serves the model"
+            )

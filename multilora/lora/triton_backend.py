@@ -34,8 +34,11 @@ from multilora.lora.triton_gated import gated_kernel
 from multilora.lora.triton_kernels import BLOCK_WORDS, expand_kernel, shrink_kernel
 from multilora.lora.triton_panels import ENTRY_WORDS, TILE_WORDS
 from multilora.lora.triton_steps import (
+    CAPTURED_SINGLES,
+    FURTHER,
     H_ALIGN,
     MIN_TILE,
+    CapturedTables,
     LaunchGroup,
     Segments,
     Step,
@@ -54,15 +57,6 @@ H_BYTES = 64 << 20
 
 MAX_TILE_ROWS = 32
 """Tiles of 64 rows need more registers than there are: 8 to 50 % slower on an H200."""
-
-FURTHER = 256
-"""Entries of the fixed tables: the second and further adapters of composed rows."""
-
-CAPTURED_SEGMENTS = 64
-"""Segments of several rows in a large step that is captured: their last tiles are not full."""
-
-CAPTURED_SINGLES = 64
-"""Single rows in such a step. Programs for those that there are not cost 2 µs a launch."""
 
 
 @dataclass(frozen=True)
@@ -169,30 +163,24 @@ class TritonLora:
         many, single = split_singles(segments) if apart else (segments, ())
         tiles, singles = (make_tiles(part, rows, self._table.stacked_rank) for part in (many, single))
         base = base_tiles(many, num_rows, rows) if gated else tiles.tiles[:0]
-        room = num_rows // rows + CAPTURED_SEGMENTS
-        all_room = room + (CAPTURED_SEGMENTS + 1) * gated  # between as many segments lie one more gaps
-        if self._experts is not None or len(tiles.entries) > FURTHER or len(singles.tiles) > CAPTURED_SINGLES:
+        tables = CapturedTables.of(num_rows, rows)
+        words = tables.words(tiles, base, singles)
+        most = max(self._h_need(tiles, large), self._h_need(singles, small))
+        if words is None or most > half or self._experts is not None:
             return None
-        if len(tiles.tiles) > room or max(self._h_need(tiles, large), self._h_need(singles, small)) > half:
-            return None
-        at = FURTHER * ENTRY_WORDS
-        singles_at = at + all_room * TILE_WORDS
-        words = np.zeros(singles_at + CAPTURED_SINGLES * apart * TILE_WORDS, np.int32)
-        for start, part in ((0, tiles.entries), (at, tiles.tiles), (at + tiles.tiles.size, base)):
-            words[start : start + part.size] = part.ravel()
-        words[singles_at : singles_at + singles.tiles.size] = singles.tiles.ravel()
         if not len(self._fixed_large):
             self._fixed_large = torch.zeros(len(words), dtype=torch.int32, device=self._device)
         assert len(words) <= len(self._fixed_large), "the largest comes first"
         on_device = self._on_device(words, self._fixed_large)
-        h, single_h = self._fixed_h[:half], self._fixed_h[half:]
-        groups = [LaunchGroup(on_device[at:], room, h, None, large, False, rows, any_rank=True)]
+        at, h, own_h = on_device[tables.tiles_at :], self._fixed_h[:half], self._fixed_h[half:]
+        groups = [LaunchGroup(at, tables.room, h, None, large, False, rows, any_rank=True)]
         if apart:
-            on_device_singles = on_device[singles_at:]
+            singles_at = on_device[tables.singles_at :]
             groups.append(
-                LaunchGroup(on_device_singles, CAPTURED_SINGLES, single_h, None, small, True, MIN_TILE, any_rank=True)
+                LaunchGroup(singles_at, CAPTURED_SINGLES, own_h, None, small, True, MIN_TILE, any_rank=True)
             )
-        return Step(tuple(groups), on_device[:at], all_room * gated, overlap=False, beside=False)
+        entries = on_device[: tables.tiles_at]
+        return Step(tuple(groups), entries, tables.gated * gated, overlap=False, beside=False)
 
     def _large_step(self, segments: Segments, num_rows: int) -> Step:
         """The step of exact grids: what is launched follows from the segments."""

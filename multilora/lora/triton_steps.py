@@ -20,6 +20,7 @@ from multilora.batch import LoraSegment
 from multilora.kernels.integers import cdiv, power_of_two
 from multilora.kernels.triton_launch import Repeated
 from multilora.lora.sites import LoraSite
+from multilora.lora.triton_panels import ENTRY_WORDS, TILE_WORDS
 from multilora.lora.tuning import Phase
 
 Segments = tuple[LoraSegment, ...]
@@ -106,6 +107,47 @@ def base_tiles(segments: Segments, num_rows: int, tile_rows: int) -> np.ndarray:
     tiles[:, :2] = np.array(found, np.int32).reshape(-1, 2)
     tiles[:, 7] = 1 << 16
     return tiles
+
+
+CAPTURED_SEGMENTS = 64
+"""Segments of several rows in a large step that is captured: their last tiles are not full."""
+
+CAPTURED_SINGLES = 64
+"""Single rows in such a step. Programs for those that there are not cost 2 µs a launch."""
+
+FURTHER = 256
+"""Entries of the fixed tables: the second and further adapters of composed rows."""
+
+
+@dataclass(frozen=True)
+class CapturedTables:
+    """Where the tables of a large step that is captured lie, in words, and for how many tiles there is room: entries,
+    tiles with adapters, behind them those of base rows, single rows.
+
+    room, gated: tiles with adapters, and with those of base rows; whatever the segments are.
+    """
+
+    room: int
+    gated: int
+    tiles_at: int
+    singles_at: int
+
+    @classmethod
+    def of(cls, num_rows: int, tile_rows: int) -> "CapturedTables":
+        """For so many rows. Between some segments lies one more gap than there are of them."""
+        room = num_rows // tile_rows + CAPTURED_SEGMENTS
+        gated, at = room + CAPTURED_SEGMENTS + 1, FURTHER * ENTRY_WORDS
+        return cls(room, gated, at, at + gated * TILE_WORDS)
+
+    def words(self, tiles: StepTiles, base: np.ndarray, singles: StepTiles) -> np.ndarray | None:
+        """The tables of a step, int32; None: there is no room for them. base: see `base_tiles`."""
+        if len(tiles.entries) > FURTHER or len(tiles.tiles) > self.room or len(singles.tiles) > CAPTURED_SINGLES:
+            return None
+        words = np.zeros(self.singles_at + CAPTURED_SINGLES * TILE_WORDS, np.int32)
+        parts = (0, tiles.entries), (self.tiles_at, tiles.tiles), (self.singles_at, singles.tiles)
+        for start, part in (*parts, (self.tiles_at + tiles.tiles.size, base)):
+            words[start : start + part.size] = part.ravel()
+        return words
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ from quantised import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from multilora.errors import ConfigError
 from multilora.layers.weights.base import Weight
 from multilora.layers.weights.int4 import Int4Weight
 
@@ -115,14 +116,18 @@ ROWS: dict[str, tuple[dict[str, Any], Any, Dequantise, tuple[str, ...], dict[str
 
 
 @pytest.mark.parametrize(
-    ("row", "impl"),
+    ("row", "impl", "ranks"),
     [
-        *((row, "native") for row in ROWS),
-        ("fp8 in blocks", "transformers"),
-        pytest.param("awq", "transformers", marks=pytest.mark.slow),
+        *((row, "native", 1) for row in ROWS),
+        ("fp8 in blocks", "transformers", 1),
+        ("awq", "native", 2),  # groups of 32 inputs, of which a rank of down_proj has one and a half
+        pytest.param("awq", "transformers", 1, marks=pytest.mark.slow),
+        pytest.param("awq", "transformers", 2, marks=pytest.mark.slow),
+        pytest.param("gptq in 8 bit", "native", 2, marks=pytest.mark.slow),
+        pytest.param("packed integers", "native", 2, marks=pytest.mark.slow),
     ],
 )
-def test_answers_are_those_of_peft_over_the_same_base(tmp_path: Path, row: str, impl: str) -> None:
+def test_answers_are_those_of_peft_over_the_same_base(tmp_path: Path, row: str, impl: str, ranks: int) -> None:
     config, quantise, dequantise, skipped, model = ROWS[row]
     write_quantised(tmp_path / "base", config, quantise, skipped, **model)
     tensors = load_file(tmp_path / "base" / "model.safetensors")
@@ -134,7 +139,18 @@ def test_answers_are_those_of_peft_over_the_same_base(tmp_path: Path, row: str, 
         return plain_twin(tmp_path / "base", weights)
 
     models = {name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(ADAPTERS.items())}
-    held_against_peft(tmp_path, {None: base(), **models}, 2e-2 if row.startswith("fp8") else 1e-4, model_impl=impl)
+    close = 2e-2 if row.startswith("fp8") else 1e-4
+    held_against_peft(tmp_path, {None: base(), **models}, close, model_impl=impl, tp_size=ranks)
+
+
+@pytest.mark.parametrize("row", ["gptq", "packed integers, not symmetric, in any order"])
+def test_ranks_do_not_divide_inputs_in_any_order(tmp_path: Path, row: str) -> None:
+    config, quantise, _, skipped, model = ROWS[row]
+    write_quantised(tmp_path / "base", config, quantise, skipped, **model)
+    with pytest.raises(
+        ConfigError, match=r"--tp-size 2: ranks do not divide the inputs of o_proj in .* orders inputs"
+    ):
+        EngineDriver(tmp_path / "base", {}, tp_size=2)
 
 
 @pytest.mark.parametrize("impl", ["native", pytest.param("transformers", marks=pytest.mark.slow)])
@@ -163,12 +179,21 @@ PACKED = {
     "packed integers": (ROWS["packed integers"][0], packed, from_packed, {"family": "qwen2"}),
 }
 WHOLE_TILES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+OF_EACH_RANK = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""64 outputs and a group of inputs, at least, of two."""
 
 
-@pytest.mark.parametrize("row", PACKED)
-def test_weights_that_stay_packed_err_as_bf16_does(tmp_path: Path, row: str) -> None:
+@pytest.mark.parametrize(
+    ("row", "ranks"),
+    [
+        *((row, 1) for row in PACKED),
+        ("awq", 2),
+        pytest.param("packed integers", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_that_stay_packed_err_as_bf16_does(tmp_path: Path, row: str, ranks: int) -> None:
     config, quantise, dequantise, model = PACKED[row]
-    write_quantised(tmp_path / "base", config, quantise, **WHOLE_TILES, **model)
+    write_quantised(tmp_path / "base", config, quantise, **(WHOLE_TILES if ranks == 1 else OF_EACH_RANK), **model)
     tensors = load_file(tmp_path / "base" / "model.safetensors")
 
     def weights(path: str) -> Any:
@@ -179,9 +204,8 @@ def test_weights_that_stay_packed_err_as_bf16_does(tmp_path: Path, row: str) -> 
 
     models = {name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(ADAPTERS.items())}
     models = {None: base(), **models}
-    driver = EngineDriver(
-        tmp_path / "base", {name: tmp_path / name for name in models if name}, page_size=4, dtype="bfloat16"
-    )
+    adapters = {name: tmp_path / name for name in models if name}
+    driver = EngineDriver(tmp_path / "base", adapters, page_size=4, dtype="bfloat16", tp_size=ranks)
     held = [m for m in driver.engine.runner._model.modules() if isinstance(m, Weight) and not hasattr(m, "weights")]
     assert held and all(isinstance(weight, Int4Weight) for weight in held)
     prompts = {name: clear_prompt(model)[0] for name, model in models.items()}

@@ -240,7 +240,8 @@ def test_the_same_bits_every_time():
 def room(monkeypatch):
     """For three segments of several rows, three single rows: all programs are interpreted."""
     for name in ("CAPTURED_SEGMENTS", "CAPTURED_SINGLES"):
-        monkeypatch.setattr(f"multilora.lora.triton_backend.{name}", 3)
+        monkeypatch.setattr(f"multilora.lora.triton_steps.{name}", 3)
+    monkeypatch.setattr("multilora.lora.triton_backend.CAPTURED_SINGLES", 3)
 
 
 @pytest.mark.parametrize("name", ["csgmv", "triton"])
@@ -304,7 +305,7 @@ def test_what_is_launched_in_captured_steps_depends_on_no_segment(room, monkeypa
     ],
 )
 def test_what_does_not_fit_a_captured_step_is_launched_by_itself(room, monkeypatch, segments, why):
-    monkeypatch.setattr("multilora.lora.triton_backend.FURTHER", 1)
+    monkeypatch.setattr("multilora.lora.triton_steps.FURTHER", 1)
     sites = make_sites(*ROUND)
     world = World(sites, [same_rank(sites, 8), same_rank(sites, 16)])
     for slot in range(2):

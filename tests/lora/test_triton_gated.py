@@ -107,7 +107,8 @@ def test_composed_rows():
 def test_captured(monkeypatch):
     """Tables with room for more tiles than there are; and no adapter of several rows at all."""
     for name in ("CAPTURED_SEGMENTS", "CAPTURED_SINGLES"):
-        monkeypatch.setattr(f"multilora.lora.triton_backend.{name}", 3)
+        monkeypatch.setattr(f"multilora.lora.triton_steps.{name}", 3)
+    monkeypatch.setattr("multilora.lora.triton_backend.CAPTURED_SINGLES", 3)
     sites = make_sites(64, 48)
     world = World(sites, [same_rank(sites, rank) for rank in (8, 20)])
     for slot in range(2):

@@ -102,13 +102,12 @@ def test_experts_in_8_bit_are_counted_with_their_scales(tmp_path, ranks):
     assert ranks > 1 or model_facts(path, quantization="bitsandbytes").expert_bytes == plain.expert_bytes
 
 
-@pytest.mark.parametrize(("method", "ranks"), [("gptq", 1), ("gptq", 2), ("awq", 1)])
+@pytest.mark.parametrize(("method", "ranks"), [("gptq", 1), ("gptq", 2), ("awq", 1), ("awq", 2)])
 def test_experts_in_4_bit_are_counted_with_their_scales(tmp_path, method, ranks):
-    """Four bytes for each row and group of inputs. Where ranks share them, all else is in 16 bit."""
+    """Four bytes for each row and group of inputs."""
     dims = SIZES["tiny-moe"][0]
     path = Path(write_model(tmp_path / "moe", dims))
-    whole = {} if ranks == 1 else {"modules_in_block_to_quantize": ["gate_proj", "up_proj", "down_proj"]}
-    config = {"quant_method": method, "bits": 4, "group_size": 32} | whole
+    config = {"quant_method": method, "bits": 4, "group_size": 32}
     plain = model_facts(str(path), tp_size=ranks)
     written = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(written | {"quantization_config": config}))

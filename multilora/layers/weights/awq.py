@@ -15,10 +15,19 @@ from typing import Any
 
 import torch
 
-from multilora.layers.weights.base import Stored
+from multilora.layers.weights.base import Share, Stored
 from multilora.layers.weights.gptq import served_group
 from multilora.layers.weights.integer_format import IntegerFormat
-from multilora.layers.weights.integers import SCALES, WORD, WORDS, GroupedIntegers, check_divides, unpack
+from multilora.layers.weights.integers import (
+    SCALES,
+    WORD,
+    WORDS,
+    GroupedIntegers,
+    check_divides,
+    part_of,
+    unpack,
+    words_of,
+)
 from multilora.layers.weights.methods import check_fields, not_made, served
 from multilora.layers.weights.plain import PLAIN, WeightFormats
 from multilora.layers.weights.skipped import skips
@@ -40,21 +49,21 @@ class Awq(IntegerFormat):
     def name(self) -> str:
         return f"awq in {self.bits} bit"
 
-    def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
-        check_divides("awq outputs", out_features, PER_WORD)
-        group = self.group or in_features
-        check_divides("awq inputs", in_features, group)
-        groups = in_features // group
+    def stored(self, share: Share) -> dict[str, Stored]:
+        outs, width = share.out_features, share.in_features
+        check_divides("awq outputs", outs, PER_WORD)
+        check_divides("awq inputs", width, self.group or width)
+        count, groups, outputs = self.count(width), self.groups(share), share.outputs
+        out_words = words_of("awq outputs", outputs, PER_WORD, outs)
         return {
-            "qweight": Stored((in_features, out_features // PER_WORD), WORDS),
-            "qzeros": Stored((groups, out_features // PER_WORD), WORDS),
-            "scales": Stored((groups, out_features), SCALES),
+            "qweight": Stored((width, outs // PER_WORD), WORDS, part_of(share, share.inputs, out_words)),
+            "qzeros": Stored((count, outs // PER_WORD), WORDS, part_of(share, groups, out_words)),
+            "scales": Stored((count, outs), SCALES, part_of(share, groups, outputs)),
         }
 
-    def integers(self, tensors: Mapping[str, torch.Tensor]) -> GroupedIntegers:
+    def integers(self, tensors: Mapping[str, torch.Tensor], share: Share) -> GroupedIntegers:
         numbers, zeros, scales = _ordered(tensors["qweight"]), _ordered(tensors["qzeros"]), tensors["scales"].float()
-        group = torch.arange(len(numbers), device=numbers.device) // (len(numbers) // len(scales))
-        return GroupedIntegers(numbers.T, zeros.T, scales.T, group)
+        return GroupedIntegers(numbers.T, zeros.T, scales.T, self.group_of_inputs(share, numbers.device))
 
 
 def _ordered(words: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,11 @@ class Share:
     outputs: range
     inputs: range
 
+    @classmethod
+    def whole(cls, out_features: int, in_features: int) -> "Share":
+        """All of the matrix."""
+        return cls(out_features, in_features, range(out_features), range(in_features))
+
     @property
     def is_whole(self) -> bool:
         return len(self.outputs) == self.out_features and len(self.inputs) == self.in_features
@@ -117,6 +122,11 @@ class WeightFormat(ABC):
 
     shards: bool = False
     """Whether a rank can hold a part of a matrix."""
+
+    @property
+    def unshared_inputs(self) -> str | None:
+        """What keeps a rank that can hold some outputs of a matrix from holding some inputs; None: nothing does."""
+        return None
 
     @property
     @abstractmethod

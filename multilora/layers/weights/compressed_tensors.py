@@ -17,10 +17,20 @@ from typing import Any
 import torch
 
 from multilora.errors import ModelUnsupported
-from multilora.layers.weights.base import Stored, WeightFormat
+from multilora.kernels.integers import cdiv
+from multilora.layers.weights.base import Share, Stored, WeightFormat
 from multilora.layers.weights.fp8 import Activations, Fp8Blocks, Fp8Rows
 from multilora.layers.weights.integer_format import IntegerFormat
-from multilora.layers.weights.integers import SCALES, WORD, WORDS, GroupedIntegers, check_divides, unpack
+from multilora.layers.weights.integers import (
+    SCALES,
+    WORD,
+    WORDS,
+    GroupedIntegers,
+    check_divides,
+    part_of,
+    unpack,
+    words_of,
+)
 from multilora.layers.weights.methods import check_fields, not_made, served
 from multilora.layers.weights.plain import PLAIN, WeightFormats
 
@@ -44,29 +54,36 @@ class PackedIntegers(IntegerFormat):
     def any_order(self) -> bool:
         return not self.ordered
 
-    def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
-        per_word, group = WORD // self.bits, self.group or in_features
-        check_divides("packed inputs", in_features, group)
-        groups = in_features // group
+    @property
+    def unshared_inputs(self) -> str | None:
+        return "actorder orders inputs across the ranks' parts" if self.any_order else None
+
+    def stored(self, share: Share) -> dict[str, Stored]:
+        per_word, outs, width = WORD // self.bits, share.out_features, share.in_features
+        check_divides("packed inputs", width, self.group or width)
+        count, groups, outputs, inputs = self.count(width), self.groups(share), share.outputs, share.inputs
+        in_words = words_of("packed inputs", inputs, per_word, width)
         found = {
-            "weight_packed": Stored((out_features, -(-in_features // per_word)), WORDS),
-            "weight_scale": Stored((out_features, groups), SCALES),
+            "weight_packed": Stored((outs, cdiv(width, per_word)), WORDS, part_of(share, outputs, in_words)),
+            "weight_scale": Stored((outs, count), SCALES, part_of(share, outputs, groups)),
             "weight_shape": Stored((2,), ("I64", "I32")),
         }
         if not self.symmetric:
-            found["weight_zero_point"] = Stored((-(-out_features // per_word), groups), WORDS)
+            out_words = words_of("packed outputs", outputs, per_word, outs)
+            found["weight_zero_point"] = Stored(
+                (cdiv(outs, per_word), count), WORDS, part_of(share, out_words, groups)
+            )
         if not self.ordered:
-            found["weight_g_idx"] = Stored((in_features,), WORDS)
+            found["weight_g_idx"] = Stored((width,), WORDS, part_of(share, inputs))
         return found
 
-    def integers(self, tensors: Mapping[str, torch.Tensor]) -> GroupedIntegers:
-        outs, width = tensors["weight_shape"].tolist()
+    def integers(self, tensors: Mapping[str, torch.Tensor], share: Share) -> GroupedIntegers:
+        if (found := tensors["weight_shape"].tolist()) != [share.out_features, share.in_features]:
+            raise ModelUnsupported(f"weight_shape: {found}, expected {[share.out_features, share.in_features]}")
+        outs, width = len(share.outputs), len(share.inputs)
         scales = tensors["weight_scale"].float()
         numbers = unpack(tensors["weight_packed"], self.bits)[:, :width]
-        if self.ordered:
-            group = torch.arange(width, device=numbers.device) // (width // scales.shape[1])
-        else:
-            group = tensors["weight_g_idx"].long()
+        group = self.group_of_inputs(share, numbers.device) if self.ordered else tensors["weight_g_idx"].long()
         if self.symmetric:
             zeros = torch.full(scales.shape, 1 << (self.bits - 1), dtype=torch.int32, device=numbers.device)
         else:  # with the same offset

@@ -17,9 +17,18 @@ from typing import Any
 import torch
 
 from multilora.errors import ModelUnsupported
-from multilora.layers.weights.base import FLOATS, Stored
+from multilora.layers.weights.base import FLOATS, Share, Stored
 from multilora.layers.weights.integer_format import IntegerFormat
-from multilora.layers.weights.integers import SCALES, WORD, WORDS, GroupedIntegers, check_divides, unpack
+from multilora.layers.weights.integers import (
+    SCALES,
+    WORD,
+    WORDS,
+    GroupedIntegers,
+    check_divides,
+    part_of,
+    unpack,
+    words_of,
+)
 from multilora.layers.weights.methods import check_fields, not_made, served
 from multilora.layers.weights.plain import PLAIN, WeightFormats
 from multilora.layers.weights.skipped import ends_with
@@ -51,21 +60,27 @@ class Gptq(IntegerFormat):
     def any_order(self) -> bool:
         return not self.ordered
 
-    def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
-        per_word = WORD // self.bits
-        check_divides("gptq inputs", in_features, per_word)
-        check_divides("gptq outputs", out_features, per_word)
-        groups = 1 if self.group is None else -(-in_features // self.group)
+    @property
+    def unshared_inputs(self) -> str | None:
+        return "desc_act orders inputs across the ranks' parts" if self.any_order else None
+
+    def stored(self, share: Share) -> dict[str, Stored]:
+        per_word, outs, width = WORD // self.bits, share.out_features, share.in_features
+        check_divides("gptq inputs", width, per_word)
+        check_divides("gptq outputs", outs, per_word)
+        count, groups, outputs, inputs = self.count(width), self.groups(share), share.outputs, share.inputs
+        out_words = words_of("gptq outputs", outputs, per_word, outs)
+        in_words = words_of("gptq inputs", inputs, per_word, width)
         return {
-            "qweight": Stored((in_features // per_word, out_features), WORDS),
-            "qzeros": Stored((groups, out_features // per_word), WORDS),
-            "scales": Stored((groups, out_features), SCALES),
-            "g_idx": Stored((in_features,), WORDS),
-            "bias": Stored((out_features,), FLOATS, optional=True),
+            "qweight": Stored((width // per_word, outs), WORDS, part_of(share, in_words, outputs)),
+            "qzeros": Stored((count, outs // per_word), WORDS, part_of(share, groups, out_words)),
+            "scales": Stored((count, outs), SCALES, part_of(share, groups, outputs)),
+            "g_idx": Stored((width,), WORDS, part_of(share, inputs)),
+            "bias": Stored((outs,), FLOATS, part_of(share, outputs), optional=True),
         }
 
-    def integers(self, tensors: Mapping[str, torch.Tensor]) -> GroupedIntegers:
-        group = tensors["g_idx"].long()  # [in]
+    def integers(self, tensors: Mapping[str, torch.Tensor], share: Share) -> GroupedIntegers:
+        group = tensors["g_idx"].long() - self.groups(share).start  # [in]
         numbers = unpack(tensors["qweight"].T.contiguous(), self.bits)  # [out, in]
         most = (1 << self.bits) - 1
         zeros = (unpack(tensors["qzeros"], self.bits) + self.offset) & most  # [groups, out]

@@ -49,9 +49,8 @@ class Int4Weight(Weight):
         whole = arithmetic.dequantise(self.packed, self._group, self.scales)[rows]
         return whole if self.order is None else whole[:, self.order.argsort()]
 
-    def tensors(self, rows: slice, share: Share) -> dict[str, Stored]:  # noqa: ARG002 - the contract's
-        assert share.is_whole, "ranks are refused"
-        return self._layout.stored(share.out_features, share.in_features)
+    def tensors(self, rows: slice, share: Share) -> dict[str, Stored]:
+        return self._incomplete.expect(rows.indices(self._shape[0])[0], share)
 
     def load(self, rows: slice, name: str, tensor: torch.Tensor) -> None:
         start, stop, _ = rows.indices(self._shape[0])

@@ -54,7 +54,7 @@ class Int4Experts(ExpertsWeight):
 
     def tensors(self, rows: slice, share: Share) -> dict[str, Stored]:  # noqa: ARG002 - the contract's
         assert share.is_whole, "ranks divide experts"
-        return self._layout.stored(share.out_features, share.in_features)
+        return self._layout.stored(share)
 
     def load(self, rows: slice, name: str, tensor: torch.Tensor) -> None:
         found = self._incomplete.add(rows.start, rows.stop - rows.start, name, tensor, self.scales.device)

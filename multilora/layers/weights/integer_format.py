@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from multilora.layers.weights import int4_grouped
-from multilora.layers.weights.base import ExpertsFormat, ExpertsWeight, Weight
+from multilora.layers.weights.base import ExpertsFormat, ExpertsWeight, Share, Weight
 from multilora.layers.weights.int4 import Int4Weight
 from multilora.layers.weights.int4_arithmetic import OUTS, obstacle
 from multilora.layers.weights.int4_experts import Int4Experts
@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 class IntegerFormat(IntegerLayout, ExpertsFormat):
-    """Makes weights from what `IntegerLayout` reads."""
+    """Makes weights from what `IntegerLayout` reads. A rank holds whole words, and packed whole groups."""
+
+    shards = True
 
     def make(self, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype) -> Weight:
         reason = f"{self.bits} bits do not stay packed"
@@ -37,7 +39,7 @@ class IntegerFormat(IntegerLayout, ExpertsFormat):
         self, experts: int, parts: Sequence[int], in_features: int, *, device: torch.device, dtype: torch.dtype
     ) -> ExpertsWeight:
         for outs in parts:
-            self.stored(outs, in_features)  # raises for sizes that it has no words for
+            self.stored(Share.whole(outs, in_features))  # raises for sizes that it has no words for
         height, reason = sum(parts), self._obstacle_of_experts(in_features, device, dtype)
         if reason is None:
             _say(f"experts in {self.name}: held packed")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from multilora.errors import ModelUnsupported
-from multilora.layers.weights.base import FLOATS, Stored
+from multilora.errors import ConfigError, ModelUnsupported
+from multilora.kernels.integers import cdiv
+from multilora.layers.weights.base import FLOATS, Share, Stored
 
 WORD = 32
 WORDS = ("I32",)
@@ -41,7 +42,10 @@ class GroupedIntegers:
 
 
 class IntegerLayout(ABC):
-    """How a checkpoint holds a matrix of integers. group: inputs that share a scale; None: all do."""
+    """How a checkpoint holds a matrix of integers. group: inputs that share a scale; None: all do.
+
+    A share of a matrix is, with the groups of its inputs, a matrix of the same layout.
+    """
 
     bits: int
     group: int | None
@@ -52,16 +56,30 @@ class IntegerLayout(ABC):
         return False
 
     @abstractmethod
-    def stored(self, out_features: int, in_features: int) -> dict[str, Stored]:
+    def stored(self, share: Share) -> dict[str, Stored]:
         """See `Weight.tensors`."""
 
     @abstractmethod
-    def integers(self, tensors: Mapping[str, torch.Tensor]) -> GroupedIntegers:
-        """From all of `stored` that are not optional. Raises ModelUnsupported."""
+    def integers(self, tensors: Mapping[str, torch.Tensor], share: Share) -> GroupedIntegers:
+        """From what a share has of all of `stored` that are not optional. Raises ModelUnsupported."""
 
-    def dequantised(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The matrix of `integers`, fp32 [out, in]."""
-        return self.integers(tensors).dequantised()
+    def count(self, in_features: int) -> int:
+        """How many groups so many inputs have."""
+        return cdiv(in_features, self.group or in_features)
+
+    def groups(self, share: Share) -> range:
+        """The groups that its inputs belong to: some that are beside each other where those of a group are, else
+        all."""
+        if self.any_order:
+            return range(self.count(share.in_features))
+        size = self.group or share.in_features
+        return range(share.inputs.start // size, cdiv(share.inputs.stop, size))
+
+    def group_of_inputs(self, share: Share, device: torch.device) -> torch.Tensor:
+        """Each input's group, its number among `groups`, int64 [in], where those of a group are beside each other."""
+        size = self.group or share.in_features
+        inputs = torch.arange(share.inputs.start, share.inputs.stop, device=device)
+        return inputs // size - self.groups(share).start
 
     def check_spare(self, name: str, tensor: torch.Tensor) -> None:
         """Raise ModelUnsupported if an optional tensor says something that would be lost."""
@@ -73,13 +91,21 @@ class IncompleteMatrices:
 
     def __init__(self, layout: IntegerLayout, width: int):
         self._layout, self._width = layout, width
-        self._waiting: dict[int, dict[str, torch.Tensor]] = {}  # by the first row of their matrix
+        self._shares: dict[int, Share] = {}  # by the first row of their matrix, as the next
+        self._waiting: dict[int, dict[str, torch.Tensor]] = {}
+
+    def expect(self, start: int, share: Share) -> dict[str, Stored]:
+        """What is read of the matrix whose rows begin at `start`: this share."""
+        self._shares[start] = share
+        return self._layout.stored(share)
 
     def add(
         self, start: int, height: int, name: str, tensor: torch.Tensor, device: torch.device
     ) -> GroupedIntegers | None:
-        """One tensor of the matrix in rows [start, start + height). Returns the matrix with its last tensor."""
-        stored = self._layout.stored(height, self._width)
+        """One tensor of the matrix in rows [start, start + height), or of the share that is expected there. Returns
+        the matrix with its last tensor."""
+        share = self._shares.get(start) or Share.whole(height, self._width)
+        stored = self._layout.stored(share)
         if stored[name].optional:
             self._layout.check_spare(name, tensor)
             return None
@@ -87,7 +113,7 @@ class IncompleteMatrices:
         waiting[name] = tensor.to(device)
         if waiting.keys() != {name for name, s in stored.items() if not s.optional}:
             return None
-        return self._layout.integers(self._waiting.pop(start))
+        return self._layout.integers(self._waiting.pop(start), share)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -95,6 +121,19 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     [..., n · 32 / bits]."""
     shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def part_of(share: Share, *held: range) -> tuple[range, ...]:
+    """What of a tensor is read, by dimension, as `Stored` has it."""
+    return () if share.is_whole else held
+
+
+def words_of(what: str, held: range, per_word: int, size: int) -> range:
+    """The words that hold these of `size` rows or columns, the last of which need not be full. Raises ConfigError for
+    parts of words."""
+    if held.start % per_word or (held.stop % per_word and held.stop != size):
+        raise ConfigError(f"{what} {held.start} to {held.stop} of a rank are not whole words of {per_word}")
+    return range(held.start // per_word, cdiv(held.stop, per_word))
 
 
 def check_divides(what: str, size: int, by: int) -> None:

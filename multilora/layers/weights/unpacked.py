@@ -16,9 +16,8 @@ class _Unpacking(PlainWeight):
     _layout: IntegerLayout
     _incomplete: IncompleteMatrices
 
-    def tensors(self, rows: slice, share: Share) -> dict[str, Stored]:  # noqa: ARG002 - the contract's
-        assert share.is_whole, "ranks are refused"
-        return self._layout.stored(share.out_features, share.in_features)
+    def tensors(self, rows: slice, share: Share) -> dict[str, Stored]:
+        return self._incomplete.expect(rows.indices(len(self.data))[0], share)
 
     def load(self, rows: slice, name: str, tensor: torch.Tensor) -> None:
         start, stop, _ = rows.indices(len(self.data))

@@ -37,7 +37,11 @@ def integers(bits: int, size: int, *, symmetric: bool = False, order: bool = Fal
 LAYOUTS: dict[str, tuple[IntegerFormat, Integers, Pack]] = {
     "gptq": (Gptq(4, 16, 1), integers(4, 16), lambda i: pack_gptq(i, 4)),
     "gptq, symmetric": (Gptq(4, 32, 1), integers(4, 32, symmetric=True), lambda i: pack_gptq(i, 4)),
-    "gptq v2, any order": (Gptq(4, 16, 0), integers(4, 16, order=True), lambda i: pack_gptq(i, 4, older=False)),
+    "gptq v2, any order": (
+        Gptq(4, 16, 0, ordered=False),
+        integers(4, 16, order=True),
+        lambda i: pack_gptq(i, 4, older=False),
+    ),
     "gptq in 8 bit, one group": (Gptq(8, None, 1), integers(8, WIDTH), lambda i: pack_gptq(i, 8)),
     "awq": (Awq(16), integers(4, 16), pack_awq),
     "awq, one group": (Awq(None), integers(4, WIDTH), pack_awq),
@@ -62,7 +66,7 @@ def test_a_matrix_comes_out_as_it_went_in(layout: str) -> None:
     weight.randomise(torch.Generator().manual_seed(0))
     before, rows = weight.dequantised(slice(8)).clone(), slice(8, 8 + OUTS)
     tensors = pack(ints)
-    stored = weight.tensors(rows, Share(OUTS, WIDTH, range(OUTS), range(WIDTH)))
+    stored = weight.tensors(rows, Share.whole(OUTS, WIDTH))
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         name: s.shape for name, s in stored.items() if not s.optional
     }
@@ -72,26 +76,60 @@ def test_a_matrix_comes_out_as_it_went_in(layout: str) -> None:
     assert torch.equal(weight.dequantised(slice(8)), before)
 
 
+SHARES = [(range(8, 16), range(WIDTH)), (range(16, 24), range(32, 64)), (range(OUTS), range(24, 56))]
+"""Some outputs; whole groups of inputs; parts of groups, which no rank could hold packed."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("outputs", "inputs"), SHARES, ids=str)
+def test_a_share_is_that_part_of_the_matrix(layout: str, outputs: range, inputs: range) -> None:
+    kind, ints, pack = LAYOUTS[layout]
+    if kind.any_order and len(inputs) < WIDTH:
+        assert kind.unshared_inputs is not None
+        return
+    weight = kind.make(len(outputs), len(inputs), **KIND)
+    share, tensors = Share(OUTS, WIDTH, outputs, inputs), pack(ints)
+    for name, stored in weight.tensors(slice(None), share).items():
+        if not stored.optional:
+            assert stored.shape == tuple(tensors[name].shape)
+            held = tensors[name][tuple(slice(part.start, part.stop) for part in stored.part)]
+            weight.load(slice(None), name, held.contiguous())
+    want = ints.weight[outputs.start : outputs.stop, inputs.start : inputs.stop]
+    assert torch.equal(weight.dequantised(slice(None)), want)
+
+
+def test_ranks_hold_whole_words() -> None:
+    for kind in (Gptq(4, 16, 1), PackedIntegers(4, 16, symmetric=True, ordered=True)):
+        with pytest.raises(ConfigError, match="inputs 4 to 36 of a rank are not whole words of 8"):
+            kind.stored(Share(OUTS, WIDTH, range(OUTS), range(4, 36)))
+    with pytest.raises(ConfigError, match="awq outputs 0 to 12 of a rank are not whole words of 8"):
+        Awq(16).stored(Share(OUTS, WIDTH, range(12), range(WIDTH)))
+
+
 def test_a_zero_point_of_zero_wraps_in_the_older_format() -> None:
     ints = Integers(np.full((8, 8), 5), np.zeros((8, 1), dtype=int), torch.ones(8, 1).half(), np.zeros(8, dtype=int))
     tensors = pack_gptq(ints, 4)
     assert tensors["qzeros"].tolist() == [[-1]], "fifteen in every place"
-    assert torch.equal(Gptq(4, None, 1).dequantised(tensors), torch.full((8, 8), 5.0))
+    found = Gptq(4, None, 1).integers(tensors, Share.whole(8, 8))
+    assert torch.equal(found.dequantised(), torch.full((8, 8), 5.0))
 
 
 def test_what_layouts_cannot_hold_is_said() -> None:
     kind = Gptq(4, 16, 1)
     with pytest.raises(ModelUnsupported, match="gptq outputs of 20: expected a multiple of 8"):
-        kind.stored(20, 64)
+        kind.stored(Share.whole(20, 64))
     with pytest.raises(ModelUnsupported, match="awq inputs of 40: expected a multiple of 16"):
-        Awq(16).stored(8, 40)
+        Awq(16).stored(Share.whole(8, 40))
     weight = kind.make(8, 16, **KIND)
     weight.load(slice(None), "bias", torch.zeros(8))
     with pytest.raises(ModelUnsupported, match="bias is not zero, and the model has none"):
         weight.load(slice(None), "bias", torch.ones(8))
     tensors = pack_gptq(LAYOUTS["gptq"][1], 4)
     with pytest.raises(ModelUnsupported, match="g_idx names group 9 of 4"):
-        kind.dequantised(tensors | {"g_idx": torch.full((WIDTH,), 9)})
+        kind.integers(tensors | {"g_idx": torch.full((WIDTH,), 9)}, Share.whole(OUTS, WIDTH))
+    packed = LAYOUTS["compressed"]
+    with pytest.raises(ModelUnsupported, match=r"weight_shape: \[24, 32\], expected \[24, 64\]"):
+        packed[0].integers(packed[2](packed[1]) | {"weight_shape": torch.tensor([24, 32])}, Share.whole(OUTS, WIDTH))
 
 
 FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel"}
@@ -181,4 +219,5 @@ def test_as_the_package_compressed_tensors_packs() -> None:
     packed = PackedQuantizationCompressor.compress(state, scheme)
     packed["weight_shape"] = torch.tensor(packed["weight_shape"].tolist())
     kind = PackedIntegers(4, 32, symmetric=False, ordered=True)
-    torch.testing.assert_close(kind.dequantised(packed), ints.weight)
+    found = kind.integers(packed, Share.whole(OUTS, WIDTH))
+    torch.testing.assert_close(found.dequantised(), ints.weight)
