@@ -48,12 +48,29 @@ class ColumnPages:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPages:
+    """Requests of a step, by their numbers, that have the pages [first, first + blocks) of their tables in common.
+
+    a  | p0 p1 p2 p3 | a4 a5         requests a, b, c: first 0, 4 blocks
+    b  | p0 p1 p2 p3 | q4 q5 | b6    requests b, c: first 4, 2 blocks
+    c  | p0 p1 p2 p3 | q4 q5 | c6
+    """
+
+    requests: tuple[int, ...]
+    first: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMeta:
     """Which tokens attend to what. There are R requests and T tokens; the tokens of request r follow those of
     request r - 1.
 
     Where layers see differently far, a block of tokens has several pages (`memory/kv_layout.py`), each in a column of
     its own: page_table and token_page are those of column 0, `further` of the others. What is behind a window is -1.
+
+    shared: pages that requests with one new token each have in common, where a backend may profit from it; those of
+    one request follow each other from its first page on.
     """
 
     q_lens: tuple[int, ...]  # [R] new tokens of each request in this step, each ≥ 1
@@ -62,6 +79,7 @@ class AttentionMeta:
     token_page: torch.Tensor  # int64 [T], arena page that each new token's k and v go to
     token_slot: torch.Tensor  # int64 [T], token index inside that page
     further: tuple[ColumnPages, ...] = ()
+    shared: tuple[SharedPages, ...] = ()
 
     def column(self, number: int) -> ColumnPages:
         return self.further[number - 1] if number else ColumnPages(self.page_table, self.token_page)

@@ -193,6 +193,7 @@ class Config:
     attention_backend: str = _memory(
         "auto", "kernels of the attention", choices=("auto", KeysOf("multilora.attention.backends:BACKENDS"))
     )
+    enable_cascade_attention: bool = _memory(False, "read pages that decodes share once for all of them")
     cuda_graph_max_bs: int | None = _memory(None, "largest decode batch captured in a CUDA graph")
     piecewise_cuda_graph_max_tokens: int | None = _memory(
         None,

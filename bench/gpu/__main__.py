@@ -3,8 +3,9 @@
     python -m bench.gpu [--only decode streams …] [--tp-size N] [--out bench/results/gpu.json]
 
 Llama-3.1-8B's dimensions, random weights, bf16; adapters on all seven projections with truly distinct random weights;
-one engine for all rows (`base_only` starts a second one beside it, without LoRA). A row's limit comes from bandwidths
-and rates measured in the same run. Peers: the better of vLLM 0.26.0 and SGLang 0.5.17 on the same kind of machine.
+one engine for all rows (`base_only` and `shared` start others beside it, without LoRA). A row's limit comes from
+bandwidths and rates measured in the same run. Peers: the better of vLLM 0.26.0 and SGLang 0.5.17 on the same kind of
+machine.
 With `--quantization` or `--kv-cache-dtype` limits count the bytes held; there are no targets, which are of 16 bit.
 `--dims qwen3-30b-a3b --only experts` measures a mixture of experts, `--max-running-requests 256 --only large` batches
 of 128 and 256. `--compare OLD.json` says at the end what is better or worse than in an earlier result. The last line
@@ -28,7 +29,7 @@ import torch
 from bench.common import environment, finish, say
 from bench.compare import compare
 from bench.gpu.arrivals import cold_rows, streams_rows
-from bench.gpu.contexts import contexts_rows, large_rows, low_ranks_rows, prompts_rows
+from bench.gpu.contexts import contexts_rows, large_rows, low_ranks_rows, prompts_rows, shared_rows
 from bench.gpu.decode import base_only_rows, decode_rows
 from bench.gpu.experts import experts_rows
 from bench.gpu.hardware import copies_rows, kernels_rows, measure, touch_host_memory
@@ -54,6 +55,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "low_ranks": low_ranks_rows,
     "prompts": prompts_rows,
     "contexts": contexts_rows,
+    "shared": shared_rows,
     "large": large_rows,
     "sampling": sampling_rows,
     "throughput": throughput_rows,
@@ -164,8 +166,8 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
     model = write_model(directory / "model", dims, work.longest)
     result |= {"rows": [], "seconds": {}, "failed": {}}
 
-    def start_without() -> LLM:
-        return LLM(model, max_total_tokens=2 * work.batch * work.longest_decode, **options)
+    def start_other(**changes: Any) -> LLM:
+        return LLM(model, **({"max_total_tokens": 2 * work.batch * work.longest_decode} | options | changes))
 
     with LLM(
         model, enable_lora=True, lora_backend=args.lora_backend, mem_fraction_static=ARENA_FRACTION, **options
@@ -175,7 +177,7 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         result["seconds"]["start"] = round(time.perf_counter() - started, 1)
         adapters = Adapters(directory, dims, machine.device)
         bits = WEIGHT_BITS.get(args.quantization, 16), 16 if args.kv_cache_dtype == "auto" else 8
-        bench = Bench(llm, start_without, dims, work, machine, adapters, args.dims, args.tp_size, *bits)
+        bench = Bench(llm, start_other, dims, work, machine, adapters, args.dims, args.tp_size, *bits)
         for part in parts:
             measure_part(bench, part, result)
     result["seconds"]["all"] = round(time.perf_counter() - started, 1)

@@ -47,6 +47,27 @@ def contexts_rows(bench: Bench) -> Iterator[dict[str, Any]]:
             yield _decode(bench, names, length, f"of {length} tokens each, ", CONTEXTS)
 
 
+def shared_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Decode steps of a full batch whose prompts begin with the same tokens, which lie in the prefix cache: read for
+    each by itself, and once for all (--enable-cascade-attention). Base model only."""
+    work, (common, own) = bench.work, bench.work.shared
+    batch, steps = work.batch, work.decode_steps
+    begin = bench.prompts(1, common)[0]
+    prompts = [begin + rest for rest in bench.prompts(batch, own)]
+    least = bench.step_ms(batch, own + steps / 2 + common / batch, [])
+    for cascade in (False, True):
+        options = {"disable_radix_cache": False, "enable_cascade_attention": cascade}
+        with bench.start_other(**options, max_total_tokens=2 * (common + batch * (own + 2 * steps + 32))) as llm:
+            bench.timed(prompts[:1], [None], 1, llm)
+            times = {
+                tokens: min(bench.timed(prompts, [None] * batch, tokens, llm) for _ in range(work.repeats))
+                for tokens in (1, steps + 1)
+            }
+            how = "as a cascade" if cascade else "each by itself"
+            row = bench.row(f"decode, batch {batch}, {common} tokens shared, {how}", "ms")
+            yield row.show((times[steps + 1] - times[1]) / steps * 1e3, least)
+
+
 def large_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """Decode steps of more requests than there are adapters, and throughput of as many at a time."""
     work = bench.work

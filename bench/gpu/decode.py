@@ -53,7 +53,7 @@ def base_only_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     machine in the same state; medians."""
     work = bench.work
     steps = 2 * work.decode_steps
-    with bench.start_without() as off:
+    with bench.start_other() as off:
         for batch in (work.batches[0], work.batches[-1]):
             prompts, names = bench.prompts(batch, work.decode_prompt), [None] * batch
             times: dict[LLM, list[float]] = {bench.llm: [], off: []}

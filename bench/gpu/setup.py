@@ -46,12 +46,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every row needs. start_without: makes another engine, with LoRA off; sizes: the name of dims and work;
-    tp_size: how many devices share the model; weight_bits, kv_bits: of a number in layers and in the KV cache;
-    infos: every loaded adapter by name."""
+    """What every row needs. start_other: makes another engine, with LoRA off and other options; sizes: the name of
+    dims and work; tp_size: how many devices share the model; weight_bits, kv_bits: of a number in layers and in the
+    KV cache; infos: every loaded adapter by name."""
 
     llm: LLM
-    start_without: Callable[[], LLM]
+    start_other: Callable[..., LLM]
     dims: Dims
     work: Work
     machine: Machine

@@ -153,6 +153,7 @@ class Work:
     fresh_ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
     long_prompts: tuple[int, ...] = (2048, 32768)
     contexts: tuple[tuple[int, int], ...] = ((16, 8192), (4, 32768))  # requests, tokens of each
+    shared: tuple[int, int] = (4096, 16)  # tokens that all prompts begin with, and own ones of each
     large_batches: tuple[int, ...] = (128, 256)
     slora: tuple[int, int] = (5, 2000)  # adapters, few and many
     slora_requests: int = 512
@@ -203,6 +204,7 @@ TINY = Work(
     fresh_ranks=(8, 16),
     long_prompts=(32, 200),
     contexts=((2, 100), (1, 300)),
+    shared=(64, 4),
     large_batches=(8, 12),
     slora=(3, 12),
     slora_requests=16,

@@ -7,13 +7,14 @@ decodes first, and one gather restores the order of the rows. Called by `flashin
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from multilora.attention.base import AttentionShape, GraphAttention, KVViews, PieceAttention
+from multilora.attention.cascade import CascadeStep
 from multilora.attention.rotate import CosSin
 from multilora.attention.triton_decode import PIECE_WORDS, SPAN_WORDS, budget, cut, decode, split_budget
 from multilora.attention.triton_kernels import list_pages, rotate_and_write
@@ -144,6 +145,10 @@ class _DecodeStep:
     indices: torch.Tensor
     scratch: tuple[torch.Tensor, torch.Tensor]
 
+    def run(self, q: torch.Tensor, kv: KV, out: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> None:
+        """See `_Decode.run`."""
+        self.decode.run(q, kv, self.words, self.indices, self.scratch, out, layer, sinks)
+
 
 class PagedBackend:
     """A backend over the arena's per-layer views, each [num_pages, page_size, kv_heads, head_dim]."""
@@ -171,7 +176,7 @@ class PagedBackend:
         self._graph_indices = [torch.empty(0, dtype=torch.int32, device=pages.device) for _ in self.views]
         self._graph_scratch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._meta: AttentionMeta | None = None
-        self._steps: list[_DecodeStep] = []  # by view; empty: the step has no decodes
+        self._steps: list[_DecodeStep | CascadeStep] = []  # by view; empty: the step has no decodes
         self._decodes = 0  # the first rows among the queries, which `_steps` compute
         self.rows: torch.Tensor | None = None
         """int64 [T], where each row of the batch stands among the queries; None: unchanged, all are of one kind."""
@@ -222,8 +227,7 @@ class PagedBackend:
         kv, n, number = self._kv_views[layer], self._decodes, self._number[layer]
         found = out if self.rows is None else torch.empty_like(out)
         if self._steps:
-            step = self._steps[number]
-            step.decode.run(q[:n], kv, step.words, step.indices, step.scratch, found[:n], layer, sinks)
+            self._steps[number].run(q[:n], kv, found[:n], layer, sinks)
         if n < len(q):
             self._prefills[number].run(q[n:], kv, found[n:], layer, sinks)
         if self.rows is not None:
@@ -251,12 +255,22 @@ class PagedBackend:
         q, out = self._piece_memory[:, :rows]
         return _PieceAttention(self, self._kv_views, q, out)
 
-    def _decode_step(self, meta: AttentionMeta, rows: np.ndarray, view: View) -> _DecodeStep:
+    def _decode_step(self, meta: AttentionMeta, rows: np.ndarray, view: View) -> _DecodeStep | CascadeStep:
+        if meta.shared and view.window is None:
+            return self._cascade_step(meta, rows, view)
         step = _Decode(self.shape, view, len(rows))
         words, num_pages = step.words(meta, rows)
         on_device = pinned(words, self.shape.device).to(self.shape.device, non_blocking=True)
         indices = self._list_pages(meta, view, step.requests(on_device), num_pages)
         return _DecodeStep(step, on_device, indices, step.scratch())
+
+    def _cascade_step(self, meta: AttentionMeta, rows: np.ndarray, view: View) -> CascadeStep:
+        requests = requests_of(self.shape, None, meta, rows)
+        on_device = pinned(requests, self.shape.device).to(self.shape.device, non_blocking=True)
+        indices = self._list_pages(meta, view, on_device, int(requests[3].sum()))
+        numbers = {row: number for number, row in enumerate(rows.tolist())}
+        shared = [replace(one, requests=tuple(numbers[r] for r in one.requests)) for one in meta.shared]
+        return CascadeStep.make(self.shape, self.shape.page_size, requests, shared, indices)
 
     def _list_pages(self, meta: AttentionMeta, view: View, requests: torch.Tensor, num_pages: int) -> torch.Tensor:
         indices = torch.empty(num_pages, dtype=torch.int32, device=self.shape.device)

@@ -43,6 +43,33 @@ MERGE_ELEMENTS = 4096
 
 
 @triton.jit
+def scan(q, best, norm, total, k_pages, v_pages, indices, skip, tokens, page_stride, slot_stride, d, scale, softcap,
+         PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
+    """Online softmax of the queries q [M, WIDTH] over tokens `skip` to `tokens` of a page list, from a state on.
+
+    k_pages, v_pages: of the KV head. Returns the state: the best score, the sum of weights, that of weighted values.
+    """
+    t = skip // BLOCK * BLOCK + tl.arange(0, BLOCK)
+    page = tl.load(indices + t // PAGE, mask=t < tokens, other=0)
+    for _ in range(skip // BLOCK * BLOCK, tokens, BLOCK):
+        inside = (t >= skip) & (t < tokens)
+        at = (page.to(tl.int64) * page_stride + (t % PAGE) * slot_stride)[:, None] + d[None, :]
+        t += BLOCK
+        page = tl.load(indices + t // PAGE, mask=t < tokens, other=0)
+        held = inside[:, None] & (d < DIM)[None, :]
+        k = tl.load(k_pages + at, mask=held, other=0.0).to(q.dtype)
+        score = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAP) * LOG2E
+        score = tl.where(inside[None, :], score, float("-inf"))
+        new = tl.maximum(best, tl.max(score, 1))
+        p, fade = tl.exp2(score - new[:, None]), tl.exp2(best - new)
+        v = tl.load(v_pages + at, mask=held, other=0.0).to(q.dtype)
+        total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
+        norm = norm * fade + tl.sum(p, 1)
+        best = new
+    return best, norm, total
+
+
+@triton.jit
 def _attend(q_ptr, k_pages, v_pages, indices, pieces, sinks_ptr, out_ptr, partial_ptr, lse_ptr, page_stride,
             slot_stride, head_stride, group, scale, v_scale, softcap, PAGE: tl.constexpr, DIM: tl.constexpr,
             WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
@@ -68,23 +95,8 @@ def _attend(q_ptr, k_pages, v_pages, indices, pieces, sinks_ptr, out_ptr, partia
         total = tl.zeros([GROUP, WIDTH], tl.float32)
         k_pages += kv_head * head_stride
         v_pages += kv_head * head_stride
-        t = skip // BLOCK * BLOCK + tl.arange(0, BLOCK)
-        page = tl.load(indices + start + t // PAGE, mask=t < tokens, other=0)
-        for _ in range(skip // BLOCK * BLOCK, tokens, BLOCK):
-            inside = (t >= skip) & (t < tokens)
-            at = (page.to(tl.int64) * page_stride + (t % PAGE) * slot_stride)[:, None] + d[None, :]
-            t += BLOCK
-            page = tl.load(indices + start + t // PAGE, mask=t < tokens, other=0)
-            held = inside[:, None] & (d < DIM)[None, :]
-            k = tl.load(k_pages + at, mask=held, other=0.0).to(q.dtype)
-            score = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAP) * LOG2E
-            score = tl.where(inside[None, :], score, float("-inf"))
-            new = tl.maximum(best, tl.max(score, 1))
-            p, fade = tl.exp2(score - new[:, None]), tl.exp2(best - new)
-            v = tl.load(v_pages + at, mask=held, other=0.0).to(q.dtype)
-            total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
-            norm = norm * fade + tl.sum(p, 1)
-            best = new
+        best, norm, total = scan(q, best, norm, total, k_pages, v_pages, indices + start, skip, tokens, page_stride,
+                                 slot_stride, d, scale, softcap, PAGE, DIM, BLOCK, CAP)  # fmt: skip
         total = total / norm[:, None] * v_scale
         if slot < 0:
             to = out_ptr + (row * heads + head)[:, None] * DIM + d[None, :]

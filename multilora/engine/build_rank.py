@@ -74,7 +74,8 @@ def make_runner(config: Config, parts: RankParts) -> Runner:
     """The runner, with its CUDA graphs captured. Nothing has run yet."""
     layout = parts.layout
     tables = PageTables(layout.page_size, layout.columns)
-    runner = Runner(parts.model, parts.attention, parts.lora, tables, parts.device)
+    cascade = config.enable_cascade_attention
+    runner = Runner(parts.model, parts.attention, parts.lora, tables, parts.device, cascade=cascade)
     with asking_for("CUDA graphs", "lower --mem-fraction-static, or start with --disable-cuda-graph"):
         runner.use_graphs(capture(config, parts))
     return runner

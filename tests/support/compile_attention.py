@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from compile_ahead import SHARED, compiled
 
-from multilora.attention import triton_decode, triton_kernels, triton_prefill
+from multilora.attention import triton_cascade, triton_decode, triton_kernels, triton_prefill
 from multilora.attention.triton_scores import block_tokens
 from multilora.kernels.integers import power_of_two
 
@@ -35,6 +35,13 @@ def shared_bytes(kernel: str, dtype: str, pages: str, dim: int, capability: int)
         constants["GROUP"] = 16
         launch |= {"num_warps": triton_decode.WARPS, "num_stages": triton_decode.STAGES}
         found = compiled(triton_decode._attend, given, constants, capability, aligned=STRIDES, **launch)
+    elif kernel == "cascade":
+        given = {key: kind for key, kind in given.items() if key not in ("sinks_ptr", "out_ptr")}
+        given |= {"pieces": "*i32", "partial_ptr": "*fp32", "lse_ptr": "*fp32"}
+        constants.pop("SINKS")
+        constants |= {"GROUP": 4, "MEMBERS": triton_cascade.most_members(4)}
+        launch |= {"num_warps": triton_decode.WARPS, "num_stages": triton_decode.STAGES}
+        found = compiled(triton_cascade._attend_shared, given, constants, capability, aligned=STRIDES, **launch)
     else:
         given |= {"blocks": "*i32", "window": "i32"}
         constants |= {"ROWS": triton_prefill.rows_of(DTYPES[dtype]), "WINDOW": True}

@@ -279,4 +279,5 @@ class CudaGraphs:
         self._pieces.capture()
 
     def prepare(self, batch: ForwardBatch, *, decodes: bool) -> GraphedStep | None:
-        return (self._decodes if decodes else self._pieces).prepare(batch)
+        """Decodes that share pages are cut where layers attend: who shares what changes what is launched there."""
+        return (self._decodes if decodes and not batch.attention.shared else self._pieces).prepare(batch)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from multilora.batch import AttentionMeta, ColumnPages, ForwardBatch, LoraSegment
+from multilora.engine.execution.shared_pages import find_shared
 from multilora.engine.plan import Chunk, PageUpdate, StepPlan
 from multilora.transfer import upload
 
@@ -72,8 +73,11 @@ class Newest:
     tokens: Tensor
 
 
-def build_inputs(plan: StepPlan, tables: PageTables, newest: Newest, device: torch.device) -> ForwardBatch:
-    """The plan's tokens in order, chunk after chunk. `tables` knows the plan's pages already."""
+def build_inputs(
+    plan: StepPlan, tables: PageTables, newest: Newest, device: torch.device, *, cascade: bool = False
+) -> ForwardBatch:
+    """The plan's tokens in order, chunk after chunk. `tables` knows the plan's pages already. cascade: look for pages
+    that decodes share."""
     chunks = plan.chunks
     slots = np.array([c.slot for c in chunks], np.int64)
     counts = np.array([c.count for c in chunks], np.int64)
@@ -110,6 +114,7 @@ def build_inputs(plan: StepPlan, tables: PageTables, newest: Newest, device: tor
         token_page=first.token_page,
         token_slot=on_device[3],
         further=tuple(further),
+        shared=find_shared(page_table[0], np.flatnonzero(counts == 1), kv_lens, tables.page_size) if cascade else (),
     )
     segments = lora_segments(chunks)
     logit_lora = segments if len(logit_rows) == total else logit_segments(segments, logit_rows)

@@ -117,7 +117,8 @@ class Launched:
 
 
 class Runner:
-    """lora: None when LoRA is off; graphs: None where every step is launched layer by layer."""
+    """lora: None when LoRA is off; graphs: None where every step is launched layer by layer; cascade: read pages that
+    decodes share once for all of them, where that is worth it."""
 
     def __init__(
         self,
@@ -127,7 +128,10 @@ class Runner:
         tables: PageTables,
         device: torch.device,
         graphs: StepGraphs | None = None,
+        *,
+        cascade: bool = False,
     ):
+        self._cascade = cascade and tables.columns == 1
         self.vocab_size = model.config.vocab_size
         self._graphs = graphs
         self._model = model
@@ -212,7 +216,7 @@ class Runner:
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> Forward:
-        batch = build_inputs(plan, self._tables, self._newest, self._device)
+        batch = build_inputs(plan, self._tables, self._newest, self._device, cascade=self._cascade)
         scope = self._lora.scope(batch.lora) if self._lora is not None else AdapterScope.LAYERS
         x = self._model.embed(batch.input_ids, self._context(batch.lora, scope))
         graphed = self._graphed(plan, batch, scope)

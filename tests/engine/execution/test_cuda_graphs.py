@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multilora.batch import AttentionMeta, ForwardBatch, LoraSegment
+from multilora.batch import AttentionMeta, ForwardBatch, LoraSegment, SharedPages
 from multilora.engine.execution.cuda_graphs import CudaGraphs, _Captured, _Cut, decode_sizes, piece_sizes
 
 WIDTH = 3
@@ -69,9 +69,11 @@ class Graphs:
                     graphs: Any = [FakeGraph(rows, positions, hidden) for _ in range(count)]
                     kind._captured[size, with_lora] = _Captured(rows, positions, attention, graphs, hidden)
 
-    def run(self, rows: int, *, decodes: bool, lora: bool = False) -> Tensor | None:
+    def run(
+        self, rows: int, *, decodes: bool, lora: bool = False, shared: tuple[SharedPages, ...] = ()
+    ) -> Tensor | None:
         zero = torch.zeros(rows, dtype=torch.int64)
-        meta = AttentionMeta((1,) * rows, (1,) * rows, zero[:, None], zero, zero)
+        meta = AttentionMeta((1,) * rows, (1,) * rows, zero[:, None], zero, zero, shared=shared)
         segments = (LoraSegment(0, rows, (0,), (1.0,)),) if lora else ()
         batch = ForwardBatch(zero, torch.arange(rows), meta, segments, zero)
         step = self.graphs.prepare(batch, decodes=decodes)
@@ -86,6 +88,12 @@ def test_decodes_take_the_next_size(rows: int, size: int) -> None:
     assert hidden[:, 0].tolist() == [100.0 + i for i in range(rows)]
     assert [s for s, twin in graphs.twins.items() if twin.prepared] == [size]
     assert graphs.twins[size].prepared == [rows]
+
+
+def test_decodes_that_share_pages_are_cut_where_layers_attend() -> None:
+    graphs = Graphs(None)
+    assert graphs.run(4, decodes=True, shared=(SharedPages((0, 1, 2), 0, 9),)) is not None
+    assert graphs.halves[8].attended == [0, 1] and not graphs.twins[4].prepared
 
 
 def test_pieces_attend_between_their_graphs() -> None:
