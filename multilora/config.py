@@ -194,7 +194,7 @@ class Config:
         "auto", "kernels of the attention", choices=("auto", KeysOf("multilora.attention.backends:BACKENDS"))
     )
     enable_cascade_attention: bool = _memory(False, "read pages that decodes share once for all of them")
-    cuda_graph_max_bs: int | None = _memory(None, "largest decode batch captured in a CUDA graph")
+    cuda_graph_max_bs: int | None = _memory(None, "largest decode batch captured in a CUDA graph (default: 512)")
     piecewise_cuda_graph_max_tokens: int | None = _memory(
         None,
         "most prompt tokens of a step that is captured, in pieces (default: 2048); 0: no step with prompts",

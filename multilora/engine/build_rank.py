@@ -20,7 +20,13 @@ from multilora.attention.base import AttentionBackend
 from multilora.attention.kv_dtypes import largest
 from multilora.config import Config
 from multilora.distributed.group import SINGLE, Group
-from multilora.engine.execution.cuda_graphs import MOST_PIECE_ROWS, CudaGraphs, decode_sizes, piece_sizes
+from multilora.engine.execution.cuda_graphs import (
+    MOST_DECODES,
+    MOST_PIECE_ROWS,
+    CudaGraphs,
+    decode_sizes,
+    piece_sizes,
+)
 from multilora.engine.execution.inputs import PageTables
 from multilora.engine.execution.runner import Runner, RunnerLora
 from multilora.engine.memory import MakeAttention, activation_bytes, asking_for, graph_bytes, measure_step
@@ -262,7 +268,7 @@ def _graph_sizes(config: Config, device: torch.device) -> list[int]:
     """Batches whose decode steps are captured; none on CPU."""
     if device.type != "cuda" or config.disable_cuda_graph:
         return []
-    return decode_sizes(min(config.cuda_graph_max_bs or 256, config.max_running_requests))
+    return decode_sizes(min(config.cuda_graph_max_bs or MOST_DECODES, config.max_running_requests))
 
 
 def _piece_sizes(config: Config) -> list[int]:

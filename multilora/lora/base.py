@@ -20,10 +20,13 @@ class LoraBackend(Protocol):
     replayable: bool
     """Whether a graph captured over the same number of rows may be replayed for the step prepared last."""
 
-    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int, *, captured: bool = False) -> None:
+    def prepare(
+        self, segments: tuple[LoraSegment, ...], num_rows: int, *, captured: bool = False, decodes: bool = False
+    ) -> None:
         """Take this step's segments over `num_rows` rows. captured: for a graph of so many rows, to be captured or
         replayed, so that nothing that is launched may depend on the segments, where that can be. An empty tuple
-        stands for any adapters: it precedes a capture. Of captured steps, the one with the most rows comes first."""
+        stands for any adapters: it precedes a capture. Of captured steps, the one with the most rows comes first.
+        decodes: every request of a captured step has one row."""
 
     def begin(self) -> None:
         """Say that the x of the next `apply` is ready, or queued on the current stream. The layer calls this before

@@ -27,7 +27,14 @@ class SegmentLoop:
         """y += factor · (x Aᵀ) B, then the scale-shift pairs, in place. x: [rows, in]; y: [rows, out]."""
         raise NotImplementedError
 
-    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int, *, captured: bool = False) -> None:  # noqa: ARG002
+    def prepare(
+        self,
+        segments: tuple[LoraSegment, ...],
+        num_rows: int,
+        *,
+        captured: bool = False,  # noqa: ARG002 - part of the contract, as the next one
+        decodes: bool = False,  # noqa: ARG002
+    ) -> None:
         """See `LoraBackend`."""
         self._segments = segments
         self._num_rows = num_rows

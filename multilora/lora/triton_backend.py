@@ -1,8 +1,9 @@
 """The LoRA backends of Triton: `csgmv`, and `triton`, which takes the tile path for everything.
 
 This is the host side: it copies the tiles of the step to the device, then makes two launches per site. It owns the
-intermediate and the tables of the step. For up to GRAPH_ROWS rows both are fixed, so a graph captured over N rows
-serves every later step of N rows: prepare(), then replay. Called by `backends.py`.
+intermediate and the tables of the step. For up to GRAPH_ROWS rows, and captured decodes of up to DECODE_ROWS, both
+are fixed, so a graph captured over N rows serves every later step of N rows: prepare(), then replay. Called by
+`backends.py`.
 
     words of the step    entries | tiles                                 up to GRAPH_ROWS rows
                          entries | tiles | base rows | single rows       larger steps
@@ -49,7 +50,7 @@ from multilora.lora.triton_steps import (
     split_singles,
     splits_of,
 )
-from multilora.lora.tuning import BESIDE_ROWS, CSGMV, GRAPH_ROWS, TRITON, Phase, Tuning, options_of
+from multilora.lora.tuning import BESIDE_ROWS, CSGMV, DECODE_ROWS, GRAPH_ROWS, TRITON, Phase, Tuning, options_of
 from multilora.transfer import upload_into
 
 H_BYTES = 64 << 20
@@ -84,6 +85,7 @@ class TritonLora:
         chunk_rows: int = MAX_TILE_ROWS,
         tuning: Tuning | None = None,
         graph_rows: int = GRAPH_ROWS,
+        decode_rows: int = DECODE_ROWS,
     ):
         self.name = name
         self.tuning = tuning or (CSGMV if name == "csgmv" else TRITON)
@@ -92,14 +94,14 @@ class TritonLora:
         self._applied = [site for site in sites if site.name != EMBED and not site.experts]  # its input is token ids
         self._device = table.weights.device
         self._chunk_rows = min(chunk_rows, MAX_TILE_ROWS)
-        self._graph_rows = graph_rows
+        self._graph_rows, self._decode_rows = graph_rows, decode_rows
         self.overlap = can_launch_early(self._device)
         """Whether kernels of small steps start while the one before still runs (programmatic dependent launch)."""
         self._align = math.gcd(table.page_elements, 8)
         self._columns: dict[tuple[int, int], Columns] = {}
         shapes: dict[tuple[object, ...], int] = {}
         self._shape = [shapes.setdefault((s.in_features, s.slices), len(shapes)) for s in sites]
-        words = FURTHER * ENTRY_WORDS + graph_rows * TILE_WORDS
+        words = FURTHER * ENTRY_WORDS + max(graph_rows, decode_rows) * TILE_WORDS
         self._fixed = torch.zeros(words, dtype=torch.int32, device=self._device)
         self._fixed_large = self._fixed[:0]  # the same of large steps, see `_captured_step`
         self._fixed_h = torch.zeros(H_BYTES // 4, dtype=torch.float32, device=self._device)
@@ -112,9 +114,9 @@ class TritonLora:
         self.replayable = False
         """See `LoraBackend`."""
 
-    def prepare(self, segments: Segments, num_rows: int, *, captured: bool = False) -> None:
+    def prepare(self, segments: Segments, num_rows: int, *, captured: bool = False, decodes: bool = False) -> None:
         """See `LoraBackend`."""
-        small = num_rows <= self._graph_rows
+        small = num_rows <= (self._decode_rows if captured and decodes else self._graph_rows)
         if small:
             self._step = self._small_step(segments, num_rows)
         else:

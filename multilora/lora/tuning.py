@@ -6,6 +6,9 @@ GRAPH_ROWS = 256
 """Steps of up to this many rows take grids that depend on nothing but the number of rows, and fixed buffers: they can
 be captured in a CUDA graph. Larger steps (prefill) take exact grids."""
 
+DECODE_ROWS = 512
+"""The same for captured steps of decodes, in which hardly any adapter has many rows."""
+
 BESIDE_ROWS = 8
 """Captured steps of this many rows or more shrink beside the layer's own product, on a stream of their own. In
 smaller steps it is faster to start early (programmatic dependent launch)."""
@@ -84,7 +87,7 @@ class Tuning:
     singles_apart: bool = False
 
     def of(self, num_rows: int) -> Phase:
-        """The block sizes of a step of so many rows, GRAPH_ROWS at most."""
+        """The block sizes of a step of a fixed grid, of so many rows."""
         return self.small if num_rows < MEDIUM_ROWS else self.medium
 
 

@@ -6,7 +6,7 @@ estimated here. Called by `planner.py`.
 
 from dataclasses import dataclass
 
-from multilora.engine.execution.cuda_graphs import MOST_PIECE_ROWS, decode_sizes, piece_sizes
+from multilora.engine.execution.cuda_graphs import MOST_DECODES, MOST_PIECE_ROWS, decode_sizes, piece_sizes
 from multilora.engine.memory import activation_bytes, graph_bytes
 from multilora.memory.plan import DeviceMemory, MemoryPlan, plan_memory
 from multilora.planner.facts import ModelFacts
@@ -18,7 +18,6 @@ WORKSPACE_BYTES = 640 << 20
 """Bytes of the attention backend's workspaces and of the matrix products'."""
 LOGIT_BYTES = 10
 """Bytes of a logit in the largest step: as computed, in fp32, and once more as log-softmax."""
-LARGEST_GRAPH = 256
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,6 @@ def _activation_bytes(facts: ModelFacts) -> int:
 
 def _graph_bytes(facts: ModelFacts, running: int, chunk_tokens: int) -> int:
     row = facts.model.config.hidden_size * facts.model.config.dtype.itemsize
-    decode = graph_bytes(decode_sizes(min(LARGEST_GRAPH, running)), row, 2)
+    decode = graph_bytes(decode_sizes(min(MOST_DECODES, running)), row, 2)
     pieces = piece_sizes(min(MOST_PIECE_ROWS, chunk_tokens), running)
     return decode + graph_bytes(pieces, row, 2, pieces=1 + facts.layers) + _activation_bytes(facts) * pieces[-1]

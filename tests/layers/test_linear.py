@@ -38,7 +38,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
-    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int, *, captured: bool = False) -> None: ...
+    def prepare(self, segments: tuple[LoraSegment, ...], num_rows: int, **_: bool) -> None: ...
 
     def begin(self) -> None:
         assert len(self.calls) == 0, "begin comes before apply"

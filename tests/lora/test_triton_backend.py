@@ -266,6 +266,25 @@ def test_large_steps_that_are_captured(room, name):
     assert backend.replayable
 
 
+def test_captured_decodes_take_the_way_of_small_steps(room):
+    sites = make_sites(*ROUND)
+    world = World(sites, [same_rank(sites, rank) for rank in (8, 20)])
+    for slot in range(2):
+        world.install(slot)
+    backend = world.backend(graph_rows=4, decode_rows=12)
+    for rows, segments in ((12, segments_of(*((i, i + 1, i % 2) for i in range(9)))), (9, segments_of((2, 8, 1)))):
+        for lora in (backend, world.reference):
+            lora.prepare(segments, rows, captured=True, decodes=True)
+        assert backend.replayable and len(backend._step.groups) == 1 and backend._step.groups[0].grid == rows
+        x, y = torch.randn(rows, 64, device=DEVICE), torch.zeros(rows, 112, device=DEVICE)
+        got, want = y.clone(), y.clone()
+        backend.apply(got, x, 0)
+        world.reference.apply(want, x, 0)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    backend.prepare((), 13, captured=True, decodes=True)
+    assert len(backend._step.groups) == 2
+
+
 def test_what_is_launched_in_captured_steps_depends_on_no_segment(room, monkeypatch):
     """Grids, addresses and constants, so that a graph captured before serves them all."""
     sites = make_sites(*ROUND)

@@ -52,9 +52,14 @@ def piece_sizes(tokens: int, decodes: int) -> list[int]:
     return sorted({*(size for size in sizes if size < tokens), tokens, tokens + cdiv(decodes, 32) * 32})
 
 
+MOST_DECODES = 512
+"""Rows of decodes up to which they are captured, unless --cuda-graph-max-bs says otherwise."""
+
+
 def decode_sizes(largest: int) -> list[int]:
-    """1, 2, 4, then the multiples of 8, and `largest` itself."""
-    return sorted(s for s in {1, 2, 4, *range(8, largest, 8), largest} if s <= largest)
+    """1, 2, 4, then the multiples of 8, from 256 on of 32, and `largest` itself."""
+    sizes = 1, 2, 4, *range(8, min(largest, 256), 8), *range(256, largest, 32), largest
+    return sorted({s for s in sizes if s <= largest})
 
 
 class GraphedStep(Protocol):
@@ -196,8 +201,11 @@ class _GraphSet:
         attention: Mapping[int, _Decodes] | Mapping[int, _Pieces],
         lora: LoraBackend | None,
         device: torch.device,
+        *,
+        decodes: bool,
     ):
         self._what = what
+        self._decodes = decodes
         self._model = model
         self._attention = attention
         self._lora = lora
@@ -250,7 +258,7 @@ class _GraphSet:
         """Put the segments where the graphs look for them. False if they cannot."""
         if self._lora is None:
             return False
-        self._lora.prepare(segments, size, captured=True)
+        self._lora.prepare(segments, size, captured=True, decodes=self._decodes)
         return self._lora.replayable
 
 
@@ -270,8 +278,8 @@ class CudaGraphs:
     ):
         twins = {size: _Decodes(twin, device) for size, twin in decodes.items()}
         halves = {size: _Pieces(half, copies=not model.attends_one_by_one) for size, half in pieces.items()}
-        self._decodes = _GraphSet("decodes", model, twins, lora, device)
-        self._pieces = _GraphSet("steps with prompts", model, halves, lora, device)
+        self._decodes = _GraphSet("decodes", model, twins, lora, device, decodes=True)
+        self._pieces = _GraphSet("steps with prompts", model, halves, lora, device, decodes=False)
 
     def capture(self) -> None:
         """Nothing else may run, and page 0 is written."""

@@ -33,8 +33,8 @@ class FakeLora:
     replayable: bool = True
     prepared: list[tuple[int, int]] = field(default_factory=list)  # segments, rows
 
-    def prepare(self, segments: tuple[LoraSegment, ...], rows: int, *, captured: bool) -> None:
-        assert captured
+    def prepare(self, segments: tuple[LoraSegment, ...], rows: int, *, captured: bool, decodes: bool) -> None:
+        assert captured and decodes == (rows <= 4)
         self.prepared.append((len(segments), rows))
 
 
@@ -130,6 +130,10 @@ def test_adapters_that_do_not_fit_are_not_replayed(lora: FakeLora | None) -> Non
 )
 def test_decode_sizes(largest: int, sizes: list[int]) -> None:
     assert decode_sizes(largest) == sizes
+
+
+def test_large_decodes_have_fewer_sizes() -> None:
+    assert decode_sizes(300)[-4:] == [248, 256, 288, 300]
 
 
 def test_piece_sizes() -> None:
