@@ -104,10 +104,10 @@ def test_experts_are_sites_of_their_layers_and_know_modules_where_gate_and_up_ar
     experts = ExpertsFact("t.h.0.mlp.experts", 3, 4, 5, attended=1, top_k=2, silu=True)
     tables: dict[str, Any] = {"embedding": ("t.e", 9, 4), "head": ("out", 4, 9, False)}
 
-    def base_of(*facts: ExpertsFact, has_experts: bool = True) -> BaseModel:
+    def base_of(*facts: ExpertsFact) -> BaseModel:
         declared = DeclaredModules()
         found = replace(FOUND, experts=facts)
-        sites = declare(found, declared, Division(), **tables, has_experts=has_experts)
+        sites = declare(found, declared, Division(), **tables)
         assert set(sites.experts) in ({f.path for f in facts}, set())
         return BaseModel(tuple(declared.sites), tuple(declared.norms), 9, 4, False, None, sites.layers)
 
@@ -128,4 +128,3 @@ def test_experts_are_sites_of_their_layers_and_know_modules_where_gate_and_up_ar
         (replace(experts, path="t.experts"),),
     ):
         assert not base_of(*facts).expert_parameters
-    assert not base_of(experts, has_experts=False).expert_parameters
