@@ -62,9 +62,11 @@ def changed(root: Path, change: Any) -> Path:
     return root / "packed"
 
 
-def test_with_adapters_as_peft_has_it_over_the_dequantised_weights(published: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_adapters_as_peft_has_it_over_the_dequantised_weights(published: Path, ranks: int) -> None:
+    """Two ranks have half a block of each expert's inner width each."""
     model = make_model(str(published / "packed"), device=torch.device("meta"))
-    compare(published, adapter_configs(model, set()), "auto", served="packed")
+    compare(published, adapter_configs(model, set()), "auto", ranks, served="packed")
 
 
 def first(tensors: Tensors, suffix: str) -> str:
