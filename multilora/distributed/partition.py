@@ -29,8 +29,8 @@ def unit_part(width: int, unit: int, rank: int, size: int, *, replicate: bool = 
 
 
 def block_parts(width: int, blocks: int, unit: int, rank: int, size: int) -> tuple[range, ...]:
-    """Of each of `blocks` equal blocks behind each other, part number `rank`, in whole units of `unit`; every rank
-    holds the same part of each. Raises ValueError if that does not come out even."""
+    """Part number `rank` of each of `blocks` equal blocks that lie behind each other, in whole units of `unit`. Raises
+    ValueError if that does not come out even."""
     each, rest = divmod(width, blocks)
     if rest or each % unit:
         raise ValueError(f"{width} is not {blocks} equal blocks of whole units of {unit}")

@@ -57,15 +57,15 @@ def inputs_of(site: LoraSite, rank: int, size: int) -> range:
 
 def output_blocks_of(site: LoraSite, part: LoraSlice, rank: int, size: int) -> tuple[range, ...]:
     """The outputs of the whole slice `part` of the whole site that the rank computes, in their order there: one range
-    in each of the slice's blocks where it is cut by them."""
-    if part.shard is Shard.COLUMN and part.blocks > 1:
+    in each of the slice's blocks where it is cut by them, as only experts are."""
+    if part.shard is Shard.COLUMN and site.experts:
         return block_parts(part.out_features, part.blocks, part.unit, rank, size)
     return (outputs_of(site, part, rank, size),)
 
 
 def outputs_of(site: LoraSite, part: LoraSlice, rank: int, size: int) -> range:
     """The same of a slice of one block. A head's are token ids."""
-    assert part.blocks == 1 or part.shard is not Shard.COLUMN, "several ranges: `output_blocks_of` has them"
+    assert part.blocks == 1 or part.shard is not Shard.COLUMN, "several ranges, which `output_blocks_of` knows"
     match part.shard:
         case Shard.COLUMN:
             return unit_part(part.out_features, part.unit, rank, size)
