@@ -29,8 +29,8 @@ def unit_part(width: int, unit: int, rank: int, size: int, *, replicate: bool = 
 
 
 def block_parts(width: int, blocks: int, unit: int, rank: int, size: int) -> tuple[range, ...]:
-    """Part number `rank` of each of `blocks` equal blocks that lie behind each other, in whole units of `unit`. Raises
-    ValueError if that does not come out even."""
+    """Part number `rank` of each of `blocks` equal blocks that lie behind each other, in whole units of `unit`.
+    Raises ValueError if that does not come out even."""
     each, rest = divmod(width, blocks)
     if rest or each % unit:
         raise ValueError(f"{width} is not {blocks} equal blocks of whole units of {unit}")

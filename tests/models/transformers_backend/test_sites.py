@@ -3,9 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from multilora.adapters.peft.base_model import BaseModel, Place
+from multilora.lora.sharding import output_blocks_of
 from multilora.lora.sites import MODEL_LEVEL, DeclaredModules, Shard
 from multilora.models.transformers_backend.division import Cut, Division
+from multilora.models.transformers_backend.parameters import ParameterCut
 from multilora.models.transformers_backend.probe import (
     AttentionFact,
     Examination,
@@ -111,11 +115,15 @@ def test_what_acts_before_the_last_keys_and_values() -> None:
 def test_adapters_on_experts_are_cut_as_their_weights_are(
     gate_up: ParameterCut | None, expected: tuple[Shard, int, int]
 ) -> None:
-    path, tables = "t.h.0.mlp.experts", {"embedding": ("t.e", 9, 4), "head": ("out", 4, 9, False)}
+    path = "t.h.0.mlp.experts"
     fact = ExpertsFact(path, 3, 4, 6, attended=1, top_k=2)
     cuts = {f"{path}.gate_up_proj": gate_up, f"{path}.down_proj": ParameterCut(-1)} if gate_up else {}
     found = declare(
-        replace(FOUND, experts=(fact,)), DeclaredModules(), Division(parameters=cuts), **tables  # type: ignore[arg-type]
+        replace(FOUND, experts=(fact,)),
+        DeclaredModules(),
+        Division(parameters=cuts),
+        embedding=("t.e", 9, 4),
+        head=("out", 4, 9, False),
     )
     both, down = (found.experts[path][name].slices[0] for name in ("gate_up_proj", "down_proj"))
     assert (both.shard, both.unit, both.blocks) == expected

@@ -138,7 +138,7 @@ def test_a_checkpoint_fills_what_lies_in_another_order(tmp_path: Path) -> None:
 def test_a_bias_of_down_is_added_where_it_is_to_be() -> None:
     experts = experts_of("GptOssForCausalLM", "gpt_oss")
     for name, param in experts.named_parameters():
-        setattr(experts, name, nn.Parameter(torch.randn(param.shape), requires_grad=False))
+        setattr(experts, name, nn.Parameter(0.1 * torch.randn(param.shape), requires_grad=False))
     count, _, hidden = weight_of(experts, GATE_UP).shape
     x, taken, weights = torch.randn(5, hidden), torch.randint(count, (5, 2)), torch.rand(5, 2)
     added, without = (
