@@ -1,8 +1,8 @@
 """Parameters of a tree that ranks divide and that belong to no linear layer: experts', and those of attention heads.
 
 A parameter is cut along one dimension. Where several blocks of columns lie behind each other in it, as gate and up
-do, every rank holds the same part of each. `lora/sharding.py` cuts adapters on
-experts by the same blocks and units. Called by `division.py`, `experts.py`, `model.py` and `weights.py`.
+do, every rank holds the same part of each. `lora/sharding.py` cuts adapters on experts by the same blocks and units.
+Called by `division.py`, `experts.py`, `model.py` and `weights.py`.
 """
 
 from collections.abc import Mapping
