@@ -28,6 +28,16 @@ def unit_part(width: int, unit: int, rank: int, size: int, *, replicate: bool = 
     return range(held.start * unit, held.stop * unit)
 
 
+def block_parts(width: int, blocks: int, unit: int, rank: int, size: int) -> tuple[range, ...]:
+    """Part number `rank` of each of `blocks` equal blocks that lie behind each other, in whole units of `unit`.
+    Raises ValueError if that does not come out even."""
+    each, rest = divmod(width, blocks)
+    if rest or each % unit:
+        raise ValueError(f"{width} is not {blocks} equal blocks of whole units of {unit}")
+    held = even_part(each // unit, rank, size)
+    return tuple(range(b * each + held.start * unit, b * each + held.stop * unit) for b in range(blocks))
+
+
 def padded_size(width: int, size: int) -> int:
     """How wide each rank's part is, padding included, where `width` is cut into parts of a common size."""
     each = -(-width // size)

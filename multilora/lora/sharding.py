@@ -3,13 +3,14 @@
 The local site of every rank looks the same, so adapters have one layout, the same page numbers and slots on all
 ranks; `inputs_of`, `outputs_of` and `experts_of` say which columns and experts of the whole module those are. Every
 cut is exact: a module that is cut by outputs computes its own columns; one that is cut by inputs or by experts
-computes a share, whose sum over the ranks is the whole.
+computes a share, whose sum over the ranks is the whole. Experts are divided among the ranks as wholes, or each of
+them is cut by outputs or inputs as any other module is.
 """
 
 from dataclasses import replace
 from functools import lru_cache
 
-from multilora.distributed.partition import even_part, padded_part, padded_size, unit_part
+from multilora.distributed.partition import block_parts, even_part, padded_part, padded_size, unit_part
 from multilora.errors import ConfigError
 from multilora.lora.sites import EMBED, LoraSite, LoraSlice, Shard
 
@@ -54,8 +55,17 @@ def inputs_of(site: LoraSite, rank: int, size: int) -> range:
     return range(site.in_features)
 
 
+def output_blocks_of(site: LoraSite, part: LoraSlice, rank: int, size: int) -> tuple[range, ...]:
+    """The outputs of the whole slice `part` of the whole site that the rank computes, in their order there: one range
+    in each of the slice's blocks where it is cut by them, as only experts are."""
+    if part.shard is Shard.COLUMN and site.experts:
+        return block_parts(part.out_features, part.blocks, part.unit, rank, size)
+    return (outputs_of(site, part, rank, size),)
+
+
 def outputs_of(site: LoraSite, part: LoraSlice, rank: int, size: int) -> range:
-    """The outputs of the whole slice `part` of the whole site that the rank computes. A head's are token ids."""
+    """The same of a slice of one block. A head's are token ids."""
+    assert part.blocks == 1 or part.shard is not Shard.COLUMN, "several ranges, which `output_blocks_of` knows"
     match part.shard:
         case Shard.COLUMN:
             return unit_part(part.out_features, part.unit, rank, size)
@@ -83,4 +93,4 @@ def _padded_inputs(site: LoraSite, size: int) -> int:
 def _padded_outputs(site: LoraSite, part: LoraSlice, size: int) -> int:
     if part.shard is Shard.VOCAB and site.name != EMBED:
         return padded_size(part.out_features, size)
-    return len(outputs_of(site, part, 0, size))
+    return sum(map(len, output_blocks_of(site, part, 0, size)))

@@ -42,8 +42,9 @@ class LoraSlice:
     before_kv: its output is part of what the keys or values of its own decoder layer are computed from, so that
     changing it changes them (at model level: those of the first layer). True is the safe answer.
     bias: the base model has one. unit: so many outputs belong together, such as those of a head: ranks divide whole
-    units. parts: at a site of experts, the modules that each expert has in its place, their outputs side by side;
-    empty: they may be interleaved.
+    units. blocks: so many blocks of the same width lie behind each other in its outputs, such as gate and up of
+    experts: ranks hold the same part of each. parts: at a site of experts, the modules that each expert has in its
+    place, their outputs side by side; empty: they may be interleaved.
     transposed: checkpoints and PEFT's modules_to_save hold the weight as [in, out] (transformers' Conv1D).
     """
 
@@ -60,6 +61,7 @@ class LoraSlice:
     parts: tuple[str, ...] = ()
     attribute: str = ""  # the last component of its path, where that is another than `module`
     transposed: bool = False
+    blocks: int = 1
 
     @property
     def columns(self) -> slice:
@@ -143,6 +145,7 @@ def target(
     unit: int = 1,
     prefix: str = "",
     parts: tuple[str, ...] = (),
+    blocks: int = 1,
 ) -> LoraSlice:
     """The declaration of a LoRA target, for `DeclaredModules.site`. path: as `DeclaredModules.norm` has it.
 
@@ -150,7 +153,7 @@ def target(
     """
     parent, _, leaf = path.rpartition(".")
     module, attribute = (f"{prefix}.{leaf}", leaf) if prefix else (leaf, "")
-    return LoraSlice(module, 0, out_features, parent, before_kv, shard, bias, unit, parts, attribute)
+    return LoraSlice(module, 0, out_features, parent, before_kv, shard, bias, unit, parts, attribute, blocks=blocks)
 
 
 def module_path(layer: int, parent: str, module: str, layers: str = LAYERS) -> str:

@@ -68,7 +68,7 @@ class ModelFacts:
         """Numbers that each token is multiplied with: all linear layers, of experts those that it takes, the head."""
         body = sum(s.in_features * s.out_features for s in self.sites if s.layer != MODEL_LEVEL and not s.experts)
         expert = sum(s.in_features * s.out_features for s in self.sites if s.experts)
-        if self._tree_experts:  # ranks that divide these have no sites of them
+        if self._tree_experts:  # not all have sites, and ranks divide the experts of each
             expert = sum(3 * fact.hidden * fact.inner for fact in self._tree_experts)
         return body + (expert * self.top_k + self._table) // self.tp_size
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from multilora.distributed.partition import even_part, padded_part, padded_size, unit_part
+from multilora.distributed.partition import block_parts, even_part, padded_part, padded_size, unit_part
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -28,6 +28,21 @@ def test_few_units_are_held_by_several_ranks() -> None:
     assert unit_part(32, 16, 1, 2, replicate=True) == range(16, 32)
     with pytest.raises(ValueError, match="2 x 16 columns cannot be divided into 3"):
         unit_part(32, 16, 0, 3, replicate=True)
+
+
+@pytest.mark.parametrize(("blocks", "unit"), [(1, 1), (1, 2), (2, 1), (2, 4)])
+def test_every_rank_holds_the_same_part_of_each_block(blocks: int, unit: int) -> None:
+    parts = [block_parts(48, blocks, unit, rank, 3) for rank in range(3)]
+    each = 48 // blocks
+    for block, held in enumerate(zip(*parts, strict=True)):
+        assert [i for part in held for i in part] == list(range(block * each, (block + 1) * each))
+        assert all(part.start % unit == 0 and len(part) == each // 3 for part in held)
+    assert block_parts(48, 2, 1, 1, 3) == (range(8, 16), range(32, 40))
+    for wrong in ((33, 2, 1), (33, 1, 5)):
+        with pytest.raises(ValueError, match="33 is not"):
+            block_parts(*wrong, 0, 2)
+    with pytest.raises(ValueError, match="4 cannot be divided into 3"):
+        block_parts(12, 1, 3, 0, 3)
 
 
 @pytest.mark.parametrize(("width", "size"), [(101, 1), (101, 2), (101, 4), (3, 8), (128, 2), (1, 2)])

@@ -5,8 +5,16 @@ import torch
 from fakes.models import make_tiny_model
 
 from multilora.errors import ConfigError
-from multilora.lora.sharding import inputs_of, local_site, local_sites, outputs_of, sums_over_ranks
-from multilora.lora.sites import LoraSite, module_shapes
+from multilora.lora.sharding import (
+    experts_of,
+    inputs_of,
+    local_site,
+    local_sites,
+    output_blocks_of,
+    outputs_of,
+    sums_over_ranks,
+)
+from multilora.lora.sites import LoraSite, LoraSlice, Shard, module_shapes
 from multilora.models.load import make_model
 
 
@@ -57,3 +65,30 @@ def test_every_column_is_held(sites: tuple[LoraSite, ...], size: int) -> None:
 def test_heads_that_do_not_divide_are_named(sites: tuple[LoraSite, ...], size: int, said: str) -> None:
     with pytest.raises(ConfigError, match=f"--tp-size {size}: .*{said} cannot be divided into {size}"):
         local_sites(sites, size)
+
+
+def experts(**gate_up: int) -> tuple[LoraSite, LoraSite]:
+    """Three experts of 24 inputs and 8 of inner width, each of which ranks cut."""
+    both = LoraSlice("experts.gate_up_proj", 0, 16, shard=Shard.COLUMN, **gate_up)
+    down = LoraSlice("experts.down_proj", 0, 24, shard=Shard.ROW)
+    return LoraSite(0, 0, "gate_up", 24, (both,), experts=3), LoraSite(1, 0, "down", 8, (down,), experts=3)
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "of_second"),
+    [({"blocks": 2}, (range(4, 8), range(12, 16))), ({"unit": 2}, (range(8, 16),))],
+    ids=["gate, then up", "in turns"],
+)
+def test_every_rank_has_a_part_of_each_expert(gate_up: dict[str, int], of_second: tuple[range, ...]) -> None:
+    both, down = experts(**gate_up)
+    assert output_blocks_of(both, both.slices[0], 1, 2) == of_second
+    assert (inputs_of(both, 1, 2), inputs_of(down, 1, 2)) == (range(24), range(4, 8))
+    assert output_blocks_of(down, down.slices[0], 1, 2) == (range(24),)
+    assert [sums_over_ranks(site) for site in (both, down)] == [False, True]
+    for site, width, outs in zip((both, down), (24, 4), (8, 24), strict=True):
+        local = local_site(site, 2)
+        assert (local.in_features, local.out_features, local.experts) == (width, outs, 3)
+        assert experts_of(site, 1, 2) == range(3)
+    for site in (both, down):
+        with pytest.raises(ConfigError, match=rf"--tp-size 3: {site.slices[0].module}: 8 cannot be divided into 3"):
+            local_site(site, 3)

@@ -57,6 +57,10 @@ def test_refusals(path, tmp_path):
         model_facts(moe, targets=("gate_up_proj",))
     with pytest.raises(ConfigError, match="--tp-size 4"):
         model_facts(moe, tp_size=4)
+    tiny_config("olmoe", "OlmoeForCausalLM").save_pretrained(tmp_path / "tree")
+    for ranks in (1, 2):
+        with pytest.raises(ModelUnsupported, match="adapters on experts"):
+            model_facts(str(tmp_path / "tree"), targets=("down_proj",), tp_size=ranks)
 
 
 def test_of_experts_a_token_reads_and_computes_those_that_it_takes(tmp_path):

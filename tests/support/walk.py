@@ -76,9 +76,7 @@ def compare_on_ranks(architecture: str, model_type: str, root: Path, ranks: int)
     config = tiny_config(model_type, architecture)
     tiny_model(architecture, config).save_pretrained(root / "model")
     model = make_model(str(root / "model"), device=torch.device("meta"), model_impl="transformers")
-    configs = adapter_configs(model, names_of_experts(model_type))
-    configs.pop("experts", None)  # those that ranks divide take none
-    compare(root, configs, "transformers", ranks)
+    compare(root, adapter_configs(model, names_of_experts(model_type)), "transformers", ranks)
 
 
 def targeted(parent: str, leaf: str) -> str:

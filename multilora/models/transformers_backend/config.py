@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from multilora.attention.base import AttentionShape
 from multilora.errors import ConfigError, ModelUnsupported
 from multilora.models.config import ModelConfig, eos_ids
-from multilora.models.transformers_backend.division import Division, divide
+from multilora.models.transformers_backend.division import Division, divide, plan_of
 from multilora.models.transformers_backend.probe import AttentionFact, Examination, examine
 from multilora.models.transformers_backend.refused import REFUSED
 from multilora.models.transformers_backend.rotary import check_context, moving_limit, rope_rules
@@ -62,7 +62,7 @@ def tree_config(
         tie_word_embeddings=tree.lm.get_submodule(tree.head_path).weight is embedding.weight,
         hf=copy.deepcopy(hf),
         examination=found,
-        division=divide(tree.lm, hf.base_model_tp_plan or {}, tree.lm.base_model_prefix, found),
+        division=divide(tree.lm, plan_of(hf), tree.lm.base_model_prefix, found),
         attention=shape,
     )
 

@@ -1,4 +1,4 @@
-"""How ranks divide a tree of transformers: its own plan for tensor parallelism, read for our sites.
+"""How ranks divide a tree of transformers: its own plan for tensor parallelism, or one of ours, read for our sites.
 
 A plan says of linear layers "colwise" or "rowwise", by names in which * stands for the number of a layer. Layers that
 it cuts only to put their outputs together again (a merged q, k and v; a norm over all heads) are whole on every rank
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from multilora.lora.sites import Shard
-from multilora.models.transformers_backend.experts import PARAMETERS, SUMMED, expert_cuts, mixtures
+from multilora.models.transformers_backend.experts import ONCE, PARAMETERS, SUMMED, expert_cuts, mixtures
 from multilora.models.transformers_backend.parameters import ParameterCut
 from multilora.models.transformers_backend.probe import AttentionFact, Examination, LinearFact, ObstacleError
 
@@ -25,6 +25,19 @@ WHOLE = (
     "local_params",  # of modules some of whose parameters are divided
 )
 """Styles of modules that every rank has whole, or that are no linear layers."""
+
+PLANS: Mapping[str, Mapping[str, str]] = {
+    "gpt_oss": {
+        **{f"layers.*.self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj", "sinks")},
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts": SUMMED,
+        "layers.*.mlp.experts.gate_up_proj": "paired_rowwise",
+        "layers.*.mlp.experts.gate_up_proj_bias": "paired_rowwise",
+        "layers.*.mlp.experts.down_proj": "colwise",
+        "layers.*.mlp.experts.down_proj_bias": ONCE,
+    },
+}
+"""Plans of ours by model_type, for what transformers' own divides nothing of."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,13 @@ class Division:
     obstacle: str = ""
 
 
+def plan_of(hf: Any) -> Mapping[str, str]:
+    """Styles by the names of modules; empty: there is no plan. hf: transformers' config."""
+    return PLANS.get(hf.model_type) or hf.base_model_tp_plan or {}
+
+
 def divide(lm: Any, plan: Mapping[str, str], prefix: str, examination: Examination) -> Division:
-    """lm: the tree; plan: transformers' for it, whose names begin below `prefix`; empty: it has none."""
+    """lm: the tree; plan: for it, with names that begin below `prefix`; empty: it has none."""
     try:
         return _divide(lm, plan, prefix, examination)
     except ObstacleError as e:
@@ -71,7 +89,7 @@ def _divide(lm: Any, plan: Mapping[str, str], prefix: str, examination: Examinat
             cuts[linear.path] = _columns(linear, by_path.get(linear.path.rpartition(".")[0]))
         elif shard is not None:
             cuts[linear.path] = Cut(shard)
-    parameters = expert_cuts(lm, style)
+    parameters = expert_cuts(lm, style, {fact.path for fact in examination.experts})
     if not cuts and not parameters:
         raise ObstacleError("transformers' plan divides none of its layers")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
@@ -94,7 +112,8 @@ def _check_styles(lm: Any, plan: Mapping[str, str], prefix: str) -> None:
     of_experts = {}
     for path, module in mixtures(lm):
         of_experts[_pattern(path, prefix)] = {SUMMED}
-        of_experts |= {_pattern(f"{path}.{name}", prefix): {*PARAMETERS} for name, _ in module.named_parameters()}
+        names = [_pattern(f"{path}.{name}", prefix) for name, _ in module.named_parameters()]
+        of_experts |= {name: {*PARAMETERS, ONCE} for name in names}
     for name, style in plan.items():
         done = style in CUTS or style in WHOLE or style in of_experts.get(name, ())
         if name in known and not done:

@@ -5,6 +5,7 @@ MLPs and rotations are ours where they compute the same (`common_parts.py`), and
 (`tree_experts.py`); the rest, routers above all, stays transformers' own. Adapters attach by the names that PEFT has.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -86,10 +87,10 @@ class TransformersCausalLM(CausalLM):
         self._replace_norms(kind)
         self._replace_tables(device)
         self._held = cut_parameters(tree.lm, config.division.parameters, group)
-        self._replace_experts(device)
-        for path, experts in mixtures(tree.lm):
-            if any(held.startswith(f"{path}.") for held in self._held):
-                sum_over_ranks(experts, path, group, device)
+        shares = {path for path, _ in mixtures(tree.lm) if any(held.startswith(f"{path}.") for held in self._held)}
+        self._replace_experts(device, shares)
+        for path in shares:
+            sum_over_ranks(tree.lm.get_submodule(path), path, group, device)
         materialize(tree.lm, device)
         for module in tree.lm.modules():
             hold_still(module, config.context_length)
@@ -104,7 +105,7 @@ class TransformersCausalLM(CausalLM):
         return tree_config(hf, generation=generation, context_length=context_length, dtype=dtype)
 
     def without_adapters(self) -> tuple[str, ...]:
-        """See `CausalLM`. Routers, for the most part, and experts that ranks divide."""
+        """See `CausalLM`. Routers, for the most part."""
         layers = self._sites.layers
         modules: list[tuple[int, NormModule | LoraSlice]] = [(norm.layer, norm) for norm in self.norms()]
         modules += [(site.layer, s) for site in self.lora_sites() for s in site.slices]
@@ -184,7 +185,6 @@ class TransformersCausalLM(CausalLM):
             embedding=(tree.embedding_path, *embedding.weight.shape),
             head=(tree.head_path, head.in_features, head.out_features, head.bias is not None),
             has_head=self.config.generates,
-            has_experts=self.group.size == 1,
         )
 
     def _replace_linears(self, kind: dict[str, Any]) -> None:
@@ -230,13 +230,15 @@ class TransformersCausalLM(CausalLM):
             else:
                 own.register_forward_hook(ReplacedNorm(norm, fact.token_dim, self._step))
 
-    def _replace_experts(self, device: torch.device) -> None:
-        """Have experts that compute what ours do go by our products."""
+    def _replace_experts(self, device: torch.device, shares: Collection[str]) -> None:
+        """Have experts that compute what ours do go by our products. shares: the paths of those of which this rank
+        computes a share."""
         for fact in self.config.examination.experts:
             module: Any = self._tree.lm.get_submodule(fact.path)
             lay_by_outputs(module)
             gate, sites = gate_of(module, device, silu=fact.silu), self._sites.experts.get(fact.path, {})
-            module.forward = TreeExperts(module, sites, self._step, gate).forward
+            adds_bias = fact.path not in shares or self.group.rank == 0
+            module.forward = TreeExperts(module, sites, self._step, gate, adds_bias=adds_bias).forward
 
     def _replace_tables(self, device: torch.device) -> None:
         tree, sites = self._tree, self._sites

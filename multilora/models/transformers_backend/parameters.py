@@ -1,7 +1,8 @@
 """Parameters of a tree that ranks divide and that belong to no linear layer: experts', and those of attention heads.
 
 A parameter is cut along one dimension. Where several blocks of columns lie behind each other in it, as gate and up
-do, every rank holds the same part of each. Called by `division.py`, `experts.py`, `model.py` and `weights.py`.
+do, every rank holds the same part of each. `lora/sharding.py` cuts adapters on experts by the same blocks and units.
+Called by `division.py`, `experts.py`, `model.py` and `weights.py`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from multilora.distributed.group import Group
-from multilora.distributed.partition import even_part
+from multilora.distributed.partition import block_parts
 from multilora.errors import ConfigError
 from multilora.models.weights import Part
 
@@ -30,12 +31,7 @@ class ParameterCut:
 
     def part(self, shape: tuple[int, ...], rank: int, size: int) -> Part:
         """What the rank holds of a parameter of this shape. Raises ValueError if the parts cannot be equal."""
-        width, rest = divmod(shape[self.dim], self.blocks)
-        if rest or width % self.unit:
-            raise ValueError(f"{shape[self.dim]} is not {self.blocks} equal blocks of whole units of {self.unit}")
-        units = even_part(width // self.unit, rank, size)
-        held = range(units.start * self.unit, units.stop * self.unit)
-        ranges = tuple(range(b * width + held.start, b * width + held.stop) for b in range(self.blocks))
+        ranges = block_parts(shape[self.dim], self.blocks, self.unit, rank, size)
         whole: list[range | tuple[range, ...]] = [range(count) for count in shape]
         whole[self.dim] = ranges if self.blocks > 1 else ranges[0]
         return tuple(whole)

@@ -70,10 +70,9 @@ def declare(
     embedding: tuple[str, int, int],
     head: tuple[str, int, int, bool],
     has_head: bool = True,
-    has_experts: bool = True,
 ) -> Sites:
     """embedding: path, rows, columns. head: path, inputs, outputs, whether it has a bias; has_head False: the tree
-    has one that the model does without. has_experts: adapters can act on experts."""
+    has one that the model does without."""
     layers, last = layers_path(examination), len(examination.attentions)
     facts = [f for f in examination.linears if f.path != head[0]]
     every: list[LinearFact | NormFact] = [*facts, *examination.norms]
@@ -85,7 +84,7 @@ def declare(
         tuple(fact.path for fact in siblings): _joined(siblings, declared, division, named, names, last)
         for siblings in siblings_of(facts, division)
     }
-    experts = _of_experts(examination, declared, layers, last) if has_experts else {}
+    experts = _of_experts(examination, declared, division, layers, last)
     head_site = None
     if has_head:
         head_part = _target(head[0], HEAD, head[2], before_kv=False, shard=Shard.VOCAB, bias=head[3])
@@ -102,7 +101,7 @@ def declare(
 
 
 def _of_experts(
-    examination: Examination, declared: DeclaredModules, layers: str, last: int
+    examination: Examination, declared: DeclaredModules, division: Division, layers: str, last: int
 ) -> dict[str, dict[str, LoraSite]]:
     """The sites of experts by the path of the mixture and the name of the weight; none, if one layer has two
     mixtures, some lie in no layer, or their sizes differ, so that names would mean several things.
@@ -124,9 +123,9 @@ def _of_experts(
                     f"{named.inner}.{name}",
                     outs,
                     before_kv=fact.attended < last,
-                    shard=Shard.EXPERT,
                     prefix="experts",
                     parts=parts,
+                    **_cut_of_experts(division, fact, name),
                 ),
                 experts=fact.experts,
             )
@@ -136,6 +135,17 @@ def _of_experts(
             )
         }
     return found
+
+
+def _cut_of_experts(division: Division, fact: ExpertsFact, name: str) -> dict[str, Any]:
+    """How ranks divide a weight of experts, as a declaration has it. Nothing adds up (`experts.py`) but gate and up
+    that are cut by outputs, and down that is cut by inputs."""
+    cut = division.parameters.get(f"{fact.path}.{name}")
+    if cut is None:
+        return {"shard": Shard.REPLICATED}
+    if name == DOWN:
+        return {"shard": Shard.ROW}
+    return {"shard": Shard.COLUMN, "unit": cut.unit, "blocks": cut.blocks}
 
 
 def _joined(

@@ -36,7 +36,9 @@ class TreeExperts:
 
     experts: transformers' module, which holds the weights: [experts, out, in], or [experts, in, out] where it says
     `is_transposed`. sites: by the name of the weight; empty: adapters do not act here. gate: what lies between the
-    products, [rows, 2 · inner] to [rows, inner].
+    products, [rows, 2 · inner] to [rows, inner]. adds_bias: down's bias is added here. Where ranks divide each
+    expert, the weights are a part of it, and the outputs are a share, LoRA's included, of a sum: one rank adds that
+    bias.
     """
 
     def __init__(
@@ -45,11 +47,14 @@ class TreeExperts:
         sites: Mapping[str, LoraSite],
         step: TreeStep,
         gate: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        adds_bias: bool = True,
     ):
         self._experts = experts
         self._sites = sites
         self._step = step
         self._gate = gate
+        self._biased = (GATE_UP, DOWN)[: 1 + adds_bias] if experts.has_bias else ()
 
     def forward(self, x: torch.Tensor, taken: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x: [tokens, hidden], the step's rows; taken: int64 [tokens, top_k], which experts each takes, and their
@@ -68,7 +73,7 @@ class TreeExperts:
 
     def _product(self, name: str, x: torch.Tensor, rows: ExpertRows, lora: LoraBackend | None) -> torch.Tensor:
         y = grouped_product(x, weight_of(self._experts, name), rows)
-        if self._experts.has_bias:
+        if name in self._biased:
             y += getattr(self._experts, name + BIAS)[rows.experts]
         if lora is not None and rows.segments is not None:
             lora.apply_experts(y, x, self._sites[name].index, rows)

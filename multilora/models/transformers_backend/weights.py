@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from multilora.errors import ModelUnsupported
-from multilora.layers.weights.mxfp4 import check_blocks, dequantised
+from multilora.layers.weights.mxfp4 import BLOCK, check_blocks, dequantised
 from multilora.models.transformers_backend.parameters import HeldParameter
 from multilora.models.transformers_backend.tree_experts import fill_laid_out
 from multilora.models.weights import (
@@ -198,7 +198,7 @@ def _tensors(lm: Any, plan: _Plan, targets: dict[str, Destination]) -> Iterator[
             for name, renamed in names:
                 yield renamed, targets[renamed].read(tensors, name)
     for name, found in plan.blocks.items():
-        yield name, take(_dequantised(name, found, lm.get_parameter(name)), targets[name].part)
+        yield name, _dequantised(name, found, lm.get_parameter(name), targets[name])
     for first, merge in plan.merges.items():
         sources = _sources(merge.converter, targets.get(first))
         for pattern, file, name in merge.tensors:
@@ -214,17 +214,27 @@ def _tensors(lm: Any, plan: _Plan, targets: dict[str, Destination]) -> Iterator[
             yield name, _held(name, found[0] if isinstance(found, list) else found, targets, whole=not sources)
 
 
-def _dequantised(name: str, stored: dict[str, tuple[Path, str]], param: torch.Tensor) -> torch.Tensor:
-    """What the parameter [experts, in, out] is to hold, which is stored in blocks; computed where it is."""
+def _dequantised(
+    name: str, stored: dict[str, tuple[Path, str]], param: torch.Tensor, target: Destination
+) -> torch.Tensor:
+    """What the parameter, this rank's part of [experts, in, out], is to hold, which is stored in blocks; computed
+    where it is. Of blocks that lie across its ends the numbers of others are dropped."""
+    assert target.shape is not None
+    experts, ins, outs = target.part or tuple(map(range, target.shape))
+    assert isinstance(ins, range), "gate and up are outputs"
+    blocks_of = range(ins.start // BLOCK, -(-ins.stop // BLOCK))
     read = []
     for file, tensor_name in (stored["blocks"], stored["scales"]):
         with open_file(file) as tensors:
-            read.append(tensors.get_tensor(tensor_name).to(param.device))
+            shape = tuple(tensors.get_slice(tensor_name).get_shape())
+            part = (experts, outs, blocks_of, *map(range, shape[3:]))
+            read.append(Destination(shape, param.copy_, part).read(tensors, tensor_name).to(param.device))
     blocks, scales = read
     try:
-        return dequantised(blocks, scales, param.dtype).transpose(1, 2)
+        found = dequantised(blocks, scales, param.dtype).transpose(1, 2)
     except ValueError as e:
         raise ModelUnsupported(f"{name}, stored in blocks: {e}") from None
+    return found.narrow(1, ins.start - blocks_of.start * BLOCK, len(ins))
 
 
 def _sources(converter: WeightConverter, target: Destination | None) -> dict[str, HeldParameter]:

@@ -1,6 +1,7 @@
 """Cut blocks: what the ranks compute from theirs, put together as their modules' outputs are, is what one would."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from multilora.adapters.adapter import MODEL_LEVEL, Adapter, Full, LowRank, Rows, Vector, VectorKind
 from multilora.adapters.packing.blocks import Blocks, PackTarget, pack
 from multilora.adapters.packing.cut import cut
-from multilora.lora.sharding import inputs_of, local_sites, outputs_of, sums_over_ranks
+from multilora.lora.sharding import inputs_of, local_sites, output_blocks_of, outputs_of, sums_over_ranks
 from multilora.lora.sites import EMBED, HEAD, LoraSite, LoraSlice, Shard
 
 HEAD_DIM = 16
@@ -128,3 +129,53 @@ def test_the_pages_of_each_rank_are_those_of_its_cut(size: int) -> None:
         alone = torch.zeros_like(pages)
         pack([own], target, layout, alone)
         assert torch.equal(pages, alone) and alone.any()
+
+
+EXPERTS, INNER, HIDDEN = 3, 8, 24
+
+
+def experts_site(module: str, **cut: Any) -> LoraSite:
+    width, outs = (HIDDEN, 2 * INNER) if module == "gate_up_proj" else (INNER, HIDDEN)
+    return LoraSite(0, 0, module, width, (LoraSlice(module, 0, outs, **cut),), experts=EXPERTS)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "site",
+    [
+        experts_site("gate_up_proj", shard=Shard.COLUMN, blocks=2),
+        experts_site("gate_up_proj", shard=Shard.COLUMN, unit=2),
+        experts_site("down_proj", shard=Shard.ROW),
+    ],
+    ids=["gate, then up", "gate and up in turns", "down"],
+)
+def test_low_rank_of_each_expert(site: LoraSite, size: int, shared: bool) -> None:
+    """shared: all experts have one of A and B in common."""
+    (part,) = site.slices
+    g = torch.Generator().manual_seed(size)
+    of_a, of_b = (1, EXPERTS) if part.module == "gate_up_proj" else (EXPERTS, 1)
+    counts = (of_a, of_b) if shared else (EXPERTS, EXPERTS)
+    a, b = (
+        torch.randn(count, 3, width, generator=g, dtype=torch.float64)
+        for count, width in zip(counts, (site.in_features, part.out_features), strict=True)
+    )
+    x = torch.randn(EXPERTS, 5, site.in_features, generator=g, dtype=torch.float64)
+    y = torch.zeros(EXPERTS, 5, part.out_features, dtype=torch.float64)
+    for rank in range(size):
+        (own,) = cut(Adapter((LowRank(0, part.module, a, b, 0.5),), "f"), (site,), rank, size).blocks
+        assert isinstance(own, LowRank) and (len(own.a), len(own.b)) == counts
+        held = inputs_of(site, rank, size)
+        outs = [i for block in output_blocks_of(site, part, rank, size) for i in block]
+        y[..., outs] += x[..., held.start : held.stop] @ own.a.mT @ own.b * own.scaling
+    torch.testing.assert_close(y, 0.5 * x @ a.mT @ b)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_low_rank_of_experts_that_lie_on_one_rank_each(size: int) -> None:
+    site = experts_site("gate_up_proj", shard=Shard.EXPERT)
+    a, b = torch.randn(1, 3, HIDDEN), torch.randn(EXPERTS, 3, 2 * INNER)
+    found = [cut(Adapter((LowRank(0, "gate_up_proj", a, b, 0.5),), "f"), (site,), rank, size) for rank in range(size)]
+    owns = [own for adapter in found for own in adapter.blocks]
+    assert all(isinstance(own, LowRank) and torch.equal(own.a, a) for own in owns)
+    assert torch.equal(torch.cat([own.b for own in owns]), b)

@@ -9,8 +9,10 @@ from architectures import tiny_config
 
 from multilora.lora.sites import Shard
 from multilora.models.transformers_backend.config import tree_config
-from multilora.models.transformers_backend.division import Cut, Division
+from multilora.models.transformers_backend.division import Cut, Division, divide
 from multilora.models.transformers_backend.parameters import ParameterCut
+from multilora.models.transformers_backend.probe import examine
+from multilora.models.transformers_backend.tree import Tree
 
 
 def division(architecture: str, model_type: str) -> Division:
@@ -49,11 +51,23 @@ def test_attention_that_norms_all_heads_together_is_whole() -> None:
         ("GPT2LMHeadModel", "gpt2", "transformers has no plan that divides it"),
         ("Phi3ForCausalLM", "phi3", "transformers' plan divides none of its layers"),
         ("PhiForCausalLM", "phi", "its head has a bias"),
-        ("GptOssForCausalLM", "gpt_oss", "transformers' plan divides none of its layers"),
     ],
 )
 def test_what_ranks_cannot_share_is_said(architecture: str, model_type: str, said: str) -> None:
     assert division(architecture, model_type) == Division(obstacle=said)
+
+
+def test_gpt_oss_has_a_plan_of_ours() -> None:
+    """A column of gate and one of up stay together; one rank adds down's bias, which all have whole."""
+    found = division("GptOssForCausalLM", "gpt_oss")
+    assert found.heads and not found.obstacle
+    layer = {path.removeprefix("model.layers.1."): cut for path, cut in found.parameters.items() if ".1." in path}
+    assert layer == {
+        "self_attn.sinks": ParameterCut(-1),
+        "mlp.experts.gate_up_proj": ParameterCut(-1, unit=2),
+        "mlp.experts.gate_up_proj_bias": ParameterCut(-1, unit=2),
+        "mlp.experts.down_proj": ParameterCut(-2),
+    }
 
 
 def test_experts_are_divided_and_what_the_plan_leaves_is_whole() -> None:
@@ -110,8 +124,9 @@ def test_attention_needs_nothing_of_all_heads_where_they_are_divided() -> None:
     """GPT-OSS with a plan that divides its attention: the sinks are one parameter of all heads."""
     config = tiny_config("gpt_oss", "GptOssForCausalLM")
     heads = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
-    config.base_model_tp_plan = {f"layers.*.self_attn.{name}": style for name, style in heads.items()}
-    found = tree_config(config, generation=None, context_length=64, dtype=torch.float32).division
+    plan = {f"layers.*.self_attn.{name}": style for name, style in heads.items()}
+    tree = Tree(config, "GptOssForCausalLM", torch.float32)
+    found = divide(tree.lm, plan, tree.lm.base_model_prefix, examine(tree, "GptOssForCausalLM"))
     assert found == Division(obstacle="its attention has sinks of all heads, which transformers' plan divides")
 
 

@@ -14,6 +14,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from multilora.errors import ConfigError
 from multilora.models.transformers_backend.experts import (
+    ONCE,
     PARAMETERS,
     SUMMED,
     expert_cuts,
@@ -61,11 +62,42 @@ def test_a_plan_for_a_part_of_the_experts_is_refused(missing: str) -> None:
         expert_cuts(tree("OlmoeForCausalLM", "olmoe"), planned(plan))
 
 
-def test_biases_of_experts_are_not_divided() -> None:
-    with pytest.raises(ObstacleError, match="in part"):
-        expert_cuts(
-            tree("GptOssForCausalLM", "gpt_oss"), planned(PLAN | dict.fromkeys(("down_proj_bias",), "rowwise"))
-        )
+INTERLEAVED = {
+    "experts": SUMMED,
+    "gate_up_proj": "paired_rowwise",
+    "gate_up_proj_bias": "paired_rowwise",
+    "down_proj": "colwise",
+    "down_proj_bias": ONCE,
+}
+
+
+def test_a_bias_of_down_is_whole_where_it_can_be_left_out() -> None:
+    lm = tree("GptOssForCausalLM", "gpt_oss")
+    paths = [path for path, _ in mixtures(lm)]
+    assert expert_cuts(lm, planned(INTERLEAVED), paths) == {
+        f"{path}.{name}": PARAMETERS[style]
+        for path in paths
+        for name, style in INTERLEAVED.items()
+        if style in PARAMETERS
+    }
+    with pytest.raises(ObstacleError, match=r"adds up model\.layers\.1\.mlp\.experts itself, with a bias"):
+        expert_cuts(lm, planned(INTERLEAVED), paths[:1])
+
+
+@pytest.mark.parametrize(
+    ("style", "said"),
+    [
+        ({"down_proj_bias": ""}, "in part"),
+        ({"gate_up_proj_bias": ONCE}, "in part"),
+        ({"down_proj_bias": "rowwise"}, "does not add up"),
+        ({"gate_up_proj": "packed_rowwise", "gate_up_proj_bias": "packed_rowwise"}, "does not add up"),
+    ],
+)
+def test_biases_are_cut_as_their_outputs_are(style: dict[str, str], said: str) -> None:
+    lm = tree("GptOssForCausalLM", "gpt_oss")
+    plan, paths = planned(INTERLEAVED | style), [path for path, _ in mixtures(lm)]
+    with pytest.raises(ObstacleError, match=said):
+        expert_cuts(lm, plan, paths)
 
 
 def test_shares_add_up_where_experts_are_held_in_either_way_and_gated_otherwise() -> None:

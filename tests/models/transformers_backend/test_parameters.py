@@ -94,6 +94,7 @@ def test_a_width_that_does_not_divide_is_named(tmp_path: Path) -> None:
         ("DeepseekV3ForCausalLM", "deepseek_v3", "model.layers.1.mlp.experts"),  # three matrices for each expert
         ("AriaTextForCausalLM", "aria_text", "model.layers.1.mlp.experts"),  # two for all, as [in, out]
         ("GraniteMoeForCausalLM", "granitemoe", "model.layers.1.block_sparse_moe.experts"),  # two, under other names
+        ("GptOssForCausalLM", "gpt_oss", "model.layers.1.mlp.experts"),  # as [in, out], gate and up in turns, biases
     ],
 )
 def test_a_rank_reads_its_part_of_the_experts(
@@ -116,8 +117,11 @@ def test_a_rank_reads_its_part_of_the_experts(
         held.append(dict(model.named_parameters()))
     for name, param in reference.get_submodule(layer).named_parameters():
         parts = [of_rank[f"lm.{layer}.{name}"] for of_rank in held]
-        dim = next(d for d in range(3) if parts[0].shape[d] < param.shape[d])
-        if name == "gate_up_proj":
+        dim = next((d for d in range(param.dim()) if parts[0].shape[d] < param.shape[d]), None)
+        if dim is None:
+            assert name == "down_proj_bias" and all(torch.equal(part, param) for part in parts)
+            continue
+        if name == "gate_up_proj" and model_type != "gpt_oss":
             parts = [torch.cat(halves, dim) for halves in zip(*(p.chunk(2, dim) for p in parts), strict=True)]
         assert torch.equal(torch.cat(parts, dim), param), name
 

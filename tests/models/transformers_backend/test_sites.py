@@ -3,9 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from multilora.adapters.peft.base_model import BaseModel, Place
+from multilora.lora.sharding import output_blocks_of
 from multilora.lora.sites import MODEL_LEVEL, DeclaredModules, Shard
 from multilora.models.transformers_backend.division import Cut, Division
+from multilora.models.transformers_backend.parameters import ParameterCut
 from multilora.models.transformers_backend.probe import (
     AttentionFact,
     Examination,
@@ -100,14 +104,45 @@ def test_what_acts_before_the_last_keys_and_values() -> None:
     assert {norm.module for norm in declared.norms if not norm.before_kv} == {"t.ln"}
 
 
+@pytest.mark.parametrize(
+    ("gate_up", "expected"),
+    [
+        (ParameterCut(-2, blocks=2), (Shard.COLUMN, 1, 2)),
+        (ParameterCut(-1, unit=2), (Shard.COLUMN, 2, 1)),
+        (None, (Shard.REPLICATED, 1, 1)),
+    ],
+)
+def test_adapters_on_experts_are_cut_as_their_weights_are(
+    gate_up: ParameterCut | None, expected: tuple[Shard, int, int]
+) -> None:
+    path = "t.h.0.mlp.experts"
+    fact = ExpertsFact(path, 3, 4, 6, attended=1, top_k=2)
+    cuts = {f"{path}.gate_up_proj": gate_up, f"{path}.down_proj": ParameterCut(-1)} if gate_up else {}
+    found = declare(
+        replace(FOUND, experts=(fact,)),
+        DeclaredModules(),
+        Division(parameters=cuts),
+        embedding=("t.e", 9, 4),
+        head=("out", 4, 9, False),
+    )
+    both, down = (found.experts[path][name].slices[0] for name in ("gate_up_proj", "down_proj"))
+    assert (both.shard, both.unit, both.blocks) == expected
+    assert down.shard is (Shard.ROW if gate_up else Shard.REPLICATED)
+    if gate_up:  # one definition: what a rank holds of the weight is what it holds of B
+        weight = (3, 12, 4) if gate_up.dim == -2 else (3, 4, 12)
+        for rank in range(2):
+            held = output_blocks_of(found.experts[path]["gate_up_proj"], both, rank, 2)
+            assert gate_up.part(weight, rank, 2)[gate_up.dim] in (held, held[0])
+
+
 def test_experts_are_sites_of_their_layers_and_know_modules_where_gate_and_up_are_known() -> None:
     experts = ExpertsFact("t.h.0.mlp.experts", 3, 4, 5, attended=1, top_k=2, silu=True)
     tables: dict[str, Any] = {"embedding": ("t.e", 9, 4), "head": ("out", 4, 9, False)}
 
-    def base_of(*facts: ExpertsFact, has_experts: bool = True) -> BaseModel:
+    def base_of(*facts: ExpertsFact) -> BaseModel:
         declared = DeclaredModules()
         found = replace(FOUND, experts=facts)
-        sites = declare(found, declared, Division(), **tables, has_experts=has_experts)
+        sites = declare(found, declared, Division(), **tables)
         assert set(sites.experts) in ({f.path for f in facts}, set())
         return BaseModel(tuple(declared.sites), tuple(declared.norms), 9, 4, False, None, sites.layers)
 
@@ -128,4 +163,3 @@ def test_experts_are_sites_of_their_layers_and_know_modules_where_gate_and_up_ar
         (replace(experts, path="t.experts"),),
     ):
         assert not base_of(*facts).expert_parameters
-    assert not base_of(experts, has_experts=False).expert_parameters

@@ -14,10 +14,12 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from multilora.models.load import make_model
 from multilora.models.transformers_backend.experts import mixtures
 from multilora.models.transformers_backend.materialize import materialize
+from multilora.models.transformers_backend.modules import TreeStep
 from multilora.models.transformers_backend.tree import Tree
 from multilora.models.transformers_backend.tree_experts import (
     DOWN,
     GATE_UP,
+    TreeExperts,
     adds_up_alike,
     fill_laid_out,
     gates_with_silu,
@@ -130,3 +132,17 @@ def test_a_checkpoint_fills_what_lies_in_another_order(tmp_path: Path) -> None:
             assert torch.equal(experts.get_parameter(name), param)
     model.load(str(tmp_path), load_format="dummy", revision=None, seed=0)
     assert weight_of(experts, DOWN).is_contiguous() and weight_of(experts, DOWN).isfinite().all()
+
+
+@torch.inference_mode()
+def test_a_bias_of_down_is_added_where_it_is_to_be() -> None:
+    experts = experts_of("GptOssForCausalLM", "gpt_oss")
+    for name, param in experts.named_parameters():
+        setattr(experts, name, nn.Parameter(0.1 * torch.randn(param.shape), requires_grad=False))
+    count, _, hidden = weight_of(experts, GATE_UP).shape
+    x, taken, weights = torch.randn(5, hidden), torch.randint(count, (5, 2)), torch.rand(5, 2)
+    added, without = (
+        TreeExperts(experts, {}, TreeStep(), experts._apply_gate, adds_bias=adds).add_up(x, taken, weights, None)
+        for adds in (True, False)
+    )
+    torch.testing.assert_close(added - without, (experts.down_proj_bias[taken] * weights[..., None]).sum(1))
