@@ -25,6 +25,7 @@ ROWS = {  # part → rows
     "low_ranks": 1,
     "prompts": 4,
     "contexts": 4,
+    "shared": 2,
     "throughput": 4,
     "few_places": 1,
     "cold": 2,
