@@ -159,7 +159,7 @@ class Config:
     page_size: int = _memory(16, "tokens in one page")
     max_running_requests: int = _memory(64, "most requests in one step")
     max_queued_requests: int = _memory(4096, "most requests waiting; beyond it, 503")
-    chunked_prefill_size: int = _memory(2048, "most new tokens in one step")
+    chunked_prefill_size: int = _memory(2048, "most new tokens of prompts in one step")
     disable_radix_cache: bool = _memory(False, "do not share the KV cache of equal prefixes")
     schedule_policy: str = _memory(
         "fair",

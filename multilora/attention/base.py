@@ -84,9 +84,10 @@ class GraphAttention(StepAttention, Protocol):
 
 
 class AttentionBackend(StepAttention, Protocol):
-    """A backend over the KV pages of one arena."""
+    """A backend over the KV pages of one arena. cascades: whether it makes use of `AttentionMeta.shared`."""
 
     name: str
+    cascades: bool
 
     def for_graph(self, batch_size: int) -> GraphAttention | None:
         """A twin over the same pages whose `forward` can be captured; None if this backend has none.

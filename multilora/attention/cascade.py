@@ -107,7 +107,8 @@ class CascadeStep:
         tokens = (pages - 1) * page_size + last + 1
         members = most_members(shape.num_heads // shape.num_kv_heads)
         tables = plan(pages, tokens, shared, page_size, shape.num_kv_heads, members)
-        partial = torch.empty(tables.slots, shape.num_heads, shape.head_dim, device=indices.device)
+        size = tables.slots, shape.num_heads, shape.head_dim
+        partial = torch.empty(size, dtype=torch.float32, device=indices.device)
         return cls(
             shape, _on_device(tables, indices.device), indices, (partial, partial.new_empty(partial.shape[:2]))
         )

@@ -181,6 +181,7 @@ class PagedBackend:
         self.rows: torch.Tensor | None = None
         """int64 [T], where each row of the batch stands among the queries; None: unchanged, all are of one kind."""
         self._piece_memory: torch.Tensor | None = None
+        self.cascades = any(view.window is None for view in self.views) and len({v.column for v in self.views}) == 1
 
     def prepare(self, meta: AttentionMeta) -> None:
         """See `AttentionBackend`."""

@@ -54,6 +54,7 @@ class TorchAttention:
     """The `torch` backend over the per-layer views of the arena, each [num_pages, page_size, kv_heads, head_dim]."""
 
     name = "torch"
+    cascades = False
 
     def __init__(self, kv_views: KVViews, shape: AttentionShape):
         self.kv_views = kv_views

@@ -56,6 +56,11 @@ def _attend_shared(q_ptr, k_pages, v_pages, indices, pieces, partial_ptr, lse_pt
     tl.store(lse_ptr + at, best + tl.log2(norm), mask=valid)
 
 
+def warps_of(width: int) -> int:
+    """How many warps have the registers for the sums of a tile."""
+    return WARPS if width <= NARROW else 2 * WARPS
+
+
 def most_members(group: int) -> int:
     """How many requests a piece serves, where a KV head has so many heads."""
     return max(1, TILE // power_of_two(group))
@@ -95,5 +100,4 @@ def attend_shared(
         "PDL": early,
     }
     grid = pieces.shape[0], kv_heads
-    warps = WARPS if width <= NARROW else 2 * WARPS
-    launch(_attend_shared, grid, args, constants, early=early, num_warps=warps, num_stages=STAGES)
+    launch(_attend_shared, grid, args, constants, early=early, num_warps=warps_of(width), num_stages=STAGES)

@@ -6,7 +6,7 @@ size, as a CUDA graph needs, with idle programs at their end. Called by `paged.p
 
     pieces   int32 [budget, 5]     row, first entry in the page list, tokens, tokens before a window, slot
                                    slot -1: the piece is an entire request and writes the output itself
-    spans    int32 [at most 16, 3] each request that is split: row, first slot, pieces (0: none)
+    spans    int32 [requests, 3]   each request that is split: row, first slot, pieces (0: none)
     program  (piece, KV head): the queries of the head's group, padded to one tile of `tl.dot`, against the piece
              (span, head): the merge of one head's pieces
 """
@@ -140,7 +140,7 @@ def _merge(partial_ptr, lse_ptr, spans, sinks_ptr, out_ptr, DIM: tl.constexpr, W
 
 @dataclass(frozen=True)
 class Pieces:
-    """pieces: int32 [budget, 5], unused ones empty; spans: int32 [split_budget, 3]. See the head of this file."""
+    """pieces: int32 [budget, 5], unused ones empty; spans: int32 [split_budget, 3], the same: see the file's head."""
 
     pieces: np.ndarray
     spans: np.ndarray

@@ -29,7 +29,14 @@ from multilora.engine.execution.cuda_graphs import (
 )
 from multilora.engine.execution.inputs import PageTables
 from multilora.engine.execution.runner import Runner, RunnerLora
-from multilora.engine.memory import MakeAttention, activation_bytes, asking_for, graph_bytes, measure_step
+from multilora.engine.memory import (
+    MakeAttention,
+    activation_bytes,
+    asking_for,
+    graph_bytes,
+    list_bytes_per_page,
+    measure_step,
+)
 from multilora.engine.sampling.warmup import warm_up
 from multilora.engine.sleep import DeviceSleep, Peers
 from multilora.errors import ConfigError
@@ -80,7 +87,13 @@ def make_runner(config: Config, parts: RankParts) -> Runner:
     """The runner, with its CUDA graphs captured. Nothing has run yet."""
     layout = parts.layout
     tables = PageTables(layout.page_size, layout.columns)
-    cascade = config.enable_cascade_attention
+    cascade = config.enable_cascade_attention and parts.attention.cascades and layout.columns == 1
+    if config.enable_cascade_attention and not cascade:
+        logger.warning(
+            "--enable-cascade-attention: with the %s attention backend every request of this model reads all of its "
+            "pages itself",
+            parts.attention.name,
+        )
     runner = Runner(parts.model, parts.attention, parts.lora, tables, parts.device, cascade=cascade)
     with asking_for("CUDA graphs", "lower --mem-fraction-static, or start with --disable-cuda-graph"):
         runner.use_graphs(capture(config, parts))
@@ -222,10 +235,10 @@ def _device_memory(config: Config, model: CausalLM, layout: KVLayout, over_arena
     if sizes and (pieces := _piece_sizes(config)):
         widest = activation_bytes(model.lora_sites(), model.config.hidden_size, model.config.dtype.itemsize)
         graphs += graph_bytes(pieces, row_bytes, variants, pieces=1 + model.config.num_layers) + widest * pieces[-1]
-    tables = 0
+    tables = list_bytes_per_page(model.attention_shape, model.config.num_layers, max(sizes, default=0))
     if config.enable_lora:
         target = _pack_target(model, layout)
-        tables = table_bytes_per_page(target.sites, target.geometry)
+        tables += table_bytes_per_page(target.sites, target.geometry)
     return DeviceMemory(torch.cuda.mem_get_info(model.device)[0], step, graphs, tables)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from multilora.attention.base import AttentionBackend, KVViews
+from multilora.attention.base import AttentionBackend, AttentionShape, KVViews
 from multilora.batch import AttentionMeta, ColumnPages
 from multilora.engine.sampling.sampler import Sampler
 from multilora.engine.sampling.state import SamplingState
@@ -95,6 +95,12 @@ def _fresh_prompts(lens: list[int], layout: KVLayout, device: torch.device) -> A
     parts = zip(table.to(device), torch.cat(token_pages, dim=1).to(device), strict=True)
     own, *further = [ColumnPages(*part) for part in parts]
     return AttentionMeta(tuple(lens), tuple(lens), own.page_table, own.token_page, slots, tuple(further))
+
+
+def list_bytes_per_page(shape: AttentionShape, num_layers: int, rows: int) -> int:
+    """Bytes that page lists of captured decodes of up to so many rows have for each page of the arena: each request
+    may have all of them, in each view (see `attention/paged.py`)."""
+    return 4 * rows * len({(shape.window_of(i), shape.column_of(i)) for i in range(num_layers)})
 
 
 def activation_bytes(sites: Sequence[LoraSite], hidden_size: int, itemsize: int) -> int:

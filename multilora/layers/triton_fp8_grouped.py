@@ -49,6 +49,7 @@ MANY = Fp8GroupedBlocks(64, 256, 128, swapped=False, warps=8, stages=5)
 FEW_ROWS = 12
 """Rows of an expert, on the average, up to which FEW is taken."""
 
+FEWEST_OUTS = 32
 SPARE_BYTES = 3 << 10
 """Shared memory that a program needs beside the operands of its iterations."""
 
@@ -164,6 +165,6 @@ def blocks_of(rows: int, experts: int, columns: int | None, shared: int) -> Fp8G
     found = FEW if rows / experts <= FEW_ROWS else MANY
     found = replace(found, columns=columns or found.columns)
     room = shared - SPARE_BYTES
-    while found.stage_bytes * 2 > room:
+    while found.stage_bytes * 2 > room and found.outs > FEWEST_OUTS:
         found = replace(found, outs=found.outs // 2)
-    return replace(found, stages=min(found.stages, room // found.stage_bytes))
+    return replace(found, stages=max(1, min(found.stages, room // found.stage_bytes)))

@@ -117,6 +117,7 @@ class TritonLora:
     def prepare(self, segments: Segments, num_rows: int, *, captured: bool = False, decodes: bool = False) -> None:
         """See `LoraBackend`."""
         small = num_rows <= (self._decode_rows if captured and decodes else self._graph_rows)
+        captured = captured and not decodes and self._experts is None
         if small:
             self._step = self._small_step(segments, num_rows)
         else:
@@ -158,8 +159,7 @@ class TritonLora:
         return Step((group,), on_device[:at], 0, self.overlap and not beside, beside)
 
     def _captured_step(self, segments: Segments, num_rows: int) -> Step | None:
-        """The large step of a fixed grid. None: it has too many segments, single rows or adapters for that, or some
-        that act on experts."""
+        """The large step of a fixed grid. None: it has too many segments, single rows or adapters for that."""
         small, large, rows, half = self.tuning.small, self.tuning.large, self._chunk_rows, len(self._fixed_h) // 2
         apart, gated = self._vector and self.tuning.singles_apart, large.gated is not None
         many, single = split_singles(segments) if apart else (segments, ())
@@ -168,7 +168,7 @@ class TritonLora:
         tables = CapturedTables.of(num_rows, rows)
         words = tables.words(tiles, base, singles)
         most = max(self._h_need(tiles, large), self._h_need(singles, small))
-        if words is None or most > half or self._experts is not None:
+        if words is None or most > half:
             return None
         if not len(self._fixed_large):
             self._fixed_large = torch.zeros(len(words), dtype=torch.int32, device=self._device)

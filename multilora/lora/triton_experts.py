@@ -17,12 +17,9 @@ from multilora.lora.panels import RANK_GRANULE
 from multilora.lora.sites import LoraSite
 from multilora.lora.triton_expert_kernels import expert_expand_kernel, expert_shrink_kernel
 from multilora.lora.triton_panels import ENTRY_WORDS, TILE_WORDS
-from multilora.lora.triton_steps import MIN_TILE, Segments, splits_of
+from multilora.lora.triton_steps import FURTHER, MIN_TILE, Segments, splits_of
 from multilora.lora.tuning import TRITON, Phase, options_of
 from multilora.transfer import upload_into
-
-FURTHER = 256
-"""Entries of the fixed tables: the second and further adapters of composed rows."""
 
 
 class ExpertLora:

@@ -141,7 +141,9 @@ class CapturedTables:
 
     def words(self, tiles: StepTiles, base: np.ndarray, singles: StepTiles) -> np.ndarray | None:
         """The tables of a step, int32; None: there is no room for them. base: see `base_tiles`."""
-        if len(tiles.entries) > FURTHER or len(tiles.tiles) > self.room or len(singles.tiles) > CAPTURED_SINGLES:
+        if len(tiles.entries) > FURTHER or len(singles.tiles) > CAPTURED_SINGLES:
+            return None
+        if len(tiles.tiles) > self.room or len(tiles.tiles) + len(base) > self.gated:
             return None
         words = np.zeros(self.singles_at + CAPTURED_SINGLES * TILE_WORDS, np.int32)
         parts = (0, tiles.entries), (self.tiles_at, tiles.tiles), (self.singles_at, singles.tiles)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 GRAPH_ROWS = 256
-"""Steps of up to this many rows take grids that depend on nothing but the number of rows, and fixed buffers: they can
-be captured in a CUDA graph. Larger steps (prefill) take exact grids."""
+"""Steps of up to this many rows take small grids that depend on nothing but the number of rows, and fixed buffers:
+they can be captured in a CUDA graph. Larger steps (prefill) take exact grids, or larger fixed ones in a graph."""
 
 DECODE_ROWS = 512
 """The same for captured steps of decodes, in which hardly any adapter has many rows."""
@@ -14,7 +14,7 @@ BESIDE_ROWS = 8
 smaller steps it is faster to start early (programmatic dependent launch)."""
 
 MEDIUM_ROWS = 65
-"""From how many rows on steps of up to GRAPH_ROWS take the block sizes of `medium` instead of `small`."""
+"""From how many rows on steps of fixed small grids take the block sizes of `medium` instead of `small`."""
 
 WIDE = 8192
 """Columns from which on the wide block sizes are taken."""
@@ -57,7 +57,7 @@ class Phase:
     """Block sizes by the width of what is read (shrink) or written (expand).
 
     gated: for gate and up expanded inside their activation, by columns of its result; None: they are expanded like
-    every other site. In steps of up to GRAPH_ROWS, few_rows: so many rows of one adapter are still computed one by
+    every other site. In steps of fixed small grids, few_rows: so many rows of one adapter are still computed one by
     one, as single rows are; parts: the most programs that share a tile of several rows.
     """
 
@@ -78,7 +78,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Tuning:
-    """small: steps of fewer than MEDIUM_ROWS rows; medium: of up to GRAPH_ROWS; large: the others. singles_apart: in
+    """small: steps of fewer than MEDIUM_ROWS rows; medium: of up to GRAPH_ROWS, captured decodes of up to DECODE_ROWS
+    (measured up to 256); large: the others. singles_apart: in
     large steps, single rows are launched apart, with the block sizes of small steps."""
 
     small: Phase

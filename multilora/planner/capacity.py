@@ -7,7 +7,7 @@ estimated here. Called by `planner.py`.
 from dataclasses import dataclass
 
 from multilora.engine.execution.cuda_graphs import MOST_DECODES, MOST_PIECE_ROWS, decode_sizes, piece_sizes
-from multilora.engine.memory import activation_bytes, graph_bytes
+from multilora.engine.memory import activation_bytes, graph_bytes, list_bytes_per_page
 from multilora.memory.plan import DeviceMemory, MemoryPlan, plan_memory
 from multilora.planner.facts import ModelFacts
 from multilora.planner.gpus import GpuModel
@@ -50,9 +50,8 @@ def capacity(
 ) -> Capacity:
     """Raises OutOfMemory if the model does not fit the GPU."""
     free = gpu.memory - CONTEXT_BYTES - facts.weight_bytes
-    device = DeviceMemory(
-        free, _step_bytes(facts, chunk_tokens), _graph_bytes(facts, running, chunk_tokens), facts.table_bytes
-    )
+    graphs = _graph_bytes(facts, running, chunk_tokens)
+    device = DeviceMemory(free, _step_bytes(facts, chunk_tokens), graphs, _page_bytes(facts, running))
     memory = plan_memory(
         facts.layout,
         weight_bytes=facts.weight_bytes,
@@ -74,6 +73,12 @@ def capacity(
         max(0, room // pages) if pages else 0,
         None if host_bytes is None or not pages else host_bytes // on_host,
     )
+
+
+def _page_bytes(facts: ModelFacts, running: int) -> int:
+    """Bytes of tables and page lists for each page of the arena."""
+    rows = max(decode_sizes(min(MOST_DECODES, running)))
+    return facts.table_bytes + list_bytes_per_page(facts.model.attention_shape, facts.layers, rows)
 
 
 def _step_bytes(facts: ModelFacts, chunk_tokens: int) -> int:

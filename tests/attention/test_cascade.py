@@ -160,8 +160,9 @@ def test_every_token_of_every_request_is_read_once(lens: list[int], kv_heads: in
     assert sorted(slot for span in spans.values() for slot in span) == list(range(tables.slots))
 
 
-CASES = [f"cascade bf16 bf16 {dim} {capability}" for capability in (80, 89, 90) for dim in (64, 128, 256)]
-CASES += ["cascade fp16 fp8e4nv 128 89", "cascade fp16 fp8e4nv 256 90", "cascade fp32 fp32 128 90"]
+CASES = [f"cascade4 bf16 bf16 {dim} {capability}" for capability in (80, 89, 90) for dim in (64, 128, 256)]
+CASES += ["cascade1 bf16 bf16 128 90", "cascade7 bf16 bf16 64 89", "cascade8 fp16 fp8e4nv 128 89"]
+CASES += ["cascade4 fp16 fp8e4nv 256 90", "cascade2 fp32 fp32 128 90"]
 
 
 @pytest.mark.slow

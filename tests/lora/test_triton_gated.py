@@ -117,6 +117,25 @@ def test_captured(monkeypatch):
         check(world, segments, 40, captured=True, chunk_rows=16)
 
 
+def test_more_tiles_than_the_table_of_a_captured_step_has(monkeypatch):
+    """Many short segments, or tiles of base rows behind them: such a step is launched by itself, and is right."""
+    for name in ("CAPTURED_SEGMENTS", "CAPTURED_SINGLES"):
+        monkeypatch.setattr(f"multilora.lora.triton_steps.{name}", 2)
+    monkeypatch.setattr("multilora.lora.triton_backend.CAPTURED_SINGLES", 2)
+    sites = make_sites(64, 48)
+    world = World(sites, [same_rank(sites, rank) for rank in (8, 20)])
+    for slot in range(2):
+        world.install(slot)
+    short = [
+        (3 * i, 3 * i + 2, i % 2) for i in range(4)
+    ]  # four tiles and gaps, where there is room for 4 + 3 of both
+    for segments, fits in ((segments_of(*short[:2]), True), (segments_of(*short), False)):
+        backend = world.backend(graph_rows=4, chunk_rows=16)
+        backend.prepare(segments, 40, captured=True)
+        assert backend.replayable == fits
+        check(world, segments, 40, captured=True, chunk_rows=16)
+
+
 def test_one_adapter_on_all_rows():
     """No base row is left to list."""
     sites = make_sites(64, 48)

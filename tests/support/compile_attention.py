@@ -35,12 +35,13 @@ def shared_bytes(kernel: str, dtype: str, pages: str, dim: int, capability: int)
         constants["GROUP"] = 16
         launch |= {"num_warps": triton_decode.WARPS, "num_stages": triton_decode.STAGES}
         found = compiled(triton_decode._attend, given, constants, capability, aligned=STRIDES, **launch)
-    elif kernel == "cascade":
+    elif kernel.startswith("cascade"):
+        group = int(kernel.removeprefix("cascade"))
         given = {key: kind for key, kind in given.items() if key not in ("sinks_ptr", "out_ptr")}
         given |= {"pieces": "*i32", "partial_ptr": "*fp32", "lse_ptr": "*fp32"}
         constants.pop("SINKS")
-        constants |= {"GROUP": 4, "MEMBERS": triton_cascade.most_members(4)}
-        launch |= {"num_warps": triton_decode.WARPS, "num_stages": triton_decode.STAGES}
+        constants |= {"GROUP": power_of_two(group), "MEMBERS": triton_cascade.most_members(group)}
+        launch |= {"num_warps": triton_cascade.warps_of(width), "num_stages": triton_decode.STAGES}
         found = compiled(triton_cascade._attend_shared, given, constants, capability, aligned=STRIDES, **launch)
     else:
         given |= {"blocks": "*i32", "window": "i32"}

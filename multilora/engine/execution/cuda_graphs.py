@@ -43,13 +43,14 @@ otherwise. A GPU takes longer for a larger one than the host takes to launch it.
 
 
 def piece_sizes(tokens: int, decodes: int) -> list[int]:
-    """Rows of steps with prompts, of up to `tokens` prompt tokens, and of those beside `decodes` decodes: all
-    multiples of 32, from 256 on of 64, from 512 on of 128, from 1,024 on of 256, and those two; none without
-    tokens."""
+    """Rows of steps with prompts, of up to `tokens` prompt tokens beside up to `decodes` decodes: all multiples of
+    32, from 256 on of 64, from 512 on of 128, from 1,024 on of 256, and what full prompts have with none, with 64 and
+    with all decodes; none without tokens."""
     if not tokens:
         return []
-    sizes = (*range(32, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, tokens, 256))
-    return sorted({*(size for size in sizes if size < tokens), tokens, tokens + cdiv(decodes, 32) * 32})
+    most = tokens + cdiv(decodes, 32) * 32
+    sizes = (*range(32, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, most, 256))
+    return sorted({size for size in (*sizes, tokens, tokens + 64, most) if size <= most})
 
 
 MOST_DECODES = 512
@@ -279,13 +280,20 @@ class CudaGraphs:
         twins = {size: _Decodes(twin, device) for size, twin in decodes.items()}
         halves = {size: _Pieces(half, copies=not model.attends_one_by_one) for size, half in pieces.items()}
         self._decodes = _GraphSet("decodes", model, twins, lora, device, decodes=True)
-        self._pieces = _GraphSet("steps with prompts", model, halves, lora, device, decodes=False)
+        self._pieces: _GraphSet | None = None
+        if halves:
+            self._pieces = _GraphSet("steps with prompts", model, halves, lora, device, decodes=False)
 
     def capture(self) -> None:
         """Nothing else may run, and page 0 is written."""
         self._decodes.capture()
-        self._pieces.capture()
+        if self._pieces is not None:
+            self._pieces.capture()
 
     def prepare(self, batch: ForwardBatch, *, decodes: bool) -> GraphedStep | None:
-        """Decodes that share pages are cut where layers attend: who shares what changes what is launched there."""
-        return (self._decodes if decodes and not batch.attention.shared else self._pieces).prepare(batch)
+        """Decodes that share pages are cut where layers attend, as who shares what changes what is launched there.
+        Where no graph is cut for such a step, each of them reads all of its pages."""
+        found = None
+        if self._pieces is not None and (batch.attention.shared or not decodes):
+            found = self._pieces.prepare(batch)
+        return self._decodes.prepare(batch) if found is None and decodes else found

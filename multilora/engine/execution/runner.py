@@ -117,8 +117,8 @@ class Launched:
 
 
 class Runner:
-    """lora: None when LoRA is off; graphs: None where every step is launched layer by layer; cascade: read pages that
-    decodes share once for all of them, where that is worth it."""
+    """lora: None when LoRA is off; graphs: None where every step is launched layer by layer; cascade: tell the
+    attention which pages decodes share, where it is worth it to read those once."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Runner:
         *,
         cascade: bool = False,
     ):
-        self._cascade = cascade and tables.columns == 1
+        self._cascade = cascade
         self.vocab_size = model.config.vocab_size
         self._graphs = graphs
         self._model = model

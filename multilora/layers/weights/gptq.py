@@ -80,13 +80,17 @@ class Gptq(IntegerFormat):
         }
 
     def integers(self, tensors: Mapping[str, torch.Tensor], share: Share) -> GroupedIntegers:
-        group = tensors["g_idx"].long() - self.groups(share).start  # [in]
+        held = self.groups(share)
+        group = tensors["g_idx"].long() - held.start  # [in]
         numbers = unpack(tensors["qweight"].T.contiguous(), self.bits)  # [out, in]
         most = (1 << self.bits) - 1
         zeros = (unpack(tensors["qzeros"], self.bits) + self.offset) & most  # [groups, out]
         scales = tensors["scales"].float()
-        if not 0 <= int(group.min()) <= int(group.max()) < len(scales):
-            raise ModelUnsupported(f"g_idx names group {int(group.max())} of {len(scales)}")
+        low, high = int(group.min()) + held.start, int(group.max()) + held.start
+        if not held.start <= low <= high < held.stop:
+            number = high if high >= held.stop else low
+            where = "" if share.is_whole else f", where a rank's inputs have groups {held.start} to {held.stop - 1}"
+            raise ModelUnsupported(f"g_idx names group {number} of {self.count(share.in_features)}{where}")
         return GroupedIntegers(numbers, zeros.T, scales.T, group)
 
     def check_spare(self, name: str, tensor: torch.Tensor) -> None:

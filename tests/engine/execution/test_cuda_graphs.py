@@ -53,15 +53,17 @@ class FakeGraph:
 class Graphs:
     """The real ones, as if captured: decodes of 1, 2, 4 rows, pieces of 8 and 16 rows over two layers."""
 
-    def __init__(self, lora: FakeLora | None):
+    def __init__(self, lora: FakeLora | None, pieces: tuple[int, ...] = (8, 16)):
         self.twins = {size: FakeAttention() for size in (1, 2, 4)}
-        self.halves = {size: FakeAttention() for size in (8, 16)}
+        self.halves = {size: FakeAttention() for size in pieces}
         model: Any = SimpleNamespace(
             attends_one_by_one=True, config=SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32)
         )
         parts: tuple[Any, ...] = (self.twins, self.halves, lora)
         self.graphs = CudaGraphs(model, *parts, torch.device("cpu"))
         for kind, count in ((self.graphs._decodes, 1), (self.graphs._pieces, 3)):
+            if kind is None:
+                continue
             for size, attention in kind._attention.items():
                 for with_lora in (False, True):
                     rows, positions = kind._rows[:size], kind._positions[:size]
@@ -91,9 +93,14 @@ def test_decodes_take_the_next_size(rows: int, size: int) -> None:
 
 
 def test_decodes_that_share_pages_are_cut_where_layers_attend() -> None:
+    shared = (SharedPages((0, 1, 2), 0, 9),)
     graphs = Graphs(None)
-    assert graphs.run(4, decodes=True, shared=(SharedPages((0, 1, 2), 0, 9),)) is not None
+    assert graphs.run(4, decodes=True, shared=shared) is not None
     assert graphs.halves[8].attended == [0, 1] and not graphs.twins[4].prepared
+    without = Graphs(None, pieces=())
+    assert without.run(4, decodes=True, shared=shared) is not None
+    assert without.twins[4].prepared == [4]
+    assert without.run(3, decodes=False) is None
 
 
 def test_pieces_attend_between_their_graphs() -> None:
@@ -140,8 +147,10 @@ def test_piece_sizes() -> None:
     assert piece_sizes(2048, 64) == [
         *range(32, 256, 32), 256, 320, 384, 448, *range(512, 1024, 128), 1024, 1280, 1536, 1792, 2048, 2112
     ]  # fmt: skip
-    assert piece_sizes(300, 10) == [*range(32, 257, 32), 300, 332]
-    assert piece_sizes(16, 4) == [16, 48]
+    assert piece_sizes(300, 10) == [*range(32, 257, 32), 300, 320, 332]
+    assert piece_sizes(16, 4) == [16, 32, 48]
+    assert piece_sizes(256, 256) == [*range(32, 257, 32), 320, 384, 448, 512]
+    assert piece_sizes(2048, 1024)[-6:] == [2048, 2112, 2304, 2560, 2816, 3072]
     assert piece_sizes(0, 64) == []
 
 

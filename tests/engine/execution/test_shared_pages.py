@@ -57,6 +57,15 @@ def test_short_stretches_go_into_longer_ones(worth_it: None, monkeypatch: pytest
     assert found(rows, [18, 18, 18]) == [([0, 1], 0, 4)]
 
 
+def test_prompts_that_go_on_from_each_other(worth_it: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each a page longer than the one before: there is a limit to how often they are divided."""
+    count = 300
+    rows = [[*range(1, i + 2), 1000 + i] for i in range(count)]
+    stretches = found(rows, [4 * len(pages) for pages in rows])
+    assert len(stretches) == shared_pages.MOST_LEVELS
+    assert [len(requests) for requests, *_ in stretches] == [count - i for i in range(len(stretches))]
+
+
 def test_what_is_not_worth_it(worth_it: None, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [[1, 2, 3], [1, 2, 4], [1, 2, 5]]
     monkeypatch.setattr(shared_pages, "WORTH", 16)  # tokens that two requests need not read again
@@ -73,7 +82,7 @@ def test_against_every_pair(rows: list[list[int]], less: int) -> None:
     """Requests have exactly those pages in common that they are said to, as far as others have them, too."""
     lens = [max(1, PAGE * len(pages) - less) for pages in rows]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("WORTH", 1), ("SHORTEST", 1), ("FEWEST", 2)):
+        for name, value in (("WORTH", 1), ("SHORTEST", 1), ("FEWEST", 2), ("MOST_LEVELS", 99)):
             patch.setattr(shared_pages, name, value)
         stretches = found(rows, lens)
     whole = [(n - 1) // PAGE for n in lens]

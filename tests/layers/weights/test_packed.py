@@ -127,6 +127,14 @@ def test_what_layouts_cannot_hold_is_said() -> None:
     tensors = pack_gptq(LAYOUTS["gptq"][1], 4)
     with pytest.raises(ModelUnsupported, match="g_idx names group 9 of 4"):
         kind.integers(tensors | {"g_idx": torch.full((WIDTH,), 9)}, Share.whole(OUTS, WIDTH))
+    part, ordered = Share(OUTS, WIDTH, range(OUTS), range(32, 64)), torch.arange(WIDTH).flip(0) // 16
+    held = {
+        name: tensors[name][tuple(slice(p.start, p.stop) for p in stored.part)]
+        for name, stored in kind.stored(part).items()
+        if name in tensors
+    }
+    with pytest.raises(ModelUnsupported, match="g_idx names group 0 of 4, where a rank's inputs have groups 2 to 3"):
+        kind.integers(held | {"g_idx": ordered[32:]}, part)
     packed = LAYOUTS["compressed"]
     with pytest.raises(ModelUnsupported, match=r"weight_shape: \[24, 32\], expected \[24, 64\]"):
         packed[0].integers(packed[2](packed[1]) | {"weight_shape": torch.tensor([24, 32])}, Share.whole(OUTS, WIDTH))
