@@ -137,7 +137,7 @@ def share_outer(model: Any) -> None:
     [
         pytest.param("qwen3_moe", QWEN, "native", marks=pytest.mark.slow),
         ("mixtral", MIXTRAL, "native"),
-        ("qwen3_moe", QWEN, "transformers"),
+        pytest.param("qwen3_moe", QWEN, "transformers", marks=pytest.mark.slow),
     ],
 )
 def test_every_layout_of_adapters_on_experts(family: str, names: dict[str, str], impl: str, tmp_path: Path) -> None:

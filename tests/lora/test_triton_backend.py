@@ -244,7 +244,7 @@ def room(monkeypatch):
     monkeypatch.setattr("multilora.lora.triton_backend.CAPTURED_SINGLES", 3)
 
 
-@pytest.mark.parametrize("name", ["csgmv", "triton"])
+@pytest.mark.parametrize("name", ["csgmv", pytest.param("triton", marks=INTERPRETED_SLOW)])
 def test_large_steps_that_are_captured(room, name):
     """Single rows, tiles that are not full, rows of several adapters, base rows; then others by the same tables."""
     sites = make_sites(*ROUND)
@@ -321,7 +321,9 @@ def test_what_is_launched_in_captured_steps_depends_on_no_segment(room, monkeypa
     ("segments", "why"),
     [
         (segments_of(*((i, i + 1, i % 2) for i in range(4))), "single rows"),
-        (segments_of(*((i, i + 2, i // 2 % 2) for i in range(0, 40, 2))), "segments"),
+        pytest.param(
+            segments_of(*((i, i + 2, i // 2 % 2) for i in range(0, 40, 2))), "segments", marks=INTERPRETED_SLOW
+        ),
         ((LoraSegment(0, 3, (0, 1, 0), (1.0, 1.0, 1.0)),), "adapters"),
     ],
 )
