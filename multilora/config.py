@@ -325,7 +325,7 @@ class Config:
         if "dtype" in fields:
             fields["dtype"] = DTYPE_ALIASES.get(fields["dtype"], fields["dtype"])
         if fields.get("lora_backend") == "flashinfer":
-            logger.warning("--lora-backend flashinfer does not exist (yet); taking auto")
+            logger.warning("--lora-backend flashinfer: its products take adapters of one rank; taking auto")
             fields["lora_backend"] = "auto"
         return cls(**fields)
 

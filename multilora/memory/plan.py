@@ -43,7 +43,7 @@ class MemoryPlan:
 @dataclass(frozen=True)
 class DeviceMemory:
     """Bytes of a GPU that holds the weights already: how many are free, and how many of those steps and CUDA graphs
-    will take. table_bytes: what adapter tables take for each page of the arena.
+    will take. table_bytes: what adapter tables and page lists take for each page of the arena.
     """
 
     free: int
