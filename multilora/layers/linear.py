@@ -44,6 +44,8 @@ class Linear(nn.Module):
         super().__init__()
         formats = formats or (PLAIN,) * len(whole.slices)
         _check_formats(whole, formats, group)
+        if group.size > 1:
+            formats = [found.of_ranks() for found in formats]
         self.whole = whole
         self.site = site = local_site(whole, group.size)
         self.group = group

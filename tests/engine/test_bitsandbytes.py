@@ -40,28 +40,36 @@ def four_bit(path: Path, *, double: bool, kind: str = "nf4", **options: Any) -> 
     ).eval()
 
 
-@pytest.mark.parametrize("impl", ["native", pytest.param("transformers", marks=pytest.mark.slow)])
-def test_quantised_while_it_is_loaded(tmp_path: Path, impl: str) -> None:
-    make_tiny_model(tmp_path / "base", "qwen2")
+WIDE = {"hidden_size": 128, "intermediate_size": 256}
+"""A rank of two has whole blocks of 64 inputs."""
+
+
+@pytest.mark.parametrize(
+    ("impl", "ranks"), [("native", 1), ("native", 2), pytest.param("transformers", 1, marks=pytest.mark.slow)]
+)
+def test_quantised_while_it_is_loaded(tmp_path: Path, impl: str, ranks: int) -> None:
+    make_tiny_model(tmp_path / "base", "qwen2", **(WIDE if ranks > 1 else {}))
 
     def base() -> Any:
         return four_bit(tmp_path / "base", double=True)
 
     models = {name: with_adapter(tmp_path / name, base, i, **c) for i, (name, c) in enumerate(ADAPTERS.items())}
-    held_against_peft(tmp_path, {None: base(), **models}, 1e-4, model_impl=impl, quantization="bitsandbytes")
+    options = {"model_impl": impl, "quantization": "bitsandbytes", "tp_size": ranks}
+    held_against_peft(tmp_path, {None: base(), **models}, 1e-4, **options)
 
 
 @pytest.mark.parametrize(
-    ("kind", "double"),
+    ("kind", "double", "ranks"),
     [
-        ("nf4", True),
-        pytest.param("nf4", False, marks=pytest.mark.slow),
-        pytest.param("fp4", False, marks=pytest.mark.slow),
+        ("nf4", True, 1),
+        ("nf4", True, 2),
+        pytest.param("nf4", False, 1, marks=pytest.mark.slow),
+        pytest.param("fp4", False, 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_checkpoint_of_transformers(tmp_path: Path, kind: str, double: bool) -> None:
+def test_a_checkpoint_of_transformers(tmp_path: Path, kind: str, double: bool, ranks: int) -> None:
     """Some modules in 16 bit."""
-    make_tiny_model(tmp_path / "plain", "llama", dtype="float32")
+    make_tiny_model(tmp_path / "plain", "llama", dtype="float32", **(WIDE if ranks > 1 else {}))
     skipped = ["lm_head", "model.layers.0.mlp", "layers.1.self_attn.k_proj"]
     four_bit(tmp_path / "plain", double=double, kind=kind, llm_int8_skip_modules=skipped).save_pretrained(
         tmp_path / "base"
@@ -74,4 +82,4 @@ def test_a_checkpoint_of_transformers(tmp_path: Path, kind: str, double: bool) -
     models = {"plain": with_adapter(tmp_path / "plain-adapter", base, 0, **config)}
     (tmp_path / "plain").rename(tmp_path / "away")
     (tmp_path / "plain-adapter").rename(tmp_path / "plain")
-    held_against_peft(tmp_path, {None: base(), **models}, 1e-4)
+    held_against_peft(tmp_path, {None: base(), **models}, 1e-4, tp_size=ranks)

@@ -123,6 +123,10 @@ class WeightFormat(ABC):
     shards: bool = False
     """Whether a rank can hold a part of a matrix."""
 
+    def of_ranks(self) -> "WeightFormat":
+        """The format of a rank's part of a matrix in this one. Only where it `shards`."""
+        return self
+
     @property
     def unshared_inputs(self) -> str | None:
         """What keeps a rank that can hold some outputs of a matrix from holding some inputs; None: nothing does."""

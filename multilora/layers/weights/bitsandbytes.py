@@ -15,7 +15,7 @@ a model needs it. Tensors of a matrix in a checkpoint, `n` numbers:
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,17 +38,24 @@ HARMLESS = (
 
 @dataclass(frozen=True)
 class FourBit(WeightFormat):
-    """kind: nf4 or fp4. nested: double quantisation."""
+    """kind: nf4 or fp4. nested: double quantisation. part: it is that of ranks' parts (see `FourBitPart`)."""
 
     kind: str
     nested: bool
+    part: bool = False
+
+    shards = True
+
+    def of_ranks(self) -> WeightFormat:
+        return replace(self, part=True)
 
     @property
     def name(self) -> str:
         return f"bitsandbytes {self.kind}" + (", double quantisation" if self.nested else "")
 
     def make(self, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype) -> Weight:
-        return FourBitWeight(self, out_features, in_features, device=device, dtype=dtype)
+        make = FourBitPart if self.part else FourBitWeight
+        return make(self, out_features, in_features, device=device, dtype=dtype)
 
     def merges(self, widths: Sequence[int]) -> bool:  # noqa: ARG002 - the contract's
         """Blocks begin with each matrix, and so does what is shared by them."""
@@ -96,7 +103,7 @@ class FourBitWeight(Weight):
 
     def tensors(self, rows: slice, share: Share) -> dict[str, Stored]:  # noqa: ARG002 - the contract's
         """All but the weight are missing where that is not quantised yet."""
-        assert share.is_whole, "ranks are refused"
+        assert share.is_whole, "a part is a `FourBitPart`"
         found = {"weight": Stored(None, ("U8", *FLOATS))}
         for name, param in self._held().items():
             dtype = "U8" if param.dtype == torch.uint8 else "F32"
@@ -115,6 +122,23 @@ class FourBitWeight(Weight):
             self._read_state(json.loads(bytes(tensor.tolist())))
         else:
             self._held()[name.removeprefix("weight.")].copy_(tensor)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What the package dequantises to, before it is rounded to the dtype of the arithmetic."""
+        dtype: torch.dtype = self._state.dtype
+        return dtype
+
+    def part(self, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of whole blocks: the numbers, packed, and what each block is scaled with, fp32; both flat."""
+        outputs = slice(share.outputs.start, share.outputs.stop)
+        inputs = share.inputs
+        absmax = self.absmax.data
+        if self._kind.nested:
+            absmax = self._functional.dequantize_blockwise(absmax, self._state.state2) + self.offset
+        packed = self.data.view(share.out_features, -1)[outputs, inputs.start // 2 : inputs.stop // 2]
+        scales = absmax.view(share.out_features, -1)[outputs, inputs.start // BLOCK : inputs.stop // BLOCK]
+        return packed.flatten(), scales.flatten()
 
     def _held(self) -> dict[str, nn.Parameter]:
         """What the numbers are scaled with, by the names that checkpoints have for it."""
@@ -176,6 +200,57 @@ class FourBitWeight(Weight):
             offset=self.offset[0] if self._kind.nested else None,
             state2=nested,
         )
+
+
+class FourBitPart(FourBitWeight):
+    """A rank's part of a matrix that is quantised as a whole: the same numbers, and what each 64 of them are scaled
+    with in fp32, as what is shared by 256 of those crosses the cuts.
+
+    A whole matrix is read, quantised where it is not yet, and cut: one at a time, as a matrix' tensors come one after
+    the other.
+    """
+
+    def __init__(
+        self, kind: FourBit, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype
+    ):
+        super().__init__(replace(kind, nested=False), out_features, in_features, device=device, dtype=dtype)
+        self._stored_as = replace(kind, part=False)
+        self._share = Share.whole(out_features, in_features)
+        self._whole: list[FourBitWeight] = []  # one, while its tensors come; a list, as it is no module of this one
+        self._missing: set[str] = set()
+
+    def tensors(self, rows: slice, share: Share) -> dict[str, Stored]:  # noqa: ARG002 - all of them
+        """Raises ConfigError where a rank's part would begin or end within 64 numbers that are scaled together."""
+        if share.in_features % BLOCK or share.inputs.start % BLOCK or len(share.inputs) % BLOCK:
+            raise ConfigError(
+                f"inputs {share.inputs.start} to {share.inputs.stop} of {share.in_features} of a rank are not whole "
+                f"blocks of {BLOCK}, as {self._stored_as.name} has them"
+            )
+        self._share = share
+        return self._stored(torch.device("meta"))
+
+    def load(self, rows: slice, name: str, tensor: torch.Tensor) -> None:
+        if not self._whole:
+            self._whole, self._missing = [self._make_whole(self.data.device)], set(self._stored(torch.device("meta")))
+        [whole] = self._whole
+        whole.load(rows, name, tensor)
+        self._missing.discard(name)
+        if not self._missing or (name == "weight" and tensor.is_floating_point()):
+            data, absmax = whole.part(self._share)
+            self.data.copy_(data)
+            self.absmax.copy_(absmax)
+            self.code.copy_(whole.code)
+            self._state = self._view(whole.stored_dtype)
+            self._whole = []
+
+    def _make_whole(self, device: torch.device) -> FourBitWeight:
+        size = self._share.out_features, self._share.in_features
+        return FourBitWeight(self._stored_as, *size, device=device, dtype=self._dtype)
+
+    def _stored(self, device: torch.device) -> dict[str, Stored]:
+        """What a checkpoint has of the whole matrix."""
+        size = self._share.out_features, self._share.in_features
+        return self._make_whole(device).tensors(slice(None), Share.whole(*size))
 
 
 def _package() -> Any:

@@ -93,6 +93,35 @@ def test_what_the_package_has_quantised_is_read_back(nested: bool) -> None:
 
 
 @installed
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("outputs", "inputs"), [(range(8, 24), range(192)), (range(40), range(64, 192))], ids=str)
+def test_a_rank_holds_its_part_of_the_whole(nested: bool, outputs: range, inputs: range) -> None:
+    """The same numbers, whether the checkpoint has them or they are quantised while they are loaded."""
+    from bitsandbytes import functional
+
+    width = 192
+    w = torch.randn(OUTS, width, generator=torch.Generator().manual_seed(0))
+    packed, state = functional.quantize_4bit(w, quant_type="nf4", compress_statistics=nested)
+    expected = functional.dequantize_4bit(packed, state)[outputs.start : outputs.stop, inputs.start : inputs.stop]
+    kind = formats(bnb_4bit_use_double_quant=nested).choose("x").of_ranks()
+    tensors = {"weight": packed} | {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+    for given in (tensors, {"weight": w}, dict(reversed(tensors.items()))):
+        weight = kind.make(len(outputs), len(inputs), **KIND)
+        stored = weight.tensors(ALL, Share(OUTS, width, outputs, inputs))
+        assert stored.keys() == tensors.keys() and not any(one.part for one in stored.values())
+        for name, tensor in given.items():
+            with pytest.raises(ModelUnsupported, match=r"lacks weight\.absmax"):
+                weight.check_filled()
+            weight.load(ALL, name, tensor)
+        weight.check_filled()
+        assert torch.equal(weight.dequantised(ALL), expected)
+        assert len(list(weight.parameters())) == 3, "nothing of the whole is left"
+    weight = kind.make(OUTS, 96, **KIND)
+    with pytest.raises(ConfigError, match="inputs 96 to 192 of 192 of a rank are not whole blocks of 64"):
+        weight.tensors(ALL, Share(OUTS, width, range(OUTS), range(96, 192)))
+
+
+@installed
 def test_what_does_not_fit_is_said() -> None:
     weight = formats().choose("x").make(OUTS, WIDTH, **KIND)
     name = "weight.quant_state.bitsandbytes__nf4"
