@@ -130,7 +130,7 @@ class FourBitWeight(Weight):
         return dtype
 
     def part(self, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the numbers of a share of whole blocks, packed, and what each block is scaled with, fp32; both flat."""
+        """Returns the numbers of a share of whole blocks, packed, and what each is scaled with, fp32; both flat."""
         outputs = slice(share.outputs.start, share.outputs.stop)
         inputs = share.inputs
         absmax = self.absmax.data
