@@ -227,11 +227,11 @@ class FourBitPart(FourBitWeight):
                 f"blocks of {BLOCK}, as {self._stored_as.name} has them"
             )
         self._share = share
-        return self._stored(torch.device("meta"))
+        return self._stored()
 
     def load(self, rows: slice, name: str, tensor: torch.Tensor) -> None:
         if not self._whole:
-            self._whole, self._missing = [self._make_whole(self.data.device)], set(self._stored(torch.device("meta")))
+            self._whole, self._missing = [self._make_whole(self.data.device)], set(self._stored())
         [whole] = self._whole
         whole.load(rows, name, tensor)
         self._missing.discard(name)
@@ -247,10 +247,10 @@ class FourBitPart(FourBitWeight):
         size = self._share.out_features, self._share.in_features
         return FourBitWeight(self._stored_as, *size, device=device, dtype=self._dtype)
 
-    def _stored(self, device: torch.device) -> dict[str, Stored]:
+    def _stored(self) -> dict[str, Stored]:
         """What a checkpoint has of the whole matrix."""
-        size = self._share.out_features, self._share.in_features
-        return self._make_whole(device).tensors(slice(None), Share.whole(*size))
+        whole = Share.whole(self._share.out_features, self._share.in_features)
+        return self._make_whole(torch.device("meta")).tensors(slice(None), whole)
 
 
 def _package() -> Any:
