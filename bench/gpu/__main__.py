@@ -91,6 +91,7 @@ def main() -> int:
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--lora-backend", default="auto")
     parser.add_argument("--disable-cuda-graph", action="store_true")
+    parser.add_argument("--piecewise-cuda-graph-max-tokens", type=int)
     parser.add_argument("--chunked-prefill-size", type=int, default=2048, help="most prompt tokens in a step")
     parser.add_argument("--max-running-requests", type=int, help="rows of `large` need more than the others")
     parser.add_argument("--schedule-policy", choices=sorted(POLICIES), default=Config().schedule_policy)
@@ -159,6 +160,7 @@ def run(directory: Path, args: argparse.Namespace, parts: list[str]) -> dict[str
         "kv_cache_dtype": args.kv_cache_dtype,
         "attention_backend": attention_backend(args, dims),
         "disable_cuda_graph": args.disable_cuda_graph,
+        "piecewise_cuda_graph_max_tokens": args.piecewise_cuda_graph_max_tokens,
         "chunked_prefill_size": args.chunked_prefill_size,
         "schedule_policy": args.schedule_policy,
         "random_seed": 0,

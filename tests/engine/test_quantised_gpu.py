@@ -19,6 +19,7 @@ DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cuda")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pytestmark = [pytest.mark.gpu] + [cuda] * (DEVICE == "cuda")
 
+two_devices = pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 VOCAB = 512
 SIZES = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "head_dim": 128}
 PROMPT = torch.randint(3, VOCAB, (70,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -56,7 +57,8 @@ def logprobs(path: Path, device: str, dtype: str, **options: Any) -> torch.Tenso
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_says_what_the_cpu_says(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=two_devices)])
+def test_a_gpu_says_what_the_cpu_says(tmp_path: Path, kind: str, ranks: int) -> None:
     if kind == "bitsandbytes":
         pytest.importorskip("bitsandbytes")
     base, model = tmp_path / "base", {"family": "llama"} | SIZES
@@ -72,7 +74,7 @@ def test_a_gpu_says_what_the_cpu_says(tmp_path: Path, kind: str) -> None:
     if kind.startswith("awq"):
         config = {"quant_method": "awq", "bits": 4, "group_size": 32}
         write_quantised(base, config, awq, **model)
-    found = logprobs(tmp_path, DEVICE, "bfloat16", **KINDS[kind])
+    found = logprobs(tmp_path, DEVICE, "bfloat16", tp_size=ranks, **KINDS[kind])
     exact = logprobs(tmp_path, "cpu", "float32", **KINDS[kind])
     changed = (exact[0] - exact[1]).abs().mean()
     assert (found - exact).abs().mean() < SHARE * changed
