@@ -4,23 +4,29 @@
 `process.ProcessLoader` does it in another process, away from the step loop.
 """
 
+import contextlib
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import msgspec
 import torch
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
+from multilora.adapters.loading.known_layouts import KnownLayout, KnownLayouts, alike
 from multilora.adapters.packing.blocks import Blocks, PackTarget, WriteJobs, pack
 from multilora.adapters.packing.cut import cut
-from multilora.adapters.packing.pack_jobs import write_jobs
+from multilora.adapters.packing.pack_jobs import PackJob, write_jobs
 from multilora.adapters.peft.base_model import BaseModel
-from multilora.adapters.peft.checkpoint import read_adapter
+from multilora.adapters.peft.checkpoint import check_unchanged, read_adapter
 from multilora.adapters.peft.safetensors_file import MAX_HEADER_BYTES
 from multilora.adapters.sources import DirectorySource
-from multilora.adapters.sources.files import find_files
+from multilora.adapters.sources.files import find_files, open_regular
+from multilora.adapters.sources.fingerprint import fingerprint, identity
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
 from multilora.lora.panels import AdapterShape
@@ -94,10 +100,28 @@ class Loader(Protocol):
         """Drop all jobs and free what the loader owns. Buffers that it has returned stay valid."""
 
 
+@dataclass(frozen=True)
+class Shortcut:
+    """How adapters of a known layout are fetched. load: (shares, dtype, descriptor of the file) → whether all of it
+    lies now in the pages that were allocated last; later: what is left to do once the adapter is handed over."""
+
+    layouts: KnownLayouts
+    load: Callable[[Sequence[bytes], torch.dtype, int], bool]
+    later: list[Callable[[], None]] = field(default_factory=list)
+
+
 def read(job: FetchJob, context: FetchContext, readers: ReaderPool = ALONE) -> Adapter:
     """The adapter from its files, checked and with PEFT's rules applied. Raises what `read_adapter` raises."""
+    return _read(_directory(job, context), context, readers)
+
+
+def _directory(job: FetchJob, context: FetchContext) -> Path:
     directory = DirectorySource(context.roots).fetch(job.path)
     _check_file_size(directory, job, context)
+    return directory
+
+
+def _read(directory: Path, context: FetchContext, readers: ReaderPool) -> Adapter:
     adapter = read_adapter(directory, context.base, context.limits, readers)
     if not adapter.blocks:
         raise AdapterInvalid(f"{directory}: no LoRA weights")
@@ -125,12 +149,13 @@ def fetch(
     allocate: "Allocate",
     readers: ReaderPool = ALONE,
     write: WriteJobs = write_jobs,
+    shortcut: Shortcut | None = None,
 ) -> tuple[Fetched, torch.Tensor | None]:
     """Read, check and pack one adapter, with `readers` for its files and `write` for its weights. Returns the result
     and the pages of all ranks, uint8 [ranks · pages, page_bytes]; typed errors are part of the result."""
     records: list[SpanRecord] = []
     span = span_below(job.traceparent, "loader.fetch", "loader", records.append)
-    result, buffer = _fetch(job, context, allocate, readers, write)
+    result, buffer = _fetch(job, context, allocate, readers, write, shortcut)
     if span is None:
         return result, buffer
     span.attributes["multilora.adapter.version"] = job.version
@@ -146,38 +171,93 @@ def _fetch(
     allocate: "Allocate",
     readers: ReaderPool,
     write: WriteJobs,
+    shortcut: Shortcut | None,
 ) -> tuple[Fetched, torch.Tensor | None]:
-    target = context.target
     try:
-        adapter = read(job, context, readers)
-        ranks = [Blocks.of(cut(adapter, context.base.sites, rank, target.ranks)) for rank in range(target.ranks)]
-        shape = ranks[0].shape(target.sites)
-        layout = target.layout(shape)
-        num_pages = target.ranks * layout.num_pages
-        nbytes = num_pages * target.page_bytes
-        if job.max_bytes is not None and nbytes > job.max_bytes:
-            raise AdapterIncompatible(
-                f"incompatible: {job.path} takes {nbytes} bytes, over the limit of {job.max_bytes}: the smallest of "
-                "the arena, --lora-host-bytes and --lora-device-bytes"
-            )
-        buffer = allocate(num_pages, target.page_bytes)
-        try:
-            pack(ranks, target, layout, buffer, write)
-        except AdapterInvalid as e:
-            raise AdapterInvalid(f"{job.path}: {e.message}") from None
+        directory = _directory(job, context)
+        before, files = identity(directory), find_files(directory)
+        with open_regular(files.weights[0]) as file:
+            key = alike(files, file) if shortcut is not None else None
+            layout = shortcut.layouts.get(key) if shortcut is not None else None
+            if shortcut is not None and layout is not None:
+                buffer, mark = _load_known(layout, file, directory, job, context, allocate, readers, shortcut)
+                check_unchanged(directory, before)
+                if buffer is not None:
+                    return _fetched(job, layout, mark), buffer
+        adapter = _read(directory, context, readers)
+        buffer, shape, jobs = _pack(adapter, job, context, allocate, write)
+        layout = KnownLayout.of(adapter, shape, len(buffer))
+        if shortcut is not None and key is not None and identity(directory) == before:
+            shortcut.later.append(partial(shortcut.layouts.learn, key, layout, files.weights[0], adapter, jobs))
     except MultiloraError as e:
         return Fetched(version=job.version, kind=e.kind, message=e.message), None
     except (OSError, MemoryError) as e:
         return unavailable(job.version, f"{job.path}: {str(e) or 'out of memory'}"), None
-    result = Fetched(
+    return _fetched(job, layout, adapter.fingerprint), buffer
+
+
+def _load_known(
+    layout: KnownLayout,
+    file: BinaryIO,
+    directory: Path,
+    job: FetchJob,
+    context: FetchContext,
+    allocate: "Allocate",
+    readers: ReaderPool,
+    shortcut: Shortcut,
+) -> tuple[torch.Tensor | None, str]:
+    """The pages and the fingerprint. No pages: something kept the shortcut from being taken."""
+    with contextlib.ExitStack() as stack:
+        digest = readers.start(lambda: fingerprint(directory, readers))
+        stack.callback(lambda: digest.cancel() or wait([digest]))
+        buffer = _allocate(layout.num_pages, job, context, allocate)
+        with _named(job):
+            done = shortcut.load(layout.shares, context.target.dtype, file.fileno())
+        return buffer if done else None, digest.result()
+
+
+def _pack(
+    adapter: Adapter, job: FetchJob, context: FetchContext, allocate: "Allocate", write: WriteJobs
+) -> tuple[torch.Tensor, AdapterShape, list[PackJob]]:
+    """The pages of all ranks, the shape, and what `pack` returns."""
+    target = context.target
+    ranks = [Blocks.of(cut(adapter, context.base.sites, rank, target.ranks)) for rank in range(target.ranks)]
+    shape = ranks[0].shape(target.sites)
+    layout = target.layout(shape)
+    buffer = _allocate(target.ranks * layout.num_pages, job, context, allocate)
+    with _named(job):
+        return buffer, shape, pack(ranks, target, layout, buffer, write)
+
+
+def _allocate(num_pages: int, job: FetchJob, context: FetchContext, allocate: "Allocate") -> torch.Tensor:
+    """uint8 [num_pages, page_bytes], all zero. Raises AdapterIncompatible if that is more than is allowed."""
+    nbytes = num_pages * context.target.page_bytes
+    if job.max_bytes is not None and nbytes > job.max_bytes:
+        raise AdapterIncompatible(
+            f"incompatible: {job.path} takes {nbytes} bytes, over the limit of {job.max_bytes}: the smallest of "
+            "the arena, --lora-host-bytes and --lora-device-bytes"
+        )
+    return allocate(num_pages, context.target.page_bytes)
+
+
+@contextlib.contextmanager
+def _named(job: FetchJob) -> Iterator[None]:
+    """What packing finds wrong says of which adapter it is."""
+    try:
+        yield
+    except AdapterInvalid as e:
+        raise AdapterInvalid(f"{job.path}: {e.message}") from None
+
+
+def _fetched(job: FetchJob, layout: KnownLayout, mark: str) -> Fetched:
+    return Fetched(
         version=job.version,
-        shape=shape,
-        rank=adapter.rank,
-        target_modules=adapter.target_modules,
-        fingerprint=adapter.fingerprint,
-        invocation_tokens=adapter.invocation_tokens,
+        shape=layout.shape,
+        rank=layout.rank,
+        target_modules=layout.target_modules,
+        fingerprint=mark,
+        invocation_tokens=layout.invocation_tokens,
     )
-    return result, buffer
 
 
 class Allocate(Protocol):

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import monotonic
@@ -29,7 +30,8 @@ from multilora.adapters.host.mapping import map_file
 from multilora.adapters.host.shared_buffers import SharedBuffer, SharedBuffers
 from multilora.adapters.host.staging import Staging
 from multilora.adapters.loading.child_process import ChildProcess, RestartPolicy
-from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, failed, fetch, unavailable
+from multilora.adapters.loading.known_layouts import KnownLayouts
+from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, Shortcut, failed, fetch, unavailable
 from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, StartLoader, receive, send
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
@@ -44,6 +46,7 @@ MAX_READERS = 8  # threads, for all fetches together
 MAX_PACKERS = 8  # processes
 WAIT_SECONDS = 20.0
 """How long a job waits for a process."""
+SWITCH_SECONDS = 5e-4  # a thread that is to start reading a file waits so long for one that checks its header
 NICENESS = 10  # steps have priority over adapters
 # glibc's malloc: memory that a file was read into is used again, because fresh pages cost more than reading. At most
 # 512 MiB stay with an idle process.
@@ -316,6 +319,7 @@ class _FetchServer:
         self._packers = packers
         self._buffers = buffers
         self._readers = ReaderPool(spare_cores(MAX_READERS), packers.memory, packers.read)
+        self._layouts = KnownLayouts(packers.shares)
         self._sending = threading.Lock()
 
     def answer(self, job: FetchJob) -> None:
@@ -323,14 +327,20 @@ class _FetchServer:
         taken: list[SharedBuffer] = []  # at most one
 
         def allocate(num_pages: int, page_bytes: int) -> torch.Tensor:
+            while taken:  # the shortcut was not taken after all
+                self._buffers.drop(taken.pop())
             taken.append(self._buffers.take(num_pages * page_bytes))
             return taken[0].tensor().view(num_pages, page_bytes)
 
         def write(pack_jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor) -> None:
             self._packers.write(pack_jobs, dtype, out, taken[0])
 
+        def load(shares: Sequence[bytes], dtype: torch.dtype, fd: int) -> bool:
+            return self._packers.load(shares, dtype, fd, taken[0])
+
+        shortcut = Shortcut(self._layouts, load)
         try:
-            result, buffer = fetch(job, self._context, allocate, self._readers, write)
+            result, buffer = fetch(job, self._context, allocate, self._readers, write, shortcut)
         except Exception as e:
             logger.exception("reading adapter %s failed", job.path)
             result, buffer = unavailable(job.version, f"{job.path}: {e!r}"), None
@@ -340,6 +350,11 @@ class _FetchServer:
                 self._buffers.sent(shared)
             else:
                 self._buffers.drop(shared)
+        for work in shortcut.later:
+            try:
+                work()
+            except Exception:
+                logger.exception("adapters like %s load slower", job.path)
 
     def _send(self, job: FetchJob, result: Fetched, shared: SharedBuffer | None) -> bool:
         """Send the result. False: the engine did not get it; if it is still there, it gets an error instead."""
@@ -365,6 +380,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the process group; the engine's end decides
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with contextlib.suppress(OSError):  # a sandbox may not let us
         os.nice(NICENESS)
     with socket.socket(fileno=int(sys.argv[1])) as connection:

@@ -129,8 +129,9 @@ def pack(
     layout: PanelLayout,
     out: torch.Tensor,
     write: WriteJobs = write_jobs,
-) -> None:
+) -> list[PackJob]:
     """Write the pages of an adapter into `out`, uint8 [ranks · layout.num_pages, page_bytes], which must be zero.
+    Returns what of it was done by `write`.
 
     ranks: the blocks as each rank has them, all of one layout. A scale-shift pair is written unfinished: the
     magnitude (or 1), and the trained bias plus lora_B's (or 0). Raises AdapterInvalid if a weight is not finite in
@@ -145,6 +146,7 @@ def pack(
             weight, scaling = (block.b, block.scaling) if plan.is_b else (block.a, 1.0)
             jobs.append(PackJob(plan.name, weight.reshape(-1, weight.shape[-1]), scaling, plan.spans))
     write(jobs, target.dtype, out)
+    return jobs
 
 
 def _pack_at_once(blocks: Blocks, target: PackTarget, layout: PanelLayout, out: torch.Tensor) -> None:

@@ -13,8 +13,8 @@ import torch
 from multilora.errors import AdapterInvalid
 from multilora.lora.panels import RANK_GRANULE, PanelPart
 
-TILE = 128  # columns of a weight that are transposed together
-FEW_ROWS = 16  # up to this rank, one transposition is as fast as many of tiles
+FEW_ROWS = 16  # up to this rank, one transposition is as fast as many of blocks
+BLOCK = 16384  # numbers that are transposed together: source and target stay in the first-level cache
 SIGNED = {2: torch.int16, 4: torch.int32}
 UNSIGNED = {2: np.uint16, 4: np.uint32}
 
@@ -41,28 +41,32 @@ class PackJob:
 
 
 Put = Callable[[int, np.ndarray], None]
-"""(at, array): write a contiguous array from byte `at` of the pages on."""
+"""(at, array): write an array [rows, columns] with any strides, row by row, from byte `at` of the pages on."""
 
 
 def write_jobs(jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor) -> None:
     """Do all jobs, in order, into out: uint8 [pages, page_bytes]. Raises AdapterInvalid, as `write_job` does."""
     pages = out.view(-1).numpy()
-
-    def put(at: int, part: np.ndarray) -> None:
-        pages[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
-
     for job in jobs:
-        write_job(job, dtype, put)
+        write_job(job, dtype, lambda at, part: write_part(pages, at, part))
 
 
 def write_job(job: PackJob, dtype: torch.dtype, put: Put) -> None:
     """Do one job. Raises AdapterInvalid if a number is not finite in `dtype`."""
-    rows = _in_order(_cast(job.weight, job.scaling, dtype))
+    rows = _cast(job.weight, job.scaling, dtype).view(SIGNED[dtype.itemsize]).numpy()
     if not _finite(rows, dtype):
         raise AdapterInvalid(f"{job.name}: a weight is not finite in {dtype}")
     for span in job.spans:
-        part = rows[span.row : span.row + span.rows, span.col : span.col + span.columns]
-        put(span.at, np.ascontiguousarray(part))
+        put(span.at, rows[span.row : span.row + span.rows, span.col : span.col + span.columns])
+
+
+def write_part(pages: np.ndarray, at: int, part: np.ndarray) -> None:
+    """What `Put` does, into pages: uint8 [bytes]."""
+    target = pages[at : at + part.nbytes].view(part.dtype).reshape(part.shape)
+    rows, columns = part.shape
+    step = columns if rows <= FEW_ROWS or part.flags.c_contiguous else max(1, BLOCK // rows)
+    for first in range(0, columns, step):
+        target[:, first : first + step] = part[:, first : first + step]
 
 
 def spans_of(rank: int, parts: tuple[PanelPart, ...], page_bytes: int, itemsize: int) -> tuple[Span, ...]:
@@ -97,17 +101,6 @@ def _cast(weight: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Ten
         return weight.to(dtype)
     exact = weight if weight.dtype in (dtype, torch.float32) else weight.float()
     return torch.mul(exact, scaling, out=torch.empty_like(exact, dtype=dtype))
-
-
-def _in_order(weight: torch.Tensor) -> np.ndarray:
-    """The weight as integers of its element size, contiguous [rank, width]."""
-    source = weight.view(SIGNED[weight.itemsize]).numpy()
-    rank, width = source.shape
-    if weight.is_contiguous() or rank <= FEW_ROWS or width % TILE:
-        return np.ascontiguousarray(source)
-    # transposed tile by tile, each within the first-level cache, then laid out row by row
-    tiles = source.T.reshape(-1, TILE, rank).transpose(0, 2, 1).copy()  # [tiles, rank, TILE]
-    return tiles.transpose(1, 0, 2).reshape(rank, width)
 
 
 def _finite(numbers: np.ndarray, dtype: torch.dtype) -> bool:

@@ -24,7 +24,7 @@ from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from multilora.lora.sites import SCORE, TABLES
 
-__all__ = ["fingerprint", "read_adapter"]
+__all__ = ["check_unchanged", "fingerprint", "read_adapter"]
 
 
 def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, readers: ReaderPool = ALONE) -> Adapter:
@@ -56,9 +56,14 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, reader
         mark = digest.result()
     _check_modules({block.module for block in blocks}, base, limits)
     _check_activated(blocks, config)
+    check_unchanged(directory, before)
+    return Adapter(tuple(blocks), mark, config.invocation_tokens)
+
+
+def check_unchanged(directory: Path, before: str) -> None:
+    """before: what `identity` said before the files were read. Raises AdapterInvalid."""
     if identity(directory) != before:
         raise AdapterInvalid(f"{show(str(directory))}: the files changed while they were read; load it again")
-    return Adapter(tuple(blocks), mark, config.invocation_tokens)
 
 
 def _check_rank(ranks: Iterable[int], limits: AdapterLimits) -> None:

@@ -17,7 +17,8 @@ import torch
 from multilora.adapters.adapter import Adapter, LowRank
 from multilora.adapters.host.shared_buffers import SharedBuffers
 from multilora.adapters.loading import packers as module
-from multilora.adapters.loading.packers import Packers, Region, read_cached
+from multilora.adapters.loading.packers import Packers, Region
+from multilora.adapters.loading.packing_process import read_cached
 from multilora.adapters.packing.blocks import Blocks, PackTarget, pack
 from multilora.adapters.packing.pack_jobs import PackJob
 from multilora.errors import AdapterInvalid
@@ -193,7 +194,7 @@ def test_an_order_that_was_given_up_does_not_answer_the_next_one(
     def fail(connection: object) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr(module, "_receive", fail)
+    monkeypatch.setattr(module, "_answer", fail)
     with pytest.raises(MemoryError):
         packers.read(stored[0], SLABS, packers.memory(50_100))
     monkeypatch.undo()

@@ -1,0 +1,202 @@
+"""One packing process: it reads and packs weights as the loader's orders say, until the loader has gone.
+
+What the two say to each other is here, too. The process is forked from the loader and sees the same memory: the
+region into which files are read, and the staging memory. Called by `packers.py`.
+"""
+
+import mmap
+import os
+import socket
+from collections.abc import Sequence
+from functools import lru_cache
+
+import msgspec
+import numpy as np
+import torch
+
+from multilora.adapters.host.mapping import lies_in_memory
+from multilora.adapters.host.shared_buffers import prefault_write
+from multilora.adapters.packing.pack_jobs import PackJob, Put, Span, write_job, write_part
+from multilora.adapters.thread_pool import Slab
+from multilora.errors import AdapterInvalid
+
+POPULATED_BYTES = 256 << 20  # of the region, touched at the start: room for three rank-16 adapters of an 8B model
+LENGTH_BYTES = 8
+
+
+class PlacedJob(msgspec.Struct, array_like=True, frozen=True):
+    """A `PackJob` over memory that the other end has. start: in bytes; shape, strides: in elements."""
+
+    name: str
+    start: int
+    dtype: str
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    scaling: float
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, job: PackJob, start: int) -> "PlacedJob":
+        """The job, with its weight at byte `start`."""
+        weight = job.weight
+        dtype, strides = str(weight.dtype).removeprefix("torch."), weight.stride()
+        shape = weight.shape[0], weight.shape[1]
+        return cls(job.name, start, dtype, shape, (strides[0], strides[1]), job.scaling, job.spans)
+
+    def within(self, memory: mmap.mmap | bytearray) -> PackJob:
+        """The job itself, over `memory`."""
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        flat = torch.frombuffer(memory, dtype=getattr(torch, self.dtype), count=extent, offset=self.start)
+        return PackJob(self.name, flat.as_strided(self.shape, self.strides), self.scaling, self.spans)
+
+
+class FileWeight(msgspec.Struct, array_like=True, frozen=True):
+    """Bytes of a file, and what is packed from them: starts of jobs count from the first of these bytes."""
+
+    start: int
+    nbytes: int
+    jobs: list[PlacedJob]
+
+
+class Pack(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """An order to pack. start: where the pages begin in the staging memory; None: in the file that comes along."""
+
+    dtype: str
+    jobs: list[PlacedJob]
+    start: int | None
+
+
+class Read(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """An order to read parts of the file whose descriptor comes along into the region."""
+
+    slabs: list[Slab]
+
+
+class Load(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """An order to read weights of the file whose descriptor comes along and to pack each at once. share: of
+    `encode_share`; start: as of `Pack`, whose file comes second."""
+
+    dtype: str
+    share: bytes
+    start: int | None
+
+
+Order = Pack | Read | Load
+
+
+class Answer(msgspec.Struct, array_like=True, frozen=True):
+    """The answer to one order. error: why packing failed, or empty; left: slabs that are not in the page cache; of a
+    `Load`, what was found missing first."""
+
+    error: str = ""
+    left: list[Slab] = []
+
+
+def encode_share(weights: Sequence[FileWeight]) -> bytes:
+    """What one process reads and packs of an adapter. It is the same for all adapters that are alike."""
+    return msgspec.msgpack.encode(weights)
+
+
+@lru_cache(maxsize=32)
+def _decode_share(share: bytes) -> list[FileWeight]:
+    return msgspec.msgpack.decode(share, type=list[FileWeight])
+
+
+class PackingProcess:
+    """The process' own end. region, staging: memory that it shares with the loader."""
+
+    def __init__(self, region: mmap.mmap, staging: mmap.mmap | None):
+        self._region = region
+        self._staging = staging
+        self._weight = bytearray()  # the one that is being loaded, which so stays in the core's cache
+
+    def serve(self, connection: socket.socket) -> None:
+        """Carry out orders until the loader has closed its end."""
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        if self._staging is not None:  # on a GPU; without one, memory is not worth it
+            prefault_write(self._staging, 0, len(self._staging))
+            prefault_write(self._region, 0, min(POPULATED_BYTES, len(self._region)))
+        while True:
+            header, fds, _, _ = socket.recv_fds(connection, LENGTH_BYTES, 2)
+            if not header:
+                return
+            order = msgspec.msgpack.decode(exactly(connection, int.from_bytes(header, "little")), type=Order)
+            try:
+                answer = self._carry_out(order, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            data = msgspec.msgpack.encode(answer)
+            connection.sendall(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+
+    def _carry_out(self, order: Order, fds: list[int]) -> Answer:
+        if isinstance(order, Read):
+            view = memoryview(self._region)
+            return Answer(left=[s for s in order.slabs if not read_cached(fds[0], s[0], view[s[1] : s[1] + s[2]])])
+        if order.start is not None:
+            assert self._staging is not None
+            return self._fill(
+                np.frombuffer(self._staging, np.uint8, offset=order.start), order, fds[0] if fds else -1
+            )
+        # The file is mapped, because writes to one file wait for each other, and unmapped at once, because the
+        # process that unmaps it last pays for freeing its memory.
+        with mmap.mmap(fds[-1], 0) as pages:
+            return self._fill(np.frombuffer(pages, np.uint8), order, fds[0], pages)
+
+    def _fill(self, target: np.ndarray, order: Pack | Load, fd: int, fresh: mmap.mmap | None = None) -> Answer:
+        """Pack all that an order asks for. fresh: the map behind `target`, if its pages have not been touched yet.
+        What is wrong with the adapter is returned: the traceback of an exception would keep `target` alive."""
+
+        def put(at: int, part: np.ndarray) -> None:
+            if fresh is not None:
+                prefault_write(fresh, at, part.nbytes)
+            write_part(target, at, part)
+
+        dtype = getattr(torch, order.dtype)
+        try:
+            if isinstance(order, Load):
+                return self._load(_decode_share(order.share), dtype, fd, put)
+            for job in order.jobs:
+                write_job(job.within(self._region), dtype, put)
+        except AdapterInvalid as e:
+            return Answer(e.message)
+        return Answer()
+
+    def _load(self, weights: list[FileWeight], dtype: torch.dtype, fd: int, put: Put) -> Answer:
+        """Read and pack one weight after the other, as long as they are in the page cache."""
+        for weight in weights:
+            if len(self._weight) < weight.nbytes:
+                self._weight = bytearray(weight.nbytes)
+            if not read_cached(fd, weight.start, memoryview(self._weight)[: weight.nbytes]):
+                return Answer(left=[(weight.start, 0, weight.nbytes)])
+            for job in weight.jobs:
+                write_job(job.within(self._weight), dtype, put)
+        return Answer()
+
+
+def read_cached(fd: int, start: int, target: memoryview) -> bool:
+    """Fill `target` from byte `start` of the file if all of it is in the page cache. False: `target` is undefined."""
+    flag = 0 if lies_in_memory(fd) else getattr(os, "RWF_NOWAIT", None)  # Linux
+    if flag is None:
+        return False
+    while target:
+        try:
+            got = os.preadv(fd, [target], start, flag)
+        except OSError:  # not in the page cache, or the file system cannot tell
+            return False
+        if not got:
+            return False  # the file ends; the caller's own read reports it
+        start, target = start + got, target[got:]
+    return True
+
+
+def exactly(connection: socket.socket, size: int) -> bytes:
+    """The next `size` bytes. Raises OSError if the other end closes first."""
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        got = connection.recv_into(view)
+        if not got:
+            raise ConnectionResetError("the other end is gone")
+        view = view[got:]
+    return bytes(data)
