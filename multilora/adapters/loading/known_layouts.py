@@ -43,7 +43,7 @@ class KnownLayout:
 
     @classmethod
     def of(cls, adapter: Adapter, shape: AdapterShape, num_pages: int) -> "KnownLayout":
-        """Without shares."""
+        """The layout of a fetched adapter, without shares."""
         return cls(shape, num_pages, adapter.rank, adapter.target_modules, adapter.invocation_tokens)
 
 
@@ -59,7 +59,7 @@ class KnownLayouts:
         self._lock = threading.Lock()
 
     def get(self, key: str | None) -> KnownLayout | None:
-        """key: of `alike`."""
+        """The layout of adapters for which `alike` gives this key; None: it is not known."""
         with self._lock:
             if key is None or key not in self._known:
                 return None

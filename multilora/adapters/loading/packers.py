@@ -24,10 +24,10 @@ import torch
 from multilora.adapters.host.shared_buffers import SharedBuffer
 from multilora.adapters.loading.packing_process import (
     LENGTH_BYTES,
-    Answer,
+    PackingAnswer,
     FileWeight,
     Load,
-    Order,
+    PackingOrder,
     Pack,
     PackingProcess,
     PlacedJob,
@@ -168,7 +168,7 @@ class Packers:
         start, fds = (where.start, []) if where.fd is None else (None, [where.fd])
         return _checked(self._order([Pack(_name(dtype), share, start) for share in shares], fds))
 
-    def _order(self, orders: Sequence[Order], fds: list[int]) -> list[Answer] | None:
+    def _order(self, orders: Sequence[PackingOrder], fds: list[int]) -> list[PackingAnswer] | None:
         """Send each process one order and return their answers. None: the processes are gone."""
         with self._lock:
             if not self._packers or len(orders) != len(self._packers):
@@ -221,16 +221,16 @@ def _evenly(items: Sequence[T], count: int, size: Callable[[T], int]) -> list[li
     return shares
 
 
-def _checked(answers: list[Answer] | None) -> bool:
+def _checked(answers: list[PackingAnswer] | None) -> bool:
     """Whether there are answers. Raises AdapterInvalid with the first error in them."""
     for error in (answer.error for answer in answers or () if answer.error):
         raise AdapterInvalid(error)
     return answers is not None
 
 
-def _answer(connection: socket.socket) -> Answer:
+def _answer(connection: socket.socket) -> PackingAnswer:
     data = exactly(connection, int.from_bytes(exactly(connection, LENGTH_BYTES), "little"))
-    return msgspec.msgpack.decode(data, type=Answer)
+    return msgspec.msgpack.decode(data, type=PackingAnswer)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -81,10 +81,10 @@ class Load(msgspec.Struct, array_like=True, frozen=True, tag=True):
     start: int | None
 
 
-Order = Pack | Read | Load
+PackingOrder = Pack | Read | Load
 
 
-class Answer(msgspec.Struct, array_like=True, frozen=True):
+class PackingAnswer(msgspec.Struct, array_like=True, frozen=True):
     """The answer to one order. error: why packing failed, or empty; left: slabs that are not in the page cache; of a
     `Load`, what was found missing first."""
 
@@ -120,7 +120,7 @@ class PackingProcess:
             header, fds, _, _ = socket.recv_fds(connection, LENGTH_BYTES, 2)
             if not header:
                 return
-            order = msgspec.msgpack.decode(exactly(connection, int.from_bytes(header, "little")), type=Order)
+            order = msgspec.msgpack.decode(exactly(connection, int.from_bytes(header, "little")), type=PackingOrder)
             try:
                 answer = self._carry_out(order, fds)
             finally:
@@ -129,10 +129,12 @@ class PackingProcess:
             data = msgspec.msgpack.encode(answer)
             connection.sendall(len(data).to_bytes(LENGTH_BYTES, "little") + data)
 
-    def _carry_out(self, order: Order, fds: list[int]) -> Answer:
+    def _carry_out(self, order: PackingOrder, fds: list[int]) -> PackingAnswer:
         if isinstance(order, Read):
             view = memoryview(self._region)
-            return Answer(left=[s for s in order.slabs if not read_cached(fds[0], s[0], view[s[1] : s[1] + s[2]])])
+            return PackingAnswer(
+                left=[s for s in order.slabs if not read_cached(fds[0], s[0], view[s[1] : s[1] + s[2]])]
+            )
         if order.start is not None:
             assert self._staging is not None
             return self._fill(
@@ -143,7 +145,7 @@ class PackingProcess:
         with mmap.mmap(fds[-1], 0) as pages:
             return self._fill(np.frombuffer(pages, np.uint8), order, fds[0], pages)
 
-    def _fill(self, target: np.ndarray, order: Pack | Load, fd: int, fresh: mmap.mmap | None = None) -> Answer:
+    def _fill(self, target: np.ndarray, order: Pack | Load, fd: int, fresh: mmap.mmap | None = None) -> PackingAnswer:
         """Pack all that an order asks for. fresh: the map behind `target`, if its pages have not been touched yet.
         What is wrong with the adapter is returned: the traceback of an exception would keep `target` alive."""
 
@@ -159,19 +161,19 @@ class PackingProcess:
             for job in order.jobs:
                 write_job(job.within(self._region), dtype, put)
         except AdapterInvalid as e:
-            return Answer(e.message)
-        return Answer()
+            return PackingAnswer(e.message)
+        return PackingAnswer()
 
-    def _load(self, weights: list[FileWeight], dtype: torch.dtype, fd: int, put: Put) -> Answer:
+    def _load(self, weights: list[FileWeight], dtype: torch.dtype, fd: int, put: Put) -> PackingAnswer:
         """Read and pack one weight after the other, as long as they are in the page cache."""
         for weight in weights:
             if len(self._weight) < weight.nbytes:
                 self._weight = bytearray(weight.nbytes)
             if not read_cached(fd, weight.start, memoryview(self._weight)[: weight.nbytes]):
-                return Answer(left=[(weight.start, 0, weight.nbytes)])
+                return PackingAnswer(left=[(weight.start, 0, weight.nbytes)])
             for job in weight.jobs:
                 write_job(job.within(self._weight), dtype, put)
-        return Answer()
+        return PackingAnswer()
 
 
 def read_cached(fd: int, start: int, target: memoryview) -> bool:
