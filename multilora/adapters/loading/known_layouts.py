@@ -51,7 +51,8 @@ ShareOut = Callable[[Sequence[FileWeight]], list[bytes]]
 
 
 class KnownLayouts:
-    """Of one engine: base model, limits and page size are the same for all. Thread-safe."""
+    """The layouts that the loader of one engine knows: base model, limits and page size are the same for all.
+    Thread-safe."""
 
     def __init__(self, share_out: ShareOut):
         self._share_out = share_out

@@ -24,11 +24,11 @@ import torch
 from multilora.adapters.host.shared_buffers import SharedBuffer
 from multilora.adapters.loading.packing_process import (
     LENGTH_BYTES,
-    PackingAnswer,
     FileWeight,
     Load,
-    PackingOrder,
     Pack,
+    PackingAnswer,
+    PackingOrder,
     PackingProcess,
     PlacedJob,
     Read,

@@ -132,9 +132,8 @@ class PackingProcess:
     def _carry_out(self, order: PackingOrder, fds: list[int]) -> PackingAnswer:
         if isinstance(order, Read):
             view = memoryview(self._region)
-            return PackingAnswer(
-                left=[s for s in order.slabs if not read_cached(fds[0], s[0], view[s[1] : s[1] + s[2]])]
-            )
+            left = [s for s in order.slabs if not read_cached(fds[0], s[0], view[s[1] : s[1] + s[2]])]
+            return PackingAnswer(left=left)
         if order.start is not None:
             assert self._staging is not None
             return self._fill(
