@@ -59,7 +59,7 @@ ROOMS = [
     {"lifecycle"},
     {"loading", "device", "composition"},
     {"peft", "packing", "host"},
-    {"__init__", "sources", "adapter"},
+    {"__init__", "sources", "adapter", "pack_table"},
     {"thread_pool"},
 ]
 FLOOR = {unit: len(ROOMS) - i for i, row in enumerate(ROOMS) for unit in row}

@@ -14,6 +14,7 @@ import torch
 from multilora.adapters.composition.kv_invariance import leaves_kv
 from multilora.adapters.composition.namespaces import Namespaces
 from multilora.adapters.device.copier import Copier
+from multilora.adapters.device.packing import compile_packing
 from multilora.adapters.host.spare_memory import spare_memory
 from multilora.adapters.host.staging import STAGING_BYTES, Staging
 from multilora.adapters.lifecycle.device_tier import DeviceTier
@@ -217,36 +218,39 @@ def _adapters(
         return DoraBiasLoader(loader, target, facts, lambda: sleep.has_weights)
 
     staging = _staging(parts.device) if make_loader is None else None
-    if staging is not None and config.enable_lora_overlap_loading:
+    beside = staging is not None and config.enable_lora_overlap_loading
+    if staging is not None and beside:
         ranks.use_staging(staging)
-    return _store(config, parts, parts.target, device, reclaimer, make_loader, staging, complete), reclaimer
+    base = BaseModel.of(parts.model, _weights_dir(config))
+    limits, on_gpu = adapter_limits(config, parts.model), beside and config.tp_size == 1
+    context = FetchContext(base, parts.target, limits, config.lora_root, on_gpu)
+    if on_gpu:
+        compile_packing(parts.arena, parts.target.dtype)
+    loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
+    return _store(config, parts, context, device, reclaimer, complete(loader, parts.target), staging), reclaimer
 
 
 def _store(
     config: Config,
     parts: RankParts,
-    target: PackTarget,
+    context: FetchContext,
     device: DeviceTier,
     reclaimer: Reclaimer,
-    make_loader: MakeLoader | None,
+    loader: Loader,
     staging: Staging | None,
-    complete: Callable[[Loader, PackTarget], Loader],
 ) -> AdapterStore:
-    model, layout = parts.model, parts.layout
-    base = BaseModel.of(model, _weights_dir(config))
-    context = FetchContext(base, target, adapter_limits(config, model), config.lora_root)
-    loader = make_loader(context) if make_loader is not None else ProcessLoader(context, staging)
+    layout = parts.layout
     return AdapterStore(
-        complete(loader, target),
+        loader,
         HostTier(config.max_loaded_loras, config.lora_host_bytes),
         device,
         reclaimer,
-        layout_of=target.layout,
-        leaves_kv=lambda shape: leaves_kv(shape, base),
+        layout_of=context.target.layout,
+        leaves_kv=lambda shape: leaves_kv(shape, context.base),
         page_bytes=layout.page_bytes,
-        ranks=target.ranks,
+        ranks=context.target.ranks,
         total_pages=parts.arena.shape[0],
-        context_pages=layout.most_pages(model.config.context_length, _on_their_way(config)),
+        context_pages=layout.most_pages(parts.model.config.context_length, _on_their_way(config)),
         settle=staging.settle if staging is not None else lambda _entry: None,
     )
 

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from multilora.adapters.pack_table import PackTable
+
 
 class Copy(Protocol):
     """One copy under way."""
@@ -14,8 +16,9 @@ class Copy(Protocol):
 
 
 class Copier(Protocol):
-    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
-        """Begin to copy buffer[i] (uint8 [page_bytes]) to arena page pages[i]. The buffer must live until done."""
+    def start_copy(self, buffer: torch.Tensor, pages: list[int], table: PackTable | None = None) -> Copy:
+        """Begin to copy buffer[i] (uint8 [page_bytes]) to arena page pages[i]; with a table, to pack it into them.
+        The buffer must live until done."""
         ...
 
     def close(self) -> None:
@@ -50,7 +53,8 @@ class DirectCopier:
         self._arena = arena
 
     @torch.inference_mode()
-    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
+    def start_copy(self, buffer: torch.Tensor, pages: list[int], table: PackTable | None = None) -> Copy:
+        assert table is None, "nobody asks for it where this is the copier"
         for at, page, count in runs(pages):
             self._arena[page : page + count].copy_(buffer[at : at + count])
         return _Finished()

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 import torch
 
 from multilora.adapters.device.copier import runs
+from multilora.adapters.device.packing import Packing, RingSlot
 from multilora.adapters.host.mapping import prefault_read
+from multilora.adapters.pack_table import PackTable
 from multilora.adapters.thread_pool import spare_cores
 
 CORES = 14
@@ -25,11 +27,13 @@ CLOSE_SECONDS = 10  # after which a device that hangs is not waited for
 
 
 class RingCopy:
-    """One copy of buffer[i] to page pages[i]. buffer: uint8 [pages, page_bytes] in host memory."""
+    """One copy of buffer[i] to page pages[i]. buffer: uint8 [pages, page_bytes] in host memory; table: see
+    `Copier`."""
 
-    def __init__(self, buffer: torch.Tensor, pages: list[int]):
+    def __init__(self, buffer: torch.Tensor, pages: list[int], table: PackTable | None = None):
         self.buffer = buffer
         self.pages = pages
+        self.table = table
         self._finished: torch.cuda.Event | None = None
         self._error: Exception | None = None
 
@@ -49,12 +53,6 @@ class RingCopy:
         self._error = error
 
 
-class _RingSlot:
-    def __init__(self, pages: int, page_bytes: int):
-        self.memory = torch.empty(pages, page_bytes, dtype=torch.uint8, pin_memory=True)
-        self.free = torch.cuda.Event()
-
-
 class RingCopier:
     """Starts copies; a daemon thread moves them, in order, until `close`."""
 
@@ -62,14 +60,15 @@ class RingCopier:
         self._arena = arena
         self._slot_pages = max(1, slot_bytes // arena.shape[1])
         self._stream = torch.cuda.Stream(arena.device)
+        self._packing = Packing(arena, self._stream)
         self._jobs: queue.SimpleQueue[RingCopy | None] = queue.SimpleQueue()
-        ring = [_RingSlot(self._slot_pages, arena.shape[1]) for _ in range(slots)]
+        ring = [RingSlot(self._slot_pages, arena.shape[1]) for _ in range(slots)]
         self._closing = False
         self._thread = threading.Thread(target=self._work, args=(ring,), name="adapter-copies", daemon=True)
         self._thread.start()
 
-    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> RingCopy:
-        job = RingCopy(buffer, pages)
+    def start_copy(self, buffer: torch.Tensor, pages: list[int], table: PackTable | None = None) -> RingCopy:
+        job = RingCopy(buffer, pages, table)
         self._jobs.put(job)
         return job
 
@@ -80,14 +79,16 @@ class RingCopier:
         self._jobs.put(None)
         self._thread.join(CLOSE_SECONDS)
 
-    def _work(self, ring: list[_RingSlot]) -> None:
+    def _work(self, ring: list[RingSlot]) -> None:
         torch.cuda.set_device(self._arena.device)
         torch.set_num_threads(spare_cores(CORES))  # OpenMP's, of this thread
         slots = itertools.cycle(ring)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             while (job := self._jobs.get()) is not None and not self._closing:
                 try:
-                    if job.buffer.is_pinned():
+                    if job.table is not None:
+                        self._packing.run(job.buffer, job.pages, job.table, slots)
+                    elif job.buffer.is_pinned():
                         self._queue(job.buffer, job.pages)
                     else:
                         self._through_ring(job, slots)
@@ -98,7 +99,7 @@ class RingCopier:
             with contextlib.suppress(RuntimeError):  # a broken device writes nothing
                 self._stream.synchronize()
 
-    def _through_ring(self, job: RingCopy, slots: Iterator[_RingSlot]) -> None:
+    def _through_ring(self, job: RingCopy, slots: Iterator[RingSlot]) -> None:
         for first in range(0, len(job.pages), self._slot_pages):
             pages, slot = job.pages[first : first + self._slot_pages], next(slots)
             part = job.buffer[first : first + len(pages)]

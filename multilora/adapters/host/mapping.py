@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from multilora.adapters.pack_table import PackTable
 from multilora.lora.panels import PanelLayout
 
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: map pages that are there already, at once instead of by faults
@@ -25,11 +26,12 @@ _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 @dataclass
 class HostEntry:
-    """A packed adapter in host memory. buffer: uint8 [ranks · layout.num_pages, page_bytes], ready to copy to the
-    devices, the pages of rank 0 first."""
+    """An adapter in host memory. buffer: uint8 [ranks · layout.num_pages, page_bytes], ready to copy to the devices,
+    the pages of rank 0 first; with a table, the bytes of its file, [pages, page_bytes], which a GPU packs by it."""
 
     layout: PanelLayout
     buffer: torch.Tensor
+    table: PackTable | None = None
 
     @property
     def nbytes(self) -> int:

@@ -49,17 +49,22 @@ class SharedBuffers:
 
     def take(self, size: int) -> SharedBuffer:
         """A buffer of `size` zero bytes, which the caller hands to `sent` or `drop`. Raises OSError."""
-        if self._staging is not None:
-            with self._lock:
-                start = self._parts.take(size)
-            if start is not None:
-                return SharedBuffer(self._staging, start, size, None)
+        if (part := self.take_staged(size)) is not None:
+            return part
         fd = anonymous_file(size)
         try:
             return SharedBuffer(mmap.mmap(fd, size), 0, size, fd)
         except OSError:
             os.close(fd)
             raise
+
+    def take_staged(self, size: int) -> SharedBuffer | None:
+        """The same in the staging memory; None: there is no room, or no such memory."""
+        if self._staging is None:
+            return None
+        with self._lock:
+            start = self._parts.take(size)
+        return SharedBuffer(self._staging, start, size, None) if start is not None else None
 
     def sent(self, buffer: SharedBuffer) -> None:
         """The engine owns the buffer now: a file until its last user is gone, a part until `give_back`."""

@@ -104,7 +104,7 @@ class DeviceTier:
         pages = self.pool.alloc_adapter(adapter.pages)
         slot = self._free_slots.pop() if self._free_slots else len(self)
         buffer = adapter.host.buffer  # read once: another thread may put the entry elsewhere at any moment
-        copy = self._copier.start_copy(buffer, pages)
+        copy = self._copier.start_copy(buffer, pages, adapter.host.table)
         self._in_flight[adapter.version] = CopyInFlight(copy, buffer, self._forecast.now())
         tick = self._next_tick()
         adapter.device = DeviceEntry(slot, pages, tick, tick, self._clock.now)

@@ -338,7 +338,7 @@ class AdapterStore:
             return self._fail(adapter, error)
         if first:
             self._take_facts(adapter, result, layout)
-        entry = HostEntry(layout, buffer)
+        entry = HostEntry(layout, buffer, result.table)
         self.host.add(adapter, entry)
         adapter.move(State.ON_HOST)
         self._settle(entry)

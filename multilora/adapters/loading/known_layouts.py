@@ -18,9 +18,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 from multilora.adapters.adapter import Adapter, LowRank
-from multilora.adapters.loading.packing_process import FileWeight, PlacedJob
+from multilora.adapters.pack_table import PackTable
 from multilora.adapters.packing.pack_jobs import PackJob
+from multilora.adapters.packing.placed_jobs import FileWeight, PlacedJob, pack_table
 from multilora.adapters.peft.safetensors_file import KNOWN_HEADER_BYTES, SafetensorsFile
 from multilora.adapters.sources.files import MAX_CONFIG_BYTES, AdapterFiles, open_regular
 from multilora.lora.panels import AdapterShape
@@ -32,7 +35,8 @@ KEPT = 32
 @dataclass(frozen=True)
 class KnownLayout:
     """What a fetch finds out about an adapter besides its numbers. num_pages: of all ranks; shares: see
-    `packers.Packers.shares`."""
+    `packers.Packers.shares`; begin: the first byte of the tensors in the file; table: how a GPU packs them, if it
+    does."""
 
     shape: AdapterShape
     num_pages: int
@@ -40,6 +44,8 @@ class KnownLayout:
     target_modules: list[str]
     invocation_tokens: tuple[int, ...] | None
     shares: list[bytes] = field(default_factory=list)
+    begin: int = 0
+    table: PackTable | None = None
 
     @classmethod
     def of(cls, adapter: Adapter, shape: AdapterShape, num_pages: int) -> "KnownLayout":
@@ -54,8 +60,10 @@ class KnownLayouts:
     """The layouts that the loader of one engine knows: base model, limits and page size are the same for all.
     Thread-safe."""
 
-    def __init__(self, share_out: ShareOut):
+    def __init__(self, share_out: ShareOut, on_gpu: torch.dtype | None = None):
+        """on_gpu: the dtype of the pages, if a GPU may pack."""
         self._share_out = share_out
+        self._on_gpu = on_gpu
         self._known: OrderedDict[str, KnownLayout] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -70,12 +78,16 @@ class KnownLayouts:
     def learn(self, key: str, layout: KnownLayout, path: Path, adapter: Adapter, jobs: Sequence[PackJob]) -> None:
         """Keep what a fetch has found out, if that is all there is to know. jobs: all that it has packed, over
         memory that holds the numbers of the file `path`."""
-        weights = _weights(path, jobs) if all(isinstance(block, LowRank) for block in adapter.blocks) else None
-        shares = self._share_out(weights) if weights is not None else []
-        if not shares:
+        if not all(isinstance(block, LowRank) for block in adapter.blocks):
             return
+        begin, end = tensor_bytes(path)
+        weights = _weights(path, jobs, begin, end)
+        shares = self._share_out(weights) if weights is not None else []
+        if not shares or weights is None:
+            return
+        table = pack_table(weights, begin, end, self._on_gpu) if self._on_gpu is not None else None
         with self._lock:
-            self._known[key] = replace(layout, shares=shares)
+            self._known[key] = replace(layout, shares=shares, begin=begin, table=table)
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
 
@@ -98,11 +110,16 @@ def alike(files: AdapterFiles, weights: BinaryIO) -> str | None:
     return digest.hexdigest()
 
 
-def _weights(path: Path, jobs: Sequence[PackJob]) -> list[FileWeight] | None:
+def tensor_bytes(path: Path) -> tuple[int, int]:
+    """Where the tensors of a safetensors file begin and end."""
+    with open_regular(path) as file:
+        return 8 + int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+
+
+def _weights(path: Path, jobs: Sequence[PackJob], begin: int, end: int) -> list[FileWeight] | None:
     """The tensors of the file and the jobs over each. None: some job's numbers are not as they lie in the file."""
     with SafetensorsFile(path) as file:
         tensors = sorted(file.tensors.values(), key=lambda info: info.start)
-        begin, end = tensors[0].start, os.path.getsize(path)
     starts = [info.start for info in tensors]
     found: dict[int, list[PlacedJob]] = {}
     for job in jobs:

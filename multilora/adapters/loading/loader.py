@@ -18,6 +18,7 @@ import torch
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
 from multilora.adapters.loading.known_layouts import KnownLayout, KnownLayouts, alike
+from multilora.adapters.pack_table import PackTable
 from multilora.adapters.packing.blocks import Blocks, PackTarget, WriteJobs, pack
 from multilora.adapters.packing.cut import cut
 from multilora.adapters.packing.pack_jobs import PackJob, write_jobs
@@ -29,6 +30,7 @@ from multilora.adapters.sources.files import find_files, open_regular
 from multilora.adapters.sources.fingerprint import fingerprint, identity
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
+from multilora.kernels.integers import cdiv
 from multilora.lora.panels import AdapterShape
 from multilora.tracing import SpanRecord, span_below
 
@@ -51,6 +53,7 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
     target_modules: list[str] = []
     fingerprint: str = ""
     invocation_tokens: tuple[int, ...] | None = None  # see `Adapter`
+    table: PackTable | None = None  # the buffer holds the bytes of the file, and this is how a GPU packs them
     kind: str = ""
     message: str = ""
     span: SpanRecord | None = None  # of the fetch, if the job has a traceparent
@@ -68,12 +71,14 @@ def unavailable(version: int, message: str) -> Fetched:
 
 @dataclass(frozen=True)
 class FetchContext:
-    """What every fetch of one engine shares. roots: --lora-root."""
+    """What every fetch of one engine shares. roots: --lora-root; on_gpu: adapters may come as their files have them,
+    and the engine's GPU packs them."""
 
     base: BaseModel
     target: PackTarget
     limits: AdapterLimits
     roots: tuple[str, ...] = ()
+    on_gpu: bool = False
 
 
 class Loader(Protocol):
@@ -102,11 +107,13 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Shortcut:
-    """How adapters of a known layout are fetched. load: (shares, dtype, descriptor of the file) → whether all of it
-    lies now in the pages that were allocated last; later: what is left to do once the adapter is handed over."""
+    """How adapters of a known layout are fetched. load: see `packers.Packers.load`, into what was allocated last;
+    stage: an `Allocate` in the staging memory, or None where there is no room; later: what is left to do once the
+    adapter is handed over."""
 
     layouts: KnownLayouts
-    load: Callable[[Sequence[bytes], torch.dtype, int], bool]
+    load: Callable[[Sequence[bytes], torch.dtype, int, int | None], bool]
+    stage: Callable[[int, int], torch.Tensor | None] = lambda _pages, _page_bytes: None
     later: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -180,10 +187,10 @@ def _fetch(
             key = alike(files, file) if shortcut is not None else None
             layout = shortcut.layouts.get(key) if shortcut is not None else None
             if shortcut is not None and layout is not None:
-                buffer, mark = _load_known(layout, file, directory, job, context, allocate, readers, shortcut)
+                found = _load_known(layout, file, directory, job, context, allocate, readers, shortcut)
                 check_unchanged(directory, before)
-                if buffer is not None:
-                    return _fetched(job, layout, mark), buffer
+                if found is not None:
+                    return found
         adapter = _read(directory, context, readers)
         buffer, shape, jobs = _pack(adapter, job, context, allocate, write)
         layout = KnownLayout.of(adapter, shape, len(buffer))
@@ -205,15 +212,20 @@ def _load_known(
     allocate: "Allocate",
     readers: ReaderPool,
     shortcut: Shortcut,
-) -> tuple[torch.Tensor | None, str]:
-    """The pages and the fingerprint. No pages: something kept the shortcut from being taken."""
+) -> tuple[Fetched, torch.Tensor] | None:
+    """The result, and the pages or, for a GPU to pack, the bytes of the file. None: the shortcut cannot be taken."""
+    table, page_bytes = layout.table, context.target.page_bytes
+    _check_room(layout.num_pages * page_bytes, job)
     with contextlib.ExitStack() as stack:
         digest = readers.start(lambda: fingerprint(directory, readers))
         stack.callback(lambda: digest.cancel() or wait([digest]))
-        buffer = _allocate(layout.num_pages, job, context, allocate)
+        buffer = shortcut.stage(cdiv(table.nbytes, page_bytes), page_bytes) if table is not None else None
+        begin = layout.begin if buffer is not None else None
+        if buffer is None:
+            buffer, table = allocate(layout.num_pages, page_bytes), None
         with _named(job):
-            done = shortcut.load(layout.shares, context.target.dtype, file.fileno())
-        return buffer if done else None, digest.result()
+            done = shortcut.load(layout.shares, context.target.dtype, file.fileno(), begin)
+        return (_fetched(job, layout, digest.result(), table), buffer) if done else None
 
 
 def _pack(
@@ -224,20 +236,20 @@ def _pack(
     ranks = [Blocks.of(cut(adapter, context.base.sites, rank, target.ranks)) for rank in range(target.ranks)]
     shape = ranks[0].shape(target.sites)
     layout = target.layout(shape)
-    buffer = _allocate(target.ranks * layout.num_pages, job, context, allocate)
+    num_pages = target.ranks * layout.num_pages
+    _check_room(num_pages * target.page_bytes, job)
+    buffer = allocate(num_pages, target.page_bytes)
     with _named(job):
         return buffer, shape, pack(ranks, target, layout, buffer, write)
 
 
-def _allocate(num_pages: int, job: FetchJob, context: FetchContext, allocate: "Allocate") -> torch.Tensor:
-    """uint8 [num_pages, page_bytes], all zero. Raises AdapterIncompatible if that is more than is allowed."""
-    nbytes = num_pages * context.target.page_bytes
+def _check_room(nbytes: int, job: FetchJob) -> None:
+    """Raise AdapterIncompatible for an adapter that takes more bytes than it may."""
     if job.max_bytes is not None and nbytes > job.max_bytes:
         raise AdapterIncompatible(
             f"incompatible: {job.path} takes {nbytes} bytes, over the limit of {job.max_bytes}: the smallest of "
             "the arena, --lora-host-bytes and --lora-device-bytes"
         )
-    return allocate(num_pages, context.target.page_bytes)
 
 
 @contextlib.contextmanager
@@ -249,7 +261,7 @@ def _named(job: FetchJob) -> Iterator[None]:
         raise AdapterInvalid(f"{job.path}: {e.message}") from None
 
 
-def _fetched(job: FetchJob, layout: KnownLayout, mark: str) -> Fetched:
+def _fetched(job: FetchJob, layout: KnownLayout, mark: str, table: PackTable | None = None) -> Fetched:
     return Fetched(
         version=job.version,
         shape=layout.shape,
@@ -257,6 +269,7 @@ def _fetched(job: FetchJob, layout: KnownLayout, mark: str) -> Fetched:
         target_modules=layout.target_modules,
         fingerprint=mark,
         invocation_tokens=layout.invocation_tokens,
+        table=table,
     )
 
 

@@ -34,6 +34,7 @@ class StartLoader(msgspec.Struct, frozen=True):
     roots: tuple[str, ...]
     staging: int | None
     staging_in_use: bool
+    on_gpu: bool
 
 
 class Order(msgspec.Struct, frozen=True, omit_defaults=True):

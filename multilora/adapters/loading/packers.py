@@ -24,18 +24,17 @@ import torch
 from multilora.adapters.host.shared_buffers import SharedBuffer
 from multilora.adapters.loading.packing_process import (
     LENGTH_BYTES,
-    FileWeight,
     Load,
     Pack,
     PackingAnswer,
     PackingOrder,
     PackingProcess,
-    PlacedJob,
     Read,
     encode_share,
     exactly,
 )
 from multilora.adapters.packing.pack_jobs import PackJob, write_jobs
+from multilora.adapters.packing.placed_jobs import FileWeight, PlacedJob
 from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
 from multilora.memory.first_fit import FirstFit
@@ -146,12 +145,19 @@ class Packers:
         count = len(self._packers)
         return [encode_share(share) for share in _evenly(weights, count, lambda weight: weight.nbytes)]
 
-    def load(self, shares: Sequence[bytes], dtype: torch.dtype, fd: int, where: SharedBuffer) -> bool:
-        """Read what `shares` say from the file and pack it into the pages in `where`. False: something of it is not
-        in the page cache, or the processes are gone; what was written is what another attempt would write. Raises
-        AdapterInvalid."""
+    def load(
+        self,
+        shares: Sequence[bytes],
+        dtype: torch.dtype,
+        fd: int,
+        where: SharedBuffer,
+        begin: int | None = None,
+    ) -> bool:
+        """Read what `shares` say from the file and pack it into the pages in `where`; with `begin`, check it and
+        leave it there as it is, that byte of the file first. False: something of it is not in the page cache, or the
+        processes are gone; then what was written is of no use. Raises AdapterInvalid."""
         start, fds = (where.start, [fd]) if where.fd is None else (None, [fd, where.fd])
-        answers = self._order([Load(_name(dtype), share, start) for share in shares], fds)
+        answers = self._order([Load(_name(dtype), share, start, begin) for share in shares], fds)
         return _checked(answers) and not any(answer.left for answer in answers or ())
 
     def close(self) -> None:

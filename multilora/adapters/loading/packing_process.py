@@ -16,46 +16,13 @@ import torch
 
 from multilora.adapters.host.mapping import lies_in_memory
 from multilora.adapters.host.shared_buffers import prefault_write
-from multilora.adapters.packing.pack_jobs import PackJob, Put, Span, write_job, write_part
+from multilora.adapters.packing.pack_jobs import Put, check_job, write_job, write_part
+from multilora.adapters.packing.placed_jobs import FileWeight, PlacedJob
 from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
 
 POPULATED_BYTES = 256 << 20  # of the region, touched at the start: room for three rank-16 adapters of an 8B model
 LENGTH_BYTES = 8
-
-
-class PlacedJob(msgspec.Struct, array_like=True, frozen=True):
-    """A `PackJob` over memory that the other end has. start: in bytes; shape, strides: in elements."""
-
-    name: str
-    start: int
-    dtype: str
-    shape: tuple[int, int]
-    strides: tuple[int, int]
-    scaling: float
-    spans: tuple[Span, ...]
-
-    @classmethod
-    def of(cls, job: PackJob, start: int) -> "PlacedJob":
-        """The job, with its weight at byte `start`."""
-        weight = job.weight
-        dtype, strides = str(weight.dtype).removeprefix("torch."), weight.stride()
-        shape = weight.shape[0], weight.shape[1]
-        return cls(job.name, start, dtype, shape, (strides[0], strides[1]), job.scaling, job.spans)
-
-    def within(self, memory: mmap.mmap | bytearray) -> PackJob:
-        """The job itself, over `memory`."""
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        flat = torch.frombuffer(memory, dtype=getattr(torch, self.dtype), count=extent, offset=self.start)
-        return PackJob(self.name, flat.as_strided(self.shape, self.strides), self.scaling, self.spans)
-
-
-class FileWeight(msgspec.Struct, array_like=True, frozen=True):
-    """Bytes of a file, and what is packed from them: starts of jobs count from the first of these bytes."""
-
-    start: int
-    nbytes: int
-    jobs: list[PlacedJob]
 
 
 class Pack(msgspec.Struct, array_like=True, frozen=True, tag=True):
@@ -74,11 +41,13 @@ class Read(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 class Load(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """An order to read weights of the file whose descriptor comes along and to pack each at once. share: of
-    `encode_share`; start: as of `Pack`, whose file comes second."""
+    `encode_share`; start: as of `Pack`, whose file comes second. begin: they are checked only and stay as they are,
+    for a GPU to pack them; this byte of the file goes to `start`."""
 
     dtype: str
     share: bytes
     start: int | None
+    begin: int | None = None
 
 
 PackingOrder = Pack | Read | Load
@@ -134,6 +103,8 @@ class PackingProcess:
             view = memoryview(self._region)
             left = [s for s in order.slabs if not read_cached(fds[0], s[0], view[s[1] : s[1] + s[2]])]
             return PackingAnswer(left=left)
+        if isinstance(order, Load) and order.begin is not None:
+            return self._stage(order, order.begin, fds[0])
         if order.start is not None:
             assert self._staging is not None
             return self._fill(
@@ -172,6 +143,21 @@ class PackingProcess:
                 return PackingAnswer(left=[(weight.start, 0, weight.nbytes)])
             for job in weight.jobs:
                 write_job(job.within(self._weight), dtype, put)
+        return PackingAnswer()
+
+    def _stage(self, order: Load, begin: int, fd: int) -> PackingAnswer:
+        """Read and check weights, as `_load` reads and packs them."""
+        assert self._staging is not None and order.start is not None
+        memory, dtype = memoryview(self._staging), getattr(torch, order.dtype)
+        for weight in _decode_share(order.share):
+            at = order.start + weight.start - begin
+            if not read_cached(fd, weight.start, memory[at : at + weight.nbytes]):
+                return PackingAnswer(left=[(weight.start, 0, weight.nbytes)])
+            try:
+                for job in weight.jobs:
+                    check_job(job.within(self._staging, at), dtype)
+            except AdapterInvalid as e:
+                return PackingAnswer(e.message)
         return PackingAnswer()
 
 

@@ -105,6 +105,7 @@ class ProcessLoader:
             context.roots,
             staging,
             not self._has_staging,
+            context.on_gpu,
         )
 
     def _spawn(self, connection: int) -> ChildProcess:
@@ -281,7 +282,7 @@ def serve(connection: socket.socket) -> None:
     """Answer jobs until the engine closes its end. A fetch that is still running then has its answer dropped."""
     start = msgspec.msgpack.decode(connection.recv(MAX_MESSAGE), type=StartLoader)
     target = PackTarget.of(start.base.sites, getattr(torch, start.dtype), start.page_bytes, start.ranks)
-    context = FetchContext(start.base, target, start.limits, start.roots)
+    context = FetchContext(start.base, target, start.limits, start.roots, start.on_gpu)
     cores = spare_cores(MAX_PACKERS)
     gc.collect()
     gc.freeze()  # what exists now stays; scanning it would take as long as half an adapter
@@ -319,7 +320,7 @@ class _FetchServer:
         self._packers = packers
         self._buffers = buffers
         self._readers = ReaderPool(spare_cores(MAX_READERS), packers.memory, packers.read)
-        self._layouts = KnownLayouts(packers.shares)
+        self._layouts = KnownLayouts(packers.shares, context.target.dtype if context.on_gpu else None)
         self._sending = threading.Lock()
 
     def answer(self, job: FetchJob) -> None:
@@ -335,10 +336,14 @@ class _FetchServer:
         def write(pack_jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor) -> None:
             self._packers.write(pack_jobs, dtype, out, taken[0])
 
-        def load(shares: Sequence[bytes], dtype: torch.dtype, fd: int) -> bool:
-            return self._packers.load(shares, dtype, fd, taken[0])
+        def stage(num_pages: int, page_bytes: int) -> torch.Tensor | None:
+            taken.extend(part for part in (self._buffers.take_staged(num_pages * page_bytes),) if part is not None)
+            return taken[0].tensor().view(num_pages, page_bytes) if taken else None
 
-        shortcut = Shortcut(self._layouts, load)
+        def load(shares: Sequence[bytes], dtype: torch.dtype, fd: int, begin: int | None) -> bool:
+            return self._packers.load(shares, dtype, fd, taken[0], begin)
+
+        shortcut = Shortcut(self._layouts, load, stage)
         try:
             result, buffer = fetch(job, self._context, allocate, self._readers, write, shortcut)
         except Exception as e:

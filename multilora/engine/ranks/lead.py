@@ -26,6 +26,7 @@ import zmq
 from multilora.adapters.device.copier import Copier, Copy, DirectCopier
 from multilora.adapters.host.staging import Staging
 from multilora.adapters.loading.dora_bias import BaseModule, Delta, Facts, facts_of_one, module_facts
+from multilora.adapters.pack_table import PackTable
 from multilora.config import Config
 from multilora.distributed.group import SINGLE, Group
 from multilora.engine.messages import MemoryTag, Shutdown, UseTokenizer
@@ -356,7 +357,8 @@ class _RankCopier:
         self._ranks = ranks
         self._copier = copier
 
-    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
+    def start_copy(self, buffer: torch.Tensor, pages: list[int], table: PackTable | None = None) -> Copy:
+        assert table is None, "ranks get packed pages"
         own, *others = buffer.split(len(pages))
         in_order = isinstance(self._copier, DirectCopier)
         arrived = self._ranks.send_pages(pages, others, in_order=in_order)

@@ -154,7 +154,7 @@ def test_the_copy_that_is_under_way_keeps_what_it_reads(monkeypatch):
     read = weakref.ref(adapter.host.buffer)
     start_copy = tiers.copier.start_copy
 
-    def meanwhile(buffer, pages):
+    def meanwhile(buffer, pages, table):
         copy = start_copy(buffer, pages)
         adapter.host.buffer = buffer.clone()
         return copy

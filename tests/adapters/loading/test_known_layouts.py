@@ -7,7 +7,7 @@ import json
 import mmap
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,14 @@ class Loading:
             taken.append(self.buffers.take(num_pages * page_bytes))
             return taken[0].tensor().view(num_pages, page_bytes)
 
-        shortcut = Shortcut(self.layouts, lambda shares, dtype, fd: self.packers.load(shares, dtype, fd, taken[0]))
+        def stage(num_pages: int, page_bytes: int) -> torch.Tensor | None:
+            taken.extend(part for part in (self.buffers.take_staged(num_pages * page_bytes),) if part is not None)
+            return taken[0].tensor().view(num_pages, page_bytes) if taken else None
+
+        def load(shares: Sequence[bytes], dtype: torch.dtype, fd: int, begin: int | None) -> bool:
+            return self.packers.load(shares, dtype, fd, taken[0], begin)
+
+        shortcut = Shortcut(self.layouts, load, stage)
         result, pages = fetch(
             FetchJob(1, path, **job),
             self.context,

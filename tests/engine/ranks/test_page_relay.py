@@ -35,7 +35,7 @@ class ThreadCopier:
     def __init__(self, arena: torch.Tensor, held: threading.Event | None = None):
         self._direct, self._held = DirectCopier(arena), held
 
-    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
+    def start_copy(self, buffer: torch.Tensor, pages: list[int], table: None = None) -> Copy:
         done = threading.Event()
 
         def work() -> None:
@@ -158,7 +158,7 @@ def test_both_ends_close_while_something_is_on_its_way(tmp_path: Path) -> None:
 
 def test_what_goes_wrong_is_raised_by_check(tmp_path: Path) -> None:
     class Broken:
-        def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> Copy:
+        def start_copy(self, buffer: torch.Tensor, pages: list[int], table: None = None) -> Copy:
             raise RuntimeError("the device is lost")
 
         def close(self) -> None: ...

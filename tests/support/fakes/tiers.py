@@ -146,7 +146,7 @@ class FakeCopier:
         self.started = 0
         self._arena = arena
 
-    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> FakeCopy:
+    def start_copy(self, buffer: torch.Tensor, pages: list[int], table: None = None) -> FakeCopy:
         self.started += 1
         self._arena[pages] = BEING_COPIED
         return FakeCopy(self._arena, buffer, pages, self.delay())
@@ -164,7 +164,7 @@ class TimedCopier:
         self._now = now
         self._free_at = 0.0
 
-    def start_copy(self, buffer: torch.Tensor, pages: list[int]) -> "TimedCopy":
+    def start_copy(self, buffer: torch.Tensor, pages: list[int], table: None = None) -> "TimedCopy":
         self.started += 1
         self._free_at = max(self._free_at, self._now()) + self.seconds
         return TimedCopy(FakeCopy(self._arena, buffer, pages, 0), self._free_at, self._now)

@@ -1,0 +1,91 @@
+"""Packing jobs as a table: what it says is what `write_jobs` does.
+
+Covers `pack_table.py` too.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from multilora.adapters import pack_table as constants
+from multilora.adapters.pack_table import PackTable
+from multilora.adapters.packing import placed_jobs
+from multilora.adapters.packing.pack_jobs import PackJob, Span, write_jobs
+from multilora.adapters.packing.placed_jobs import FileWeight, PlacedJob, pack_table
+
+PAGE = 4096
+PAGES = 16
+BEGIN = 104
+
+
+def adapter(stored: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, list[FileWeight], list[PackJob]]:
+    """The numbers of a file, and jobs over them: A and a transposed B of rank 12, in stretches that do not touch, and
+    a part of a matrix, as a rank of two has it."""
+    g = torch.Generator().manual_seed(seed)
+    a, b, cut = (torch.randn(n, m, generator=g).to(stored) for n, m in ((12, 70), (100, 12), (8, 64)))
+    file = torch.cat([x.flatten() for x in (a, b, cut)])
+    starts = [0, a.numel(), a.numel() + b.numel()]
+    jobs = [
+        PackJob("a", a, 1.0, (Span(0, 8, 0, 70, 0), Span(8, 4, 0, 70, PAGE))),
+        PackJob("b", b.T, 1.7, (Span(0, 12, 0, 64, 2 * PAGE), Span(0, 12, 64, 36, 5 * PAGE + 640))),
+        PackJob("cut", cut[:, 32:], -0.3, (Span(0, 8, 0, 32, 7 * PAGE),)),
+    ]
+    weights = [
+        FileWeight(BEGIN + 2 * start, 2 * x.numel(), [PlacedJob.of(job, 64 if job.name == "cut" else 0)])
+        for start, x, job in zip(starts, (a, b, cut), jobs, strict=True)
+    ]
+    return file, weights, jobs
+
+
+def packed(jobs: list[PackJob], dtype: torch.dtype) -> torch.Tensor:
+    pages = torch.zeros(PAGES, PAGE, dtype=torch.uint8)
+    write_jobs(jobs, dtype, pages)
+    return pages
+
+
+def apply(table: PackTable, file: torch.Tensor, pages: torch.Tensor) -> None:
+    """As the table says, by definition, into pages in order."""
+    rows = np.frombuffer(table.rows, np.int64).reshape(-1, constants.TABLE_WORDS).tolist()
+    out = pages.view(getattr(torch, table.dtype)).view(-1)
+    for first, nbytes, row, count in table.parts:
+        part = file[first // 2 : (first + nbytes) // 2]
+        for source, step, column, height, width, at, scaling, padded in rows[row : row + count]:
+            numbers = part.as_strided((height, width), (step, column), part.storage_offset() + source)
+            scale = torch.tensor(scaling, dtype=torch.int32).view(torch.float32)
+            target = out[at : at + padded * width].view(padded, width)
+            target[:height] = (numbers.float() * scale).to(target.dtype)
+            target[height:] = 0
+
+
+@pytest.mark.parametrize("part_bytes", [constants.PART_BYTES, 3000])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_says_what_write_jobs_does(
+    stored: torch.dtype, dtype: torch.dtype, part_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placed_jobs, "PART_BYTES", part_bytes)
+    file, weights, jobs = adapter(stored)
+    table = pack_table(weights, BEGIN, BEGIN + 2 * len(file), dtype)
+    assert len(table.parts) == (1 if part_bytes > 3000 else 3) and table.nbytes == 2 * len(file)
+    assert sum(nbytes for _, nbytes, _, _ in table.parts) == table.nbytes
+    pages = torch.zeros(PAGES, PAGE, dtype=torch.uint8)
+    pages[:9] = 0xAA  # what was there before
+    expected = packed(jobs, dtype)
+    apply(table, file, pages)
+    untouched = (pages == 0xAA) & (expected == 0)
+    assert torch.equal(torch.where(untouched, 0, pages), expected)
+    assert not bool(untouched[1].view(-1)[: 8 * 70 * 2].any()), "rows that nobody trained are zero"
+
+
+def test_where_no_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    file, weights, _ = adapter(torch.bfloat16)
+    end = BEGIN + 2 * len(file)
+    assert pack_table(weights, BEGIN, end, torch.float32) is None
+    wide = [FileWeight(w.start, w.nbytes, [PlacedJob.of(PackJob("a", torch.zeros(2, 2), 1.0, ()), 0)]) for w in weights]
+    assert pack_table(wide, BEGIN, end, torch.bfloat16) is None
+    assert pack_table([weights[0], wide[1]], BEGIN, end, torch.bfloat16) is None
+    monkeypatch.setattr(placed_jobs, "TABLE_BYTES", 4 * 64)
+    assert pack_table(weights, BEGIN, end, torch.bfloat16) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(placed_jobs, "PART_BYTES", 2000)
+    assert pack_table(weights, BEGIN, end, torch.bfloat16) is None
