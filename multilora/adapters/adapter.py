@@ -93,8 +93,18 @@ class AdapterLimits:
 
 
 @dataclass(frozen=True)
+class StoredLayout:
+    """What adapters that are alike have in common. key: a digest of config and header, as they were read; tensors:
+    start and bytes of each in the file, in order, one behind the other."""
+
+    key: str
+    tensors: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """All blocks of one adapter. `fingerprint` changes with what the files hold (see `sources/fingerprint`).
+    """All blocks of one adapter. `fingerprint` changes with what the files hold (see `sources/fingerprint`). stored:
+    config and header alone decide what the blocks are; None: the numbers, too, or there are several files.
 
     invocation_tokens: with activated LoRA, the adapter acts from the last occurrence of this sequence in the prompt
     on; None: it always acts.
@@ -103,6 +113,7 @@ class Adapter:
     blocks: tuple[Block, ...]
     fingerprint: str
     invocation_tokens: tuple[int, ...] | None = None
+    stored: StoredLayout | None = None
 
     @property
     def rank(self) -> int:

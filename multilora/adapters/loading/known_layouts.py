@@ -2,34 +2,29 @@
 only; the next ones go from their file to their pages in one order.
 
 To sort and check the 448 tensors of a rank-16 adapter of an 8B model takes Python longer than to read and pack their
-84 MB takes eight processes. Alike means: the same bytes in the config, the same header, a file of the same size; then
-nothing but the numbers differs, and those are checked as ever. What is written is low-rank weights as they lie in one
-file: whatever needs more than that (DoRA, biases, replaced modules, tables) is worked out each time. Called by
-`loader.py`.
+84 MB takes eight processes. What alike means is in `peft/stored_layout.py`; that numbers are finite is checked as
+ever. It holds for low-rank weights that are packed as they lie in one file, all of it: whatever needs more than that
+(DoRA, biases, replaced modules, tables) is worked out each time. Called by `loader.py`.
 """
 
-import hashlib
-import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import BinaryIO
+from time import monotonic
 
 import torch
 
-from multilora.adapters.adapter import Adapter, LowRank
+from multilora.adapters.adapter import Adapter, StoredLayout
 from multilora.adapters.pack_table import PackTable
 from multilora.adapters.packing.pack_jobs import PackJob
 from multilora.adapters.packing.placed_jobs import FileWeight, PlacedJob, pack_table
-from multilora.adapters.peft.safetensors_file import KNOWN_HEADER_BYTES, SafetensorsFile
-from multilora.adapters.sources.files import MAX_CONFIG_BYTES, AdapterFiles, open_regular
 from multilora.lora.panels import AdapterShape
 
 KEPT = 32
 """Layouts; one takes some 100 KB."""
+MISS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -65,62 +60,47 @@ class KnownLayouts:
         self._share_out = share_out
         self._on_gpu = on_gpu
         self._known: OrderedDict[str, KnownLayout] = OrderedDict()
+        self._missed: dict[str, float] = {}  # key → until when it is not learned again
         self._lock = threading.Lock()
 
     def get(self, key: str | None) -> KnownLayout | None:
-        """The layout of adapters for which `alike` gives this key; None: it is not known."""
+        """The layout of adapters of this key (see `peft/stored_layout.py`); None: it is not known."""
         with self._lock:
             if key is None or key not in self._known:
                 return None
             self._known.move_to_end(key)
             return self._known[key]
 
-    def learn(self, key: str, layout: KnownLayout, path: Path, adapter: Adapter, jobs: Sequence[PackJob]) -> None:
-        """Keep what a fetch has found out, if that is all there is to know. jobs: all that it has packed, over
-        memory that holds the numbers of the file `path`."""
-        if not all(isinstance(block, LowRank) for block in adapter.blocks):
-            return
-        begin, end = tensor_bytes(path)
-        weights = _weights(path, jobs, begin, end)
+    def learn(self, layout: KnownLayout, adapter: Adapter, jobs: Sequence[PackJob]) -> None:
+        """Keep what a fetch has found out, if that is all there is to know. jobs: all that it has packed."""
+        stored = adapter.stored
+        weights = _weights(stored, jobs) if stored is not None else None
         shares = self._share_out(weights) if weights is not None else []
-        if not shares or weights is None:
+        if stored is None or weights is None or not shares:
             return
+        begin, end = stored.tensors[0][0], sum(stored.tensors[-1])
         table = pack_table(weights, begin, end, self._on_gpu) if self._on_gpu is not None else None
         with self._lock:
-            self._known[key] = replace(layout, shares=shares, begin=begin, table=table)
+            if monotonic() < self._missed.get(stored.key, 0.0):
+                return
+            self._known[stored.key] = replace(layout, shares=shares, begin=begin, table=table)
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
 
-
-def alike(files: AdapterFiles, weights: BinaryIO) -> str | None:
-    """What adapters that are alike have in common, from their config and the header of their one file, open at its
-    beginning. None: they are in shards, or too long to be known."""
-    if len(files.weights) != 1 or files.index is not None:
-        return None
-    size = os.fstat(weights.fileno()).st_size
-    length = weights.read(8)
-    header = int.from_bytes(length, "little")
-    with open_regular(files.config) as config:
-        fields = config.read(MAX_CONFIG_BYTES + 1)
-    if header > KNOWN_HEADER_BYTES or len(fields) > MAX_CONFIG_BYTES:
-        return None
-    digest = hashlib.sha256(f"{size} {len(fields)} ".encode())
-    for part in (length, fields, weights.read(header)):
-        digest.update(part)
-    return digest.hexdigest()
+    def forget(self, key: str) -> None:
+        """Those that are alike could not be fetched in one order, and for a while this is not tried again: their
+        storage may never be in the page cache."""
+        now = monotonic()
+        with self._lock:
+            self._known.pop(key, None)
+            self._missed = {k: until for k, until in self._missed.items() if until > now} | {key: now + MISS_SECONDS}
 
 
-def tensor_bytes(path: Path) -> tuple[int, int]:
-    """Where the tensors of a safetensors file begin and end."""
-    with open_regular(path) as file:
-        return 8 + int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
-
-
-def _weights(path: Path, jobs: Sequence[PackJob], begin: int, end: int) -> list[FileWeight] | None:
-    """The tensors of the file and the jobs over each. None: some job's numbers are not as they lie in the file."""
-    with SafetensorsFile(path) as file:
-        tensors = sorted(file.tensors.values(), key=lambda info: info.start)
-    starts = [info.start for info in tensors]
+def _weights(stored: StoredLayout, jobs: Sequence[PackJob]) -> list[FileWeight] | None:
+    """The tensors of the file and the jobs over each, of which each must have some: others might have a say. None:
+    not all of it is packed as it lies in the file."""
+    starts = [start for start, _ in stored.tensors]
+    begin, end = starts[0], sum(stored.tensors[-1])
     found: dict[int, list[PlacedJob]] = {}
     for job in jobs:
         storage = job.weight.untyped_storage()
@@ -129,7 +109,9 @@ def _weights(path: Path, jobs: Sequence[PackJob], begin: int, end: int) -> list[
         at = begin + job.weight.data_ptr() - storage.data_ptr()
         i = bisect_right(starts, at) - 1
         last = sum((n - 1) * step for n, step in zip(job.weight.shape, job.weight.stride(), strict=True))
-        if at + (last + 1) * job.weight.itemsize > starts[i] + tensors[i].nbytes:
+        if at + (last + 1) * job.weight.itemsize > sum(stored.tensors[i]):
             return None
         found.setdefault(i, []).append(PlacedJob.of(job, at - starts[i]))
-    return [FileWeight(starts[i], tensors[i].nbytes, placed) for i, placed in sorted(found.items())]
+    if len(found) != len(starts):
+        return None
+    return [FileWeight(*stored.tensors[i], placed) for i, placed in sorted(found.items())]

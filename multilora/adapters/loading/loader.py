@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from multilora.adapters.adapter import Adapter, AdapterLimits
-from multilora.adapters.loading.known_layouts import KnownLayout, KnownLayouts, alike
+from multilora.adapters.loading.known_layouts import KnownLayout, KnownLayouts
 from multilora.adapters.pack_table import PackTable
 from multilora.adapters.packing.blocks import Blocks, PackTarget, WriteJobs, pack
 from multilora.adapters.packing.cut import cut
@@ -25,8 +25,9 @@ from multilora.adapters.packing.pack_jobs import PackJob, write_jobs
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.checkpoint import check_unchanged, read_adapter
 from multilora.adapters.peft.safetensors_file import MAX_HEADER_BYTES
+from multilora.adapters.peft.stored_layout import read_key
 from multilora.adapters.sources import DirectorySource
-from multilora.adapters.sources.files import find_files, open_regular
+from multilora.adapters.sources.files import find_files, open_regular, read_json
 from multilora.adapters.sources.fingerprint import fingerprint, identity
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
@@ -182,25 +183,48 @@ def _fetch(
 ) -> tuple[Fetched, torch.Tensor | None]:
     try:
         directory = _directory(job, context)
-        before, files = identity(directory), find_files(directory)
-        with open_regular(files.weights[0]) as file:
-            key = alike(files, file) if shortcut is not None else None
-            layout = shortcut.layouts.get(key) if shortcut is not None else None
-            if shortcut is not None and layout is not None:
-                found = _load_known(layout, file, directory, job, context, allocate, readers, shortcut)
-                check_unchanged(directory, before)
-                if found is not None:
-                    return found
+        found = _fetch_known(directory, job, context, allocate, readers, shortcut) if shortcut is not None else None
+        if found is not None:
+            return found
         adapter = _read(directory, context, readers)
         buffer, shape, jobs = _pack(adapter, job, context, allocate, write)
         layout = KnownLayout.of(adapter, shape, len(buffer))
-        if shortcut is not None and key is not None and identity(directory) == before:
-            shortcut.later.append(partial(shortcut.layouts.learn, key, layout, files.weights[0], adapter, jobs))
+        if shortcut is not None:
+            shortcut.later.append(partial(shortcut.layouts.learn, layout, adapter, jobs))
     except MultiloraError as e:
         return Fetched(version=job.version, kind=e.kind, message=e.message), None
     except (OSError, MemoryError) as e:
         return unavailable(job.version, f"{job.path}: {str(e) or 'out of memory'}"), None
     return _fetched(job, layout, adapter.fingerprint), buffer
+
+
+def _fetch_known(
+    directory: Path,
+    job: FetchJob,
+    context: FetchContext,
+    allocate: "Allocate",
+    readers: ReaderPool,
+    shortcut: Shortcut,
+) -> tuple[Fetched, torch.Tensor] | None:
+    """The adapter by the shortcut. None: its layout is not known, or the shortcut cannot be taken."""
+    before, files = identity(directory), find_files(directory)
+    if files.index is not None:
+        return None
+    with open_regular(files.weights[0]) as file:
+        key = read_key(read_json(files.config), file)
+        layout = shortcut.layouts.get(key)
+        if key is None or layout is None:
+            return None
+        try:
+            found = _load_known(layout, file, directory, job, context, allocate, readers, shortcut)
+        except AdapterInvalid:
+            check_unchanged(directory, before)
+            raise
+    if found is None:
+        shortcut.layouts.forget(key)
+    else:
+        check_unchanged(directory, before)
+    return found
 
 
 def _load_known(

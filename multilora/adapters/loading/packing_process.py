@@ -22,6 +22,7 @@ from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
 
 POPULATED_BYTES = 256 << 20  # of the region, touched at the start: room for three rank-16 adapters of an 8B model
+KEPT_BYTES = 8 << 20  # of memory for a weight, from one adapter to the next
 LENGTH_BYTES = 8
 
 
@@ -143,6 +144,8 @@ class PackingProcess:
                 return PackingAnswer(left=[(weight.start, 0, weight.nbytes)])
             for job in weight.jobs:
                 write_job(job.within(self._weight), dtype, put)
+        if len(self._weight) > KEPT_BYTES:
+            self._weight = bytearray()
         return PackingAnswer()
 
     def _stage(self, order: Load, begin: int, fd: int) -> PackingAnswer:

@@ -18,7 +18,8 @@ from multilora.adapters.peft import experts
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.config import PeftConfig, parse_config
 from multilora.adapters.peft.contents import open_tensors, sort_tensors
-from multilora.adapters.sources.files import find_files, read_json_object, show
+from multilora.adapters.peft.stored_layout import stored_layout
+from multilora.adapters.sources.files import find_files, parse_json_object, read_json, show
 from multilora.adapters.sources.fingerprint import fingerprint, identity
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
@@ -35,7 +36,8 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, reader
     """
     before = identity(directory)
     files = find_files(directory)
-    config = parse_config(read_json_object(files.config), files.config)
+    fields = read_json(files.config)
+    config = parse_config(parse_json_object(fields, files.config.name), files.config)
     with contextlib.ExitStack() as stack:
         contents = sort_tensors(open_tensors(files, stack, readers), config, base)
         with_lora = lora.check(contents)
@@ -54,10 +56,11 @@ def read_adapter(directory: Path, base: BaseModel, limits: AdapterLimits, reader
         blocks += experts.read(of_experts, contents)
         blocks += full_weights.read(others, contents, deltas)
         mark = digest.result()
+        stored = stored_layout(fields, contents.tensors.opened, blocks)
     _check_modules({block.module for block in blocks}, base, limits)
     _check_activated(blocks, config)
     check_unchanged(directory, before)
-    return Adapter(tuple(blocks), mark, config.invocation_tokens)
+    return Adapter(tuple(blocks), mark, config.invocation_tokens, stored)
 
 
 def check_unchanged(directory: Path, before: str) -> None:

@@ -31,6 +31,7 @@ class Tensors:
     """All tensors of one adapter, whether in one file or in shards."""
 
     def __init__(self, files: list[SafetensorsFile]):
+        self.opened = files
         self.files = ", ".join(file.path.name for file in files)  # as messages name them
         self._file_of = {name: file for file in files for name in file.tensors}
 

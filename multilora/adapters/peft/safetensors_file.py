@@ -70,6 +70,8 @@ class SafetensorsFile:
         self._shared: Future[_Shared] | None = None
         self._data: _Shared | None = None  # its result
         self._file = open_regular(path)
+        self.header = b""  # with its length
+        self.size = os.fstat(self._file.fileno()).st_size
         try:
             self.tensors = self._read_header()
         except BaseException:
@@ -151,8 +153,9 @@ class SafetensorsFile:
 
     def _read_header(self) -> dict[str, TensorInfo]:
         name = self.path.name
-        size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._file.read(8), "little")
+        size = self.size
+        prefix = self._file.read(8)
+        length = int.from_bytes(prefix, "little")
         if size < 10 or length > MAX_HEADER_BYTES:
             raise AdapterInvalid(f"{name}: not a safetensors file")
         if 8 + length > size:
@@ -160,6 +163,7 @@ class SafetensorsFile:
                 f"{name}: truncated, or not a safetensors file: a header of {length} bytes is declared"
             )
         data = self._file.read(length)
+        self.header = prefix + data
         known = _known_header if length <= KNOWN_HEADER_BYTES else _known_header.__wrapped__
         return known(data, size, name)
 

@@ -91,13 +91,17 @@ def open_regular(path: Path) -> BinaryIO:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises AdapterInvalid, naming the file, for anything else."""
+    return parse_json_object(read_json(path), path.name)
+
+
+def read_json(path: Path) -> bytes:
+    """The bytes of a small JSON file. Raises AdapterInvalid for one that is too long."""
     limit = MAX_CONFIG_BYTES if path.name == CONFIG_NAME else MAX_JSON_BYTES
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise AdapterInvalid(f"{path.name}: {size} bytes, at most {limit} are read")
-        data = file.read()
-    return parse_json_object(data, path.name)
+        return file.read()
 
 
 def parse_json_object(data: bytes, name: str) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import itertools
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from pack_tables import named, rows_of
 
 from multilora.adapters import pack_table as constants
 from multilora.adapters.device import packing
@@ -53,13 +53,13 @@ def adapter(stored: torch.dtype, dtype: torch.dtype, seed: int = 0) -> tuple[tor
 
 def held(table: PackTable, pages: torch.Tensor, expected: torch.Tensor) -> None:
     """Whatever the table names is as expected, and nothing else has been touched."""
-    rows = np.frombuffer(table.rows, np.int64).reshape(-1, constants.TABLE_WORDS).tolist()
-    named = torch.zeros(pages.numel() // 2, dtype=torch.bool)
-    for *_, width, at, _, padded in rows:
-        named[at : at + padded * width] = True
-    found, wanted = pages.view(torch.int16).view(-1), expected.view(torch.int16).view(-1)
-    assert torch.equal(found[named], wanted[named])
-    assert bool((pages.view(-1).view(-1, 2)[~named] == 0xAA).all())
+    written, found, wanted = (
+        named(table, pages),
+        pages.view(torch.int16).view(-1),
+        expected.view(torch.int16).view(-1),
+    )
+    assert torch.equal(found[written], wanted[written])
+    assert bool((pages.view(-1, 2)[~written] == 0xAA).all())
 
 
 @pytest.mark.parametrize("stored", [pytest.param(x, marks=marks) for x in DTYPES], ids=str)
@@ -69,8 +69,8 @@ def test_the_kernel_packs_as_the_cpu_does(stored: torch.dtype, dtype: torch.dtyp
     places = [11, 3, 4, 0, 9, 7, 8, 1]
     arena = torch.full((12, PAGE), 0xAA, dtype=torch.uint8, device=DEVICE)
     compile_packing(arena, dtype)
-    rows = torch.from_numpy(np.frombuffer(table.rows, np.int64).reshape(-1, constants.TABLE_WORDS).copy())
-    pack(file.to(DEVICE), arena.view(dtype), rows.to(DEVICE), torch.tensor(places, device=DEVICE), 400)
+    rows = torch.tensor(rows_of(table), device=DEVICE)
+    pack(file.to(DEVICE), arena.view(dtype), rows, torch.tensor(places, device=DEVICE), 400)
     held(table, arena[places].cpu(), expected)
     assert bool((arena[[2, 5, 6, 10]] == 0xAA).all())
 
@@ -125,9 +125,7 @@ def test_an_llm_says_the_same_with_what_its_gpu_packs(tmp_path: Path) -> None:
             packed = [a.host.table is not None for a in llm.engine._adapters._versions.values() if a.host is not None]
             assert sum(packed) == (3 if beside else 0), "the first of them is packed by the CPU"
             params = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
-            said.append(
-                [llm.generate(prompts, params, lora_path=names, return_logprob=True) for _ in range(2)]
-            )
+            said.append([llm.generate(prompts, params, lora_path=names, return_logprob=True) for _ in range(2)])
     tokens, logprobs = zip(*(_told(answers) for answers in said), strict=True)
     assert tokens[0] == tokens[1]
     assert torch.equal(logprobs[0], logprobs[1])

@@ -1,31 +1,39 @@
 """Adapters that are alike: fetched in one order, and what comes is what a fetch from scratch has found.
 
-Covers `loading/packing_process.py` too.
+Covers `loading/packing_process.py` and `peft/stored_layout.py` too.
 """
 
 import json
 import mmap
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from fakes.tiers import write_adapter
+from pack_tables import apply
 from safetensors.torch import load_file, save_file
 
-from multilora.adapters.adapter import AdapterLimits
+from multilora.adapters.adapter import AdapterLimits, Full, LowRank
 from multilora.adapters.host.shared_buffers import SharedBuffer, SharedBuffers
 from multilora.adapters.loading import known_layouts, loader, packing_process
 from multilora.adapters.loading.known_layouts import KnownLayouts
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, Shortcut, allocate_private, fetch
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
+from multilora.adapters.packing.pack_jobs import PackJob
 from multilora.adapters.peft.base_model import BaseModel
+from multilora.adapters.peft.safetensors_file import SafetensorsFile
+from multilora.adapters.peft.stored_layout import stored_layout
+from multilora.adapters.sources.files import WEIGHTS_NAME
 from multilora.adapters.thread_pool import ReaderPool
+from multilora.errors import AdapterInvalid
 from multilora.lora.sites import LoraSite, LoraSlice
 
 # on Python 3.12 and later; the loader itself forks before it has threads
@@ -43,13 +51,14 @@ class Loading:
 
     ranks: int = 1
     dtype: torch.dtype = torch.float32
+    on_gpu: bool = False
     staging: mmap.mmap | None = None
     packers: Packers = field(init=False)
 
     def __post_init__(self) -> None:
         self.packers = Packers(3, staging=self.staging, region_bytes=1 << 20)
         self.buffers = SharedBuffers(self.staging)
-        self.layouts = KnownLayouts(self.packers.shares)
+        self.layouts = KnownLayouts(self.packers.shares, self.dtype if self.on_gpu else None)
         self.context = FetchContext(BASE, PackTarget.of(SITES, self.dtype, PAGE, self.ranks), AdapterLimits())
         self._readers = ReaderPool(2, self.packers.memory, self.packers.read)
 
@@ -127,7 +136,7 @@ def test_the_second_comes_in_one_order(
     tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it holds is its own, and so is its mark; only what config and header say is not read again."""
-    loading = Loading(ranks, dtype, mmap.mmap(-1, STAGING))
+    loading = Loading(ranks, dtype, staging=mmap.mmap(-1, STAGING))
     paths = [
         stored_as(write_adapter(tmp_path / str(i), rank=20, layers=LAYERS, width=WIDTH, seed=i), stored)
         for i in range(3)
@@ -189,7 +198,7 @@ def test_what_is_not_in_the_page_cache_is_read_the_long_way(tmp_path: Path, monk
     try:
         for seed in range(3):
             loading.expect(write_adapter(tmp_path / str(seed), layers=LAYERS, width=WIDTH, seed=seed))
-        assert len(loading.layouts._known) == 1
+        assert not loading.layouts._known, "which is not tried again for a while"
         assert loading.all_is_free()
     finally:
         loading.packers.close()
@@ -222,22 +231,111 @@ def test_files_that_change_meanwhile_are_noticed(
     assert loading.all_is_free()
 
 
-def test_a_file_that_was_replaced_teaches_nothing(
+def test_what_is_learned_is_of_the_bytes_that_were_read(
     loading: Loading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else its layout would be taken for that of the header before."""
-    first = write_adapter(tmp_path / "a", rank=8, layers=LAYERS, width=WIDTH)
-    read = loader.read_adapter
+    """Whenever a trainer writes the next adapter: before this one is read, or once it has been answered."""
+    path, other = tmp_path / "a", tmp_path / "other"
+    write_adapter(path, rank=8, layers=LAYERS, width=WIDTH)
+    read, learn = loader.read_adapter, loading.layouts.learn
 
     def replaced(*args: Any) -> Any:
-        write_adapter(tmp_path / "a", rank=16, layers=LAYERS, width=WIDTH)
+        write_adapter(path, rank=16, layers=LAYERS, width=WIDTH)
         return read(*args)
 
+    def learn_late(*args: Any) -> None:
+        write_adapter(path, rank=12, layers=LAYERS, width=WIDTH)
+        learn(*args)
+
     monkeypatch.setattr(loader, "read_adapter", replaced)
-    assert loading.fetch(first)[0].rank == 16
+    monkeypatch.setattr(loading.layouts, "learn", learn_late)
+    assert loading.fetch(str(path))[0].rank == 16
     monkeypatch.undo()
-    assert not loading.layouts._known
-    loading.expect(write_adapter(tmp_path / "a", rank=8, layers=LAYERS, width=WIDTH))
+    assert len(loading.layouts._known) == 1
+    for rank in (8, 12, 16):
+        loading.expect(write_adapter(other, rank=rank, layers=LAYERS, width=WIDTH, seed=rank))
+
+
+def test_a_directory_that_goes_once_it_has_been_read(
+    loading: Loading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, pack = write_adapter(tmp_path / "a", layers=LAYERS, width=WIDTH), loader.pack
+
+    def gone(*args: Any) -> Any:
+        shutil.rmtree(path)
+        return pack(*args)
+
+    monkeypatch.setattr(loader, "pack", gone)
+    assert loading.fetch(path)[0].kind == ""
+
+
+def test_numbers_that_change_meanwhile_are_not_the_adapters_fault(
+    loading: Loading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_adapter(tmp_path / "a", layers=LAYERS, width=WIDTH)
+    loading.expect(path)
+
+    def half_written(*_: Any) -> bool:
+        write_adapter(tmp_path / "a", layers=LAYERS, width=WIDTH, seed=1)
+        raise AdapterInvalid("layer 0 o_proj lora_A: a weight is not finite")
+
+    monkeypatch.setattr(loading.packers, "load", half_written)
+    assert "changed while they were read" in loading.fetch(path)[0].message
+
+
+def test_numbers_may_have_a_say_in_tables_and_in_tensors_that_are_not_used(tmp_path: Path) -> None:
+    a, b = torch.ones(4, WIDTH), torch.ones(WIDTH, 4)
+    with SafetensorsFile(Path(write_adapter(tmp_path / "a", layers=LAYERS, width=WIDTH)) / WEIGHTS_NAME) as file:
+        for block, known in (
+            (LowRank(0, "o_proj", a, b, 1.0), True),
+            (LowRank(-1, "lm_head", a, b, 1.0), False),
+            (LowRank(-1, "embed_tokens", a, b, 1.0), False),
+            (Full(-1, "norm", torch.ones(WIDTH)), False),
+        ):
+            assert (stored_layout(b"{}", [file], [block]) is not None) is known
+        assert stored_layout(b"{}", [file, file], []) is None
+        stored = stored_layout(b"{}", [file], [])
+    assert stored is not None
+    data = torch.zeros(sum(stored.tensors[-1]) - stored.tensors[0][0], dtype=torch.uint8)
+    jobs, at = [], 0
+    for _, nbytes in stored.tensors:
+        jobs.append(PackJob("x", data[at : at + nbytes].view(torch.float32).view(4, -1), 1.0, ()))
+        at += nbytes
+    assert known_layouts._weights(stored, jobs) is not None
+    assert known_layouts._weights(stored, jobs[:-1]) is None
+    jobs[1] = PackJob("x", jobs[1].weight.clone(), 1.0, ())
+    assert known_layouts._weights(stored, jobs) is None
+
+
+@pytest.mark.parametrize("rank", [8, 12])
+def test_what_a_gpu_packs_comes_as_the_file_has_it(tmp_path: Path, rank: int) -> None:
+    """With the table that makes the same pages of it; checked, and in the staging memory, else packed."""
+    loading = Loading(dtype=torch.bfloat16, on_gpu=True, staging=mmap.mmap(-1, STAGING))
+    paths = [
+        stored_as(write_adapter(tmp_path / str(i), rank=rank, layers=LAYERS, width=WIDTH, seed=i), torch.bfloat16)
+        for i in range(3)
+    ]
+    try:
+        loading.expect(paths[0])
+        expected, expected_pages = fetch(FetchJob(1, paths[1]), loading.context, allocate_private)
+        result, raw = loading.fetch(paths[1])
+        assert result.table is not None and msgspec.structs.replace(result, table=None) == expected
+        pages = torch.zeros_like(expected_pages)
+        apply(result.table, raw.view(torch.bfloat16).view(-1), pages)
+        assert torch.equal(pages, expected_pages)
+        held = loading.buffers.take(STAGING)
+        loading.expect(paths[1])
+        loading.buffers.drop(held)
+        file = Path(paths[2]) / WEIGHTS_NAME
+        tensors = load_file(file)
+        tensors["base_model.model.model.layers.1.self_attn.o_proj.lora_A.weight"][2, 3] = -torch.inf
+        save_file(tensors, file)
+        assert "layer 1 o_proj lora_A: a weight is not finite" in loading.fetch(paths[2])[0].message
+        loading.expect(stored_as(paths[0], torch.float32))
+        loading.expect(paths[0])  # of another length than packed numbers: the CPU packs it
+        assert loading.all_is_free()
+    finally:
+        loading.packers.close()
 
 
 def test_what_is_more_than_low_rank_is_worked_out_each_time(loading: Loading, tmp_path: Path) -> None:
