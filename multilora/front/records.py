@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from multilora.front.adapter_ref import AdapterRef
 from multilora.front.adapter_spec import AdapterSpec
 
-OLD_MARK_LENGTH = 64
+OLD_MARK_LENGTHS = 64, 32
+"""How long marks of earlier ways were: a SHA-256 of times and inodes, a digest over longer parts of the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +31,14 @@ class AdapterRecord:
     fingerprint: str = ""
 
     def is_of_other_files(self, fingerprint: str) -> bool:
-        """Whether this is not the fingerprint of the files that were recorded. Marks of before contents counted, by
-        times and inodes, cannot tell."""
+        """Whether this is not the fingerprint of the files that were recorded. Marks that were made another way
+        cannot tell."""
         return self.fingerprint != fingerprint and not self.has_old_mark
 
     @property
     def has_old_mark(self) -> bool:
-        """Whether the fingerprint is of times and inodes, a SHA-256, as it was before it was of contents."""
-        return len(self.fingerprint) == OLD_MARK_LENGTH
+        """Whether the fingerprint was made in a way that is not today's."""
+        return len(self.fingerprint) in OLD_MARK_LENGTHS
 
     @classmethod
     def of(cls, ref: AdapterRef, local: str = "", fingerprint: str = "") -> "AdapterRecord":

@@ -19,7 +19,8 @@ import torch
 from multilora.adapters.adapter import Adapter, StoredLayout
 from multilora.adapters.pack_table import PackTable
 from multilora.adapters.packing.pack_jobs import PackJob
-from multilora.adapters.packing.placed_jobs import FileWeight, PlacedJob, pack_table
+from multilora.adapters.packing.placed_jobs import FilePart, FileWeight, PlacedJob, file_parts, pack_table
+from multilora.adapters.sources.fingerprint import PART_BYTES
 from multilora.lora.panels import AdapterShape
 
 KEPT = 32
@@ -30,8 +31,7 @@ MISS_SECONDS = 60.0
 @dataclass(frozen=True)
 class KnownLayout:
     """What a fetch finds out about an adapter besides its numbers. num_pages: of all ranks; shares: see
-    `packers.Packers.shares`; begin: the first byte of the tensors in the file; table: how a GPU packs them, if it
-    does."""
+    `packers.Packers.shares`; table: how a GPU packs it, if it does; staged: the shares for that."""
 
     shape: AdapterShape
     num_pages: int
@@ -39,8 +39,8 @@ class KnownLayout:
     target_modules: list[str]
     invocation_tokens: tuple[int, ...] | None
     shares: list[bytes] = field(default_factory=list)
-    begin: int = 0
     table: PackTable | None = None
+    staged: list[bytes] = field(default_factory=list)
 
     @classmethod
     def of(cls, adapter: Adapter, shape: AdapterShape, num_pages: int) -> "KnownLayout":
@@ -48,7 +48,7 @@ class KnownLayout:
         return cls(shape, num_pages, adapter.rank, adapter.target_modules, adapter.invocation_tokens)
 
 
-ShareOut = Callable[[Sequence[FileWeight]], list[bytes]]
+ShareOut = Callable[[Sequence[FileWeight | FilePart]], list[bytes]]
 
 
 class KnownLayouts:
@@ -78,12 +78,13 @@ class KnownLayouts:
         shares = self._share_out(weights) if weights is not None else []
         if stored is None or weights is None or not shares:
             return
-        begin, end = stored.tensors[0][0], sum(stored.tensors[-1])
-        table = pack_table(weights, begin, end, self._on_gpu) if self._on_gpu is not None else None
+        size = sum(stored.tensors[-1])
+        table = pack_table(weights, size, self._on_gpu) if self._on_gpu is not None else None
+        staged = self._share_out(file_parts(weights, size, PART_BYTES)) if table is not None else []
         with self._lock:
             if monotonic() < self._missed.get(stored.key, 0.0):
                 return
-            self._known[stored.key] = replace(layout, shares=shares, begin=begin, table=table)
+            self._known[stored.key] = replace(layout, shares=shares, table=table, staged=staged)
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
 

@@ -27,8 +27,8 @@ from multilora.adapters.peft.checkpoint import check_unchanged, read_adapter
 from multilora.adapters.peft.safetensors_file import MAX_HEADER_BYTES
 from multilora.adapters.peft.stored_layout import read_key
 from multilora.adapters.sources import DirectorySource
-from multilora.adapters.sources.files import find_files, open_regular, read_json
-from multilora.adapters.sources.fingerprint import fingerprint, identity
+from multilora.adapters.sources.files import AdapterFiles, find_files, open_regular, read_json
+from multilora.adapters.sources.fingerprint import PART_BYTES, combined, fingerprint, identity, part_digest
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 from multilora.errors import AdapterIncompatible, AdapterInvalid, MultiloraError
 from multilora.kernels.integers import cdiv
@@ -108,13 +108,14 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Shortcut:
-    """How adapters of a known layout are fetched. load: see `packers.Packers.load`, into what was allocated last;
-    stage: an `Allocate` in the staging memory, or None where there is no room; later: what is left to do once the
-    adapter is handed over."""
+    """How adapters of a known layout are fetched. load, stage: see `packers.Packers`, into what was allocated last;
+    allocate_staged: an `Allocate` in the staging memory, or None where there is no room; later: what is left to do
+    once the adapter is handed over."""
 
     layouts: KnownLayouts
-    load: Callable[[Sequence[bytes], torch.dtype, int, int | None], bool]
-    stage: Callable[[int, int], torch.Tensor | None] = lambda _pages, _page_bytes: None
+    load: Callable[[Sequence[bytes], torch.dtype, int], bool]
+    allocate_staged: Callable[[int, int], torch.Tensor | None]
+    stage: Callable[[Sequence[bytes], str, torch.dtype, int], list[bytes] | None]
     later: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -211,12 +212,18 @@ def _fetch_known(
     if files.index is not None:
         return None
     with open_regular(files.weights[0]) as file:
-        key = read_key(read_json(files.config), file)
+        fields = read_json(files.config)
+        key = read_key(fields, file)
         layout = shortcut.layouts.get(key)
         if key is None or layout is None:
             return None
         try:
-            found = _load_known(layout, file, directory, job, context, allocate, readers, shortcut)
+            _check_room(layout.num_pages * context.target.page_bytes, job)
+            buffer = _room_for_file(layout, context, shortcut)
+            if buffer is not None:
+                found = _stage_known(layout, buffer, file, files, fields, job, context, shortcut)
+            else:
+                found = _load_known(layout, file, directory, job, context, allocate, readers, shortcut)
         except AdapterInvalid:
             check_unchanged(directory, before)
             raise
@@ -225,6 +232,36 @@ def _fetch_known(
     else:
         check_unchanged(directory, before)
     return found
+
+
+def _room_for_file(layout: KnownLayout, context: FetchContext, shortcut: Shortcut) -> torch.Tensor | None:
+    """uint8 [pages, page_bytes] in the staging memory. None: no GPU packs the adapter, or there is no room."""
+    if layout.table is None:
+        return None
+    page_bytes = context.target.page_bytes
+    return shortcut.allocate_staged(cdiv(layout.table.nbytes, page_bytes), page_bytes)
+
+
+def _stage_known(
+    layout: KnownLayout,
+    buffer: torch.Tensor,
+    file: BinaryIO,
+    files: AdapterFiles,
+    config: bytes,
+    job: FetchJob,
+    context: FetchContext,
+    shortcut: Shortcut,
+) -> tuple[Fetched, torch.Tensor] | None:
+    """The result and the bytes of the file, for a GPU to pack, in `buffer`. None: the shortcut cannot be taken."""
+    table = layout.table
+    assert table is not None
+    with _named(job):
+        digests = shortcut.stage(layout.staged, table.stored, context.target.dtype, file.fileno())
+    if digests is None:
+        return None
+    of_config = [part_digest(config[at : at + PART_BYTES]) for at in range(0, len(config), PART_BYTES)]
+    sizes = [(files.config.name, len(config)), (files.weights[0].name, table.nbytes)]
+    return _fetched(job, layout, combined(sizes, of_config + digests), table), buffer
 
 
 def _load_known(
@@ -237,19 +274,15 @@ def _load_known(
     readers: ReaderPool,
     shortcut: Shortcut,
 ) -> tuple[Fetched, torch.Tensor] | None:
-    """The result, and the pages or, for a GPU to pack, the bytes of the file. None: the shortcut cannot be taken."""
-    table, page_bytes = layout.table, context.target.page_bytes
-    _check_room(layout.num_pages * page_bytes, job)
+    """The result and the pages. None: the shortcut cannot be taken."""
+    target = context.target
     with contextlib.ExitStack() as stack:
         digest = readers.start(lambda: fingerprint(directory, readers))
         stack.callback(lambda: digest.cancel() or wait([digest]))
-        buffer = shortcut.stage(cdiv(table.nbytes, page_bytes), page_bytes) if table is not None else None
-        begin = layout.begin if buffer is not None else None
-        if buffer is None:
-            buffer, table = allocate(layout.num_pages, page_bytes), None
+        buffer = allocate(layout.num_pages, target.page_bytes)
         with _named(job):
-            done = shortcut.load(layout.shares, context.target.dtype, file.fileno(), begin)
-        return (_fetched(job, layout, digest.result(), table), buffer) if done else None
+            done = shortcut.load(layout.shares, target.dtype, file.fileno())
+        return (_fetched(job, layout, digest.result()), buffer) if done else None
 
 
 def _pack(

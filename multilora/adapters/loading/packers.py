@@ -30,11 +30,12 @@ from multilora.adapters.loading.packing_process import (
     PackingOrder,
     PackingProcess,
     Read,
+    Stage,
     encode_share,
     exactly,
 )
 from multilora.adapters.packing.pack_jobs import PackJob, write_jobs
-from multilora.adapters.packing.placed_jobs import FileWeight, PlacedJob
+from multilora.adapters.packing.placed_jobs import FilePart, FileWeight, PlacedJob
 from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
 from multilora.memory.first_fit import FirstFit
@@ -140,25 +141,27 @@ class Packers:
             return slabs
         return [(first, at - start, nbytes) for answer in answers for first, at, nbytes in answer.left]
 
-    def shares(self, weights: Sequence[FileWeight]) -> list[bytes]:
-        """All weights of an adapter, shared out evenly among the processes, for `load`. Empty: there are none."""
-        count = len(self._packers)
-        return [encode_share(share) for share in _evenly(weights, count, lambda weight: weight.nbytes)]
+    def shares(self, items: Sequence[FileWeight | FilePart]) -> list[bytes]:
+        """All weights or parts of a file, shared out evenly among the processes, for `load` and `stage`. Empty: there
+        are no processes."""
+        return [encode_share(share) for share in _evenly(items, len(self._packers), lambda item: item.nbytes)]
 
-    def load(
-        self,
-        shares: Sequence[bytes],
-        dtype: torch.dtype,
-        fd: int,
-        where: SharedBuffer,
-        begin: int | None = None,
-    ) -> bool:
-        """Read what `shares` say from the file and pack it into the pages in `where`; with `begin`, check it and
-        leave it there as it is, that byte of the file first. False: something of it is not in the page cache, or the
-        processes are gone; then what was written is of no use. Raises AdapterInvalid."""
+    def load(self, shares: Sequence[bytes], dtype: torch.dtype, fd: int, where: SharedBuffer) -> bool:
+        """Read what `shares` say from the file and pack it into the pages in `where`. False: something of it is not
+        in the page cache, or the processes are gone; then what was written is of no use. Raises AdapterInvalid."""
         start, fds = (where.start, [fd]) if where.fd is None else (None, [fd, where.fd])
-        answers = self._order([Load(_name(dtype), share, start, begin) for share in shares], fds)
+        answers = self._order([Load(_name(dtype), share, start) for share in shares], fds)
         return _checked(answers) and not any(answer.left for answer in answers or ())
+
+    def stage(
+        self, shares: Sequence[bytes], stored: str, dtype: torch.dtype, fd: int, where: SharedBuffer
+    ) -> list[bytes] | None:
+        """Read the file as `shares` say into `where`, a part of the staging memory, and check it as `load` does.
+        Returns the digests of its parts, in order; None where `load` returns False."""
+        answers = self._order([Stage(stored, _name(dtype), share, where.start) for share in shares], [fd])
+        if not _checked(answers) or answers is None or any(answer.left for answer in answers):
+            return None
+        return [digest for _, digest in sorted(digest for answer in answers for digest in answer.digests)]
 
     def close(self) -> None:
         """End the processes once they have carried out their orders. Later adapters are packed without them."""

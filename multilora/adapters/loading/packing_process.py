@@ -16,8 +16,9 @@ import torch
 
 from multilora.adapters.host.mapping import lies_in_memory
 from multilora.adapters.host.shared_buffers import prefault_write
-from multilora.adapters.packing.pack_jobs import Put, check_job, write_job, write_part
-from multilora.adapters.packing.placed_jobs import FileWeight, PlacedJob
+from multilora.adapters.packing.pack_jobs import Put, check_numbers, write_job, write_part
+from multilora.adapters.packing.placed_jobs import FilePart, FileWeight, PlacedJob
+from multilora.adapters.sources.fingerprint import part_digest
 from multilora.adapters.thread_pool import Slab
 from multilora.errors import AdapterInvalid
 
@@ -42,34 +43,49 @@ class Read(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 class Load(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """An order to read weights of the file whose descriptor comes along and to pack each at once. share: of
-    `encode_share`; start: as of `Pack`, whose file comes second. begin: they are checked only and stay as they are,
-    for a GPU to pack them; this byte of the file goes to `start`."""
+    `encode_share`; start: as of `Pack`, whose file comes second."""
 
     dtype: str
     share: bytes
     start: int | None
-    begin: int | None = None
 
 
-PackingOrder = Pack | Read | Load
+class Stage(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """An order to read parts of the file whose descriptor comes along into the staging memory, where the file is to
+    begin at `start`, to check their numbers for what packing will make of them, and to digest them. share: of
+    `encode_share`; stored: of the numbers in the file; dtype: of packed ones."""
+
+    stored: str
+    dtype: str
+    share: bytes
+    start: int
+
+
+PackingOrder = Pack | Read | Load | Stage
 
 
 class PackingAnswer(msgspec.Struct, array_like=True, frozen=True):
     """The answer to one order. error: why packing failed, or empty; left: slabs that are not in the page cache; of a
-    `Load`, what was found missing first."""
+    `Load` or a `Stage`, what was found missing first; digests: of a `Stage`, by the start of each part."""
 
     error: str = ""
     left: list[Slab] = []
+    digests: list[tuple[int, bytes]] = []
 
 
-def encode_share(weights: Sequence[FileWeight]) -> bytes:
-    """What one process reads and packs of an adapter. It is the same for all adapters that are alike."""
-    return msgspec.msgpack.encode(weights)
+def encode_share(items: Sequence[FileWeight | FilePart]) -> bytes:
+    """What one process reads of an adapter. It is the same for all adapters that are alike."""
+    return msgspec.msgpack.encode(items)
 
 
 @lru_cache(maxsize=32)
-def _decode_share(share: bytes) -> list[FileWeight]:
+def _weights_of(share: bytes) -> list[FileWeight]:
     return msgspec.msgpack.decode(share, type=list[FileWeight])
+
+
+@lru_cache(maxsize=32)
+def _parts_of(share: bytes) -> list[FilePart]:
+    return msgspec.msgpack.decode(share, type=list[FilePart])
 
 
 class PackingProcess:
@@ -104,8 +120,8 @@ class PackingProcess:
             view = memoryview(self._region)
             left = [s for s in order.slabs if not read_cached(fds[0], s[0], view[s[1] : s[1] + s[2]])]
             return PackingAnswer(left=left)
-        if isinstance(order, Load) and order.begin is not None:
-            return self._stage(order, order.begin, fds[0])
+        if isinstance(order, Stage):
+            return self._stage(order, fds[0])
         if order.start is not None:
             assert self._staging is not None
             return self._fill(
@@ -128,7 +144,7 @@ class PackingProcess:
         dtype = getattr(torch, order.dtype)
         try:
             if isinstance(order, Load):
-                return self._load(_decode_share(order.share), dtype, fd, put)
+                return self._load(_weights_of(order.share), dtype, fd, put)
             for job in order.jobs:
                 write_job(job.within(self._region), dtype, put)
         except AdapterInvalid as e:
@@ -148,20 +164,23 @@ class PackingProcess:
             self._weight = bytearray()
         return PackingAnswer()
 
-    def _stage(self, order: Load, begin: int, fd: int) -> PackingAnswer:
-        """Read and check weights, as `_load` reads and packs them."""
-        assert self._staging is not None and order.start is not None
-        memory, dtype = memoryview(self._staging), getattr(torch, order.dtype)
-        for weight in _decode_share(order.share):
-            at = order.start + weight.start - begin
-            if not read_cached(fd, weight.start, memory[at : at + weight.nbytes]):
-                return PackingAnswer(left=[(weight.start, 0, weight.nbytes)])
-            try:
-                for job in weight.jobs:
-                    check_job(job.within(self._staging, at), dtype)
-            except AdapterInvalid as e:
-                return PackingAnswer(e.message)
-        return PackingAnswer()
+    def _stage(self, order: Stage, fd: int) -> PackingAnswer:
+        """Read, check and digest one part after the other, as long as they are in the page cache."""
+        assert self._staging is not None
+        memory, digests = memoryview(self._staging)[order.start :], list[tuple[int, bytes]]()
+        stored, dtype = getattr(torch, order.stored), getattr(torch, order.dtype)
+        try:
+            for part in _parts_of(order.share):
+                view = memory[part.start : part.start + part.nbytes]
+                if not read_cached(fd, part.start, view):
+                    return PackingAnswer(left=[(part.start, 0, part.nbytes)])
+                digests.append((part.start, part_digest(view)))
+                for numbers in part.numbers:
+                    found = torch.frombuffer(view[numbers.start : numbers.start + numbers.nbytes], dtype=stored)
+                    check_numbers(found, numbers.scaling, dtype, numbers.name)
+        except AdapterInvalid as e:
+            return PackingAnswer(e.message)
+        return PackingAnswer(digests=digests)
 
 
 def read_cached(fd: int, start: int, target: memoryview) -> bool:

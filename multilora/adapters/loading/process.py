@@ -8,7 +8,6 @@ name in the file system, so nothing is left behind when a process dies.
 """
 
 import contextlib
-import errno
 import gc
 import logging
 import mmap
@@ -16,9 +15,7 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import monotonic
@@ -27,22 +24,20 @@ import msgspec
 import torch
 
 from multilora.adapters.host.mapping import map_file
-from multilora.adapters.host.shared_buffers import SharedBuffer, SharedBuffers
+from multilora.adapters.host.shared_buffers import SharedBuffers
 from multilora.adapters.host.staging import Staging
 from multilora.adapters.loading.child_process import ChildProcess, RestartPolicy
-from multilora.adapters.loading.known_layouts import KnownLayouts
-from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, Shortcut, failed, fetch, unavailable
+from multilora.adapters.loading.fetch_server import FetchServer
+from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob, failed, unavailable
 from multilora.adapters.loading.messages import MAX_MESSAGE, Message, Order, StartLoader, receive, send
 from multilora.adapters.loading.packers import Packers
 from multilora.adapters.packing.blocks import PackTarget
-from multilora.adapters.packing.pack_jobs import PackJob
-from multilora.adapters.thread_pool import ReaderPool, spare_cores
+from multilora.adapters.thread_pool import spare_cores
 from multilora.module_command import module_command
 
 logger = logging.getLogger(__name__)
 
 PARALLEL_FETCHES = 4  # so that a slow download does not hold up a local directory
-MAX_READERS = 8  # threads, for all fetches together
 MAX_PACKERS = 8  # processes
 WAIT_SECONDS = 20.0
 """How long a job waits for a process."""
@@ -289,7 +284,7 @@ def serve(connection: socket.socket) -> None:
     staging = mmap.mmap(start.staging, 0) if start.staging is not None else None
     packers = Packers(cores if cores > 1 else 0, connection, staging)
     buffers = SharedBuffers(staging, start.staging_in_use)
-    server = _FetchServer(connection, context, packers, buffers)
+    server = FetchServer(connection, context, packers, buffers)
     threads = ThreadPoolExecutor(PARALLEL_FETCHES)
     while data := _next_order(connection):
         order = msgspec.msgpack.decode(data, type=Order)
@@ -309,75 +304,6 @@ def _next_order(connection: socket.socket) -> bytes:
         return connection.recv(MAX_MESSAGE)
     except ConnectionResetError:
         return b""
-
-
-class _FetchServer:
-    """What the fetches of the loader process share: the socket, the packers, the buffers and the reading threads."""
-
-    def __init__(self, connection: socket.socket, context: FetchContext, packers: Packers, buffers: SharedBuffers):
-        self._connection = connection
-        self._context = context
-        self._packers = packers
-        self._buffers = buffers
-        self._readers = ReaderPool(spare_cores(MAX_READERS), packers.memory, packers.read)
-        self._layouts = KnownLayouts(packers.shares, context.target.dtype if context.on_gpu else None)
-        self._sending = threading.Lock()
-
-    def answer(self, job: FetchJob) -> None:
-        """Fetch one adapter and send it. The buffer it takes is the engine's if the answer arrived, else freed."""
-        taken: list[SharedBuffer] = []  # at most one
-
-        def allocate(num_pages: int, page_bytes: int) -> torch.Tensor:
-            while taken:  # the shortcut was not taken after all
-                self._buffers.drop(taken.pop())
-            taken.append(self._buffers.take(num_pages * page_bytes))
-            return taken[0].tensor().view(num_pages, page_bytes)
-
-        def write(pack_jobs: list[PackJob], dtype: torch.dtype, out: torch.Tensor) -> None:
-            self._packers.write(pack_jobs, dtype, out, taken[0])
-
-        def stage(num_pages: int, page_bytes: int) -> torch.Tensor | None:
-            taken.extend(part for part in (self._buffers.take_staged(num_pages * page_bytes),) if part is not None)
-            return taken[0].tensor().view(num_pages, page_bytes) if taken else None
-
-        def load(shares: Sequence[bytes], dtype: torch.dtype, fd: int, begin: int | None) -> bool:
-            return self._packers.load(shares, dtype, fd, taken[0], begin)
-
-        shortcut = Shortcut(self._layouts, load, stage)
-        try:
-            result, buffer = fetch(job, self._context, allocate, self._readers, write, shortcut)
-        except Exception as e:
-            logger.exception("reading adapter %s failed", job.path)
-            result, buffer = unavailable(job.version, f"{job.path}: {e!r}"), None
-        sent = self._send(job, result, taken[0] if buffer is not None else None)
-        for shared in taken:
-            if sent and buffer is not None:
-                self._buffers.sent(shared)
-            else:
-                self._buffers.drop(shared)
-        for work in shortcut.later:
-            try:
-                work()
-            except Exception:
-                logger.exception("adapters like %s load slower", job.path)
-
-    def _send(self, job: FetchJob, result: Fetched, shared: SharedBuffer | None) -> bool:
-        """Send the result. False: the engine did not get it; if it is still there, it gets an error instead."""
-        message, fds = Message(result), []
-        if shared is not None:
-            message = Message(result, shared.size, shared.start if shared.fd is None else None)
-            fds = [shared.fd] if shared.fd is not None else []
-        try:
-            with self._sending:
-                send(self._connection, message, fds)
-            return True
-        except OSError as e:
-            logger.warning("dropping adapter %s: the engine cannot be told of it: %s", job.path, e.strerror)
-            describe = failed if e.errno == errno.EMSGSIZE else unavailable
-            error = describe(job.version, f"{job.path[:100]}: what was found cannot be told: {e.strerror}")
-        with contextlib.suppress(OSError), self._sending:  # it is gone
-            send(self._connection, Message(error))
-        return False
 
 
 def main() -> None:

@@ -55,20 +55,18 @@ def write_job(job: PackJob, dtype: torch.dtype, put: Put) -> None:
     """Do one job. Raises AdapterInvalid if a number is not finite in `dtype`."""
     rows = _cast(job.weight, job.scaling, dtype).view(SIGNED[dtype.itemsize]).numpy()
     if not _finite(rows, dtype):
-        raise _not_finite(job, dtype)
+        raise _not_finite(job.name, dtype)
     for span in job.spans:
         put(span.at, rows[span.row : span.row + span.rows, span.col : span.col + span.columns])
 
 
-def check_job(job: PackJob, dtype: torch.dtype) -> None:
-    """Raise what `write_job` would. Scaling and rounding keep the order of numbers, so the largest positive and the
-    largest negative one decide, or a NaN, whose bits lie above both."""
-    if job.weight.numel():
-        bits = job.weight.view(SIGNED[job.weight.itemsize]).numpy()
-        unsigned = bits.view(UNSIGNED[job.weight.itemsize])
-        ends = np.array([bits.max(), unsigned.max().astype(bits.dtype)])
-        if not bool(_cast(torch.from_numpy(ends).view(job.weight.dtype), job.scaling, dtype).isfinite().all()):
-            raise _not_finite(job, dtype)
+def check_numbers(numbers: torch.Tensor, scaling: float, dtype: torch.dtype, name: str) -> None:
+    """Raise what `write_job` would of a job `name` over `numbers`, of any shape. Scaling and rounding keep the order
+    of numbers, so the largest positive and the largest negative one decide, or a NaN, whose bits lie above both."""
+    bits = numbers.view(SIGNED[numbers.itemsize]).numpy()
+    ends = np.array([bits.max(), bits.view(UNSIGNED[numbers.itemsize]).max().astype(bits.dtype)])
+    if not bool(_cast(torch.from_numpy(ends).view(numbers.dtype), scaling, dtype).isfinite().all()):
+        raise _not_finite(name, dtype)
 
 
 def write_part(pages: np.ndarray, at: int, part: np.ndarray) -> None:
@@ -106,8 +104,8 @@ def _follows(first: PanelPart, other: PanelPart, count: int, itemsize: int) -> b
     )
 
 
-def _not_finite(job: PackJob, dtype: torch.dtype) -> AdapterInvalid:
-    return AdapterInvalid(f"{job.name}: a weight is not finite in {dtype}")
+def _not_finite(name: str, dtype: torch.dtype) -> AdapterInvalid:
+    return AdapterInvalid(f"{name}: a weight is not finite in {dtype}")
 
 
 def _cast(weight: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:

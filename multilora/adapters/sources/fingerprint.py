@@ -6,6 +6,7 @@ It knows nothing of PEFT's fields or of tensors. Called by `peft/`.
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,8 +15,8 @@ import xxhash
 from multilora.adapters.sources.files import MAX_JSON_BYTES, find_files, open_regular
 from multilora.adapters.thread_pool import ALONE, ReaderPool
 
-PART_BYTES = 8 << 20  # are digested by one thread; another size gives other fingerprints
-READ_BYTES = 1 << 20  # are read at a time: they stay in a core's cache until they are digested
+PART_BYTES = 2 << 20  # are digested at once, while they are in a core's cache; another size gives other fingerprints
+SCHEME = "2:"  # what fingerprints begin with; others are of earlier ways to make them
 
 
 def fingerprint(directory: Path, readers: ReaderPool = ALONE) -> str:
@@ -26,34 +27,39 @@ def fingerprint(directory: Path, readers: ReaderPool = ALONE) -> str:
     xxh3 of 128 bits tells versions apart that were not made to be mistaken for each other. Raises what `find_files`
     raises, and OSError.
     """
-    whole = xxhash.xxh3_128()
     with contextlib.ExitStack() as stack:
-        parts: list[tuple[int, int]] = []  # descriptor and first byte
-        for path in find_files(directory).all:
-            fd = stack.enter_context(open_regular(path)).fileno()
-            size = os.fstat(fd).st_size
-            whole.update(f"{path.name}\0{size}\0".encode())
-            parts += [(fd, start) for start in range(0, size, PART_BYTES)]
+        files = [(path.name, stack.enter_context(open_regular(path)).fileno()) for path in find_files(directory).all]
+        parts = [(fd, start) for _, fd in files for start in range(0, os.fstat(fd).st_size, PART_BYTES)]
         digests = [b""] * len(parts)
 
         def digest(number: int) -> None:
             digests[number] = _digest_of(*parts[number])
 
         readers.each(digest, range(len(parts)))
-    for one in digests:
-        whole.update(one)
-    return whole.hexdigest()
+        return combined([(name, os.fstat(fd).st_size) for name, fd in files], digests)
+
+
+def combined(files: Sequence[tuple[str, int]], digests: Iterable[bytes]) -> str:
+    """The fingerprint of files of these names and sizes. digests: of their parts of PART_BYTES, file after file."""
+    whole = xxhash.xxh3_128()
+    for name, size in files:
+        whole.update(f"{name}\0{size}\0".encode())
+    for digest in digests:
+        whole.update(digest)
+    return SCHEME + whole.hexdigest()
+
+
+def part_digest(part: bytes | memoryview) -> bytes:
+    """The digest of one part of a file, which is in memory."""
+    return xxhash.xxh3_128_digest(part)
 
 
 def _digest_of(fd: int, start: int) -> bytes:
-    """The digest of one part of a file."""
-    found = xxhash.xxh3_128()
-    view = memoryview(bytearray(READ_BYTES))
-    at, end = start, start + PART_BYTES
-    while got := os.preadv(fd, [view[: end - at]], at):
-        found.update(view[:got])
-        at += got
-    return found.digest()
+    """The same of the part of a file that begins at `start`."""
+    view, got = memoryview(bytearray(PART_BYTES)), 0
+    while more := os.preadv(fd, [view[got:]], start + got):
+        got += more
+    return part_digest(view[:got])
 
 
 def identity(directory: Path) -> str:

@@ -27,6 +27,7 @@ DTYPES = [torch.float16, *([torch.bfloat16] if ON_GPU else [])]  # the interpret
 marks = [pytest.mark.gpu] if ON_GPU else []
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")]
 PAGE, PAGES = 16384, 8
+CLOSE = 1e-2  # in bf16
 
 
 def adapter(stored: torch.dtype, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, PackTable, torch.Tensor]:
@@ -46,7 +47,7 @@ def adapter(stored: torch.dtype, dtype: torch.dtype, seed: int = 0) -> tuple[tor
         at += weight.numel()
     pages = torch.zeros(PAGES, PAGE, dtype=torch.uint8)
     write_jobs(jobs, dtype, pages)
-    table = pack_table(weights, 0, 2 * at, dtype)
+    table = pack_table(weights, 2 * at, dtype)
     assert table is not None
     return file, table, pages
 
@@ -103,7 +104,7 @@ def test_adapters_from_host_memory(pinned: bool, part_bytes: int, monkeypatch: p
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 def test_an_llm_says_the_same_with_what_its_gpu_packs(tmp_path: Path) -> None:
     """Adapters of one layout, loaded one after the other, evicted and loaded again, against those that the CPU packs
-    in steps' order: token for token, logprob for logprob."""
+    in steps' order: token for token."""
     from fakes.models import make_adapter, make_tiny_model
 
     from multilora import LLM
@@ -128,4 +129,5 @@ def test_an_llm_says_the_same_with_what_its_gpu_packs(tmp_path: Path) -> None:
             said.append([llm.generate(prompts, params, lora_path=names, return_logprob=True) for _ in range(2)])
     cpu, gpu = ([answer for answers in rounds for answer in answers] for rounds in said)
     assert [answer.token_ids for answer in gpu] == [answer.token_ids for answer in cpu]
-    assert [answer.logprobs for answer in gpu] == [answer.logprobs for answer in cpu]
+    for one, other in zip(gpu, cpu, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=CLOSE), "steps may have other rows beside"

@@ -31,6 +31,7 @@ from multilora.adapters.packing.pack_jobs import PackJob
 from multilora.adapters.peft.base_model import BaseModel
 from multilora.adapters.peft.safetensors_file import SafetensorsFile
 from multilora.adapters.peft.stored_layout import stored_layout
+from multilora.adapters.sources import fingerprint
 from multilora.adapters.sources.files import WEIGHTS_NAME
 from multilora.adapters.thread_pool import ReaderPool
 from multilora.errors import AdapterInvalid
@@ -72,14 +73,17 @@ class Loading:
             taken.append(self.buffers.take(num_pages * page_bytes))
             return taken[0].tensor().view(num_pages, page_bytes)
 
-        def stage(num_pages: int, page_bytes: int) -> torch.Tensor | None:
+        def allocate_staged(num_pages: int, page_bytes: int) -> torch.Tensor | None:
             taken.extend(part for part in (self.buffers.take_staged(num_pages * page_bytes),) if part is not None)
             return taken[0].tensor().view(num_pages, page_bytes) if taken else None
 
-        def load(shares: Sequence[bytes], dtype: torch.dtype, fd: int, begin: int | None) -> bool:
-            return self.packers.load(shares, dtype, fd, taken[0], begin)
+        def load(shares: Sequence[bytes], dtype: torch.dtype, fd: int) -> bool:
+            return self.packers.load(shares, dtype, fd, taken[0])
 
-        shortcut = Shortcut(self.layouts, load, stage)
+        def stage(shares: Sequence[bytes], stored: str, dtype: torch.dtype, fd: int) -> list[bytes] | None:
+            return self.packers.stage(shares, stored, dtype, fd, taken[0])
+
+        shortcut = Shortcut(self.layouts, load, allocate_staged, stage)
         result, pages = fetch(
             FetchJob(1, path, **job),
             self.context,
@@ -307,9 +311,14 @@ def test_numbers_may_have_a_say_in_tables_and_in_tensors_that_are_not_used(tmp_p
     assert known_layouts._weights(stored, jobs) is None
 
 
+@pytest.mark.parametrize("part_bytes", [fingerprint.PART_BYTES, 1000])
 @pytest.mark.parametrize("rank", [8, 12])
-def test_what_a_gpu_packs_comes_as_the_file_has_it(tmp_path: Path, rank: int) -> None:
+def test_what_a_gpu_packs_comes_as_the_file_has_it(
+    tmp_path: Path, rank: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the table that makes the same pages of it; checked, and in the staging memory, else packed."""
+    for module in (fingerprint, known_layouts, loader):
+        monkeypatch.setattr(module, "PART_BYTES", part_bytes)
     loading = Loading(dtype=torch.bfloat16, on_gpu=True, staging=mmap.mmap(-1, STAGING))
     paths = [
         stored_as(write_adapter(tmp_path / str(i), rank=rank, layers=LAYERS, width=WIDTH, seed=i), torch.bfloat16)
@@ -323,7 +332,9 @@ def test_what_a_gpu_packs_comes_as_the_file_has_it(tmp_path: Path, rank: int) ->
         pages = torch.zeros_like(expected_pages)
         apply(result.table, raw.view(torch.bfloat16).view(-1), pages)
         assert torch.equal(pages, expected_pages)
+        loading.buffers._zeroing.submit(lambda: None).result()
         held = loading.buffers.take(STAGING)
+        assert held.fd is None
         loading.expect(paths[1])
         loading.buffers.drop(held)
         file = Path(paths[2]) / WEIGHTS_NAME
@@ -366,7 +377,7 @@ def test_so_many_are_kept(loading: Loading, tmp_path: Path, monkeypatch: pytest.
 
 def test_without_processes_nothing_is_kept(tmp_path: Path) -> None:
     layouts = KnownLayouts(Packers(0).shares)
-    later = Shortcut(layouts, lambda *_: False)
+    later = Shortcut(layouts, no_reading, no_reading, no_reading)
     path = write_adapter(tmp_path / "a", layers=LAYERS, width=WIDTH)
     context = FetchContext(BASE, PackTarget.of(SITES, torch.float32, PAGE, 1), AdapterLimits())
     assert fetch(FetchJob(1, path), context, allocate_private, shortcut=later)[0].kind == ""

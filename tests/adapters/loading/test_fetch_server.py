@@ -14,7 +14,7 @@ from fakes.tiers import BASE, PAGE_BYTES, TARGET
 
 from multilora.adapters.adapter import AdapterLimits
 from multilora.adapters.host.shared_buffers import SharedBuffers
-from multilora.adapters.loading import process as module
+from multilora.adapters.loading import fetch_server as module
 from multilora.adapters.loading.loader import FetchContext, Fetched, FetchJob
 from multilora.adapters.loading.messages import Message, receive
 from multilora.adapters.loading.packers import Packers
@@ -29,7 +29,7 @@ class Ends:
     def __init__(self) -> None:
         self.buffers = SharedBuffers(mmap.mmap(-1, STAGING))
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._server = module._FetchServer(self._theirs, CONTEXT, Packers(0), self.buffers)
+        self._server = module.FetchServer(self._theirs, CONTEXT, Packers(0), self.buffers)
 
     def answer(self, path: str = "a") -> Fetched | None:
         """What the engine hears, if anything."""
