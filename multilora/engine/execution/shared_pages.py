@@ -21,16 +21,18 @@ SHORTEST = 64
 MOST_LEVELS = 4
 """How often those that share pages are divided by what they share further on. Each level costs time on the host, and
 a partial result for each request."""
-WORTH = 32768
-"""Tokens that need not be read again, of all requests together, from which on it is worth it: so many of
-Llama-3.1-8B's take an H200 a millisecond."""
+MOST_ROWS = 64
+"""Requests of a step, at most: the host takes longer to launch more of them than it saves the GPU."""
+WORTH = 196608
+"""Tokens that need not be read again, of all requests together, from which on it is worth it. An H200 takes 2.5 ms
+for so many of Llama-3.1-8B's, and the host up to as long to launch a step layer by layer."""
 
 
 def find_shared(page_table: Ints, decodes: Ints, kv_lens: Ints, page_size: int) -> tuple[SharedPages, ...]:
     """Which of the requests `decodes`, which have one new token each, share how many pages; those of a request follow
     each other, at most MOST_LEVELS stretches. Empty where that is not worth it. page_table: [requests, blocks];
     kv_lens: [requests]."""
-    if len(decodes) < FEWEST or int(kv_lens[decodes].sum()) < WORTH:
+    if not FEWEST <= len(decodes) <= MOST_ROWS or int(kv_lens[decodes].sum()) < WORTH:
         return ()
     whole = (kv_lens - 1) // page_size  # pages before the one of the new token
     found = list(_levels(page_table, decodes, whole, 0, 0, max(1, cdiv(SHORTEST, page_size)), MOST_LEVELS))

@@ -51,6 +51,13 @@ def test_only_decodes(worth_it: None) -> None:
     assert found(rows, [9, 9, 9], decodes=[1]) == []
 
 
+def test_more_requests_than_the_host_can_launch(worth_it: None) -> None:
+    count = shared_pages.MOST_ROWS
+    rows = [[1, 2, 10 + i] for i in range(count + 1)]
+    assert found(rows[:-1], [9] * count) == [(list(range(count)), 0, 2)]
+    assert found(rows, [9] * (count + 1)) == []
+
+
 def test_short_stretches_go_into_longer_ones(worth_it: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_pages, "SHORTEST", 3 * PAGE)
     rows = [[1, 2, 3, 4, 10], [1, 2, 3, 4, 11], [1, 7, 8, 9, 12]]
@@ -60,6 +67,7 @@ def test_short_stretches_go_into_longer_ones(worth_it: None, monkeypatch: pytest
 def test_prompts_that_go_on_from_each_other(worth_it: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each a page longer than the one before: there is a limit to how often they are divided."""
     count = 300
+    monkeypatch.setattr(shared_pages, "MOST_ROWS", count)
     rows = [[*range(1, i + 2), 1000 + i] for i in range(count)]
     stretches = found(rows, [4 * len(pages) for pages in rows])
     assert len(stretches) == shared_pages.MOST_LEVELS
