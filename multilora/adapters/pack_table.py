@@ -11,12 +11,12 @@ HALF = ("bfloat16", "float16")
 
 
 class PackTable(msgspec.Struct, frozen=True):
-    """How a GPU packs an adapter from the bytes of its file.
+    """How a GPU packs an adapter from the bytes of its file's tensors.
 
     stored, dtype: of the numbers before and after, two bytes each. rows: int64 [stretches, TABLE_WORDS] as bytes:
     first element of the source, counted from its part; elements between rows, and between columns, there; rows;
     columns; first element in the pages; scaling (the bits of a fp32); rows with those of zeros that follow. nbytes:
-    of the file. parts: first byte, bytes, first row of the table and how many, of what is copied and packed
+    of the tensors. parts: first byte, bytes, first row of the table and how many, of what is copied and packed
     at a time.
     """
 

@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from multilora.adapters.host.mapping import prefault_read
 from multilora.adapters.pack_table import HALF, PART_BYTES, TABLE_WORDS, PackTable
 from multilora.transfer import upload
 
@@ -58,7 +57,6 @@ class Packing:
             source = flat[first : first + nbytes]
             slot = None if pinned else next(slots)
             if slot is not None:
-                prefault_read(source)
                 slot.free.synchronize()
                 source = slot.memory.view(-1)[:nbytes].copy_(source)
             self._part[:nbytes].copy_(source, non_blocking=True)

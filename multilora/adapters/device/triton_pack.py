@@ -34,7 +34,7 @@ def _pack(raw, arena, table, pages, page_elements, ROWS: tl.constexpr, COLUMNS: 
             r, inside = start + tl.arange(0, ROWS), (c < columns)[None, :]
             mask = (r < rows)[:, None] & inside
             numbers = tl.load(raw + source + r[:, None] * row + c[None, :] * column, mask=mask, other=0.0)
-            packed = (numbers.to(tl.float32) * scaling).to(arena.dtype.element_ty)
+            packed = tl.where(mask, numbers.to(tl.float32) * scaling, 0.0).to(arena.dtype.element_ty)
             tl.store(arena + place + r[:, None] * columns + c[None, :], packed, mask=(r < all_rows)[:, None] & inside)
 
 

@@ -27,7 +27,8 @@ _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 @dataclass
 class HostEntry:
     """An adapter in host memory. buffer: uint8 [ranks · layout.num_pages, page_bytes], ready to copy to the devices,
-    the pages of rank 0 first; with a table, the bytes of its file, [pages, page_bytes], which a GPU packs by it."""
+    the pages of rank 0 first; with a table, the bytes of its file's tensors, in as many pages or fewer, which a GPU
+    packs by it."""
 
     layout: PanelLayout
     buffer: torch.Tensor

@@ -1,4 +1,4 @@
-"""The host tier: packed adapters in host memory, bounded by number and by bytes.
+"""The host tier: adapters in host memory, packed or ready for a GPU to pack, bounded by number and by bytes.
 
 Entries of pinned adapters stay, and those of adapters that a request has asked for in this plan or that are being
 copied (`AdapterVersion.keep_reason`). Other entries are evicted, the least recently used first; the adapter stays

@@ -57,8 +57,10 @@ class FetchServer:
         def load(shares: Sequence[bytes], dtype: torch.dtype, fd: int) -> bool:
             return self._packers.load(shares, dtype, fd, taken[0])
 
-        def stage(shares: Sequence[bytes], stored: str, dtype: torch.dtype, fd: int) -> list[bytes] | None:
-            return self._packers.stage(shares, stored, dtype, fd, taken[0])
+        def stage(
+            shares: Sequence[bytes], begin: int, stored: str, dtype: torch.dtype, fd: int
+        ) -> list[bytes] | None:
+            return self._packers.stage(shares, begin, stored, dtype, fd, taken[0])
 
         shortcut = Shortcut(self._layouts, load, allocate_staged, stage)
         try:

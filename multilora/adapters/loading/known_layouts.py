@@ -31,7 +31,8 @@ MISS_SECONDS = 60.0
 @dataclass(frozen=True)
 class KnownLayout:
     """What a fetch finds out about an adapter besides its numbers. num_pages: of all ranks; shares: see
-    `packers.Packers.shares`; table: how a GPU packs it, if it does; staged: the shares for that."""
+    `packers.Packers.shares`; begin: where the tensors begin in the file; table: how a GPU packs them, if it does;
+    staged: the shares for that."""
 
     shape: AdapterShape
     num_pages: int
@@ -39,6 +40,7 @@ class KnownLayout:
     target_modules: list[str]
     invocation_tokens: tuple[int, ...] | None
     shares: list[bytes] = field(default_factory=list)
+    begin: int = 0
     table: PackTable | None = None
     staged: list[bytes] = field(default_factory=list)
 
@@ -78,13 +80,13 @@ class KnownLayouts:
         shares = self._share_out(weights) if weights is not None else []
         if stored is None or weights is None or not shares:
             return
-        size = sum(stored.tensors[-1])
-        table = pack_table(weights, size, self._on_gpu) if self._on_gpu is not None else None
-        staged = self._share_out(file_parts(weights, size, PART_BYTES)) if table is not None else []
+        begin, end = stored.tensors[0][0], sum(stored.tensors[-1])
+        table = pack_table(weights, begin, end, self._on_gpu) if self._on_gpu is not None else None
+        staged = self._share_out(file_parts(weights, end, PART_BYTES)) if table is not None else []
         with self._lock:
             if monotonic() < self._missed.get(stored.key, 0.0):
                 return
-            self._known[stored.key] = replace(layout, shares=shares, table=table, staged=staged)
+            self._known[stored.key] = replace(layout, shares=shares, begin=begin, table=table, staged=staged)
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
 

@@ -54,7 +54,7 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
     target_modules: list[str] = []
     fingerprint: str = ""
     invocation_tokens: tuple[int, ...] | None = None  # see `Adapter`
-    table: PackTable | None = None  # the buffer holds the bytes of the file, and this is how a GPU packs them
+    table: PackTable | None = None  # the buffer holds the bytes of the tensors, and this is how a GPU packs them
     kind: str = ""
     message: str = ""
     span: SpanRecord | None = None  # of the fetch, if the job has a traceparent
@@ -115,7 +115,7 @@ class Shortcut:
     layouts: KnownLayouts
     load: Callable[[Sequence[bytes], torch.dtype, int], bool]
     allocate_staged: Callable[[int, int], torch.Tensor | None]
-    stage: Callable[[Sequence[bytes], str, torch.dtype, int], list[bytes] | None]
+    stage: Callable[[Sequence[bytes], int, str, torch.dtype, int], list[bytes] | None]
     later: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -236,10 +236,11 @@ def _fetch_known(
 
 def _room_for_file(layout: KnownLayout, context: FetchContext, shortcut: Shortcut) -> torch.Tensor | None:
     """uint8 [pages, page_bytes] in the staging memory. None: no GPU packs the adapter, or there is no room."""
-    if layout.table is None:
-        return None
     page_bytes = context.target.page_bytes
-    return shortcut.allocate_staged(cdiv(layout.table.nbytes, page_bytes), page_bytes)
+    num_pages = cdiv(layout.table.nbytes, page_bytes) if layout.table is not None else 0
+    if not 0 < num_pages <= layout.num_pages:  # books count what packed pages take
+        return None
+    return shortcut.allocate_staged(num_pages, page_bytes)
 
 
 def _stage_known(
@@ -252,15 +253,15 @@ def _stage_known(
     context: FetchContext,
     shortcut: Shortcut,
 ) -> tuple[Fetched, torch.Tensor] | None:
-    """The result and the bytes of the file, for a GPU to pack, in `buffer`. None: the shortcut cannot be taken."""
+    """The result and the bytes of the tensors, for a GPU to pack, in `buffer`. None: the shortcut cannot be taken."""
     table = layout.table
     assert table is not None
     with _named(job):
-        digests = shortcut.stage(layout.staged, table.stored, context.target.dtype, file.fileno())
+        digests = shortcut.stage(layout.staged, layout.begin, table.stored, context.target.dtype, file.fileno())
     if digests is None:
         return None
     of_config = [part_digest(config[at : at + PART_BYTES]) for at in range(0, len(config), PART_BYTES)]
-    sizes = [(files.config.name, len(config)), (files.weights[0].name, table.nbytes)]
+    sizes = [(files.config.name, len(config)), (files.weights[0].name, layout.begin + table.nbytes)]
     return _fetched(job, layout, combined(sizes, of_config + digests), table), buffer
 
 

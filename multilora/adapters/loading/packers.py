@@ -154,11 +154,12 @@ class Packers:
         return _checked(answers) and not any(answer.left for answer in answers or ())
 
     def stage(
-        self, shares: Sequence[bytes], stored: str, dtype: torch.dtype, fd: int, where: SharedBuffer
+        self, shares: Sequence[bytes], begin: int, stored: str, dtype: torch.dtype, fd: int, where: SharedBuffer
     ) -> list[bytes] | None:
-        """Read the file as `shares` say into `where`, a part of the staging memory, and check it as `load` does.
-        Returns the digests of its parts, in order; None where `load` returns False."""
-        answers = self._order([Stage(stored, _name(dtype), share, where.start) for share in shares], [fd])
+        """Read the file as `shares` say into `where`, a part of the staging memory, from byte `begin` on, and check
+        it as `load` does. Returns the digests of all of its parts, in order; None where `load` returns False."""
+        orders = [Stage(stored, _name(dtype), share, begin, where.start) for share in shares]
+        answers = self._order(orders, [fd])
         if not _checked(answers) or answers is None or any(answer.left for answer in answers):
             return None
         return [digest for _, digest in sorted(digest for answer in answers for digest in answer.digests)]

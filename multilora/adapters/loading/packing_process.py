@@ -51,13 +51,14 @@ class Load(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 class Stage(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """An order to read parts of the file whose descriptor comes along into the staging memory, where the file is to
-    begin at `start`, to check their numbers for what packing will make of them, and to digest them. share: of
+    """An order to read parts of the file whose descriptor comes along into the staging memory, where byte `begin` of
+    the file lies at `start`, to check their numbers for what packing will make of them, and to digest them. share: of
     `encode_share`; stored: of the numbers in the file; dtype: of packed ones."""
 
     stored: str
     dtype: str
     share: bytes
+    begin: int
     start: int
 
 
@@ -165,18 +166,22 @@ class PackingProcess:
         return PackingAnswer()
 
     def _stage(self, order: Stage, fd: int) -> PackingAnswer:
-        """Read, check and digest one part after the other, as long as they are in the page cache."""
+        """Read, check and digest one part after the other, as long as they are in the page cache. What is before the
+        tensors is digested only."""
         assert self._staging is not None
-        memory, digests = memoryview(self._staging)[order.start :], list[tuple[int, bytes]]()
+        staging, digests = memoryview(self._staging), list[tuple[int, bytes]]()
         stored, dtype = getattr(torch, order.stored), getattr(torch, order.dtype)
         try:
             for part in _parts_of(order.share):
-                view = memory[part.start : part.start + part.nbytes]
-                if not read_cached(fd, part.start, view):
+                header = memoryview(bytearray(min(max(order.begin - part.start, 0), part.nbytes)))
+                at = order.start + part.start - order.begin
+                view = staging[at + len(header) : at + part.nbytes]
+                if not (read_cached(fd, part.start, header) and read_cached(fd, part.start + len(header), view)):
                     return PackingAnswer(left=[(part.start, 0, part.nbytes)])
-                digests.append((part.start, part_digest(view)))
+                digests.append((part.start, part_digest(header, view)))
                 for numbers in part.numbers:
-                    found = torch.frombuffer(view[numbers.start : numbers.start + numbers.nbytes], dtype=stored)
+                    first = at + numbers.start
+                    found = torch.frombuffer(staging[first : first + numbers.nbytes], dtype=stored)
                     check_numbers(found, numbers.scaling, dtype, numbers.name)
         except AdapterInvalid as e:
             return PackingAnswer(e.message)

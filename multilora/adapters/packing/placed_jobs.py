@@ -84,10 +84,10 @@ def file_parts(weights: Sequence[FileWeight], size: int, part_bytes: int) -> lis
     return parts
 
 
-def pack_table(weights: Sequence[FileWeight], size: int, dtype: torch.dtype) -> PackTable | None:
-    """The table of an adapter. weights: in the order of the file, which has `size` bytes. None: no GPU packs it, as
-    its numbers are not as long as packed ones, or lie at odd bytes, or a tensor is larger than a part or not one
-    job's alone, or the table too long."""
+def pack_table(weights: Sequence[FileWeight], begin: int, end: int, dtype: torch.dtype) -> PackTable | None:
+    """The table of an adapter. weights: in the order of the file, whose tensors are bytes [begin, end). None: no GPU
+    packs it, as its numbers are not as long as packed ones, or a tensor is larger than a part or not one job's alone,
+    or the table too long."""
     stored, kind = {job.dtype for weight in weights for job in weight.jobs}, str(dtype).removeprefix("torch.")
     if len(stored) != 1 or not {kind, *stored} <= {*HALF} or not all(map(_as_one, weights)):
         return None
@@ -95,21 +95,22 @@ def pack_table(weights: Sequence[FileWeight], size: int, dtype: torch.dtype) -> 
     parts: list[tuple[int, int, int, int]] = []
     first, since = 0, 0  # of the part that is being filled: byte and row
     for weight in weights:
-        if weight.start + weight.nbytes - first > PART_BYTES:
-            parts.append((first, weight.start - first, since, len(rows) - since))
-            first, since = weight.start, len(rows)
-        rows += _rows(weight.jobs[0], (weight.start - first) // 2)
-    parts.append((first, size - first, since, len(rows) - since))
+        start = weight.start - begin
+        if start + weight.nbytes - first > PART_BYTES:
+            parts.append((first, start - first, since, len(rows) - since))
+            first, since = start, len(rows)
+        rows += _rows(weight.jobs[0], (start - first) // 2)
+    parts.append((first, end - begin - first, since, len(rows) - since))
     table = np.array(rows, np.int64).tobytes()
     if len(table) > TABLE_BYTES or any(nbytes > PART_BYTES for _, nbytes, _, _ in parts):
         return None
-    return PackTable(stored.pop(), kind, table, size, parts)
+    return PackTable(stored.pop(), kind, table, end - begin, parts)
 
 
 def _as_one(weight: FileWeight) -> bool:
     """Whether it is all of one job's numbers."""
     shape = weight.jobs[0].shape
-    return len(weight.jobs) == 1 and 2 * shape[0] * shape[1] == weight.nbytes <= PART_BYTES and weight.start % 2 == 0
+    return len(weight.jobs) == 1 and 2 * shape[0] * shape[1] == weight.nbytes <= PART_BYTES
 
 
 def _rows(job: PlacedJob, start: int) -> list[tuple[int, ...]]:

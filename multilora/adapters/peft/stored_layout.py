@@ -18,7 +18,9 @@ def read_key(config: bytes, file: BinaryIO) -> str | None:
     """The key of an adapter with this config and this file, open at its beginning. None: its header is too long."""
     length = file.read(8)
     count = int.from_bytes(length, "little")
-    return _key(config, length + file.read(count), os.fstat(file.fileno()).st_size, count)
+    if count > KNOWN_HEADER_BYTES:
+        return None
+    return _key(config, length + file.read(count), os.fstat(file.fileno()).st_size)
 
 
 def stored_layout(config: bytes, files: list[SafetensorsFile], blocks: Iterable[Block]) -> StoredLayout | None:
@@ -30,14 +32,13 @@ def stored_layout(config: bytes, files: list[SafetensorsFile], blocks: Iterable[
     if len(files) != 1 or not all(isinstance(block, LowRank) and block.module not in TABLES for block in blocks):
         return None
     header, size = files[0].header, files[0].size
-    key = _key(config, header, size, len(header) - 8)
-    tensors = sorted((info.start, info.nbytes) for info in files[0].tensors.values())
-    return StoredLayout(key, tuple(tensors)) if key is not None else None
-
-
-def _key(config: bytes, header: bytes, size: int, count: int) -> str | None:
-    if count > KNOWN_HEADER_BYTES:
+    if len(header) - 8 > KNOWN_HEADER_BYTES:
         return None
+    tensors = sorted((info.start, info.nbytes) for info in files[0].tensors.values())
+    return StoredLayout(_key(config, header, size), tuple(tensors))
+
+
+def _key(config: bytes, header: bytes, size: int) -> str:
     digest = hashlib.sha256(f"{size} {len(config)} ".encode())
     digest.update(config)
     digest.update(header)

@@ -49,9 +49,12 @@ def combined(files: Sequence[tuple[str, int]], digests: Iterable[bytes]) -> str:
     return SCHEME + whole.hexdigest()
 
 
-def part_digest(part: bytes | memoryview) -> bytes:
-    """The digest of one part of a file, which is in memory."""
-    return xxhash.xxh3_128_digest(part)
+def part_digest(*pieces: bytes | memoryview) -> bytes:
+    """The digest of one part of a file, which is in memory, in these pieces."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
 
 
 def _digest_of(fd: int, start: int) -> bytes:

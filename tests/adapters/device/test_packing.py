@@ -39,7 +39,7 @@ def adapter(stored: torch.dtype, dtype: torch.dtype, seed: int = 0) -> tuple[tor
     weights = []
     for weight, scaling, spans in (
         (a, 1.0, (Span(0, 8, 0, 300, 0), Span(8, 4, 0, 300, PAGE + 128))),
-        (b.T, 1.7, (Span(0, 12, 0, 400, 2 * PAGE), Span(0, 12, 400, 200, 3 * PAGE))),
+        (b.T, -1.7, (Span(0, 12, 0, 400, 2 * PAGE), Span(0, 12, 400, 200, 3 * PAGE))),
         (c.T, 0.5, (Span(0, 40, 0, 70, 4 * PAGE + 64),)),
     ):
         jobs.append(PackJob("x", weight, scaling, spans))
@@ -47,7 +47,7 @@ def adapter(stored: torch.dtype, dtype: torch.dtype, seed: int = 0) -> tuple[tor
         at += weight.numel()
     pages = torch.zeros(PAGES, PAGE, dtype=torch.uint8)
     write_jobs(jobs, dtype, pages)
-    table = pack_table(weights, 2 * at, dtype)
+    table = pack_table(weights, 0, 2 * at, dtype)
     assert table is not None
     return file, table, pages
 

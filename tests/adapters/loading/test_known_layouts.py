@@ -80,8 +80,10 @@ class Loading:
         def load(shares: Sequence[bytes], dtype: torch.dtype, fd: int) -> bool:
             return self.packers.load(shares, dtype, fd, taken[0])
 
-        def stage(shares: Sequence[bytes], stored: str, dtype: torch.dtype, fd: int) -> list[bytes] | None:
-            return self.packers.stage(shares, stored, dtype, fd, taken[0])
+        def stage(
+            shares: Sequence[bytes], begin: int, stored: str, dtype: torch.dtype, fd: int
+        ) -> list[bytes] | None:
+            return self.packers.stage(shares, begin, stored, dtype, fd, taken[0])
 
         shortcut = Shortcut(self.layouts, load, allocate_staged, stage)
         result, pages = fetch(
@@ -328,6 +330,7 @@ def test_what_a_gpu_packs_comes_as_the_file_has_it(
         loading.expect(paths[0])
         expected, expected_pages = fetch(FetchJob(1, paths[1]), loading.context, allocate_private)
         result, raw = loading.fetch(paths[1])
+        assert raw.numel() <= expected_pages.numel(), "books count what packed pages take"
         assert result.table is not None and msgspec.structs.replace(result, table=None) == expected
         pages = torch.zeros_like(expected_pages)
         apply(result.table, raw.view(torch.bfloat16).view(-1), pages)
@@ -373,6 +376,16 @@ def test_so_many_are_kept(loading: Loading, tmp_path: Path, monkeypatch: pytest.
     assert loading.fetch(paths[0])[0].kind == "", "it was used last but one"
     with pytest.raises(AssertionError):
         loading.fetch(paths[1])
+
+
+@pytest.mark.parametrize("start", [b"version ", b"\x80\x04\x95....", b"\xff" * 8, (1 << 41).to_bytes(8, "little")])
+def test_what_is_no_such_file_is_named_as_ever(loading: Loading, tmp_path: Path, start: bytes) -> None:
+    """And nothing of the size that it seems to declare is read."""
+    path = write_adapter(tmp_path / "a", layers=LAYERS, width=WIDTH)
+    loading.expect(path)
+    (tmp_path / "a" / WEIGHTS_NAME).write_bytes(start + b"https://git-lfs")
+    result, _ = loading.fetch(path)
+    assert result.kind == "AdapterInvalid" and "not a safetensors file" in result.message
 
 
 def test_without_processes_nothing_is_kept(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from multilora.adapters.packing.placed_jobs import FileWeight, PlacedJob, file_p
 
 PAGE = 4096
 PAGES = 16
-BEGIN = 104
+BEGIN = 103
 
 
 def adapter(stored: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, list[FileWeight], list[PackJob]]:
@@ -51,13 +51,13 @@ def test_it_says_what_write_jobs_does(
 ) -> None:
     monkeypatch.setattr(placed_jobs, "PART_BYTES", part_bytes)
     file, weights, jobs = adapter(stored)
-    table = pack_table(weights, BEGIN + 2 * len(file), dtype)
-    assert len(table.parts) == (1 if part_bytes > 3000 else 3) and table.nbytes == BEGIN + 2 * len(file)
+    table = pack_table(weights, BEGIN, BEGIN + 2 * len(file), dtype)
+    assert len(table.parts) == (1 if part_bytes > 3000 else 3) and table.nbytes == 2 * len(file)
     assert sum(nbytes for _, nbytes, _, _ in table.parts) == table.nbytes
     pages = torch.zeros(PAGES, PAGE, dtype=torch.uint8)
     pages[:9] = 0xAA  # what was there before
     expected = packed(jobs, dtype)
-    apply(table, torch.cat([torch.zeros(BEGIN // 2, dtype=stored), file]), pages)
+    apply(table, file, pages)
     written = named(table, pages)
     found, wanted = pages.view(torch.int16).view(-1), expected.view(torch.int16).view(-1)
     assert torch.equal(found[written], wanted[written]), "rows that nobody trained are zero, too"
@@ -67,17 +67,17 @@ def test_it_says_what_write_jobs_does(
 def test_where_no_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     file, weights, _ = adapter(torch.bfloat16)
     end = BEGIN + 2 * len(file)
-    assert pack_table(weights, end, torch.float32) is None
+    assert pack_table(weights, BEGIN, end, torch.float32) is None
     wide = [
         FileWeight(w.start, w.nbytes, [PlacedJob.of(PackJob("a", torch.zeros(2, 2), 1.0, ()), 0)]) for w in weights
     ]
-    assert pack_table(wide, end, torch.bfloat16) is None
-    assert pack_table([weights[0], wide[1]], end, torch.bfloat16) is None
+    assert pack_table(wide, BEGIN, end, torch.bfloat16) is None
+    assert pack_table([weights[0], wide[1]], BEGIN, end, torch.bfloat16) is None
     monkeypatch.setattr(placed_jobs, "TABLE_BYTES", 4 * 64)
-    assert pack_table(weights, end, torch.bfloat16) is None
+    assert pack_table(weights, BEGIN, end, torch.bfloat16) is None
     monkeypatch.undo()
     monkeypatch.setattr(placed_jobs, "PART_BYTES", 2000)
-    assert pack_table(weights, end, torch.bfloat16) is None
+    assert pack_table(weights, BEGIN, end, torch.bfloat16) is None
 
 
 def test_parts_of_a_file_have_all_of_its_numbers() -> None:
