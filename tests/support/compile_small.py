@@ -10,6 +10,7 @@ from typing import Any
 
 from compile_ahead import compiled
 
+from multilora.adapters.device import triton_pack
 from multilora.distributed import triton_exchange, triton_gather
 from multilora.engine.sampling import triton_argmax
 from multilora.layers import triton_ops
@@ -42,8 +43,13 @@ def embed_part() -> Case:
     return triton_ops._embed_part, given, {"BLOCK": 4096}, ("first", "held", "size")
 
 
+def pack() -> Case:
+    given = {"raw": "*fp16", "arena": "*bf16", "table": "*i64", "pages": "*i64", "page_elements": "i32"}
+    return triton_pack._pack, given, {"ROWS": triton_pack.ROWS, "COLUMNS": triton_pack.COLUMNS}, ("page_elements",)
+
+
 CASES: dict[str, Callable[[], Case]] = {
-    "gather": gather, "search": search, "join": join, "embed_part": embed_part,
+    "gather": gather, "search": search, "join": join, "embed_part": embed_part, "pack": pack,
 }  # fmt: skip
 
 if __name__ == "__main__":
@@ -51,6 +57,7 @@ if __name__ == "__main__":
         kernel, given, constants, aligned = CASES[name]()
         for capability in (80, 90):
             early = capability >= 90
-            options = {"launch_pdl": True} if early else {}
-            found = compiled(kernel, given, constants | {"PDL": early}, capability, aligned=aligned, **options)
+            starts_early = {"PDL": early} if "PDL" in kernel.arg_names else {}
+            options = {"launch_pdl": True} if any(starts_early.values()) else {}
+            found = compiled(kernel, given, constants | starts_early, capability, aligned=aligned, **options)
             print(name, capability, found.metadata.shared, flush=True)

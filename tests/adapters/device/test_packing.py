@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compilers import compile_elsewhere
 from pack_tables import named, rows_of
 
 from multilora.adapters import pack_table as constants
@@ -74,6 +75,10 @@ def test_the_kernel_packs_as_the_cpu_does(stored: torch.dtype, dtype: torch.dtyp
     pack(file.to(DEVICE), arena.view(dtype), rows, torch.tensor(places, device=DEVICE), 400)
     held(table, arena[places].cpu(), expected)
     assert bool((arena[[2, 5, 6, 10]] == 0xAA).all())
+
+
+def test_a_compiler_takes_it() -> None:
+    assert len(compile_elsewhere("compile_small.py", "pack")) == 2
 
 
 @pytest.mark.parametrize("pinned", [pytest.param(x, marks=gpu) for x in (False, True)])
