@@ -269,9 +269,12 @@ class Resolver:
         """Unload what the quotas have no room for beside `found`. Raises QueueFull if all of it is in use."""
         while not self._has_room(found.nbytes):
             victim = next(self._victims(), None)
-            if victim is None:
+            if victim is not None:
+                yield from CarryThrough(self._evict(victim))
+            elif self._evictions:  # for other adapters, which may not need all of the room
+                yield from WaitUntilDone(next(iter(self._evictions.values())), self._config.lora_load_timeout)
+            else:
                 raise QueueFull("every adapter that the resolver has loaded is in use; try again later")
-            yield from CarryThrough(self._evict(victim))
 
     def _evict(self, victim: str) -> Steps[None]:
         eviction = self._evictions[victim] = Flight()
@@ -298,7 +301,7 @@ class Resolver:
         parts = {name for ref in self._registry.refs() for name, _ in ref.parts}
         for name in self._resolved:
             ref = self._registry.current(name)
-            idle = self._is_loaded(name) and ref is not None and ref.num_requests == 0
+            idle = self._is_loaded(name) and ref is not None and ref.num_requests == 0 and name not in self._evictions
             if idle and not self._wanted[name] and name not in parts and not self._registry.is_loading(name):
                 yield name
 

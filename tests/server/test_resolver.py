@@ -19,6 +19,8 @@ from multilora.adapters.sources.download import Downloads, Stop
 from multilora.adapters.sources.inside import copy_adapter
 from multilora.errors import AdapterInvalid, AdapterUnavailable
 from multilora.front import resolver
+from multilora.front.adapter_manager import AdapterManager
+from multilora.front.effects import Flight, Steps, WaitUntilDone
 
 IDS = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2}}
 
@@ -409,6 +411,27 @@ def test_parts_of_a_composition_are_not_unloaded(root: Path) -> None:
     s.post("/load_lora_adapter", {"lora_name": "mix", "lora_path": [{"name": "a", "weight": 0.5}]})
     assert s.post("/generate", IDS | {"lora_path": "b"}).status == 503
     assert s.post("/generate", IDS | {"lora_path": "mix"}).status == 200
+
+
+def test_what_is_being_unloaded_for_one_is_not_unloaded_for_another(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = server(root, max_resolved_loras=1)
+    assert s.post("/generate", IDS | {"lora_path": "a"}).status == 200
+    unload, unloaded = AdapterManager.unload_resolved, []
+
+    def slowly(self: AdapterManager, name: str) -> Steps[None]:
+        unloaded.append(name)
+        yield from WaitUntilDone(Flight(), 0.2)
+        yield from unload(self, name)
+
+    async def work() -> list[Answer]:
+        return await asyncio.gather(*[s.send(*ask(name)) for name in ("b", "c")])
+
+    monkeypatch.setattr(AdapterManager, "unload_resolved", slowly)
+    answers = run(work())
+    assert {answer.status for answer in answers} <= {200, 503} and any(answer.status == 200 for answer in answers)
+    assert unloaded.count("a") == 1
 
 
 def test_a_request_for_what_is_just_being_unloaded_waits_and_gets_it(root: Path) -> None:
