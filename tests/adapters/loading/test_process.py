@@ -620,13 +620,13 @@ def test_the_process_ends_with_its_engine(own: ProcessLoader) -> None:
 
 SERVE_HANGING_DOWNLOADS = """
 import time
-from multilora.adapters.loading import process
+from multilora.adapters.loading import fetch_server, process
 
 def hang(job, *others):
     open(job.path, "w").close()
     time.sleep(600)
 
-process.fetch = hang
+fetch_server.fetch = hang
 process.spare_cores = lambda at_most: 3
 process.main()
 """
