@@ -44,8 +44,8 @@ class Packing:
         self._tables: OrderedDict[bytes, tuple[torch.Tensor, list[int]]] = OrderedDict()
 
     def run(self, buffer: torch.Tensor, pages: list[int], table: PackTable, slots: Iterator[RingSlot]) -> None:
-        """Put everything on the stream. buffer: the bytes of the file, in host memory; pages: where its pages lie;
-        slots: for memory that is not pinned."""
+        """Put everything on the stream. buffer: the bytes of the file's tensors, in host memory; pages: where the
+        adapter's pages lie; slots: for memory that is not pinned."""
         from multilora.adapters.device.triton_pack import pack
 
         if self._part is None:
@@ -65,7 +65,7 @@ class Packing:
             pack(raw, arena, rows[row : row + count], places, columns)
 
     def _on_device(self, table: PackTable) -> tuple[torch.Tensor, list[int]]:
-        """The rows, and the most columns of each part's."""
+        """The rows of a table, and the most columns of each part's."""
         if table.rows not in self._tables:
             rows = np.frombuffer(table.rows, np.int64).reshape(-1, TABLE_WORDS)
             widest = [int(rows[row : row + count, 4].max(initial=0)) for _, _, row, count in table.parts]

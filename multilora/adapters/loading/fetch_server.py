@@ -51,8 +51,11 @@ class FetchServer:
             self._packers.write(pack_jobs, dtype, out, taken[0])
 
         def allocate_staged(num_pages: int, page_bytes: int) -> torch.Tensor | None:
-            taken.extend(part for part in (self._buffers.take_staged(num_pages * page_bytes),) if part is not None)
-            return taken[0].tensor().view(num_pages, page_bytes) if taken else None
+            part = self._buffers.take_staged(num_pages * page_bytes)
+            if part is None:
+                return None
+            taken.append(part)
+            return part.tensor().view(num_pages, page_bytes)
 
         def load(shares: Sequence[bytes], dtype: torch.dtype, fd: int) -> bool:
             return self._packers.load(shares, dtype, fd, taken[0])
