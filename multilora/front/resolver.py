@@ -270,14 +270,14 @@ class Resolver:
         while not self._has_room(found.nbytes):
             victim = next(self._victims(), None)
             if victim is not None:
-                yield from CarryThrough(self._evict(victim))
+                eviction = self._evictions[victim] = Flight()  # now: the work begins when others had their turns
+                yield from CarryThrough(self._evict(victim, eviction))
             elif self._evictions:  # for other adapters, which may not need all of the room
                 yield from WaitUntilDone(next(iter(self._evictions.values())), self._config.lora_load_timeout)
             else:
                 raise QueueFull("every adapter that the resolver has loaded is in use; try again later")
 
-    def _evict(self, victim: str) -> Steps[None]:
-        eviction = self._evictions[victim] = Flight()
+    def _evict(self, victim: str, eviction: Flight) -> Steps[None]:
         try:
             yield from self._manager.unload_resolved(victim)
         finally:

@@ -21,6 +21,7 @@ from multilora.errors import AdapterInvalid, AdapterUnavailable
 from multilora.front import resolver
 from multilora.front.adapter_manager import AdapterManager
 from multilora.front.effects import Flight, Steps, WaitUntilDone
+from multilora.front.fetcher import Fetcher, Found
 
 IDS = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2}}
 
@@ -418,17 +419,27 @@ def test_what_is_being_unloaded_for_one_is_not_unloaded_for_another(
 ) -> None:
     s = server(root, max_resolved_loras=1)
     assert s.post("/generate", IDS | {"lora_path": "a"}).status == 200
-    unload, unloaded = AdapterManager.unload_resolved, []
+    unload, unloaded, find, found_both = AdapterManager.unload_resolved, [], Fetcher.find, Flight()
+    waiting = {"b", "c"}
 
     def slowly(self: AdapterManager, name: str) -> Steps[None]:
         unloaded.append(name)
         yield from WaitUntilDone(Flight(), 0.2)
         yield from unload(self, name)
 
+    def together(self: Fetcher, name: str) -> Steps[Found | None]:  # both look for room in one turn of the loop
+        found = yield from find(self, name)
+        waiting.discard(name)
+        if not waiting:
+            found_both.finish()
+        yield from WaitUntilDone(found_both, 30)
+        return found
+
     async def work() -> list[Answer]:
         return await asyncio.gather(*[s.send(*ask(name)) for name in ("b", "c")])
 
     monkeypatch.setattr(AdapterManager, "unload_resolved", slowly)
+    monkeypatch.setattr(Fetcher, "find", together)
     answers = run(work())
     assert {answer.status for answer in answers} <= {200, 503} and any(answer.status == 200 for answer in answers)
     assert unloaded.count("a") == 1
