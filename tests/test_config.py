@@ -109,7 +109,7 @@ def test_flashinfer_backend_is_auto_with_a_warning(caplog):
         ({"max_loras_per_batch": 0}, "--max-loras-per-batch must be a positive integer, is 0"),
         ({"max_loras_per_batch": True}, "--max-loras-per-batch must be a positive integer"),
         ({"max_running_requests": None}, "--max-running-requests must be a positive integer"),
-        ({"lora_backend": "cutlass"}, "--lora-backend must be one of auto, torch, triton, csgmv"),
+        ({"lora_backend": "cutlass"}, "--lora-backend must be one of auto, torch, cpp, triton, csgmv"),
         ({"lora_eviction_policy": "mru"}, "--lora-eviction-policy must be one of lru, fifo, cost"),
         ({"fair_output_weight": 0.0}, "--fair-output-weight must be between 0.001 and 1000, is 0.0"),
         ({"fair_tenant_weight": ("a",)}, "--fair-tenant-weight: 'a': expected NAME=WEIGHT"),
@@ -117,7 +117,7 @@ def test_flashinfer_backend_is_auto_with_a_warning(caplog):
         ({"schedule_policy": "sjf"}, "--schedule-policy must be one of fair, fcfs, lpm, priority, is 'sjf'"),
         (
             {"attention_backend": "fa3"},
-            "--attention-backend must be one of auto, flashinfer, triton, torch, is 'fa3'",
+            "--attention-backend must be one of auto, flashinfer, triton, cpp, torch, is 'fa3'",
         ),
         ({"dtype": "float8"}, "--dtype must be one of auto, float32, bfloat16, float16, is 'float8'"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda, is 'tpu'"),

@@ -41,6 +41,17 @@ def _triton(
     return TritonAttention(kv_views, shape, dtype)
 
 
+def _cpp(
+    kv_views: "KVViews",
+    shape: "AttentionShape",
+    dtype: "torch.dtype | None",  # noqa: ARG001 - it takes the cache's
+    wait: bool,  # noqa: ARG001 - whoever chose it has compiled it
+) -> "AttentionBackend":
+    from multilora.attention.cpp_attention import CppAttention
+
+    return CppAttention(kv_views, shape)
+
+
 def _torch(
     kv_views: "KVViews",
     shape: "AttentionShape",
@@ -55,6 +66,7 @@ def _torch(
 BACKENDS: dict[str, MakeBackend] = {
     "flashinfer": _flashinfer,
     "triton": _triton,
+    "cpp": _cpp,
     "torch": _torch,
 }
 """By name, in the order in which `auto` tries them."""
@@ -151,7 +163,23 @@ def flashinfer_obstacle(
     return None
 
 
-OBSTACLES = {"flashinfer": flashinfer_obstacle, "triton": triton_obstacle}
+def cpp_obstacle(
+    device: "torch.device",
+    dtype: "torch.dtype",
+    kv_dtype: "torch.dtype",
+    shape: "AttentionShape",  # noqa: ARG001 - it takes any
+) -> str | None:
+    """The first thing that keeps our C++ from serving a model; None: nothing does."""
+    if device.type != "cpu":
+        return f"it needs a CPU, the model is on {device.type}"
+    from multilora.kernels.cpp.library import DTYPES, obstacle
+
+    if dtype not in DTYPES or kv_dtype != dtype:
+        return f"it takes float32, bfloat16 and float16 with a KV cache of the same; they are {dtype} and {kv_dtype}"
+    return obstacle()
+
+
+OBSTACLES = {"flashinfer": flashinfer_obstacle, "triton": triton_obstacle, "cpp": cpp_obstacle}
 """What keeps a backend from a model; one that is not here serves every model."""
 
 

@@ -19,7 +19,7 @@ from multilora.batch import AttentionMeta
 
 
 @dataclass(frozen=True, slots=True)
-class _DecodePlan:
+class DecodePlan:
     """B requests of one new token each, padded to the pages of the longest.
 
     gathered: room for the keys and the values of a layer, each [B · P, page_size, kv_heads, head_dim]. All layers
@@ -46,7 +46,7 @@ class _PrefillPlan:
 class _StepPlan:
     """What the layers with one window do in a step."""
 
-    decodes: list[_DecodePlan]
+    decodes: list[DecodePlan]
     prefills: list[_PrefillPlan]
 
 
@@ -81,9 +81,7 @@ class TorchAttention:
         self._begun = self._begun_pages(meta)
         self._plans = {}
         for window in self._of_window:
-            decodes = [
-                self._plan_decodes(meta, group, starts, window) for group in self._groups(meta, single, window)
-            ]
+            decodes = self._plan_decodes(meta, single, starts, window)
             prefills = [self._plan_prefill(meta, r, starts[r], window) for r, n in enumerate(meta.q_lens) if n > 1]
             self._plans[window] = _StepPlan(decodes, prefills)
 
@@ -106,23 +104,16 @@ class TorchAttention:
     ) -> torch.Tensor:
         """See `AttentionBackend`."""
         assert self._meta is not None, "prepare() comes first"
-        q, k = rotate(torch.cat((q, k), dim=1), *rope).split((q.shape[1], k.shape[1]), dim=1)
         k_pages, v_pages = self.kv_views[layer]
-        scales = k_scale, v_scale = self._scales[layer]
         column = self._columns[layer]
-        where = (self._meta.column(column).token_page, self._meta.token_slot)
-        k, v = as_stored(k, k_pages.dtype, k_scale), as_stored(v, v_pages.dtype, v_scale)  # whether read back or not
-        for pages, rows in ((in_bytes(k_pages), k), (in_bytes(v_pages), v)):
-            if self._begun:
-                pages.index_fill_(0, self._begun[column], 0)
-            pages.index_put_(where, in_bytes(rows))
+        if self._begun:
+            for pages in (k_pages, v_pages):
+                in_bytes(pages).index_fill_(0, self._begun[column], 0)
+        q, k, v = self._rotate_and_store(self._meta, layer, q, k, v, rope)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        plan = self._plans[self.windows[layer]]
-        for decodes in plan.decodes:
-            pages, (k_room, v_room) = decodes.pages[column], decodes.gathered
-            found = _tokens(k_pages, pages, k_room), _tokens(v_pages, pages, v_room)
-            out[decodes.rows] = self._decode(q[decodes.rows], *found, decodes.mask, scales, sinks)
-        for p in plan.prefills:
+        self._attend_decodes(layer, q, sinks, out)
+        scales = self._scales[layer]
+        for p in self._plans[self.windows[layer]].prefills:
             if p.pages is None:
                 keys, values = k[p.start : p.end], v[p.start : p.end]
             else:
@@ -168,8 +159,11 @@ class TorchAttention:
             yield sorted(group)
 
     def _plan_decodes(
-        self, meta: AttentionMeta, group: list[int], starts: list[int], window: int | None
-    ) -> _DecodePlan:
+        self, meta: AttentionMeta, requests: list[int], starts: list[int], window: int | None
+    ) -> list[DecodePlan]:
+        return [self._plan_group(meta, group, starts, window) for group in self._groups(meta, requests, window)]
+
+    def _plan_group(self, meta: AttentionMeta, group: list[int], starts: list[int], window: int | None) -> DecodePlan:
         device = meta.page_table.device
         width = max(self._num_pages(meta, r, window) for r in group)
         table = torch.tensor(
@@ -184,10 +178,10 @@ class TorchAttention:
         first_row, behind = starts[group[0]], starts[group[-1]] + 1
         neighbours = behind - first_row == len(group)
         of_q = slice(first_row, behind) if neighbours else rows
-        return _DecodePlan(of_q, pages, mask[:, None, None, :], self._room(len(group) * width))
+        return DecodePlan(of_q, pages, mask[:, None, None, :], self._room(len(group) * width))
 
     def _room(self, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `_DecodePlan.gathered`."""
+        """See `DecodePlan.gathered`."""
         like = in_bytes(self.kv_views[0][0])
         shape = (pages, *like.shape[1:])
         return like.new_empty(shape), like.new_empty(shape)
@@ -208,6 +202,27 @@ class TorchAttention:
 
     # arithmetic, once a layer
 
+    def _rotate_and_store(
+        self, meta: AttentionMeta, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns q rotated, and k and v as the pages hold them now."""
+        q, k = rotate(torch.cat((q, k), dim=1), *rope).split((q.shape[1], k.shape[1]), dim=1)
+        k_pages, v_pages = self.kv_views[layer]
+        k_scale, v_scale = self._scales[layer]
+        where = (meta.column(self._columns[layer]).token_page, meta.token_slot)
+        k, v = as_stored(k, k_pages.dtype, k_scale), as_stored(v, v_pages.dtype, v_scale)
+        for pages, rows in ((k_pages, k), (v_pages, v)):
+            in_bytes(pages).index_put_(where, in_bytes(rows))
+        return q, k, v
+
+    def _attend_decodes(self, layer: int, q: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Write the rows of requests with one new token. q: rotated; out: as q."""
+        k_pages, v_pages = self.kv_views[layer]
+        for plan in self._plans[self.windows[layer]].decodes:
+            pages, (k_room, v_room) = plan.pages[self._columns[layer]], plan.gathered
+            found = _tokens(k_pages, pages, k_room), _tokens(v_pages, pages, v_room)
+            out[plan.rows] = self._decode(q[plan.rows], *found, plan.mask, self._scales[layer], sinks)
+
     def _decode(
         self,
         q: torch.Tensor,
@@ -217,7 +232,7 @@ class TorchAttention:
         scales: tuple[float, float],
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """q: [B, heads, head_dim]; k, v: [B · keys, kv_heads, head_dim]; mask: see `_DecodePlan`. The query heads of
+        """q: [B, heads, head_dim]; k, v: [B · keys, kv_heads, head_dim]; mask: see `DecodePlan`. The query heads of
         one KV head stand where query tokens usually do."""
         grouped = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, kv_heads, group, head_dim]
         keys = k.to(q.dtype).unflatten(0, (q.shape[0], -1)).transpose(1, 2)

@@ -119,7 +119,7 @@ class Experts(nn.Module):
             up: (self.gate_up_proj, slice(inner, 2 * inner)),
             own: (self.down_proj, slice(0, hidden)),
         }
-        self._silu_and_mul = SiluAndMul(device)
+        self._silu_and_mul = SiluAndMul()
 
     def forward(self, x: torch.Tensor, rows: ExpertRows, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, hidden]. Returns [rows, hidden], in the order of `rows`."""

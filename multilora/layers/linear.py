@@ -129,7 +129,7 @@ class GateUp(Linear):
         formats: Sequence[WeightFormat] = (),
     ):
         super().__init__(whole, device=device, dtype=dtype, group=group, formats=formats)
-        self.silu_and_mul = SiluAndMul(device)
+        self.silu_and_mul = SiluAndMul()
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """x: [tokens, in_features], contiguous. Returns [tokens, out_features / 2]."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from multilora.distributed.group import SINGLE, Group
 from multilora.layers.context import ForwardContext
-from multilora.layers.ops import fused_ops
+from multilora.layers.ops import small_ops
 from multilora.lora.sites import NormModule
 
 
@@ -41,11 +41,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.form = form
         self.group = group
-        self._fused = fused_ops(device)
+        self._fused = small_ops(device, dtype)
         self.weight = nn.Parameter(torch.empty(norm.size, device=device, dtype=dtype), requires_grad=False)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """x: [..., size]; on CUDA [rows, size] or [rows, heads, size]."""
+        """x: [rows, size] or [rows, heads, size]."""
         if self._fused is not None:
             y = self._fused.rms_norm(x, self.weight, self.eps, self.form)
         else:

@@ -30,6 +30,15 @@ def _torch(table: "LoraTable", _sites: Sites, _dtype: "torch.dtype", _chunk_rows
     return TorchLora(table)
 
 
+def _cpp(table: "LoraTable", sites: Sites, dtype: "torch.dtype", _chunk_rows: int) -> "LoraBackend":
+    device = table.weights.device.type
+    if (obstacle := _cpp_obstacle(device, table.weights.dtype, dtype)) is not None:
+        raise ConfigError(f"--lora-backend cpp: {obstacle}; torch runs anywhere")
+    from multilora.lora.cpp_backend import CppLora
+
+    return CppLora(table, len(sites))
+
+
 def _triton(name: str, table: "LoraTable", sites: Sites, dtype: "torch.dtype", chunk_rows: int) -> "LoraBackend":
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(f"--lora-backend {name} needs Triton, which is not installed (pip install triton)")
@@ -49,6 +58,7 @@ def _triton(name: str, table: "LoraTable", sites: Sites, dtype: "torch.dtype", c
 
 BACKENDS: "dict[str, Callable[[LoraTable, Sites, torch.dtype, int], LoraBackend]]" = {
     "torch": _torch,
+    "cpp": _cpp,
     "triton": partial(_triton, "triton"),
     "csgmv": partial(_triton, "csgmv"),
 }
@@ -73,4 +83,18 @@ def make_lora_backend(
 
 def auto_backend(device: str, adapter_dtype: "torch.dtype", dtype: "torch.dtype") -> str:
     """What "auto" means on a kind of device, for adapters packed in one dtype and activations in another."""
+    if device == "cpu":
+        return "torch" if _cpp_obstacle(device, adapter_dtype, dtype) else "cpp"
     return "csgmv" if device == "cuda" and adapter_dtype == dtype else "torch"
+
+
+def _cpp_obstacle(device: str, adapter_dtype: "torch.dtype", dtype: "torch.dtype") -> str | None:
+    """The first thing that keeps the C++ backend from a model; None: nothing does."""
+    if device != "cpu":
+        return f"it runs on a CPU, this is {device}"
+    from multilora.kernels.cpp.library import DTYPES, obstacle
+
+    for found in (adapter_dtype, dtype):
+        if found not in DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {found}"
+    return obstacle()

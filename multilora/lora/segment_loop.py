@@ -44,7 +44,11 @@ class SegmentLoop:
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
         """See `LoraBackend`."""
-        for segment in self._segments:
+        self.add_segments(self._segments, y, x, site)
+
+    def add_segments(self, segments: tuple[LoraSegment, ...], y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+        """`apply` for some of the step's segments."""
+        for segment in segments:
             x_rows, y_rows = x[segment.start : segment.end], y[segment.start : segment.end]
             for slot, factor in zip(segment.slots, segment.weights, strict=True):
                 weights = self.table.site(slot, site)

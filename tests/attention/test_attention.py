@@ -13,6 +13,7 @@ import torch
 from multilora.attention.backends import BACKENDS, choose_attention, flashinfer_obstacle, make_attention
 from multilora.attention.base import AttentionShape
 from multilora.errors import ConfigError
+from multilora.kernels.cpp import library
 from multilora.memory.kv_layout import KVLayout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -23,12 +24,31 @@ def shape(head_dim: int, **others: Any) -> AttentionShape:
     return AttentionShape(2, 2, head_dim, 1.0, None, **others)
 
 
-@pytest.mark.parametrize("name", ["auto", "torch"])
-def test_torch_is_chosen_and_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("name", "chosen"), [("auto", "cpp"), ("cpp", "cpp"), ("torch", "torch")])
+def test_what_a_cpu_takes_is_chosen_and_logged(name: str, chosen: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "multilora.attention"):
-        assert choose_attention(name, CPU, FP32, FP32, shape(64)) == "torch"
-    assert "attention backend: torch" in caplog.text
+        assert choose_attention(name, CPU, FP32, FP32, shape(64)) == chosen
+    assert f"attention backend: {chosen}" in caplog.text
     assert ("not flashinfer or triton: it needs a CUDA device" in caplog.text) == (name == "auto")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "missing"),
+    [(torch.float64, torch.float64, "torch.float64"), (BF16, torch.float8_e5m2, "torch.float8_e5m2")],
+)
+def test_cpp_by_name_says_what_is_missing(dtype: torch.dtype, kv_dtype: torch.dtype, missing: str) -> None:
+    with pytest.raises(ConfigError, match=f"--attention-backend cpp: it takes .*{missing}"):
+        choose_attention("cpp", CPU, dtype, kv_dtype, shape(64))
+    assert choose_attention("auto", CPU, dtype, kv_dtype, shape(64)) == "torch"
+
+
+def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(library, "_load", lambda: "there is no C++ compiler (g++ or clang++)")
+    with caplog.at_level(logging.INFO, "multilora.attention"):
+        assert choose_attention("auto", CPU, BF16, BF16, shape(64)) == "torch"
+    assert "not cpp: there is no C++ compiler" in caplog.text
+    with pytest.raises(ConfigError, match=r"--attention-backend cpp: there is no C\+\+ compiler"):
+        choose_attention("cpp", CPU, BF16, BF16, shape(64))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +81,12 @@ def test_auto_takes_the_first_that_is_installed(packages, chosen, monkeypatch, c
     with caplog.at_level(logging.INFO, "multilora.attention"):
         assert choose_attention("auto", CUDA, BF16, BF16, shape(128)) == chosen
     passed = list(BACKENDS)[: list(BACKENDS).index(chosen)]
-    missing = {"flashinfer": "flashinfer-python", "triton": "triton"}
-    said = "; ".join(f"not {name}: the package {missing[name]} is not installed" for name in passed)
+    missing = {
+        "flashinfer": "the package flashinfer-python is not installed",
+        "triton": "the package triton is not installed",
+        "cpp": "it needs a CPU, the model is on cuda",
+    }
+    said = "; ".join(f"not {name}: {missing[name]}" for name in passed)
     assert caplog.messages == [f"attention backend: {chosen}" + f" ({said})" * bool(said)]
     if "flashinfer" not in packages:
         with pytest.raises(ConfigError, match="flashinfer-python is not installed"):
@@ -114,7 +138,7 @@ def test_triton_takes_what_flashinfer_does_not() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ConfigError, match="auto, flashinfer, triton, torch"):
+    with pytest.raises(ConfigError, match="auto, flashinfer, triton, cpp, torch"):
         choose_attention("flash", CPU, FP32, FP32, shape(64))
 
 
@@ -133,7 +157,7 @@ def test_the_backend_over_an_arena() -> None:
     layout = KVLayout(1, 4, 2, 64, torch.float32)
     views = layout.views(torch.zeros(3, layout.page_bytes, dtype=torch.uint8))
     assert make_attention("torch", views, shape(64)).name == "torch"
-    assert list(BACKENDS) == ["flashinfer", "triton", "torch"]
+    assert list(BACKENDS) == ["flashinfer", "triton", "cpp", "torch"]
 
 
 @pytest.mark.parametrize(

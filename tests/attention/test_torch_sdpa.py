@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from multilora.attention.base import AttentionShape
+from multilora.attention.cpp_attention import CppAttention
 from multilora.attention.torch_sdpa import TorchAttention
 from multilora.batch import AttentionMeta
 from multilora.memory.kv_layout import KVLayout
@@ -94,11 +95,18 @@ def unrotated(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(k.shape[0], 1, k.shape[2] // 2), torch.zeros(k.shape[0], 1, k.shape[2] // 2)
 
 
-def run(case: Case, heads: int, window: int | None, atol: float, computed_in: torch.dtype | None = None) -> None:
+def run(
+    case: Case,
+    heads: int,
+    window: int | None,
+    atol: float,
+    computed_in: torch.dtype | None = None,
+    backend: type[TorchAttention] = TorchAttention,
+) -> None:
     """computed_in: dtype of q, k and v; None: that of the cache."""
     kv_heads, head_dim = case.views[0][0].shape[2:]
     scale = 0.7 / math.sqrt(head_dim)
-    attention = TorchAttention(case.views, AttentionShape(heads, kv_heads, head_dim, scale, window))
+    attention = backend(case.views, AttentionShape(heads, kv_heads, head_dim, scale, window))
     attention.prepare(case.meta)
     generator = torch.Generator().manual_seed(1)
     for layer in range(LAYERS):
@@ -163,22 +171,36 @@ BATCHES = {
 }
 
 
+EVERY_BACKEND = pytest.mark.parametrize("backend", [TorchAttention, CppAttention])
+
+
+@EVERY_BACKEND
 @pytest.mark.parametrize("window", [None, 1, 6, 16, 1000])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_batches_and_windows(batch: str, window: int | None) -> None:
-    run(make_case(BATCHES[batch], 8, 2, 16, torch.float32), 6, window, atol=1e-5)
+def test_batches_and_windows(batch: str, window: int | None, backend: type[TorchAttention]) -> None:
+    run(make_case(BATCHES[batch], 8, 2, 16, torch.float32), 6, window, atol=1e-5, backend=backend)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 8), (4, 4, 24), (8, 1, 64), (15, 3, 40)])
 @pytest.mark.parametrize("page_size", [1, 5, 16])
-def test_shapes(heads: int, kv_heads: int, head_dim: int, page_size: int) -> None:
+@EVERY_BACKEND
+def test_shapes(heads: int, kv_heads: int, head_dim: int, page_size: int, backend: type[TorchAttention]) -> None:
     case = make_case(BATCHES["everything"], page_size, kv_heads, head_dim, torch.float32)
-    run(case, heads, 7, atol=1e-5)
+    run(case, heads, 7, atol=1e-5, backend=backend)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_dtypes(dtype: torch.dtype, atol: float) -> None:
-    run(make_case(BATCHES["everything"], 16, 2, 32, dtype), 4, None, atol)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "atol"),
+    [
+        (TorchAttention, torch.float64, 1e-12),
+        (TorchAttention, torch.bfloat16, 3e-2),
+        (TorchAttention, torch.float16, 4e-3),
+        (CppAttention, torch.bfloat16, 3e-2),
+        (CppAttention, torch.float16, 4e-3),
+    ],
+)
+def test_dtypes(backend: type[TorchAttention], dtype: torch.dtype, atol: float) -> None:
+    run(make_case(BATCHES["everything"], 16, 2, 32, dtype), 4, None, atol, backend=backend)
 
 
 def test_keys_and_values_are_rounded_to_the_dtype_of_the_cache_wherever_they_are_read_from() -> None:
@@ -186,15 +208,16 @@ def test_keys_and_values_are_rounded_to_the_dtype_of_the_cache_wherever_they_are
     run(make_case(BATCHES["everything"], 16, 2, 32, torch.bfloat16), 4, None, 1e-5, computed_in=torch.float32)
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("seed", range(20))
-def test_random_batches(seed: int) -> None:
+def test_random_batches(seed: int, backend: type[TorchAttention]) -> None:
     rng = random.Random(seed)
     lens = []
     for _ in range(rng.randint(1, 9)):
         total = rng.randint(1, 60)
         lens.append((rng.choice([1, 1, rng.randint(1, total)]), total))
     window = rng.choice([None, rng.randint(1, 40)])
-    run(make_case(lens, rng.choice([2, 4, 16]), 2, 8, torch.float32, seed), 4, window, atol=1e-5)
+    run(make_case(lens, rng.choice([2, 4, 16]), 2, 8, torch.float32, seed), 4, window, atol=1e-5, backend=backend)
 
 
 def test_padding_stays_bounded() -> None:
@@ -250,12 +273,15 @@ def test_window_reads_no_page_before_it() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_layers_with_windows_of_their_own_softcap_and_sinks(softcap: float | None, with_sinks: bool) -> None:
+@EVERY_BACKEND
+def test_layers_with_windows_of_their_own_softcap_and_sinks(
+    softcap: float | None, with_sinks: bool, backend: type[TorchAttention]
+) -> None:
     case = make_case(BATCHES["everything"], 8, 2, 16, torch.float32)
     windows = (7, None)
     sinks = torch.linspace(-1, 3, 6) if with_sinks else None
     shape = AttentionShape(6, 2, 16, 0.3, None, windows, softcap, with_sinks)
-    attention = TorchAttention(case.views, shape)
+    attention = backend(case.views, shape)
     attention.prepare(case.meta)
     for layer, window in enumerate(windows):
         new = [h[layer, :, h.shape[2] - n :] for h, n in zip(case.history, case.meta.q_lens, strict=True)]

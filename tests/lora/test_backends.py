@@ -1,6 +1,6 @@
 """The backends of the CPU against the formula, over popularity x mixed ranks x odd sizes x dtype.
 
-Covers `base.py`, `reference.py`, `torch_backend.py`, `segment_loop.py`, `sites.py`, `table.py` too.
+Covers `base.py`, `reference.py`, `torch_backend.py`, `cpp_backend.py`, `segment_loop.py`, `sites.py`, `table.py` too.
 """
 
 import pytest
@@ -85,7 +85,7 @@ RANKS = (1, 4, 8, 16, 64, 256)
 SIZES = {"round": (64, 64, 32, 128), "odd": (48, 40, 24, 104)}
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("page_bytes", [2048, 65536], ids=["cut panels", "whole panels"])
@@ -108,7 +108,7 @@ def test_backend_equals_the_formula(backend, popularity, size, page_bytes):
         torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 def test_any_subset_of_targets_and_composition(backend):
     torch.manual_seed(2)
     sites = make_sites(64, 64, 32, 128)
@@ -131,7 +131,7 @@ def test_any_subset_of_targets_and_composition(backend):
         torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize("page_bytes", [2048, 65536], ids=["cut panels", "whole panels"])
 def test_scale_shift_pairs_follow_the_low_rank_part(backend, page_bytes):
     """Scale and shift, with low rank or alone; rows of others stay as they are."""
@@ -172,16 +172,17 @@ def test_scale_shift_pairs_follow_the_low_rank_part(backend, page_bytes):
         torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
 @pytest.mark.parametrize("rows", [2, 12])  # few ones go through fp32
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_the_reference(dtype, rows):
+def test_half_precision_stays_near_the_reference(dtype, rows, backend):
     torch.manual_seed(3)
     sites = make_sites(64, 64, 32, 128)
     adapters = [random_adapter(sites, dict.fromkeys(ALL, r), seed=r) for r in (4, 16, 64)]
     bench = Bench(sites, dtype, 8192, adapters)
     segments = tuple(LoraSegment(rows * i, rows * (i + 1), (i,), (0.5,)) for i in range(3))
     backend, reference = (
-        make_lora_backend("torch", bench.table, sites=sites, dtype=bench.target.dtype),
+        make_lora_backend(backend, bench.table, sites=sites, dtype=bench.target.dtype),
         ReferenceLora(bench.table),
     )
     for lora in (backend, reference):
@@ -200,7 +201,7 @@ def test_unknown_backend_is_refused_by_name():
         make_lora_backend("csgmv2", None, sites=(), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize("page_bytes", [1024, 65536], ids=["cut panels", "whole panels"])
 def test_experts_equal_the_formula(backend, page_bytes):
     """Several adapters and ranks, matrices that experts share, composed adapters and base rows."""

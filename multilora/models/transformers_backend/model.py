@@ -88,7 +88,7 @@ class TransformersCausalLM(CausalLM):
         self._replace_tables(device)
         self._held = cut_parameters(tree.lm, config.division.parameters, group)
         shares = {path for path, _ in mixtures(tree.lm) if any(held.startswith(f"{path}.") for held in self._held)}
-        self._replace_experts(device, shares)
+        self._replace_experts(shares)
         for path in shares:
             sum_over_ranks(tree.lm.get_submodule(path), path, group, device)
         materialize(tree.lm, device)
@@ -230,13 +230,13 @@ class TransformersCausalLM(CausalLM):
             else:
                 own.register_forward_hook(ReplacedNorm(norm, fact.token_dim, self._step))
 
-    def _replace_experts(self, device: torch.device, shares: Collection[str]) -> None:
+    def _replace_experts(self, shares: Collection[str]) -> None:
         """Have experts that compute what ours do go by our products. shares: the paths of those of which this rank
         computes a share."""
         for fact in self.config.examination.experts:
             module: Any = self._tree.lm.get_submodule(fact.path)
             lay_by_outputs(module)
-            gate, sites = gate_of(module, device, silu=fact.silu), self._sites.experts.get(fact.path, {})
+            gate, sites = gate_of(module, silu=fact.silu), self._sites.experts.get(fact.path, {})
             adds_bias = fact.path not in shares or self.group.rank == 0
             module.forward = TreeExperts(module, sites, self._step, gate, adds_bias=adds_bias).forward
 

@@ -155,8 +155,8 @@ def gates_with_silu(experts: Any, dtype: torch.dtype) -> bool:
     return True
 
 
-def gate_of(experts: Any, device: torch.device, *, silu: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def gate_of(experts: Any, *, silu: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """What lies between the products of a mixture. silu: it is what `gates_with_silu` says, for which there is a
     kernel."""
-    own: Callable[[torch.Tensor], torch.Tensor] = SiluAndMul(device) if silu else experts._apply_gate
+    own: Callable[[torch.Tensor], torch.Tensor] = SiluAndMul() if silu else experts._apply_gate
     return own

@@ -1,0 +1,46 @@
+"""The small operations of a layer on a CPU, in C++: `norm.py` and `activation.py` say what they compute."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from multilora.kernels.cpp.library import DTYPES, library
+
+if TYPE_CHECKING:
+    from multilora.layers.norm import NormForm
+
+_FORMS = {"rounded": 0, "wide": 1, "one plus": 2}
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, form: "NormForm") -> torch.Tensor:
+    """x: [rows, size] or [rows, heads, size], whose last dimension lies contiguous; weight: [size]."""
+    heads = x if x.dim() == 3 else x[:, None]
+    y = torch.empty(x.shape, dtype=x.dtype)
+    library().rms_norm(
+        *(x.data_ptr(), heads.stride(0), heads.shape[0], heads.stride(1), heads.shape[1], heads.shape[2]),
+        *(None, weight.data_ptr(), eps, _FORMS[form.value], y.data_ptr(), None, DTYPES[x.dtype]),
+    )
+    return y
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, form: "NormForm"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x + residual), x + residual), of contiguous [rows, size]."""
+    x, residual = x.contiguous(), residual.contiguous()
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    rows, size = x.shape
+    library().rms_norm(
+        *(x.data_ptr(), size, rows, 0, 1, size, residual.data_ptr(), weight.data_ptr(), eps, _FORMS[form.value]),
+        *(y.data_ptr(), total.data_ptr(), DTYPES[x.dtype]),
+    )
+    return y, total
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up: [rows, 2 · width]. Returns [rows, width]."""
+    gate_up = gate_up.contiguous()
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = gate_up.new_empty(rows, width)
+    library().silu_and_mul(gate_up.data_ptr(), rows, width, y.data_ptr(), DTYPES[gate_up.dtype])
+    return y
