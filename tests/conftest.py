@@ -22,6 +22,8 @@ import torch
 from hypothesis import settings
 
 from multilora import logs
+from multilora.kernels.cpp import library
+from multilora.layers.ops import small_ops
 
 if TYPE_CHECKING:
     from peft_rows import Lab
@@ -53,6 +55,17 @@ def pytest_collection() -> Iterator[None]:
 def pytest_unconfigure() -> None:
     """What libraries free at the very end is freed."""
     gc.unfreeze()
+
+
+@pytest.fixture
+def torch_operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU without C++, for references in torch that have the same bits: what is rounded to 8 bits on the way moves
+    by a whole step when a number falls on the other side. Ranks, processes of their own, find no compiler."""
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setattr(library, "_load", lambda: "there is no C++ compiler (no-compiler)")
+    small_ops.cache_clear()
+    yield
+    small_ops.cache_clear()
 
 
 @pytest.fixture(autouse=True)

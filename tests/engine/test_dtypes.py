@@ -101,14 +101,15 @@ def test_adapters_in_more_bytes_than_the_weights(
 def test_a_kv_cache_of_another_dtype(
     kv_dtype: torch.dtype, lab: tuple[Path, dict[str, Any]], dtypes: Callable[..., None]
 ) -> None:
-    """It is rounded, a little, and the same whichever way prompts are cut into chunks."""
+    """It is rounded, a little, and nearly the same whichever way prompts are cut into chunks: a product of other rows
+    is summed in another order, and then a number may fall on the other side of a rounding."""
     path, models = lab
     expected, exact = peft(models)
     dtypes(kv_dtype=kv_dtype, adapter_dtype=torch.float16)
     found = answers(path, expected)
     assert 1e-5 < worst(found, exact) < 0.2
     for size in (3, 5):
-        assert worst(answers(path, expected, chunked_prefill_size=size), found) < 1e-4
+        assert worst(answers(path, expected, chunked_prefill_size=size), found) < 1e-3
 
 
 def test_pages_hold_more_tokens_of_a_smaller_kv_cache(

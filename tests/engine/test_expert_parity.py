@@ -1,7 +1,7 @@
 """Adapters on mixtures of experts, held against transformers + PEFT: on attention, on the router, on experts.
 
 One batch mixes them with each other and the base model, in chunks, with pages of a prefix cache that are used again.
-In fp32 greedy answers are PEFT's token for token, and so are the logprobs of every position to 2e-5 of the largest.
+In fp32 greedy answers are PEFT's token for token, and so are the logprobs of every position to 4e-5 of the largest.
 """
 
 import warnings
@@ -24,7 +24,7 @@ from walk import NEW_TOKENS, load, make_adapter, prompts
 
 from multilora.errors import AdapterUnsupported
 
-CLOSE = 2e-5
+CLOSE = 4e-5
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
 WEIGHTS = ("gate_up_proj", "down_proj")
 BOTH = [f"mlp.experts.{name}" for name in WEIGHTS]

@@ -2,7 +2,7 @@
 
 A tiny random model, four adapters that PEFT saved, a fifth on experts where they take any, and the base model in one
 batch, in fp32 on the CPU. Greedy answers must be PEFT's token for token and every logprob of every position PEFT's to
-2e-5 of the largest, or the model must be refused by name before any weight is read. What came out is a `Verdict`;
+4e-5 of the largest, or the model must be refused by name before any weight is read. What came out is a `Verdict`;
 those of all architectures are in `tests/data/architectures.json`.
 """
 
@@ -27,7 +27,7 @@ from multilora.models.load import make_model
 from multilora.models.transformers_backend.model import TransformersCausalLM
 
 NEW_TOKENS = 6
-CLOSE = 2e-5  # largest difference of a logprob, as a part of the largest logprob
+CLOSE = 4e-5  # largest difference of a logprob, as a part of the largest logprob
 PROMPTS = 40  # tried for two whose every choice is clear
 
 
