@@ -1,4 +1,5 @@
-"""The small operations of a layer on a CPU, in C++: `norm.py` and `activation.py` say what they compute."""
+"""The small operations of a layer on a CPU, in C++, and products of few rows. What they compute is said by `norm.py`,
+`activation.py` and `matmul.py`."""
 
 from typing import TYPE_CHECKING
 
@@ -43,4 +44,15 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, width)
     library().silu_and_mul(gate_up.data_ptr(), rows, width, y.data_ptr(), DTYPES[gate_up.dtype])
+    return y
+
+
+def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + b in fp32. x: [rows, in], weight: contiguous [out, in], bias: [out]. Returns [rows, out]."""
+    x = x.contiguous()
+    y = x.new_empty(len(x), len(weight))
+    library().few_rows(
+        *(x.data_ptr(), len(x), x.shape[1], weight.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(len(weight), y.data_ptr()),
+    )
     return y

@@ -61,6 +61,7 @@ _ARGUMENTS = {
         *(c_void_p, c_void_p, c_double, c_int64),
         *(c_void_p, c_void_p, c_int64),
     ),
+    "few_rows": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p),
     "silu_and_mul": (c_void_p, c_int64, c_int64, c_void_p, c_int64),
     "rotate_and_store": (c_void_p, c_int64, *(c_void_p, c_int64) * 3, *(c_void_p,) * 8),
     "decode": (c_void_p, c_int64, *(c_void_p,) * 6, c_int64, *(c_void_p,) * 4),

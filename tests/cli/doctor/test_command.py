@@ -21,14 +21,14 @@ def test_text(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"multilora {__version__}")
-    assert "attention torch, LoRA torch, no CUDA graphs" in out
+    assert "attention cpp, LoRA cpp, no CUDA graphs" in out
     assert "note: no GPU" in out and out.endswith("a server can run here\n")
 
 
 def test_json(capsys):
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["ok"] is True and facts["auto"]["attention"] == "torch"
+    assert facts["ok"] is True and facts["auto"]["attention"] == "cpp"
     assert {"packages", "devices", "host", "findings"} <= facts.keys()
     assert any("no GPU" in finding["what"] for finding in facts["findings"])
 

@@ -62,7 +62,7 @@ def test_machine_code(monkeypatch, archs, capability, compiled):
 
 def test_auto_on_a_cpu():
     found = auto_choices(None, None)
-    assert (found.device, found.dtype, found.attention, found.lora) == ("cpu", "float32", "torch", "torch")
+    assert (found.device, found.dtype, found.attention, found.lora) == ("cpu", "float32", "cpp", "cpp")
     assert not found.cuda_graphs and "CUDA" in found.obstacle
 
 
