@@ -105,11 +105,13 @@ extern "C" void decode(const Heads *shape, int64_t num, const void *q, const int
                        const Pages *k_pages, const Pages *v_pages, const float *sinks, void *y) {
     int64_t dim = shape->head_dim, group = shape->heads / shape->kv_heads, work = 0;
     for (int64_t r = 0; r < num; r++) work += (kv_lens[r] - first[r]) * shape->heads * dim;
+    // Of a token all heads lie side by side, so one thread reads them all if there are requests for all threads.
+    int64_t parts = num >= 2 * num_threads ? 1 : shape->kv_heads, kv_heads = shape->kv_heads / parts;
     with_type(shape->dtype, [&](auto type) {
         using T = decltype(type);
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic) if (work >= WORTH)
-        for (int64_t item = 0; item < num * shape->kv_heads; item++) {
-            int64_t r = item / shape->kv_heads, head = item % shape->kv_heads;
+        for (int64_t item = 0; item < num * parts; item++) {
+            int64_t r = item / parts, head = item % parts * kv_heads, heads = kv_heads * group;
             int64_t count = kv_lens[r] - first[r];
             const int64_t *table = page_table + tables[r] * table_width;
             auto token = [&](const Pages *pages, int64_t t) {
@@ -117,29 +119,30 @@ extern "C" void decode(const Heads *shape, int64_t num, const void *q, const int
                        t % shape->page_size * pages->token_stride + head * dim;
             };
             static thread_local std::vector<float> room;
-            room.resize(group * (count + 2 * dim));
-            float *scores = room.data(), *queries = scores + group * count, *outputs = queries + group * dim;
+            room.resize(heads * (count + 2 * dim + 1));
+            float *scores = room.data(), *queries = scores + heads * count, *outputs = queries + heads * dim;
+            float *totals = outputs + heads * dim;
             int64_t at = (rows[r] * shape->heads + head * group) * dim;
-            for (int64_t i = 0; i < group * dim; i++) queries[i] = wide(static_cast<const T *>(q)[at + i]);
-            std::fill_n(outputs, group * dim, 0.0f);
+            for (int64_t i = 0; i < heads * dim; i++) queries[i] = wide(static_cast<const T *>(q)[at + i]);
+            std::fill_n(outputs, heads * dim, 0.0f);
             for (int64_t t = 0; t < count; t++) {
                 const T *key = token(k_pages, first[r] + t);
-                for (int64_t g = 0; g < group; g++) {
-                    float score = dot(queries + g * dim, key, dim) * float(shape->scale);
+                for (int64_t h = 0; h < heads; h++) {
+                    float score = dot(queries + h * dim, key + h / group * dim, dim) * float(shape->scale);
                     if (shape->softcap != 0) score = std::tanh(score / float(shape->softcap)) * float(shape->softcap);
-                    scores[g * count + t] = score;
+                    scores[h * count + t] = score;
                 }
             }
-            std::vector<float> totals(group);
-            for (int64_t g = 0; g < group; g++)
-                totals[g] = softmax(scores + g * count, count, sinks == nullptr ? nullptr : sinks + head * group + g);
+            for (int64_t h = 0; h < heads; h++)
+                totals[h] = softmax(scores + h * count, count, sinks == nullptr ? nullptr : sinks + head * group + h);
             for (int64_t t = 0; t < count; t++) {
                 const T *value = token(v_pages, first[r] + t);
-                for (int64_t g = 0; g < group; g++) add_scaled(outputs + g * dim, value, scores[g * count + t], dim);
+                for (int64_t h = 0; h < heads; h++)
+                    add_scaled(outputs + h * dim, value + h / group * dim, scores[h * count + t], dim);
             }
-            for (int64_t g = 0; g < group; g++)
+            for (int64_t h = 0; h < heads; h++)
                 for (int64_t i = 0; i < dim; i++)
-                    static_cast<T *>(y)[at + g * dim + i] = narrow<T>(outputs[g * dim + i] / totals[g]);
+                    static_cast<T *>(y)[at + h * dim + i] = narrow<T>(outputs[h * dim + i] / totals[h]);
         }
     });
 }

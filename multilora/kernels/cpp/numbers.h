@@ -104,10 +104,12 @@ inline Vec rounded<float>(Vec x) {
     return x;
 }
 
+// By halves: eight sums at once, then four, two and the last.
 inline float sum(Vec x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
+    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
+    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
+    x += __builtin_shufflevector(x, x, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3);
+    return x[0] + x[1];
 }
 
 // exp(x) to 2 units in the last place: 2^n · e^r with |r| ≤ ln 2 / 2, and the polynomial of Cephes for e^r. What is
