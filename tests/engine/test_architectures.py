@@ -40,7 +40,7 @@ OFTEN_ON_RANKS = (
     "Olmo2ForCausalLM",  # norms over all heads: attention is whole on every rank
     "DeepseekV2ForCausalLM",  # experts from three matrices each, shared ones, heads behind latent rows
     "GptOssForCausalLM",  # a plan of ours: experts with biases, gate and up interleaved; sinks
-    "GraniteMoeSWAForCausalLM",  # experts, sinks
+    *(["GraniteMoeSWAForCausalLM"] if DEVICE == "cuda" else []),  # experts, sinks
 )
 MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 """Those that are served natively."""

@@ -172,9 +172,7 @@ WITH_DRAFTS = ("llama3", "mistral", "qwen3")
 QUICK_WITH_DRAFTS = (
     "everything_at_once-chunks of 5",
     "prefix_hits-4",
-    "logprobs-5",
     "preemption",
-    "shuffled_arrival",
 )
 """Of `IN_EVERYTHING`'s first."""
 
