@@ -40,7 +40,7 @@ def written(text: str) -> list[str]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "pytest", "-q", TESTS, "-m", "not slow", "-k", "test_parity"]
+        command = [sys.executable, "-m", "pytest", "-q", TESTS, "-k", "test_parity and alone"]
         subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PARITY_RESULTS": str(file)})
         results = json.loads(file.read_text())
     text = DOCS.read_text()

@@ -96,8 +96,18 @@ NESTED = (ALL, SharedPages((1, 3, 4), 5, 3), SharedPages((0, 2), 5, 2))
 LENS = [(1, 29), (1, 40), (1, 33), (1, 35), (1, 61)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(4, 2, 16), (6, 2, 32), (3, 3, 16), (8, 1, 64)], ids=str)
+HEADS = [(4, 2, 16), (6, 2, 32), (3, 3, 16), (8, 1, 64)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [
+        pytest.param(heads, dtype, marks=() if i % len(DTYPES) == j else pytest.mark.slow)
+        for i, heads in enumerate(HEADS)
+        for j, dtype in enumerate(DTYPES)
+    ],
+    ids=str,
+)
 def test_against_torch(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert error(LENS, NESTED, heads, dtype) < TOLERANCE[dtype]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes.engine_driver import Answer, EngineDriver
+from fakes.engine_driver import DEVICE, Answer, EngineDriver
 from fakes.models import TINY_SIZES, make_adapter, make_tiny_model
 from peft.tuners.lora.variants import calculate_alora_offsets
 
@@ -30,6 +30,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": CAUSAL,
 }
 NAMES = [None, *ADAPTERS]
+SLOW = pytest.mark.slow if DEVICE == "cpu" else ()
 
 
 def plan_of(rng: random.Random) -> list[list[int]]:
@@ -143,7 +144,7 @@ def test_the_reference_tells_them_apart(world: World) -> None:
     "options",
     [
         {},
-        {"page_size": 1},
+        pytest.param({"page_size": 1}, marks=SLOW),
         {"page_size": 16},
         pytest.param({"chunked_prefill_size": 5}, marks=pytest.mark.slow),  # the next one is cut, too
         {"chunked_prefill_size": 3, "page_size": 2, "max_loras_per_batch": 1},

@@ -36,12 +36,12 @@ OFTEN = (
 )
 ON_RANKS = [name for name in KNOWN if DATA[name]["way"] == "transformers" and DATA[name]["ranks"][:3] == "all"]
 OFTEN_ON_RANKS = (
-    "AriaTextForCausalLM",  # experts as [experts, in, out], gate above up
     "Olmo2ForCausalLM",  # norms over all heads: attention is whole on every rank
     "DeepseekV2ForCausalLM",  # experts from three matrices each, shared ones, heads behind latent rows
     "GptOssForCausalLM",  # a plan of ours: experts with biases, gate and up interleaved; sinks
-    "GraniteMoeSWAForCausalLM",  # experts, sinks
+    *(["AriaTextForCausalLM", "GraniteMoeSWAForCausalLM"] if DEVICE == "cuda" else []),
 )
+"""The last two, which the slow tier has on a CPU: experts as [experts, in, out], gate above up; experts, sinks."""
 MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 """Those that are served natively."""
 EXPECTED = (

@@ -206,6 +206,7 @@ def make_tree_model(path: Path, architecture: str, model_type: str, **fields: An
     tiny_model(architecture, config).save_pretrained(path)
 
 
+@pytest.mark.slow
 def test_adapters_on_experts_of_gpt_oss(tmp_path: Path) -> None:
     """Windows and sinks, biases, a limit that is reached, weights as [experts, in, out], gate and up interleaved. On
     one rank, and where two divide each expert."""

@@ -143,15 +143,15 @@ def experts_of(driver: EngineDriver) -> list[ExpertsWeight]:
     return [module for module in driver.engine.runner._model.modules() if isinstance(module, ExpertsWeight)]
 
 
-QUICK = ("mixtral, gptq", "qwen3_moe, awq")
+GPTQ_ROW, AWQ_ROW = "mixtral, gptq", "qwen3_moe, awq"
+"""The rows that are tried in every run: each on one rank and on two, but not in every test."""
 
 
-def quick_or_slow(name: str, *values: object) -> object:
-    """A row of a matrix of which two are tried in every run."""
-    return pytest.param(name, *values, marks=() if name in QUICK else pytest.mark.slow)
+def quick_or_slow(quick: bool, *values: object) -> object:
+    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", [quick_or_slow(name) for name in (*UNPACKED, *PACKED)])
+@pytest.mark.parametrize("name", [quick_or_slow(name == GPTQ_ROW, name) for name in (*UNPACKED, *PACKED)])
 def test_in_fp32_they_are_what_the_checkpoint_says(tmp_path: Path, name: str) -> None:
     base = written(tmp_path, (UNPACKED | PACKED)[name])
     models = {
@@ -162,7 +162,12 @@ def test_in_fp32_they_are_what_the_checkpoint_says(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [quick_or_slow(name, ranks) for name in (*PACKED, *ALL_LAYERS) for ranks in (1, 2)]
+    ("name", "ranks"),
+    [
+        quick_or_slow((name, ranks) in ((AWQ_ROW, 1), (GPTQ_ROW, 2)), name, ranks)
+        for name in (*PACKED, *ALL_LAYERS)
+        for ranks in (1, 2)
+    ],
 )
 def test_what_stays_packed_errs_as_bf16_does(tmp_path: Path, name: str, ranks: int) -> None:
     base = written(tmp_path, (PACKED | ALL_LAYERS)[name], rounded=True)
@@ -190,7 +195,7 @@ def test_what_stays_packed_errs_as_bf16_does(tmp_path: Path, name: str, ranks: i
     assert found.error < 2 * found.theirs
 
 
-@pytest.mark.parametrize("name", [quick_or_slow(name) for name in PACKED])
+@pytest.mark.parametrize("name", [quick_or_slow(name == AWQ_ROW, name) for name in PACKED])
 def test_what_stays_packed_says_what_dequantised_experts_say(tmp_path: Path, name: str) -> None:
     base = written(tmp_path, PACKED[name], rounded=True)
     for i, (adapter, config) in enumerate(EXPERT_ADAPTERS.items()):
@@ -214,7 +219,7 @@ def test_what_stays_packed_says_what_dequantised_experts_say(tmp_path: Path, nam
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [quick_or_slow("mixtral, gptq", Int4Experts), quick_or_slow("qwen3_moe, gptq, any order", UnpackedExperts)],
+    [(GPTQ_ROW, Int4Experts), pytest.param("qwen3_moe, gptq, any order", UnpackedExperts, marks=pytest.mark.slow)],
 )
 def test_they_wake_up_as_they_were(tmp_path: Path, name: str, kind: type) -> None:
     """Discarded and read again."""

@@ -67,7 +67,7 @@ def changed(root: Path, change: Any) -> Path:
     return root / "packed"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_with_adapters_as_peft_has_it_over_the_dequantised_weights(published: Path, ranks: int) -> None:
     """Two ranks have half a block of each expert's inner width each. Without the adapter under which the reference
     itself is 3e-4 from what it is in fp64."""

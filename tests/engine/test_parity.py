@@ -158,7 +158,8 @@ SCENARIOS: dict[str, tuple[dict[str, Any], Callable[[Stats], bool]]] = {
 
 IN_EVERYTHING = ("llama3",)
 """The family that every test runs in the quick tier, with rope that depends on the position."""
-OTHERS = [name for name in FAMILIES if name not in IN_EVERYTHING]
+OTHERS = [name for name in FAMILIES if name not in (*IN_EVERYTHING, "llama")]
+"""Those that do more than it does; Llama without such a rope is served in the slow tier."""
 IN_EVERY_FAMILY: dict[str, tuple[str, list[Any]]] = {
     "everything_at_once": ("scenario", [*SCENARIOS]),
     "prefix_hits": ("page_size", [4, 16]),
@@ -172,15 +173,15 @@ WITH_DRAFTS = ("llama3", "mistral", "qwen3")
 QUICK_WITH_DRAFTS = (
     "everything_at_once-chunks of 5",
     "prefix_hits-4",
-    "logprobs-5",
     "preemption",
-    "shuffled_arrival",
 )
 """Of `IN_EVERYTHING`'s first."""
 
 
 def is_quick(test: str, family: str, value: Any) -> bool:
-    if family in IN_EVERYTHING or test == "the_reference_tells_adapters_apart":
+    if family not in OTHERS:
+        return family in IN_EVERYTHING
+    if test == "the_reference_tells_adapters_apart":
         return True
     values = IN_EVERY_FAMILY[test][1] if test in IN_EVERY_FAMILY else []
     shares = min(len(OTHERS), len(values))

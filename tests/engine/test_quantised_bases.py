@@ -191,7 +191,7 @@ OF_EACH_RANK = {"hidden_size": 256, "intermediate_size": 384, "num_attention_hea
     ("row", "ranks"),
     [
         *((row, 1) for row in PACKED),
-        ("awq", 2),
+        pytest.param("awq", 2, marks=pytest.mark.slow),
         pytest.param("packed integers", 2, marks=pytest.mark.slow),
     ],
 )

@@ -145,7 +145,7 @@ def mixture(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_layout_of_an_adapter_says_the_same_over_them(mixture: Path, ranks: int) -> None:
     layouts: dict[str, tuple[Any, list[str]]] = {
         "by expert": (partial(by_expert, names=QWEN), ["o_proj", "gate_proj", "up_proj", "down_proj"]),
@@ -185,6 +185,7 @@ def test_they_wake_up_as_they_were(mixture: Path) -> None:
         driver.close()
 
 
+@pytest.mark.slow
 def test_offline(mixture: Path) -> None:
     """`LLM` and the engine alone say the same."""
     driver = EngineDriver(mixture / "base", {"a": mixture / "wrappers"}, quantization="fp8")

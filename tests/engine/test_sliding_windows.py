@@ -4,15 +4,16 @@ The model is Gemma 3's in small: five layers of a window of 12 tokens, then one 
 the window in every layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import tiny_config, tiny_model
 from clear_answers import clear_answer
-from fakes.engine_driver import Answer, EngineDriver
+from fakes.engine_driver import DEVICE, Answer, EngineDriver
 from walk import load, make_adapter
 
 NEW_TOKENS = 8
@@ -23,6 +24,7 @@ MODELS = {
     "MistralForCausalLM": ("mistral", None),
 }
 PAGE = 4
+SLOW = pytest.mark.slow if DEVICE == "cpu" else ()
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,20 @@ class Lab:
         return EngineDriver(self.path / "model", adapters, page_size=PAGE, **options)
 
 
+@pytest.fixture(scope="module")
+def labs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lab]:
+    """Each one made once."""
+    return cache(lambda architecture: make_lab(architecture, tmp_path_factory.mktemp("windows")))
+
+
 @pytest.fixture(scope="module", params=MODELS)
-def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return make_lab(request.param, tmp_path_factory.mktemp("windows"))
+def lab(request: pytest.FixtureRequest, labs: Callable[[str], Lab]) -> Lab:
+    return labs(request.param)
 
 
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return make_lab("Gemma3ForCausalLM", tmp_path_factory.mktemp("gemma"))
+def gemma(labs: Callable[[str], Lab]) -> Lab:
+    return labs("Gemma3ForCausalLM")
 
 
 @pytest.fixture(autouse=True)
@@ -103,8 +111,9 @@ def ask(driver: EngineDriver, case: Case) -> str:
     return driver.submit(case.prompt, case.adapter, max_new_tokens=NEW_TOKENS, return_logprob=True)
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-@pytest.mark.parametrize("chunk", [7, 512])
+@pytest.mark.parametrize(
+    ("chunk", "ahead"), [(7, 1), (512, 0), pytest.param(7, 0, marks=SLOW), pytest.param(512, 1, marks=SLOW)]
+)
 def test_answers_are_pefts_with_and_without_hits(lab: Lab, chunk: int, ahead: int) -> None:
     driver = lab.driver(chunked_prefill_size=chunk, ahead=ahead)
     assert driver.engine.scheduler.kv._windowed

@@ -73,7 +73,20 @@ def test_pause_and_resume(own: Door, door_files: Path) -> None:
     assert [tokens(own, name) for name in (None, "a")] == before
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
+QUICK = {("LLM", 1), ("AsyncLLM", 2), ("HTTP", 1)}
+"""Beside level 0: both levels, and every door."""
+
+
+@pytest.mark.parametrize(
+    ("own", "level"),
+    [
+        pytest.param(door, level, marks=() if level == 0 or (door, level) in QUICK else pytest.mark.slow)
+        for door in DOORS
+        for level in (0, 1, 2)
+    ],
+    indirect=["own"],
+    scope="module",
+)
 def test_sleep_and_wake_up(own: Door, level: int) -> None:
     before = [tokens(own, name) for name in (None, "a", "b")]
     for _ in range(2):

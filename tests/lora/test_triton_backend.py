@@ -47,7 +47,7 @@ POPULARITY = {
 }
 
 
-QUICK = {("distinct", "triton"), ("uniform", "csgmv"), ("identical", "triton"), ("some rows base", "csgmv")}
+QUICK = {("distinct", "triton"), ("some rows base", "csgmv")}
 KINDS = [(popularity, name) for popularity in POPULARITY for name in ("triton", "csgmv")]
 
 
@@ -62,9 +62,17 @@ def test_popularity_and_mixed_ranks(popularity, name):
     world.check(world.backend(name), POPULARITY[popularity], 9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=GPU_ONLY)])
-@pytest.mark.parametrize("page_bytes", [512, 65536], ids=["cut panels", "whole panels"])
-def test_odd_widths_dtypes_and_cut_panels(dtype, page_bytes):
+@pytest.mark.parametrize(
+    ("page_bytes", "dtype"),
+    [
+        (65536, torch.float32),
+        (512, torch.float16),  # cut panels
+        pytest.param(65536, torch.float16, marks=INTERPRETED_SLOW),
+        pytest.param(512, torch.float32, marks=INTERPRETED_SLOW),
+        *(pytest.param(size, torch.bfloat16, marks=GPU_ONLY) for size in (512, 65536)),
+    ],
+)
+def test_odd_widths_dtypes_and_cut_panels(page_bytes, dtype):
     sites = make_sites(*ODD)
     world = World(sites, [same_rank(sites, rank) for rank in (8, 20, 3)], dtype=dtype, page_bytes=page_bytes)
     for slot in range(3):

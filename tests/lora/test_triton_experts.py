@@ -90,7 +90,10 @@ def world() -> Experts:
 @pytest.mark.parametrize(
     ("name", "popularity"),
     [
-        *(("csgmv", popularity) for popularity in POPULARITY),
+        *(
+            pytest.param("csgmv", one, marks=INTERPRETED_SLOW if one in ("identical", "distinct") else ())
+            for one in POPULARITY
+        ),
         pytest.param("triton", "composed", marks=INTERPRETED_SLOW),
     ],
 )

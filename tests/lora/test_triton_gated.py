@@ -78,7 +78,9 @@ def test_mixed_ranks_single_rows_and_base_rows(shape, dtype):
     check(world, segments_of((1, 2, 0), (2, 3, 1), (5, 24, 2), (24, 25, 2), (27, 29, 0)), 46, chunk_rows=16)
 
 
-@pytest.mark.parametrize("page_bytes", [1024, 65536], ids=["cut panels", "whole panels"])
+@pytest.mark.parametrize(
+    "page_bytes", [1024, pytest.param(65536, marks=INTERPRETED_SLOW)], ids=["cut panels", "whole panels"]
+)
 def test_one_slice_neither_and_scale_shift_pairs(page_bytes):
     sites = make_sites(40, 42)
     ranks = [((8, 0),), ((0, 20),), ((0, 0),), ((8, 8),), ((0, 16),)]

@@ -85,7 +85,10 @@ def test_one_connection_too_many_is_told():
     run(scenario)
 
 
-@pytest.mark.parametrize("said", [b"", b"GET /a HTTP/1.1\r\nHost", GET + b"GET"])
+HALF_A_SECOND_REQUEST = pytest.param(GET + b"GET", marks=pytest.mark.slow)  # uvicorn waits five seconds for it
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /a HTTP/1.1\r\nHost", HALF_A_SECOND_REQUEST])
 def test_a_silent_connection_is_closed(monkeypatch, said):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
 

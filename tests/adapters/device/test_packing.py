@@ -77,6 +77,7 @@ def test_the_kernel_packs_as_the_cpu_does(stored: torch.dtype, dtype: torch.dtyp
     assert bool((arena[[2, 5, 6, 10]] == 0xAA).all())
 
 
+@pytest.mark.slow
 def test_a_compiler_takes_it() -> None:
     assert len(compile_elsewhere("compile_small.py", "pack")) == 2
 

@@ -150,6 +150,7 @@ def test_adapters_come_in_the_staging_memory(staged: ProcessLoader, tmp_path: Pa
     assert used > 50, "parts of it have been used again and again"
 
 
+@pytest.mark.slow
 def test_what_has_no_room_in_it_comes_in_a_file(staged: ProcessLoader, tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a", rank=30)
     held = []
@@ -217,6 +218,7 @@ def test_after_a_death_the_staging_memory_is_used_again_once_no_view_is_left(
     assert torch.equal(until_staged(staged, small, itertools.count(200)), expected_small), "and it was zero"
 
 
+@pytest.mark.slow
 def test_the_staging_memory_outlives_the_loader(tmp_path: Path) -> None:
     before = open_files()
     loader = ProcessLoader(CONTEXT, Staging(STAGING))
@@ -612,6 +614,7 @@ def test_close_does_not_wait_for_a_process_that_hangs() -> None:
     assert loader._child.process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_its_engine(own: ProcessLoader) -> None:
     """As when the engine is killed: its end of the socket closes by itself."""
     own._socket.shutdown(2)

@@ -24,6 +24,17 @@ EAGER = (
     Row("own MLP", {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}),
 )
 SERVED = [row for row in REPLAYED if row.refused is None]
+IN_OTHER_WORDS = (
+    "LoRA on `embed_tokens`, tied",
+    "LoRA on `lm_head`, tied",
+    "LoRA on `lm_head` with `lora_bias`",
+    "`trainable_token_indices`",
+    "`trainable_token_indices` by module",
+    "added tokens, tied",
+    "added tokens, `modules_to_save`: `embed_tokens`, tied",
+    "added tokens, `trainable_token_indices`, tied",
+)
+"""Rows of `SERVED` that bring what others bring."""
 
 
 class FakeGraphs:
@@ -83,7 +94,11 @@ def compare(lab: Lab, row: Row) -> FakeGraphs:
     return graphs
 
 
-@pytest.mark.parametrize("row", SERVED, ids=[row.feature for row in SERVED])
+def sampled(row: Row) -> Any:
+    return pytest.param(row, id=row.feature, marks=pytest.mark.slow if row.feature in IN_OTHER_WORDS else ())
+
+
+@pytest.mark.parametrize("row", [sampled(row) for row in SERVED])
 def test_what_acts_on_embedding_and_head_needs_no_eager_step(row: Row, lab: Lab) -> None:
     graphs = compare(lab, row)
     assert len(graphs.decodes) == 5  # all decodes of six tokens

@@ -481,6 +481,7 @@ def test_shutdown_drains(front: EngineOnALoop) -> None:
         assert outputs[-1].finished is not None and outputs[-1].finished.type == "length"
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_raises_its_error_and_leaves_nothing(tmp_path: Path) -> None:
     before = psutil.Process().children()
     (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')

@@ -134,6 +134,15 @@ def chosen() -> list[Row]:
     return [row for row in ROWS if row.refused is None and row.feature in FEATURES]
 
 
+SLOW = (
+    "DoRA, rsLoRA, `rank_pattern`",
+    "DoRA on `lm_head`",
+    "`trainable_token_indices` and LoRA on `lm_head`, tied",
+    "fewer tokens",
+)
+"""Each acts where one of the others does."""
+
+
 def judged(lab: Lab, row: Row, ranks: int) -> tuple[list[int], torch.Tensor]:
     driver = EngineDriver(lab.model(row.model), {"row": lab.adapter(row)}, page_size=4, tp_size=ranks)
     rid = ask_for_all(driver, row.prompts(1)[0], "row", vocab=VOCAB + row.added, max_new_tokens=6)
@@ -143,7 +152,10 @@ def judged(lab: Lab, row: Row, ranks: int) -> tuple[list[int], torch.Tensor]:
     return driver.answers[rid].tokens, told(driver.answers[rid], VOCAB + row.added)
 
 
-@pytest.mark.parametrize("row", chosen(), ids=lambda row: row.feature)
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=row.feature, marks=pytest.mark.slow if row.feature in SLOW else ()) for row in chosen()],
+)
 def test_what_peft_saves(row: Row, lab: Lab) -> None:
     """Against PEFT itself in the slow tier (`test_peft_parity.py`)."""
     (tokens, logprobs), (expected, theirs) = judged(lab, row, 2), judged(lab, row, 1)
@@ -152,4 +164,5 @@ def test_what_peft_saves(row: Row, lab: Lab) -> None:
 
 
 def test_the_chosen_features_exist() -> None:
+    assert set(SLOW) < set(FEATURES)
     assert len(chosen()) == len(FEATURES) and set(MODELS) >= {row.model for row in chosen()}

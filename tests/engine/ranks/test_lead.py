@@ -82,6 +82,7 @@ def test_the_error_of_a_rank_is_the_engines(files: Path) -> None:
     assert corpses[0].killed
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_when_it_should_join(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multilora.engine.ranks.meeting.JOIN_SECONDS", 1.0)
     with pytest.raises((EngineDead, ConfigError), match=r"rank 1 of 2 ended|does not reach"):

@@ -51,7 +51,13 @@ def draw_at(logits: torch.Tensor, params: SamplingParams, uniform: list[float]) 
     return draw(logits, numbers).tolist()
 
 
-@pytest.mark.parametrize("fields", CASES, ids=str)
+SLOW = (CASES[2], CASES[7])
+"""Like those before them."""
+
+
+@pytest.mark.parametrize(
+    "fields", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES], ids=str
+)
 def test_frequencies_follow_the_distribution(fields):
     params = SamplingParams(**fields)
     n = 20_000

@@ -4,6 +4,7 @@ Covers `sampling/triton_kernels.py`, `sampling/triton_edit_kernels.py` too.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,12 @@ CASES = [
 
 SLOW = pytest.mark.slow if DEVICE.type == "cpu" else ()
 """The interpreter's; whatever is drawn from such logits is tested in the quick tier, too."""
+
+
+def each_with_each(kinds: list[str], others: list[Any]) -> list[Any]:
+    """Every pair; in the quick tier every value of both, once."""
+    pairs = [(i, j) for i in range(len(kinds)) for j in range(len(others))]
+    return [pytest.param(kinds[i], others[j], marks=() if i == j else SLOW) for i, j in pairs]
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +88,9 @@ def drawn(x: torch.Tensor, numbers) -> list[int]:
     return triton_sampling.draw(x, x.amax(-1), on_device, no_counts, kept).tolist()
 
 
-@pytest.mark.parametrize("kind", ["peaked", "flat", "ties", "equal", "holes"])
+@pytest.mark.parametrize(
+    "kind", ["peaked", "holes", *(pytest.param(k, marks=SLOW) for k in ("flat", "ties", "equal"))]
+)
 def test_draws_what_the_specification_draws(kind):
     n = len(CASES)
     x = logits_of(kind, n)
@@ -109,8 +118,10 @@ def test_processed_logits_are_those_of_the_specification(kind):
         assert got[i, token].isfinite()
 
 
-@pytest.mark.parametrize("fields", [{"top_k": 5}, {"top_p": 0.5}, {"top_k": 150, "top_p": 0.6}], ids=str)
-@pytest.mark.parametrize("kind", ["ties", "equal", "flat"])
+KEPT = each_with_each(["ties", "equal", "flat"], [{"top_k": 5}, {"top_p": 0.5}, {"top_k": 150, "top_p": 0.6}])
+
+
+@pytest.mark.parametrize(("kind", "fields"), KEPT, ids=str)
 def test_what_is_kept_is_exactly_what_the_specification_keeps(kind, fields):
     """The tokens at both ends of the cumulative distribution, and where its last kept token begins."""
     x = logits_of(kind, 1).repeat(4, 1)
@@ -146,8 +157,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         assert drawn(x[i : i + 1], numbers[:, i : i + 1].copy()) == [together[i]]
 
 
-@pytest.mark.parametrize("k", [1, 20, 301])
-@pytest.mark.parametrize("kind", ["peaked", "ties", "equal"])
+@pytest.mark.parametrize(("kind", "k"), each_with_each(["equal", "peaked", "ties"], [1, 20, 301]))
 def test_best_ids(kind, k):
     x = logits_of(kind, 2)
     order = torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :k]

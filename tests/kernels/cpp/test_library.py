@@ -27,6 +27,7 @@ def compiler(path: Path, script: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_processes_that_need_it_at_once_share_one(tmp_path: Path) -> None:
     log = tmp_path / "calls"
     counting = compiler(tmp_path / "cxx", f'echo "$@" >> {log}; exec g++ "$@"')

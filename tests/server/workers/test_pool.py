@@ -346,6 +346,7 @@ def test_a_process_that_dies_takes_only_its_own_requests_along_and_comes_back(st
     run(scenario())
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_take_over_new_names_is_ended(start, monkeypatch):
     monkeypatch.setattr(pool_module, "SETTLE_SECONDS", 0.05)
 
@@ -361,6 +362,7 @@ def test_a_process_that_does_not_take_over_new_names_is_ended(start, monkeypatch
     run(scenario())
 
 
+@pytest.mark.slow
 def test_a_process_that_says_nothing_any_more_is_ended(start, monkeypatch):
     async def scenario():
         async with start() as server:
