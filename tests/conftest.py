@@ -7,7 +7,6 @@ And what several packages' tests share.
 import gc
 import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -51,16 +50,6 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _imports_live_on() -> Iterator[None]:
-    """What a file's tests import lives until the end, too: a collection among the later ones would take a second."""
-    modules = len(sys.modules)
-    yield
-    if len(sys.modules) > modules + 100:
-        gc.collect()
-        gc.freeze()
 
 
 def pytest_unconfigure() -> None:
