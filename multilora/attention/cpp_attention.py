@@ -45,6 +45,7 @@ class CppAttention(TorchAttention):
         self._pages: list[tuple[_Pages, _Pages]] = []
         self._decodes: dict[int | None, torch.Tensor] = {}  # by window, int64 [4, B]: row, request, first, kv_len
         self._where: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by column: page table, and pages of tokens
+        self._slots = torch.zeros(0, dtype=torch.int64)  # inside those pages
 
     def prepare(self, meta: AttentionMeta) -> None:
         """See `AttentionBackend`."""
@@ -55,6 +56,21 @@ class CppAttention(TorchAttention):
             column: (meta.column(column).page_table.contiguous(), meta.column(column).token_page.contiguous())
             for column in set(self._columns)
         }
+        self._slots = meta.token_slot.contiguous()
+
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: CosSin,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `AttentionBackend`. Queries in another dtype than the cache's, which layers of transformers may have,
+        are rounded to that first."""
+        dtype = self.kv_views[layer][0].dtype
+        return super().forward(layer, q.to(dtype), k.to(dtype), v.to(dtype), rope, sinks).to(q.dtype)
 
     def _plan_decodes(
         self, meta: AttentionMeta, requests: list[int], starts: list[int], window: int | None
@@ -69,17 +85,18 @@ class CppAttention(TorchAttention):
         return []
 
     def _rotate_and_store(
-        self, meta: AttentionMeta, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = _dense(q), _dense(k), _dense(v)
         cos, sin = (angles.float().contiguous() for angles in rope)
+        assert cos.shape == sin.shape == (len(q), 1, q.shape[2] // 2) and len(q) == len(self._slots)
         q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
         k_pages, v_pages = self._pages[layer]
         self._library.rotate_and_store(
             *(ctypes.addressof(self._heads), len(q), q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0)),
             *(v.data_ptr(), v.stride(0), cos.data_ptr(), sin.data_ptr(), q_out.data_ptr(), k_out.data_ptr()),
             *(ctypes.addressof(k_pages), ctypes.addressof(v_pages)),
-            *(self._where[self._columns[layer]][1].data_ptr(), meta.token_slot.data_ptr()),
+            *(self._where[self._columns[layer]][1].data_ptr(), self._slots.data_ptr()),
         )
         return q_out, k_out, v
 

@@ -109,7 +109,7 @@ class TorchAttention:
         if self._begun:
             for pages in (k_pages, v_pages):
                 in_bytes(pages).index_fill_(0, self._begun[column], 0)
-        q, k, v = self._rotate_and_store(self._meta, layer, q, k, v, rope)
+        q, k, v = self._rotate_and_store(layer, q, k, v, rope)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self._attend_decodes(layer, q, sinks, out)
         scales = self._scales[layer]
@@ -203,13 +203,14 @@ class TorchAttention:
     # arithmetic, once a layer
 
     def _rotate_and_store(
-        self, meta: AttentionMeta, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: CosSin
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns q rotated, and k and v as the pages hold them now."""
+        assert self._meta is not None
         q, k = rotate(torch.cat((q, k), dim=1), *rope).split((q.shape[1], k.shape[1]), dim=1)
         k_pages, v_pages = self.kv_views[layer]
         k_scale, v_scale = self._scales[layer]
-        where = (meta.column(self._columns[layer]).token_page, meta.token_slot)
+        where = (self._meta.column(self._columns[layer]).token_page, self._meta.token_slot)
         k, v = as_stored(k, k_pages.dtype, k_scale), as_stored(v, v_pages.dtype, v_scale)
         for pages, rows in ((k_pages, k), (v_pages, v)):
             in_bytes(pages).index_put_(where, in_bytes(rows))

@@ -1,38 +1,42 @@
 """The small operations of a layer on a CPU, in C++, and products of few rows. What they compute is said by `norm.py`,
 `activation.py` and `matmul.py`."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from multilora.kernels.cpp.library import DTYPES, library
+from multilora.layers import norm
+from multilora.layers.norm import NormForm
 
-if TYPE_CHECKING:
-    from multilora.layers.norm import NormForm
-
-_FORMS = {"rounded": 0, "wide": 1, "one plus": 2}
+_FORMS = {form: number for number, form in enumerate(NormForm)}
+"""The numbers by which `ops.cpp` knows them."""
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, form: "NormForm") -> torch.Tensor:
-    """x: [rows, size] or [rows, heads, size], whose last dimension lies contiguous; weight: [size]."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, form: NormForm) -> torch.Tensor:
+    """x: [rows, size] or [rows, heads, size], whose last dimension lies contiguous; weight: [size]. What is of
+    two dtypes is torch's."""
+    if weight.dtype != x.dtype:
+        return norm.rms_norm(x, weight, eps, form)
     heads = x if x.dim() == 3 else x[:, None]
     y = torch.empty(x.shape, dtype=x.dtype)
     library().rms_norm(
         *(x.data_ptr(), heads.stride(0), heads.shape[0], heads.stride(1), heads.shape[1], heads.shape[2]),
-        *(None, weight.data_ptr(), eps, _FORMS[form.value], y.data_ptr(), None, DTYPES[x.dtype]),
+        *(None, weight.data_ptr(), eps, _FORMS[form], y.data_ptr(), None, DTYPES[x.dtype]),
     )
     return y
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, form: "NormForm"
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, form: NormForm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + residual), x + residual), of contiguous [rows, size]."""
+    """(norm(x + residual), x + residual), of [rows, size]."""
+    if not x.dtype == residual.dtype == weight.dtype:
+        total = x + residual
+        return rms_norm(total, weight, eps, form), total
     x, residual = x.contiguous(), residual.contiguous()
     y, total = torch.empty_like(x), torch.empty_like(x)
     rows, size = x.shape
     library().rms_norm(
-        *(x.data_ptr(), size, rows, 0, 1, size, residual.data_ptr(), weight.data_ptr(), eps, _FORMS[form.value]),
+        *(x.data_ptr(), size, rows, 0, 1, size, residual.data_ptr(), weight.data_ptr(), eps, _FORMS[form]),
         *(y.data_ptr(), total.data_ptr(), DTYPES[x.dtype]),
     )
     return y, total
@@ -49,6 +53,8 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x Wᵀ + b in fp32. x: [rows, in], weight: contiguous [out, in], bias: [out]. Returns [rows, out]."""
+    assert x.shape[1] == weight.shape[1] and x.dtype == weight.dtype == torch.float32
+    assert bias is None or bias.dtype == torch.float32
     x = x.contiguous()
     y = x.new_empty(len(x), len(weight))
     library().few_rows(

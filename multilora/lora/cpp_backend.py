@@ -33,6 +33,7 @@ class CppLora(TorchLora):
         self._weight_dtype = DTYPES[table.weights.dtype]
         self._sites: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by slot: addresses by site, and what is there
         self._acting = np.zeros(0, _ACTING)
+        self._acting_address = 0
         self._long: tuple[LoraSegment, ...] = ()
         table.subscribe(self)
 
@@ -62,6 +63,7 @@ class CppLora(TorchLora):
             ],
             _ACTING,
         )
+        self._acting_address = self._acting.ctypes.data
         self._long = tuple(segment for segment in segments if segment.end - segment.start > MAX_ROWS)
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, site: int) -> None:
@@ -70,7 +72,7 @@ class CppLora(TorchLora):
         if len(self._acting):
             assert x.is_contiguous() and y.is_contiguous()
             self._library.add_lora(
-                *(self.table.weights.data_ptr(), self._acting.ctypes.data, len(self._acting), site),
+                *(self.table.weights.data_ptr(), self._acting_address, len(self._acting), site),
                 *(x.data_ptr(), DTYPES[x.dtype], x.shape[1], y.data_ptr(), DTYPES[y.dtype], y.shape[1]),
                 self._weight_dtype,
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpp import NEEDS_CPP, ON_CPU
 
 from multilora.attention.backends import BACKENDS, choose_attention, flashinfer_obstacle, make_attention
 from multilora.attention.base import AttentionShape
@@ -24,7 +25,9 @@ def shape(head_dim: int, **others: Any) -> AttentionShape:
     return AttentionShape(2, 2, head_dim, 1.0, None, **others)
 
 
-@pytest.mark.parametrize(("name", "chosen"), [("auto", "cpp"), ("cpp", "cpp"), ("torch", "torch")])
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("auto", ON_CPU), pytest.param("cpp", "cpp", marks=NEEDS_CPP), ("torch", "torch")]
+)
 def test_what_a_cpu_takes_is_chosen_and_logged(name: str, chosen: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "multilora.attention"):
         assert choose_attention(name, CPU, FP32, FP32, shape(64)) == chosen

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from cpp import NEEDS_CPP
 
 from multilora.attention.base import AttentionShape
 from multilora.attention.cpp_attention import CppAttention
 from multilora.attention.torch_sdpa import TorchAttention
 from multilora.batch import AttentionMeta
 from multilora.memory.kv_layout import KVLayout
+
+pytestmark = NEEDS_CPP
 
 HEADS, KV_HEADS, PAGE = 6, 2, 4
 KV_LENS = (1, 9, 30, 5)
@@ -61,21 +64,34 @@ def test_rotated_parts_of_one_tensor(head_dim: int, dtype: torch.dtype, atol: fl
 
 
 def test_pages_may_move_between_steps() -> None:
-    """As those of an engine do that has slept: the views stay, their memory is another."""
+    """As those of an engine do that has slept: the views stay, their memory is another, and so is what lies there."""
     layout = KVLayout(1, PAGE, KV_HEADS, 16, torch.float32)
     shape = AttentionShape(HEADS, KV_HEADS, 16, 0.2, None)
     pages = arena(layout)
     attention = CppAttention(layout.views(pages), shape)
-    first = step(attention, 16, torch.float32)
-    held = pages.clone()
-    storage, at = pages.untyped_storage(), pages.data_ptr()
+    before = step(attention, 16, torch.float32)
+    at, storage, others = pages.data_ptr(), pages.untyped_storage(), []
     size = storage.nbytes()
-    storage.resize_(0)
-    others = torch.zeros(size, dtype=torch.uint8)  # lies where the pages were, or keeps them from it
-    storage.resize_(size)
-    pages.copy_(held)
-    assert pages.data_ptr() != at or others.data_ptr() != at
-    assert torch.equal(step(attention, 16, torch.float32), first)
+    while pages.data_ptr() in (0, at):
+        storage.resize_(0)
+        others.append(torch.zeros(size, dtype=torch.uint8))  # keeps the pages from where they were
+        storage.resize_(size)
+    pages.copy_(arena(layout).roll(1, 0))
+    afresh = CppAttention(layout.views(pages.clone()), shape)
+    after = step(attention, 16, torch.float32)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, step(afresh, 16, torch.float32))
+
+
+def test_queries_of_another_dtype_than_the_cache() -> None:
+    """Layers of transformers may have them: they are rounded to the cache's."""
+    layout = KVLayout(1, PAGE, KV_HEADS, 16, torch.bfloat16)
+    shape = AttentionShape(HEADS, KV_HEADS, 16, 0.2, None)
+    wide, narrow = (
+        step(CppAttention(layout.views(arena(layout)), shape), 16, dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide, narrow.float())
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cpp import NEEDS_CPP
 
 from multilora.attention.base import AttentionShape
 from multilora.attention.cpp_attention import CppAttention
@@ -171,7 +172,7 @@ BATCHES = {
 }
 
 
-EVERY_BACKEND = pytest.mark.parametrize("backend", [TorchAttention, CppAttention])
+EVERY_BACKEND = pytest.mark.parametrize("backend", [TorchAttention, pytest.param(CppAttention, marks=NEEDS_CPP)])
 
 
 @EVERY_BACKEND
@@ -195,8 +196,8 @@ def test_shapes(heads: int, kv_heads: int, head_dim: int, page_size: int, backen
         (TorchAttention, torch.float64, 1e-12),
         (TorchAttention, torch.bfloat16, 3e-2),
         (TorchAttention, torch.float16, 4e-3),
-        (CppAttention, torch.bfloat16, 3e-2),
-        (CppAttention, torch.float16, 4e-3),
+        pytest.param(CppAttention, torch.bfloat16, 3e-2, marks=NEEDS_CPP),
+        pytest.param(CppAttention, torch.float16, 4e-3, marks=NEEDS_CPP),
     ],
 )
 def test_dtypes(backend: type[TorchAttention], dtype: torch.dtype, atol: float) -> None:

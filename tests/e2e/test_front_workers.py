@@ -94,6 +94,8 @@ def server(tmp_path_factory, monkeypatch):
     adapters = [f"{name}={PATHS[name]}" for name in ("pirate", "sql")]
     flags = ("--front-workers", "2", "--lora-paths", *adapters)
     with serving(tmp_path_factory, *flags, server_class=Workers) as running:
+        for place in (1, 2):  # one answers before the other takes connections
+            until(lambda told=f"front-{place} serves": told in running.log.read_text(), "it does not serve")
         yield running
 
 

@@ -3,11 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cpp import NEEDS_CPP
 
 from multilora.layers.cpp_ops import add_rms_norm, rms_norm, silu_and_mul
 from multilora.layers.norm import NormForm
 from multilora.layers.norm import rms_norm as specified
 from multilora.layers.ops import small_ops
+
+pytestmark = NEEDS_CPP
 
 ULP = {torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 DTYPES = pytest.mark.parametrize("dtype", list(ULP))
@@ -64,6 +67,15 @@ def test_activation_of_extreme_values(width: int) -> None:
     gate = torch.tensor(values)[:, None].expand(-1, width)
     got = silu_and_mul(torch.cat((gate, torch.ones_like(gate)), dim=1))
     torch.testing.assert_close(got, F.silu(gate), rtol=1e-5, atol=1e-35, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", [NormForm.WIDE, NormForm.ONE_PLUS])
+def test_norm_whose_weight_has_another_dtype_is_torch_s(form: NormForm) -> None:
+    x, residual = randn(3, 40, dtype=torch.bfloat16), randn(3, 40, dtype=torch.bfloat16, seed=1)
+    weight = randn(40, dtype=torch.float32, seed=2)
+    assert torch.equal(rms_norm(x, weight, 1e-5, form), specified(x, weight, 1e-5, form))
+    y, total = add_rms_norm(x, residual, weight, 1e-5, form)
+    assert torch.equal(total, x + residual) and torch.equal(y, specified(total, weight, 1e-5, form))
 
 
 def test_nan_and_infinity_in_16_bit() -> None:

@@ -5,6 +5,7 @@ Covers `base.py`, `reference.py`, `torch_backend.py`, `cpp_backend.py`, `segment
 
 import pytest
 import torch
+from cpp import NEEDS_CPP
 
 from multilora.adapters.adapter import Adapter, LowRank, Vector, VectorKind
 from multilora.adapters.packing.blocks import Blocks, PackTarget, pack
@@ -15,6 +16,8 @@ from multilora.lora.backends import make_lora_backend
 from multilora.lora.reference import ReferenceLora
 from multilora.lora.sites import LoraSite, LoraSlice
 from multilora.lora.table import LoraTable
+
+BACKENDS = ["reference", "torch", pytest.param("cpp", marks=NEEDS_CPP)]
 
 
 def make_sites(hidden: int, q: int, kv: int, inter: int) -> tuple[LoraSite, ...]:
@@ -85,7 +88,7 @@ RANKS = (1, 4, 8, 16, 64, 256)
 SIZES = {"round": (64, 64, 32, 128), "odd": (48, 40, 24, 104)}
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("page_bytes", [2048, 65536], ids=["cut panels", "whole panels"])
@@ -108,7 +111,7 @@ def test_backend_equals_the_formula(backend, popularity, size, page_bytes):
         torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_any_subset_of_targets_and_composition(backend):
     torch.manual_seed(2)
     sites = make_sites(64, 64, 32, 128)
@@ -131,7 +134,7 @@ def test_any_subset_of_targets_and_composition(backend):
         torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("page_bytes", [2048, 65536], ids=["cut panels", "whole panels"])
 def test_scale_shift_pairs_follow_the_low_rank_part(backend, page_bytes):
     """Scale and shift, with low rank or alone; rows of others stay as they are."""
@@ -172,7 +175,7 @@ def test_scale_shift_pairs_follow_the_low_rank_part(backend, page_bytes):
         torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("rows", [2, 12])  # few ones go through fp32
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_near_the_reference(dtype, rows, backend):
@@ -196,12 +199,86 @@ def test_half_precision_stays_near_the_reference(dtype, rows, backend):
         assert error < 3e-2 if dtype is torch.bfloat16 else error < 4e-3
 
 
+@NEEDS_CPP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_sees_adapters_that_went_came_and_moved(dtype):
+    """A slot has another adapter, later the whole arena is elsewhere, as after a sleep: same bits as from scratch."""
+    sites = make_sites(48, 40, 24, 104)
+    adapters = [random_adapter(sites, dict.fromkeys(ALL, r), seed=r) for r in (4, 16, 40)]
+    bench = Bench(sites, dtype, 2048, adapters)
+    lora = make_lora_backend("cpp", bench.table, sites=sites, dtype=dtype)
+    segments = (LoraSegment(0, 2, (0,), (0.5,)), LoraSegment(2, 5, (1, 0), (1.0, -2.0)))
+
+    def outputs(backend):
+        torch.manual_seed(4)
+        backend.prepare(segments, 6)
+        found = []
+        for site in sites:
+            x, y = (torch.randn(6, size).to(dtype) for size in (site.in_features, site.out_features))
+            backend.apply(y, x, site.index)
+            found.append(y)
+        return found
+
+    def same(one, other):
+        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    first = outputs(lora)
+    layout, pages = bench.table.lookup(2)
+    for slot in (0, 2):
+        bench.table.remove(slot)
+    bench.table.install(0, layout, pages)
+    second = outputs(lora)
+    assert not same(second, first)
+    assert same(second, outputs(make_lora_backend("cpp", bench.table, sites=sites, dtype=dtype)))
+
+    arena, at, others = bench.table.weights, bench.table.weights.data_ptr(), []
+    storage, held = arena.untyped_storage(), arena.clone()
+    size = storage.nbytes()
+    while arena.data_ptr() in (0, at):
+        storage.resize_(0)
+        others.append(torch.full((size,), 255, dtype=torch.uint8))  # keeps the arena from where it was
+        storage.resize_(size)
+    arena.copy_(held)
+    assert same(outputs(lora), second)
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_gives_a_row_the_same_bits_in_any_company(dtype):
+    """Alone, among others of its adapter, and beside a segment so long that torch multiplies it."""
+    torch.manual_seed(5)
+    sites = make_sites(64, 64, 32, 128)
+    bench = Bench(sites, dtype, 8192, [random_adapter(sites, dict.fromkeys(ALL, r), seed=r) for r in (8, 16)])
+    lora = make_lora_backend("cpp", bench.table, sites=sites, dtype=dtype)
+    batches = [
+        (LoraSegment(0, 1, (0,), (0.7,)),),
+        (LoraSegment(0, 7, (0,), (0.7,)), LoraSegment(7, 9, (1,), (1.0,))),
+        (LoraSegment(0, 64, (0,), (0.7,)), LoraSegment(64, 164, (1,), (1.0,))),
+    ]
+    reference = ReferenceLora(bench.table)
+    reference.prepare((LoraSegment(0, 100, (1,), (1.0,)),), 100)
+    for site in sites:
+        x, y = (torch.randn(164, size).to(dtype) for size in (site.in_features, site.out_features))
+        found = []
+        for segments in batches:
+            rows = segments[-1].end
+            lora.prepare(segments, rows)
+            own = y[:rows].clone()
+            lora.apply(own, x[:rows].contiguous(), site.index)
+            found.append(own)
+        assert not torch.equal(found[0][0], y[0])
+        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[1][:7], found[2][:7])
+        long = y[64:].clone()
+        reference.apply(long, x[64:].contiguous(), site.index)
+        torch.testing.assert_close(found[2][64:], long, atol=1e-4 if dtype is torch.float32 else 5e-2, rtol=1e-2)
+
+
 def test_unknown_backend_is_refused_by_name():
     with pytest.raises(ConfigError, match="csgmv2"):
         make_lora_backend("csgmv2", None, sites=(), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("page_bytes", [1024, 65536], ids=["cut panels", "whole panels"])
 def test_experts_equal_the_formula(backend, page_bytes):
     """Several adapters and ranks, matrices that experts share, composed adapters and base rows."""

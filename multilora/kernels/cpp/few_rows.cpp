@@ -3,7 +3,7 @@
 // BLAS libraries are made for many rows: with up to 32 they read W from memory at half the speed that it can be read at,
 // or less.
 
-#include "numbers.h"
+#include "products.h"
 
 #include <algorithm>
 
@@ -12,31 +12,11 @@ namespace {
 constexpr int ROWS = 4;     // of x at once
 constexpr int OUTPUTS = 6;  // rows of W at once: 24 sums, and 10 values that they are made of, are in registers
 
-template <int M, int R>
-inline void products(const float *x, const float *weight, int64_t in, float *y, int64_t out) {
-    Vec sums[M][R] = {};
-    int64_t i = 0;
-    for (; i + LANES <= in; i += LANES) {
-        Vec rows[M];
-        for (int m = 0; m < M; m++) rows[m] = load(x + m * in + i);
-        for (int r = 0; r < R; r++) {
-            Vec own = load(weight + r * in + i);
-            for (int m = 0; m < M; m++) sums[m][r] += rows[m] * own;
-        }
-    }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < R; r++) {
-            float rest = 0;
-            for (int64_t j = i; j < in; j++) rest += x[m * in + j] * weight[r * in + j];
-            y[m * out + r] = sum(sums[m][r]) + rest;
-        }
-}
-
 template <int R>
 void outputs(const float *x, int64_t rows, const float *weight, int64_t in, float *y, int64_t out) {
     int64_t m = 0;
-    for (; m + ROWS <= rows; m += ROWS) products<ROWS, R>(x + m * in, weight, in, y + m * out, out);
-    for (; m < rows; m++) products<1, R>(x + m * in, weight, in, y + m * out, out);
+    for (; m + ROWS <= rows; m += ROWS) add_products<ROWS, R>(x + m * in, in, weight, in, y + m * out, out);
+    for (; m < rows; m++) add_products<1, R>(x + m * in, in, weight, in, y + m * out, out);
 }
 
 }  // namespace
@@ -47,12 +27,11 @@ extern "C" void few_rows(const float *x, int64_t rows, int64_t in, const float *
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (rows * in * out >= WORTH)
     for (int64_t block = 0; block < blocks; block++) {
         int64_t first = block * OUTPUTS, end = std::min(first + OUTPUTS, out);
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t r = first; r < end; r++) y[m * out + r] = bias == nullptr ? 0.0f : bias[r];
         if (end - first == OUTPUTS)
             outputs<OUTPUTS>(x, rows, weight + first * in, in, y + first, out);
         else
             for (int64_t r = first; r < end; r++) outputs<1>(x, rows, weight + r * in, in, y + r, out);
-        if (bias != nullptr)
-            for (int64_t m = 0; m < rows; m++)
-                for (int64_t r = first; r < end; r++) y[m * out + r] += bias[r];
     }
 }

@@ -140,7 +140,9 @@ def _compile(compiler: str, sources: list[Path], openmp: Path | None, path: Path
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired as e:
         raise _CompileError(f"{command[0]} took more than {COMPILE_SECONDS} s") from e
     if done.returncode:

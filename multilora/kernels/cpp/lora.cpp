@@ -1,13 +1,9 @@
 // What the adapters of a step add to the outputs of one linear layer; called by `lora/cpp_backend.py`.
 
-#include "numbers.h"
+#include "products.h"
 
 #include <algorithm>
 #include <vector>
-
-int num_threads = 1;
-
-extern "C" void set_num_threads(int64_t n) { num_threads = int(n); }
 
 namespace {
 
@@ -46,6 +42,7 @@ struct Job {
     const char *arena;
     int64_t start, rows;
     float weight;
+    int64_t x;  // where its rows [rows, in] begin in fp32
     int64_t h;  // where its intermediate [rows, rank] begins
 };
 
@@ -54,40 +51,19 @@ constexpr int RANKS = 4;      // rows of A at once
 constexpr int BLOCK = 4 * LANES;  // outputs at once
 constexpr int GRANULE = 8;    // rows of A that one thread takes
 
-// h[m][r] += Σ x[m][i] · a[r][i] over `cols` inputs.
-template <int M, int R, typename W>
-inline void dot(const float *x, int64_t x_stride, const W *a, int64_t cols, float *h, int64_t h_stride) {
-    Vec sums[M][R] = {};
-    int64_t i = 0;
-    for (; i + LANES <= cols; i += LANES) {
-        Vec rows[M];
-        for (int m = 0; m < M; m++) rows[m] = load(x + m * x_stride + i);
-        for (int r = 0; r < R; r++) {
-            Vec weight = load(a + r * cols + i);
-            for (int m = 0; m < M; m++) sums[m][r] += rows[m] * weight;
-        }
-    }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < R; r++) {
-            float rest = 0;
-            for (int64_t j = i; j < cols; j++) rest += x[m * x_stride + j] * wide(a[r * cols + j]);
-            h[m * h_stride + r] += sum(sums[m][r]) + rest;
-        }
-}
-
 template <int M, typename W>
 inline void shrink_rows(const Job &job, const Part &part, int64_t from, int64_t to, const float *x, int64_t in, float *h) {
     const W *a = reinterpret_cast<const W *>(job.arena + part.offset) + (from - part.row) * part.cols;
     int64_t rank = job.site->rank;
     for (int64_t r = from; r < to; r += RANKS, a += RANKS * part.cols)  // `rank` is a multiple of 8
-        dot<M, RANKS>(x + part.col, in, a, part.cols, h + r, rank);
+        add_products<M, RANKS>(x + part.col, in, a, part.cols, h + r, rank);
 }
 
 // Rows [first, first + GRANULE) of A times all of the job's rows.
 template <typename W>
 void shrink(const Job &job, int64_t first, const float *x, int64_t in, float *h) {
     h += job.h;
-    x += job.start * in;
+    x += job.x;
     int64_t rank = job.site->rank;
     for (int64_t m = 0; m < job.rows; m++) std::fill_n(h + m * rank + first, GRANULE, 0.0f);
     for (int64_t p = 0; p < job.site->num_a; p++) {
@@ -183,20 +159,23 @@ extern "C" void add_lora(const void *arena, const Acting *acting, int64_t num, i
     std::vector<Job> jobs;
     std::vector<Segment> segments;
     std::vector<std::pair<int64_t, int64_t>> granules;  // job, first row of A
-    int64_t h_size = 0, first_row = INT64_MAX, last_row = 0, work = 0;
+    int64_t h_size = 0, x_size = 0, work = 0;
     bool fresh = true;
     for (const Acting *one = acting; one < acting + num; one++) {
         fresh |= bool(one->first);
         const Site *found = one->sites[site];
         if (found == nullptr) continue;
-        if (fresh) segments.push_back({int64_t(jobs.size()), 0});
+        int64_t rows = one->end - one->start;
+        if (fresh) {
+            segments.push_back({int64_t(jobs.size()), 0});
+            x_size += rows * in;
+        }
         fresh = false;
         segments.back().count++;
-        int64_t rows = one->end - one->start;
         for (int64_t r = 0; r < found->rank; r += GRANULE) granules.push_back({int64_t(jobs.size()), r});
-        jobs.push_back({found, static_cast<const char *>(arena), one->start, rows, float(one->weight), h_size});
+        jobs.push_back({found, static_cast<const char *>(arena), one->start, rows, float(one->weight),
+                        x_dtype == FLOAT32 ? one->start * in : x_size - rows * in, h_size});
         h_size += rows * found->rank;
-        first_row = std::min(first_row, one->start), last_row = std::max(last_row, one->end);
         work += rows * found->rank * (in + out);
     }
     if (jobs.empty()) return;
@@ -207,10 +186,13 @@ extern "C" void add_lora(const void *arena, const Acting *acting, int64_t num, i
     int64_t num_granules = granules.size(), num_blocks = (out + BLOCK - 1) / BLOCK;
     int64_t num_expands = segments.size() * num_blocks;
     if (x_dtype != FLOAT32) {
-        wide_x.resize(last_row * in);
+        wide_x.resize(x_size);
         with_type(x_dtype, [&](auto type) {
-            auto *from = static_cast<const decltype(type) *>(x);
-            for (int64_t i = first_row * in; i < last_row * in; i++) wide_x[i] = wide(from[i]);
+            for (const Segment &segment : segments) {
+                const Job &job = jobs[segment.first];
+                auto *from = static_cast<const decltype(type) *>(x) + job.start * in;
+                for (int64_t i = 0; i < job.rows * in; i++) wide_x[job.x + i] = wide(from[i]);
+            }
         });
         x_data = wide_x.data();
     }

@@ -135,7 +135,7 @@ inline Vec exponential(Vec x) {
     return x == x ? result : x;
 }
 
-// Calls `f.operator()<T>()` with the type that a dtype stands for.
+// Calls `f` with a value of the type that a dtype stands for.
 template <typename F>
 inline void with_type(int64_t dtype, F f) {
     switch (dtype) {
@@ -145,6 +145,7 @@ inline void with_type(int64_t dtype, F f) {
     }
 }
 
-// How many threads a loop takes, and the work (multiplications, or values) from which more than one are worth their start.
-extern int num_threads;
+// How many threads a loop takes (`set_num_threads`), and the work (multiplications, or values) from which more than one
+// are worth their start.
+inline int num_threads = 1;
 constexpr int64_t WORTH = 1 << 16;

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from cpp import ON_CPU
 
 from multilora import __version__
 from multilora.__main__ import main
@@ -21,14 +22,14 @@ def test_text(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"multilora {__version__}")
-    assert "attention cpp, LoRA cpp, no CUDA graphs" in out
+    assert f"attention {ON_CPU}, LoRA {ON_CPU}, no CUDA graphs" in out
     assert "note: no GPU" in out and out.endswith("a server can run here\n")
 
 
 def test_json(capsys):
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["ok"] is True and facts["auto"]["attention"] == "cpp"
+    assert facts["ok"] is True and facts["auto"]["attention"] == ON_CPU
     assert {"packages", "devices", "host", "findings"} <= facts.keys()
     assert any("no GPU" in finding["what"] for finding in facts["findings"])
 

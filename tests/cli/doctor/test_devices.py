@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cpp import ON_CPU
 from fakes.models import make_tiny_model
 
 from multilora.cli.doctor import devices
@@ -62,7 +63,7 @@ def test_machine_code(monkeypatch, archs, capability, compiled):
 
 def test_auto_on_a_cpu():
     found = auto_choices(None, None)
-    assert (found.device, found.dtype, found.attention, found.lora) == ("cpu", "float32", "cpp", "cpp")
+    assert (found.device, found.dtype, found.attention, found.lora) == ("cpu", "float32", ON_CPU, ON_CPU)
     assert not found.cuda_graphs and "CUDA" in found.obstacle
 
 

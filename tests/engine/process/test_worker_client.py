@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from cpp import ON_CPU
 from fakes.models import make_adapter, make_tiny_model
 
 from multilora.config import Config
@@ -136,7 +137,7 @@ def front(files: Path) -> Iterator[EngineOnALoop]:
 def test_ready_says_what_the_door_must_know(front: EngineOnALoop) -> None:
     ready = front.client.ready
     assert (ready.context_length, ready.vocab_size, ready.eos_token_ids) == (256, 101, [2])
-    assert (ready.device, ready.dtype, ready.attention_backend) == ("cpu", "float32", "cpp")
+    assert (ready.device, ready.dtype, ready.attention_backend) == ("cpu", "float32", ON_CPU)
     assert ready.stats.total_pages > 0 and ready.stats.free_pages == ready.stats.total_pages
 
 

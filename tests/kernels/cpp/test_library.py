@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cpp import NEEDS_CPP
 
 from multilora.errors import ConfigError
 from multilora.kernels.cpp import library
@@ -27,6 +28,7 @@ def compiler(path: Path, script: str) -> str:
     return str(path)
 
 
+@NEEDS_CPP
 @pytest.mark.slow
 def test_processes_that_need_it_at_once_share_one(tmp_path: Path) -> None:
     log = tmp_path / "calls"
@@ -43,7 +45,7 @@ def test_processes_that_need_it_at_once_share_one(tmp_path: Path) -> None:
 
 def test_no_compiler(tmp_path: Path) -> None:
     assert obstacle(tmp_path, CXX="no-such-compiler") == "there is no C++ compiler (no-such-compiler)"
-    assert obstacle(tmp_path, PATH="/nowhere") == "there is no C++ compiler (g++ or clang++)"
+    assert obstacle(tmp_path, CXX="", PATH="/nowhere") == "there is no C++ compiler (g++ or clang++)"
 
 
 def test_what_the_compiler_says_is_one_line(tmp_path: Path) -> None:
@@ -57,11 +59,12 @@ def test_what_the_compiler_says_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
-    (tmp_path / "multilora").mkdir()
-    (tmp_path / "multilora").chmod(0o777)
-    said = obstacle(tmp_path)
+    cache = tmp_path / "cache" / "multilora"
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    said = obstacle(tmp_path / "cache", CXX=compiler(tmp_path / "cxx", "echo 1.0"))
     assert "has to be this user's, and nobody else may write there" in said
-    assert list((tmp_path / "multilora").iterdir()) == []
+    assert list(cache.iterdir()) == []
 
 
 def test_another_compiler_or_cpu_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
