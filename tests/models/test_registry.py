@@ -23,6 +23,7 @@ def test_auto_prefers_native_and_transformers_is_the_other_one() -> None:
     assert [*model_classes({"architectures": ["OtherForCausalLM"]}, "auto")] == [TransformersCausalLM]
 
 
+@pytest.mark.slow
 def test_transformers_modules_are_imported_for_those_who_need_them() -> None:
     """It would take every engine's start a second and more."""
     wanted = "multilora.models.transformers_backend.model", "torch._dynamo", "sympy"

@@ -15,6 +15,7 @@ def test_the_replacements_are_in_place() -> None:
     assert {name: getattr(routing, name) for name in quick_routes.own} != quick_routes.own
 
 
+@pytest.mark.slow
 def test_the_same_document(monkeypatch: pytest.MonkeyPatch) -> None:
     """All routes of the server: paths, parameters, bodies and answers."""
     quick = [LocalServer(FakeEngineClient(), None).app.openapi() for _ in range(2)]
