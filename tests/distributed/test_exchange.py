@@ -59,6 +59,7 @@ def test_what_fits(ranks: list[Exchange]) -> None:
     assert not fits(torch.empty(4, 2, 8)) and not fits(torch.empty(8, 4).T) and not fits(torch.empty(1, 8).double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2], indirect=True)
 def test_nobody_waits_for_ever_for_a_rank_that_is_gone(ranks: list[Exchange]) -> None:
     alone = ranks[0]

@@ -23,6 +23,7 @@ def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     yield from make_ranks(request.param, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", SIZES, indirect=True)
 def test_call_after_call_with_other_shapes(ranks: list[Exchange], monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves are taken in turns; parts are padded, the last ones may be all padding; rows have several blocks."""

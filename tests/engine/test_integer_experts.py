@@ -164,7 +164,7 @@ def test_in_fp32_they_are_what_the_checkpoint_says(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize(
     ("name", "ranks"),
     [
-        quick_or_slow((name, ranks) in ((AWQ_ROW, 1), (GPTQ_ROW, 2)), name, ranks)
+        quick_or_slow((name, ranks) == (GPTQ_ROW, 2), name, ranks)
         for name in (*PACKED, *ALL_LAYERS)
         for ranks in (1, 2)
     ],

@@ -1,10 +1,10 @@
 """The headline: in a batch that mixes base and adapters, every answer is token for token what transformers + PEFT
 give for that request alone, whatever the chunking, the caches, the memory, the evictions and the order of arrival.
 
-All in fp32 with greedy decoding; logprobs agree to 1e-4; with a seed, random answers do not change either. Every
-family takes some of `IN_EVERY_FAMILY`; what hangs on the engine more than on the model takes the two that differ most
-in it (`IN_EVERYTHING`), and the others in the slow tier. There two families are tested on ranks that share the model,
-and all of it once more with drafts that are verified (`docs/speculation.md`), of which the quick tier takes a few.
+All in fp32 with greedy decoding; logprobs agree to 1e-4; with a seed, random answers do not change either. Families
+share the values of `IN_EVERY_FAMILY`; what hangs on the engine more than on the model takes one (`IN_EVERYTHING`).
+All of them take everything in the slow tier. There two families are tested on ranks that share the model, and all of
+it once more with drafts that are verified (`docs/speculation.md`), of which the quick tier takes a few.
 Where the reference itself hardly prefers one token over another, rounding could decide: `make_family` takes only
 prompts whose every choice is clear, so that a difference is always a bug.
 """
@@ -157,16 +157,16 @@ SCENARIOS: dict[str, tuple[dict[str, Any], Callable[[Stats], bool]]] = {
 
 
 IN_EVERYTHING = ("llama3",)
-"""The family that every test runs in the quick tier, with rope that depends on the position."""
-OTHERS = [name for name in FAMILIES if name not in (*IN_EVERYTHING, "llama")]
-"""Those that do more than it does; Llama without such a rope is served in the slow tier."""
+"""The family that every other test runs in the quick tier, with rope that depends on the position."""
+SHARING = [name for name in FAMILIES if name != "llama"]
+"""It and those that do more than it does; Llama without such a rope is served in the slow tier."""
 IN_EVERY_FAMILY: dict[str, tuple[str, list[Any]]] = {
     "everything_at_once": ("scenario", [*SCENARIOS]),
     "prefix_hits": ("page_size", [4, 16]),
     "logprobs": ("chunk", [5, 2048]),
 }
-"""Tests with a parameter whose values the other families share in the quick tier: each takes some, and each value is
-taken by one of them."""
+"""Tests with a parameter whose values the families share in the quick tier: each takes some, and each value is taken
+by one of them."""
 ON_RANKS = (("llama3", 2), ("qwen2", 4))
 """Every family: ranks/test_equal.py. Of the second there are more ranks than KV heads."""
 WITH_DRAFTS = ("llama3", "mistral", "qwen3")
@@ -179,13 +179,13 @@ QUICK_WITH_DRAFTS = (
 
 
 def is_quick(test: str, family: str, value: Any) -> bool:
-    if family not in OTHERS:
-        return family in IN_EVERYTHING
-    if test == "the_reference_tells_adapters_apart":
-        return True
-    values = IN_EVERY_FAMILY[test][1] if test in IN_EVERY_FAMILY else []
-    shares = min(len(OTHERS), len(values))
-    return bool(values) and values.index(value) % shares == OTHERS.index(family) % shares
+    if family not in SHARING:
+        return False
+    if test not in IN_EVERY_FAMILY:
+        return family in IN_EVERYTHING or test == "the_reference_tells_adapters_apart"
+    values = IN_EVERY_FAMILY[test][1]
+    shares = min(len(SHARING), len(values))
+    return values.index(value) % shares == SHARING.index(family) % shares
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

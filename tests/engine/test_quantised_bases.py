@@ -115,10 +115,14 @@ ROWS: dict[str, tuple[dict[str, Any], Any, Dequantise, tuple[str, ...], dict[str
 }
 
 
+HELD = ("awq", "packed integers")
+"""The quick tier has both as weights that stay packed, and the first on two ranks."""
+
+
 @pytest.mark.parametrize(
     ("row", "impl", "ranks"),
     [
-        *((row, "native", 1) for row in ROWS),
+        *(pytest.param(row, "native", 1, marks=pytest.mark.slow if row in HELD else ()) for row in ROWS),
         ("fp8 in blocks", "transformers", 1),
         ("awq", "native", 2),  # groups of 32 inputs, of which a rank of down_proj has one and a half
         pytest.param("awq", "transformers", 1, marks=pytest.mark.slow),

@@ -119,6 +119,7 @@ def test_captured(monkeypatch):
         check(world, segments, 40, captured=True, chunk_rows=16)
 
 
+@pytest.mark.slow
 def test_more_tiles_than_the_table_of_a_captured_step_has(monkeypatch):
     """Many short segments, or tiles of base rows behind them: such a step is launched by itself, and is right."""
     for name in ("CAPTURED_SEGMENTS", "CAPTURED_SINGLES"):

@@ -21,7 +21,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(str(base_model_path()))
 
 
-@pytest.mark.parametrize("route", PROMPTS)
+@pytest.mark.parametrize("route", ["/generate", pytest.param("/v1/chat/completions", marks=pytest.mark.slow)])
 def test_others_go_on_while_it_is_tokenized(tokenizer: Tokenizer, route: str) -> None:
     word = tokenizer.encode("the")[-1]
     endless = {"model": "base", "prompt": [word], "stream": True, "max_tokens": 90_000}

@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ LAYERS, WIDTH, PAGE = 3, 64, 4096
 SITES = tuple(LoraSite(i, i, "o_proj", WIDTH, (LoraSlice("o_proj", 0, WIDTH, "self_attn"),)) for i in range(LAYERS))
 BASE = BaseModel(SITES, (), vocab_size=23, hidden_size=WIDTH, tie_word_embeddings=False)
 STAGING = 64 * PAGE
+STORED = [*product((torch.bfloat16, torch.float16, torch.float32), (torch.bfloat16, torch.float32), (1, 2))]
+IN_ORDER = [pytest.param(*one, marks=() if i in (0, 5, 11) else pytest.mark.slow) for i, one in enumerate(STORED)]
 
 
 @dataclass
@@ -135,9 +138,7 @@ def stored_as(path: str, dtype: torch.dtype) -> str:
     return path
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("stored", "dtype", "ranks"), IN_ORDER)
 def test_the_second_comes_in_one_order(
     tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -246,6 +246,7 @@ def test_without_descriptors_a_job_fails_and_later_ones_work(shared: ProcessLoad
     assert wait_for(shared, 2)[2][0].kind == ""
 
 
+@pytest.mark.slow
 def test_a_large_adapter(tmp_path: Path) -> None:
     """64 MiB in 256 KiB pages, over many sites."""
     width, layers = 1024, 16
@@ -676,6 +677,7 @@ def test_a_job_that_the_loader_could_not_read_whole(shared: ProcessLoader, tmp_p
     assert shared._child.process.pid == process
 
 
+@pytest.mark.slow
 def test_a_thousand_jobs_at_once(shared: ProcessLoader, tmp_path: Path) -> None:
     """More than the sockets hold, in both directions."""
     for version in range(1000):

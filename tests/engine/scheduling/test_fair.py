@@ -299,6 +299,7 @@ class Server(Timed):
         return first, self.now - start
 
 
+@pytest.mark.slow
 def test_a_greedy_tenant_does_not_keep_modest_ones_waiting() -> None:
     arrivals = trace(3.0, **RATE)
     alone, _ = Server("fcfs").replay(modest_only(arrivals))

@@ -480,12 +480,12 @@ class World(Stepper):
 
 
 def lives() -> Iterator[Any]:
-    """A quarter of them is enough in the quick tier, and fewer with drafts."""
+    """An eighth of them is enough in the quick tier, and fewer with drafts."""
     for seed in (*range(24), 134):  # 134: preempted while its prompt's last chunk is computed
         for ahead in (False, True):
             for drafts in (False, True):
                 names = ("one step ahead" if ahead else "in turn", *(["with drafts"] if drafts else []))
-                quick = seed < (2 if drafts else 6) or (seed == 134 and not drafts)
+                quick = seed < (1 if drafts else 3) or (seed == 134 and not drafts)
                 marks = () if quick else pytest.mark.slow
                 yield pytest.param(seed, ahead, drafts, id="-".join([str(seed), *names]), marks=marks)
 
